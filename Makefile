@@ -1,0 +1,41 @@
+# Every target makes .venv first when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# .venv/bin first: the launcher finds the same python and deepspeed as make does.
+export PATH := $(abspath $(BIN)):$(PATH)
+# One thread per rank: several ranks share the cores. DeepSpeed compiles nothing at installation.
+export OMP_NUM_THREADS ?= 1
+export DS_BUILD_OPS := 0
+
+.PHONY: setup demo test check unit bench clean
+setup: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "Python >= 3.11 is needed ($(PYTHON) is not): install it, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "Python's venv module is missing: apt-get install python3-venv (or your system's package)" >&2; exit 2; }
+	@echo "setting up $(VENV) (a few minutes; log: $(VENV).log)"
+	@$(PYTHON) -m venv --clear $(VENV) && \
+	 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[serve,demo,test]' > $(VENV).log 2>&1 || \
+	    { tail -n 5 $(VENV).log >&2; echo "installation failed; the whole log is $(VENV).log" >&2; exit 1; }
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m qwen_ds.demo
+
+check: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+unit: setup
+	@$(BIN)/python -m pytest -m "not job"
+
+test: setup
+	@$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/python tests/benchmarks/train.py
+
+clean:
+	rm -rf $(VENV) $(VENV).log runs

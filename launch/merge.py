@@ -1,0 +1,68 @@
+"""Fold an adapter into its base model, and prove that the merged model and base + adapter are the same.
+
+    python launch/merge.py --base DIR_OR_HUB_ID --adapter runs/NAME/adapter --output DIR
+
+The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
+names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    from qwen_ds import dist
+    from qwen_ds.config import Parser
+    from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
+
+    parser = Parser(description="Fold an adapter into its base model, a block of rows at a time, with proof.")
+    parser.add_argument("--base", type=str, required=True, help="folder or hub id of the base model, in safetensors")
+    parser.add_argument("--adapter", type=str, help="PEFT adapter folder; without it --dtype converts the base")
+    parser.add_argument("--output", type=str, required=True, help="new folder for the merged model")
+    parser.add_argument(
+        "--dtype",
+        default="keep",
+        choices=["keep", "bfloat16", "float16", "float32"],
+        help="dtype of all weights in the output; keep: each as in the base",
+    )
+    parser.add_argument("--verify", type=bool, default=True, help="compare logits with base + adapter if memory allows")
+    options = parser.parse()
+    if dist.rank() != 0:
+        return EXIT_DONE  # a launcher started many ranks: one of them merges
+
+    # Only now: --help and a misspelt option should not wait for torch.
+    from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    from qwen_ds.export.merge import REPORT_NAME, merge
+    from qwen_ds.model.folder import find_model
+
+    transformers_logging.disable_progress_bar()  # the proof loads models; the bar is the merge's
+    base = find_model(options.base)
+    with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = merge(
+            base,
+            None if options.adapter is None else Path(options.adapter),
+            Path(options.output),
+            dtype=options.dtype,
+            verify=options.verify,
+            progress=show,
+        )
+    print("\n".join(report.in_words()))
+    if report.rejected:
+        print(f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it", file=sys.stderr)
+        return EXIT_FAILURE
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    from qwen_ds.errors import run_command
+
+    run_command(main)

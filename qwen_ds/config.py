@@ -1,0 +1,275 @@
+"""The recipe: every option of a training run, typed, documented and checked; and the command-line parser of all commands.
+
+A recipe file is YAML; each key can also be given on the command line (`--lora.r 16`), where it wins. Defaults are the
+original project's: 128 rows a step, learning rate 3e-4 constant, 3 epochs, LoRA r 8 on c_attn and c_proj.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import yaml
+
+from qwen_ds.errors import UserError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    path: str = "demo"
+    """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of the frozen base. Trainable LoRA parameters are always fp32."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products."""
+    activation_checkpointing: Literal["none", "all"] | int = "all"
+    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    train: list[str] = field(default_factory=list)
+    """Files, folders or hub data sets to train on."""
+    eval: list[str] = field(default_factory=list)
+    """Files, folders or hub data sets to compute the evaluation loss on."""
+    eval_fraction: float = 0.0
+    """Share of the training rows that is set aside for evaluation when data.eval is empty."""
+    format: str = "auto"
+    """Name of a reader, or auto to recognise each row by its keys."""
+    columns: dict[str, str] | None = None
+    """Maps expected column names to those in the files, for example {"instruction": "q", "output": "a"}."""
+    system: str | None = None
+    """System text of rows that bring none; unset means the original's "You are a helpful assistant."."""
+    weights: list[float] | None = None
+    """One weight for each entry of data.train: how often its rows are seen per epoch."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do with a row that cannot be read: stop with its file:line, or skip and count it."""
+    cache_dir: str | None = None
+    """Where tokenised rows are cached; unset means ~/.cache/qwen_ds/rows."""
+    max_prompt_tokens: int = 254
+    """Prompt tokens of a single-turn row at most (learn_on original)."""
+    max_answer_tokens: int = 254
+    """Answer tokens of a single-turn row at most (learn_on original)."""
+    max_tokens: int | None = None
+    """Tokens of any other row at most; unset means the model's seq_length. Too long conversations lose their oldest turns."""
+    learn_on: Literal["original", "answer", "official"] = "original"
+    """Which tokens are learnt: the original project's choice, the answers alone, or the official finetune.py's choice."""
+    special_tokens_in_text: Literal["escape", "parse"] = "escape"
+    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control tokens."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """Scale: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
+    dropout: float = 0.05
+    """Dropout on the input of the LoRA branch."""
+    targets: list[str] = field(default_factory=lambda: ["c_attn", "c_proj"])
+    """Modules: c_attn, c_proj (both), attn.c_proj, mlp.c_proj, w1, w2."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """The LoRA variant."""
+    init_from: str | None = None
+    """Folder of an adapter to continue from."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps at most, whatever the epochs say."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    rows_per_step: int = 128
+    """Rows of one optimizer step over all ranks."""
+    tokens_per_micro_batch: int = 4096
+    """Padded tokens of one micro-batch at most (a single longer row still runs, alone)."""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    every_steps: int = 1
+    """Optimizer steps between two lines of metrics."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    every_steps: int | None = None
+    """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    every_steps: int = 382
+    """Optimizer steps between two saved adapters under checkpoints/."""
+    keep: int = 32
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    output_dir: str = "runs/demo"
+    """The run folder."""
+    seed: int = 42
+    """Seeds the order of the rows, the dropout and the fresh adapter."""
+    method: Literal["lora", "full"] = "lora"
+    """Train an adapter, or all parameters."""
+    deepspeed: str | None = None
+    """Path of a DeepSpeed JSON; unset means ZeRO-2."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPU when there is one."""
+    dry_run: bool = False
+    """Stop before the first step, after everything was loaded and checked."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A recipe and which of its keys the user wrote, in a file or on the command line."""
+
+    recipe: Recipe
+    set_keys: frozenset[str]
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser with our manners: a mistake is one UserError line that names the nearest known option;
+    `--key A B C` fills a list option; `--local_rank` (the launcher appends it) is accepted everywhere."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(exit_on_error=False, **kwargs)
+        self.add_argument("--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self._explain(message))
+
+    def parse(self, argv: Sequence[str] | None = None, *, defaults: bool = True) -> jsonargparse.Namespace:
+        """Parse argv (None: the process's own). Raises UserError."""
+        args = self._fold_lists(list(sys.argv[1:] if argv is None else argv))
+        try:
+            parsed = self.parse_args(args, defaults=defaults)
+        except argparse.ArgumentError as error:
+            raise UserError(self._explain(str(error))) from None
+        parsed.pop("local_rank", None)
+        return parsed
+
+    def _option_names(self) -> list[str]:
+        return [s for action in self._actions for s in action.option_strings if s.startswith("--")]
+
+    def _explain(self, message: str) -> str:
+        text = re.sub(r"\s+", " ", message).strip()
+        in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+        in_file = re.search(r"Option '([\w.]+)' is not accepted", text)
+        flags = re.findall(r"--[\w.]+", text) if "unrecognized arguments" in text else []
+        if in_group:
+            unknown = ".".join(in_group.groups())
+        elif in_file or flags:
+            unknown = in_file.group(1) if in_file else flags[0].removeprefix("--")
+        else:
+            return text
+        near = difflib.get_close_matches(unknown, [n.removeprefix("--") for n in self._option_names()], n=1, cutoff=0.4)
+        return f"unknown option {unknown}" + (f"; the nearest is {near[0]}" if near else "; --help lists all")
+
+    def _fold_lists(self, args: list[str]) -> list[str]:
+        """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list."""
+        lists = {
+            s
+            for action in self._actions
+            if "list[" in str(getattr(action, "_typehint", "")).lower()
+            for s in action.option_strings
+        }
+        folded: list[str] = []
+        i = 0
+        while i < len(args):
+            if args[i] in lists:
+                j = i + 1
+                while j < len(args) and not args[j].startswith("--"):
+                    j += 1
+                values = args[i + 1 : j]
+                inline = len(values) == 1 and values[0].startswith("[")
+                folded.append(f"{args[i]}={values[0] if inline else yaml.safe_dump(values, default_flow_style=True).strip()}")
+                i = j
+            else:
+                folded.append(args[i])
+                i += 1
+        return folded
+
+
+def recipe_parser() -> Parser:
+    parser = Parser(description="Fine-tune Qwen with LoRA or fully under DeepSpeed ZeRO.")
+    parser.add_argument("--config", action="config", help="recipe file (YAML)")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
+    """Read recipe file and options into a checked Recipe.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range.
+    """
+    parser = recipe_parser()
+    given = parser.parse(argv, defaults=False)
+    whole = parser.parse(argv)
+    whole.pop("config", None)
+    recipe = parser.instantiate_classes(whole)
+    return LoadedRecipe(Recipe(**recipe), frozenset(k for k in given.as_flat().__dict__ if k != "config"))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    path.write_text(yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,131 @@
+"""Look at a data set as a model is trained on it.
+
+    python -m qwen_ds.data encode  --model.path DIR --data.train FILE... [--output rows.jsonl]
+    python -m qwen_ds.data inspect --model.path DIR --data.train FILE... [--rows 3] [--at FILE:LINE]
+
+encode writes one JSON object a row: input_ids, labels (-100: not learnt), source. inspect prints rows with what is
+learnt in green, and how long the rows are. Both take the data.* options of a recipe and use the same cache as training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from qwen_ds import dist
+from qwen_ds.config import DataOptions, Parser
+from qwen_ds.errors import UserError, run_command
+
+COMMANDS = ("encode", "inspect")
+
+
+def main() -> int:
+    command, *options = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"the command is {command!r}; expected {' or '.join(COMMANDS)}: python -m qwen_ds.data --help")
+    prog = f"python -m qwen_ds.data {command}"
+    parser = Parser(prog=prog, description=f"{command} the rows of data.train, each once whatever data.weights says")
+    parser.add_argument("--model.path", type=str, required=True, help="folder or hub id of a Qwen checkpoint")
+    parser.add_class_arguments(DataOptions, "data")
+    if command == "encode":
+        parser.add_argument("--output", type=str | None, default=None, help="file for the rows; unset: standard output")
+        parser.add_argument("--overwrite", action="store_true", help="let --output replace a file")
+    else:
+        parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
+        parser.add_argument("--at", type=str | None, default=None, help="show the rows of this file:line instead")
+    given = parser.parse(options)
+    if dist.rank():
+        return 0  # a launcher started many ranks: one of them does it
+    ready = parser.instantiate(given)
+    data = replace(ready.data, weights=None, eval=[], eval_fraction=0.0)
+    if command == "encode":
+        encode(ready.model.path, data, ready.output, ready.overwrite)
+    else:
+        inspect(ready.model.path, data, ready.rows, ready.at)
+    return 0
+
+
+def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -> None:
+    """Write the rows to a file, complete or not at all, or to standard output.
+
+    Raises:
+        UserError: the file exists, or cannot be written.
+    """
+    from qwen_ds.data.report import summary
+    from qwen_ds.data.rows import prepare
+    from qwen_ds.model.folder import find_model
+
+    path = None if output is None else Path(output)
+    if path is not None and path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; expected a new file, or --overwrite")
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; expected one for --output")
+    rows = prepare(data, find_model(model, weights=False)).train
+
+    def lines() -> Iterator[str]:
+        for row in range(len(rows)):
+            ids, labels = rows[row]
+            found = {"input_ids": ids.tolist(), "labels": labels.tolist(), "source": rows.source(row)}
+            yield json.dumps(found) + "\n"
+
+    if path is None:
+        try:
+            sys.stdout.writelines(lines())
+            sys.stdout.flush()
+        except BrokenPipeError:  # a reader such as head has seen enough; the interpreter must not flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        half = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with half.open("w", encoding="ascii") as file:
+                file.writelines(lines())
+            half.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}; expected a file that can be written") from error
+        finally:
+            half.unlink(missing_ok=True)
+    print("\n".join(summary(rows.report)), file=sys.stderr)
+
+
+def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
+    """Print the first rows, or those of one place, then lengths and what became of all rows.
+
+    Raises:
+        UserError: no row comes from `at`.
+    """
+    from rich.console import Console
+
+    from qwen_ds.data.report import summary
+    from qwen_ds.data.rows import prepare
+    from qwen_ds.data.show import show_lengths, show_row
+    from qwen_ds.model.folder import find_model
+    from qwen_ds.model.tokenizer import load_encoding
+
+    if n_rows < 0:
+        raise UserError(f"--rows is {n_rows}; expected 0 or a positive number")
+    folder = find_model(model, weights=False)
+    rows = prepare(data, folder).train
+    shown = list(range(min(n_rows, len(rows))))
+    if at is not None:
+        shown = [row for row in range(len(rows)) if rows.source(row) == at or rows.source(row).endswith(f"/{at}")]
+        if not shown:
+            raise UserError(
+                f"--at is {at}; expected the file:line of a row that is trained on, such as {rows.source(0)}"
+            )
+    console = Console(highlight=False)
+    encoding = load_encoding(folder)
+    for row in shown:
+        show_row(rows, row, encoding, console)
+    show_lengths(rows.lens, console)
+    console.print("\n".join(summary(rows.report)), soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,317 @@
+"""Token rows -> the right-padded micro-batches of one optimizer step, for every rank.
+
+One step is `rows_per_step` rows, drawn uniformly. Inside the step rows are sorted by length and cut into micro-batches
+of nearly equal padded tokens, so there is no bias between steps, little padding, and every rank does the same work.
+Everything here is a pure function of (seed, epoch, step): a run is resumed by naming a position, no state is kept.
+
+Shapes: B rows of one micro-batch, T tokens of its longest row, N rows of one step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import IGNORE
+
+# A dummy row is two pads: after the loss's shift one position is left, and its label is IGNORE.
+DUMMY_TOKENS = 2
+
+
+class Part(NamedTuple):
+    """Neighbouring rows that come from one entry of data.train, and how often an epoch draws each of them."""
+
+    rows: int
+    weight: float
+
+
+class Rows(Protocol):
+    """What batches need of token rows; `TokenRows` is the real one."""
+
+    @property
+    def lens(self) -> np.ndarray:
+        """int32 [rows]: tokens of each row."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The data sets in the order of the rows; their row counts add up to len(self)."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id of <|endoftext|>."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels) of one row, int32 [lens[row]] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded ChatML rows. labels_BT sits under its own token; the loss does the only shift."""
+
+    ids_BT: Tensor
+    """int64, padded with <|endoftext|>."""
+    labels_BT: Tensor
+    """int64, IGNORE wherever the model must not learn."""
+    lens_B: Tensor
+    """int64, real tokens per row: the only record of padding. 0 for a dummy row."""
+    row_ids: tuple[int, ...]
+    """Which rows these are, so that a bad loss can name their file:line. Empty for a dummy row."""
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that count: those left after the shift by one."""
+        return int((self.labels_BT[:, 1:] != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.lens_B.sum())
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """Tokens that the model computes: B * T."""
+        return self.ids_BT.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStatistics:
+    """How one optimizer step lies on all ranks, in tokens."""
+
+    rows: int
+    tokens: int
+    """Real tokens of all ranks."""
+    padded_tokens: int
+    """Computed tokens of all ranks, dummy rows included."""
+    micro_batches: int
+    """Micro-batches of each rank."""
+    padding_share: float
+    """Computed tokens that are no real ones, 0 to 1."""
+    imbalance: float
+    """Padded tokens of the busiest rank over the mean of the ranks, 1 or more."""
+
+
+def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list[np.ndarray]:
+    """Cut the rows of a step into micro-batches of nearly equal padded tokens (rows * longest row).
+
+    Rows are sorted by length, longest first, and a micro-batch is a run of them. The number of micro-batches is the
+    smallest multiple of `n_parts_multiple_of` that keeps each within the budget; the largest is then made as small as
+    that number allows (a search over the cap; filling greedily under a cap needs the fewest runs).
+
+    Args:
+        lens: [N], tokens of each row, all positive.
+        n_parts_multiple_of: the world size.
+        budget: padded tokens of a micro-batch at most. A longer row gets a micro-batch of its own.
+
+    Returns:
+        Arrays of positions in `lens`, longest rows first. Empty arrays (always last) stand for dummy rows where there
+        are fewer rows than micro-batches.
+    """
+    n = len(lens)
+    order = np.argsort(-lens.astype(np.int64), kind="stable")
+    sorted_lens = lens[order].tolist()
+    needed = len(_fill(sorted_lens, budget))
+    n_parts = max(1, math.ceil(needed / n_parts_multiple_of)) * n_parts_multiple_of
+    if n == 0:
+        return [order] * n_parts
+    n_runs = min(n_parts, n)
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(sorted_lens, middle)) <= n_runs:
+            high = middle
+        else:
+            low = middle + 1
+    runs = _split_to(_fill(sorted_lens, low), sorted_lens, n_runs)
+    return [order[start:end] for start, end in runs] + [order[:0]] * (n_parts - n_runs)
+
+
+def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
+    """Runs (start, end) of longest-first rows, each as long as its padded tokens stay under the cap; never empty."""
+    runs, start = [], 0
+    while start < len(sorted_lens):
+        end = min(len(sorted_lens), start + max(1, cap // sorted_lens[start]))
+        runs.append((start, end))
+        start = end
+    return runs
+
+
+def _split_to(runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int) -> list[tuple[int, int]]:
+    """Halve the largest runs until there are n_runs: one step of the cap can save more than one run."""
+    while len(runs) < n_runs:
+        largest = max(
+            (i for i, (start, end) in enumerate(runs) if end - start > 1),
+            key=lambda i: (runs[i][1] - runs[i][0]) * sorted_lens[runs[i][0]],
+        )
+        start, end = runs[largest]
+        middle = (start + end) // 2
+        runs[largest : largest + 1] = [(start, middle), (middle, end)]
+    return runs
+
+
+def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list[np.ndarray]]:
+    """Give each rank the same number of micro-batches.
+
+    The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step under ZeRO-3; among
+    them the largest goes to the rank that has the least so far, so that the totals come out level.
+
+    Returns:
+        For each rank its parts, longest rows first.
+    """
+    totals = [0] * world
+    ranks: list[list[np.ndarray]] = [[] for _ in range(world)]
+    for first in range(0, len(parts), world):
+        by_size = sorted(parts[first : first + world], key=lambda part: -_padded_tokens(lens, part))
+        for part, rank in zip(by_size, sorted(range(world), key=totals.__getitem__), strict=True):
+            ranks[rank].append(part)
+            totals[rank] += _padded_tokens(lens, part)
+    return ranks
+
+
+def _padded_tokens(lens: np.ndarray, part: np.ndarray) -> int:
+    return len(part) * int(lens[part].max()) if len(part) else DUMMY_TOKENS
+
+
+def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
+    """int64: the rows that an epoch draws, in order.
+
+    A part of weight w gives round(w * rows) draws (one at least) to each epoch. Its draws go through one shuffled pass
+    over its rows after the other, across epochs: at weight 2 each row comes twice an epoch, at 0.5 the second epoch
+    takes the half that the first left out. All draws of an epoch are then shuffled together, so that each step is a
+    uniform sample.
+    """
+    draws, first_row = [], 0
+    for number, part in enumerate(parts):
+        if part.rows:
+            draws.append(first_row + _draws(part, [seed, 1, number], epoch))
+        first_row += part.rows
+    drawn = np.concatenate(draws) if draws else np.empty(0, np.int64)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0, epoch]))).permutation(drawn)
+
+
+def _draws(part: Part, key: list[int], epoch: int) -> np.ndarray:
+    count = _draws_per_epoch(part)
+    start, end = epoch * count, (epoch + 1) * count
+    passes = []
+    for number in range(start // part.rows, math.ceil(end / part.rows)):
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, number])))
+        passes.append(generator.permutation(part.rows))
+    skipped = start // part.rows * part.rows
+    return np.concatenate(passes)[start - skipped : end - skipped]
+
+
+def _draws_per_epoch(part: Part) -> int:
+    return max(1, round(part.weight * part.rows)) if part.rows else 0
+
+
+class StepSampler:
+    """The micro-batches of each optimizer step; a pure function of (seed, epoch, step).
+
+    Which rows a step trains does not depend on the world size, nor on the token budget. A last incomplete step is
+    trained, and a data set smaller than one step is one step.
+
+    Args:
+        rows: the token rows.
+        rows_per_step: rows of one optimizer step, over all ranks.
+        seed: of the order of the rows.
+        world, rank: of the data-parallel group.
+        tokens_per_micro_batch: padded tokens of a micro-batch at most (a longer row runs alone).
+
+    Raises:
+        UserError: no rows, or a number that is not positive.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        rows_per_step: int,
+        seed: int,
+        world: int,
+        rank: int,
+        tokens_per_micro_batch: int,
+    ) -> None:
+        for name, value in (("rows_per_step", rows_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
+            if value < 1:
+                raise UserError(f"batch.{name} is {value}; expected a positive number")
+        if seed < 0:
+            raise UserError(f"seed is {seed}; expected 0 or a positive number")
+        if not len(rows):
+            raise UserError("there are no rows to train on; expected one at least, in data.train")
+        assert 0 <= rank < world, (rank, world)
+        assert sum(part.rows for part in rows.parts) == len(rows), "parts must cover the rows"
+        self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
+        self.world, self.rank, self.budget = world, rank, tokens_per_micro_batch
+        self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
+        # An epoch's order is asked for at each of its steps, a step's plan by window() and by statistics().
+        self._order = lru_cache(maxsize=1)(self._compute_order)
+        self._plan = lru_cache(maxsize=2)(self._compute_plan)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows_per_epoch / self.rows_per_step)
+
+    def step_rows(self, epoch: int, step: int) -> np.ndarray:
+        """int64: the rows of one step, over all ranks, before they are sorted."""
+        assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
+        return self._order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+
+    def window(self, epoch: int, step: int) -> list[Batch]:
+        """This rank's micro-batches of one step, as many as every other rank has; longest rows first."""
+        return [make_batch(self.rows, row_ids) for row_ids in self._plan(epoch, step)[self.rank]]
+
+    def statistics(self, epoch: int, step: int) -> WindowStatistics:
+        """Padding and balance of one step over all ranks; computed from lengths, nothing is communicated."""
+        lens = self.rows.lens
+        ranks = self._plan(epoch, step)
+        padded = [sum(_padded_tokens(lens, part) for part in parts) for parts in ranks]
+        row_ids = np.concatenate([part for parts in ranks for part in parts])
+        tokens = int(lens[row_ids].sum())
+        return WindowStatistics(
+            rows=len(row_ids),
+            tokens=tokens,
+            padded_tokens=sum(padded),
+            micro_batches=len(ranks[0]),
+            padding_share=1 - tokens / sum(padded),
+            imbalance=max(padded) * self.world / sum(padded),
+        )
+
+    def _compute_order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.rows.parts, self.seed, epoch)
+
+    def _compute_plan(self, epoch: int, step: int) -> list[list[np.ndarray]]:
+        return _plan_step(self.rows.lens, self.step_rows(epoch, step), self.world, self.budget)
+
+
+def _plan_step(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> list[list[np.ndarray]]:
+    """For each rank its micro-batches, as arrays of row ids."""
+    lens_N = lens[row_ids]
+    ranks = deal(lens_N, cut_windows(lens_N, world, budget), world)
+    return [[row_ids[part] for part in parts] for parts in ranks]
+
+
+def evaluation_batches(rows: Rows, world: int, rank: int, tokens_per_micro_batch: int) -> Iterator[Batch]:
+    """Every row once over all ranks (weights don't count), the same number of micro-batches on each rank."""
+    for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
+        yield make_batch(rows, row_ids)
+
+
+def make_batch(rows: Rows, row_ids: np.ndarray) -> Batch:
+    """Read rows and pad them to the longest; no row ids make the dummy row, from which nothing is learnt."""
+    lens = [int(n) for n in rows.lens[row_ids]]
+    width = max(lens, default=DUMMY_TOKENS)
+    ids_BT = torch.full((max(1, len(lens)), width), rows.pad_id, dtype=torch.int64)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    for b, row in enumerate(row_ids.tolist()):
+        ids, labels = rows[row]
+        ids_BT[b, : lens[b]] = torch.from_numpy(ids.astype(np.int64))
+        labels_BT[b, : lens[b]] = torch.from_numpy(labels.astype(np.int64))
+    return Batch(ids_BT, labels_BT, torch.tensor(lens or [0]), tuple(row_ids.tolist()))

@@ -1,0 +1,259 @@
+"""A conversation to a training row: token ids, and labels that say which of them are learnt.
+
+`learn_on` has three meanings; [..] is learnt, # stands for <|im_start|>, / for <|im_end|> and $ for <|endoftext|>:
+
+    original   #system\\nS/\\n#user\\nQ/\\n#[assistant\\nA/]\\n#user\\nQ/\\n#[assistant\\nA/$]
+    answer     #system\\nS/\\n#user\\nQ/\\n#assistant\\n[A/]\\n#user\\nQ/\\n#assistant\\n[A/$]
+    official   [#]system\\nS[/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n]
+
+original: the Qwen-SFT project's row, and its natural form for several turns: every answer is learnt as in a row of its
+own, and `$`, which ends a row, stands behind the last one only. Questions are stripped. `assistant\\n` and the answer
+are encoded as one text, so the line breaks that an answer begins with join the one before it.
+answer: what the model itself writes after a prompt, and nothing else.
+official: the labels of Qwen's own fine-tuning script, `#`, `/` and `\\n` of system and user turns included. Such a row
+has no `$`, so a base model trained with it stops at `/`.
+
+A row that is too long is cut (see `encode_row`); nothing is ever cut without a mark in `Encoded`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import DEFAULT_SYSTEM, IGNORE, Conversation, Turn, footer_ids, header_ids, text_ids
+from qwen_ds.model.tokenizer import Encoding
+
+LearnOn = Literal["original", "answer", "official"]
+LEARN_ON: tuple[LearnOn, ...] = ("original", "answer", "official")
+LEAST_ROOM = 16  # tokens that must be left for a question and its answer, or the row is dropped
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """learn_on: see the top of this file.
+    max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`, and of nothing else.
+    max_tokens: bound of all other rows; None leaves them as long as they are.
+    parse_specials: control tokens spelled in a text become control tokens (the old, unsafe behaviour).
+    system: stands in where a conversation brings none; None means DEFAULT_SYSTEM.
+    Raises UserError for a value that no row could be cut by.
+    """
+
+    learn_on: LearnOn = "original"
+    max_prompt_tokens: int = 254
+    max_answer_tokens: int = 254
+    max_tokens: int | None = None
+    parse_specials: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.learn_on not in LEARN_ON:
+            raise UserError(f"data.learn_on is {self.learn_on!r}; expected one of {', '.join(LEARN_ON)}")
+        for name, value, least in (
+            ("max_prompt_tokens", self.max_prompt_tokens, 3),  # the tails that a cut restores must fit
+            ("max_answer_tokens", self.max_answer_tokens, 2),
+            ("max_tokens", self.max_tokens, LEAST_ROOM),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"data.{name} is {value}; expected at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A training row. labels[i] is ids[i] where it is learnt and IGNORE elsewhere (the loss does the only shift).
+
+    prompt_cut, answer_cut: the question, the answer lost its end. turns_dropped: turns that are not in the row.
+    dropped: why there is no row (ids and labels are empty then); None if there is one.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    prompt_cut: bool = False
+    answer_cut: bool = False
+    turns_dropped: int = 0
+    dropped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """One turn in tokens. ids is head + text + tail; a cut takes the end of the text, and keeps n_tail tokens.
+
+    A question keeps its `/\\n`. An answer's ending counts as text (n_tail 0): once cut, it is not the ending.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    n_head: int
+    n_tail: int
+
+    def cut(self, n_text: int) -> _Segment:
+        """The segment with the first n_text tokens of its text; itself if it has no more."""
+        end = len(self.ids) - self.n_tail
+        keep = min(self.n_head + n_text, end)
+        return _Segment(
+            self.ids[:keep] + self.ids[end:], self.labels[:keep] + self.labels[end:], self.n_head, self.n_tail
+        )
+
+    @property
+    def n_text(self) -> int:
+        return len(self.ids) - self.n_head - self.n_tail
+
+
+def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> Encoded:
+    """The training row of a conversation.
+
+    A single-turn row under `original` whose prompt and answer have more than max_prompt_tokens + max_answer_tokens
+    together keeps the first max_prompt_tokens and max_answer_tokens of them, and then gets their tails back in place:
+    `/\\n#` and `/$`. (So a long prompt stays whole beside a short answer.)
+
+    Any other row longer than max_tokens loses its oldest turns, a question with its answer at a time; the system turn
+    stays. If the last question and answer alone are too long, they share the room: each gets half of it, and what one
+    does not need goes to the other. A cut question keeps its tail. A cut answer ends in the middle, so that the model
+    does not learn to stop there; only under `original` it ends with `/$`, as single-turn rows do.
+
+    A last question without an answer is left out, except under `official`, which leaves out a first answer without a
+    question instead. Never raises for a text: what cannot be a row comes back with `dropped`.
+    """
+    official = options.learn_on == "official"
+    turns = conversation.turns
+    if official and turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    if not official and turns and turns[-1].role == "user":
+        turns = turns[:-1]
+    if not turns:
+        return Encoded([], [], dropped="no answer" if conversation.turns else "no turns")
+    if not official and any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+        return Encoded([], [], dropped="roles do not alternate")
+    try:
+        system = _system(enc, conversation, options)
+        segments = [_segment(enc, turn, options, is_last=i == len(turns)) for i, turn in enumerate(turns, 1)]
+    except UserError as error:  # an unknown role, a text that cannot be encoded
+        return Encoded([], [], dropped=str(error))
+    turns_dropped = len(conversation.turns) - len(turns)
+    if options.learn_on == "original" and len(segments) == 2:
+        return _original_single(enc, system, segments, turns_dropped, options)
+    return _bounded(enc, system, segments, turns_dropped, options)
+
+
+def prompt_ids(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> list[int]:
+    """The prompt to generate from, as a row trained with these options begins; it ends `#assistant\\n`.
+
+    A last assistant turn is the reference to compare with, and is left out. No bound applies. Raises UserError where
+    there is no question to answer, or a text cannot be encoded.
+    """
+    turns = conversation.turns
+    if turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise UserError("the conversation has no question; expected a user turn to answer")
+    ids = list(_system(enc, conversation, options).ids)
+    for turn in turns:
+        ids += _segment(enc, turn, options, is_last=False).ids
+    return [*ids, *header_ids(enc, "assistant")]
+
+
+def _system(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> _Segment:
+    text = conversation.system
+    if text is None:
+        text = DEFAULT_SYSTEM if options.system is None else options.system
+    return _system_segment(enc, text, options.learn_on == "official", options.parse_specials)
+
+
+@lru_cache(maxsize=64)
+def _system_segment(enc: Encoding, text: str, markers: bool, parse_specials: bool) -> _Segment:
+    """The system turn, kept for the next rows (nearly always they have the same one): never change its lists."""
+    return _unlearnt(enc, "system", text_ids(enc, text, parse_specials), markers)
+
+
+def _unlearnt(enc: Encoding, role: str, text: list[int], markers: bool) -> _Segment:
+    """A turn of which nothing is learnt, or, with `markers`, the control tokens and the line break behind it."""
+    head, tail = header_ids(enc, role), footer_ids(enc)
+    ids = [*head, *text, *tail]
+    labels = [IGNORE] * len(ids)
+    if markers:
+        labels[0] = head[0]
+        labels[-len(tail) :] = tail
+    return _Segment(ids, labels, len(head), len(tail))
+
+
+def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -> _Segment:
+    official = options.learn_on == "official"
+    if turn.role == "user":
+        text = turn.text.strip() if options.learn_on == "original" else turn.text
+        return _unlearnt(enc, "user", text_ids(enc, text, options.parse_specials), official)
+    if turn.role != "assistant":
+        raise UserError(f"role is {turn.role!r}; expected user or assistant")
+    head = header_ids(enc, "assistant")
+    if options.learn_on == "original":
+        head = head[:1]  # the rest of it is learnt, and one text with the answer
+        text = f"assistant\n{turn.text}"
+    else:
+        text = turn.text
+    answer = text_ids(enc, text, options.parse_specials)
+    answer.append(enc.im_end_id)
+    ids = [*head, *answer]
+    labels = [IGNORE] * len(head) + answer
+    if official:
+        labels[0] = head[0]
+    end = enc.eod_id if is_last and not official else footer_ids(enc)[1]
+    ids.append(end)
+    labels.append(end if is_last or official else IGNORE)
+    return _Segment(ids, labels, len(head), 0)
+
+
+def _original_single(
+    enc: Encoding, system: _Segment, segments: list[_Segment], turns_dropped: int, options: EncodeOptions
+) -> Encoded:
+    question, answer = segments
+    x = [*system.ids, *question.ids, enc.im_start_id]
+    y = answer.ids[1:]
+    n_x, n_y = options.max_prompt_tokens, options.max_answer_tokens
+    if len(x) + len(y) <= n_x + n_y:
+        return Encoded(x + y, [IGNORE] * len(x) + y, turns_dropped=turns_dropped)
+    prompt_cut, answer_cut = len(x) > n_x, len(y) > n_y
+    if prompt_cut:
+        x[n_x - 3 :] = [*footer_ids(enc), enc.im_start_id]
+    if answer_cut:
+        y[n_y - 2 :] = [enc.im_end_id, enc.eod_id]
+    return Encoded(x + y, [IGNORE] * len(x) + y, prompt_cut, answer_cut, turns_dropped)
+
+
+def _bounded(
+    enc: Encoding, system: _Segment, segments: list[_Segment], turns_dropped: int, options: EncodeOptions
+) -> Encoded:
+    """The row within max_tokens: without its oldest turns, and if that is not enough with its last ones cut."""
+    prompt_cut = answer_cut = False
+    if options.max_tokens is not None:
+        room = options.max_tokens - len(system.ids)
+        while len(segments) > 2 and _n_tokens(segments) > room:
+            segments, turns_dropped = segments[2:], turns_dropped + 2
+        if _n_tokens(segments) > room:
+            room -= sum(segment.n_head + segment.n_tail for segment in segments)
+            if room < LEAST_ROOM:
+                return Encoded([], [], dropped="the system text leaves no room within data.max_tokens")
+            shares = _share(room, [segment.n_text for segment in segments])
+            is_cut = [segment.n_text > share for segment, share in zip(segments, shares, strict=True)]
+            segments = [segment.cut(share) for segment, share in zip(segments, shares, strict=True)]
+            prompt_cut, answer_cut = is_cut[0], len(is_cut) == 2 and is_cut[1]
+            if answer_cut and options.learn_on == "original":
+                segments[1].ids[-2:] = segments[1].labels[-2:] = [enc.im_end_id, enc.eod_id]
+    ids, labels = list(system.ids), list(system.labels)
+    for segment in segments:
+        ids += segment.ids
+        labels += segment.labels
+    return Encoded(ids, labels, prompt_cut, answer_cut, turns_dropped)
+
+
+def _n_tokens(segments: list[_Segment]) -> int:
+    return sum(len(segment.ids) for segment in segments)
+
+
+def _share(room: int, wanted: list[int]) -> list[int]:
+    """Tokens for each of one or two texts that together want more than there is room for."""
+    if len(wanted) == 1:
+        return [room]
+    half = room // 2
+    first = min(wanted[0], max(half, room - wanted[1]))
+    return [first, room - first]

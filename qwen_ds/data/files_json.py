@@ -1,0 +1,289 @@
+"""JSON as people ship it: lines, one array, one object, or objects one after another; each read without loading it all.
+
+What opens the first value decides. A first line that is whole in itself makes the file JSON lines, where every line
+stands alone: a broken one cannot take others with it. A first object that goes on over several lines makes it a file
+of objects. `[` makes it an array.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from qwen_ds.errors import UserError
+
+NOT_JSON = "not valid JSON"
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
+# Strings whole, so that brackets inside them do not count. A string that no quote ends runs to the end of the text.
+_STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
+_MORE_MUST_FOLLOW = (",", "[", "{", ":")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row of a file as Python's json, csv or pyarrow give it; `source` is where it begins, as "file:line"."""
+
+    row: object
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A place in a file where a row should be and cannot be read. `detail` says what came and what was expected."""
+
+    source: str
+    reason: str
+    detail: str
+
+
+def stands_alone(line: str) -> bool:
+    """Whether no object or array that this line opens goes on in the next line: then the file is JSON lines."""
+    depth, inside = _depth_after(line, 0)
+    return inside or depth <= 0
+
+
+def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
+    """JSON lines. Blank lines are passed over and counted; a broken line is a BadRow of its own."""
+    for number, raw in enumerate(lines, 1):
+        if raw.isspace():
+            continue
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            yield undecodable(f"{name}:{number}", encoding, error)
+            continue
+        if number == 1:
+            text = text.lstrip("\ufeff")
+        try:
+            yield SourceRow(json.loads(text), f"{name}:{number}")
+        except (ValueError, RecursionError) as error:
+            yield from _several_on_a_line(text, f"{name}:{number}", error)
+
+
+def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
+    """Objects one after another, each over one or more lines; a single object is such a file, too.
+
+    A broken object ends where a line opens the next one: at the first object's indentation, where JSON allows none.
+    """
+    parts: list[str] = []  # of the object being collected, which began on line `start`
+    fault: BadRow | None = None
+    depth, start, margin, last = 0, 0, None, ""
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            fault = undecodable(f"{name}:{number}", encoding, error)  # told in place of the object, once that closes
+            line = raw.decode(encoding, "replace")
+        if number == 1:
+            line = line.lstrip("\ufeff")
+        body = line.strip()
+        if not body:
+            continue
+        if margin is None and body[0] == "{":
+            margin = line[: line.index("{")]
+        if parts and line.startswith(f"{margin}{{") and not last.endswith(_MORE_MUST_FOLLOW):
+            yield BadRow(f"{name}:{start}", NOT_JSON, "not valid JSON: the object is not closed before the next one")
+            parts, depth = [], 0
+        last = body
+        pieces, depth = _cut_behind_objects(line, depth)
+        for place, piece in enumerate(pieces):
+            start = start if parts else number
+            parts.append(piece)
+            if place + 1 < len(pieces) or depth <= 0:
+                yield fault or _parsed("".join(parts), f"{name}:{start}")
+                parts, fault = [], None
+    if parts:
+        yield BadRow(f"{name}:{start}", NOT_JSON, "not valid JSON: the file ends inside the object that begins here")
+
+
+def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
+    """The elements of one JSON array, read as the text arrives.
+
+    A broken element whose end can be found is a BadRow. Where it cannot, or where the array itself is broken, nothing
+    after it can be trusted: UserError.
+    """
+    text = _Arriving(chunks)
+    text.skip_space()
+    text.skip("[")
+    if not text.starts_with("]"):
+        while True:
+            yield _element(text, name)
+            text.skip_space()
+            if not text.starts_with(","):
+                break
+            text.skip(",")
+    if not text.starts_with("]"):
+        came = text.here()
+        raise UserError(f"{name}:{text.line}: {came} inside a JSON array; expected ',' or ']'")
+    text.skip("]")
+    if text.here() != "the end of the file":
+        raise UserError(f"{name}:{text.line}: {text.here()} after the end of the JSON array; expected nothing more")
+
+
+def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
+    shown = "UTF-8" if encoding == "utf-8" else encoding.upper()
+    byte = error.object[error.start]
+    return BadRow(source, f"not {shown} text", f"byte 0x{byte:02x} is not {shown}; expected text in one encoding")
+
+
+class _Arriving:
+    """A text that arrives in chunks, and the place in it where we are; what lies behind us is let go."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self.chunks = chunks
+        self.text = next(chunks, "").lstrip("\ufeff")
+        self.place = 0
+        self.line = 1
+        self.is_complete = False
+
+    def more(self) -> None:
+        """Fetch as much again as lies before us: an element of n chunks is then scanned n log n times at most."""
+        ahead = len(self.text) - self.place
+        parts = [self.text[self.place :]]
+        fetched = 0
+        while fetched < max(ahead, 1):
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                self.is_complete = True
+                break
+            parts.append(chunk)
+            fetched += len(chunk)
+        self.text, self.place = "".join(parts), 0
+
+    def move_to(self, place: int) -> None:
+        self.line += self.text.count("\n", self.place, place)
+        self.place = place
+
+    def skip_space(self) -> None:
+        while True:
+            match = _SPACE.match(self.text, self.place)
+            self.move_to(match.end() if match else self.place)
+            if self.place < len(self.text) or self.is_complete:
+                return
+            self.more()
+
+    def starts_with(self, mark: str) -> bool:
+        return self.text.startswith(mark, self.place)
+
+    def skip(self, mark: str) -> None:
+        self.move_to(self.place + len(mark))
+        self.skip_space()
+
+    def here(self) -> str:
+        if self.place >= len(self.text):
+            return "the end of the file"
+        return repr(self.text[self.place : self.place + 20])
+
+
+def _element(text: _Arriving, name: str) -> SourceRow | BadRow:
+    source = f"{name}:{text.line}"
+    while True:
+        try:
+            value, end = _DECODER.raw_decode(text.text, text.place)
+        except (ValueError, RecursionError) as error:
+            end = _end_of(text.text, text.place)
+            if end < 0 and not text.is_complete:
+                text.more()
+                continue
+            return _broken_element(text, end, source, error)
+        if end == len(text.text) and not text.is_complete:
+            text.more()  # a number may go on
+            continue
+        text.move_to(end)
+        return SourceRow(value, source)
+
+
+def _broken_element(text: _Arriving, end: int, source: str, error: Exception) -> BadRow:
+    fault = _fault(error, text.place)
+    if end < 0:
+        raise UserError(f"{source}: {fault}; what follows in the array cannot be read")
+    text.move_to(end)
+    text.skip_space()
+    if not (text.starts_with(",") or text.starts_with("]")):
+        raise UserError(f"{source}: {fault}; what follows in the array cannot be read")
+    return BadRow(source, NOT_JSON, fault)
+
+
+def _end_of(text: str, place: int) -> int:
+    """Where the object or array that opens at `place` ends; -1 when the text ends before it."""
+    depth = 0
+    for token in _STRUCTURE.finditer(text, place):
+        mark = token[0]
+        if mark in "{[":
+            depth += 1
+        elif mark in "}]":
+            depth -= 1
+            if depth <= 0:
+                return token.end() if depth == 0 else -1
+    return -1
+
+
+def _depth_after(line: str, depth: int) -> tuple[int, bool]:
+    """The depth of brackets after a line, and whether the line ends inside a string, which JSON forbids."""
+    for token in _STRUCTURE.finditer(line):
+        mark = token[0]
+        if mark in "{[":
+            depth += 1
+        elif mark in "}]":
+            depth -= 1
+        elif not token["closed"]:
+            return depth, True
+    return depth, False
+
+
+def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
+    """A line that begins at `depth` cut behind every object that ends in it, and the depth after it."""
+    pieces: list[str] = []
+    start = 0
+    for token in _STRUCTURE.finditer(line):
+        mark = token[0]
+        if mark in "{[":
+            depth += 1
+        elif mark in "}]":
+            depth -= 1
+            if depth <= 0:
+                pieces.append(line[start : token.end()])
+                start, depth = token.end(), 0
+    rest = line[start:]
+    if rest and not rest.isspace():
+        pieces.append(rest)
+    return pieces, depth
+
+
+def _parsed(text: str, source: str) -> SourceRow | BadRow:
+    try:
+        return SourceRow(json.loads(text), source)
+    except (ValueError, RecursionError) as error:
+        return BadRow(source, NOT_JSON, _fault(error))
+
+
+def _several_on_a_line(text: str, source: str, error: Exception) -> Iterator[SourceRow | BadRow]:
+    """Objects one after another on one line; anything else is the error that the whole line gave."""
+    rows: list[SourceRow | BadRow] = []
+    place = 0
+    try:
+        while (place := _end_of_space(text, place)) < len(text):
+            value, place = _DECODER.raw_decode(text, place)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+            rows.append(SourceRow(value, source))
+    except (ValueError, RecursionError):
+        rows = [BadRow(source, NOT_JSON, _fault(error))]
+    yield from rows
+
+
+def _end_of_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _fault(error: Exception, start: int = 0) -> str:
+    """What is wrong with a JSON text, in one line; its own place counts from the row's beginning."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at character {error.pos - start + 1}; expected one JSON object"
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deep; expected one JSON object"
+    return f"not valid JSON: {error}; expected one JSON object"

@@ -1,0 +1,156 @@
+"""What every reader works with: a source row in, question and answer pairs out.
+
+A reader does not decide whether a row is trained on or answered. It gives the row's `Dialogue`; `as_conversation` and
+`as_prompt` hold the rules on missing halves, so that training and prediction read every format alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qwen_ds.model.chatml import Conversation, Turn
+
+Row = Mapping[str, object]
+Pair = tuple[str, str]
+
+NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
+NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
+
+
+class RowError(ValueError):
+    """A row that cannot be read: wrong types, an unknown role, a missing key.
+
+    `reason` is the same for all rows with this fault (it is counted), `detail` says what came and what was expected.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source row, or a branch of one, that gives no conversation.
+
+    `reason` is the same for all rows dropped for it; `detail` says more about this row. `unreadable` tells rows that
+    stop a run unless `bad_rows` is "skip" (broken JSON, an unknown role) from rows that read well and hold nothing.
+    """
+
+    reason: str
+    detail: str = ""
+    unreadable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A row's question and answer pairs in order. Questions are stripped; either side of a pair may be blank."""
+
+    system: str | None
+    pairs: tuple[Pair, ...]
+
+
+Outcome = Dialogue | Dropped
+
+
+def as_conversation(dialogue: Dialogue, default_system: str | None = None) -> Conversation | Dropped:
+    """The conversation to train on: complete pairs only, up to the first that lacks a side."""
+    turns: list[Turn] = []
+    for question, answer in dialogue.pairs:
+        if not question or is_blank(answer):
+            break
+        turns.append(Turn("user", question))
+        turns.append(Turn("assistant", answer))
+    if turns:
+        return Conversation(dialogue.system or default_system, tuple(turns))
+    if not dialogue.pairs:
+        return Dropped(NO_TURNS)
+    return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION)
+
+
+def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Conversation | Dropped, str | None]:
+    """The conversation up to its last question, and the answer that the row gives to it, None when it gives none."""
+    turns: list[Turn] = []
+    reference: str | None = None
+    for question, answer in dialogue.pairs:
+        if not question:
+            break
+        if turns:
+            turns.append(Turn("assistant", reference or ""))
+        turns.append(Turn("user", question))
+        reference = None if is_blank(answer) else answer
+        if reference is None:
+            break
+    if turns:
+        return Conversation(dialogue.system or default_system, tuple(turns)), reference
+    return Dropped(NO_QUESTION if dialogue.pairs else NO_TURNS), None
+
+
+def pair_up(turns: Iterable[tuple[str, str]]) -> tuple[Pair, ...] | Dropped:
+    """Pairs from (role, text) turns that must alternate, the user's first. A last question gets a blank answer."""
+    texts: list[str] = []
+    for place, (role, text) in enumerate(turns):
+        if role != ("assistant" if place % 2 else "user"):
+            return Dropped(NOT_ALTERNATING)
+        texts.append(text if place % 2 else text.strip())
+    if len(texts) % 2:
+        texts.append("")
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+def is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def text_of(row: Row, key: str) -> str:
+    """The text under a key, "" where it is absent or null. Raises RowError on anything else."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if type(value) is str:
+        return value
+    raise RowError("wrong type", f"{key} is {json_name(value)}; expected text")
+
+
+def system_of(row: Row, key: str = "system") -> str | None:
+    """The system text under a key, stripped; None where it is absent, null or blank."""
+    if key not in row:
+        return None
+    return text_of(row, key).strip() or None
+
+
+def object_of(value: object, what: str) -> Row:
+    if isinstance(value, Mapping):
+        return value
+    raise RowError("wrong type", f"{what} is {json_name(value)}; expected an object")
+
+
+def list_of(row: Row, key: str) -> list[object]:
+    """The list under a key, empty where it is absent or null. Raises RowError on anything else."""
+    value = row.get(key)
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return value
+    raise RowError("wrong type", f"{key} is {json_name(value)}; expected a list")
+
+
+def json_name(value: object) -> str:
+    """What a user calls a value of this type: JSON's own terms."""
+    if value is None:
+        return "null"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def quoted(value: object, longest: int = 60) -> str:
+    """A value for an error message: in quotes, on one line, cut when long."""
+    shown = repr(value)
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
+
+
+def names(keys: Iterable[str], most: int = 12) -> str:
+    """Keys for an error message, at most `most` of them."""
+    listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,0 +1,127 @@
+"""What became of the rows: the content of data_report.json, and the checks that stop a run before training.
+
+A data set is one entry of data.train or data.eval. One whose rows all come out empty, all alike, or without anything
+to learn is a mistake in the keys or the format, never something to train on: it is a UserError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen_ds.errors import UserError
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many rows met a fate, and the first of them."""
+
+    rows: int = 0
+    first: str = ""
+    """file:line"""
+    detail: str = ""
+    """More about the first one."""
+
+    def add(self, source: str, detail: str = "") -> None:
+        if not self.rows:
+            self.first, self.detail = source, detail
+        self.rows += 1
+
+
+@dataclass(slots=True)
+class PartReport:
+    """One data set. A source row may give several conversations (a tree) and each of those gives at most one row."""
+
+    path: str
+    formats: dict[str, str] = field(default_factory=dict)
+    """File to the reader that recognised its first row, or that the user named."""
+    read: int = 0
+    """Source rows."""
+    kept: int = 0
+    """Token rows."""
+    dropped: dict[str, Tally] = field(default_factory=dict)
+    """Reason to rows that read well and give nothing to train on."""
+    skipped: dict[str, Tally] = field(default_factory=dict)
+    """Reason to rows that could not be read (data.bad_rows skip)."""
+    truncated: dict[str, Tally] = field(default_factory=dict)
+    """What was cut ("prompt cut", "answer cut", "oldest turns dropped") to rows."""
+    tokens: int = 0
+    learnt_tokens: int = 0
+    """Labels that count."""
+    longest_tokens: int = 0
+    longest: str = ""
+    """file:line of the longest row."""
+    first_content: int | None = None
+    all_identical: bool = True
+
+    def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
+        (self.skipped if unreadable else self.dropped).setdefault(reason, Tally()).add(source, detail)
+
+    def cut(self, what: str, source: str) -> None:
+        self.truncated.setdefault(what, Tally()).add(source)
+
+    def check(self) -> None:
+        """Raise UserError when there is nothing in this data set to train on."""
+        fates = {**self.skipped, **self.dropped}
+        if not self.kept:
+            if not fates:
+                raise UserError(f"{self.path}: no rows in it; expected one at least")
+            reason, most = max(fates.items(), key=lambda fate: fate[1].rows)
+            others = f", {len(fates) - 1} other reasons" if len(fates) > 1 else ""
+            raise UserError(
+                f"{self.path}: none of its {self.read} rows can be trained on: {reason} ({most.rows} rows, the first "
+                f"{most.first}{others})" + (f"; {most.detail}" if most.detail else "")
+            )
+        if self.kept > 1 and self.all_identical:
+            raise UserError(
+                f"{self.path}: all its {self.kept} rows come out identical ({self.tokens // self.kept} tokens each, "
+                f"the first {self.longest}); expected rows that differ: check data.format and data.columns"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        del found["first_content"], found["all_identical"]
+        return found
+
+
+_SUMMED = ("read", "kept", "tokens", "learnt_tokens")
+_TALLIES = ("dropped", "skipped", "truncated")
+
+
+def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The data sets' reports added up; of tallies the first place is the first data set's."""
+    summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in _SUMMED}
+    for key in _TALLIES:
+        summed[key] = {}
+        for part in parts:
+            for reason, tally in part[key].items():
+                known = summed[key].setdefault(reason, {**tally, "rows": 0})
+                known["rows"] += tally["rows"]
+    longest = max(parts, key=lambda part: part["longest_tokens"])
+    return {**summed, "longest_tokens": longest["longest_tokens"], "longest": longest["longest"]}
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """A report in a few lines, for the start screen. `report` is one of `TokenRows.report`."""
+    found = report["total"]
+    kept = found["kept"]
+    lines = [
+        f"{kept:,} rows of {found['read']:,} read, {found['tokens']:,} tokens ({found['learnt_tokens']:,} learnt), "
+        f"mean {found['tokens'] / kept:.0f}, longest {found['longest_tokens']:,}"
+    ]
+    for fate, tallies in (("dropped", found["dropped"]), ("could not be read", found["skipped"])):
+        for reason, tally in tallies.items():
+            lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
+    for what, tally in found["truncated"].items():
+        lines.append(f"{tally['rows']:,} too long: {what} (first {tally['first']})")
+    if report["duplicates"]:
+        lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
+    return lines
+
+
+def data_report(train: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of data_report.json from the `TokenRows.report` of both: the training rows', and under "eval" the
+    evaluation rows' (null without any)."""
+    return {**train, "eval": evaluation}

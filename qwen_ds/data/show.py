@@ -1,0 +1,78 @@
+"""Token rows for the eye: what the model reads and what it learns of it, and how long the rows are."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from qwen_ds.data.rows import TokenRows
+from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.tokenizer import Encoding
+
+# Where there is no colour, learnt runs stand in these.
+LEARNT_OPEN, LEARNT_CLOSE = "⟦", "⟧"
+_LEARNT, _UNLEARNT, _SPECIAL = "green", "bright_black", "bold"
+_BINS, _BAR_CELLS = 12, 40
+# Control characters in a row would otherwise steer the terminal; line breaks and tabs stay.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
+
+
+def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
+    """Print a row: learnt tokens green, the others grey, control tokens bold; without colour, learnt runs in ⟦ ⟧."""
+    ids, labels = rows[row]
+    console.rule(f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left")
+    learnt = labels != IGNORE
+    edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
+    shown = Text()
+    for start, end in zip(edges, edges[1:], strict=False):
+        is_learnt = bool(learnt[start])
+        marks = (LEARNT_OPEN, LEARNT_CLOSE) if is_learnt and console.color_system is None else ("", "")
+        shown.append(marks[0])
+        _append(shown, ids[start:end].tolist(), encoding, _LEARNT if is_learnt else _UNLEARNT)
+        shown.append(marks[1])
+    console.print(shown, soft_wrap=True)
+
+
+def _append(shown: Text, ids: list[int], encoding: Encoding, style: str) -> None:
+    """Append tokens; those between two control tokens are decoded together, since a character can be several tokens."""
+    specials = set(encoding.special.values())
+    start = 0
+    for place in range(len(ids) + 1):
+        if place == len(ids) or ids[place] in specials:
+            shown.append(encoding.decode(ids[start:place]).translate(_VISIBLE), style)
+            shown.append(encoding.decode(ids[place : place + 1]), f"{_SPECIAL} {style}")
+            start = place + 1
+
+
+def show_lengths(lens: np.ndarray, console: Console) -> None:
+    """Print a histogram of row lengths in tokens."""
+    console.rule("row lengths in tokens", align="left")
+    shortest, longest = int(lens.min()), int(lens.max())
+    width = _bin_width(longest - shortest + 1)
+    first = shortest // width * width
+    counts = np.bincount((lens - first) // width)
+    columns = [len(f"{longest + width:,}"), len(f"{counts.max():,}")]
+    for number, count in enumerate(counts.tolist()):
+        start = first + number * width
+        bar = "█" * round(_BAR_CELLS * count / counts.max()) or ("▏" if count else "")
+        line = f"{start:>{columns[0]},} - {start + width - 1:<{columns[0]},} {count:>{columns[1]},}  {bar}"
+        console.print(line.rstrip(), highlight=False, soft_wrap=True)
+    low, median, high = np.percentile(lens, [5, 50, 95])
+    console.print(
+        f"shortest {shortest:,}, 5 % {low:,.0f}, median {median:,.0f}, mean {lens.mean():,.1f}, "
+        f"95 % {high:,.0f}, longest {longest:,}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _bin_width(spread: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50 .. that covers the spread in _BINS bins."""
+    width, factors = 1, (2, 2.5, 2)
+    for step in range(60):
+        if width * _BINS >= spread:
+            break
+        width = int(width * factors[step % 3])
+    return width

@@ -1,0 +1,60 @@
+"""The embedded default: a tiny Qwen, a small corpus, and the tour over the project's commands (`make demo`).
+
+`prepare` makes the files that a run with `model.path: demo` starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_ds.demo import corpus
+
+
+@dataclass(frozen=True, slots=True)
+class DemoPaths:
+    """model: the base, a checkpoint folder. train, eval: JSON lines to fine-tune on, and rows that nobody trained on."""
+
+    model: Path
+    train: Path
+    eval: Path
+
+
+def prepare(target: Path) -> DemoPaths:
+    """Make base and data under `target`, or find them there; what is found is always complete.
+
+    The files lie in a folder named after their content, so a newer version never mixes with an older one. Any number
+    of processes may call this at once: each builds beside and renames, and the first one's work stays.
+
+    Raises:
+        UserError: the official vocabulary is missing (see `base.official_vocabulary`).
+    """
+    from qwen_ds.demo import base
+
+    digest = hashlib.sha256(base.PACKED_FILE.read_bytes())
+    settings = [base.CONFIG, base.GENERATION_CONFIG, base.TOKENIZER_CONFIG, base.ROW_STD]
+    digest.update(json.dumps([settings, corpus.train_rows(), corpus.eval_rows()]).encode())
+    folder = target / digest.hexdigest()[:12]
+    paths = DemoPaths(folder / "base", folder / "train.jsonl", folder / "eval.jsonl")
+    if folder.is_dir():
+        return paths
+    target.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=target))
+    try:
+        base.unpack_base(unfinished / "base")
+        corpus.write_rows(corpus.train_rows(), unfinished / "train.jsonl")
+        corpus.write_rows(corpus.eval_rows(), unfinished / "eval.jsonl")
+        unfinished.chmod(0o755)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return paths

@@ -1,0 +1,8 @@
+"""python -m qwen_ds.demo"""
+
+from __future__ import annotations
+
+from qwen_ds.demo.run import main
+from qwen_ds.errors import run_command
+
+run_command(main)

@@ -1,0 +1,205 @@
+"""The tour that `make demo` takes: fine-tune, evaluate, merge, evaluate, with the commands that a user would type.
+
+What the commands print goes into a log file; the terminal shows the commands, how far they are, and what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_ds.demo import corpus
+from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = "launch/recipes/demo.yaml"
+DEFAULT_OUTPUT = "runs/demo"
+SAMPLES = 3
+LOG_LINES = 15
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class StepFailed(Exception):
+    """A command ended with an exit code other than 0."""
+
+
+@dataclass(slots=True)
+class Shell:
+    """Runs the tour's commands in the repository, their output going to `log`."""
+
+    log: Path
+    shows_progress_in_place: bool
+
+    def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
+        """Run one command and wait; `progress` is asked now and then for a line to show.
+
+        Raises:
+            StepFailed: its exit code is not 0.
+        """
+        print(f"  $ {' '.join(words)}", flush=True)
+        program = [sys.executable] if words[0] == "python" else [str(Path(sys.executable).with_name(words[0]))]
+        env = {"OMP_NUM_THREADS": "1"} | os.environ
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {' '.join(words)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                [*program, *words[1:]], cwd=REPOSITORY, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
+            try:
+                self._wait(process, progress)
+            finally:
+                if process.poll() is None:  # only when we are interrupted: the launcher passes it on to its ranks
+                    process.terminate()
+                    process.wait()
+        if process.returncode:
+            raise StepFailed(f"{' '.join(words)} ended with exit code {process.returncode}")
+
+    def _wait(self, process: subprocess.Popen[bytes], progress: Callable[[], str] | None) -> None:
+        shown, shown_at = "", time.monotonic()
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            line = progress() if progress else ""
+            if not line or line == shown:
+                continue
+            if self.shows_progress_in_place:
+                print(f"\r  {line}", end="", flush=True)
+                shown = line
+            elif time.monotonic() - shown_at > SECONDS_BETWEEN_LINES:
+                print(f"  {line}", flush=True)
+                shown, shown_at = line, time.monotonic()
+        if self.shows_progress_in_place and shown:
+            print("\r" + " " * (len(shown) + 2) + "\r", end="", flush=True)
+
+
+def shown(path: Path) -> Path:
+    """The path as seen from the repository, where the commands run."""
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder itself, or with the first number behind its name under which there is nothing yet."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl so far."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+    return []
+
+
+def progress_line(run: Path, total_steps: int) -> str:
+    """How far training is; empty before its first step."""
+    steps = [row for row in read_metrics(run) if "loss" in row]
+    if not steps:
+        return ""
+    last = steps[-1]
+    return f"step {last['step']}/{total_steps}  loss {last['loss']:.3f}  {last['tokens_per_second']:.0f} tokens/s"
+
+
+def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """ROUGE F of the two metrics.json, by the package rouge-score over jieba's words."""
+    names = ("rouge-1", "rouge-2", "rouge-l")
+    first = [before["rouge_score"][name]["f"] for name in names]
+    second = [after["rouge_score"][name]["f"] for name in names]
+    gain = [b - a for a, b in zip(first, second, strict=True)]
+    lines = ["            " + "".join(f"{name.upper():>10}" for name in names)]
+    for name, row, form in (("before", first, ".3f"), ("after", second, ".3f"), ("gain", gain, "+.3f")):
+        lines.append(f"  {name:<10}" + "".join(f"{value:>10{form}}" for value in row))
+    return "\n".join(lines)
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], contents: Sequence[str]) -> str:
+    """Some rows' attributes, reference, and the answers before and after; evenly spread over the rows."""
+    picked = [i * (len(contents) - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
+    blocks = [
+        f"  {contents[i]}\n"
+        f"    reference  {before[i]['reference']}\n"
+        f"    before     {before[i]['prediction']}\n"
+        f"    after      {after[i]['prediction']}"
+        for i in picked
+    ]
+    return "\n".join(blocks)
+
+
+def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> None:
+    """All steps, in order; prints what each came to."""
+    started = time.monotonic()
+    recipe = yaml.safe_load((REPOSITORY / RECIPE).read_text(encoding="utf-8"))
+    launch = ["deepspeed", "--num_gpus", str(num_gpus), "launch/train.py"]
+    if str(run) != DEFAULT_OUTPUT or deepspeed_json:
+        launch += ["--config", RECIPE, "--output_dir", str(run)]
+        launch += ["--deepspeed", deepspeed_json] if deepspeed_json else []
+    folder = REPOSITORY / run
+
+    print("1. Fine-tune with LoRA: from a shop catalogue's style to a lyrical one", flush=True)
+    rows_per_step, epochs = recipe["batch"]["rows_per_step"], recipe["optim"]["epochs"]
+    total_steps = epochs * -(-corpus.TRAIN_ITEMS // rows_per_step)
+    shell.run(launch, lambda: progress_line(folder, total_steps))
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    base, rows = resolved["model"]["path"], resolved["data"]["eval"][0]
+    losses = [row["loss"] for row in read_metrics(folder) if "loss" in row]
+    print(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {time.monotonic() - started:.0f} s\n")
+
+    print("2. Evaluate the base, merge the adapter into it, evaluate the result: on rows that neither saw", flush=True)
+    evaluate = ["python", "-m", "serve.evaluate", "--data", rows, "--model"]
+    shell.run([*evaluate, base, "--output_dir", f"{run}/eval_before"])
+    merge = ["python", "launch/merge.py", "--base", base, "--adapter", f"{run}/adapter", "--output", f"{run}/merged"]
+    shell.run(merge)
+    shell.run([*evaluate, f"{run}/merged", "--output_dir", f"{run}/eval_after"])
+
+    scores = [json.loads((folder / name / "metrics.json").read_text()) for name in ("eval_before", "eval_after")]
+    print(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
+    contents = [json.loads(line)["content"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+    print(side_by_side(read_predictions(folder / "eval_before"), read_predictions(folder / "eval_after"), contents))
+    print(
+        f"\nloss curve   {run}/loss.png\n"
+        f"report       {run}/report.html\n"
+        f"TensorBoard  tensorboard --logdir {run.parent}\n"
+        f"model        {run}/merged\n"
+        f"log          {shown(shell.log)}\n"
+        f"done in {time.monotonic() - started:.0f} s"
+    )
+
+
+def main() -> int:
+    """Parse, run, and say where the log lies when a command fails."""
+    from qwen_ds.config import Parser
+
+    parser = Parser(description="The embedded demo: fine-tune, merge and evaluate a tiny Qwen.")
+    parser.add_argument("--num_gpus", type=int, default=2, help="ranks; GPUs where there are any, else CPU processes")
+    parser.add_argument("--deepspeed", type=str, help="DeepSpeed JSON; the recipe's own otherwise")
+    parser.add_argument("--output_dir", type=str, default=DEFAULT_OUTPUT, help="run folder in the repository")
+    options = parser.parse()
+    folder = free_folder(REPOSITORY / options.output_dir)
+    run, log = shown(folder), folder.with_name(f"{folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("", encoding="utf-8")
+    try:
+        tour(Shell(log, sys.stdout.isatty()), run, options.num_gpus, options.deepspeed)
+    except StepFailed as failure:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        print(f"{tail}\n{failure}; the whole log is {shown(log)}", file=sys.stderr)
+        return EXIT_FAILURE
+    return EXIT_DONE

@@ -1,0 +1,124 @@
+"""Who this process is among the ranks, and the few collectives that the training loop makes, each by its meaning.
+
+The only place that reads a launcher's environment variables: torch and DeepSpeed (RANK, LOCAL_RANK, WORLD_SIZE), Slurm
+(SLURM_*) and Open MPI (OMPI_*). Reading them starts no process group; `train/engine.py` does that.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as torch_dist
+
+from qwen_ds.errors import UserError
+
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def _launcher_number(names: tuple[str, ...], otherwise: int) -> int:
+    for name in names:
+        value = os.environ.get(name)
+        if value is not None:
+            return int(value)
+    return otherwise
+
+
+def rank() -> int:
+    """Index of this process among all ranks; 0 without a launcher."""
+    return _launcher_number(_RANK, 0)
+
+
+def local_rank() -> int:
+    """Index of this process on its machine; 0 without a launcher."""
+    return _launcher_number(_LOCAL_RANK, 0)
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a launcher."""
+    return _launcher_number(_WORLD, 1)
+
+
+def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
+    """Give Slurm's and MPI's numbers the names that torch and DeepSpeed read, and say where the ranks meet."""
+    values = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
+    values |= {} if master_addr is None else {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
+    for name, value in values.items():
+        os.environ.setdefault(name, str(value))
+
+
+def has_rendezvous() -> bool:
+    """Whether the launcher said where the ranks meet."""
+    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+
+
+def _reduced(values: list[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
+    # fp64 on the CPU side of gloo, on the device for NCCL: exact for every token count that fits 2**53.
+    on_gpu = torch_dist.get_backend() == "nccl"
+    tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    torch_dist.all_reduce(tensor, op=op)
+    return tensor.tolist()
+
+
+def sum_floats(*values: float) -> list[float]:
+    """Element-wise sums over all ranks (a collective)."""
+    return _reduced(list(values), torch_dist.ReduceOp.SUM)
+
+
+def max_floats(*values: float) -> list[float]:
+    """Element-wise maxima over all ranks (a collective)."""
+    return _reduced(list(values), torch_dist.ReduceOp.MAX)
+
+
+def barrier() -> None:
+    """Wait for every rank (a collective)."""
+    torch_dist.barrier()
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in rank order (a collective)."""
+    texts: list[str] = [""] * world_size()
+    torch_dist.all_gather_object(texts, text)
+    return texts
+
+
+def once(make: Callable[[], None], name: str) -> None:
+    """Run `make` on rank 0 while all other ranks wait, for as long as it takes; see `once_per_machine`."""
+    _lead(make, f"once/{name}", leads=rank() == 0)
+
+
+def once_per_machine(make: Callable[[], None], name: str) -> None:
+    """Run `make` on the first rank of each machine while the others wait, for as long as it takes.
+
+    The ranks wait at the rendezvous store, not in a collective: preparing a large data set may take longer than any
+    collective's time-out, and a mistake of the user's found by the first rank must reach the others as that mistake.
+
+    Raises:
+        UserError: `make` raised it on the first rank; the waiting ranks raise the same text.
+    """
+    _lead(make, f"once_per_machine/{name}/{rank() - local_rank()}", leads=local_rank() == 0)
+
+
+def _lead(make: Callable[[], None], key: str, *, leads: bool) -> None:
+    if world_size() == 1:
+        make()
+        return
+    store = torch_dist.distributed_c10d._get_default_store()
+    if leads:
+        try:
+            make()
+        except BaseException as error:
+            store.set(key, f"U{error}" if isinstance(error, UserError) else f"E{error!r}")
+            raise
+        store.set(key, "ok")
+        return
+    store.wait([key], datetime.timedelta(days=7))
+    answer = store.get(key).decode()
+    if answer.startswith("U"):
+        raise UserError(answer[1:])
+    if answer.startswith("E"):
+        raise RuntimeError(f"{key} failed on the rank that leads: {answer[1:]}")

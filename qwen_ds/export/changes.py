@@ -1,0 +1,99 @@
+"""What an adapter does to one tensor of the base, computable a block of rows at a time.
+
+Shapes: O output features (rows), I input features, R rank, N rows of the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_ds.model.adapter import Adapter
+
+
+class Change(Protocol):
+    """A change of one tensor. Block by block it gives the same as on the whole tensor."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        """Changed rows, fp32. `block` holds the base's rows from `first` on, fp32, and may be overwritten."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """weight + scaling * B @ A; with magnitudes (DoRA, arXiv:2402.09353), each row of that brought to its magnitude.
+
+    The paper's columns are rows here, since a linear layer stores [O, I]: one magnitude per output feature. So the norm
+    needs one row only, and blocks of rows are exact.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float
+    magnitude_O: Tensor | None
+
+    @property
+    def kind(self) -> str:
+        return "lora" if self.magnitude_O is None else "dora"
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        last = first + block.shape[0]
+        block.addmm_(self.b_OR[first:last], self.a_RI, alpha=self.scaling)
+        if self.magnitude_O is not None:
+            norm_N = torch.linalg.vector_norm(block, dim=1)
+            block.mul_((self.magnitude_O[first:last] / norm_N)[:, None])
+        return block
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A tensor of the adapter's own in place of the base's: modules_to_save and trained biases. Read by the block."""
+
+    adapter: Adapter
+    key: str
+
+    @property
+    def kind(self) -> str:
+        return "saved"
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        return self.adapter.tensor(self.key, first, first + block.shape[0]).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows replaced, the others as they are."""
+
+    values_by_index: dict[int, Tensor]
+
+    @property
+    def kind(self) -> str:
+        return "rows"
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        for index, value in self.values_by_index.items():
+            if first <= index < first + block.shape[0]:
+                block[index - first] = value
+        return block
+
+
+def load_change(adapter: Adapter, name: str) -> Change:
+    """The change of the base's tensor `name`, which must be among `adapter.changed_tensors()`.
+
+    Only what this one tensor needs is read: low-rank matrices and single rows here, a whole saved tensor by the block.
+    """
+    if name in adapter.saved:
+        return Replacement(adapter, adapter.saved[name])
+    module = name.removesuffix(".weight")
+    if module in adapter.token_rows:
+        rows = adapter.token_rows[module]
+        return Rows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
+    pair = adapter.pairs[module]
+    magnitude = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()
+    return LowRank(adapter.tensor(pair.a_key).float(), adapter.tensor(pair.b_key).float(), pair.scaling, magnitude)

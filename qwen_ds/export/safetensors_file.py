@@ -1,0 +1,225 @@
+"""Safetensors files as streams of row blocks, in and out.
+
+The library's own writer wants every tensor of a file at once; a checkpoint's shard is 2 to 10 GB. A file is: the length
+of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets; and `__metadata__`), and
+the tensors' bytes side by side without holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from qwen_ds.errors import UserError
+
+BYTES_PER_ITEM = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+# Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums run side by side.
+BLOCKS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a header says of one tensor. Its rows are its first dimension; a scalar is one row."""
+
+    name: str
+    dtype: str  # as in the file: "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def items_per_row(self) -> int:
+        items = 1
+        for size in self.shape[1:]:
+            items *= size
+        return items
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_rows * self.items_per_row * BYTES_PER_ITEM[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a file in the order of their bytes, which start at `data_start`."""
+
+    path: Path
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+    data_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows first..last of a stored tensor: what is read, changed and written at once."""
+
+    spec: TensorSpec
+    first: int
+    last: int
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.last - self.first) * self.spec.items_per_row * BYTES_PER_ITEM[self.spec.dtype]
+
+
+def row_ranges(spec: TensorSpec, block_bytes: int) -> Iterator[RowRange]:
+    """Cut a tensor into ranges of about `block_bytes`, at least one row each."""
+    rows = max(1, block_bytes // max(1, spec.items_per_row * BYTES_PER_ITEM[spec.dtype]))
+    for first in range(0, spec.num_rows, rows):
+        yield RowRange(spec, first, min(first + rows, spec.num_rows))
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a file's header.
+
+    Raises:
+        UserError: no such file, not safetensors, or its size is not what the header says (a broken download).
+    """
+
+    def bad(reason: str) -> UserError:
+        return UserError(f"{path}: {reason}; expected a whole safetensors file")
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a safetensors file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise bad(f"{size} bytes hold no header")
+        raw = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        placed = sorted(
+            (tuple(entry["data_offsets"]), TensorSpec(name, entry["dtype"], tuple(entry["shape"])))
+            for name, entry in entries.items()
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad(f"a broken header ({type(error).__name__})") from error
+    position = 0
+    for (first, last), spec in placed:
+        if spec.dtype not in BYTES_PER_ITEM:
+            raise bad(f"{spec.name} has dtype {spec.dtype}")
+        if first != position or last - first != spec.num_bytes:
+            raise bad(f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)} puts it")
+        position = last
+    if size != 8 + length + position:
+        raise bad(f"{size} bytes instead of {8 + length + position}")
+    return Header(path, tuple(spec for _, spec in placed), metadata, 8 + length)
+
+
+class BlockReader:
+    """Reads a file from front to back in row ranges, a few ahead of the caller, and hashes every byte on the way.
+
+    All tensors must be read whole and in the file's order; then `sha256()` is that of the file.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._sha256 = hashlib.sha256()
+
+    def blocks(self, ranges: Iterable[RowRange]) -> Iterator[tuple[RowRange, bytearray]]:
+        """Yield each range with its bytes, in memory that the caller may overwrite."""
+        with self._header.path.open("rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as thread:
+
+            def read(num_bytes: int) -> bytearray:
+                block = bytearray(num_bytes)
+                view = memoryview(block)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise UserError(f"{self._header.path}: ended while it was read; expected it to stay as it is")
+                    view = view[count:]
+                self._sha256.update(block)
+                return block
+
+            read(self._header.data_start)
+            pending: deque[tuple[RowRange, Future[bytearray]]] = deque()
+            for rows in ranges:
+                pending.append((rows, thread.submit(read, rows.num_bytes)))
+                if len(pending) > BLOCKS_IN_FLIGHT:
+                    done, block = pending.popleft()
+                    yield done, block.result()
+            while pending:
+                done, block = pending.popleft()
+                yield done, block.result()
+
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+class BlockWriter:
+    """Writes a safetensors file block by block: the header at once, then the tensors' bytes in its order.
+
+    A context manager; leaving it waits for the disk's answers. `safetensors.safe_open` is the oracle in the tests.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[TensorSpec], metadata: dict[str, str]) -> None:
+        self.path = path
+        self._expected = 0
+        # transformers refuses files that do not say which framework's layout they hold.
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+        for spec in tensors:
+            offsets = [self._expected, self._expected + spec.num_bytes]
+            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+            self._expected = offsets[1]
+        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)  # the data start aligned
+        self.header = len(raw).to_bytes(8, "little") + raw
+
+    def __enter__(self) -> BlockWriter:
+        self._sha256 = hashlib.sha256()
+        self._written = 0
+        self._pending: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._file = self.path.open("wb", buffering=0)
+        self._write(memoryview(self.header))
+        return self
+
+    def _write(self, block: memoryview) -> None:
+        rest = block
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._sha256.update(block)
+
+    def write(self, block: memoryview) -> None:
+        """Hand over the next bytes; the caller leaves them alone afterwards."""
+        self._written += block.nbytes
+        self._pending.append(self._thread.submit(self._write, block))
+        if len(self._pending) > BLOCKS_IN_FLIGHT:
+            self._pending.popleft().result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while self._pending and error is None:
+                self._pending.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._file.close()
+        if error is None:
+            assert self._written == self._expected, f"{self.path}: {self._written} bytes, header says {self._expected}"
+            # The library leaves 0600, which a server under another user cannot read.
+            os.chmod(self.path, 0o644)
+
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()

@@ -1,0 +1,1 @@
+"""The model itself, without training: configuration, modeling, tokenizer, ChatML, checkpoint folders, adapters."""

@@ -1,0 +1,360 @@
+"""Adapters in PEFT's format: read them without a model, check them against a base, load them onto a model.
+
+Accepted are the folders that peft writes (ours, the official finetune.py's, LLaMA-Factory's), whatever version wrote
+them, and, where the caller allows pickles, the bare `pytorch_model.bin` or `adapter_model.bin` of older projects. All
+come out under one set of names: the base's own module names, without prefixes and adapter names.
+
+Shapes: O output features, I input features, R rank, N selected rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAMES = ("adapter_model.bin", "pytorch_model.bin")
+PEFT_PREFIX = "base_model.model."
+
+# Whatever wrappers wrote before the model's own names: base_model.model., module., _orig_mod. ...
+_ROOT = re.compile(r"^(?:\w+\.)*?(?=transformer\.|lm_head\.)")
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
+_TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
+_SAVED = re.compile(r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$")
+
+# Options of peft that change what the tensors mean. Ignoring one would give a model that nobody trained.
+_UNSUPPORTED = (
+    "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
+    "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initialisations that take something out of the base: such an adapter is a change to weights that are not the base's.
+_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """The low-rank change of one module: weight_OI + scaling * B_OR @ A_RI, with DoRA's row norms where it has them."""
+
+    a_key: str  # of A_RI
+    b_key: str  # of B_OR
+    magnitude_key: str | None  # of the magnitudes [O] of a DoRA adapter
+    r: int
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Single rows of an embedding or head that the adapter replaces: values [N, I] at `indices`."""
+
+    key: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter on disk: its names, shapes and scalings. Tensors are read when asked for.
+
+    Attributes:
+        folder: where it lies.
+        config: adapter_config.json as peft understands it; made from the shapes when the folder has none.
+        pairs: module name -> its low-rank pair.
+        saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save, trained biases).
+        token_rows: module name -> the rows that it replaces.
+        shapes: key -> shape. Keys are peft's, in its present form (`base_model.model.<module>.lora_A.weight`).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    pairs: dict[str, LoraPair]
+    saved: dict[str, str]
+    token_rows: dict[str, TokenRows]
+    shapes: dict[str, tuple[int, ...]]
+    _names_in_file: dict[str, str]
+    _loaded: Mapping[str, Tensor] | None  # tensors of a pickle; None: they are read from the safetensors file
+
+    def tensor(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
+        """The tensor under `key`, or its rows first..last, in the dtype on disk, in memory of its own."""
+        name = self._names_in_file[key]
+        if self._loaded is not None:
+            whole = self._loaded[name]
+            return whole[first:last].clone() if whole.ndim else whole.clone()
+        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+            if first == 0 and last is None:
+                return file.get_tensor(name).clone()
+            return file.get_slice(name)[first:last].clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors under peft's keys, for `peft.set_peft_model_state_dict`."""
+        return {key: self.tensor(key) for key in self.shapes}
+
+    def changed_tensors(self) -> list[str]:
+        """Names of the base's tensors that this adapter changes."""
+        modules = [f"{module}.weight" for module in (*self.pairs, *self.token_rows)]
+        return sorted({*modules, *self.saved})
+
+
+def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float = 16.0) -> Adapter:
+    """Read names, shapes and configuration of the adapter in `folder`.
+
+    Args:
+        allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with `weights_only=True`, and then a
+            missing adapter_config.json: the rank follows from the shapes.
+        alpha: lora_alpha of such an adapter without a configuration.
+
+    Raises:
+        UserError: no adapter here, not LoRA, an option that cannot be honoured, a tensor that is unknown, alone, empty
+            or of another rank than configured.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    config = _read_config(folder)
+    loaded, shapes_in_file = _open_weights(folder, allow_pickle)
+    if config is None and loaded is None:
+        raise UserError(f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its weights")
+
+    names, parts = _sort_keys(folder, shapes_in_file)
+    if not parts:
+        raise UserError(f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules")
+    shapes = {key: shapes_in_file[name] for key, name in names.items()}
+    _check_pairs(folder, parts, shapes)
+    if config is None:
+        config = _inferred_config(parts, shapes, alpha)
+    pairs = {
+        module: _pair(folder, config, module, keys, shapes)
+        for module, keys in parts.items()
+        if "lora_A" in keys
+    }  # fmt: skip
+    rows = {
+        module: TokenRows(keys["rows"], _token_indices(folder, config, module, shapes[keys["rows"]]))
+        for module, keys in parts.items()
+        if "rows" in keys
+    }
+    kinds = ("weight", "bias")
+    saved = {f"{module}.{kind}": keys[kind] for module, keys in parts.items() for kind in kinds if kind in keys}
+    for module in (*pairs, *rows):
+        if f"{module}.weight" in saved or (module in pairs and module in rows):
+            raise UserError(
+                f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, saved module"
+            )
+    return Adapter(folder, config, pairs, saved, rows, shapes, names, loaded)
+
+
+def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare every tensor of the adapter with the base's shapes (parameter name -> shape).
+
+    Raises:
+        UserError: names the first tensor that does not fit, its shape and the base's.
+    """
+
+    def weight_shape(name: str, key: str) -> tuple[int, ...]:
+        if name not in base_shapes:
+            raise UserError(f"{adapter.folder}: {key} changes {name}, which this base does not have")
+        return base_shapes[name]
+
+    def require(key: str, expected: tuple[int, ...], name: str) -> None:
+        if adapter.shapes[key] != expected:
+            raise UserError(
+                f"{adapter.folder}: {key} is {list(adapter.shapes[key])}; expected {list(expected)}, since the base's"
+                f" {name} is {list(base_shapes[name])}: an adapter of another base"
+            )
+
+    for module, pair in adapter.pairs.items():
+        name = f"{module}.weight"
+        shape = weight_shape(name, pair.a_key)
+        if len(shape) != 2:
+            raise UserError(f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a matrix")
+        require(pair.a_key, (pair.r, shape[1]), name)
+        require(pair.b_key, (shape[0], pair.r), name)
+        if pair.magnitude_key is not None:
+            require(pair.magnitude_key, (shape[0],), name)
+    for name, key in adapter.saved.items():
+        require(key, weight_shape(name, key), name)
+    for module, rows in adapter.token_rows.items():
+        name = f"{module}.weight"
+        shape = weight_shape(name, rows.key)
+        require(rows.key, (len(rows.indices), *shape[1:]), name)
+        last = max(rows.indices)
+        if last >= shape[0]:
+            raise UserError(f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+    """Put the adapter in `folder` (a stock PEFT folder) onto `model` for inference, in eval mode.
+
+    The model's modules are wrapped in place. LoRA matrices keep fp32; the rest keeps the model's dtype.
+
+    Raises:
+        UserError: as `read_adapter` and `check_adapter_fits`.
+    """
+    from peft import PeftModel
+
+    adapter = read_adapter(folder)
+    check_adapter_fits(adapter, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    # The model's own device: peft by itself would put the adapter on the first GPU that it sees.
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        came = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{path}: peft_type is {came!r}; expected 'LORA'")
+    used = [name for name in _UNSUPPORTED if config.get(name)]
+    if used:
+        raise UserError(f"{path}: {used[0]} is {config[used[0]]!r}; expected an adapter trained without it")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_INIT_CHANGES_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is {init!r}, which trains against a changed base; expected an adapter that was"
+            " saved with peft's conversion to plain LoRA"
+        )
+    rank, lora_alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(lora_alpha, int | float):
+        raise UserError(f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a number")
+    return config
+
+
+def _open_weights(folder: Path, allow_pickle: bool) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
+    """The tensors of a pickle, or None for a safetensors file; and the shape of each tensor, under the file's names."""
+    path = folder / WEIGHTS_NAME
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                return None, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    pickles = [folder / name for name in PICKLE_NAMES if (folder / name).is_file()]
+    if not pickles:
+        raise UserError(f"{folder}: no {WEIGHTS_NAME}; expected a PEFT adapter folder")
+    if not allow_pickle:
+        raise UserError(f"{pickles[0]}: a pickle; expected {WEIGHTS_NAME}")
+    try:
+        loaded = torch.load(pickles[0], map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{pickles[0]}: not a file of plain tensors ({str(error).splitlines()[0]})") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{pickles[0]}: holds a {type(loaded).__name__}; expected a dict of tensors")
+    loaded = {name: tensor.detach() for name, tensor in loaded.items()}
+    return loaded, {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+
+
+def _sort_keys(folder: Path, in_file: Mapping[str, object]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """peft's key -> name in the file; and module -> what is stored for it ("lora_A", "rows", "weight" ...) -> key."""
+    names: dict[str, str] = {}
+    parts: dict[str, dict[str, str]] = {}
+    for name in in_file:
+        prefix = _ROOT.match(name)
+        short = name[prefix.end() :] if prefix else ""
+        if match := _LORA.match(short):
+            kind, suffix = f"lora_{match['side']}", f"lora_{match['side']}.weight"
+        elif match := _MAGNITUDE.match(short):
+            kind = suffix = "lora_magnitude_vector"
+        elif match := _TOKEN_ROWS.match(short):
+            kind, suffix = "rows", "token_adapter.trainable_tokens_delta"
+        elif (match := _SAVED.match(short)) and not re.search(r"\.(lora_|original_module|token_adapter)", short):
+            kind = suffix = match["parameter"]
+        else:
+            raise UserError(
+                f"{folder}: unknown tensor {name}; expected PEFT's names on Qwen's modules, such as"
+                f" {PEFT_PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"
+            )
+        key = f"{PEFT_PREFIX}{match['module']}.{suffix}"
+        if key in names:
+            raise UserError(f"{folder}: {name} and {names[key]} are the same tensor; expected one adapter in the file")
+        names[key] = name
+        parts.setdefault(match["module"], {})[kind] = key
+    return names, parts
+
+
+def _check_pairs(folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for keys in parts.values():
+        for kind, partner in (("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_magnitude_vector", "lora_A")):
+            if kind in keys and partner not in keys:
+                raise UserError(f"{folder}: {keys[kind]} has no {partner} beside it; expected both")
+            if kind in keys and (0 in shapes[keys[kind]] or len(shapes[keys[kind]]) != (1 if "mag" in kind else 2)):
+                raise UserError(
+                    f"{folder}: {keys[kind]} is {list(shapes[keys[kind]])}; expected a whole tensor (saved under ZeRO-3"
+                    " without gathering?)"
+                )
+
+
+def _inferred_config(
+    parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
+) -> dict[str, Any]:
+    ranks = {module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": usual,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {module: r for module, r in ranks.items() if r != usual},
+        "alpha_pattern": {},
+        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys) or None,
+        "use_dora": any("lora_magnitude_vector" in keys for keys in parts.values()),
+        "use_rslora": False,
+        "bias": "none",
+    }
+
+
+def _pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that names `module`, by peft's rule: a regular expression for its last parts."""
+    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def _pair(
+    folder: Path, config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> LoraPair:
+    r = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
+    came = shapes[keys["lora_A"]]
+    if came[0] != r:
+        raise UserError(f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says")
+    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    has_magnitude = "lora_magnitude_vector" in keys
+    if has_magnitude != bool(config.get("use_dora")):
+        raise UserError(
+            f"{folder}: {module} comes {'with' if has_magnitude else 'without'} lora_magnitude_vector;"
+            f" {CONFIG_NAME} says use_dora {bool(config.get('use_dora'))}"
+        )
+    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root of the rank.
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return LoraPair(keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), r, scaling)
+
+
+def _token_indices(folder: Path, config: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    configured = config.get("trainable_token_indices")
+    # peft's short form, a bare list, means the input embedding.
+    found = configured if isinstance(configured, list) else _pattern_value(configured, module, None)
+    if not isinstance(found, list) or len(found) != shape[0] or not all(isinstance(i, int) and i >= 0 for i in found):
+        count = len(found) if isinstance(found, list) else "none"
+        raise UserError(f"{folder}: {module} replaces {shape[0]} rows; trainable_token_indices lists {count} for it")
+    return tuple(found)

@@ -1,0 +1,294 @@
+"""Chatting the official way: `model.chat`, `model.chat_stream` and the functions around them.
+
+Signatures and results are those of the official code, so that callers need not change. Where results differ on purpose,
+the docstring says so.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
+
+if TYPE_CHECKING:
+    from qwen_ds.model.tokenizer import QWenTokenizer
+
+History = Sequence[Sequence[str]]  # (query, response) pairs, the oldest first
+MAX_WINDOW_SIZE = 6144  # tokens; the official default
+
+
+def make_context(
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: History | None = None,
+    system: str = "",
+    max_window_size: int = MAX_WINDOW_SIZE,
+    chat_format: str = "chatml",
+) -> tuple[str, list[int]]:
+    """The prompt of a chat as text and as ids.
+
+    Of the history only so many of the latest pairs are kept that system turn and history together stay below
+    max_window_size tokens; the query is not counted. No text yields a control token. "raw", for base models, is the
+    bare query, which is the whole prompt: control tokens spelled in it are meant.
+    """
+    encoding = tokenizer.encoding
+    if chat_format == "raw":
+        return query, encoding.with_specials(query)
+    if chat_format != "chatml":
+        raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
+    size = len(turn_ids(encoding, "system", system)) - 1  # a line break belongs to the turn that follows it
+    kept: list[Turn] = []
+    for asked, answered in reversed(history or ()):
+        pair = [Turn("user", asked), Turn("assistant", answered)]
+        size += sum(len(turn_ids(encoding, turn.role, turn.text)) for turn in pair)
+        if size >= max_window_size:
+            break
+        kept = pair + kept
+    turns = [Turn("system", system), *kept, Turn("user", query)]
+    return render_turns(turns, add_generation_prompt=True), encode_turns(encoding, turns, add_generation_prompt=True)
+
+
+def decode_tokens(
+    tokens: Tensor | Sequence[int],
+    tokenizer: QWenTokenizer,
+    raw_text_len: int,
+    context_length: int,
+    chat_format: str,
+    verbose: bool = False,
+    return_end_reason: bool = False,
+    errors: str = "replace",
+) -> str | tuple[str, str]:
+    """The response among `tokens`, which are the context_length ids of a prompt and the generated ones after them.
+
+    The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is stripped.
+    Three results differ from the official code's, which are accidents of its way to cut: a response without an end
+    token keeps its last token; the prompt is cut off by its tokens and not by its characters (raw_text_len has no
+    effect), so that text which NFC shortens loses nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
+
+    Returns:
+        The response, and with return_end_reason also what ended it, in the official words.
+    """
+    if chat_format not in ("chatml", "raw"):
+        raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
+    ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    turn_ends = (tokenizer.im_start_id, tokenizer.im_end_id) if chat_format == "chatml" else ()
+    end_reason, end = f"Gen length {len(ids)}", len(ids)
+    for place in range(context_length, len(ids)):
+        if ids[place] in turn_ends or ids[place] == tokenizer.eod_id:
+            end = place
+            if ids[place] in turn_ends:
+                end_reason = f"Gen {tokenizer.encoding.decode([ids[place]])!r}"
+            break
+    response = tokenizer.encoding.decode(ids[context_length:end], errors).strip()
+    if verbose:
+        print(f"Raw generate: {tokenizer.encoding.decode(ids[context_length:], errors)!r}\nEnd reason: {end_reason}")
+    return (response, end_reason) if return_end_reason else response
+
+
+def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[int]]:
+    """Token sequences at which generation ends, besides the eos token."""
+    if chat_format == "raw":
+        return [tokenizer.encoding.ordinary("Human:"), [tokenizer.eod_id]]
+    if chat_format == "chatml":
+        return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+    raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
+
+
+class StopWordsLogitsProcessor(LogitsProcessor):
+    """Forces the eos token behind a stop word, also behind one at the end of the prompt.
+
+    Args:
+        stop_words_ids: non-empty token sequences; one that is just the eos token is left out.
+        eos_token_id: the token to force; of several, the first.
+    """
+
+    def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int | Sequence[int]):
+        eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        for word in stop_words_ids:
+            if not word or any(not isinstance(token, int) or token < 0 for token in word):
+                raise ValueError(f"stop_words_ids holds {word!r}; expected non-empty lists of token ids")
+        self.stop_words = [list(word) for word in stop_words_ids if list(word) not in [[eos] for eos in eos_ids]]
+        self.eos_token_id = eos_ids[0]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for word in self.stop_words:
+            if len(word) <= input_ids.shape[1]:
+                ended_B |= (input_ids[:, -len(word) :] == torch.tensor(word, device=input_ids.device)).all(-1)
+        forced_V = torch.full_like(scores[0], -torch.inf)
+        forced_V[self.eos_token_id] = 0.0
+        return torch.where(ended_B.unsqueeze(-1), forced_V, scores)
+
+
+class _OnlyRealTokens(LogitsProcessor):
+    """The embedding has more rows than there are tokens; those rows must never be chosen."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.arange(self.num_tokens, scores.shape[1], device=scores.device), -torch.inf)
+
+
+class ChatMixin:
+    """`generate` with stop words, `chat` and `chat_stream`, for a class that has GenerationMixin behind this one."""
+
+    generation_config: GenerationConfig
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate, and: a row ends (with the eos token) behind any of stop_words_ids.
+
+        The official code drops the attention mask of a batch with one row. Here it is honoured.
+        """
+        config = self.generation_config if generation_config is None else generation_config
+        if stop_words_ids is None:
+            stop_words_ids = getattr(config, "stop_words_ids", None)
+        if stop_words_ids:
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            eos = self.generation_config.eos_token_id if eos is None else eos
+            if eos is None:
+                raise ValueError("stop_words_ids are given and no eos_token_id; expected one to end a row with")
+            stop = StopWordsLogitsProcessor(stop_words_ids, eos)
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), stop])
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
+
+    def chat(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        stream: object = None,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[Sequence[str]]]:
+        """Answer a query. Returns the response and the history with this exchange appended, as a new list.
+
+        `chat_format` and `max_window_size` of the generation config are honoured; kwargs go to `generate`. The
+        response is cut out by `decode_tokens`, whose differences to the official code apply; and rows of the embedding
+        that are no tokens are never generated.
+
+        Raises:
+            ValueError: the generation config belongs to a base model (chat_format is not "chatml").
+        """
+        if stream is not None:
+            raise ValueError("chat() does not stream; call chat_stream() instead")
+        raw_text, context, options = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
+        words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
+        outputs = self.generate(
+            **self._chat_inputs(context),
+            generation_config=generation_config,
+            logits_processor=LogitsProcessorList([_OnlyRealTokens(len(tokenizer))]),
+            stop_words_ids=words,
+            **options,
+        )
+        sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
+        response = decode_tokens(sequences[0], tokenizer, len(raw_text), len(context), "chatml")
+        assert isinstance(response, str)
+        return response, [*(history or ()), (query, response)]
+
+    def chat_stream(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """As `chat`, yielding after every token the whole response so far; incomplete characters are held back.
+
+        Unlike the official code, which always samples, this honours do_sample. Control tokens are left out of the text.
+        """
+        _, context, options = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
+        words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
+        new_tokens = self.generate(
+            **self._chat_inputs(context),
+            generation_config=generation_config,
+            logits_processor=LogitsProcessorList([*(logits_processor or ()), _OnlyRealTokens(len(tokenizer))]),
+            stop_words_ids=words,
+            custom_generate=stream_tokens,
+            **options,
+        )
+
+        def texts() -> Iterator[str]:
+            ids: list[int] = []
+            for token in new_tokens:
+                if token < tokenizer.eod_id:  # the ids from there on are control tokens
+                    ids.append(token)
+                yield tokenizer.encoding.decode(ids, errors="ignore")
+
+        return texts()
+
+    def _chat_prompt(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[str, list[int], dict[str, Any]]:
+        """The prompt as text and ids, and what of kwargs is left for generate."""
+        config = self.generation_config if generation_config is None else generation_config
+        # transformers' object: the official keys are there only if the folder's generation_config.json has them.
+        chat_format = getattr(config, "chat_format", "chatml")
+        if chat_format != "chatml":
+            raise ValueError(
+                f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a base model"
+            )
+        options = dict(kwargs)
+        window = options.pop("max_window_size", None) or getattr(config, "max_window_size", MAX_WINDOW_SIZE)
+        raw_text, context = make_context(tokenizer, query, history, system, window, chat_format)
+        return raw_text, context, options
+
+    def _chat_inputs(self, context: list[int]) -> dict[str, Tensor]:
+        ids = torch.tensor([context], device=self.device)  # type: ignore[attr-defined]  # PreTrainedModel's
+        return {"inputs": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def stream_tokens(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Iterator[int]:
+    """The decoding loop of `generate` for one row, as a generator of its new tokens (a `custom_generate`)."""
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"cannot stream {input_ids.shape[0]} rows or beams; expected one row and num_beams 1")
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            token_B = torch.multinomial(scores_BV.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            token_B = scores_BV.argmax(-1)
+        input_ids = torch.cat([input_ids, token_B.unsqueeze(1)], dim=-1)
+        yield int(token_B)
+        if bool(stopping_criteria(input_ids, None).all()):
+            return
+        new = 1 if model_kwargs["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)

@@ -1,0 +1,142 @@
+"""The one ChatML of the project: training rows, prompts, the chat template and the API all build theirs from here.
+
+A turn is `<|im_start|>role\\ntext<|im_end|>\\n`. The control tokens are put in as ids and the text between them is
+encoded by itself, so a text that spells `<|im_end|>` stays text: it cannot close its turn and open another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from qwen_ds.errors import UserError
+
+if TYPE_CHECKING:  # tokenizer.py builds its chat template from this module
+    from qwen_ds.model.tokenizer import Encoding
+
+IGNORE = -100  # the label of a token that must not be learnt: torch's cross_entropy leaves it out
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+# The same text as a Jinja template, for engines that know nothing of this package: it travels with a saved tokenizer.
+# They encode the finished text, so there a control token spelled in a message is one.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: role is "user" or "assistant" ("system" only where a list of turns stands for chat messages)."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A system text (None: none was given, so the default stands in) and alternating turns, the user's first."""
+
+    system: str | None
+    turns: tuple[Turn, ...]
+
+
+Messages = Sequence[Mapping[str, object]]  # [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it
+
+
+def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM) -> list[Turn]:
+    """All turns with the system turn in front; `system` stands in where the conversation brings none.
+
+    Messages are checked: a role of ROLES, and a content that is a string or a list of {"type": "text", "text": ..}
+    parts (joined without a separator). Raises UserError naming the message.
+    """
+    if isinstance(conversation, Conversation):
+        given = system if conversation.system is None else conversation.system
+        return [Turn("system", given), *conversation.turns]
+    turns = [_turn(message, place) for place, message in enumerate(conversation)]
+    if not turns:
+        raise UserError("the chat is empty; expected at least one message")
+    return turns if turns[0].role == "system" else [Turn("system", system), *turns]
+
+
+def _turn(message: object, place: int) -> Turn:
+    if not isinstance(message, Mapping):
+        raise UserError(f"messages[{place}] is {type(message).__name__}; expected an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return Turn(str(role), content)
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"messages[{place}].content is not text; expected a string or a list of text parts")
+    return Turn(str(role), "".join(str(text) for text in texts))
+
+
+def text_ids(enc: Encoding, text: str, parse_specials: bool = False) -> list[int]:
+    """A text's ids: never a special one, unless `parse_specials` asks for those spelled in it."""
+    return enc.with_specials(text) if parse_specials else enc.ordinary(text)
+
+
+@lru_cache(maxsize=64)
+def header_ids(enc: Encoding, role: str) -> tuple[int, ...]:
+    """`<|im_start|>role\\n`, what stands before a turn's text."""
+    return (enc.im_start_id, *enc.ordinary(role), *enc.ordinary("\n"))
+
+
+@lru_cache(maxsize=8)
+def footer_ids(enc: Encoding) -> tuple[int, ...]:
+    """`<|im_end|>\\n`, what stands behind a turn's text."""
+    return (enc.im_end_id, *enc.ordinary("\n"))
+
+
+def turn_ids(enc: Encoding, role: str, text: str, parse_specials: bool = False) -> list[int]:
+    """`<|im_start|>role\\ntext<|im_end|>\\n`; role, line breaks and text are each encoded by themselves."""
+    return [*header_ids(enc, role), *text_ids(enc, text, parse_specials), *footer_ids(enc)]
+
+
+def encode_turns(
+    enc: Encoding,
+    turns: Sequence[Turn],
+    add_generation_prompt: bool = False,
+    continue_final_turn: bool = False,
+    parse_specials: bool = False,
+) -> list[int]:
+    """The turns one after another; then `<|im_start|>assistant\\n`, or the last turn left open after its text."""
+    ids = [token for turn in turns for token in turn_ids(enc, turn.role, turn.text, parse_specials)]
+    if continue_final_turn:
+        return ids[: -len(footer_ids(enc))]
+    return [*ids, *header_ids(enc, "assistant")] if add_generation_prompt else ids
+
+
+def render_turns(turns: Sequence[Turn], add_generation_prompt: bool = False, continue_final_turn: bool = False) -> str:
+    """`encode_turns` as text. A control token spelled in a turn cannot be told from a real one here."""
+    text = "".join(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n" for turn in turns)
+    if continue_final_turn:
+        return text.removesuffix("<|im_end|>\n")
+    return f"{text}<|im_start|>assistant\n" if add_generation_prompt else text
+
+
+def encode_prompt(
+    enc: Encoding,
+    conversation: Conversation | Messages,
+    parse_specials: bool = False,
+    system: str = DEFAULT_SYSTEM,
+) -> list[int]:
+    """What the model answers to: every turn, and at the end `<|im_start|>assistant\\n`. Texts are not stripped.
+
+    `system` stands in where the conversation brings none. The ids are those of the official make_context.
+    """
+    return encode_turns(enc, turns_of(conversation, system), add_generation_prompt=True, parse_specials=parse_specials)

@@ -1,0 +1,101 @@
+"""Configuration of the original Qwen (`model_type: "qwen"`), in both generations of its keys."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from qwen_ds.errors import UserError
+
+
+@strict
+class QWenConfig(PreTrainedConfig):
+    """Shape and behaviour of a Qwen v1 model.
+
+    Attributes carry the names of September 2023 (`hidden_size`, `num_hidden_layers` ...). Files of August 2023
+    (`n_embd`, `n_layer`, `n_head`, `n_positions`, `ffn_hidden_size`, `padded_vocab_size` ...) load into the same
+    attributes, and what such a file leaves out gets the default of its own time: no dynamic NTK, no LogN, eps 1e-5,
+    seq_length 2048 (September: both on, 1e-6, 8192). `padded_vocab_size`, where present, is the number of rows of the
+    embedding and replaces `vocab_size`.
+
+    Args (those whose meaning the name does not give):
+        kv_channels: width of one attention head; kv_channels * num_attention_heads must be hidden_size.
+        intermediate_size: twice the width of `w1` and `w2`, as in the official files.
+        seq_length: longest training length S; beyond it dynamic NTK and LogN act, at inference only.
+        rotary_emb_base: base of the rotary frequencies (10000; 1e6 in the 72B model).
+        no_bias: no bias in `attn.c_proj` and the MLP (`attn.c_attn` always has one).
+        bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, `dtype=` wins over them.
+
+    Raises:
+        UserError: a geometry or an option that no official model has and that this model does not implement.
+    """
+
+    model_type: ClassVar[str] = "qwen"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "ffn_hidden_size": "intermediate_size",
+        "padded_vocab_size": "vocab_size",
+        "embd_pdrop": "emb_dropout_prob",
+        "attn_pdrop": "attn_dropout_prob",
+        "head_dim": "kv_channels",  # what transformers' static cache asks for
+    }
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    kv_channels: int = 128
+    intermediate_size: int = 22016
+    layer_norm_epsilon: float | None = None
+    seq_length: int | None = None
+    max_position_embeddings: int = 8192
+    rotary_emb_base: int | float = 10000
+    rotary_pct: int | float = 1.0
+    use_dynamic_ntk: bool | None = None
+    use_logn_attn: bool | None = None
+    no_bias: bool = True
+    scale_attn_weights: bool = True
+    initializer_range: float = 0.02
+    emb_dropout_prob: int | float = 0.0
+    attn_dropout_prob: int | float = 0.0
+    use_cache: bool = True
+    bf16: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    tie_word_embeddings: bool = False
+    tokenizer_class: str | None = "QWenTokenizer"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        august = "n_embd" in kwargs or "n_layer" in kwargs
+        # The classes here are the only ones that ever serve this config: a reference to code in the folder must neither
+        # be followed nor be written back into a saved checkpoint.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        if self.layer_norm_epsilon is None:
+            self.layer_norm_epsilon = 1e-5 if august else 1e-6
+        if self.seq_length is None:
+            self.seq_length = 2048 if august else 8192
+        if self.use_dynamic_ntk is None:
+            self.use_dynamic_ntk = not august
+        if self.use_logn_attn is None:
+            self.use_logn_attn = not august
+        self._check()
+
+    def _check(self) -> None:
+        if self.kv_channels * self.num_attention_heads != self.hidden_size:
+            raise UserError(
+                f"config: kv_channels {self.kv_channels} x num_attention_heads {self.num_attention_heads} is not "
+                f"hidden_size {self.hidden_size}; expected equality, as in every official Qwen"
+            )
+        for name, expected in (("rotary_pct", 1.0), ("scale_attn_weights", True), ("tie_word_embeddings", False)):
+            found = self.__dict__[name]
+            if found != expected:
+                raise UserError(f"config: {name} is {found}; expected {expected}, as in every official Qwen")
+        if self.bf16 + self.fp16 + self.fp32 > 1:
+            raise UserError("config: at most one of bf16, fp16, fp32 may be true")

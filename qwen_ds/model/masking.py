@@ -1,0 +1,75 @@
+"""Which keys a query may see, and when attention needs no mask to know.
+
+Shapes: B rows, T new tokens (queries), K keys (cached and new).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """What attention needs to know about padding and order."""
+
+    mask: Tensor | None  # bool (True: visible) or additive, [B or 1, 1, T, K]
+    is_causal: bool  # SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left
+    left_pads_B: Tensor | None  # int64 [B]: padding before each row's first token; None: no row has any
+
+
+def visibility(
+    attention_mask: Tensor | None, num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device
+) -> Visibility:
+    """Decide the mask of a forward.
+
+    Right padding needs none: a real token never looks to its right. So a mask is built only for padding before or
+    inside a row, or where several queries meet a longer row of keys.
+
+    Args:
+        attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], used as it is (bool or additive).
+        num_keys: K. Larger than past + T in caches allocated up front.
+        past_len: tokens in the cache (a tensor in static caches).
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return Visibility(attention_mask, is_causal=False, left_pads_B=None)
+    real_BK = None if attention_mask is None else _real_keys(attention_mask, num_queries, num_keys, past_len)
+    if real_BK is None:
+        if num_queries == num_keys:
+            return Visibility(None, is_causal=True, left_pads_B=None)
+        if num_queries == 1 and isinstance(past_len, int) and num_keys == past_len + 1:
+            return Visibility(None, is_causal=False, left_pads_B=None)
+        return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False, left_pads_B=None)
+    queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
+    keys_K = torch.arange(num_keys, device=device)
+    # Padding in front of a row sees itself: a softmax over no key at all would be NaN.
+    in_front_BK = real_BK.cumsum(-1) == 0
+    mask = (keys_K <= queries_T1) & real_BK[:, None, None, :]
+    mask = mask | ((keys_K == queries_T1) & in_front_BK[:, None, None, :])
+    return Visibility(mask, is_causal=False, left_pads_B=real_BK.int().argmax(-1))
+
+
+def causal_mask(num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device) -> Tensor:
+    """bool [1, 1, T, K]: query t, at index past + t, sees the keys up to its own."""
+    queries_T = torch.arange(num_queries, device=device) + past_len
+    return (torch.arange(num_keys, device=device) <= queries_T.unsqueeze(-1))[None, None]
+
+
+def _real_keys(mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor) -> Tensor | None:
+    """The mask as bool [B, K], or None where it only marks padding to the right and so hides nothing."""
+    if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
+        raise ValueError(
+            f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the {past_len} cached and "
+            f"{num_queries} new tokens"
+        )
+    real_BT = mask_BT.bool()
+    # The only look at values, one synchronisation on an accelerator; training never passes a mask.
+    if bool(real_BT[:, 0].all() & (real_BT[:, 1:] <= real_BT[:, :-1]).all()):
+        return None
+    return F.pad(real_BT, (0, num_keys - real_BT.shape[-1]), value=True)

@@ -1,0 +1,79 @@
+"""Rotary embedding, dynamic NTK and LogN of Qwen v1, as pure functions of positions and lengths.
+
+Nothing here lives in a module: transformers re-initialises every module whose non-persistent buffers are missing from
+the checkpoint, so tables kept as buffers would silently ruin weights on loading (test_loading_changes_no_weight).
+
+Shapes: B rows, T tokens, H heads, D head width, F = D / 2 rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MAX_DOUBLINGS = 24  # S * 2^24 tokens: longer than any context
+
+
+def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
+    """Alpha of dynamic NTK for rows of `lens` tokens: max(2^ceil(log2(L/S) + 1) - 1, 1) for S = seq_length.
+
+    Counted in integers, k doublings of S being needed to hold L: 2^(k+1) - 1. Unlike the logarithm that is exact at
+    every power of two, and it needs neither Python nor a synchronisation on an accelerator.
+
+    Args:
+        lens: int64, any shape: true lengths in tokens.
+    Returns:
+        int64 of the same shape: 1 up to S, 3 up to 2S, 7 up to 4S ...
+    """
+    limits = seq_length * 2 ** torch.arange(_MAX_DOUBLINGS, device=lens.device)
+    doublings = (lens.unsqueeze(-1) > limits).sum(-1)
+    return 2 ** (doublings + 1) - 1
+
+
+def rotary_tables(
+    position_ids_BT: Tensor, head_dim: int, base: float, alpha_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, position * b^(-2i/D), with b = base * alpha^(D/(D-2)).
+
+    The half-split rotation uses each angle for dimension i and for i + D/2, so only D/2 are made.
+
+    Args:
+        position_ids_BT: int64 [B or 1, T].
+        alpha_B: int64 [B], alpha of dynamic NTK per row; None is 1 for all.
+    Returns:
+        cos and sin, fp32 [B or 1, T, F].
+    """
+    exponents_F = torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32) / head_dim
+    if alpha_B is None:
+        inv_freq_F = 1.0 / torch.pow(float(base), exponents_F)
+        angles = position_ids_BT.float().unsqueeze(-1) * inv_freq_F
+    else:
+        # The scaled base is a float64 in the official code and rounded once, on entering the power.
+        base_B = float(base) * alpha_B.double() ** (head_dim / (head_dim - 2))
+        inv_freq_BF = 1.0 / torch.pow(base_B.float().unsqueeze(-1), exponents_F)
+        angles = position_ids_BT.float().unsqueeze(-1) * inv_freq_BF.unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
+    """LogN: max(1, log_S(p + 1)) for a query at 0-based position p, S = seq_length.
+
+    Computed in float64 and rounded to fp32; the model rounds it again to its own dtype, as the official table is.
+
+    Returns:
+        fp32, same shape as position_ids_BT.
+    """
+    return (torch.log(position_ids_BT.double() + 1) / math.log(seq_length)).clamp(min=1.0).float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension of x by the given angles: fp32 inside, rounded once to x's dtype.
+
+    Args:
+        x: [..., D], any floating dtype.
+        cos, sin: fp32, broadcastable to [..., D / 2].
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,119 @@
+"""The loss: cross-entropy summed over the target tokens, with logits that exist a chunk at a time.
+
+Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ds.model.chatml import IGNORE
+
+# fp32 logits of one chunk: 441 tokens of the 151,936-row vocabulary.
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunk_tokens(vocab_rows: int) -> int:
+    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16."""
+    return max(16, CHUNK_BYTES // (4 * vocab_rows))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy in one: the gradient with respect to the hidden states is made on the way forward, while
+    a chunk's logits exist, so nothing of size [N, V] is kept and the frozen head is not needed in the backward pass.
+
+    d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
+        # Thousands of chunks may add up in it, so the head's gradient accumulates in fp32.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        step = chunk_tokens(weight_VD.shape[0])
+        for start in range(0, hidden_ND.shape[0], step):
+            hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
+            logits_CV = F.linear(hidden_CD, weight_VD).float()
+            normaliser_C = torch.logsumexp(logits_CV, dim=-1)
+            target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
+            loss_sum += (normaliser_C - target_logits_C).sum()
+            if grad_hidden_ND is None and grad_weight_VD is None:
+                continue
+            grad_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
+            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1.0
+            grad_CV = grad_CV.to(weight_VD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + step])
+            if grad_weight_VD is not None:
+                grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad_loss,) = grads
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        if grad_hidden_ND is not None:
+            grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden_ND, grad_weight_VD, None
+
+
+def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum over the tokens of -log softmax(hidden weight^T)[target].
+
+    Args:
+        hidden_ND: hidden states that predict the targets, any float dtype.
+        weight_VD: the head, same dtype.
+        targets_N: int64 ids.
+
+    Returns:
+        fp32 scalar; zero (and zero gradients) for N = 0. The softmax is fp32.
+    """
+    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N)
+
+
+class LossHead(nn.Module):
+    """The head as the training step sees it. A module of its own so that ZeRO-3, which gathers parameters at module
+    boundaries, brings in lm_head once for all chunks (the engine registers the weight with it); the head stays a
+    child of the model alone, or every parameter would have two names."""
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self._lm_head = (lm_head,)  # a tuple hides it from nn.Module's registration
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._lm_head[0].weight
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], where labels are not IGNORE."""
+        targets_BT = labels_BT[:, 1:]
+        learnt_BT = targets_BT != IGNORE
+        # Gather first: of an ADGEN row some 60 % are targets, of a padded one fewer; the rest needs no logits.
+        hidden_ND = hidden_BTD[:, :-1][learnt_BT]
+        return cross_entropy_sum(hidden_ND, self.weight, targets_BT[learnt_BT])
+
+
+class TrainingModel(nn.Module):
+    """What DeepSpeed trains: (ids, labels) -> loss sum. No attention mask: rows are right-padded, and under a causal
+    mask a real token never sees the pads to its right (test_padding_a_row_does_not_change_its_loss)."""
+
+    def __init__(self, model: nn.Module, transformer: nn.Module, lm_head: nn.Linear) -> None:
+        """`model` is the model or its PEFT wrapper, whose parameters are trained; the others are parts of it."""
+        super().__init__()
+        self.model = model
+        self._transformer = (transformer,)
+        self.loss_head = LossHead(lm_head)
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        hidden_BTD = self._transformer[0](input_ids=ids_BT, use_cache=False).last_hidden_state
+        return self.loss_head(hidden_BTD, labels_BT)

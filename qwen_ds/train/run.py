@@ -1,0 +1,90 @@
+"""One training run from its options to its report, in the order in which things can go wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen_ds import dist
+from qwen_ds.config import LoadedRecipe, Recipe, load_recipe
+from qwen_ds.report import write_report
+from qwen_ds.runlog import log_to_file, say
+from qwen_ds.train import ds_config, engine, runfolder, setup
+from qwen_ds.train.loop import describe, total_steps, train
+from qwen_ds.train.output import Output
+
+log = logging.getLogger(__name__)
+
+
+def run(argv: list[str], note: str = "") -> int:
+    """Train as the options say; returns the exit code.
+
+    Raises:
+        UserError: the recipe, the data, the model or the folder is wrong, or the loss is not finite.
+    """
+    loaded = load_recipe(argv)
+    device = engine.choose_device(loaded.recipe.device)
+    engine.start_process_group(device, loaded.recipe.distributed.timeout_minutes)
+    try:
+        return _run(loaded, device, note)
+    finally:
+        engine.stop_process_group()
+
+
+def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
+    folder = Path(loaded.recipe.output_dir)
+    dist.once(lambda: runfolder.claim(folder), "claim the run folder")
+    log_to_file(folder / "logs")
+    if note:
+        say(note)
+    config = ds_config.read_json(loaded.recipe.deepspeed)
+    loaded = setup.find_sources(loaded)
+    hidden_size = int(json.loads((Path(loaded.recipe.model.path) / "config.json").read_text())["hidden_size"])
+    resolved = ds_config.resolve(
+        config, loaded.recipe, loaded.set_keys, hidden_size=hidden_size, world=dist.world_size()
+    )
+    recipe = resolved.recipe
+    setup.check_device(recipe, device)
+    data = setup.load_data(recipe)
+    model = setup.load_model(recipe, resolved, device)
+    output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
+    if dist.rank() == 0:
+        stored = replace(recipe, deepspeed=str(folder / "ds_config.json"))
+        runfolder.write_resolved(folder, stored, resolved.engine_json, device)
+        runfolder.write_json(folder / "data_report.json", data.train.report)
+    say(start_screen(recipe, resolved.stage, data, model, device))
+    if recipe.dry_run:
+        say("dry run: everything is in order; nothing was trained")
+        return 0
+    outcome = train(recipe, data, engine.Engine(model.training, recipe.optim, resolved), output)
+    if dist.rank() == 0:
+        result = folder / ("adapter" if model.adapter_config else "model")
+        write_report(folder, describe(outcome), str(model.count))
+        say(f"{describe(outcome)}\n{result} holds the result; {folder / 'loss.png'} the curve; {folder / 'report.html'} all of it")
+    dist.barrier()
+    return 0
+
+
+def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Model, device: torch.device) -> str:
+    """What is about to happen, before the first step."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    steps = total_steps(recipe, data.sampler.steps_per_epoch)
+    lens = data.train.lens
+    lines = [
+        f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
+        f"machine   {dist.world_size()} rank(s) of {name}, ZeRO-{stage}",
+        f"data      {len(data.train):,} rows, {int(lens.sum()):,} tokens, {int(data.train.learnt.sum()):,} learnt, longest "
+        f"{int(lens.max())}" + (f"; {len(data.eval):,} rows for evaluation" if data.eval is not None else ""),
+        f"training  {steps} steps of {recipe.batch.rows_per_step} rows (about "
+        f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(data.train))):,} tokens), lr {recipe.optim.lr:g} "
+        f"{recipe.optim.schedule}",
+        f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",
+    ]
+    cut = data.train.report.get("answers_cut", 0)
+    if cut:
+        lines.insert(3, f"          {cut:,} answers were cut to {recipe.data.max_answer_tokens} tokens (data.max_answer_tokens)")
+    return "\n".join(lines)

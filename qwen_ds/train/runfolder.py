@@ -1,0 +1,69 @@
+"""The run folder: who may write into it, and what it says about the run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_ds import dist
+from qwen_ds.config import Recipe, write_recipe
+from qwen_ds.errors import UserError
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
+RECIPE = "recipe.yaml"
+
+
+def claim(folder: Path) -> None:
+    """Make the run folder ours; rank 0 only.
+
+    Raises:
+        UserError: it holds another run, or something else. Nothing in it is touched.
+    """
+    if folder.is_dir() and (strangers := sorted(p.name for p in folder.iterdir() if p.name not in ("logs",))):
+        what = "another run" if RECIPE in strangers else f"{strangers[0]!r} and is no run folder"
+        raise UserError(f"output_dir {folder} holds {what}; expected a new or empty folder; nothing was changed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror}; expected a folder that can be written") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_resolved(folder: Path, recipe: Recipe, engine_json: dict[str, Any], device: torch.device) -> None:
+    """recipe.yaml, ds_config.json, environment.json: running them again reproduces the run."""
+    write_recipe(recipe, folder / RECIPE)
+    write_json(folder / "ds_config.json", engine_json)
+    write_json(
+        folder / "environment.json",
+        {
+            "command": sys.argv,
+            "ranks": dist.world_size(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "threads_per_rank": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+    )
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """checkpoints/step_000382"""
+    return folder / "checkpoints" / f"step_{step:06d}"
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints."""
+    found = sorted((folder / "checkpoints").glob("step_*"))
+    for old in found[: max(0, len(found) - keep)]:
+        shutil.rmtree(old)

@@ -1,0 +1,118 @@
+"""From a recipe to something that can be trained: data, model, adapter and engine, each checked before the next."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import peft
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import qwen_ds  # noqa: F401  registers the native classes
+from qwen_ds import demo, dist
+from qwen_ds.config import LoadedRecipe, Recipe
+from qwen_ds.data.batches import StepSampler
+from qwen_ds.data.rows import TokenRows, prepare
+from qwen_ds.errors import UserError
+from qwen_ds.model.folder import find_model
+from qwen_ds.train import ds_config, engine, lora
+from qwen_ds.train.loss import TrainingModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CPU_PARAMETERS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    train: TokenRows
+    eval: TokenRows | None
+    sampler: StepSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What DeepSpeed gets, the adapter's configuration (None: full training), and the parameter count."""
+
+    training: TrainingModel
+    adapter_config: peft.LoraConfig | None
+    count: lora.ParameterCount
+
+
+def find_sources(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Put real paths into the recipe: the demo's files are made, a hub id becomes the folder it was fetched into."""
+    recipe = loaded.recipe
+    if recipe.model.path == "demo":
+        home = Path.home() / ".cache" / "qwen_ds" / "demo"
+        dist.once_per_machine(lambda: demo.prepare(home) and None, "demo")
+        paths = demo.prepare(home)
+        data = recipe.data
+        if not data.train:
+            data = replace(data, train=[str(paths.train)], eval=data.eval or [str(paths.eval)])
+        recipe = replace(recipe, model=replace(recipe.model, path=str(paths.model)), data=data)
+    if not recipe.data.train:
+        raise UserError("data.train is empty; expected one or more files, folders or hub data sets")
+    dist.once_per_machine(lambda: find_model(recipe.model.path) and None, "model")
+    path = str(find_model(recipe.model.path).resolve())
+    return replace(loaded, recipe=replace(recipe, model=replace(recipe.model, path=path)))
+
+
+def check_device(recipe: Recipe, device: torch.device) -> None:
+    """A real model on a CPU must be what the user wants: a step of the 7B takes minutes there."""
+    if device.type == "cpu" and recipe.device == "auto":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model.path))
+        total = sum(p.numel() for p in model.parameters())
+        if total > CPU_PARAMETERS:
+            raise UserError(
+                f"{recipe.model.path} has {total / 1e9:.1f} billion parameters and this machine no GPU; expected a GPU, "
+                f"or --device cpu if minutes per step are meant"
+            )
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Tokenised rows (made once per machine, memory-mapped) and the sampler of this rank."""
+
+    def make() -> None:
+        prepare(recipe.data, Path(recipe.model.path), seed=recipe.seed)
+
+    dist.once_per_machine(make, "data")
+    rows = prepare(recipe.data, Path(recipe.model.path), seed=recipe.seed)
+    sampler = StepSampler(
+        rows.train, recipe.batch.rows_per_step, recipe.seed, dist.world_size(), dist.rank(),
+        recipe.batch.tokens_per_micro_batch,
+    )  # fmt: skip
+    return Data(rows.train, rows.eval, sampler)
+
+
+def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:
+    """The base in its dtype (partitioned on arrival under ZeRO-3), and what is trained of it."""
+    dtype = DTYPES[recipe.model.dtype]
+    with engine.partitioned_loading(resolved, dtype):
+        model = AutoModelForCausalLM.from_pretrained(
+            recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention
+        )
+    if resolved.stage < 3:
+        model.to(device)
+    recompute_blocks(model, recipe.model.activation_checkpointing)
+    transformer, lm_head = model.transformer, model.lm_head
+    if recipe.method == "full":
+        return Model(TrainingModel(model, transformer, lm_head), None, lora.count_parameters(model))
+    wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed)
+    if recipe.lora.init_from:
+        lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
+    training = TrainingModel(wrapped, transformer, lm_head)
+    return Model(training, wrapped.peft_config[lora.ADAPTER], lora.count_parameters(wrapped))
+
+
+def recompute_blocks(model: PreTrainedModel, choice: str | int) -> None:
+    """Switch activation checkpointing on in no block, in all, or in every n-th."""
+    every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
+    if every < 0:
+        raise UserError(f"model.activation_checkpointing is {every}; expected none, all or a positive number of blocks")
+    if every:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.transformer.checkpoint_every = every

@@ -1,0 +1,226 @@
+"""Scores of predictions against references, in two profiles that are defined so differently that a number means nothing
+without its profile:
+
+`seed`: what the original project computes. jieba words; ROUGE-1/2/L precision, recall and F as the package `rouge`
+1.0.1 defines them (sets of n-grams; ROUGE-L over the union of the sentences' longest common subsequences, sentences
+being what lies between full stops); BLEU-4 over characters without spaces, nltk's sentence_bleu with smoothing method1.
+The prediction is stripped and lower-cased, the reference is not. Every figure is the mean over all rows, 0..1.
+
+`rouge_score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and 0-9: identical
+Chinese texts score 0 with it, and texts that share nothing but a digit score 1. Both sides are lower-cased, n-grams are
+counted, punctuation is dropped.
+
+In both, an empty prediction counts 0 and an empty reference makes its row count 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from rouge_score import rouge_scorer
+from rouge_score import tokenizers as rouge_tokenizers
+
+with warnings.catch_warnings():  # jieba imports pkg_resources and has unescaped patterns: both warn on stderr
+    warnings.simplefilter("ignore")
+    import jieba
+
+_ROUGE_TYPES = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
+_ALPHANUMERIC = re.compile(r"[^\W_]+")
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Prf:
+    """Precision, recall and F of one measure, 0..1."""
+
+    p: float
+    r: float
+    f: float
+
+
+ZERO = Prf(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One row's scores, or the means of all rows, under one profile; bleu is None where the profile has none."""
+
+    rouge_1: Prf
+    rouge_2: Prf
+    rouge_l: Prf
+    bleu_4: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: {"rouge-1": {"f", "p", "r"}, "rouge-2": .., "rouge-l": .., "bleu-4": x}."""
+        rouges = {"rouge-1": self.rouge_1, "rouge-2": self.rouge_2, "rouge-l": self.rouge_l}
+        table: dict[str, Any] = {name: {"f": s.f, "p": s.p, "r": s.r} for name, s in rouges.items()}
+        return table if self.bleu_4 is None else table | {"bleu-4": self.bleu_4}
+
+
+@functools.cache
+def _segmenter() -> jieba.Tokenizer:
+    """jieba with its stock dictionary, read from the package (about half a second), once per process.
+
+    An instance of our own, filled by hand: jieba's shared one can have been given extra words by other code, and it
+    keeps its dictionary in a file of the common temporary folder, where any user may have left a different one.
+    """
+    logging.getLogger("jieba").setLevel(logging.WARNING)
+    segmenter = jieba.Tokenizer()
+    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
+    segmenter.initialized = True
+    return segmenter
+
+
+def words(text: str) -> list[str]:
+    """jieba's words of a text, in order; white space and punctuation are words, too. Thread-safe."""
+    with _lock:  # two threads would build the dictionary twice
+        segmenter = _segmenter()
+    return segmenter.lcut(text)
+
+
+def sentences_of_words(text: str) -> list[list[str]]:
+    """Sentences of a text that holds words separated by spaces, as `rouge` 1.0.1 sees them.
+
+    A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is one empty word.
+    """
+    return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+
+
+def _prf(overlap: int, predicted: int, expected: int) -> Prf:
+    p = overlap / predicted if predicted else 0.0
+    r = overlap / expected if expected else 0.0
+    return Prf(p, r, 2.0 * (p * r / (p + r + 1e-8)))  # the package's guard against 0 / 0: equal texts get 1 - 5e-9
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> list[str]:
+    """One longest common subsequence of two word lists, latest words first.
+
+    Which one of several equally long ones is found matters, since ROUGE-L counts the set of its words: on a tie the
+    walk back from the end leaves the prediction's word.
+    """
+    number: dict[str, int] = {}
+    ref_N = np.array([number.setdefault(w, len(number)) for w in reference])
+    pred_M = np.array([number.setdefault(w, len(number)) for w in prediction])
+    table = np.zeros((len(ref_N) + 1, len(pred_M) + 1), dtype=np.int32)
+    for i, word in enumerate(ref_N, start=1):
+        # L[i,j] = max(L[i-1,j], L[i,j-1], L[i-1,j-1] + match): the middle one is a running maximum over the row.
+        best = np.maximum(table[i - 1, 1:], table[i - 1, :-1] + (pred_M == word))
+        table[i, 1:] = np.maximum.accumulate(best)
+    found: list[str] = []
+    i, j = len(ref_N), len(pred_M)
+    while i and j:
+        if ref_N[i - 1] == pred_M[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(reference[i])
+        elif table[i - 1, j] > table[i, j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | None:
+    """ROUGE-1, -2, -L of two texts of space-separated words as `rouge` 1.0.1 defines them.
+
+    None where one side has no sentence (nothing but full stops): that package raises there. Unlike it, which recurses
+    once per word, any length is scored.
+    """
+    pred_sentences, ref_sentences = sentences_of_words(prediction), sentences_of_words(reference)
+    if not pred_sentences or not ref_sentences:
+        return None
+    pred_words = [w for s in pred_sentences for w in s]
+    ref_words = [w for s in ref_sentences for w in s]
+    scores = []
+    for n in (1, 2):
+        predicted, expected = _ngrams(pred_words, n), _ngrams(ref_words, n)
+        scores.append(_prf(len(predicted & expected), len(predicted), len(expected)))
+    union = {w for ref in ref_sentences for pred in pred_sentences for w in common_subsequence(ref, pred)}
+    scores.append(_prf(len(union), len(set(pred_words)), len(set(ref_words))))
+    return scores[0], scores[1], scores[2]
+
+
+def score_seed(prediction: str, reference: str) -> Scores:
+    """One row under profile `seed`. Where ROUGE is not defined, BLEU counts 0 as well, as in the original project."""
+    predicted = " ".join(words(prediction.strip().lower()))
+    expected = " ".join(words(reference))
+    rouges = rouge_of_sets(predicted, expected) if predicted.strip() else None
+    if rouges is None:
+        return Scores(ZERO, ZERO, ZERO, 0.0)
+    characters = list(predicted.replace(" ", ""))
+    bleu = sentence_bleu([list(expected.replace(" ", ""))], characters, smoothing_function=SmoothingFunction().method1)
+    return Scores(*rouges, float(bleu))
+
+
+class JiebaTokenizer(rouge_tokenizers.Tokenizer):
+    """For rouge-score: lower-cased jieba words without their punctuation.
+
+    English text gives the same tokens as rouge-score's own tokenizer.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return [token for word in words(text.lower()) for token in _ALPHANUMERIC.findall(word)]
+
+
+@functools.cache
+def _rouge_scorer() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(list(_ROUGE_TYPES), tokenizer=JiebaTokenizer())
+
+
+def score_rouge_score(prediction: str, reference: str) -> Scores:
+    """One row under profile `rouge_score`."""
+    found = _rouge_scorer().score(reference, prediction)  # its first argument is the target
+    one, two, lcs = (
+        Prf(float(s.precision), float(s.recall), float(s.fmeasure)) for s in (found[k] for k in _ROUGE_TYPES)
+    )
+    return Scores(one, two, lcs)
+
+
+def _mean_prf(rows: Sequence[Prf]) -> Prf:
+    n = len(rows)
+    return Prf(sum(s.p for s in rows) / n, sum(s.r for s in rows) / n, sum(s.f for s in rows) / n)
+
+
+def mean(rows: Sequence[Scores]) -> Scores:
+    """Means over rows (at least one) of one profile."""
+    assert rows, "the mean of no rows"
+    bleus = [s.bleu_4 for s in rows if s.bleu_4 is not None]
+    return Scores(
+        _mean_prf([s.rouge_1 for s in rows]),
+        _mean_prf([s.rouge_2 for s in rows]),
+        _mean_prf([s.rouge_l for s in rows]),
+        sum(bleus) / len(bleus) if bleus else None,
+    )
+
+
+def score_all(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Scores]:
+    """Both profiles over rows in the same order: {"seed": .., "rouge_score": ..}."""
+    assert len(predictions) == len(references)
+    pairs = list(zip(predictions, references, strict=True))
+    return {
+        "seed": mean([score_seed(p, r) for p, r in pairs]),
+        "rouge_score": mean([score_rouge_score(p, r) for p, r in pairs]),
+    }
+
+
+def table(scores: dict[str, Scores]) -> str:
+    """Plain text: one line per profile and measure, F, P and R in columns, 4 decimals."""
+    lines = [f"{'profile':<13}{'measure':<10}{'F':>8}{'P':>8}{'R':>8}"]
+    for profile, s in scores.items():
+        for name, prf in (("rouge-1", s.rouge_1), ("rouge-2", s.rouge_2), ("rouge-l", s.rouge_l)):
+            lines.append(f"{profile:<13}{name:<10}{prf.f:>8.4f}{prf.p:>8.4f}{prf.r:>8.4f}")
+        if s.bleu_4 is not None:
+            lines.append(f"{profile:<13}{'bleu-4':<10}{s.bleu_4:>8.4f}")
+    return "\n".join(lines)

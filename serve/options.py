@@ -1,0 +1,122 @@
+"""Options of `serve.predict` and `serve.evaluate`, typed and documented: the command line is made from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from qwen_ds.config import Parser
+from qwen_ds.errors import UserError
+from serve.engine import Sampling
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What prediction and evaluation have in common."""
+
+    adapter: str | None = None
+    """Folder of a PEFT adapter to put on the model, unmerged."""
+    batch_size: int = 16
+    """Rows decoded together. It changes the speed, not the answers."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPU when there is one."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with single rows to the last
+    token in float32 only."""
+    do_sample: bool = False
+    """false: always the most probable token, the same answers every time. true: draw, as the original API does."""
+    temperature: float = Sampling.temperature
+    """Divides the logits before drawing."""
+    top_p: float = Sampling.top_p
+    """Draw from the most probable tokens that together have this probability."""
+    top_k: int = Sampling.top_k
+    """Draw from that many most probable tokens; 0 for no limit."""
+    max_new_tokens: int = Sampling.max_new_tokens
+    """Tokens of an answer at most; one that is cut there has the finish_reason length."""
+    seed: int = Sampling.seed
+    """With do_sample: each row's random numbers depend on this and on the row's place in the input alone."""
+    long_prompts: Literal["stop", "cut"] = "stop"
+    """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything is generated, naming
+    its file:line, or cut it (oldest turns first, then the end of the question) and count it."""
+    limit: int | None = None
+    """Take only that many rows from the front."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    timeout_minutes: float = 30.0
+    """With several ranks: give up when none of them finishes a row for so long."""
+    format: str = "auto"
+    """Name of a reader, or auto to recognise each row by its keys."""
+    columns: dict[str, str] | None = None
+    """Maps expected column names to those in the files, for example {"instruction": "q", "output": "a"}."""
+    system: str | None = None
+    """System text of rows that bring none; unset means the original's "You are a helpful assistant."."""
+    special_tokens_in_text: Literal["escape", "parse"] = "escape"
+    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control tokens."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; expected 1 or more")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}; expected 1 or more")
+        self.sampling()  # its checks
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.do_sample, self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(RunOptions):
+    """Options of serve.predict."""
+
+    model: str
+    """Folder or hub id of a Qwen checkpoint."""
+    input: list[str]
+    """Files, folders or hub data sets with questions, in any format that training reads; answers become references."""
+    output: str
+    """File to write: one JSON object a row, in the order of the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
+    """Options of serve.evaluate."""
+
+    model: str | None = None
+    """Folder or hub id of a Qwen checkpoint. Not needed with predictions."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders or hub data sets with questions and reference answers."""
+    output_dir: str
+    """Folder to write predictions.jsonl and metrics.json to."""
+    predictions: str | None = None
+    """Score this file of serve.predict instead of generating."""
+
+
+Options = TypeVar("Options", bound=RunOptions)
+# Training calls these data.format and so on; here --data.format is the same as --format.
+_DATA_OPTIONS = ("format", "columns", "system", "special_tokens_in_text")
+_SWITCHES = ("--overwrite", "--do_sample")
+
+
+def _spelled_out(arg: str, after: str) -> str:
+    """`--data.format` as `--format`, and a lone `--overwrite` as `--overwrite=true`."""
+    name, equals, value = arg.partition("=")
+    if name.startswith("--data.") and name.removeprefix("--data.") in _DATA_OPTIONS:
+        return "--" + name.removeprefix("--data.") + equals + value
+    return f"{arg}=true" if arg in _SWITCHES and after.startswith("--") else arg
+
+
+def parse(kind: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
+    """Options of a command from argv (None: the process's own) and the YAML file named by --config.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type or out of range, an option that must be given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(description=description)
+    parser.add_argument("--config", action="config", help="options as a YAML file")
+    parser.add_class_arguments(kind)
+    args = [_spelled_out(arg, after) for arg, after in zip(words, [*words[1:], "--"], strict=True)]
+    given = parser.parse(args)
+    given.pop("config", None)
+    return kind(**parser.instantiate_classes(given).as_dict())

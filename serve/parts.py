@@ -1,0 +1,200 @@
+"""The rows that are finished so far, of all ranks, on disk: a prediction run is restarted and joined from them.
+
+While OUTPUT is being made there is a folder OUTPUT.parts. Each rank appends its finished rows to a file of its own in
+it, a batch at a time, and reads there which rows need no more work: those of a run that was killed, whatever its number
+of ranks was. When all rows are there, rank 0 writes them in order to OUTPUT, which is complete or absent at every
+moment, and removes the folder. Ranks share nothing else: no process group, and so none that could hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_ds.errors import UserError
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the rows of a folder have in common: rows made with other settings must not be mixed with them."""
+
+    values: dict[str, Any]  # JSON
+
+    def difference(self, other: dict[str, Any]) -> str | None:
+        """The first setting that differs, in words; None if all agree."""
+        for name in [*self.values, *other]:
+            mine, theirs = self.values.get(name), other.get(name)
+            if mine != theirs:
+                return f"{name} {_short(theirs)} instead of {_short(mine)}"
+        return None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Parts:
+    """The folder OUTPUT.parts as one rank sees it.
+
+    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of the whole run.
+    """
+
+    def __init__(self, output: Path, rank: int, rows: int) -> None:
+        self.folder = parts_folder(output)
+        self.output, self.rows = output, rows
+        self._own = self.folder / f"rank_{rank:05d}.jsonl"
+        self._read_up_to: dict[Path, int] = {}
+        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of bytes in it.
+        self._files: list[Path] = []
+        self._file_R = np.full(rows, -1, dtype=np.int32)
+        self._start_R = np.zeros(rows, dtype=np.int64)
+        self._end_R = np.zeros(rows, dtype=np.int64)
+
+    @classmethod
+    def prepare(cls, output: Path, settings: Settings, rows: int, overwrite: bool) -> Parts:
+        """Rank 0: make the folder, or take up the one that a killed run left.
+
+        Raises:
+            UserError: the folder holds rows made with other settings, and `overwrite` does not say to drop them.
+        """
+        parts = cls(output, 0, rows)
+        card = parts.folder / "settings.json"
+        if parts.folder.exists():
+            left = _read_card(card)
+            difference = settings.difference(left["settings"]) if left else "no settings.json"
+            if difference and left and not overwrite:
+                raise UserError(
+                    f"{parts.folder}: holds the rows of an interrupted run with {difference}; expected the same "
+                    "settings to go on with it, or --overwrite true to drop them"
+                )
+            if difference:
+                _remove_ours(parts.folder)
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        if not card.exists():  # the last thing to appear: the other ranks wait for it
+            fresh = parts.folder / "settings.json.new"
+            fresh.write_text(
+                json.dumps({"settings": settings.values, "rows": rows}, ensure_ascii=False), encoding="utf-8"
+            )
+            fresh.replace(card)
+        parts._open()
+        return parts
+
+    @classmethod
+    def join_in(cls, output: Path, settings: Settings, rank: int, timeout_seconds: float) -> Parts | None:
+        """Another rank: wait until rank 0 has checked the input and made the folder; None if all was done by then."""
+        card, deadline = parts_folder(output) / "settings.json", time.monotonic() + timeout_seconds
+        while True:
+            left = _read_card(card)
+            if left and settings.difference(left["settings"]) is None:
+                parts = cls(output, rank, left["rows"])
+                parts._open()
+                return parts
+            if output.exists() and not card.parent.exists():
+                return None
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def _open(self) -> None:
+        """Own file for appending; a line that a kill cut off is taken away first."""
+        self._stream = self._own.open("ab")
+        whole = self._own.read_bytes().rfind(b"\n") + 1
+        if whole < self._stream.tell():
+            self._stream.truncate(whole)
+        self.refresh()
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write finished rows (each with its "id") and make them visible to every rank."""
+        self._stream.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self._stream.flush()
+
+    def refresh(self) -> int:
+        """Read what all ranks have appended since the last time; returns how many rows are finished."""
+        for file in sorted(self.folder.glob("rank_*.jsonl")):
+            if file not in self._read_up_to:
+                self._read_up_to[file] = 0
+                self._files.append(file)
+            number, start = self._files.index(file), self._read_up_to[file]
+            with file.open("rb") as stream:
+                stream.seek(start)
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break  # being written, or cut off by a kill
+                    row_id = json.loads(line)["id"]
+                    self._file_R[row_id], self._start_R[row_id], self._end_R[row_id] = number, start, start + len(line)
+                    start += len(line)
+            self._read_up_to[file] = start
+        return int((self._file_R >= 0).sum())
+
+    def is_finished(self, row_id: int) -> bool:
+        """As of the last refresh."""
+        return bool(self._file_R[row_id] >= 0)
+
+    def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
+        """Rank 0: until every row is finished. RuntimeError when no rank finishes one for `timeout_seconds`."""
+        last, since = -1, time.monotonic()
+        while (finished := self.refresh()) < self.rows:
+            if finished != last:
+                last, since = finished, time.monotonic()
+                progress(finished)
+            elif time.monotonic() - since > timeout_seconds:
+                raise RuntimeError(
+                    f"{self.rows - finished} of {self.rows} rows are missing and no rank finished one for "
+                    f"{timeout_seconds:.0f} s; the same command goes on from here"
+                )
+            time.sleep(POLL_SECONDS)
+        progress(self.rows)
+
+    def join(self) -> None:
+        """Rank 0, all rows finished: write them in order to the output, in one move, and remove the folder."""
+        streams = [file.open("rb") for file in self._files]
+        joined = self.folder / "joined.new"
+        places = self._file_R.tolist(), self._start_R.tolist(), self._end_R.tolist()
+        try:
+            with joined.open("wb") as out:
+                for number, start, end in zip(*places, strict=True):
+                    streams[number].seek(start)
+                    out.write(streams[number].read(end - start))
+                out.flush()
+                os.fsync(out.fileno())
+        finally:
+            for stream in streams:
+                stream.close()
+        joined.replace(self.output)
+        self.close()
+        # Another rank may still have its file open, which some network file systems take ill.
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def parts_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
+def _remove_ours(folder: Path) -> None:
+    foreign = [
+        file.name for file in folder.iterdir() if not file.name.startswith(("rank_", "settings.json", "joined.new"))
+    ]
+    if foreign:
+        raise UserError(f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be free")
+    shutil.rmtree(folder)
+
+
+def _read_card(card: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,268 @@
+"""Token rows -> micro-batches: what every step promises, over random lengths, world sizes and budgets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_ds.config import BatchOptions
+from qwen_ds.data.batches import Part, StepSampler, cut_windows, deal, epoch_order, evaluation_batches, make_batch
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import IGNORE
+
+PAD = 7
+
+
+@dataclass
+class FakeRows:
+    """Row i is [1000 + i] * lens[i]; its first token is not learnt."""
+
+    lens: np.ndarray
+    weights: tuple[tuple[int, float], ...] = ()
+    pad_id: int = PAD
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(Part(*pair) for pair in self.weights) or (Part(len(self.lens), 1.0),)
+
+    def __len__(self) -> int:
+        return len(self.lens)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full(self.lens[row], 1000 + row, np.int32)
+        labels = ids.copy()
+        labels[0] = IGNORE
+        return ids, labels
+
+
+def log_normal_rows(n: int, seed: int = 0) -> FakeRows:
+    """Lengths like ADGEN's: prompts of about 37 tokens, answers of about 100, both cut at 254, and the marks."""
+    rng = np.random.default_rng(seed)
+    prompts = np.minimum(254, np.exp(rng.normal(np.log(37), 0.35, n)))
+    answers = np.minimum(254, np.exp(rng.normal(np.log(100), 0.35, n)))
+    return FakeRows((prompts + answers + 20).astype(np.int32))
+
+
+CASES = [(n, world, budget, seed) for seed, n in enumerate((1, 2, 7, 8, 9, 31, 60)) for world in (1, 2, 3, 8)
+         for budget in (1, 64, 700, 10**6)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "world", "budget", "seed"), CASES)
+def test_every_row_lies_in_one_micro_batch_within_the_budget(n: int, world: int, budget: int, seed: int) -> None:
+    lens = np.random.default_rng(seed).integers(2, 300, n).astype(np.int32)
+    parts = cut_windows(lens, world, budget)
+    assert len(parts) % world == 0
+    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
+    for part in parts:
+        assert len(part) <= 1 or len(part) * lens[part].max() <= budget
+    flat = lens[np.concatenate(parts)]
+    assert (np.diff(flat) <= 0).all(), "micro-batches are runs of the rows sorted by length"
+    assert all(len(part) for part in parts[: min(n, len(parts))]), "a dummy only where rows are lacking"
+    assert len(parts) == world or fills(lens, len(parts) - world) > budget, "no more micro-batches than the budget asks"
+
+
+def fills(lens: np.ndarray, n_parts: int) -> int:
+    """Independent oracle: the least possible largest micro-batch when sorted rows are cut into at most n_parts runs.
+
+    Dynamic programming over the end of the last run; a run of one row counts 1, since such a run may exceed any budget.
+    """
+    lens = np.sort(lens)[::-1].astype(int)
+    n = len(lens)
+    best = [0] + [10**9] * n
+    for _ in range(n_parts):
+        best = [0] + [
+            min(
+                [best[end]]
+                + [max(best[i], (end - i) * lens[i] if end - i > 1 else 1) for i in range(end)]
+            )
+            for end in range(1, n + 1)
+        ]  # fmt: skip
+    return best[n]
+
+
+def test_the_largest_micro_batch_is_as_small_as_can_be() -> None:
+    for seed in range(20):
+        lens = np.random.default_rng(seed).integers(2, 60, 25).astype(np.int32)
+        parts = cut_windows(lens, 4, 10**6)
+        assert len(parts) == 4
+        largest = max(len(part) * int(lens[part].max()) for part in parts)
+        assert largest == max(fills(lens, 4), int(lens.max()))
+
+
+def test_equal_rows_that_save_two_runs_at_once_still_fill_every_rank() -> None:
+    # Caps of 4 to 7 tokens make 5 runs of these 5 rows, a cap of 8 makes 3: four runs only by splitting.
+    parts = cut_windows(np.full(5, 4, np.int32), 4, 10**6)
+    assert sorted(len(part) for part in parts) == [1, 1, 1, 2]
+
+
+def test_neighbours_in_length_run_together_and_totals_are_level() -> None:
+    lens = log_normal_rows(128).lens
+    parts = cut_windows(lens, 4, 1024)
+    ranks = deal(lens, parts, 4)
+    padded = np.array([[len(p) * lens[p].max() for p in rank] for rank in ranks])
+    longest = np.array([[lens[p].max() for p in rank] for rank in ranks])
+    assert longest[:, 1:].max(axis=0).tolist() == sorted(longest[:, 1:].max(axis=0).tolist(), reverse=True)
+    assert (longest[:, :-1].min(axis=0) >= longest[:, 1:].max(axis=0)).all(), "micro-step i is no shorter than i + 1"
+    assert padded.sum(axis=1).max() / padded.sum(axis=1).mean() < 1.03
+
+
+def test_each_epoch_trains_every_row_once_over_all_ranks_in_equal_counts() -> None:
+    rows = log_normal_rows(203)
+    for world in (1, 2, 5):
+        samplers = [StepSampler(rows, 64, 3, world, rank, 512) for rank in range(world)]
+        assert {s.steps_per_epoch for s in samplers} == {4}, "the last 11 rows are a step, too"
+        seen: Counter[int] = Counter()
+        for step in range(4):
+            windows = [s.window(1, step) for s in samplers]
+            assert len({len(window) for window in windows}) == 1
+            seen.update(row for window in windows for batch in window for row in batch.row_ids)
+        assert seen == Counter(range(203))
+
+
+def test_the_rows_of_a_step_do_not_depend_on_world_or_budget() -> None:
+    rows = log_normal_rows(300)
+
+    def step_rows(world: int, budget: int) -> list[int]:
+        windows = [StepSampler(rows, 128, 5, world, rank, budget).window(2, 1) for rank in range(world)]
+        return sorted(row for window in windows for batch in window for row in batch.row_ids)
+
+    assert step_rows(1, 4096) == step_rows(8, 512) == step_rows(3, 300)
+    assert len(step_rows(1, 4096)) == 128
+
+
+def test_a_position_can_be_asked_for_in_any_order() -> None:
+    rows = log_normal_rows(300)
+    straight, jumping = (StepSampler(rows, 64, 5, 2, 1, 1024) for _ in range(2))
+    wanted = [straight.window(epoch, step) for epoch in range(2) for step in range(5)]
+    jumping.window(1, 4)
+    for position in (7, 2, 9, 0):
+        for a, b in zip(jumping.window(*divmod(position, 5)), wanted[position], strict=True):
+            assert torch.equal(a.ids_BT, b.ids_BT) and a.row_ids == b.row_ids
+
+
+def test_order_changes_with_epoch_and_seed() -> None:
+    parts = [Part(50, 1.0)]
+    orders = {tuple(epoch_order(parts, seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_steps_are_uniform_samples_not_grouped_by_length() -> None:
+    rows = log_normal_rows(6400)
+    sampler = StepSampler(rows, 64, 0, 1, 0, 2048)
+    means = np.array([rows.lens[sampler.step_rows(0, step)].mean() for step in range(100)])
+    expected = rows.lens.std() / 8
+    assert 0.8 < means.std() / expected < 1.2, "the standard error of a mean of 64 draws"
+
+
+def test_rows_are_right_padded_and_only_real_tokens_have_labels() -> None:
+    rows = FakeRows(np.array([2, 4, 3], np.int32))
+    (batch,) = StepSampler(rows, 8, 0, 1, 0, 4096).window(0, 0)
+    assert batch.row_ids == (1, 2, 0)
+    assert batch.ids_BT.tolist() == [[1001] * 4, [1002] * 3 + [PAD], [1000] * 2 + [PAD] * 2]
+    assert batch.labels_BT.tolist() == [
+        [IGNORE] + [1001] * 3,
+        [IGNORE] + [1002] * 2 + [IGNORE],
+        [IGNORE, 1000] + [IGNORE] * 2,
+    ]
+    assert batch.lens_B.tolist() == [4, 3, 2]
+    assert {t.dtype for t in (batch.ids_BT, batch.labels_BT, batch.lens_B)} == {torch.int64}
+    assert (batch.num_tokens, batch.num_padded_tokens, batch.num_targets) == (9, 12, 6)
+
+
+def test_targets_are_counted_after_the_shift() -> None:
+    batch = make_batch(FakeRows(np.array([3], np.int32)), np.array([0]))
+    learnt_everywhere = type(batch)(batch.ids_BT, batch.ids_BT, batch.lens_B, batch.row_ids)
+    assert learnt_everywhere.num_targets == 2, "nothing predicts the first token"
+
+
+@pytest.mark.parametrize("n", [1, 3, 11])
+def test_ranks_without_rows_run_a_dummy_that_teaches_nothing(n: int) -> None:
+    rows = log_normal_rows(n)
+    windows = [StepSampler(rows, 8, 0, 8, rank, 10**6).window(0, (n - 1) // 8) for rank in range(8)]
+    assert {len(window) for window in windows} == {1}
+    batches = [window[0] for window in windows]
+    assert sum(len(batch.row_ids) for batch in batches) == n % 8
+    dummies = [batch for batch in batches if not batch.row_ids]
+    assert len(dummies) == 8 - n % 8
+    for dummy in dummies:
+        assert dummy.ids_BT.tolist() == [[PAD, PAD]] and dummy.labels_BT.tolist() == [[IGNORE, IGNORE]]
+        assert (dummy.num_targets, dummy.num_tokens, dummy.lens_B.tolist()) == (0, 0, [0])
+
+
+def test_rows_over_the_budget_run_alone() -> None:
+    rows = FakeRows(np.array([900, 30, 30, 700, 30], np.int32))
+    window = StepSampler(rows, 8, 0, 1, 0, 100).window(0, 0)
+    assert [sorted(batch.row_ids) for batch in window] == [[0], [3], [1, 2, 4]]
+
+
+def test_weights_repeat_or_thin_out_a_data_set() -> None:
+    rows = FakeRows(np.full(35, 9, np.int32), weights=((10, 2.0), (20, 0.5), (5, 1.0)))
+    sampler = StepSampler(rows, 16, 1, 1, 0, 4096)
+    assert (sampler.rows_per_epoch, sampler.steps_per_epoch) == (35, 3)
+    epochs = [Counter(epoch_order(rows.parts, 1, epoch).tolist()) for epoch in range(2)]
+    for counts in epochs:
+        assert [counts[row] for row in range(10)] == [2] * 10
+        assert sum(counts[row] for row in range(10, 30)) == 10 and max(counts[row] for row in range(10, 30)) == 1
+        assert [counts[row] for row in range(30, 35)] == [1] * 5
+    assert [epochs[0][row] + epochs[1][row] for row in range(10, 30)] == [1] * 20, "epoch 1 takes the other half"
+
+
+def test_each_pass_over_a_thinned_out_data_set_has_its_own_order() -> None:
+    halves = [set(epoch_order([Part(100, 0.5)], seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 2, 4)]
+    assert len({frozenset(half) for half in halves}) == 6
+
+
+def test_a_fractional_weight_sees_every_row_equally_often_in_the_long_run() -> None:
+    counts = Counter(np.concatenate([epoch_order([Part(7, 1.4)], 0, epoch) for epoch in range(7)]).tolist())
+    assert counts == Counter({row: 10 for row in range(7)})
+
+
+def test_weighted_data_sets_are_mixed_in_every_step() -> None:
+    order = epoch_order([Part(500, 1.0), Part(500, 1.0)], 0, 0)
+    assert 0.4 < (order[:500] < 500).mean() < 0.6
+
+
+def test_statistics_cover_all_ranks() -> None:
+    rows = log_normal_rows(128)
+    samplers = [StepSampler(rows, 128, 0, 4, rank, 1024) for rank in range(4)]
+    windows = [s.window(0, 0) for s in samplers]
+    padded = [sum(batch.num_padded_tokens for batch in window) for window in windows]
+    for sampler in samplers:
+        got = sampler.statistics(0, 0)
+        assert (got.rows, got.tokens, got.padded_tokens) == (128, rows.lens.sum(), sum(padded))
+        assert got.micro_batches == len(windows[0])
+        assert got.padding_share == pytest.approx(1 - rows.lens.sum() / sum(padded))
+        assert got.imbalance == pytest.approx(max(padded) / (sum(padded) / 4))
+
+
+def test_little_padding_and_level_ranks_at_the_default_budget() -> None:
+    """8 ranks, 128 rows a step. ADGEN's real rows have a median of 135 tokens and a log-spread of 0.2."""
+    options = BatchOptions()
+    assert options.rows_per_step == 128
+    lens = np.exp(np.random.default_rng(0).normal(np.log(135), 0.2, 12_800)).astype(np.int32)
+    for rows in (FakeRows(lens), log_normal_rows(12_800)):
+        sampler = StepSampler(rows, 128, 0, 8, 0, options.tokens_per_micro_batch)
+        steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
+        assert max(s.padding_share for s in steps) < 0.05
+        assert max(s.imbalance for s in steps) < 1.1
+
+
+def test_evaluation_sees_every_row_once_in_equal_counts() -> None:
+    rows = log_normal_rows(37)
+    ranks = [list(evaluation_batches(rows, 3, rank, 700)) for rank in range(3)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert sorted(row for batches in ranks for batch in batches for row in batch.row_ids) == list(range(37))
+
+
+@pytest.mark.parametrize(
+    ("rows_per_step", "budget", "n", "named"),
+    [(0, 10, 3, "rows_per_step is 0"), (4, -1, 3, "tokens_per_micro_batch is -1"), (4, 10, 0, "no rows")],
+)
+def test_impossible_numbers_are_the_users_mistake(rows_per_step: int, budget: int, n: int, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        StepSampler(FakeRows(np.full(n, 5, np.int32)), rows_per_step, 0, 1, 0, budget)

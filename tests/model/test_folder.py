@@ -1,0 +1,230 @@
+"""Which checkpoint folders are taken, what is said about the others, and what is fetched from a hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.folder import check_folder, find_model
+
+ROOT = Path(__file__).parents[2]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(small_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_dir, tmp_path / "model"))
+
+
+def edit(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+
+
+def shard(folder: Path) -> list[str]:
+    """The folder's one weight file as two and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save_file({tensor: tensors[tensor] for tensor in tensors if weight_map[tensor] == name}, folder / name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return names
+
+
+def test_a_whole_folder_is_taken_with_one_weight_file_or_several(folder, full_dir):
+    assert find_model(folder) == find_model(str(folder)) == folder
+    assert find_model(full_dir) == full_dir
+    shard(folder)
+    assert find_model(folder) == folder
+
+
+def test_weights_are_not_asked_for_where_none_are_needed(folder):
+    (folder / "model.safetensors").unlink()
+    assert find_model(folder, weights=False) == folder
+    with pytest.raises(UserError, match="no weights"):
+        find_model(folder)
+
+
+def test_the_first_release_names_its_embedding_rows_differently(folder):
+    edit(folder, vocab_size=100, padded_vocab_size=512)
+    check_folder(folder)
+
+
+def without(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("config.json"), "no config.json; expected a checkpoint"),
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "an adapter, not a model"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON list; expected an object"),
+        (lambda f: edit(f, model_type="qwen2"), "model_type is 'qwen2'; expected 'qwen'"),
+        (lambda f: edit(f, drop=("model_type",)), "model_type is None; expected 'qwen'"),
+        (lambda f: edit(f, visual={"layers": 48}), "visual input; expected a text-only Qwen"),
+        (lambda f: edit(f, vocab_size=511), "qwen.tiktoken has 512 tokens but config.json says vocab_size 511"),
+        (lambda f: edit(f, drop=("vocab_size",)), "says vocab_size None"),
+        (without("qwen.tiktoken"), "qwen.tiktoken: No such file or directory; expected the model's qwen.tiktoken"),
+        (lambda f: (f / "qwen.tiktoken").write_text("version https://git-lfs"), "qwen.tiktoken: line 1 is not"),
+        (without("model.safetensors"), "no weights; expected model.safetensors or"),
+        (cut_off, "the file is cut off or damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+            "Git LFS pointer",
+        ),
+        (lambda f: (f / shard(f)[1]).unlink(), "00002.safetensors is missing (1 of 2 weight files are)"),
+        (lambda f: (f / INDEX).write_text("{}"), "no weight_map"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        find_model(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("Qwen-7B-Chat-Int4", {}, "Qwen/Qwen-7B-Chat"),
+        ("models--Qwen--Qwen-1_8B-Chat-Int8/snapshots/0a1b", {}, "Qwen/Qwen-1_8B-Chat"),
+        ("mine", {"_name_or_path": "Qwen/Qwen-72B-Chat-Int4"}, "Qwen/Qwen-72B-Chat"),
+        ("mine", {"hidden_size": 5120}, "Qwen/Qwen-14B-Chat"),
+        ("mine", {}, "the model it was made from"),
+    ],
+)
+def test_a_quantised_folder_is_refused_with_the_name_of_the_bf16_model(small_dir, tmp_path, name, changes, expected):
+    folder = Path(shutil.copytree(small_dir, tmp_path / name))
+    edit(folder, quantization_config={"bits": 4, "quant_method": "gptq"}, **changes)
+    with pytest.raises(UserError, match=rf"quantised weights \(Int4/Int8\).*use {expected}$"):
+        find_model(folder)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./model", "a/b/c", "", "models/*"])
+def test_a_path_to_nothing_is_never_looked_up_on_the_hub(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen_ds.model.folder.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="no such folder|no config.json"):
+        find_model(path)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError, match="x: not a folder"):
+        find_model(tmp_path / "x")
+
+
+# A hub, as far as huggingface_hub asks for one: acme/tiny with safetensors, acme/old with a .bin only.
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    files: dict[str, dict[str, bytes]] = {}
+    asked: list[str] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        parts = self.path.split("?")[0].strip("/").split("/")
+        body, headers = None, {"X-Repo-Commit": COMMIT}
+        if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.files:
+            names = self.files["/".join(parts[2:4])]
+            if parts[4:5] == ["tree"]:
+                listed = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in names.items()]
+                body = json.dumps(listed).encode()
+            else:
+                siblings = [{"rfilename": name} for name in names]
+                body = json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}).encode()
+        elif parts[2:3] == ["resolve"]:
+            body = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+            if body is not None:
+                headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+        self.send_response(404 if body is None else 200)
+        if body is None:
+            headers["X-Error-Code"] = "RepoNotFound"
+            body = b""
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(small_dir: Path) -> Iterator[str]:
+    tiny = {path.name: path.read_bytes() for path in small_dir.iterdir()}
+    tiny |= {"modeling_qwen.py": b"raise SystemExit('ran')", "LICENSE": b"free", "pytorch_model.bin": b"pickle"}
+    old = {name: body for name, body in tiny.items() if not name.endswith(".safetensors")}
+    Hub.files, Hub.asked = {"acme/tiny": tiny, "acme/old": old}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[str]:
+    """What find_model says to each name, in a new process: huggingface_hub reads its variables when imported."""
+    code = (
+        "import sys\nfrom qwen_ds.model.folder import find_model\n"
+        "for name in sys.argv[1:]:\n    try: print(find_model(name))\n    except ValueError as error: print(error)"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
+    env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1", **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offline(hub, tmp_path, monkeypatch):
+    tiny, old, absent = find_in_a_process(["acme/tiny", "acme/old", "acme/none"], tmp_path, HF_ENDPOINT=hub)
+    wanted = {"config.json", "generation_config.json", "qwen.tiktoken", "LICENSE"}
+    assert {path.name for path in Path(tiny).iterdir()} == wanted | {"model.safetensors"}
+    assert {path.name for path in Path(old).iterdir()} == wanted | {"pytorch_model.bin"}
+    assert absent.startswith("acme/none: no such folder, and fetching it from the hub failed: ")
+    assert any("resolve" in path for path in Hub.asked)
+    assert not any(".py" in path for path in Hub.asked), "code was fetched"
+    check_folder(Path(tiny))
+
+    # What HF_HOME and HF_HUB_OFFLINE=1 set when huggingface_hub is imported; a second process would take seconds.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network although offline"))
+    assert find_model("acme/tiny") == Path(tiny)
+    with pytest.raises(UserError, match="acme/none: no such folder, and fetching it from the hub failed: "):
+        find_model("acme/none")

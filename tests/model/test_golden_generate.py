@@ -1,0 +1,154 @@
+"""Decoding against the official code's: golden/generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
+
+import qwen_ds
+
+TOLERANCE = {"atol": 3e-5, "rtol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model(small_dir: Path) -> qwen_ds.QWenLMHeadModel:
+    model = AutoModelForCausalLM.from_pretrained(small_dir).eval()
+    model.generation_config = GenerationConfig(eos_token_id=304, pad_token_id=304, do_sample=False)
+    return model
+
+
+def new_tokens(model: qwen_ds.QWenLMHeadModel, ids_BT: Tensor, n: int, **kwargs: object) -> Tensor:
+    kwargs.setdefault("attention_mask", torch.ones_like(ids_BT))
+    return model.generate(ids_BT, max_new_tokens=n, **kwargs)[:, ids_BT.shape[1] :]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_greedy_batch_gives_official_tokens_and_scores(model, golden: Path, monkeypatch, implementation: str) -> None:
+    monkeypatch.setattr(model.config, "_attn_implementation", implementation)
+    data = load_file(golden / "generate/greedy.safetensors")
+    out = model.generate(
+        data["input_ids"],
+        attention_mask=data["attention_mask"],
+        max_new_tokens=24,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(out.sequences[:, 26:], data["new_tokens"])
+    assert_close(torch.stack(out.logits), data["scores"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_row_alone_gives_its_official_tokens_with_and_without_cache(model, golden: Path, row: int) -> None:
+    data = load_file(golden / "generate/greedy.safetensors")
+    ids = data[f"single.{row}.input_ids"].unsqueeze(0)
+    for use_cache in (True, False):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(out.sequences[0, ids.shape[1] :], data[f"single.{row}.new_tokens"])
+        scores = torch.stack(out.logits)[[0, -1], 0]
+        assert_close(scores, data[f"single.{row}.scores_first_last"], **TOLERANCE)
+
+
+def test_a_padded_batch_of_one_is_the_unpadded_prompt(model, golden: Path) -> None:
+    """The official generate() drops the mask of a single row; honouring it is deliberate."""
+    data = load_file(golden / "generate/batch_of_one.safetensors")
+    found = new_tokens(model, data["input_ids"], 8, attention_mask=data["attention_mask"])
+    assert torch.equal(found[0], data["unpadded_new_tokens"])
+    assert not torch.equal(found[0], data["official_new_tokens"])
+    with torch.no_grad():
+        last = model(data["input_ids"], attention_mask=data["attention_mask"]).logits[0, -1]
+    assert_close(last, data["forward_with_mask_last_logits"], **TOLERANCE)
+
+
+def test_stop_words_end_rows_as_in_the_official_generate(model, golden: Path) -> None:
+    prompts = load_file(golden / "generate/greedy.safetensors")
+    for case in json.loads((golden / "generate/stop_words.json").read_text())["cases"]:
+        if case["rows"] == "all":
+            ids, mask = prompts["input_ids"], prompts["attention_mask"]
+        else:
+            ids = prompts[f"single.{case['rows']}.input_ids"].unsqueeze(0)
+            mask = torch.ones_like(ids)
+        options = {name: case[name] for name in ("stop_words_ids", "eos_token_id", "pad_token_id")}
+        found = new_tokens(model, ids, case["max_new_tokens"], attention_mask=mask, **options)
+        assert found.tolist() == case["new_tokens"], case["name"]
+
+
+def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> None:
+    ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
+    config = GenerationConfig(eos_token_id=304, pad_token_id=304, max_new_tokens=24, do_sample=False)
+    config.stop_words_ids = [[224]]
+    found = model.generate(ids, config, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
+    assert found.tolist() == [454, 149, 224, 304]
+
+
+@pytest.mark.parametrize("words", [[[]], [[-1]], [["a"]]])
+def test_stop_words_that_are_no_token_ids_are_refused(model, words: list) -> None:
+    with pytest.raises(ValueError, match="stop_words_ids"):
+        new_tokens(model, torch.tensor([[1, 2]]), 2, stop_words_ids=words)
+
+
+def test_stop_words_need_an_eos_token(model, monkeypatch) -> None:
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(do_sample=False))
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        new_tokens(model, torch.tensor([[1, 2]]), 2, stop_words_ids=[[5]])
+
+
+@pytest.mark.parametrize("chunk", [1, 10])
+def test_several_tokens_on_a_cache_are_causal(model, golden: Path, chunk: int) -> None:
+    """The official code forgets the causal mask when several tokens meet a cache; full.logits is the truth."""
+    data = load_file(golden / "long/chunked.safetensors")
+    ids = data["input_ids"].unsqueeze(0)
+    with torch.no_grad():
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+        found = model(ids[:, 30 : 30 + chunk], past_key_values=cache).logits[0]
+    assert_close(found, data["full.logits"][:chunk], **TOLERANCE)
+    if chunk == 1:
+        assert_close(found, data["one_token.logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 7}, {"cache_implementation": "static"}, {"num_beams": 2}])
+def test_other_ways_to_decode_give_each_row_what_it_gets_alone(model, golden: Path, options: dict) -> None:
+    data = load_file(golden / "generate/greedy.safetensors")
+    options = options | {"disable_compile": True}
+    batch = new_tokens(model, data["input_ids"], 8, attention_mask=data["attention_mask"], **options)
+    for row in range(4):
+        assert torch.equal(batch[row], new_tokens(model, data[f"single.{row}.input_ids"].unsqueeze(0), 8, **options)[0])
+    if "num_beams" not in options:
+        assert torch.equal(batch, data["new_tokens"][:, :8])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_masked_cache_can_be_filled_in_pieces(model, golden: Path, kind: str) -> None:
+    data = load_file(golden / "forward/left_pad.safetensors")
+    ids, mask = data["input_ids"], data["attention_mask"]
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=32)
+    pieces = []
+    with torch.no_grad():
+        for start, end in ((0, 6), (6, 13), (13, 14), (14, 21)):
+            pieces.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+    real = mask.bool()
+    assert_close(torch.cat(pieces, 1)[real], data["logits"][real], **TOLERANCE)
+
+
+def test_training_mode_makes_no_cache_unless_asked(model) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    assert model(ids).past_key_values is not None
+    model.train()
+    try:
+        assert model(ids).past_key_values is None
+        assert model(ids, use_cache=True).past_key_values is not None
+    finally:
+        model.eval()
