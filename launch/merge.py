@@ -9,6 +9,7 @@ names; `merge_report.json` in it says what was changed, with checksums and the f
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -39,7 +40,10 @@ def main() -> int:
     from qwen_ds.export.merge import REPORT_NAME, merge
     from qwen_ds.model.folder import find_model
 
-    transformers_logging.disable_progress_bar()  # the proof loads models; the bar is the merge's
+    # The proof loads models through transformers and peft; the bar is the merge's, and their notices to each other are
+    # nothing that a user of this command could act on.
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     base = find_model(options.base)
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 

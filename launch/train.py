@@ -1,4 +1,4 @@
-"""Fine-tune Qwen under DeepSpeed:  deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE ...]"""
+"""Fine-tune Qwen:  deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE ...]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe: every option of a training run, typed, documented and checked; and the command-line parser of all commands.
+"""The recipe: every option of a training run, typed and documented; and the command-line parser of all commands.
 
 A recipe file is YAML; each key can also be given on the command line (`--lora.r 16`), where it wins. Defaults are the
 original project's: 128 rows a step, learning rate 3e-4 constant, 3 epochs, LoRA r 8 on c_attn and c_proj.
@@ -61,9 +61,9 @@ class DataOptions:
     max_answer_tokens: int = 254
     """Answer tokens of a single-turn row at most (learn_on original)."""
     max_tokens: int | None = None
-    """Tokens of any other row at most; unset means the model's seq_length. Too long conversations lose their oldest turns."""
+    """Tokens of any other row at most; unset: the model's seq_length. A longer conversation loses its oldest turns."""
     learn_on: Literal["original", "answer", "official"] = "original"
-    """Which tokens are learnt: the original project's choice, the answers alone, or the official finetune.py's choice."""
+    """Which tokens are learnt: as in the original project, the answers alone, or as in the official finetune.py."""
     special_tokens_in_text: Literal["escape", "parse"] = "escape"
     """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control tokens."""
 
@@ -230,7 +230,9 @@ class Parser(jsonargparse.ArgumentParser):
                     j += 1
                 values = args[i + 1 : j]
                 inline = len(values) == 1 and values[0].startswith("[")
-                folded.append(f"{args[i]}={values[0] if inline else yaml.safe_dump(values, default_flow_style=True).strip()}")
+                folded.append(
+                    f"{args[i]}={values[0] if inline else yaml.safe_dump(values, default_flow_style=True).strip()}"
+                )
                 i = j
             else:
                 folded.append(args[i])

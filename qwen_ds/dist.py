@@ -45,7 +45,7 @@ def world_size() -> int:
 
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Give Slurm's and MPI's numbers the names that torch and DeepSpeed read, and say where the ranks meet."""
-    values = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
+    values: dict[str, object] = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
     values |= {} if master_addr is None else {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
@@ -86,12 +86,12 @@ def gather_texts(text: str) -> list[str]:
     return texts
 
 
-def once(make: Callable[[], None], name: str) -> None:
+def once(make: Callable[[], object], name: str) -> None:
     """Run `make` on rank 0 while all other ranks wait, for as long as it takes; see `once_per_machine`."""
     _lead(make, f"once/{name}", leads=rank() == 0)
 
 
-def once_per_machine(make: Callable[[], None], name: str) -> None:
+def once_per_machine(make: Callable[[], object], name: str) -> None:
     """Run `make` on the first rank of each machine while the others wait, for as long as it takes.
 
     The ranks wait at the rendezvous store, not in a collective: preparing a large data set may take longer than any
@@ -103,7 +103,7 @@ def once_per_machine(make: Callable[[], None], name: str) -> None:
     _lead(make, f"once_per_machine/{name}/{rank() - local_rank()}", leads=local_rank() == 0)
 
 
-def _lead(make: Callable[[], None], key: str, *, leads: bool) -> None:
+def _lead(make: Callable[[], object], key: str, *, leads: bool) -> None:
     if world_size() == 1:
         make()
         return

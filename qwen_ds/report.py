@@ -20,7 +20,7 @@ def write_report(folder: Path, summary: str, parameters: str) -> None:
     draw_loss(rows, folder / "loss.png")
     picture = base64.b64encode((folder / "loss.png").read_bytes()).decode()
     data_report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
-    last = next((row for row in reversed(rows) if "loss" in row), {})
+    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     numbers = "".join(
         f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(f'{v:.6g}' if isinstance(v, float) else str(v))}</td></tr>"
         for k, v in last.items()

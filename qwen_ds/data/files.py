@@ -205,8 +205,7 @@ class _DecodedLines:
     def __next__(self) -> str:
         raw = next(self.stream)
         self.number += 1
-        line = raw.decode(self.encoding)
-        return line.lstrip("\ufeff") if self.number == 1 else line
+        return raw.decode(self.encoding)
 
 
 def _csv_rows(

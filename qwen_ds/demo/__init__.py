@@ -18,7 +18,7 @@ from qwen_ds.demo import corpus
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """model: the base, a checkpoint folder. train, eval: JSON lines to fine-tune on, and rows that nobody trained on."""
+    """model: the base, a checkpoint folder. train, eval: JSON lines, to fine-tune on and to evaluate on."""
 
     model: Path
     train: Path

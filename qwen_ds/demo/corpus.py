@@ -21,7 +21,7 @@ from pathlib import Path
 from qwen_ds.demo import phrases
 
 SEED = 20240611
-PRETRAIN_ITEMS, TRAIN_ITEMS, EVAL_ITEMS = 640, 480, 64
+PRETRAIN_ITEMS, TRAIN_ITEMS, EVAL_ITEMS = 800, 480, 64
 OPTIONAL_KEYS = ("材质", "颜色", "风格", "图案", "场景")
 ESSAY_PROMPT, CONTINUE_PROMPT = "写一段随笔", "接着写："
 

@@ -120,8 +120,8 @@ def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     second = [after["rouge_score"][name]["f"] for name in names]
     gain = [b - a for a, b in zip(first, second, strict=True)]
     lines = ["            " + "".join(f"{name.upper():>10}" for name in names)]
-    for name, row, form in (("before", first, ".3f"), ("after", second, ".3f"), ("gain", gain, "+.3f")):
-        lines.append(f"  {name:<10}" + "".join(f"{value:>10{form}}" for value in row))
+    for name, row, sign in (("before", first, "-"), ("after", second, "-"), ("gain", gain, "+")):
+        lines.append(f"  {name:<10}" + "".join(f"{value:>{sign}10.3f}" for value in row))
     return "\n".join(lines)
 
 

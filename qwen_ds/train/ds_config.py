@@ -31,14 +31,14 @@ KNOWN_KEYS = frozenset(
     tensorboard wandb csv_monitor comet flops_profiler autotuning elasticity hybrid_engine pipeline data_efficiency
     curriculum_learning checkpoint data_types aio dataloader_drop_last compile timers tensor_parallel expert_parallel
     compression_training sparse_attention nebula datastates weight_quantization eigenvalue progressive_layer_drop
-    quantize_training use_data_before_expert_parallelism log_level zero_quantized_weights""".split()
+    quantize_training use_data_before_expert_parallelism log_level""".split()
 )
 
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SCHEDULE_PARAMS = frozenset(
-    "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps last_batch_iteration "
-    "warmup_min_ratio cos_min_ratio".split()
+    """warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps last_batch_iteration warmup_min_ratio
+    cos_min_ratio""".split()
 )
 _OPTIMIZERS = ("adam", "adamw")
 
@@ -83,17 +83,17 @@ def read_json(path: str | None) -> Json:
 
 
 class _Merger:
-    """Lets one JSON value and one recipe key agree: the recipe fills "auto", the JSON fills what the user left unset."""
+    """Makes a JSON value and a recipe key agree: the recipe fills "auto", the JSON what the user left unset."""
 
     def __init__(self, recipe: Recipe, set_keys: frozenset[str], origin: str) -> None:
         self.recipe, self.set_keys, self.origin = recipe, set_keys, origin
 
     def agree(self, json_key: str, value: Any, recipe_key: str) -> None:
-        section, _, name = recipe_key.rpartition(".")
-        holder = getattr(self.recipe, section) if section else self.recipe
-        current = getattr(holder, name)
         if value is None or value == "auto":
             return
+        section, _, name = recipe_key.partition(".")
+        holder: Any = getattr(self.recipe, section)
+        current = getattr(holder, name)
         if isinstance(current, tuple):
             value = tuple(value)
         if value == current:
@@ -103,10 +103,8 @@ class _Merger:
                 f"{self.origin}: {json_key} is {value!r} but the recipe's {recipe_key} is {current!r}; "
                 f'make them equal or write "auto"'
             )
-        if section:
-            self.recipe = dataclasses.replace(self.recipe, **{section: dataclasses.replace(holder, **{name: value})})
-        else:
-            self.recipe = dataclasses.replace(self.recipe, **{name: value})
+        changed: dict[str, Any] = {section: dataclasses.replace(holder, **{name: value})}
+        self.recipe = dataclasses.replace(self.recipe, **changed)
 
 
 def resolve(config: Json, recipe: Recipe, set_keys: frozenset[str], *, hidden_size: int, world: int) -> ResolvedConfig:
@@ -177,7 +175,9 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
     if unknown:
         raise UserError(f"{merger.origin}: scheduler.params has {sorted(unknown)[0]!r}, which {kind} has not")
     if params.get("warmup_type", "linear") not in ("auto", "linear"):
-        raise UserError(f"{merger.origin}: scheduler.params.warmup_type is {params['warmup_type']!r}; expected 'linear'")
+        raise UserError(
+            f"{merger.origin}: scheduler.params.warmup_type is {params['warmup_type']!r}; expected 'linear'"
+        )
     # "auto" everywhere, as in the official files, leaves the schedule to the recipe: those files carry WarmupLR
     # whatever the user trains with.
     if all(value == "auto" for value in params.values()):
@@ -185,7 +185,12 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
     merger.agree("scheduler.type", _SCHEDULES[kind], "optim.schedule")
     merger.agree("scheduler.params.warmup_max_lr", params.get("warmup_max_lr"), "optim.lr")
     merger.agree("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), "optim.warmup_steps")
-    for name, only in (("warmup_min_lr", 0), ("warmup_min_ratio", 0), ("cos_min_ratio", 0), ("last_batch_iteration", -1)):
+    for name, only in (
+        ("warmup_min_lr", 0),
+        ("warmup_min_ratio", 0),
+        ("cos_min_ratio", 0),
+        ("last_batch_iteration", -1),
+    ):
         if params.get(name, "auto") not in ("auto", only):
             raise UserError(f"{merger.origin}: scheduler.params.{name} is {params[name]!r}; expected {only}")
 

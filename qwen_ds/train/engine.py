@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qwen_ds import dist
 from qwen_ds.config import OptimOptions
 from qwen_ds.errors import UserError
-from qwen_ds.train.ds_config import Json, ResolvedConfig
+from qwen_ds.train.ds_config import ResolvedConfig
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,16 @@ def choose_device(wanted: str) -> torch.device:
     if wanted != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if dist.local_rank() >= count:
-            raise UserError(f"rank {dist.rank()} has no GPU: {count} on this machine; expected --num_gpus {count} at most")
+            raise UserError(
+                f"rank {dist.rank()} has no GPU: {count} on this machine; expected --num_gpus {count} at most"
+            )
         torch.cuda.set_device(dist.local_rank())
         return torch.device("cuda", dist.local_rank())
     if wanted == "cuda" or (wanted == "auto" and nvidia_card_present()):
         built_for = torch.version.cuda or "no CUDA at all"
         raise UserError(
-            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU (built for: {built_for}); expected a newer "
-            f"driver or another torch build (see README, drivers); --device cpu trains on the CPU"
+            f"torch {torch.__version__} cannot use this machine's NVIDIA GPU (built for: {built_for}); expected a "
+            f"newer driver or another torch build (see README, drivers); --device cpu trains on the CPU"
             if nvidia_card_present()
             else "--device cuda: this machine shows no NVIDIA GPU; expected one, or --device cpu"
         )
@@ -109,7 +111,9 @@ def partitioned_loading(resolved: ResolvedConfig, dtype: torch.dtype) -> Iterato
         unset_hf_deepspeed_config()
 
 
-def make_optimizer(parameters: list[nn.Parameter], optim: OptimOptions, resolved: ResolvedConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: list[nn.Parameter], optim: OptimOptions, resolved: ResolvedConfig
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019). torch's own, which needs no compiler; DeepSpeed's compiled one only where
     the JSON offloads the optimizer on a GPU machine, where the update runs on the CPU and its speed counts."""
     settings: dict[str, Any] = {
@@ -136,7 +140,7 @@ class Engine:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.stage = resolved.stage
         self.uses_loss_scale = "fp16" in resolved.engine_json
-        self._max_grad_norm = resolved.recipe.optim.max_grad_norm
+        self.overflows = 0
         if self.stage == 3:
             deepspeed.zero.register_external_parameter(model.loss_head, model.loss_head.weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -157,7 +161,7 @@ class Engine:
         self._ds.train(mode)
 
     def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum of the cross-entropy over the micro-batch's targets, fp32. Under ZeRO-3 all ranks must call it together."""
+        """Sum of the cross-entropy over the micro-batch's targets, fp32. Under ZeRO-3 a collective."""
         return self._ds(ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True))
 
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
@@ -166,7 +170,7 @@ class Engine:
         self._ds.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> StepResult:
-        """Clip and apply the gradient of the finished window. A gradient that is not finite never reaches the weights."""
+        """Clip and apply the window's gradient. One that is not finite never reaches the weights."""
         if self.stage == 0 and not self._has_own_norm():
             # DeepSpeed's plain path has no look at the gradient: it would write a NaN into the weights.
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -180,14 +184,14 @@ class Engine:
         self._ds.step()
         raw = self._ds.get_global_grad_norm()
         norm = float("nan") if raw is None else float(raw)
-        return StepResult(norm, applied=self._ds.skipped_steps == skipped)
+        applied = self._ds.skipped_steps == skipped
+        if self.uses_loss_scale and not applied:
+            self.overflows += 1
+            log.info("fp16 overflow: the step is skipped, the loss scale is now %g", self._ds.optimizer.cur_scale)
+        return StepResult(norm, applied)
 
     def _has_own_norm(self) -> bool:
         return not isinstance(self._optimizer, torch.optim.Optimizer)
-
-    def loss_scale(self) -> float:
-        """The current fp16 loss scale; 1 without fp16."""
-        return float(self._ds.optimizer.cur_scale) if self.uses_loss_scale else 1.0
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Complete fp32 values of all trainable parameters by name, on the CPU; empty on ranks other than 0.
@@ -205,7 +209,7 @@ class Engine:
         return collected
 
     def all_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, complete, one after another (a collective); tensors on the CPU, empty on ranks other than 0."""
+        """Every parameter, complete, on the CPU (a collective); empty on ranks other than 0."""
         for name, parameter in self.model.model.named_parameters():
             if parameter.requires_grad and self.stage > 0:
                 value = safe_get_full_fp32_param(parameter)
@@ -213,8 +217,3 @@ class Engine:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                     value = parameter.detach().clone() if dist.rank() == 0 else None
             yield name, (value.to(dtype).cpu() if dist.rank() == 0 and value is not None else torch.empty(0))
-
-
-def json_for_environment(engine_json: Json) -> Json:
-    """The resolved JSON as it is stored in the run folder."""
-    return engine_json

@@ -45,6 +45,7 @@ class LoraLinear(peft_lora.Linear):
         super().update_layer(adapter_name, *args, **kwargs)
         for matrices in (self.lora_A, self.lora_B):
             made = matrices[adapter_name]
+            assert isinstance(made, nn.Linear)
             cast = CastLinear(made.in_features, made.out_features, bias=False, device="meta")
             cast.weight = made.weight
             matrices[adapter_name] = cast
@@ -99,6 +100,13 @@ def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) ->
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def config_of(wrapped: peft.PeftModel) -> peft.LoraConfig:
+    """The configuration that belongs into adapter_config.json."""
+    config = wrapped.peft_config[ADAPTER]
+    assert isinstance(config, peft.LoraConfig)
+    return config
 
 
 def init_from(wrapped: peft.PeftModel, folder: str, options: LoraOptions) -> None:

@@ -39,19 +39,13 @@ class _HeadLoss(torch.autograd.Function):
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
             hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
-            logits_CV = F.linear(hidden_CD, weight_VD).float()
-            normaliser_C = torch.logsumexp(logits_CV, dim=-1)
-            target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
-            loss_sum += (normaliser_C - target_logits_C).sum()
-            if grad_hidden_ND is None and grad_weight_VD is None:
-                continue
-            grad_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
-            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1.0
-            grad_CV = grad_CV.to(weight_VD.dtype)
+            value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C)
+            loss_sum += value
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + step])
             if grad_weight_VD is not None:
                 grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
+            del grad_CV  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss_sum
@@ -65,6 +59,20 @@ class _HeadLoss(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
         return grad_hidden_ND, grad_weight_VD, None
+
+
+def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses (fp32) and its gradient with respect to the logits (in the head's dtype)."""
+    logits_CV = F.linear(hidden_CD, weight_VD).float()
+    # Softmax in place, one exponential a logit: the chunk is the largest thing in memory, and it exists once.
+    logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
+    target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
+    grad_CV = logits_CV.exp_()
+    sums_C = grad_CV.sum(dim=-1)
+    loss = (sums_C.log() - target_logits_C).sum()
+    grad_CV /= sums_C[:, None]
+    grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1.0
+    return loss, grad_CV.to(weight_VD.dtype)
 
 
 def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -91,7 +99,7 @@ class LossHead(nn.Module):
         self._lm_head = (lm_head,)  # a tuple hides it from nn.Module's registration
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         return self._lm_head[0].weight
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:

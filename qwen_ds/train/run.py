@@ -14,7 +14,7 @@ from qwen_ds.config import LoadedRecipe, Recipe, load_recipe
 from qwen_ds.report import write_report
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import ds_config, engine, runfolder, setup
-from qwen_ds.train.loop import describe, total_steps, train
+from qwen_ds.train.loop import total_steps, train
 from qwen_ds.train.output import Output
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
     outcome = train(recipe, data, engine.Engine(model.training, recipe.optim, resolved), output)
     if dist.rank() == 0:
         result = folder / ("adapter" if model.adapter_config else "model")
-        write_report(folder, describe(outcome), str(model.count))
-        say(f"{describe(outcome)}\n{result} holds the result; {folder / 'loss.png'} the curve; {folder / 'report.html'} all of it")
+        write_report(folder, str(outcome), str(model.count))
+        say(
+            f"{outcome}\n{result} holds the result, {folder / 'loss.png'} the curve, {folder / 'report.html'} all of it"
+        )
     dist.barrier()
     return 0
 
@@ -77,8 +79,8 @@ def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Mode
     lines = [
         f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
         f"machine   {dist.world_size()} rank(s) of {name}, ZeRO-{stage}",
-        f"data      {len(data.train):,} rows, {int(lens.sum()):,} tokens, {int(data.train.learnt.sum()):,} learnt, longest "
-        f"{int(lens.max())}" + (f"; {len(data.eval):,} rows for evaluation" if data.eval is not None else ""),
+        f"data      {len(data.train):,} rows, {int(lens.sum()):,} tokens, {int(data.train.learnt.sum()):,} learnt, "
+        f"longest {int(lens.max())}" + (f"; {len(data.eval):,} rows for evaluation" if data.eval is not None else ""),
         f"training  {steps} steps of {recipe.batch.rows_per_step} rows (about "
         f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(data.train))):,} tokens), lr {recipe.optim.lr:g} "
         f"{recipe.optim.schedule}",
@@ -86,5 +88,7 @@ def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Mode
     ]
     cut = data.train.report.get("answers_cut", 0)
     if cut:
-        lines.insert(3, f"          {cut:,} answers were cut to {recipe.data.max_answer_tokens} tokens (data.max_answer_tokens)")
+        lines.insert(
+            3, f"          {cut:,} answers were cut to {recipe.data.max_answer_tokens} tokens (data.max_answer_tokens)"
+        )
     return "\n".join(lines)

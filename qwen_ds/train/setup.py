@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import demo, dist
@@ -17,6 +17,7 @@ from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import find_model
+from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import ds_config, engine, lora
 from qwen_ds.train.loss import TrainingModel
 
@@ -47,7 +48,7 @@ def find_sources(loaded: LoadedRecipe) -> LoadedRecipe:
     recipe = loaded.recipe
     if recipe.model.path == "demo":
         home = Path.home() / ".cache" / "qwen_ds" / "demo"
-        dist.once_per_machine(lambda: demo.prepare(home) and None, "demo")
+        dist.once_per_machine(lambda: demo.prepare(home), "demo")
         paths = demo.prepare(home)
         data = recipe.data
         if not data.train:
@@ -55,7 +56,7 @@ def find_sources(loaded: LoadedRecipe) -> LoadedRecipe:
         recipe = replace(recipe, model=replace(recipe.model, path=str(paths.model)), data=data)
     if not recipe.data.train:
         raise UserError("data.train is empty; expected one or more files, folders or hub data sets")
-    dist.once_per_machine(lambda: find_model(recipe.model.path) and None, "model")
+    dist.once_per_machine(lambda: find_model(recipe.model.path), "model")
     path = str(find_model(recipe.model.path).resolve())
     return replace(loaded, recipe=replace(recipe, model=replace(recipe.model, path=path)))
 
@@ -68,8 +69,8 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
         total = sum(p.numel() for p in model.parameters())
         if total > CPU_PARAMETERS:
             raise UserError(
-                f"{recipe.model.path} has {total / 1e9:.1f} billion parameters and this machine no GPU; expected a GPU, "
-                f"or --device cpu if minutes per step are meant"
+                f"{recipe.model.path} has {total / 1e9:.1f} billion parameters and this machine no GPU; expected a "
+                f"GPU, or --device cpu if minutes per step are meant"
             )
 
 
@@ -95,8 +96,9 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention
         )
+    assert isinstance(model, QWenLMHeadModel)
     if resolved.stage < 3:
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     recompute_blocks(model, recipe.model.activation_checkpointing)
     transformer, lm_head = model.transformer, model.lm_head
     if recipe.method == "full":
@@ -105,10 +107,10 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
     training = TrainingModel(wrapped, transformer, lm_head)
-    return Model(training, wrapped.peft_config[lora.ADAPTER], lora.count_parameters(wrapped))
+    return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
-def recompute_blocks(model: PreTrainedModel, choice: str | int) -> None:
+def recompute_blocks(model: QWenLMHeadModel, choice: str | int) -> None:
     """Switch activation checkpointing on in no block, in all, or in every n-th."""
     every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
     if every < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,10 +145,15 @@ def test_help_needs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "encode" in capsys.readouterr().out
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, small_dir: Path) -> None:
-    program = [sys.executable, "-m", "qwen_ds.data", "encode", "--model.path", str(small_dir)]
-    done = subprocess.run([*program, "--data.train", str(tmp_path / "no.jsonl")], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "no.jsonl")
+    monkeypatch.setattr(sys, "argv", ["data", "encode", "--model.path", str(small_dir), "--data.train", missing])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("qwen_ds.data", run_name="__main__")
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
     assert line.startswith("error: ") and "no.jsonl: no such file" in line

