@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
+
+from qwen_ds.config import load_recipe
+from qwen_ds.errors import run_command
 
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 def main() -> int:
+    options = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    note = "" if options else "no options given: the embedded demo (launch/recipes/demo.yaml)"
+    # The options first: a mistake, or --help, must not wait for DeepSpeed.
+    loaded = load_recipe(options or ["--config", str(DEMO_RECIPE)])
+    logging.disable(logging.WARNING)  # DeepSpeed logs to the terminal while it is imported
     from qwen_ds.train.run import run
 
-    options = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
-    if not options:
-        return run(["--config", str(DEMO_RECIPE)], "no options given: the embedded demo (launch/recipes/demo.yaml)")
-    return run(options)
+    logging.disable(logging.NOTSET)
+    return run(loaded, note)
 
 
 if __name__ == "__main__":
-    from qwen_ds.errors import run_command
-
     run_command(main)

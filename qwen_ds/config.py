@@ -26,6 +26,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class ModelOptions:
+    """The base model."""
+
     path: str = "demo"
     """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -38,6 +40,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
+    """What is read, how it becomes tokens, and which of them are learnt."""
+
     train: list[str] = field(default_factory=list)
     """Files, folders or hub data sets to train on."""
     eval: list[str] = field(default_factory=list)
@@ -70,6 +74,8 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class LoraOptions:
+    """The adapter."""
+
     r: int = 8
     """Rank."""
     alpha: int = 16
@@ -86,6 +92,8 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
+    """AdamW and its schedule."""
+
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -108,26 +116,34 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class BatchOptions:
+    """The optimizer step."""
+
     rows_per_step: int = 128
     """Rows of one optimizer step over all ranks."""
-    tokens_per_micro_batch: int = 4096
+    tokens_per_micro_batch: int = 2048
     """Padded tokens of one micro-batch at most (a single longer row still runs, alone)."""
 
 
 @dataclass(frozen=True)
 class LogOptions:
+    """Metrics."""
+
     every_steps: int = 1
     """Optimizer steps between two lines of metrics."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
+    """Evaluation while training."""
+
     every_steps: int | None = None
     """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
 
 
 @dataclass(frozen=True)
 class SaveOptions:
+    """Saved steps."""
+
     every_steps: int = 382
     """Optimizer steps between two saved adapters under checkpoints/."""
     keep: int = 32
@@ -136,6 +152,8 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class DistributedOptions:
+    """The process group."""
+
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run."""
 
@@ -257,7 +275,7 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
     whole.pop("config", None)
-    recipe = parser.instantiate_classes(whole)
+    recipe = parser.instantiate(whole)
     return LoadedRecipe(Recipe(**recipe), frozenset(k for k in given.as_flat().__dict__ if k != "config"))
 
 

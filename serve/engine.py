@@ -32,7 +32,7 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from qwen_ds.model.adapter import PeftModel
 
 STOP_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PREFILTER = 1024  # candidates that are looked at before the whole vocabulary is sorted for top-p

@@ -273,7 +273,7 @@ def _tar_rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
 class _Unzipped(gzip.GzipFile):
     """A gzip stream that closes what it reads from, which GzipFile leaves open."""
 
-    def __init__(self, packed: IO[bytes]) -> None:
+    def __init__(self, packed: IO[bytes] | gzip.GzipFile) -> None:
         super().__init__(fileobj=packed)
         self.packed = packed
 

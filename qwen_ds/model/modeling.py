@@ -234,10 +234,12 @@ class QWenModel(QWenPreTrainedModel):
 
         if self.training and self.config.emb_dropout_prob:
             x_BTD = F.dropout(x_BTD, self.config.emb_dropout_prob)
-        states = [x_BTD]
+        states = [x_BTD] if output_hidden_states else []
+        # A recomputed block would write into the cache a second time.
+        recompute = self.gradient_checkpointing and self.training and cache is None
         for i, block in enumerate(self.h):
             args = (x_BTD, *tables, mask, seen.is_causal, cache)
-            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
+            if recompute and i % self.checkpoint_every == 0:
                 x_BTD = self._gradient_checkpointing_func(block.__call__, *args)
             else:
                 x_BTD = block(*args)

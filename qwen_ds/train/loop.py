@@ -12,7 +12,7 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.config import Recipe
-from qwen_ds.data.batches import Batch, evaluation_batches
+from qwen_ds.data.batches import Batch, evaluation_batches, make_batch
 from qwen_ds.data.rows import TokenRows
 from qwen_ds.errors import UserError
 from qwen_ds.train.engine import Engine
@@ -89,7 +89,7 @@ def train_step(
             bad_rows += batch.row_ids
     loss, bad = dist.sum_floats(window_loss, len(bad_rows))
     if bad:  # on every rank, before the gradient can reach the weights
-        stop_not_finite("loss", "in", bad_rows, step, rows, engine, output)
+        stop_not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows, engine, output)
     result = engine.step()
     if not result.applied and not engine.uses_loss_scale:  # ZeRO has skipped the update
         all_rows = [row for batch in window for row in batch.row_ids]
@@ -111,6 +111,18 @@ def evaluation_loss(engine: Engine, rows: TokenRows, tokens_per_micro_batch: int
     loss, targets = dist.sum_floats(loss, targets)
     engine.train(True)
     return loss / max(targets, 1.0)
+
+
+@torch.no_grad()
+def bad_alone(row_ids: list[int], rows: TokenRows, engine: Engine) -> list[int]:
+    """Those rows whose loss is not finite by themselves, or all of them if none is (a collective)."""
+    count = int(dist.max_floats(len(row_ids))[0])
+    found: list[int] = []
+    for i in range(count):  # as many forwards on every rank: under ZeRO-3 each gathers the weights
+        batch = make_batch(rows, np.array(row_ids[i : i + 1], dtype=np.int64))
+        if not math.isfinite(engine.loss_sum(batch.ids_BT, batch.labels_BT).item()):
+            found += batch.row_ids
+    return found or row_ids
 
 
 def stop_not_finite(

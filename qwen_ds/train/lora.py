@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora as peft_lora
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -68,13 +68,13 @@ class ParameterCount:
         return f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
 
 
-def lora_config(options: LoraOptions, base: str) -> peft.LoraConfig:
+def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     """The PEFT configuration of a recipe."""
     unknown = [t for t in options.targets if t not in KNOWN_TARGETS]
     if unknown or not options.targets:
         came = unknown[0] if unknown else "nothing"
         raise UserError(f"lora.targets: {came!r} matches no module; expected some of {', '.join(KNOWN_TARGETS)}")
-    return peft.LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=options.r,
@@ -86,7 +86,7 @@ def lora_config(options: LoraOptions, base: str) -> peft.LoraConfig:
     )
 
 
-def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) -> peft.PeftModel:
+def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) -> PeftModel:
     """Wrap `model` with a fresh adapter (A random from `seed`, alike on every rank; B zero), fp32 and trainable.
 
     `model` may be partitioned by ZeRO-3; DoRA's magnitudes then come from the gathered weights.
@@ -94,7 +94,7 @@ def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) ->
     config = lora_config(options, base)
     config._register_custom_module({nn.Linear: LoraLinear})
     torch.manual_seed(seed)
-    wrapped = peft.PeftModel(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    wrapped = PeftModel(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     config._custom_modules = None  # not part of the file format
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -102,14 +102,14 @@ def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) ->
     return wrapped
 
 
-def config_of(wrapped: peft.PeftModel) -> peft.LoraConfig:
+def config_of(wrapped: PeftModel) -> LoraConfig:
     """The configuration that belongs into adapter_config.json."""
     config = wrapped.peft_config[ADAPTER]
-    assert isinstance(config, peft.LoraConfig)
+    assert isinstance(config, LoraConfig)
     return config
 
 
-def init_from(wrapped: peft.PeftModel, folder: str, options: LoraOptions) -> None:
+def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
     """Continue from another adapter: its values replace the fresh ones.
 
     Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original project's
@@ -155,7 +155,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters)))
 
 
-def write_adapter(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors, mode 0644.
 
     Args:

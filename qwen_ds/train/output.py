@@ -7,7 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +28,7 @@ class Output:
     folder: Path
     base: Path
     dtype: torch.dtype
-    adapter_config: peft.LoraConfig | None
+    adapter_config: lora.LoraConfig | None
 
     def save_step(self, engine: Engine, step: int, keep: int) -> Path:
         """Write the state after `step` under checkpoints/ (a collective); returns the folder."""

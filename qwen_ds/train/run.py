@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import LoadedRecipe, Recipe, load_recipe
+from qwen_ds.config import LoadedRecipe, Recipe
+from qwen_ds.data.report import data_report, summary
 from qwen_ds.report import write_report
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import ds_config, engine, runfolder, setup
@@ -20,13 +21,12 @@ from qwen_ds.train.output import Output
 log = logging.getLogger(__name__)
 
 
-def run(argv: list[str], note: str = "") -> int:
-    """Train as the options say; returns the exit code.
+def run(loaded: LoadedRecipe, note: str = "") -> int:
+    """Train as the recipe says; returns the exit code. `note` is said first.
 
     Raises:
-        UserError: the recipe, the data, the model or the folder is wrong, or the loss is not finite.
+        UserError: the data, the model or the folder is wrong, or the loss is not finite.
     """
-    loaded = load_recipe(argv)
     device = engine.choose_device(loaded.recipe.device)
     engine.start_process_group(device, loaded.recipe.distributed.timeout_minutes)
     try:
@@ -55,7 +55,9 @@ def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
     if dist.rank() == 0:
         stored = replace(recipe, deepspeed=str(folder / "ds_config.json"))
         runfolder.write_resolved(folder, stored, resolved.engine_json, device)
-        runfolder.write_json(folder / "data_report.json", data.train.report)
+        runfolder.write_json(
+            folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
+        )
     say(start_screen(recipe, resolved.stage, data, model, device))
     if recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")
@@ -76,19 +78,18 @@ def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Mode
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     steps = total_steps(recipe, data.sampler.steps_per_epoch)
     lens = data.train.lens
-    lines = [
-        f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
-        f"machine   {dist.world_size()} rank(s) of {name}, ZeRO-{stage}",
-        f"data      {len(data.train):,} rows, {int(lens.sum()):,} tokens, {int(data.train.learnt.sum()):,} learnt, "
-        f"longest {int(lens.max())}" + (f"; {len(data.eval):,} rows for evaluation" if data.eval is not None else ""),
-        f"training  {steps} steps of {recipe.batch.rows_per_step} rows (about "
-        f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(data.train))):,} tokens), lr {recipe.optim.lr:g} "
-        f"{recipe.optim.schedule}",
-        f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",
-    ]
-    cut = data.train.report.get("answers_cut", 0)
-    if cut:
-        lines.insert(
-            3, f"          {cut:,} answers were cut to {recipe.data.max_answer_tokens} tokens (data.max_answer_tokens)"
-        )
-    return "\n".join(lines)
+    rows, *remarks = summary(data.train.report)
+    if data.eval is not None:
+        rows += f"; {len(data.eval):,} rows for evaluation"
+    return "\n".join(
+        [
+            f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
+            f"machine   {dist.world_size()} rank(s) of {name}, ZeRO-{stage}",
+            f"data      {rows}",
+            *(f"          {remark}" for remark in remarks),
+            f"training  {steps} steps of {recipe.batch.rows_per_step} rows, about "
+            f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(lens))):,} tokens each; lr {recipe.optim.lr:g} "
+            f"{recipe.optim.schedule}",
+            f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",
+        ]
+    )

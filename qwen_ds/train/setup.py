@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import demo, dist
@@ -39,7 +39,7 @@ class Model:
     """What DeepSpeed gets, the adapter's configuration (None: full training), and the parameter count."""
 
     training: TrainingModel
-    adapter_config: peft.LoraConfig | None
+    adapter_config: lora.LoraConfig | None
     count: lora.ParameterCount
 
 
@@ -92,6 +92,7 @@ def load_data(recipe: Recipe) -> Data:
 def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:
     """The base in its dtype (partitioned on arrival under ZeRO-3), and what is trained of it."""
     dtype = DTYPES[recipe.model.dtype]
+    transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     with engine.partitioned_loading(resolved, dtype):
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention

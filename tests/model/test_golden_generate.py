@@ -130,6 +130,19 @@ def test_other_ways_to_decode_give_each_row_what_it_gets_alone(model, golden: Pa
         assert torch.equal(batch, data["new_tokens"][:, :8])
 
 
+def test_a_hole_in_the_mask_keeps_its_position_while_generating(model) -> None:
+    """As in forward and in the official code, where a position is an index; transformers would count the hole out."""
+    ids = torch.arange(30, 40).unsqueeze(0)
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=mask, **options)
+    for step, scores in enumerate(out.logits):
+        seen = torch.cat((mask, torch.ones(1, step, dtype=torch.int64)), 1)
+        with torch.no_grad():
+            expected = model(out.sequences[:, : 10 + step], attention_mask=seen).logits[:, -1]
+        assert_close(scores, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_masked_cache_can_be_filled_in_pieces(model, golden: Path, kind: str) -> None:
     data = load_file(golden / "forward/left_pad.safetensors")

@@ -74,16 +74,27 @@ def test_the_decoder_alone_needs_no_mask_and_gives_the_same_gradients(model, gol
     assert_official_gradients(model, data)
 
 
-def test_activation_checkpointing_changes_nothing_and_recomputes_the_blocks(model, golden: Path) -> None:
+@pytest.mark.parametrize("every, calls", [(1, [2, 2, 2]), (2, [2, 1, 2])])
+def test_activation_checkpointing_changes_nothing_and_recomputes_blocks(model, golden: Path, every, calls) -> None:
     data = load_file(golden / "train/loss_within.safetensors")
-    calls = []
-    model.transformer.h[1].mlp.w1.register_forward_hook(lambda *_: calls.append(None))
+    found = [0, 0, 0]
+    for i, block in enumerate(model.transformer.h):
+        block.mlp.w1.register_forward_hook(lambda *_, i=i: found.__setitem__(i, found[i] + 1))
     model.gradient_checkpointing_enable()
+    model.transformer.checkpoint_every = every
     model(data["input_ids"], labels=data["labels"]).loss.backward()
-    assert len(calls) == 2
+    assert found == calls
     assert_official_gradients(model, data)
     model.gradient_checkpointing_disable()
     assert not model.transformer.gradient_checkpointing
+
+
+def test_checkpointing_leaves_a_cache_alone(model) -> None:
+    model.gradient_checkpointing_enable()
+    ids = torch.arange(12).reshape(2, 6)
+    out = model(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    assert out.past_key_values.get_seq_length() == 6
 
 
 def test_checkpointing_works_where_only_inner_parameters_are_trained(model) -> None:

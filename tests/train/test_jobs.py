@@ -75,10 +75,9 @@ def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path:
 def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[str], tmp_path: Path) -> None:
     """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
     out = tmp_path / "run"
-    command = [
-        "deepspeed", "--num_gpus", "2", "--master_port", "29617", "launch/train.py", *small_job, "--output_dir", str(out),
-        "--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--save.every_steps", "4", "--save.keep", "1",
-    ]  # fmt: skip
+    options = ["--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--output_dir", str(out)]
+    options += ["--save.every_steps", "4", "--save.keep", "1"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", "launch/train.py", *small_job, *options]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

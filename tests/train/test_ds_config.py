@@ -1,0 +1,187 @@
+"""The user's DeepSpeed JSON and the recipe: what fills what, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_ds.config import ModelOptions, Recipe
+from qwen_ds.errors import UserError
+from qwen_ds.train import ds_config
+from qwen_ds.train.ds_config import ResolvedConfig, read_json, resolve
+
+RECIPE = Recipe()
+# The official project's two files, as its users have them.
+_AUTO_BATCH = {k: "auto" for k in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")}
+_OFFICIAL_COMMON: dict[str, Any] = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    **_AUTO_BATCH,
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 100,
+    "wall_clock_breakdown": False,
+}
+OFFICIAL = {
+    2: _OFFICIAL_COMMON
+    | {
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"device": "none", "pin_memory": True},
+            "allgather_partitions": True,
+            "allgather_bucket_size": 2e8,
+            "overlap_comm": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 2e8,
+            "contiguous_gradients": True,
+        }
+    },
+    3: _OFFICIAL_COMMON
+    | {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "none", "pin_memory": True},
+            "offload_param": {"device": "none", "pin_memory": True},
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    },
+}
+
+
+def settle(config: dict[str, Any], recipe: Recipe = RECIPE, keys: set[str] | None = None) -> ResolvedConfig:
+    return resolve(config, recipe, frozenset(keys or ()), hidden_size=4096, world=8)
+
+
+def flat(value: Any) -> list[Any]:
+    return [leaf for v in value.values() for leaf in flat(v)] if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_official_files_resolve_without_any_auto_left(stage: int) -> None:
+    result = settle(OFFICIAL[stage], keys={"optim.lr", "optim.schedule"})
+    assert "auto" not in flat(result.engine_json) and result.stage == stage
+    assert result.recipe == RECIPE, "a file full of auto leaves the recipe as it is"
+    assert not {"optimizer", "scheduler", "bf16", "fp16"} & result.engine_json.keys()
+    assert result.engine_json["gradient_clipping"] == 1.0
+    if stage == 3:
+        zero = result.engine_json["zero_optimization"]
+        assert zero["reduce_bucket_size"] == 4096**2 and zero["stage3_param_persistence_threshold"] == 40960
+        assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
+
+
+def test_the_json_fills_what_the_user_left_unset() -> None:
+    block = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 7}},
+        "gradient_clipping": 0.5,
+        "train_batch_size": 64,
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+    }
+    result = settle(block)
+    optim = result.recipe.optim
+    assert (optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm) == (1e-5, (0.9, 0.95), 0.1, 0.5)
+    assert (optim.schedule, optim.warmup_steps, result.recipe.batch.rows_per_step) == ("cosine", 7, 64)
+    assert result.recipe.model.dtype == "float16"
+    assert result.engine_json["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert result.engine_json["train_batch_size"] == 8 and result.engine_json["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "named"),
+    [
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optim.lr", "optimizer.params.lr"),
+        ({"gradient_clipping": 9.0}, "optim.max_grad_norm", "gradient_clipping"),
+        ({"train_batch_size": 100}, "batch.rows_per_step", "train_batch_size"),
+        ({"fp16": {"enabled": True}}, "model.dtype", "fp16.enabled"),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 1}}}, "optim.schedule", "scheduler"),
+    ],
+)
+def test_a_contradiction_names_both_keys(config: dict[str, Any], key: str, named: str) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        settle(config, keys={key})
+    assert key in str(error.value)
+
+
+def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
+    good = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+    assert settle(good).engine_json["train_micro_batch_size_per_gpu"] == 1
+    with pytest.raises(UserError, match="64 rows a step"):
+        settle(good | {"gradient_accumulation_steps": 2})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"optimizer": {"type": "Lion"}},
+        {"optimizer": {"type": "AdamW", "params": {"lrr": 1}}},
+        {"scheduler": {"type": "OneCycle"}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_type": "log"}}},
+        {"zero_optimization": {"stage": 4}},
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+    ],
+)
+def test_what_we_cannot_honour_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        settle(config)
+
+
+def test_precision_sections_follow_what_is_trained() -> None:
+    """LoRA on bf16: none, trainables are their own fp32 masters. Full bf16: both fp32 settings, either alone is not
+    enough."""
+    bf16 = {"bf16": {"enabled": True}}
+    assert "bf16" not in settle(bf16).engine_json and "data_types" not in settle(bf16).engine_json
+    full = settle(bf16, replace(RECIPE, method="full")).engine_json
+    assert full["bf16"] == {"enabled": True}
+    assert full["data_types"] == {"grad_accum_dtype": "fp32"} and full["communication_data_type"] == "fp32"
+    fp32 = settle({}, replace(RECIPE, method="full", model=ModelOptions(dtype="float32"))).engine_json
+    assert not {"bf16", "fp16"} & fp32.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"zero_optimisation": {}}', "nearest is 'zero_optimization'"),
+        ("{", "not JSON"),
+        ("[1]", "expected an object"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        read_json(str(path))
+    assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        read_json(str(tmp_path / "absent.json"))
+
+
+def test_our_own_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_json("ds_configs/zero3.json")["zero_optimization"]["stage"] == 3
+
+
+def test_every_file_of_ours_resolves() -> None:
+    files = sorted((Path(ds_config.__file__).parents[2] / "ds_configs").glob("*.json"))
+    assert len(files) >= 5
+    for file in files:
+        result = settle(json.loads(file.read_text()))
+        assert result.stage == int(file.stem[4]) and result.offload_optimizer == ("offload" in file.stem), file

@@ -1,0 +1,36 @@
+"""Learning rates, against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_ds.config import OptimOptions, Recipe
+from qwen_ds.train.loop import dropout_seed, total_steps
+from qwen_ds.train.schedule import lr_at
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8535533905932737, 0.5, 0.1464466094067263]),
+    ],
+)
+def test_two_steps_of_warm_up_then_the_schedule(schedule: str, expected: list[float]) -> None:
+    optim = OptimOptions(lr=1.0, schedule=schedule, warmup_steps=2)  # type: ignore[arg-type]
+    assert [lr_at(step, 6, optim) for step in range(6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(3.0, None, 27), (0.5, None, 5), (0.01, None, 1), (3.0, 4, 4), (1.0, 99, 9)]
+)
+def test_steps_of_a_run(epochs: float, max_steps: int | None, expected: int) -> None:
+    recipe = Recipe(optim=OptimOptions(epochs=epochs, max_steps=max_steps))
+    assert total_steps(recipe, steps_per_epoch=9) == expected
+
+
+def test_dropout_seeds_differ_by_position_and_repeat() -> None:
+    places = [(s, t, r, m) for s in (1, 2) for t in (0, 1) for r in (0, 1) for m in (0, 1)]
+    assert len({dropout_seed(*place) for place in places}) == len(places)
+    assert dropout_seed(1, 2, 3, 4) == dropout_seed(1, 2, 3, 4) < 2**63
