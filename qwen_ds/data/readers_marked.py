@@ -83,10 +83,7 @@ def dialogue_in_instruction(instruction: str, extra: str, answer: str, system: s
 def read_refgpt(row: Row) -> list[Outcome]:
     """RefGPT: `<user>` and `<assistant>` cut the text; lines with `Human:` and `Assistant:` in its first edition."""
     text = text_of(row, "dialogue").strip()
-    segments = split_at_marks(text, _REFGPT)
-    if not segments and _BELLE.match(text):
-        segments = split_at_marks(text, _BELLE)
-    return [_dialogue(segments, system_of(row))]
+    return [_dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))]
 
 
 def read_sharegpt_translation(row: Row) -> list[Outcome]:

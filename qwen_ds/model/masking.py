@@ -43,7 +43,7 @@ def visibility(
     if real_BK is None:
         if num_queries == num_keys:
             return Visibility(None, is_causal=True, left_pads_B=None)
-        if num_queries == 1 and isinstance(past_len, int) and num_keys == past_len + 1:
+        if isinstance(past_len, int) and num_keys == past_len + 1:  # one new token, which sees everything
             return Visibility(None, is_causal=False, left_pads_B=None)
         return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False, left_pads_B=None)
     queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
@@ -70,6 +70,6 @@ def _real_keys(mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int |
         )
     real_BT = mask_BT.bool()
     # The only look at values, one synchronisation on an accelerator; training never passes a mask.
-    if bool(real_BT[:, 0].all() & (real_BT[:, 1:] <= real_BT[:, :-1]).all()):
+    if bool((real_BT[:, 1:] <= real_BT[:, :-1]).all()):
         return None
     return F.pad(real_BT, (0, num_keys - real_BT.shape[-1]), value=True)

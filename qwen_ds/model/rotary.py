@@ -71,6 +71,8 @@ def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last dimension of x by the given angles: fp32 inside, rounded once to x's dtype.
 
+    x becomes fp32 before it is used twice, so that its gradient, too, is summed in fp32 and rounded once.
+
     Args:
         x: [..., D], any floating dtype.
         cos, sin: fp32, broadcastable to [..., D / 2].

@@ -52,6 +52,12 @@ class ResolvedConfig:
     stage: int
     offload_optimizer: bool
 
+    def stored_json(self) -> Json:
+        """The JSON that resolves to this one again: the step's rows in place of the engine's own 1 / 1 / world."""
+        engine_only = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        stored = {k: v for k, v in self.engine_json.items() if k not in engine_only}
+        return stored | {"train_batch_size": self.recipe.batch.rows_per_step}
+
 
 def read_json(path: str | None) -> Json:
     """Read a DeepSpeed JSON; None gives the built-in ZeRO-2.
@@ -146,6 +152,10 @@ def resolve(config: Json, recipe: Recipe, set_keys: frozenset[str], *, hidden_si
         "steps_per_print": 10**9,
     }
     _precision_sections(config, merger.recipe)
+    if stage == 0 and config.keys() & {"fp16", "bf16"}:
+        # Without ZeRO, DeepSpeed's bf16 optimizer refuses fp32 accumulation and its fp16 one takes other steps than
+        # stages 1 to 3 take (measured). Stage 1 computes the same with the optimizer's state spread over the ranks.
+        stage = zero["stage"] = 1
     _drop_auto(config)
     return ResolvedConfig(config, merger.recipe, stage, offload)
 

@@ -23,6 +23,7 @@ from qwen_ds import dist
 from qwen_ds.config import OptimOptions
 from qwen_ds.errors import UserError
 from qwen_ds.train.ds_config import ResolvedConfig
+from qwen_ds.train.lora import borrowed_weights
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,10 @@ class Engine:
         self.uses_loss_scale = "fp16" in resolved.engine_json
         self.overflows = 0
         if self.stage == 3:
+            # ZeRO-3 brings a weight in for the module that owns it; these modules use one that another owns.
             deepspeed.zero.register_external_parameter(model.loss_head, model.loss_head.weight)
+            for module, weight in borrowed_weights(model):
+                deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=trainable,
@@ -171,7 +175,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """Clip and apply the window's gradient. One that is not finite never reaches the weights."""
-        if self.stage == 0 and not self._has_own_norm():
+        if self.stage == 0:
             # DeepSpeed's plain path has no look at the gradient: it would write a NaN into the weights.
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
@@ -189,9 +193,6 @@ class Engine:
             self.overflows += 1
             log.info("fp16 overflow: the step is skipped, the loss scale is now %g", self._ds.optimizer.cur_scale)
         return StepResult(norm, applied)
-
-    def _has_own_norm(self) -> bool:
-        return not isinstance(self._optimizer, torch.optim.Optimizer)
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Complete fp32 values of all trainable parameters by name, on the CPU; empty on ranks other than 0.

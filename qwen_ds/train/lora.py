@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) ->
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Modules that read a weight of their child's directly: DoRA takes the norms of the base's rows."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.lora_variant:
+            base = module.get_base_layer()
+            assert isinstance(base, nn.Linear)
+            assert isinstance(base.weight, nn.Parameter)
+            yield module, base.weight
 
 
 def config_of(wrapped: PeftModel) -> LoraConfig:

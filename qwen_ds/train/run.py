@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from qwen_ds import dist
 from qwen_ds.config import LoadedRecipe, Recipe
@@ -30,12 +30,13 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     device = engine.choose_device(loaded.recipe.device)
     engine.start_process_group(device, loaded.recipe.distributed.timeout_minutes)
     try:
-        return _run(loaded, device, note)
+        return run_in_group(loaded, device, note)
     finally:
         engine.stop_process_group()
 
 
-def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
+def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> int:
+    """`run`, once the ranks have met; one rank alone needs no group until the engine starts."""
     folder = Path(loaded.recipe.output_dir)
     dist.once(lambda: runfolder.claim(folder), "claim the run folder")
     log_to_file(folder / "logs")
@@ -43,7 +44,7 @@ def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
         say(note)
     config = ds_config.read_json(loaded.recipe.deepspeed)
     loaded = setup.find_sources(loaded)
-    hidden_size = int(json.loads((Path(loaded.recipe.model.path) / "config.json").read_text())["hidden_size"])
+    hidden_size = AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size
     resolved = ds_config.resolve(
         config, loaded.recipe, loaded.set_keys, hidden_size=hidden_size, world=dist.world_size()
     )
@@ -52,16 +53,16 @@ def _run(loaded: LoadedRecipe, device: torch.device, note: str) -> int:
     data = setup.load_data(recipe)
     model = setup.load_model(recipe, resolved, device)
     output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
-    if dist.rank() == 0:
-        stored = replace(recipe, deepspeed=str(folder / "ds_config.json"))
-        runfolder.write_resolved(folder, stored, resolved.engine_json, device)
-        runfolder.write_json(
-            folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
-        )
     say(start_screen(recipe, resolved.stage, data, model, device))
     if recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")
         return 0
+    if dist.rank() == 0:
+        stored = replace(recipe, deepspeed=str((folder / "ds_config.json").resolve()))
+        runfolder.write_resolved(folder, stored, resolved.stored_json(), device)
+        runfolder.write_json(
+            folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
+        )
     outcome = train(recipe, data, engine.Engine(model.training, recipe.optim, resolved), output)
     if dist.rank() == 0:
         result = folder / ("adapter" if model.adapter_config else "model")

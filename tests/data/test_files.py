@@ -38,6 +38,7 @@ ARRANGEMENTS: dict[str, tuple[str, list[int]]] = {
     "array, a row a line": ("[\n" + ",\n".join(dumped(row) for row in ROWS) + "\n]\n", [2, 3, 4]),
     "array, indented": (dumped(ROWS, 2), [2, 6, 10]),
     "objects": ("\n".join(dumped(row, 1) for row in ROWS), [1, 5, 9]),
+    "objects, a key beside the brace": ("\n".join(dumped(row, 1).replace("{\n ", "{") for row in ROWS), [1, 4, 7]),
     "objects, closed and opened on a line": ("".join(dumped(row, 0) for row in ROWS), [1, 4, 7]),
 }
 
@@ -103,8 +104,8 @@ def test_a_damaged_byte_inside_a_longer_object_is_told_and_never_left_out(
 
 
 def test_a_head_that_ends_inside_a_character_is_still_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_HEAD_BYTES", 4)
-    assert encoding_of("中文".encode()[:4]) == "utf-8"
+    monkeypatch.setattr(files, "_HEAD_BYTES", 2)
+    assert encoding_of("中".encode()[:2]) == "utf-8"
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
@@ -206,6 +207,20 @@ def test_an_indented_object_that_is_never_closed_ends_at_the_next(tmp_path: Path
     path.write_text(row + '  {\n    "q":\n    {\n    }\n' + row, encoding="utf-8")
     found = [(row.source.rpartition(":")[2], isinstance(row, SourceRow)) for row in read_rows(path)]
     assert found == [("1", True), ("6", False), ("10", True)]
+
+
+def test_a_comma_missing_inside_an_object_costs_that_object_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{\n "q": [\n  {\n  }\n  {\n  }\n ]\n}\n{\n "q": 2\n}\n', encoding="utf-8")
+    found = [(row.source.rpartition(":")[2], isinstance(row, SourceRow)) for row in read_rows(path)]
+    assert found == [("1", False), ("9", True)]
+
+
+def test_a_number_that_arrives_in_two_parts_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 2)
+    path = tmp_path / "rows.json"
+    path.write_text("[123, 4567]", encoding="utf-8")
+    assert rows_in(path) == [123, 4567]
 
 
 def test_an_object_that_is_never_closed_does_not_take_the_file_with_it(tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
     row = {"messages": None, "conversations": None, "instruction": "q", "output": "a"}
     assert find_reader(row).name == "alpaca"
     assert find_reader({"messages": None, "id": 1}).name == "messages"
+    assert find_reader({"messages": None, "conversations": None}).name == "messages"
+    assert find_reader({"messages": None, "conversations": []}).name == "sharegpt"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def alpaca(instruction: str, extra: str | None = None, output: str | None = "a",
         (alpaca("", "x"), conversation("x", "a")),
         (alpaca("q", " \n"), conversation("q", "a")),
         (alpaca("q", output="\n a \n"), conversation("q", "\n a \n")),
-        (alpaca("q", history=[["h", "i"]]), conversation("h", "i", "q", "a")),
+        (alpaca("q", history=[[" h\n", " i"]]), conversation("h", " i", "q", "a")),
         (alpaca("q", history=[["h", None]]), dropped("no answer")),
         (alpaca("q", output=None, history=[["h", "i"]]), conversation("h", "i")),
         (alpaca("q", system=" "), conversation("q", "a")),
@@ -282,6 +284,7 @@ def test_marks_of_belle_and_guanaco_count_only_where_a_line_begins(row: dict[str
         ("<user>q<user>r<assistant>a", dropped("roles do not alternate")),
         ("<user>q<assistant>", dropped("no answer")),
         ("no marks", dropped("no turns")),
+        ("preface\nHuman: q\nAssistant: a", conversation("q", "a")),
         ("\n Human: q, Human: x\nAssistant: a", conversation("q, Human: x", "a")),
     ],
 )
@@ -327,7 +330,7 @@ def test_coig_rounds_are_sorted_by_number_and_one_fault_drops_the_chat() -> None
     def rounds(**responses: object) -> dict[str, object]:
         return {key: {"response": response} for key, response in responses.items()}
 
-    good = rounds(round_10='{"Q": "r", "A": "b"}', round_9='{"Q": "q", "A": "a"}')
+    good = rounds(round_10='{"Q": " r\\n", "A": "b"}', round_9='{"Q": "q", "A": "a"}')
     assert read(good) == conversation("q", "a", "r", "b")
     assert read({**good, "round_2": None}) == conversation("q", "a", "r", "b"), (
         "Arrow files hold missing rounds as null"
@@ -335,6 +338,11 @@ def test_coig_rounds_are_sorted_by_number_and_one_fault_drops_the_chat() -> None
     assert read({**good, **rounds(round_11='{"Q": "r"')}) == dropped("response is not valid JSON")
     assert read({**good, **rounds(round_11='{"Q": "r"}')}) == dropped("Q or A is not text")
     assert read({**good, **rounds(round_11="[]")}) == dropped("Q or A is not text")
+
+
+def test_of_several_answer_columns_the_first_in_the_table_counts() -> None:
+    row = {"prompt": "q", "output": "later", "response": "a"}
+    assert read(row) == conversation("q", "a")
 
 
 def test_math23k_needs_equation_and_value() -> None:

@@ -67,6 +67,7 @@ def test_left_padded_rows_have_official_logits(model, golden: Path) -> None:
     assert_close(logits(model, ids)[:, -1], data["last_logits_nomask"], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("attention")
 def test_a_bool_mask_is_the_int_mask_and_an_additive_4d_mask_is_used_as_it_is(model, golden: Path) -> None:
     data = load_file(golden / "forward/left_pad.safetensors")
     ids, mask = data["input_ids"], data["attention_mask"]
@@ -170,6 +171,15 @@ def test_bf16_rotary_and_logn_are_bit_exact(golden: Path) -> None:
     table = logn_factors(positions, 64).bfloat16()
     assert torch.equal(table[0], data["logn.table_bf16"])
     assert torch.equal(data["rope.out_alpha3"] * table[:, :, None, None], data["logn.out"])
+
+
+def test_the_gradient_of_the_rotation_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 50, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(x)
+    cos, sin = (table[:, :, None] for table in rotary_tables(torch.arange(50).unsqueeze(0), 16, 10000))
+    apply_rotary(x, cos, sin).backward(upstream)
+    assert torch.equal(x.grad, apply_rotary(upstream, cos, -sin))
 
 
 def test_fp16_logits_are_close_to_fp32(small_dir: Path, model, golden: Path) -> None:

@@ -185,3 +185,22 @@ def test_every_file_of_ours_resolves() -> None:
     for file in files:
         result = settle(json.loads(file.read_text()))
         assert result.stage == int(file.stem[4]) and result.offload_optimizer == ("offload" in file.stem), file
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))])
+def test_what_is_stored_resolves_to_the_same_again(stage: int, recipe: Recipe) -> None:
+    """Also with every key set, as a stored recipe.yaml sets them, and on another number of ranks."""
+    first = settle(OFFICIAL[stage], recipe)
+    every_key = frozenset(f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s)))
+    again = resolve(first.stored_json(), first.recipe, every_key, hidden_size=4096, world=2)
+    assert again.stored_json() == first.stored_json() and again.recipe == first.recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "stage"), [("lora", "bfloat16", 0), ("lora", "float16", 1), ("full", "bfloat16", 1)]
+)
+def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(method: str, dtype: str, stage: int) -> None:
+    recipe = replace(RECIPE, method=method, model=ModelOptions(dtype=dtype))  # type: ignore[arg-type]
+    result = settle({"zero_optimization": {"stage": 0}}, recipe)
+    assert result.stage == result.engine_json["zero_optimization"]["stage"] == stage

@@ -1,0 +1,155 @@
+"""A user's mistake ends the command before training: one line that says what came, what was expected, and where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_ds.config import load_recipe
+from qwen_ds.errors import UserError
+from qwen_ds.train import engine, setup
+from qwen_ds.train.run import run_in_group
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _keep_pytests_log_handlers() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+
+
+def mistake(arguments: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        run_in_group(load_recipe(arguments), torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edited(folder: Path, target: Path, change: Callable[[dict], object]) -> list[str]:
+    """A copy of a model folder with another config.json, as the option that names it."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return ["--model.path", str(target)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"content": "a", "summary": "b"}\n{"content": \n', "rows.jsonl:2"),
+        ("", "empty"),
+        ('{"foo": 1}\n', "foo"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}\n', "rows.jsonl:1: role is 'bot'"),
+        ('{"instruction": "", "input": "", "output": ""}\n' * 35, "rows.jsonl:1"),
+        ('{"content": "a", "summary": "b"}\n' * 35, "identical"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(small_job: list[str], tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    out = ["--output_dir", str(tmp_path / "run")]
+    assert expected in mistake([*small_job, *out, "--data.train", str(file)])
+
+
+def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
+    message = mistake([*small_job, "--output_dir", str(tmp_path / "run"), "--data.train", str(tmp_path / "no.jsonl")])
+    assert "no.jsonl" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.update(model_type="llama"), "llama"),
+        (lambda c: c.update(vocab_size=300), "300"),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}), "bf16"),
+    ],
+)
+def test_a_model_that_is_none_of_ours(
+    small_job: list[str], small_dir: Path, tmp_path: Path, change: Callable[[dict], object], expected: str
+) -> None:
+    model = edited(small_dir, tmp_path / "model", change)
+    assert expected in mistake([*small_job, *model, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_folder_without_a_configuration(small_job: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = mistake([*small_job, "--model.path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "run")])
+    assert "config.json" in message
+
+
+def test_an_adapter_of_another_base_and_a_target_without_module(
+    small_job: list[str], tmp_path: Path, golden: Path
+) -> None:
+    shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")
+    out = ["--output_dir", str(tmp_path / "run")]
+    options = ["--lora.init_from", str(tmp_path / "adapter"), "--lora.r", "4", "--lora.alpha", "8"]
+    assert "does not train it" in mistake([*small_job, *out, *options])
+    out = ["--output_dir", str(tmp_path / "run2")]
+    assert "'q_proj' matches no module" in mistake([*small_job, *out, "--lora.targets", "q_proj"])
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("seed: 1\n")
+    assert "another run" in mistake([*small_job, "--output_dir", str(run)])
+    assert [p.name for p in run.iterdir()] == ["recipe.yaml"] and (run / "recipe.yaml").read_text() == "seed: 1\n"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    assert "no run folder" in mistake([*small_job, "--output_dir", str(tmp_path / "photos")])
+
+
+def test_a_large_model_on_a_cpu_must_be_asked_for(tmp_path: Path) -> None:
+    """7.7 billion parameters, counted without making one."""
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 22016}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen", "vocab_size": 151936, **sizes}))
+    arguments = ["--model.path", str(tmp_path)]
+    with pytest.raises(UserError, match=r"7.7 billion parameters.*--device cpu"):
+        setup.check_device(load_recipe(arguments).recipe, torch.device("cpu"))
+    setup.check_device(load_recipe([*arguments, "--device", "cpu"]).recipe, torch.device("cpu"))
+
+
+def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "nvidia_card_present", lambda: True)
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(UserError, match="cannot use this machine's NVIDIA GPU"):
+            engine.choose_device(wanted)
+    assert engine.choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(engine, "nvidia_card_present", lambda: False)
+    with pytest.raises(UserError, match="shows no NVIDIA GPU"):
+        engine.choose_device("cuda")
+    assert engine.choose_device("auto").type == "cpu"
+
+
+@pytest.mark.job
+def test_the_command_itself_prints_one_line_and_exits_with_2(small_job: list[str], tmp_path: Path) -> None:
+    typo = tmp_path / "ds.json"
+    typo.write_text('{"zero_optimisation": {"stage": 2}}')
+    command = [
+        sys.executable,
+        "launch/train.py",
+        *small_job,
+        "--deepspeed",
+        str(typo),
+        "--output_dir",
+        str(tmp_path / "r"),
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert [line for line in run.stderr.splitlines() if line] == [
+        f"error: {typo}: DeepSpeed has no top-level key 'zero_optimisation'; the nearest is 'zero_optimization'"
+    ]
