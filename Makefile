@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: setup demo test check unit bench clean
+.PHONY: setup demo test check unit clean
 setup: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
@@ -33,9 +33,6 @@ unit: setup
 
 test: setup
 	@$(BIN)/python -m pytest
-
-bench: setup
-	@$(BIN)/python tests/benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) $(VENV).log runs

@@ -91,7 +91,8 @@ def stop_process_group() -> None:
 
 @contextmanager
 def partitioned_loading(resolved: ResolvedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, `from_pretrained` partitions parameters as they arrive (ZeRO-3); at other stages it does nothing.
+    """Within it, `from_pretrained` partitions parameters as they arrive (ZeRO-3), and peft gathers those it reads; at
+    other stages it does nothing.
 
     transformers looks for a living HfDeepSpeedConfig. zero.Init takes its dtype from that JSON, so it gets the base's
     own precision section, also where the training JSON has none: without it the base would arrive in fp32.

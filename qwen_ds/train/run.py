@@ -59,7 +59,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> 
         return 0
     if dist.rank() == 0:
         stored = replace(recipe, deepspeed=str((folder / "ds_config.json").resolve()))
-        runfolder.write_resolved(folder, stored, resolved.stored_json(), device)
+        runfolder.write_resolved(folder, stored, resolved.stored_json(), device, model.count)
         runfolder.write_json(
             folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
         )

@@ -15,6 +15,7 @@ import torch
 from qwen_ds import dist
 from qwen_ds.config import Recipe, write_recipe
 from qwen_ds.errors import UserError
+from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
 RECIPE = "recipe.yaml"
@@ -39,15 +40,19 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_resolved(folder: Path, recipe: Recipe, engine_json: dict[str, Any], device: torch.device) -> None:
+def write_resolved(
+    folder: Path, recipe: Recipe, ds_json: dict[str, Any], device: torch.device, count: ParameterCount
+) -> None:
     """recipe.yaml, ds_config.json, environment.json: running them again reproduces the run."""
     write_recipe(recipe, folder / RECIPE)
-    write_json(folder / "ds_config.json", engine_json)
+    write_json(folder / "ds_config.json", ds_json)
     write_json(
         folder / "environment.json",
         {
             "command": sys.argv,
             "ranks": dist.world_size(),
+            "trainable_parameters": count.trainable,
+            "total_parameters": count.total,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),

@@ -93,18 +93,19 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     """The base in its dtype (partitioned on arrival under ZeRO-3), and what is trained of it."""
     dtype = DTYPES[recipe.model.dtype]
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
+    # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, gathered only there.
     with engine.partitioned_loading(resolved, dtype):
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention
         )
-    assert isinstance(model, QWenLMHeadModel)
-    if resolved.stage < 3:
-        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
-    recompute_blocks(model, recipe.model.activation_checkpointing)
-    transformer, lm_head = model.transformer, model.lm_head
-    if recipe.method == "full":
-        return Model(TrainingModel(model, transformer, lm_head), None, lora.count_parameters(model))
-    wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed)
+        assert isinstance(model, QWenLMHeadModel)
+        if resolved.stage < 3:
+            model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+        recompute_blocks(model, recipe.model.activation_checkpointing)
+        transformer, lm_head = model.transformer, model.lm_head
+        if recipe.method == "full":
+            return Model(TrainingModel(model, transformer, lm_head), None, lora.count_parameters(model))
+        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed)
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
     training = TrainingModel(wrapped, transformer, lm_head)

@@ -167,6 +167,16 @@ def test_archives_give_their_data_files_by_name(mode: str, tmp_path: Path) -> No
     assert [row.source for row in read_rows(path)] == [f"{path}:./d/a.json:1", f"{path}:./d/b.json:1"]
 
 
+def test_an_archive_inside_an_archive_is_refused(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner.tar", tmp_path / "outer.tar"
+    (tmp_path / "a.json").write_text("{}", encoding="utf-8")
+    for archive, name in ((inner, "a.json"), (outer, "inner.tar")):
+        with tarfile.open(archive, "w") as tar:
+            tar.add(tmp_path / name, name)
+    with pytest.raises(UserError, match="outer.tar:inner.tar:1: the text begins with"):
+        list(read_rows(outer))
+
+
 def test_a_broken_line_is_bad_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"q": "\\d"}\n{"q": 1}\n{"q": "cut\n{"q": 2\n{"q": 3}\n', encoding="utf-8")

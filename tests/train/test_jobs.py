@@ -151,6 +151,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert all(t.isfinite().all() for t in adapter(saved).values())
 
 
+@pytest.mark.parametrize("kind", ["dora", "float16"])
+def test_zero_3_computes_what_zero_2_computes(job: Callable, small_job: list[str], tmp_path: Path, kind: str) -> None:
+    """DoRA reads the base's weights in passing, which ZeRO-3 has taken apart; fp16 has DeepSpeed's loss scale."""
+    options = ["--lora.variant", "dora"] if kind == "dora" else ["--model.dtype", "float16"]
+    for stage in (2, 3):
+        out = ["--output_dir", str(tmp_path / str(stage)), "--deepspeed", f"ds_configs/zero{stage}.json"]
+        job([*small_job, *options, *out, "--optim.max_steps", "3"], 2).ok()
+    a, b = adapter(tmp_path / "2"), adapter(tmp_path / "3")
+    changed = [k for k in a if "lora_B" in k or "magnitude" in k]
+    assert {t.dtype for t in a.values()} == {torch.float32}
+    assert max(float((a[k] - b[k]).norm() / a[k].norm()) for k in changed) < (1e-4 if kind == "dora" else 0.05)
+
+
+def test_eight_ranks_with_fewer_rows_than_ranks_in_the_last_step(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
+    """100 rows in steps of 16 leave 4 for the seventh: half of the ranks run the dummy row, and all stay in step."""
+    out = tmp_path / "run"
+    options = ["--deepspeed", "ds_configs/zero3.json", "--optim.epochs", "1", "--optim.max_steps", "7"]
+    job([*small_job, *options, "--output_dir", str(out)], 8).ok()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 8)) and all(t.numel() for t in adapter(out).values())
+
+
 def test_mpirun_finds_its_ranks(small_job: list[str], tmp_path: Path) -> None:
     """Open MPI's variables are read and DeepSpeed's mpi4py discovery fills in the rest."""
     mpirun = Path(sys.executable).parent / "mpirun"
