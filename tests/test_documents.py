@@ -273,9 +273,10 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     options = {f"--{key}" for key in recipe_keys()} | {
         f"--{field}" for kind in (PredictOptions, EvaluateOptions) for field in kind.__dataclass_fields__
     }
-    for span in code_spans(read(name)):
+    in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
+    for span in [*code_spans(read(name)), *in_blocks]:
         word = span.split()[0]
-        assert not word.startswith("--") or word in {*options, "--help"}, span
+        assert not word.startswith("--") or word in {*options, "--help", "--config"}, span
         if word.startswith(sections) and not word.endswith((".py", ".json", ".jsonl")):
             assert word in recipe_keys(), span
 

@@ -120,12 +120,15 @@ def test_the_stream_samples_what_generate_samples(full_model, tokenizer) -> None
     assert last.strip() == response
 
 
-def test_the_stream_works_without_a_cache_and_leaves_no_gradients(full_model, tokenizer, greedy, cases) -> None:
-    case = cases[0]
-    stream = full_model.chat_stream(tokenizer, case["query"], [], generation_config=greedy, use_cache=False)
-    *_, last = stream
+def test_the_stream_works_without_a_cache_and_without_gradients(full_model, tokenizer, greedy, cases) -> None:
+    case, with_gradients = cases[0], []
+    hook = full_model.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
+    for text in full_model.chat_stream(tokenizer, case["query"], [], generation_config=greedy, use_cache=False):
+        assert torch.is_grad_enabled()  # between the tokens the caller's setting holds
+        last = text
+    hook.remove()
     assert last == tokenizer.decode(case["new_tokens"], skip_special_tokens=True, errors="ignore")
-    assert torch.is_grad_enabled()
+    assert with_gradients == [False] * len(case["new_tokens"])
 
 
 def test_window_size_comes_from_the_call_or_the_generation_config(full_model, tokenizer, monkeypatch, greedy) -> None:

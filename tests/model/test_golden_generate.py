@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 
 import qwen_ds
 
@@ -92,6 +99,23 @@ def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> 
     config.stop_words_ids = [[224]]
     found = model.generate(ids, config, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
     assert found.tolist() == [454, 149, 224, 304]
+
+
+def test_a_stop_word_that_is_the_eos_token_or_longer_than_the_prompt_changes_nothing(model) -> None:
+    ids = torch.tensor([[7, 304]])  # what ends here is the prompt, not the answer
+    assert torch.equal(new_tokens(model, ids, 4, stop_words_ids=[[304], [1, 2, 3, 4, 5]]), new_tokens(model, ids, 4))
+
+
+def test_stop_words_end_with_the_eos_token_of_the_call_and_leave_other_processors_alone(model, golden: Path) -> None:
+    class Never(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores.index_fill(1, torch.tensor([224]), -torch.inf)
+
+    ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
+    assert new_tokens(model, ids, 6, stop_words_ids=[[149]], eos_token_id=[311, 304])[0].tolist() == [454, 149, 311]
+    options = {"stop_words_ids": [[224]], "logits_processor": LogitsProcessorList([Never()])}
+    found = new_tokens(model, ids, 6, **options)[0].tolist()
+    assert found[:2] == [454, 149] and len(found) == 6 and 224 not in found
 
 
 @pytest.mark.parametrize("words", [[[]], [[-1]], [["a"]]])
