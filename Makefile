@@ -35,4 +35,4 @@ test: setup
 	@$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) $(VENV).log runs
+	rm -rf $(VENV) $(VENV).log

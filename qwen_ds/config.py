@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -211,6 +211,8 @@ class Parser(jsonargparse.ArgumentParser):
             parsed = self.parse_args(args, defaults=defaults)
         except argparse.ArgumentError as error:
             raise UserError(self._explain(str(error))) from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"the recipe file is not UTF-8 ({error.reason} at byte {error.start})") from None
         parsed.pop("local_rank", None)
         return parsed
 
@@ -236,7 +238,7 @@ class Parser(jsonargparse.ArgumentParser):
         lists = {
             s
             for action in self._actions
-            if "list[" in str(getattr(action, "_typehint", "")).lower()
+            if re.search(r"(list|tuple)\[", str(getattr(action, "_typehint", "")).lower())
             for s in action.option_strings
         }
         folded: list[str] = []
@@ -275,8 +277,49 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
     whole.pop("config", None)
-    recipe = parser.instantiate(whole)
-    return LoadedRecipe(Recipe(**recipe), frozenset(k for k in given.as_flat().__dict__ if k != "config"))
+    recipe = Recipe(**parser.instantiate(whole))
+    check_ranges(recipe)
+    return LoadedRecipe(recipe, frozenset(k for k in given.as_flat().__dict__ if k != "config"))
+
+
+# What must hold of a value beyond its type.
+_POSITIVE = ("a positive number", lambda x: x > 0)
+_NOT_NEGATIVE = ("0 or a positive number", lambda x: x >= 0)
+_SHARE = ("a number from 0 to less than 1", lambda x: 0 <= x < 1)
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": _NOT_NEGATIVE,
+    "data.eval_fraction": _SHARE,
+    "data.max_tokens": _POSITIVE,
+    "lora.r": _POSITIVE,
+    "lora.alpha": _POSITIVE,
+    "lora.dropout": _SHARE,
+    "optim.lr": _NOT_NEGATIVE,
+    "optim.betas": ("two numbers from 0 to less than 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
+    "optim.eps": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.max_grad_norm": _NOT_NEGATIVE,
+    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.epochs": _POSITIVE,
+    "optim.max_steps": _POSITIVE,
+    "batch.rows_per_step": _POSITIVE,
+    "batch.tokens_per_micro_batch": _POSITIVE,
+    "log.every_steps": _POSITIVE,
+    "eval.every_steps": _POSITIVE,
+    "save.every_steps": _POSITIVE,
+    "save.keep": _POSITIVE,
+    "distributed.timeout_minutes": _POSITIVE,
+}
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Raises UserError for the first value that is of the right type and still cannot be meant."""
+    values = dataclasses.asdict(recipe)
+    for key, (expected, holds) in _RANGES.items():
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        if value is not None and not holds(value):
+            raise UserError(f"{key} is {value}; expected {expected}")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
@@ -18,6 +20,7 @@ from qwen_ds.errors import UserError
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def _launcher_number(names: tuple[str, ...], otherwise: int) -> int:
@@ -56,6 +59,11 @@ def has_rendezvous() -> bool:
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
+def nvidia_card_present() -> bool:
+    """Whether the system knows an NVIDIA GPU, whatever torch thinks of it."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
 def _reduced(values: list[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
     # fp64 on the CPU side of gloo, on the device for NCCL: exact for every token count that fits 2**53.
     on_gpu = torch_dist.get_backend() == "nccl"
@@ -81,6 +89,8 @@ def barrier() -> None:
 
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, in rank order (a collective)."""
+    if not torch_dist.is_initialized():
+        return [text]
     texts: list[str] = [""] * world_size()
     torch_dist.all_gather_object(texts, text)
     return texts
@@ -113,12 +123,23 @@ def _lead(make: Callable[[], object], key: str, *, leads: bool) -> None:
             make()
         except BaseException as error:
             store.set(key, f"U{error}" if isinstance(error, UserError) else f"E{error!r}")
+            # Rank 0 serves the store: it must not leave before the others have read why.
+            _wait_for_readers(store, key + "/read")
             raise
         store.set(key, "ok")
         return
     store.wait([key], datetime.timedelta(days=7))
     answer = store.get(key).decode()
+    store.add(key + "/read", 1)
     if answer.startswith("U"):
         raise UserError(answer[1:])
     if answer.startswith("E"):
         raise RuntimeError(f"{key} failed on the rank that leads: {answer[1:]}")
+
+
+def _wait_for_readers(store: torch_dist.Store, key: str, seconds: float = 10.0) -> None:
+    """Until all ranks that the leader answers for have counted themselves under `key`, or the time is over."""
+    readers = world_size() - 1 if key.startswith("once/") else _launcher_number(_LOCAL_WORLD, world_size()) - 1
+    ends = time.monotonic() + seconds
+    while store.add(key, 0) < readers and time.monotonic() < ends:
+        time.sleep(0.05)

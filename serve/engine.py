@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +163,10 @@ def choose_device(name: str) -> torch.device:
                 f"local rank {dist.local_rank()} has no GPU; expected at most {torch.cuda.device_count()} ranks here"
             )
         return torch.device("cuda", dist.local_rank())
-    if name == "cuda" or Path("/dev/nvidia0").exists():  # slow on the CPU by accident is worse than not at all
+    if name == "cuda" or dist.nvidia_card_present():  # slow on the CPU by accident is worse than not at all
         raise UserError(
-            f"torch {torch.__version__} sees no usable GPU; expected a newer driver, another torch, or --device cpu"
+            f"torch {torch.__version__} sees no usable GPU; expected a newer driver, another torch, a "
+            "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu"
         )
     return torch.device("cpu")
 
@@ -186,6 +188,7 @@ def silence_libraries() -> None:
     """No progress bar of loading weights, and no advice of transformers', on a command's terminal."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries: peft asks transformers in words that will go
 
 
 class Engine:

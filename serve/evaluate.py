@@ -21,9 +21,11 @@ from qwen_ds import dist
 from qwen_ds.data.files import BadRow, read_rows
 from qwen_ds.data.sources import iter_prompts
 from qwen_ds.errors import UserError, run_command
+from qwen_ds.model.folder import require_folder
 from serve import metrics
 from serve.engine import silence_libraries
 from serve.options import EvaluateOptions, parse
+from serve.parts import check_output
 from serve.predict import RunFigures, count_outcomes, predict
 
 NUM_SAMPLES = 3
@@ -40,8 +42,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     """
     folder = Path(options.output_dir)
     report_file, predictions_file = folder / "metrics.json", folder / "predictions.jsonl"
-    if dist.rank() == 0 and report_file.exists() and not options.overwrite:
-        raise UserError(f"{report_file}: exists; expected a new --output_dir, or --overwrite true to replace it")
+    if dist.rank() == 0:
+        check_output(report_file, options.overwrite, "a new --output_dir, or --overwrite true to replace it")
     figures: RunFigures | None = None
     if options.predictions is not None:
         if dist.rank() != 0:
@@ -50,18 +52,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     else:
         if options.model is None or not options.data:
             raise UserError("no model or no data given; expected --model and --data, or --predictions")
-        if dist.rank() == 0 and predictions_file.exists() and not options.overwrite:
-            raise UserError(
-                f"{predictions_file}: exists; expected a new --output_dir, --overwrite true to replace it, or "
-                "--predictions with its name to score it"
-            )
+        if dist.rank() == 0:
+            advice = "a new --output_dir, --overwrite true to replace it, or --predictions with its name to score it"
+            check_output(predictions_file, options.overwrite, advice)
         figures = predict(options.model, options.data, predictions_file, options, needs_reference=True)
         if figures is None:
             return None
         lines = [json.loads(line) for line in predictions_file.read_text(encoding="utf-8").split("\n")[:-1]]
     scores = metrics.score_all([line["prediction"] for line in lines], [line["reference"] for line in lines])
     report = report_of(options, lines, scores, figures)
-    folder.mkdir(parents=True, exist_ok=True)
+    require_folder(folder, make=True)
     fresh = report_file.with_name("metrics.json.new")
     fresh.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     fresh.replace(report_file)

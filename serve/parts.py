@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen_ds.errors import UserError
+from qwen_ds.model.folder import require_folder
 
 POLL_SECONDS = 0.2
 
@@ -70,17 +71,18 @@ class Parts:
         """
         parts = cls(output, 0, rows)
         card = parts.folder / "settings.json"
+        require_folder(parts.folder)
         if parts.folder.exists():
             left = _read_card(card)
             difference = settings.difference(left["settings"]) if left else "no settings.json"
-            if difference and left and not overwrite:
+            if difference and left and not overwrite and _has_rows(parts.folder):
                 raise UserError(
                     f"{parts.folder}: holds the rows of an interrupted run with {difference}; expected the same "
                     "settings to go on with it, or --overwrite true to drop them"
                 )
             if difference:
                 _remove_ours(parts.folder)
-        parts.folder.mkdir(parents=True, exist_ok=True)
+        require_folder(parts.folder, make=True)
         if not card.exists():  # the last thing to appear: the other ranks wait for it
             fresh = parts.folder / "settings.json.new"
             fresh.write_text(
@@ -91,8 +93,13 @@ class Parts:
         return parts
 
     @classmethod
-    def join_in(cls, output: Path, settings: Settings, rank: int, timeout_seconds: float) -> Parts | None:
-        """Another rank: wait until rank 0 has checked the input and made the folder; None if all was done by then."""
+    def join_in(
+        cls, output: Path, settings: Settings, rank: int, timeout_seconds: float, old: FileState | None = None
+    ) -> Parts | None:
+        """Another rank: wait until rank 0 has checked the input and made the folder; None if all was done by then.
+
+        An output in the state `old` is that of an earlier run, which this one replaces.
+        """
         card, deadline = parts_folder(output) / "settings.json", time.monotonic() + timeout_seconds
         while True:
             left = _read_card(card)
@@ -100,7 +107,8 @@ class Parts:
                 parts = cls(output, rank, left["rows"])
                 parts._open()
                 return parts
-            if output.exists() and not card.parent.exists():
+            # In this order: the folder goes only after the output has come.
+            if not card.parent.exists() and file_state(output) not in (None, old):
                 return None
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s")
@@ -180,6 +188,27 @@ class Parts:
         self._stream.close()
 
 
+FileState = tuple[int, int]
+
+
+def file_state(file: Path) -> FileState | None:
+    """Which file it is, as long as nobody replaces it; None: there is none."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def check_output(file: Path, overwrite: bool, advice: str = "") -> None:
+    """Raise UserError unless `file` is free, or may be replaced, and its folder can be written."""
+    require_folder(file.parent)
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; expected the name of a file to write")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file}: exists; expected {advice or 'a new file, or --overwrite true to replace it'}")
+
+
 def parts_folder(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
@@ -191,6 +220,10 @@ def _remove_ours(folder: Path) -> None:
     if foreign:
         raise UserError(f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be free")
     shutil.rmtree(folder)
+
+
+def _has_rows(folder: Path) -> bool:
+    return any(b"\n" in file.read_bytes() for file in folder.glob("rank_*.jsonl"))
 
 
 def _read_card(card: Path) -> dict[str, Any] | None:

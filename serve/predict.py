@@ -26,12 +26,12 @@ from qwen_ds.data.sources import iter_prompts, locate
 from qwen_ds.errors import UserError, run_command
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.folder import find_model, require_folder
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 from qwen_ds.runlog import is_terminal, say
 from serve.engine import Completion, Engine, context_of, silence_libraries
 from serve.options import PredictOptions, RunOptions, parse
-from serve.parts import Parts, Settings
+from serve.parts import Parts, Settings, check_output, file_state
 
 WINDOW = 64  # batches whose rows are sorted by length together: little padding, and memory for no more rows than these
 
@@ -153,8 +153,9 @@ def predict(
         UserError: anything wrong with the model, the input or the output, before the first row is answered.
     """
     rank, world, timeout = dist.rank(), dist.world_size(), options.timeout_minutes * 60
-    if rank == 0 and output.exists() and not options.overwrite:
-        raise UserError(f"{output}: exists; expected a new file, or --overwrite true to replace it")
+    if rank == 0:
+        check_output(output, options.overwrite)
+    old = file_state(output) if options.overwrite else None
     folder = find_model(model)
     reader = PromptReader(
         paths, options, load_encoding(folder), context_of(QWenConfig.from_pretrained(folder)), needs_reference
@@ -163,10 +164,10 @@ def predict(
     survey = None
     if rank == 0:
         survey = reader.survey()
-        output.parent.mkdir(parents=True, exist_ok=True)
+        require_folder(output.parent, make=True)
         parts: Parts | None = Parts.prepare(output, settings, survey.rows, options.overwrite)
     else:
-        parts = Parts.join_in(output, settings, rank, timeout)
+        parts = Parts.join_in(output, settings, rank, timeout, old)
     if parts is None:
         return None
     started, done_before = time.monotonic(), parts.refresh()

@@ -45,12 +45,22 @@ def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--optim.lr", "fast"], "optim.lr"),
         (["--lora.variant", "qlora"], "lora.variant"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (["--log.every_steps", "0"], "log.every_steps is 0; expected a positive number"),
+        (["--lora.dropout", "2"], "lora.dropout is 2"),
+        (["--optim.betas", "0.9", "1"], "optim.betas"),
+        (["--save.keep", "-1"], "save.keep is -1"),
     ],
 )
 def test_a_mistake_names_the_key(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected) as error:
         load_recipe(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_utf8_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes("data: {system: 你好}".encode("gb18030"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(["--config", str(tmp_path / "recipe.yaml")])
 
 
 @pytest.mark.parametrize(("text", "key"), [("optm: {lr: 1}", "optm.lr"), ("optim: {lrr: 1}", "optim.lrr")])

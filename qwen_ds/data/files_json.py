@@ -283,7 +283,8 @@ def _end_of_space(text: str, place: int) -> int:
 def _fault(error: Exception, start: int = 0) -> str:
     """What is wrong with a JSON text, in one line; its own place counts from the row's beginning."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos - start + 1}; expected one JSON object"
+        what = error.msg.removesuffix(" at")
+        return f"not valid JSON: {what} at character {error.pos - start + 1}; expected one JSON object"
     if isinstance(error, RecursionError):
         return "not valid JSON: nested too deep; expected one JSON object"
     return f"not valid JSON: {error}; expected one JSON object"

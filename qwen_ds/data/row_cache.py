@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_ds.config import DataOptions
+from qwen_ds.data.blocks import Block
 from qwen_ds.data.encode import EncodeOptions
 from qwen_ds.data.files import SourceRow
 from qwen_ds.data.readers import find_reader
@@ -59,17 +60,45 @@ def make_or_find(
     folder = cache / key
     if is_whole(folder):
         return folder
+    with contextlib.ExitStack() as stack:
+        with _writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            is_held = stack.enter_context(_lock(cache / f"{key}.lock"))
+        if not is_whole(folder):
+            _make(folder, is_held, data, paths, model_dir, options, n_workers)
+    return folder
+
+
+@contextlib.contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """What the system says in here, it says of the cache."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{key}.lock") as is_held:
-            if not is_whole(folder):
-                _make(folder, is_held, data, paths, model_dir, options, n_workers)
+        yield
     except OSError as error:
         raise UserError(
             f"{cache}: {error.strerror or error}; expected a folder that can be written, with room for the tokenised "
             "rows (data.cache_dir)"
         ) from error
-    return folder
+
+
+class _CacheWriter(RowWriter):
+    """A RowWriter that names the cache when the disk does not take a row."""
+
+    def __init__(self, folder: Path) -> None:
+        with _writing(folder.parent):
+            super().__init__(folder)
+
+    def add(self, block: Block, sources: Sequence[str], part: int, report: PartReport) -> None:
+        with _writing(self.folder.parent):
+            super().add(block, sources, part, report)
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        with _writing(self.folder.parent):
+            super().finish(meta)
+
+    def close(self) -> None:
+        with _writing(self.folder.parent):
+            super().close()
 
 
 def _key(data: DataOptions, parts: Sequence[Place], options: EncodeOptions, vocabulary_sha256: str) -> str:
@@ -103,8 +132,11 @@ def _input_sha256(part: Place) -> list[Any]:
         files = sorted(path for path in part.saved.rglob("*") if path.is_file())
     found: list[Any] = [part.path, part.split]
     for file in files:
-        stat = file.stat()
-        found += [str(file), _file_sha256(file, stat.st_size, stat.st_mtime_ns)]
+        try:
+            stat = file.stat()
+            found += [str(file), _file_sha256(file, stat.st_size, stat.st_mtime_ns)]
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}; expected a readable file") from error
     return found
 
 
@@ -137,20 +169,22 @@ def _make(
     options: EncodeOptions,
     n_workers: int | None,
 ) -> None:
-    if may_clean:  # what a killed process left; the lock says that nobody is at it
-        for left in folder.parent.glob(f".{folder.name}.*"):
-            shutil.rmtree(left)
     half = folder.with_name(f".{folder.name}.{os.getpid()}")
-    half.mkdir()
+    with _writing(folder.parent):
+        if may_clean:  # what a killed process left; the lock says that nobody is at it
+            for left in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(left)
+        half.mkdir()
     try:
         _fill(half, data, paths, model_dir, options, n_workers)
-        if folder.exists() and not is_whole(folder):
-            shutil.rmtree(folder)
-        try:
-            half.rename(folder)
-        except OSError:  # without a lock somebody else may have been faster
-            if not is_whole(folder):
-                raise
+        with _writing(folder.parent):
+            if folder.exists() and not is_whole(folder):
+                shutil.rmtree(folder)
+            try:
+                half.rename(folder)
+            except OSError:  # without a lock somebody else may have been faster
+                if not is_whole(folder):
+                    raise
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
@@ -171,7 +205,7 @@ def _fill(
         iter_conversations([path], data.format, data.columns, bad_rows=data.bad_rows, counts=count)
         for path, count in zip(paths, counts, strict=True)
     ]
-    writer = RowWriter(folder)
+    writer = _CacheWriter(folder)
     # Shown on a terminal only, and not for the seconds that a small data set takes.
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
         encode_all(

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.safetensors_file import Header, TensorSpec, read_header
+from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, write_json
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-
-# Settings, tokenizer and legal texts. Code (*.py, *.cpp) is not carried: nothing here needs it, and a folder that we
-# wrote should run none. A model card describes the base, not what was made of it.
-_CARRIED = re.compile(
-    r"(config|configuration|generation_config|tokenizer_config|special_tokens_map|added_tokens|tokenizer|vocab)\.json"
-    r"|merges\.txt|.*\.tiktoken|chat_template\.(jinja|json)"
-    r"|(.*[ _.-])?(licen[cs]e|notice|copying|copyright)([ _.-].*)?"
-    r"|use[ _-]?policy.*",
-    re.IGNORECASE,
-)
-_NEVER = re.compile(r".*\.(py|pyc|so|cpp|cu|bin|pt|pth|pkl|safetensors)", re.IGNORECASE)
+SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +72,18 @@ def write_index(checkpoint: Checkpoint, tensors: dict[str, TensorSpec], output: 
 
 
 def carry_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
-    """Copy settings, tokenizer and legal texts; returns what was changed in them, by file name.
-
-    Verbatim, but for two things: `auto_map` goes, since it names Python files that are not carried (engines with a
-    Qwen of their own go by model_type and architectures, which stay); and `torch_dtype` (not None) is recorded.
-    """
-    edits: dict[str, str] = {}
-    for source in sorted(base.iterdir()):
-        if not source.is_file() or not _CARRIED.fullmatch(source.name) or _NEVER.fullmatch(source.name):
-            continue
-        target = output / source.name
-        shutil.copyfile(source, target)
-        target.chmod(0o644)
-        if source.name not in ("config.json", "tokenizer_config.json"):
-            continue
-        settings = json.loads(source.read_text(encoding="utf-8"))
-        done = []
-        if settings.pop("auto_map", None) is not None:
-            done.append("auto_map removed: it names code that is not carried")
-        if source.name == "config.json" and torch_dtype is not None:
-            settings.update(torch_dtype=torch_dtype, bf16=False, fp16=False, fp32=False)
-            settings.pop("dtype", None)
-            done.append(f"torch_dtype set to {torch_dtype}")
-        if done:
-            write_json(target, settings)
-            edits[source.name] = "; ".join(done)
-    return edits
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.chmod(0o644)
+    """`carry_over`, and record `torch_dtype` (not None); returns what was changed in the files, by file name."""
+    edits: dict[str, list[str]] = {}
+    for name in carry_over(base, output):
+        if (output / name).read_bytes() != (base / name).read_bytes():
+            edits[name] = ["auto_map removed: it names code that is not carried"]
+    if torch_dtype is not None:
+        settings = json.loads((output / "config.json").read_text(encoding="utf-8"))
+        settings.update(torch_dtype=torch_dtype, bf16=False, fp16=False, fp32=False)
+        settings.pop("dtype", None)
+        write_json(output / "config.json", settings)
+        edits.setdefault("config.json", []).append(f"torch_dtype set to {torch_dtype}")
+    return {name: "; ".join(what) for name, what in edits.items()}
 
 
 def file_facts(path: Path) -> dict[str, object]:

@@ -34,6 +34,7 @@ from qwen_ds.export.safetensors_file import (
 )
 from qwen_ds.export.verify import Verification, check_files, verify_merge
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.folder import require_folder, write_json
 
 MergeDtype = Literal["keep", "bfloat16", "float16", "float32"]
 REPORT_NAME = "merge_report.json"
@@ -138,17 +139,26 @@ def merge(
         The report. If it is `rejected`, the output is under the name `<output>.rejected` instead.
 
     Raises:
-        UserError: an adapter that does not fit, a broken base, an output that exists, too little disk.
+        UserError: an adapter that does not fit, a broken base, an output that exists or cannot be written.
     """
     plan = _plan(base, adapter, dtype)
     partial = _prepare_output(plan, output)
     try:
+        write_json(partial / REPORT_NAME, {"output": str(output), "status": "unfinished"})
         report = _build(plan, output, partial, dtype, verify, block_bytes, progress)
+        write_json(partial / REPORT_NAME, asdict(report))
     except UserError:
         # Found only while the values went by. What a kill leaves is cleared by the next merge to this name.
         shutil.rmtree(partial)
         raise
-    folders.write_json(partial / REPORT_NAME, asdict(report))
+    except OSError as error:
+        if error.errno is None:  # a library's, not the system's
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{error.filename or partial}: {error.strerror}; expected files that can be read and a disk that takes the "
+            "output; what was written of it is removed"
+        ) from error
     partial.rename(report.folder)
     return report
 
@@ -232,11 +242,12 @@ def _rejected(output: Path) -> Path:
 
 def _prepare_output(plan: _Plan, output: Path) -> Path:
     """Check the place for the output and make the folder that it is built in."""
+    require_folder(output.parent)
     if output.resolve() == plan.base.folder.resolve():
         raise UserError(f"{output}: is the base itself; expected another folder for the output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(output.parent, make=True)
     partial = output.with_name(output.name + ".partial")
     for old in (partial, _rejected(output)):
         # Left by an earlier merge to this name. Anything else under that name is not ours to delete.
@@ -248,8 +259,7 @@ def _prepare_output(plan: _Plan, output: Path) -> Path:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise UserError(f"{output.parent}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the output")
-    partial.mkdir()
-    folders.write_json(partial / REPORT_NAME, {"output": str(output), "status": "unfinished"})
+    require_folder(partial, make=True)
     return partial
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,6 +21,19 @@ PICKLES = ["pytorch_model*.bin"]
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+# What a folder made from a model takes over from it: settings, tokenizer and legal texts. Code (*.py, *.cpp) is not
+# carried: nothing here needs it, and a folder that we wrote should run none. A model card describes the base, not what
+# was made of it.
+_CARRIED = re.compile(
+    r"(config|configuration|generation_config|tokenizer_config|special_tokens_map|added_tokens|tokenizer|vocab)\.json"
+    r"|merges\.txt|.*\.tiktoken|chat_template\.(jinja|json)"
+    r"|(.*[ _.-])?(licen[cs]e|notice|copying|copyright)([ _.-].*)?"
+    r"|use[ _-]?policy.*",
+    re.IGNORECASE,
+)
+_NEVER = re.compile(r".*\.(py|pyc|so|cpp|cu|bin|pt|pth|pkl|safetensors)", re.IGNORECASE)
+_NAMES_CODE = ("config.json", "tokenizer_config.json")  # in auto_map
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LFS_POINTER = b"version https://git-lfs"
@@ -113,15 +128,18 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Every weight file is there and whole; an index, where there is one, says which they are."""
+    """Every weight file is there and whole; an index says which they are, unless there is a single file.
+
+    The order is that in which transformers looks for weights: what is checked here is what is loaded.
+    """
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
-        if (folder / index).is_file():
+        if (folder / single).is_file():
+            names = [single]
+        elif (folder / index).is_file():
             weight_map = _read_json(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{folder / index}: no weight_map; expected the file of every tensor")
             names = sorted({str(name) for name in weight_map.values()})
-        elif (folder / single).is_file():
-            names = [single]
         else:
             continue
         missing = [name for name in names if not (folder / name).is_file()]
@@ -154,3 +172,47 @@ def _check_file(path: Path) -> None:
     expected = 8 + n_header + end
     if size != expected:
         raise UserError(f"{path}: {size} bytes; expected {expected}: the file is cut off or damaged")
+
+
+def carry_over(base: Path, target: Path) -> list[str]:
+    """Copy what travels with a model, but for its weights, from folder `base` to folder `target`.
+
+    Verbatim and readable by everybody, but for `auto_map` in the settings, which goes: it names Python files that are
+    not carried (engines with a Qwen of their own go by model_type and architectures, which stay).
+
+    Returns:
+        The names of the files written.
+    """
+    names = sorted(path.name for path in base.iterdir() if path.is_file() and _CARRIED.fullmatch(path.name))
+    names = [name for name in names if not _NEVER.fullmatch(name)]
+    for name in names:
+        settings = _read_json(base / name) if name in _NAMES_CODE else {}
+        if "auto_map" in settings:
+            del settings["auto_map"]
+            write_json(target / name, settings)
+        else:
+            shutil.copyfile(base / name, target / name)
+            (target / name).chmod(0o644)
+    return names
+
+
+def require_folder(folder: Path, make: bool = False) -> None:
+    """Raise UserError unless `folder` is, or may be made, a folder to write in; with `make`, make it."""
+    above = folder
+    while not os.path.exists(above) and above != above.parent:  # Path.exists raises where it may not look
+        above = above.parent
+    if not os.path.isdir(above):
+        raise UserError(f"{above}: a file; expected a folder to write in")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{above}: no permission to write; expected a folder to write in")
+    if make:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror or error}; expected a folder to write in") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Indented, UTF-8 as it is, readable by everybody."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.chmod(0o644)

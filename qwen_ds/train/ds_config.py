@@ -34,6 +34,8 @@ KNOWN_KEYS = frozenset(
     quantize_training use_data_before_expert_parallelism log_level""".split()
 )
 
+_SECTIONS = frozenset({"optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "data_types"})
+
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SCHEDULE_PARAMS = frozenset(
@@ -79,7 +81,9 @@ def read_json(path: str | None) -> Json:
         raise UserError(f"{path}: not JSON ({error}); expected a DeepSpeed configuration") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a JSON {type(config).__name__} came; expected an object, a DeepSpeed configuration")
-    for key in config:
+    for key, value in config.items():
+        if key in _SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{path}: {key} is {value!r}; expected an object")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise UserError(
@@ -100,8 +104,11 @@ class _Merger:
         section, _, name = recipe_key.partition(".")
         holder: Any = getattr(self.recipe, section)
         current = getattr(holder, name)
-        if isinstance(current, tuple):
+        if isinstance(current, tuple) and isinstance(value, list):
             value = tuple(value)
+        kinds = (int, float) if isinstance(current, float) else type(current)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f"{self.origin}: {json_key} is {value!r}; expected the like of {current!r}")
         if value == current:
             return
         if recipe_key in self.set_keys:
@@ -165,7 +172,7 @@ def _merge_optimizer(block: Json | None, merger: _Merger) -> None:
         return
     if str(block.get("type", "AdamW")).lower() not in _OPTIMIZERS:
         raise UserError(f"{merger.origin}: optimizer.type is {block.get('type')!r}; expected AdamW")
-    params = block.get("params", {})
+    params = block.get("params") or {}
     for name in ("lr", "betas", "eps", "weight_decay"):
         merger.agree(f"optimizer.params.{name}", params.get(name), f"optim.{name}")
     unknown = set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "bias_correction"}
@@ -178,7 +185,7 @@ def _merge_optimizer(block: Json | None, merger: _Merger) -> None:
 def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
     if block is None:
         return
-    kind, params = block.get("type"), block.get("params", {})
+    kind, params = block.get("type"), block.get("params") or {}
     if kind not in _SCHEDULES:
         raise UserError(f"{merger.origin}: scheduler.type is {kind!r}; expected one of {', '.join(_SCHEDULES)}")
     unknown = set(params) - _SCHEDULE_PARAMS
@@ -206,20 +213,31 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
+    """Explicit numbers say, or must agree with, how many rows a step has."""
+
     def number(key: str) -> int | None:
         value = config.get(key)
-        return None if value in (None, "auto") else int(value)
+        if value in (None, "auto"):
+            return None
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f'{merger.origin}: {key} is {value!r}; expected a positive whole number or "auto"')
+        return value
 
-    total, micro, steps = (
-        number(k) for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    merger.agree("train_batch_size", total, "batch.rows_per_step")
-    rows = merger.recipe.batch.rows_per_step
-    if micro is not None and steps is not None and micro * steps * world != rows:
-        raise UserError(
-            f"{merger.origin}: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {world} "
-            f'ranks is {micro * steps * world} rows a step; the recipe\'s batch.rows_per_step is {rows}; write "auto"'
-        )
+    micro, steps = number("train_micro_batch_size_per_gpu"), number("gradient_accumulation_steps")
+    merger.agree("train_batch_size", number("train_batch_size"), "batch.rows_per_step")
+    if micro is not None and steps is not None:
+        product = f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x {world} ranks"
+        if config.get("train_batch_size") in (None, "auto"):
+            merger.agree(product, micro * steps * world, "batch.rows_per_step")
+        rows = merger.recipe.batch.rows_per_step
+        if micro * steps * world != rows:
+            raise UserError(f'{merger.origin}: {product} is not the {rows} rows of a step; write "auto"')
+    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", steps)):
+        if value is not None and merger.recipe.batch.rows_per_step % (value * world):
+            raise UserError(
+                f"{merger.origin}: {key} {value} x {world} ranks does not divide the recipe's batch.rows_per_step "
+                f'{merger.recipe.batch.rows_per_step}; write "auto"'
+            )
 
 
 def _merge_precision(config: Json, merger: _Merger) -> None:

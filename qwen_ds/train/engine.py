@@ -9,20 +9,21 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_get_full_fp32_param
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qwen_ds import dist
 from qwen_ds.config import OptimOptions
 from qwen_ds.errors import UserError
-from qwen_ds.train.ds_config import ResolvedConfig
+from qwen_ds.train.ds_config import Json, ResolvedConfig
 from qwen_ds.train.lora import borrowed_weights
 from qwen_ds.train.loss import TrainingModel
 
@@ -44,12 +45,12 @@ def choose_device(wanted: str) -> torch.device:
             )
         torch.cuda.set_device(dist.local_rank())
         return torch.device("cuda", dist.local_rank())
-    if wanted == "cuda" or (wanted == "auto" and nvidia_card_present()):
+    if wanted == "cuda" or (wanted == "auto" and dist.nvidia_card_present()):
         built_for = torch.version.cuda or "no CUDA at all"
         raise UserError(
             f"torch {torch.__version__} cannot use this machine's NVIDIA GPU (built for: {built_for}); expected a "
             f"newer driver or another torch build (see README, drivers); --device cpu trains on the CPU"
-            if nvidia_card_present()
+            if dist.nvidia_card_present()
             else "--device cuda: this machine shows no NVIDIA GPU; expected one, or --device cpu"
         )
     # A machine with a GPU and --device cpu: DeepSpeed would still pick the GPU by itself.
@@ -57,9 +58,20 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
-def nvidia_card_present() -> bool:
-    """Whether the system knows an NVIDIA GPU, whatever torch thinks of it."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").is_dir() else False
+def check_config(engine_json: Json) -> None:
+    """Let DeepSpeed read its configuration, before a model is loaded for it.
+
+    Raises:
+        UserError: a key that a section does not have, or a value of the wrong type; named.
+    """
+    try:
+        deepspeed.DeepSpeedConfig(engine_json)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, came = ".".join(map(str, first["loc"])), first.get("input")
+        raise UserError(f"DeepSpeed JSON: {error.title}: {key} is {came!r}: {first['msg']}") from None
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
 
 
 def start_process_group(device: torch.device, timeout_minutes: float) -> None:
@@ -186,7 +198,13 @@ class Engine:
             self._ds.step()
             return StepResult(norm, applied=True)
         skipped = self._ds.skipped_steps
-        self._ds.step()
+        try:
+            self._ds.step()
+        except Exception as error:
+            # DeepSpeed's word for a gradient that overflows even at the smallest fp16 loss scale.
+            if self.uses_loss_scale and "minimum" in str(error):
+                raise FloatingPointError("fp16 overflows at the smallest loss scale") from error
+            raise
         raw = self._ds.get_global_grad_norm()
         norm = float("nan") if raw is None else float(raw)
         applied = self._ds.skipped_steps == skipped

@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, T its longest row.
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -90,9 +91,12 @@ def train_step(
     loss, bad = dist.sum_floats(window_loss, len(bad_rows))
     if bad:  # on every rank, before the gradient can reach the weights
         stop_not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows, engine, output)
-    result = engine.step()
+    all_rows = [row for batch in window for row in batch.row_ids]
+    try:
+        result = engine.step()
+    except FloatingPointError as error:
+        stop_not_finite(f"gradient ({error})", "among", all_rows, step, rows, engine, output)
     if not result.applied and not engine.uses_loss_scale:  # ZeRO has skipped the update
-        all_rows = [row for batch in window for row in batch.row_ids]
         stop_not_finite(f"gradient norm ({result.grad_norm})", "among", all_rows, step, rows, engine, output)
     return loss, targets, result.grad_norm
 
@@ -100,10 +104,7 @@ def train_step(
 @torch.no_grad()
 def evaluation_loss(engine: Engine, rows: TokenRows, tokens_per_micro_batch: int) -> float:
     """Loss per learnt token over all rows, by the training formula, dropout off (a collective)."""
-    # The model stays in training mode, in which neither NTK nor LogN acts; only its dropouts are switched off.
-    dropouts = [m for m in engine.model.modules() if isinstance(m, torch.nn.Dropout)]
-    for dropout in dropouts:
-        dropout.eval()
+    engine.train(False)
     loss = targets = 0.0
     for batch in evaluation_batches(rows, dist.world_size(), dist.rank(), tokens_per_micro_batch):
         loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
@@ -127,7 +128,7 @@ def bad_alone(row_ids: list[int], rows: TokenRows, engine: Engine) -> list[int]:
 
 def stop_not_finite(
     what: str, where: str, row_ids: list[int], step: int, rows: TokenRows, engine: Engine, output: Output
-) -> None:
+) -> NoReturn:
     """End the run on every rank (a collective): name the rows, keep the weights of the last good step."""
     texts = dist.gather_texts("\n".join(rows.source(row) for row in row_ids))
     sources = [source for text in texts for source in text.split("\n") if source]

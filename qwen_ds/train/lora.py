@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qwen_ds.config import LoraOptions
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 
 ADAPTER = "default"
 KNOWN_TARGETS = ("c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "w1", "w2")
@@ -130,6 +130,14 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
     """
     own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
+    if adapter.saved or adapter.token_rows:
+        name = next(iter(adapter.saved or adapter.token_rows))
+        raise UserError(
+            f"lora.init_from {folder}: it also replaces {name}, which LoRA does not train here; merge it into the base "
+            f"(launch/merge.py) and start from the merged model"
+        )
+    base = wrapped.get_base_model().named_parameters()
+    check_adapter_fits(adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base})
     scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():
         if not math.isclose(pair.scaling, scaling):
@@ -150,9 +158,16 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
         parameter.data.copy_(tensor)
 
 
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape, also while ZeRO-3 holds it in pieces."""
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+
+
 def plain_name(name: str) -> str:
     """A parameter's name in the adapter file: without the adapter's own name."""
-    return name.replace(f".{ADAPTER}.weight", ".weight").removesuffix(f".{ADAPTER}")
+    if "lora_magnitude_vector" in name:
+        return name.removesuffix(f".{ADAPTER}.weight")
+    return name.replace(f".{ADAPTER}.weight", ".weight")
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

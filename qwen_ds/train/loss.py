@@ -123,5 +123,7 @@ class TrainingModel(nn.Module):
         self.loss_head = LossHead(lm_head)
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        hidden_BTD = self._transformer[0](input_ids=ids_BT, use_cache=False).last_hidden_state
+        # extend_context: also in evaluation mode the loss is the training formula's, without NTK and LogN.
+        outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
+        hidden_BTD = outputs.last_hidden_state
         return self.loss_head(hidden_BTD, labels_BT)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from qwen_ds import dist
 from qwen_ds.config import LoadedRecipe, Recipe
 from qwen_ds.data.report import data_report, summary
+from qwen_ds.errors import UserError
 from qwen_ds.report import write_report
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import ds_config, engine, runfolder, setup
@@ -30,9 +31,12 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     device = engine.choose_device(loaded.recipe.device)
     engine.start_process_group(device, loaded.recipe.distributed.timeout_minutes)
     try:
-        return run_in_group(loaded, device, note)
-    finally:
+        code = run_in_group(loaded, device, note)
+    except UserError:  # reached by every rank; after any other error the peers may wait in a collective for ever
         engine.stop_process_group()
+        raise
+    engine.stop_process_group()
+    return code
 
 
 def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> int:
@@ -48,6 +52,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> 
     resolved = ds_config.resolve(
         config, loaded.recipe, loaded.set_keys, hidden_size=hidden_size, world=dist.world_size()
     )
+    engine.check_config(resolved.engine_json)
     recipe = resolved.recipe
     setup.check_device(recipe, device)
     data = setup.load_data(recipe)

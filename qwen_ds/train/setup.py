@@ -46,6 +46,8 @@ class Model:
 def find_sources(loaded: LoadedRecipe) -> LoadedRecipe:
     """Put real paths into the recipe: the demo's files are made, a hub id becomes the folder it was fetched into."""
     recipe = loaded.recipe
+    if recipe.data.train and "model.path" not in loaded.set_keys:
+        raise UserError("model.path is not set; expected the folder or hub id of a Qwen model beside data.train")
     if recipe.model.path == "demo":
         home = Path.home() / ".cache" / "qwen_ds" / "demo"
         dist.once_per_machine(lambda: demo.prepare(home), "demo")
@@ -82,6 +84,9 @@ def load_data(recipe: Recipe) -> Data:
 
     dist.once_per_machine(make, "data")
     rows = prepare(recipe.data, Path(recipe.model.path), seed=recipe.seed)
+    seen = dist.gather_texts(f"{rows.train.sha256} {rows.eval.sha256 if rows.eval is not None else ''}")
+    if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
+        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
     sampler = StepSampler(
         rows.train, recipe.batch.rows_per_step, recipe.seed, dist.world_size(), dist.rank(),
         recipe.batch.tokens_per_micro_batch,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -366,6 +368,34 @@ def test_impossible_options_are_the_users_mistake(
 def test_a_cache_that_cannot_be_written_is_named(data: DataOptions, small_dir: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: .*data\.cache_dir"):
         prepare(replace(data, cache_dir=data.train[0]), small_dir)
+
+
+def test_a_data_file_that_cannot_be_read_is_named(
+    data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(row_cache, "_file_sha256", refuse)
+    with pytest.raises(UserError, match=r"a\.jsonl: Permission denied; expected a readable file") as caught:
+        prepare(data, small_dir)
+    assert "cache" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blamed", ["add", "finish"])
+def test_the_cache_is_blamed_for_what_it_does_not_take_and_for_nothing_else(
+    data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch, blamed: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.RowWriter, blamed, full)
+        with pytest.raises(UserError, match=r"cache: No space left on device; .*data\.cache_dir"):
+            prepare(data, small_dir)
+    monkeypatch.setattr(row_cache, "encode_all", full)  # stands for all besides the writer, as starting the workers
+    with pytest.raises(OSError, match="No space left"):
+        prepare(data, small_dir)
 
 
 def test_too_long_rows_are_bounded_by_the_models_length(small_dir: Path) -> None:

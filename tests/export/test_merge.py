@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.merge import merge
+from qwen_ds.export.safetensors_file import BlockWriter
 from qwen_ds.model.modeling import QWenLMHeadModel
 
 ALL_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
@@ -307,6 +309,31 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     with pytest.raises(UserError, match=r"0\.0 GB free; expected 0\.0 GB"):
         merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(writer: BlockWriter, block: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(BlockWriter, "write", full)
+    with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
+        merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
+        merge(base_dir, golden / "lora" / "adapter", tmp_path / "file" / "out", verify=False)
+
+
+def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    (base_dir / "model.safetensors.index.json").write_text("{}")
+    merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
 def test_an_empty_folder_and_a_killed_merge_s_remains_are_no_obstacle(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import check_folder, find_model
+from qwen_ds.model.folder import carry_over, check_folder, find_model, require_folder
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
@@ -53,6 +54,53 @@ def test_a_whole_folder_is_taken_with_one_weight_file_or_several(folder, full_di
     assert find_model(full_dir) == full_dir
     shard(folder)
     assert find_model(folder) == folder
+
+
+def test_a_single_weight_file_goes_before_an_index_as_where_they_are_loaded(folder):
+    (folder / INDEX).write_text('{"weight_map": {"lm_head.weight": "none.safetensors"}}')
+    assert find_model(folder) == folder
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"model\.safetensors: .* the file is cut off or damaged"):
+        find_model(folder)
+
+
+def test_settings_tokenizer_and_legal_texts_are_carried_over_and_no_code(folder, tmp_path):
+    for name in ("Tongyi Qianwen LICENSE AGREEMENT.txt", "NOTICE", "use_policy.md", "README.md", "license.py"):
+        (folder / name).write_text(name)
+    code = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64, "auto_map": code}))
+    edit(folder, auto_map={"AutoConfig": "configuration_qwen.QWenConfig"})
+    before, out = json.loads((folder / "config.json").read_text()), tmp_path / "out"
+    (folder / "NOTICE").chmod(0o600)
+    out.mkdir()
+    names = carry_over(folder, out)
+    assert names == sorted(path.name for path in out.iterdir())
+    legal = {"Tongyi Qianwen LICENSE AGREEMENT.txt", "NOTICE", "use_policy.md"}
+    assert set(names) == legal | {"config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json"}
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 64}
+    assert json.loads((out / "config.json").read_text()) == {k: v for k, v in before.items() if k != "auto_map"}
+    for name in names:
+        assert stat.S_IMODE((out / name).stat().st_mode) == 0o644
+        if name not in ("config.json", "tokenizer_config.json"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    require_folder(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    require_folder(tmp_path / "a" / "b", make=True)
+    assert (tmp_path / "a" / "b").is_dir()
+    for place in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(UserError, match="file: a file; expected a folder"):
+            require_folder(place)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link: .*; expected a folder"):
+        require_folder(tmp_path / "link", make=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="no permission to write"):
+        require_folder(tmp_path / "c" / "d")
 
 
 def test_weights_are_not_asked_for_where_none_are_needed(folder):
@@ -98,7 +146,7 @@ def cut_off(folder: Path) -> None:
             "Git LFS pointer",
         ),
         (lambda f: (f / shard(f)[1]).unlink(), "00002.safetensors is missing (1 of 2 weight files are)"),
-        (lambda f: (f / INDEX).write_text("{}"), "no weight_map"),
+        (lambda f: shard(f) and (f / INDEX).write_text("{}"), "no weight_map"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(folder, damage, message):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import load_encoding
 from serve import engine as engine_module
@@ -238,6 +239,11 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="sees no usable GPU"):
         engine_module.choose_device("cuda")
     assert engine_module.choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
+    assert engine_module.choose_device("auto").type == "cpu"
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)  # and hidden, or its driver is too old
+    with pytest.raises(UserError, match="sees no usable GPU; .*CUDA_VISIBLE_DEVICES.*--device cpu"):
+        engine_module.choose_device("auto")
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,19 @@ def test_what_is_missing_is_named(small_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("given", ["--predictions", "--data"])
+def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(
+    small_dir: Path, tmp_path: Path, given: str
+) -> None:
+    (tmp_path / "e").touch()
+    more = (given, str(tmp_path / "none.jsonl"), "--model", str(small_dir))
+    with pytest.raises(UserError, match=r"e: a file; expected a folder to write in"):
+        evaluate(options_for(tmp_path / "e", *more))
+    (tmp_path / "f" / "metrics.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics\.json: a folder; expected the name of a file"):
+        evaluate(options_for(tmp_path / "f", *more, "--overwrite"))
+
+
 def test_chinese_text_is_wrapped_by_the_columns_it_takes() -> None:
     assert list(wrap("裙子abc裙", 5)) == ["裙子a", "bc裙"]
     assert list(wrap("", 5)) == [""]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding
 from serve.engine import Completion, Engine
 from serve.options import PredictOptions, parse
-from serve.parts import Parts, Settings
+from serve.parts import Parts, Settings, file_state
 from serve.predict import PromptReader, predict, settings_of
 
 ROWS = [{"content": f"类型#裙*裙长#{'长' * (i * 7 % 11)}裙*第{i}", "summary": f"裙子{i}很好看。"} for i in range(11)]
@@ -252,7 +252,66 @@ def test_what_is_not_there_is_named(small_dir: Path, rows: Path, tmp_path: Path)
         run(options_for(tmp_path, rows, output))
     with pytest.raises(UserError, match=r"adapter_config\.json|adapter"):
         run(options_for(small_dir, rows, output, "--adapter", str(tmp_path)))
-    shutil.rmtree(tmp_path / "out.jsonl.parts")
+    run(options_for(small_dir, rows, output))  # what that left answers no row, and is in nobody's way
+    assert len(read_lines(output)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("rows.jsonl/out.jsonl", r"rows\.jsonl: a file; expected a folder to write in"),
+        ("folder", r"folder: a folder; expected the name of a file"),
+        ("taken.jsonl", r"taken\.jsonl\.parts: a file; expected a folder"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
+    small_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    message: str,
+    more: tuple[str, ...],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.jsonl.parts").touch()
+    if output != "taken.jsonl":
+        monkeypatch.setattr("serve.predict.find_model", lambda _: pytest.fail("work began"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        run(options_for(small_dir, rows, tmp_path / output, *more))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("of an earlier run")
+    settings, old = Settings({"seed": 1}), file_state(output)
+    with pytest.raises(RuntimeError, match="rank 0 did not make it"):
+        Parts.join_in(output, settings, 1, 0.01, old)
+    with ThreadPoolExecutor() as pool:
+        rank1 = pool.submit(Parts.join_in, output, settings, 1, 60.0, old)
+        zero = Parts.prepare(output, settings, 2, overwrite=True)
+        one = rank1.result()
+    assert one is not None
+    one.append([{"id": 1}])
+    zero.append([{"id": 0}])
+    one.close()
+    zero.wait(60.0, lambda _: None)
+    zero.join()
+    assert [line["id"] for line in read_lines(output)] == [0, 1]
+    assert Parts.join_in(output, settings, 1, 0.01, old) is None  # too late: all is done
+
+
+def test_a_rank_waits_for_rank_0_where_the_output_is_to_be_replaced(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("of an earlier run")
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(RuntimeError, match="rank 0 did not make it"):
+        run(options_for(small_dir, rows, output, "--overwrite", "--timeout_minutes", "0.005"))
 
 
 def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Path) -> None:

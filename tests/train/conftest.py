@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def free_port() -> int:
 
 
 class Job:
-    """A finished job: the exit code of each rank, rank 0's output and every rank's errors."""
+    """A finished job: the exit code of each rank, and what all of them printed."""
 
     def __init__(self, codes: list[int], out: str, err: str) -> None:
         self.codes, self.out, self.err = codes, out, err
@@ -32,20 +34,32 @@ class Job:
         return self
 
 
-def run_job(arguments: Sequence[str], ranks: int = 1) -> Job:
-    """launch/train.py with the variables that a launcher sets; what the deepspeed command adds is tested on its own."""
+def run_job(arguments: Sequence[str], ranks: int = 1, timeout: float = 300.0) -> Job:
+    """launch/train.py with the variables that a launcher sets; what the deepspeed command adds is tested on its own.
+
+    As the launcher does, the ranks that are left are ended soon after one has failed.
+    """
     port = free_port()
     base = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "train.py"), *arguments],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    return Job([p.returncode for p in processes], outputs[0][0], "".join(err for _, err in outputs))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "launch" / "train.py"), *arguments],
+                env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+                cwd=ROOT, stdout=out, stderr=err,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        ends = time.monotonic() + timeout
+        while any(p.poll() is None for p in processes) and time.monotonic() < ends:
+            if any(p.poll() for p in processes):
+                ends = min(ends, time.monotonic() + 20)
+            time.sleep(0.1)
+        for process in processes:
+            process.kill()
+            process.wait()
+        out.seek(0), err.seek(0)
+        return Job([p.returncode for p in processes], out.read(), err.read())
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_ds import dist
 from qwen_ds.config import load_recipe
 from qwen_ds.errors import UserError
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import engine, setup
 from qwen_ds.train.run import run_in_group
 
@@ -90,15 +93,48 @@ def test_a_folder_without_a_configuration(small_job: list[str], tmp_path: Path) 
     assert "config.json" in message
 
 
-def test_an_adapter_of_another_base_and_a_target_without_module(
-    small_job: list[str], tmp_path: Path, golden: Path
+def test_an_adapter_of_another_base_is_named_by_its_shape(
+    small_job: list[str], small_dir: Path, tmp_path: Path, golden: Path
 ) -> None:
-    shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")
-    out = ["--output_dir", str(tmp_path / "run")]
-    options = ["--lora.init_from", str(tmp_path / "adapter"), "--lora.r", "4", "--lora.alpha", "8"]
-    assert "does not train it" in mistake([*small_job, *out, *options])
-    out = ["--output_dir", str(tmp_path / "run2")]
-    assert "'q_proj' matches no module" in mistake([*small_job, *out, "--lora.targets", "q_proj"])
+    """golden lora is for hidden size 64; a base of 32 has other shapes."""
+    config = QWenConfig.from_pretrained(small_dir)
+    config.hidden_size, config.num_attention_heads = 32, 2
+    shutil.copytree(small_dir, tmp_path / "model")
+    QWenLMHeadModel(config).save_pretrained(tmp_path / "model")
+    options = ["--model.path", str(tmp_path / "model"), "--lora.init_from", str(golden / "lora" / "adapter")]
+    options += ["--lora.r", "4", "--lora.alpha", "8", "--output_dir", str(tmp_path / "run")]
+    message = mistake([*small_job, *options])
+    assert "[4, 64]" in message and "[4, 32]" in message and "another base" in message
+
+
+def test_an_adapter_with_whole_matrices_names_the_way_out(small_job: list[str], tmp_path: Path, golden: Path) -> None:
+    """The official finetune.py on a base model saves wte and lm_head whole."""
+    options = ["--lora.init_from", str(golden / "lora_base" / "adapter"), "--output_dir", str(tmp_path / "run")]
+    assert "launch/merge.py" in mistake([*small_job, *options])
+
+
+def test_a_target_without_module(small_job: list[str], tmp_path: Path) -> None:
+    message = mistake([*small_job, "--output_dir", str(tmp_path / "run"), "--lora.targets", "q_proj"])
+    assert "'q_proj' matches no module" in message
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [({"stage": 2, "overlap_com": True}, "overlap_com"), ({"stage": 3, "sub_group_size": "x"}, "sub")],
+)
+def test_a_typo_inside_a_section_of_the_deepspeed_json(
+    small_job: list[str], tmp_path: Path, zero: dict, expected: str
+) -> None:
+    """Found before the model is loaded, so the run folder stays free for the corrected command."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    run = tmp_path / "run"
+    assert expected in mistake([*small_job, "--deepspeed", str(tmp_path / "ds.json"), "--output_dir", str(run)])
+    assert not (run / "recipe.yaml").exists()
+
+
+def test_rows_without_a_model_do_not_train_the_demos(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.path is not set"):
+        setup.find_sources(load_recipe(["--data.train", "mine.jsonl"]))
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp_path: Path) -> None:
@@ -124,12 +160,12 @@ def test_a_large_model_on_a_cpu_must_be_asked_for(tmp_path: Path) -> None:
 
 def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(engine, "nvidia_card_present", lambda: True)
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)
     for wanted in ("auto", "cuda"):
         with pytest.raises(UserError, match="cannot use this machine's NVIDIA GPU"):
             engine.choose_device(wanted)
     assert engine.choose_device("cpu").type == "cpu"
-    monkeypatch.setattr(engine, "nvidia_card_present", lambda: False)
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
     with pytest.raises(UserError, match="shows no NVIDIA GPU"):
         engine.choose_device("cuda")
     assert engine.choose_device("auto").type == "cpu"

@@ -124,8 +124,14 @@ def test_a_contradiction_names_both_keys(config: dict[str, Any], key: str, named
 def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
     good = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
     assert settle(good).engine_json["train_micro_batch_size_per_gpu"] == 1
-    with pytest.raises(UserError, match="64 rows a step"):
-        settle(good | {"gradient_accumulation_steps": 2})
+    half = good | {"gradient_accumulation_steps": 2}
+    assert settle(half).recipe.batch.rows_per_step == 64, "unset in the recipe: the JSON says it"
+    with pytest.raises(UserError, match="64.*batch.rows_per_step is 128"):
+        settle(half, keys={"batch.rows_per_step"})
+    with pytest.raises(UserError, match="not the 128 rows"):
+        settle(half | {"train_batch_size": 128})
+    with pytest.raises(UserError, match="7 x 8 ranks does not divide"):
+        settle({"train_micro_batch_size_per_gpu": 7})
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,9 @@ def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_type": "log"}}},
         {"zero_optimization": {"stage": 4}},
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        {"gradient_clipping": "one"},
+        {"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}},
+        {"train_batch_size": "abc"},
     ],
 )
 def test_what_we_cannot_honour_is_refused(config: dict[str, Any]) -> None:
@@ -162,6 +171,8 @@ def test_precision_sections_follow_what_is_trained() -> None:
         ('{"zero_optimisation": {}}', "nearest is 'zero_optimization'"),
         ("{", "not JSON"),
         ("[1]", "expected an object"),
+        ('{"zero_optimization": 2}', "zero_optimization is 2; expected an object"),
+        ('{"bf16": true}', "bf16 is True; expected an object"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,12 @@ from qwen_ds.train.lora import add_lora
 
 pytestmark = pytest.mark.job
 ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -79,7 +86,16 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     out = tmp_path / "run"
     options = ["--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--output_dir", str(out)]
     options += ["--save.every_steps", "4", "--save.keep", "1"]
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29617", "launch/train.py", *small_job, *options]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+        *small_job,
+        *options,
+    ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -122,7 +138,7 @@ def test_full_training_leaves_a_model_folder(job: Callable, small_job: list[str]
     assert last < first
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     job: Callable, small_job: list[str], tmp_path: Path, stage: int
 ) -> None:
@@ -149,6 +165,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert "the loss is not finite" in line and "data.jsonl:41" in line
     (saved,) = (out / "checkpoints").iterdir()
     assert all(t.isfinite().all() for t in adapter(saved).values())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloading_changes_no_number(job: Callable, small_job: list[str], tmp_path: Path, stage: int) -> None:
+    for name in (f"zero{stage}", f"zero{stage}_offload"):
+        options = ["--deepspeed", f"ds_configs/{name}.json", "--optim.max_steps", "2"]
+        job([*small_job, *options, "--output_dir", str(tmp_path / name)], 2).ok()
+    plain, offloaded = (adapter(tmp_path / n) for n in (f"zero{stage}", f"zero{stage}_offload"))
+    assert max(float((plain[k] - offloaded[k]).abs().max()) for k in plain) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dora", "float16"])

@@ -107,6 +107,13 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
         init_from(again, str(tmp_path / folder), options)
         assert all(torch.equal(values[plain_name(n)], p) for n, p in trained(again).items()), folder
+    for variant in ("dora", "rslora"):
+        options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6, variant=variant)  # type: ignore[arg-type]
+        first = wrapped(small_dir, variant=variant)
+        write_adapter(tmp_path / variant, config_of(first), trained(first))
+        again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
+        init_from(again, str(tmp_path / variant), options)
+        assert all(torch.equal(p, q) for p, q in zip(trained(first).values(), trained(again).values(), strict=True))
     official = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=8)
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), official, base="", seed=8)
     init_from(again, str(golden / "lora" / "adapter"), official)
