@@ -242,12 +242,11 @@ def _rejected(output: Path) -> Path:
 
 def _prepare_output(plan: _Plan, output: Path) -> Path:
     """Check the place for the output and make the folder that it is built in."""
-    require_folder(output.parent)
+    require_folder(output.parent, make=True)
     if output.resolve() == plan.base.folder.resolve():
         raise UserError(f"{output}: is the base itself; expected another folder for the output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
-    require_folder(output.parent, make=True)
     partial = output.with_name(output.name + ".partial")
     for old in (partial, _rejected(output)):
         # Left by an earlier merge to this name. Anything else under that name is not ours to delete.

@@ -327,7 +327,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
 def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
-        merge(base_dir, golden / "lora" / "adapter", tmp_path / "file" / "out", verify=False)
+        merge(base_dir, golden / "lora" / "adapter", tmp_path / "file" / "a" / "out", verify=False)
 
 
 def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:
