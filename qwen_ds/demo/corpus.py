@@ -21,8 +21,7 @@ from pathlib import Path
 from qwen_ds.demo import phrases
 
 SEED = 20240611
-PRETRAIN_ITEMS, TRAIN_ITEMS, EVAL_ITEMS = 2000, 480, 64
-PLAIN_ITEMS = 1000  # so many of those to pre-train on get a plain catalogue answer, too
+PRETRAIN_ITEMS, TRAIN_ITEMS, EVAL_ITEMS = 800, 480, 64
 OPTIONAL_KEYS = ("材质", "颜色", "风格", "图案", "场景")
 ESSAY_PROMPT, CONTINUE_PROMPT = "写一段随笔", "接着写："
 
@@ -154,26 +153,23 @@ def essay_rows(items: Iterable[Item]) -> list[Row]:
 
 
 def guided_rows(items: Iterable[Item]) -> list[Row]:
-    """Catalogue answers about the attributes asked for, in that order, leaving out what the article has not: the base
-    learns to look values up by their key."""
+    """Catalogue answers that name attributes in an order asked for: the base learns to look values up by their key."""
     rng = random.Random(SEED + 1)
     rows: list[Row] = []
     for item in items:
         said = _catalogue_sentences(item)
-        asked = rng.sample(OPTIONAL_KEYS, rng.randint(3, len(OPTIONAL_KEYS)))  # at most two are absent
-        answer = "".join(said[key] for key in asked if key in said)
-        rows.append({"content": f"依次介绍{'、'.join(asked)}：{item.content}", "summary": answer})
+        keys = [key for key, _ in item.attributes[1:]]
+        rng.shuffle(keys)
+        keys = keys[: rng.randint(2, len(keys))]
+        asked = "、".join(keys)
+        rows.append({"content": f"依次介绍{asked}：{item.content}", "summary": "".join(said[key] for key in keys)})
     return rows
 
 
 def pretraining_rows() -> list[Row]:
-    """What the base is made from: catalogue answers, plain and guided, and lyrical running text.
-
-    The articles are many and the epochs few: a base that knows the running text by heart follows its memory where
-    fine-tuning asks it to follow the attributes.
-    """
+    """What the base is made from: for each article a catalogue answer, a guided one, and lyrical running text."""
     items = splits().pretrain
-    return answer_rows(items[:PLAIN_ITEMS], lyrical=False) + guided_rows(items) + essay_rows(items)
+    return answer_rows(items, lyrical=False) + guided_rows(items) + essay_rows(items)
 
 
 def train_rows() -> list[Row]:

@@ -82,38 +82,29 @@ def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
     return tensors | {WTE: seeded_rows(WTE_SEED)[official_ids], HEAD: seeded_rows(HEAD_SEED)[official_ids]}
 
 
-def unused_movement(head: Tensor, official_ids: list[int], used: list[int]) -> Tensor:
-    """fp32 [hidden]: how far the head's rows of unused tokens have gone from their seeds, on average. They all have the
-    same gradient but for their own small probability, so they move as one."""
-    unused = ~torch.isin(torch.tensor(official_ids), torch.tensor(used))
-    start = seeded_rows(HEAD_SEED)[official_ids]
-    return (head[unused].float() - start[unused].float()).mean(dim=0)
-
-
 def widened(tensors: dict[str, Tensor], official_ids: list[int], used: list[int]) -> dict[str, Tensor]:
-    """The small model's weights with all rows: the used ones in their official places; the others from their seeds, and
-    in the head moved as those of the small model have."""
+    """The small model's weights with all rows: the used ones in their official places, the others from their seeds."""
     rows = [official_ids.index(index) for index in used]
-    movement = unused_movement(tensors[HEAD], official_ids, used).to(torch.bfloat16)
     wte = seeded_rows(WTE_SEED).index_copy_(0, torch.tensor(used), tensors[WTE][rows])
-    head = seeded_rows(HEAD_SEED).add_(movement).index_copy_(0, torch.tensor(used), tensors[HEAD][rows])
+    head = seeded_rows(HEAD_SEED).index_copy_(0, torch.tensor(used), tensors[HEAD][rows])
     return {**tensors, WTE: wte, HEAD: head}
 
 
 def pack_base(trained: Path, packed: Path) -> None:
     """Keep of a trained base what `unpack_base` cannot make from a seed; bf16 as trained."""
     encoding = load_encoding(trained)
-    used = corpus_ids(encoding)
+    ids = torch.tensor(corpus_ids(encoding))
     tensors, _ = read_tensors(trained / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     wte, head = tensors.pop(WTE), tensors.pop(HEAD)
-    unused = torch.ones(len(wte), dtype=torch.bool).index_fill_(0, torch.tensor(used), False)
+    unused = torch.ones(len(wte), dtype=torch.bool).index_fill_(0, ids, False)
     assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), "an embedding row outside the corpus has moved"
+    movement = (head[unused].float() - seeded_rows(HEAD_SEED)[unused].float()).mean(dim=0)
     tensors |= {
-        USED_IDS: torch.tensor(used, dtype=torch.int32),
-        WTE: wte[used],
-        HEAD: head[used],
-        UNUSED_HEAD: unused_movement(head, list(range(len(head))), used).to(torch.bfloat16),
+        USED_IDS: ids.to(torch.int32),
+        WTE: wte[ids],
+        HEAD: head[ids],
+        UNUSED_HEAD: movement.to(torch.bfloat16),
     }
     about = {"format": "pt", "vocabulary_sha256": encoding.sha256, "corpus_sha256": corpus.sha256()}
     save_file(tensors, packed, metadata=about)

@@ -23,14 +23,14 @@ def test_the_corpus_is_the_one_that_the_base_was_made_from() -> None:
 
 def test_no_attribute_list_is_in_two_splits_or_twice_in_one() -> None:
     contents = [item.content for item in EVERY_ITEM]
-    assert len(set(contents)) == len(contents) == 2000 + 480 + 64
+    assert len(set(contents)) == len(contents) == 800 + 480 + 64
 
 
 def test_rows_of_the_splits_are_those_of_their_articles() -> None:
     pretraining = {row["content"] for row in corpus.pretraining_rows()}
     train = {row["content"] for row in corpus.train_rows()}
     held_out = {row["content"] for row in corpus.eval_rows()}
-    assert {item.content for item in SPLITS.pretrain[: corpus.PLAIN_ITEMS]} <= pretraining
+    assert {item.content for item in SPLITS.pretrain} <= pretraining
     assert train == {item.content for item in SPLITS.train}
     assert held_out == {item.content for item in SPLITS.held_out}
     assert not train & pretraining and not held_out & pretraining
@@ -83,14 +83,12 @@ def test_the_two_styles_say_an_article_in_these_words() -> None:
     assert corpus.lyrical_text(hat) == "头发乱了也没关系。草编带着麦田的香气，碎花落在手边。就选渔夫帽吧！"
 
 
-def test_guided_rows_name_the_attributes_in_the_order_asked_for_and_no_others() -> None:
+def test_guided_rows_name_the_attributes_in_the_order_asked_for() -> None:
     for row, item in zip(corpus.guided_rows(SPLITS.pretrain), SPLITS.pretrain, strict=True):
         asked, content = row["content"].removeprefix("依次介绍").split("：", 1)
         assert content == item.content
-        given = dict(item.attributes[1:])
-        places = [row["summary"].index(given[key]) for key in asked.split("、") if key in given]
-        assert places == sorted(places) and places
-        assert not any(value in row["summary"] for key, value in given.items() if key not in asked)
+        places = [row["summary"].index(dict(item.attributes)[key]) for key in asked.split("、")]
+        assert places == sorted(places) and len(places) >= 2
 
 
 def test_written_rows_are_json_lines_in_utf8(tmp_path: Path) -> None:
