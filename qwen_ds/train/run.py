@@ -13,6 +13,7 @@ from qwen_ds import dist
 from qwen_ds.config import LoadedRecipe, Recipe
 from qwen_ds.data.report import data_report, summary
 from qwen_ds.errors import UserError
+from qwen_ds.model.folder import write_json
 from qwen_ds.report import write_report
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import ds_config, engine, runfolder, setup
@@ -65,7 +66,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> 
     if dist.rank() == 0:
         stored = replace(recipe, deepspeed=str((folder / "ds_config.json").resolve()))
         runfolder.write_resolved(folder, stored, resolved.stored_json(), device, model.count)
-        runfolder.write_json(
+        write_json(
             folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
         )
     outcome = train(recipe, data, engine.Engine(model.training, recipe.optim, resolved), output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -15,6 +14,7 @@ import torch
 from qwen_ds import dist
 from qwen_ds.config import Recipe, write_recipe
 from qwen_ds.errors import UserError
+from qwen_ds.model.folder import require_folder, write_json
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
@@ -30,14 +30,7 @@ def claim(folder: Path) -> None:
     if folder.is_dir() and (strangers := sorted(p.name for p in folder.iterdir() if p.name not in ("logs",))):
         what = "another run" if RECIPE in strangers else f"{strangers[0]!r} and is no run folder"
         raise UserError(f"output_dir {folder} holds {what}; expected a new or empty folder; nothing was changed")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror}; expected a folder that can be written") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    require_folder(folder, make=True)
 
 
 def write_resolved(

@@ -118,6 +118,11 @@ def test_a_target_without_module(small_job: list[str], tmp_path: Path) -> None:
     assert "'q_proj' matches no module" in message
 
 
+def test_a_run_folder_that_cannot_be_made(small_job: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "expected a folder" in mistake([*small_job, "--output_dir", str(tmp_path / "file" / "run")])
+
+
 @pytest.mark.parametrize(
     ("zero", "expected"),
     [({"stage": 2, "overlap_com": True}, "overlap_com"), ({"stage": 3, "sub_group_size": "x"}, "sub")],
