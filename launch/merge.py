@@ -20,7 +20,17 @@ def main() -> int:
 
     parser = Parser(description="Fold an adapter into its base model, a block of rows at a time, with proof.")
     parser.add_argument("--base", type=str, required=True, help="folder or hub id of the base model, in safetensors")
-    parser.add_argument("--adapter", type=str, help="PEFT adapter folder; without it --dtype converts the base")
+    parser.add_argument(
+        "--adapter",
+        type=list[str],
+        default=[],
+        help="PEFT folders, each folded onto the result of the one before; without any, --dtype converts the base",
+    )
+    parser.add_argument(
+        "--weights",
+        type=list[float] | None,
+        help="one for each adapter: instead, the weighted sum of what each does to the bare base",
+    )
     parser.add_argument("--output", type=str, required=True, help="new folder for the merged model")
     parser.add_argument(
         "--dtype",
@@ -28,7 +38,20 @@ def main() -> int:
         choices=["keep", "bfloat16", "float16", "float32"],
         help="dtype of all weights in the output; keep: each as in the base",
     )
-    parser.add_argument("--verify", type=bool, default=True, help="compare logits with base + adapter if memory allows")
+    parser.add_argument(
+        "--verify",
+        default="auto",
+        choices=["auto", "full", "sampled", "off"],
+        help="compare logits with base + adapter: of whole models, or layer by layer in the memory of one layer on"
+        " shorter texts; auto: full if the model fits in memory",
+    )
+    parser.add_argument("--prompts", type=str, help="text file, a prompt a line, instead of the built-in ones")
+    parser.add_argument(
+        "--allow_pickle",
+        type=bool,
+        default=False,
+        help="also read pytorch_model.bin and adapter_model.bin, and of them nothing but tensors",
+    )
     options = parser.parse()
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
@@ -39,6 +62,7 @@ def main() -> int:
 
     from qwen_ds.export.merge import merge
     from qwen_ds.export.report import REPORT_NAME
+    from qwen_ds.export.verify import read_prompts
     from qwen_ds.model.folder import find_model
 
     # The proof loads models through transformers and peft; the bar is the merge's, and their notices to each other are
@@ -54,10 +78,13 @@ def main() -> int:
 
         report = merge(
             base,
-            [] if options.adapter is None else [Path(options.adapter)],
+            [Path(folder) for folder in options.adapter],
             Path(options.output),
+            weights=options.weights,
             dtype=options.dtype,
-            verify=options.verify,
+            proof=options.verify,
+            prompts=None if options.prompts is None else read_prompts(Path(options.prompts)),
+            allow_pickle=options.allow_pickle,
             progress=show,
         )
     print("\n".join(report.in_words()))
