@@ -54,10 +54,13 @@ def spread_positions(rows_T: Sequence[Tensor]) -> list[Row]:
 
 
 def first_positions(rows_T: Sequence[Tensor]) -> list[Row]:
-    """The rows' beginnings, of 64 tokens in all, every position of which is compared: all that is computed counts."""
+    """The rows' beginnings, of 64 tokens in all, every position of which is compared: all that is computed counts.
+
+    Of many rows the first four serve, since the beginnings should not be too short to mean anything.
+    """
     rows, left = [], POSITIONS
     for i, ids_T in enumerate(rows_T):
-        ids_T = ids_T[: -(-left // (len(rows_T) - i))]
+        ids_T = ids_T[: min(left, max(16, -(-left // (len(rows_T) - i))))]
         if len(ids_T):
             rows.append(Row(ids_T, torch.arange(len(ids_T))))
             left -= len(ids_T)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
@@ -27,6 +26,8 @@ from qwen_ds.export.proof_whole import whole_outputs
 from qwen_ds.export.verify import Proof
 from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.tokenizer import load_encoding
+from tests.export.folders import bf16_copy, peft_adapter
 
 KINDS: tuple[Literal["full"], Literal["sampled"]] = ("full", "sampled")
 LAUNCH = Path(__file__).parents[2] / "launch" / "merge.py"
@@ -34,23 +35,7 @@ LAUNCH = Path(__file__).parents[2] / "launch" / "merge.py"
 
 @pytest.fixture(scope="module")
 def bf16_dir(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(small_dir, tmp_path_factory.mktemp("bf16") / "base"))
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def save_adapter(base: Path, folder: Path, seed: int, **options: Any) -> None:
-    """An adapter of random values made by peft."""
-    torch.manual_seed(seed)
-    model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
-    chosen = {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "c_proj", "w1", "w2"], **options}
-    wrapped = get_peft_model(model, LoraConfig(**chosen))
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    wrapped.save_pretrained(str(folder))
+    return bf16_copy(small_dir, tmp_path_factory.mktemp("bf16") / "base")
 
 
 def scaled(factor: float) -> object:
@@ -140,7 +125,7 @@ def test_both_proofs_agree_and_pass_on_every_variant(
 ) -> None:
     folders = [tmp_path / f"adapter{i}" for i in range(len(options))]
     for seed, (folder, chosen) in enumerate(zip(folders, options, strict=True)):
-        save_adapter(small_dir, folder, seed, **chosen)
+        peft_adapter(small_dir, folder, seed, **chosen)
     merge(small_dir, folders, tmp_path / "out", weights=weights, proof="off")
     adapters = Adapters(tuple(map(read_adapter, folders)), weights)
     plan = make_plan(small_dir, adapters, QWEN, "keep", allow_pickle=False)
@@ -200,6 +185,15 @@ def test_more_changes_of_the_most_probable_token_than_by_chance_do_not_pass() ->
     assert verify.judge(Outputs(expected_PV, expected_PV, noisy_PV, merged_PV), "full", 0.0).status == "passed"
 
 
+def test_the_tokens_of_a_sampled_proof_are_shared_out_among_the_prompts() -> None:
+    rows = first_positions([torch.arange(7), torch.arange(100), torch.arange(12), torch.arange(26)])
+    assert [len(row.ids_T) for row in rows] == [7, 19, 19 - 7, 26]
+    assert [len(row.ids_T) for row in first_positions([torch.arange(100)])] == [64]
+    many = first_positions([torch.arange(30)] * 50)  # no beginnings of a token or two
+    assert [len(row.ids_T) for row in many] == [16, 16, 16, 16]
+    assert all(torch.equal(row.positions, torch.arange(len(row.ids_T))) for row in [*rows, *many])
+
+
 def test_prompts_are_lines_of_a_file(small_dir: Path, golden: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("abc\n\n 你好 \n", encoding="utf-8")
     prompts = verify.read_prompts(tmp_path / "prompts.txt")
@@ -254,6 +248,22 @@ def test_the_command_merges_proves_and_reports(
         run_launch(monkeypatch, *paths, "--output", str(tmp_path / "o2"), "--verify", "off", "--dtype", "float16") == 0
     )
     assert "not verified" in capsys.readouterr().out
+
+
+def test_the_command_takes_several_adapters_and_prompts(
+    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("one prompt\nand another\n")
+    adapters = [str(golden / name / "adapter") for name in ("lora", "lora_base")]
+    command = ["--base", str(small_dir), "--adapter", *adapters, "--weights", "0.7", "-0.3", "--verify", "sampled"]
+    command += ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
+    assert run_launch(monkeypatch, *command) == 0
+    assert "sampled proof passed" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert stored["adapters"] == adapters and stored["weights"] == [0.7, -0.3]
+    encoding = load_encoding(small_dir)
+    tokens = [len(encoding.ordinary(text)) for text in ("one prompt", "and another")]
+    assert stored["verification"]["positions"] == sum(tokens)
 
 
 def test_the_command_ends_with_1_when_the_proof_fails_and_2_on_bad_input(
