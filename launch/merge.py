@@ -15,12 +15,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from qwen_ds.config import Parser
 
-def main() -> int:
-    from qwen_ds import dist
-    from qwen_ds.config import Parser
-    from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
 
+def command_line() -> Parser:
     parser = Parser(description="Fold an adapter into its base model, a block of rows at a time, with proof.")
     parser.add_argument("--base", type=str, required=True, help="folder or hub id of the base model, in safetensors")
     parser.add_argument(
@@ -55,7 +53,14 @@ def main() -> int:
         default=False,
         help="also read pytorch_model.bin and adapter_model.bin, and of them nothing but tensors",
     )
-    options = parser.parse()
+    return parser
+
+
+def main() -> int:
+    from qwen_ds import dist
+    from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
+
+    options = command_line().parse()
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
 
