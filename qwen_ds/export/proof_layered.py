@@ -139,7 +139,7 @@ class _Comparison:
         spoil(whole, self._rounded, self._noise)
         noisy_BTD = block(noisy_BTD, cos, sin)
         del block, whole
-        gc.collect()  # peft's wrappers refer to each other
+        gc.collect(1)  # peft's wrappers refer to each other; what is older need not be looked through
         merged_BTD = self._block(i, self._output)(merged_BTD, cos, sin)
         return [base_BTD if self._plan.adapters.members else expected_BTD, expected_BTD, noisy_BTD, merged_BTD]
 
@@ -160,8 +160,10 @@ class _Comparison:
         states = [F.rms_norm(x_PD, norm.shape, norm, eps) for x_PD, norm in zip(states, norms, strict=True)]
         name = "lm_head.weight"
         change, vocab_size = self._change(name), self._base.num_rows(name)
-        pieces = []
+        logits = [torch.empty(len(states[0]), vocab_size) for _ in states]
         for first in range(0, vocab_size, _HEAD_ROWS):
-            heads = self._variants(name, change, first, min(first + _HEAD_ROWS, vocab_size))
-            pieces.append([x_PD @ head_ND.T for x_PD, head_ND in zip(states, heads, strict=True)])
-        return Outputs(*(torch.cat(logits, dim=1) for logits in zip(*pieces, strict=True)))
+            last = min(first + _HEAD_ROWS, vocab_size)
+            heads = self._variants(name, change, first, last)
+            for logits_PV, x_PD, head_ND in zip(logits, states, heads, strict=True):
+                logits_PV[:, first:last] = x_PD @ head_ND.T
+        return Outputs(*logits)

@@ -32,10 +32,11 @@ from qwen_ds.model.tokenizer import load_encoding
 
 Proof = Literal["auto", "full", "sampled", "off"]
 
+# Each of at least 16 tokens.
 PROMPTS = (
-    "你好，请用一句话介绍你自己。",
+    "你好！请用一句话介绍你自己，再说说你能帮我做哪些事情，不能做哪些。",
     "类型#上衣*版型#宽松*颜色#白色*风格#简约*图案#条纹*衣样式#衬衫",
-    "Write a Python function that returns the n-th Fibonacci number.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain its running time.",
     "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
 )
 
