@@ -1,0 +1,148 @@
+"""Training over several machines: two hosts made of this one, each with its own network, name, disk and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.conftest import Job
+
+pytestmark = pytest.mark.job
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# What a host does with itself, in its own namespaces: nothing of it is seen outside, and all of it goes with them.
+HOST = """
+mount --make-rprivate /
+hostname {name}
+mount --bind {folder}/hosts /etc/hosts
+mount -t tmpfs none /run
+mkdir -p /run/sshd
+mount --bind {folder}/{name} {folder}/disk
+echo disks
+read cable
+ip address add {address}/24 dev cable
+ip link set cable up
+ip link set lo up
+echo network
+exec sleep infinity
+"""
+
+
+@dataclass
+class Host:
+    """One host. `disk` is where its own disk is seen from outside; inside it lies where the other's lies there, too."""
+
+    name: str
+    address: str
+    disk: Path
+    process: subprocess.Popen[str]
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+        pid = self.process.pid
+        inside = ["nsenter", "--target", str(pid), "--mount", "--net", "--uts", f"--pid=/proc/{pid}/ns/pid_for_children"]
+        disk = self.disk.with_name("disk")
+        left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        base = {k: v for k, v in os.environ.items() if k not in left_out} | {
+            "HOME": str(disk / "home"), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
+        }  # fmt: skip
+        return subprocess.Popen(
+            [*inside, "env", "--chdir", str(disk / "work"), *command], env=base | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def run(self, command: Sequence[str], **environment: str) -> str:
+        """What it prints; it must end well."""
+        return finish(self.start(command, **environment))
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
+    """Two hosts that reach each other by name and share the code and the model, but neither data nor home nor runs."""
+    if os.geteuid() or not all(shutil.which(name) for name in ("unshare", "nsenter", "ip")):
+        pytest.skip("making two hosts of one needs root, unshare, nsenter and ip")
+    if subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]).returncode:
+        pytest.skip("this machine permits no namespaces")
+    places = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in places.items()))
+    made: list[Host] = []
+    try:
+        for name, address in places.items():
+            disk = tmp_path / name
+            (disk / "work").mkdir(parents=True), (disk / "home").mkdir()
+            shutil.copy(rows_file, disk / "work" / "rows.jsonl")
+            script = HOST.format(name=name, address=address, folder=tmp_path)
+            unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            made.append(Host(name, address, disk, subprocess.Popen([*unshare, "sh", "-ec", script], **pipes)))
+        assert all(host.says() == "disks" for host in made)
+        ends = [["cable", "netns", str(host.process.pid)] for host in made]
+        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True)
+        for host in made:
+            assert host.process.stdin is not None
+            print(file=host.process.stdin, flush=True)
+        assert all(host.says() == "network" for host in made)
+        yield made
+    finally:
+        for host in made:
+            host.process.kill()  # and with it every process of the host
+            host.process.wait()
+
+
+def on_host(small_job: list[str]) -> list[str]:
+    """The job's options with the host's own data, cache and, relative to its own working directory, run folder."""
+    options = [*small_job, "--data.train", "rows.jsonl", "--optim.max_steps", "3", "--output_dir", "run"]
+    at = options.index("--data.cache_dir")
+    return options[:at] + options[at + 2 :]
+
+
+def same_adapter(one: Path, other: Path, fresh: Path) -> None:
+    a, b, start = (load_file(folder / "adapter_model.safetensors") for folder in (one, other, fresh))
+    assert a.keys() == b.keys() == start.keys()
+    assert max(float((a[k] - b[k]).norm() / (a[k] - start[k]).norm()) for k in a) < 1e-4
+
+
+def test_two_hosts_train_what_one_does(
+    hosts: list[Host], job: Callable[..., Job], small_job: list[str], tmp_path: Path
+) -> None:
+    """The deepspeed command on each of two hosts with two ranks each, ZeRO-3 with hpZ, and no disk in common: the
+    adapter of one host and ZeRO-2. Rank 0's host has the whole run folder, the other no more than its own logs; each
+    has its own cache of token rows."""
+    (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=2\n" for host in hosts))
+    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", hosts[0].name]
+    script = [str(ROOT / "launch" / "train.py"), *on_host(small_job), "--deepspeed", "ds_configs/zero3_hpz.json"]
+    script += ["--save.every_steps", "2"]
+    running = [host.start([*launcher, "--node_rank", str(i), *script]) for i, host in enumerate(hosts)]
+    for process in running:
+        finish(process)
+    first, second = (host.disk for host in hosts)
+    files = [sorted(p.relative_to(d).as_posix() for p in (d / "work" / "run").rglob("*")) for d in (first, second)]
+    assert files[1] == ["logs", "logs/rank_2.log", "logs/rank_3.log"]
+    assert "adapter/adapter_model.safetensors" in files[0] and "logs/rank_2.log" not in files[0]
+    caches = [[p.name for p in (d / "home/.cache/qwen_ds/rows").iterdir() if p.is_dir()] for d in (first, second)]
+    assert caches[0] == caches[1] and len(caches[0]) == 1
+    stored = json.loads((first / "work/run/ds_config.json").read_text())["zero_optimization"]
+    assert (stored["zero_hpz_partition_size"], stored["zero_quantized_weights"]) == (2, False)
+    one, start = tmp_path / "one", tmp_path / "start"
+    job([*small_job, "--optim.max_steps", "3", "--output_dir", str(one)], 2).ok()
+    job([*small_job, "--optim.max_steps", "1", "--optim.lr", "0", "--output_dir", str(start)]).ok()
+    same_adapter(one / "adapter", first / "work/run/adapter", start / "adapter")
