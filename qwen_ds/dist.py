@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -99,15 +100,15 @@ def free_port() -> int:
 
 
 def job_ends_at() -> float | None:
-    """When the scheduler will end this job, in Unix seconds; None outside Slurm, or if it does not say.
+    """When the Slurm job that we run in is killed, in seconds since 1970; None without one.
 
-    Newer Slurm says so in a variable; an older one is asked, so one rank should do this and tell the others.
+    Newer Slurm says so in a variable. An older one is asked, by rank 0 alone: the others get None.
     """
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(end)
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
+    if job is None or rank() != 0:
         return None
-    if "SLURM_JOB_END_TIME" in os.environ:
-        return float(os.environ["SLURM_JOB_END_TIME"])
     command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
     try:
         # A user's SLURM_TIME_FORMAT would change the answer.
@@ -141,6 +142,16 @@ def max_floats(*values: float) -> list[float]:
     return _reduced(list(values), torch_dist.ReduceOp.MAX)
 
 
+def broadcast(tensor: torch.Tensor) -> None:
+    """Overwrite every rank's tensor with rank 0's (a collective); same shape and dtype everywhere."""
+    torch_dist.broadcast(tensor, src=0)
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text (a collective)."""
+    return gather_texts(text if rank() == 0 else "")[0]
+
+
 def barrier() -> None:
     """Wait for every rank (a collective)."""
     torch_dist.barrier()
@@ -172,6 +183,12 @@ def ranks_per_machine() -> list[int]:
             )
         counts[-1] += 1
     return counts
+
+
+def own_store(name: str) -> torch_dist.Store:
+    """The rendezvous store through a connection of its own (a waiting call blocks nobody else), keys under `name`."""
+    store: Any = torch_dist.distributed_c10d._get_default_store()
+    return torch_dist.PrefixStore(name, store.clone())  # clone: not in torch's type stubs
 
 
 def once(make: Callable[[], object], name: str) -> None:
