@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
 SSHD = "/usr/sbin/sshd"
+SLURM = ("munged", "slurmctld", "slurmd", "sbatch")
 # What a host does with itself, in its own namespaces: nothing of it is seen outside, and all of it goes with them.
 HOST = """
 mount --make-rprivate /
 hostname {name}
 mount --bind {folder}/hosts /etc/hosts
 mount -t tmpfs none /run
-mkdir -p /run/sshd
+mkdir /run/sshd /run/munge
 mount --bind {folder}/{name} {folder}/disk
 echo disks
 read cable
@@ -35,7 +37,7 @@ ip address add {address}/24 dev cable
 ip link set cable up
 ip link set lo up
 echo network
-exec sleep infinity
+while sleep 1; do :; done  # a shell, which also buries what the daemons leave behind
 """
 
 
@@ -91,7 +93,7 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
         pytest.skip("making two hosts of one needs root, unshare, nsenter and ip")
     if subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]).returncode:
         pytest.skip("this machine permits no namespaces")
-    places = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
+    places = {"host1": "10.77.0.1", "host2": "10.77.0.2"}
     (tmp_path / "disk").mkdir()
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in places.items()))
     made: list[Host] = []
@@ -190,3 +192,68 @@ def test_pdsh_starts_both_hosts(hosts: list[Host], one_host: Path, small_dir: Pa
     hosts[0].run([*launcher, *script], PDSH_SSH_ARGS_APPEND=login)
     same_adapter(one_host, hosts[0].disk / "work" / "run")
     assert (hosts[1].disk / "work" / "run" / "logs" / "rank_1.log").exists()
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=host1
+SlurmUser=root
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+StateSaveLocation={disk}/state
+SlurmdSpoolDir={disk}/spool
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+MpiDefault=none
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SlurmdParameters=config_overrides
+NodeName=host[1-2] CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def start_slurm(hosts: list[Host], folder: Path) -> dict[str, str]:
+    """A cluster of both hosts; the variables that its commands need."""
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(disk=folder / "disk"))
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    conf = {"SLURM_CONF": str(folder / "slurm.conf")}
+    files = (("key", folder), ("log", folder / "disk"), ("seed", folder / "disk"))
+    for host in hosts:
+        for name in ("state", "spool"):
+            (host.disk / name).mkdir()
+        host.run(["munged", "--force", "--pid-file=/run/munged.pid", *(f"--{n}-file={d}/munge.{n}" for n, d in files)])
+    hosts[0].run(["slurmctld", "-L", str(folder / "slurmctld.log")], **conf)
+    for host in hosts:
+        host.run(["slurmd", "-N", host.name, "-L", str(folder / f"{host.name}.log")], **conf)
+    return conf
+
+
+@pytest.mark.skipif(not all(map(shutil.which, SLURM)), reason="needs Slurm's programs")
+def test_slurm_requeues_a_job_that_stops_before_its_time_limit(
+    hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    """The sbatch script on a real Slurm: srun starts a rank on each host, which find each other by Slurm's variables.
+    The job's five minutes are less than save.before_minutes, so it stops after its first step; with more time, the
+    same job goes on from there to the adapter of a run that was never stopped."""
+    conf = start_slurm(hosts, tmp_path)
+    for host in hosts:
+        (host.disk / "work" / "launch").symlink_to(ROOT / "launch")
+    size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5"]
+    own = [*options(small_dir, Path("rows.jsonl"), Path("cache")), "--output_dir", "run"]
+    job_id = hosts[0].run(["sbatch", "--parsable", *size, "launch/cluster/train.sbatch", *own], **conf).strip()
+
+    def wait_for(*states: str) -> None:
+        ends = time.monotonic() + 200
+        while (state := hosts[0].run(["squeue", "-h", "-j", job_id, "-o", "%T %r"], **conf).strip()) not in states:
+            log = work / f"slurm-{job_id}.log"
+            assert time.monotonic() < ends, f"{state}\n{log.read_text() if log.exists() else ''}"
+            time.sleep(1)
+
+    work = hosts[0].disk / "work"
+    wait_for("PENDING BeginTime")
+    assert (work / "run" / "latest").read_text().strip() == "step_000001"
+    hosts[0].run(["scontrol", "update", f"JobId={job_id}", "TimeLimit=60", "StartTime=now"], **conf)
+    wait_for("COMPLETED None", "")
+    assert "step 1 of 3" in (work / f"slurm-{job_id}.log").read_text()
+    same_adapter(one_host, work / "run")
