@@ -25,7 +25,7 @@ class _LastLine(logging.Handler):
     text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage().splitlines()[-1][:300] if record.getMessage() else ""
+        self.text = (record.getMessage().splitlines() or [""])[0][:300]
 
 
 _last_line = _LastLine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import resource
 import time
@@ -19,6 +20,8 @@ from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
 from qwen_ds.runlog import JsonLines, is_terminal, say
 from qwen_ds.train.evaluate import Sample
+
+log = logging.getLogger(__name__)
 
 STEPS_UNTIL_ESTIMATE = 10
 
@@ -117,6 +120,7 @@ class Progress:
 
     def end_step(self, step: Step) -> None:
         """Take in a finished step; a step without targets is counted and not averaged."""
+        log.info("step %d of %d: loss sum %.6g over %d targets", step.number, self._steps, step.loss, step.targets)
         outcome = self._outcome
         outcome.steps, outcome.overflows = step.number, step.overflows
         outcome.tokens += step.window.tokens

@@ -53,7 +53,7 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
         raise UserError(f"{run}: its {RECIPE} or {DS_CONFIG} cannot be read ({error}); expected a run folder") from None
     old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
     defaults = _comparable(to_dict(Recipe()), {})
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
         if was != now and not _allowed(key, recipe.resume.allow_changes):
             allow = key.split(".")[0] if key.startswith("deepspeed.") else key
