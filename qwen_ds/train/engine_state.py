@@ -104,7 +104,7 @@ class TrainableState:
 
     def loss_scaler(self) -> dict[str, float]:
         """What the fp16 loss scaler remembers; empty without fp16."""
-        if not self._stage or self._zero.loss_scaler is None:
+        if not hasattr(self._zero, "loss_scaler") or self._zero.loss_scaler is None:
             return {}
         scaler = vars(self._zero.loss_scaler)
         return {key: float(scaler[key]) for key in _SCALER_STATE if key in scaler}

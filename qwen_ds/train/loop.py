@@ -127,6 +127,7 @@ def train_step(
         NotFinite: on every rank, with the rows that are to blame.
     """
     world, rank = dist.world_size(), dist.rank()
+    watchdog.at(step + 1, "counting what there is to learn")
     targets = int(dist.sum_floats(sum(batch.num_targets for batch in window))[0])
     if targets == 0:
         return 0.0, 0, 0.0

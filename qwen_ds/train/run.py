@@ -107,7 +107,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         )
     deepspeed_engine = engine.Engine(model.training, recipe.optim, resolved)
     identity = resume.identity(recipe, resolved.stored_json(), data.sha256)
-    saver = Saver(output, identity, recipe.save.keep, watchdog, found.step if found else None)
+    saver = Saver(output, identity, recipe.save.keep, watchdog, found)
     if found:
         resume.check_world(found, resolved.stage, saver.sharded(deepspeed_engine))
         resume.restore(deepspeed_engine, found)
