@@ -110,7 +110,10 @@ class TrainableState:
         return {key: float(scaler[key]) for key in _SCALER_STATE if key in scaler}
 
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
+        scaler = self.loss_scaler()
         for key, value in saved.items():
+            if key not in scaler:  # the run began in fp16 under ZeRO and goes on without
+                continue
             kind = float if key == "cur_scale" else int
             setattr(self._zero.loss_scaler, key, kind(value))
 
