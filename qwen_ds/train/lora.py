@@ -175,6 +175,15 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
     adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
     base = wrapped.get_base_model().named_parameters()
     check_adapter_fits(adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base})
+    for name in sorted(set(own) ^ set(adapter.shapes)):
+        if name in own and ".lora_" not in name:
+            continue
+        side = "the recipe trains it and the adapter lacks it" if name in own else "the recipe does not train it"
+        keys = "lora.targets and lora.variant" if ".lora_" in name else "lora.modules_to_save and lora.special_rows"
+        raise UserError(
+            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base (launch/merge.py) "
+            f"and start from the merged model"
+        )
     scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():
         if not math.isclose(pair.scaling, scaling):
@@ -184,28 +193,20 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
             )
     theirs = adapter.state_dict()
     _order_token_rows(theirs, adapter, config_of(wrapped))
-    for name in sorted(set(own) ^ set(theirs)):
-        if name in own and ".lora_" not in name:
-            continue
-        side = "the recipe trains it and the adapter lacks it" if name in own else "the recipe does not train it"
-        keys = "lora.targets and lora.variant" if ".lora_" in name else "lora.modules_to_save and lora.special_rows"
-        raise UserError(f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base first")
-    for name in set(own) & set(theirs):
-        if theirs[name].shape != own[name].shape:
+    for name, tensor in theirs.items():
+        if tensor.shape != own[name].shape:
             raise UserError(
-                f"lora.init_from {folder}: {name} is {list(theirs[name].shape)}; expected {list(own[name].shape)} "
-                f"(lora.r)"
+                f"lora.init_from {folder}: {name} is {list(tensor.shape)}; expected {list(own[name].shape)} (lora.r)"
             )
-        own[name].data.copy_(theirs[name])
+        own[name].data.copy_(tensor)
 
 
 def _order_token_rows(tensors: dict[str, Tensor], adapter: Adapter, config: LoraConfig) -> None:
     """Bring the adapter's token rows into the order in which the recipe trains them."""
     trained = config.trainable_token_indices
     for module, rows in adapter.token_rows.items():
-        wanted = trained.get(module.rpartition(".")[2]) if isinstance(trained, dict) else None
-        if wanted is None:
-            continue  # the caller says that the recipe does not train them
+        assert isinstance(trained, dict)  # the recipe trains rows of each module: the names were compared
+        wanted = trained[module.rpartition(".")[2]]
         if sorted(wanted) != sorted(rows.indices):
             raise UserError(
                 f"lora.init_from {adapter.folder}: it trains the rows {sorted(rows.indices)} of {module}; "
