@@ -143,6 +143,12 @@ class EvalOptions:
 
     every_steps: int | None = None
     """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a lower loss; unset: never."""
+    samples: int = 3
+    """Rows of the evaluation data that are answered, greedily, at each evaluation (samples.jsonl, TensorBoard)."""
+    sample_tokens: int = 64
+    """Tokens of such an answer at most."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,19 @@ class SaveOptions:
     """Saved steps."""
 
     every_steps: int = 382
-    """Optimizer steps between two saved adapters under checkpoints/."""
+    """Optimizer steps between two checkpoints."""
     keep: int = 32
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the best one stays, too."""
+    before_minutes: float = 5.0
+    """Save and stop this long before the time limit of the Slurm job that the run is in."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Going on in a run folder."""
+
+    allow_changes: list[str] = field(default_factory=list)
+    """Recipe keys or sections that may differ from those the run began with, such as optim.epochs or data."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ class Recipe:
     log: LogOptions = field(default_factory=LogOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
+    resume: ResumeOptions = field(default_factory=ResumeOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
 
 
@@ -311,7 +328,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch.tokens_per_micro_batch": _POSITIVE,
     "log.every_steps": _POSITIVE,
     "eval.every_steps": _POSITIVE,
+    "eval.patience": _POSITIVE,
+    "eval.samples": _NOT_NEGATIVE,
+    "eval.sample_tokens": _POSITIVE,
     "save.every_steps": _POSITIVE,
+    "save.before_minutes": _NOT_NEGATIVE,
     "save.keep": _POSITIVE,
     "distributed.timeout_minutes": _POSITIVE,
 }

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora as peft_lora
 from peft.utils.integrations import gather_params_ctx
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_ds.config import LoraOptions
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, check_adapter_fits, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.train.checkpoint import write_tensors, write_text
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
 
 ADAPTER = "default"
@@ -237,23 +237,25 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters)))
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors, mode 0644.
 
     Args:
+        folder: made if it is missing.
         tensors: complete fp32 values by the wrapped model's parameter names.
+
+    Returns:
+        file name -> sha256.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
         assert tensor.numel() > 0, f"{name} is empty: it was saved while ZeRO-3 held it partitioned"
-    file = folder / "adapter_model.safetensors"
-    # A temporary name first: what lies under the final one is always complete.
-    unfinished = folder / "adapter_model.safetensors.unfinished"
-    save_file({plain_name(n): t.contiguous() for n, t in tensors.items()}, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)
-    unfinished.replace(file)
     written = config.to_dict() | {"inference_mode": True}
     for key, value in written.items():
         if isinstance(value, set):
             written[key] = sorted(value)
-    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
+    weights = {plain_name(name): tensor for name, tensor in tensors.items()}
+    return {
+        WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, weights),
+        CONFIG_NAME: write_text(folder / CONFIG_NAME, json.dumps(written, indent=2, default=str) + "\n"),
+    }

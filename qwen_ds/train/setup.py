@@ -33,6 +33,11 @@ class Data:
     eval: TokenRows | None
     sampler: StepSampler
 
+    @property
+    def sha256(self) -> str:
+        """Of the token rows, for training and for evaluation."""
+        return self.train.sha256 + ("" if self.eval is None else f" {self.eval.sha256}")
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -84,14 +89,15 @@ def load_data(recipe: Recipe) -> Data:
 
     dist.once_per_machine(make, "data")
     rows = prepare(recipe.data, Path(recipe.model.path), seed=recipe.seed)
-    seen = dist.gather_texts(f"{rows.train.sha256} {rows.eval.sha256 if rows.eval is not None else ''}")
-    if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
-        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
     sampler = StepSampler(
         rows.train, recipe.batch.rows_per_step, recipe.seed, dist.world_size(), dist.rank(),
         recipe.batch.tokens_per_micro_batch,
     )  # fmt: skip
-    return Data(rows.train, rows.eval, sampler)
+    data = Data(rows.train, rows.eval, sampler)
+    seen = dist.gather_texts(data.sha256)
+    if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
+        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
+    return data
 
 
 def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:

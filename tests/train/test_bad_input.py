@@ -20,6 +20,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import engine, setup
 from qwen_ds.train.run import run_in_group
+from qwen_ds.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def _keep_pytests_log_handlers() -> Iterator[None]:
 
 def mistake(arguments: list[str]) -> str:
     with pytest.raises(UserError) as error:
-        run_in_group(load_recipe(arguments), torch.device("cpu"))
+        run_in_group(load_recipe(arguments), torch.device("cpu"), Watchdog(10, launched=False))
     assert "\n" not in str(error.value)
     return str(error.value)
 
