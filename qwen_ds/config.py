@@ -86,6 +86,11 @@ class LoraOptions:
     """Modules: c_attn, c_proj (both), attn.c_proj, mlp.c_proj, w1, w2."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """The LoRA variant."""
+    special_rows: str | bool = "auto"  # YAML reads a bare on or off as true or false
+    """Train the rows of <|endoftext|>, <|im_start|> and <|im_end|> in wte and lm_head too, without which a base model
+    never learns to stop: on, off, or auto, which is on where generation_config.json does not say chat_format chatml."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion parameters of the 7B."""
     init_from: str | None = None
     """Folder of an adapter to continue from."""
 
@@ -310,6 +315,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora.r": _POSITIVE,
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE,
+    "lora.special_rows": ("auto, on or off", lambda x: x in ("auto", "on", "off", True, False)),
     "optim.lr": _NOT_NEGATIVE,
     "optim.betas": ("two numbers from 0 to less than 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
     "optim.eps": _POSITIVE,

@@ -25,7 +25,7 @@ class _LastLine(logging.Handler):
     text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage().splitlines()[-1][:300] if record.getMessage() else ""
+        self.text = (record.getMessage().splitlines() or [""])[0][:300]
 
 
 _last_line = _LastLine()
@@ -73,20 +73,31 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
+        self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
         if path.stat().st_size > keep:
             self._file.truncate(keep)
-        self._file.seek(0, os.SEEK_END)
+        self._bytes = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """A full disk does not end the training: the line waits for the next one."""
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._bytes += len(line.encode())
+        self._file.write(line)
+        self._to_disk(sync=False)
 
     def position(self) -> int:
-        """Bytes so far, on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """Bytes so far, brought to the disk."""
+        self._to_disk(sync=True)
+        return self._bytes
+
+    def _to_disk(self, *, sync: bool) -> None:
+        try:
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
 
     def close(self) -> None:
         self._file.close()

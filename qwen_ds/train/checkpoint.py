@@ -161,6 +161,15 @@ def keep_newest(run: Path, keep: int) -> None:
             shutil.rmtree(hidden)
 
 
+def tidy(run: Path, step: int, best: int | None, keep: int) -> None:
+    """What a save that was killed after its rename had still to do, for a run that goes on from `step`."""
+    clear_unfinished(run)
+    point(run, LATEST, step)
+    if best is not None and step_folder(run, best).is_dir():
+        point(run, BEST, best)
+    keep_newest(run, keep)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A complete checkpoint: its folder and what its state.json says."""

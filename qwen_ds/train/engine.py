@@ -169,7 +169,8 @@ class Engine:
         self.overflows = 0
         if self.stage == 3:
             # ZeRO-3 brings a weight in for the module that owns it; these modules use one that another owns.
-            deepspeed.zero.register_external_parameter(model.loss_head, model.loss_head.weight)
+            for weight in model.loss_head.borrowed:
+                deepspeed.zero.register_external_parameter(model.loss_head, weight)
             for module, weight in borrowed_weights(model):
                 deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(

@@ -104,13 +104,16 @@ class TrainableState:
 
     def loss_scaler(self) -> dict[str, float]:
         """What the fp16 loss scaler remembers; empty without fp16."""
-        if not self._stage or self._zero.loss_scaler is None:
+        if not hasattr(self._zero, "loss_scaler") or self._zero.loss_scaler is None:
             return {}
         scaler = vars(self._zero.loss_scaler)
         return {key: float(scaler[key]) for key in _SCALER_STATE if key in scaler}
 
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
+        scaler = self.loss_scaler()
         for key, value in saved.items():
+            if key not in scaler:  # the run began in fp16 under ZeRO and goes on without
+                continue
             kind = float if key == "cur_scale" else int
             setattr(self._zero.loss_scaler, key, kind(value))
 

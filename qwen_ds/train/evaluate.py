@@ -77,23 +77,31 @@ class Evaluator:
 
     @torch.no_grad()
     def samples(self, engine: Engine, step: int) -> list[Sample]:
-        """Greedy answers to the first rows. All ranks decode the same rows side by side: ZeRO-3 needs every rank in
-        every forward pass."""
+        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by side: ZeRO-3 needs
+        every rank in every forward pass."""
+        count = min(self._options.samples, len(self._rows))
+        if not count:
+            return []
         engine.train(False)
-        found = []
-        for i in range(min(self._options.samples, len(self._rows))):
-            self._watchdog.at(step, f"sample {i + 1}")
-            prompt, reference = self._split(i)
-            ids = torch.tensor([prompt], device=engine.device)
-            generate: Any = engine.model.model.generate  # transformers', of the model or through PEFT's wrapper
-            new = generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=self._options.sample_tokens, eos_token_id=self._stop_ids(),
-                pad_token_id=self._rows.pad_id, synced_gpus=engine.stage == 3 and dist.world_size() > 1,
-            )[0, len(prompt) :].tolist()  # fmt: skip
-            found.append(Sample(*(self._text(ids) for ids in (prompt, new, reference))))
+        self._watchdog.at(step, "sampled answers")
+        rows = [self._split(i) for i in range(count)]
+        width = max(len(prompt) for prompt, _ in rows)
+        ids_BT = torch.full((count, width), self._rows.pad_id, device=engine.device)
+        real_BT = torch.zeros_like(ids_BT)
+        for b, (prompt, _) in enumerate(rows):  # on the right, as transformers' generate wants them
+            ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+            real_BT[b, width - len(prompt) :] = 1
+        generate: Any = engine.model.model.generate  # transformers', of the model or through PEFT's wrapper
+        answers = generate(
+            input_ids=ids_BT, attention_mask=real_BT, do_sample=False, max_new_tokens=self._options.sample_tokens,
+            eos_token_id=self._stop_ids(), pad_token_id=self._rows.pad_id,
+            synced_gpus=engine.stage == 3 and dist.world_size() > 1,
+        )[:, width:].tolist()  # fmt: skip
         engine.train(True)
-        return found
+        return [
+            Sample(self._text(prompt), self._text(self._until_stop(answer)), self._text(reference))
+            for (prompt, reference), answer in zip(rows, answers, strict=True)
+        ]
 
     def _split(self, row: int) -> tuple[list[int], list[int]]:
         """Token ids up to and with "<|im_start|>assistant\\n" of the first learnt turn, and those of its answer."""
@@ -102,9 +110,11 @@ class Evaluator:
         header = self._encoding.ordinary("assistant\n")
         if ids_L[first : first + len(header)] == header:
             first += len(header)
+        return ids_L[:first], self._until_stop(ids_L[first:])
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
         stops = self._stop_ids()
-        last = next((i for i in range(first, len(ids_L)) if ids_L[i] in stops), len(ids_L))
-        return ids_L[:first], ids_L[first:last]
+        return ids[: next((i for i, index in enumerate(ids) if index in stops), len(ids))]
 
     def _stop_ids(self) -> list[int]:
         special = self._encoding.special
@@ -112,6 +122,4 @@ class Evaluator:
 
     def _text(self, ids: list[int]) -> str:
         """Padding rows of the embedding have no token; an untrained model may choose them."""
-        stops = set(self._stop_ids()[1:]) | {self._rows.pad_id}
-        end = next((i for i, index in enumerate(ids) if index in stops and i == len(ids) - 1), len(ids))
-        return self._encoding.decode([index for index in ids[:end] if index < self._encoding.n_vocab])
+        return self._encoding.decode([index for index in ids if index < self._encoding.n_vocab])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import resource
 import time
@@ -19,6 +20,8 @@ from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
 from qwen_ds.runlog import JsonLines, is_terminal, say
 from qwen_ds.train.evaluate import Sample
+
+log = logging.getLogger(__name__)
 
 STEPS_UNTIL_ESTIMATE = 10
 
@@ -86,7 +89,7 @@ class Progress:
         if self._writes:
             self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
             self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         redraw_seconds = 0.2 if is_terminal() else 15.0
         self._bar = tqdm(
             total=steps,
@@ -117,6 +120,7 @@ class Progress:
 
     def end_step(self, step: Step) -> None:
         """Take in a finished step; a step without targets is counted and not averaged."""
+        log.info("step %d of %d: loss sum %.6g over %d targets", step.number, self._steps, step.loss, step.targets)
         outcome = self._outcome
         outcome.steps, outcome.overflows = step.number, step.overflows
         outcome.tokens += step.window.tokens
@@ -150,7 +154,8 @@ class Progress:
             for i, sample in enumerate(samples):
                 self._samples.write({"step": step, **asdict(sample)})
                 text = f"**{sample.prompt}**\n\n{sample.answer}\n\n*{sample.reference}*"
-                self._board.add_text(f"samples/{i + 1}", text, step)
+                tag = f"samples/{i + 1}"
+                self._to_board("add_text", tag, text, step)
 
     def __enter__(self) -> Progress:
         return self
@@ -161,7 +166,7 @@ class Progress:
         if self._writes:
             self._lines.close()
             self._samples.close()
-            self._board.close()
+            self._to_board("close")
 
     def outcome(self) -> Outcome:
         """The run so far."""
@@ -173,8 +178,19 @@ class Progress:
             return
         self._lines.write({"step": step, **row})
         for name, value in row.items():
-            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
-        self._board.flush()
+            tag = f"{group}/{name.removeprefix('eval_')}"
+            self._to_board("add_scalar", tag, value, step)
+        self._to_board("flush")
+
+    def _to_board(self, method: str, *arguments: object) -> None:
+        """TensorBoard's writer raises, in a later call, what the disk said to its thread: the curve ends there, the
+        training does not."""
+        if self._board is not None:
+            try:
+                getattr(self._board, method)(*arguments)
+            except OSError as error:
+                log.warning("TensorBoard's file is given up: %s", error)
+                self._board = None
 
 
 def _step(saved: dict[str, Any]) -> Step:

@@ -50,10 +50,13 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
         stored_json = json.loads((run / DS_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{run}: its {RECIPE} or {DS_CONFIG} cannot be read ({error}); expected a run folder") from None
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{run}: its {RECIPE} or {DS_CONFIG} cannot be read ({reason}); expected a run folder"
+        ) from None
     old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
     defaults = _comparable(to_dict(Recipe()), {})
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
         if was != now and not _allowed(key, recipe.resume.allow_changes):
             allow = key.split(".")[0] if key.startswith("deepspeed.") else key

@@ -22,7 +22,7 @@ from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
 from qwen_ds.model.folder import write_json
 from qwen_ds.report import write_report
 from qwen_ds.runlog import log_to_file, say
-from qwen_ds.train import ds_config, engine, resume, runfolder, setup
+from qwen_ds.train import ds_config, engine, resume, runfolder, setup, special_rows
 from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.loop import total_steps, train
 from qwen_ds.train.output import Output
@@ -90,7 +90,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         can_quantise=engine.can_quantise_weights(device),
     )
     engine.check_config(resolved.engine_json)
-    recipe = resolved.recipe
+    recipe, rows_note = special_rows.resolve(resolved.recipe)
     setup.check_device(recipe, device)
     found = find_checkpoint(folder, recipe, resolved)
     data = setup.load_data(recipe)
@@ -102,6 +102,8 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     model = setup.load_model(recipe, resolved, device)
     output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
     say(start_screen(recipe, resolved.stage, data, model, device, found))
+    if rows_note:
+        say(rows_note)
     if recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")
         return EXIT_DONE
@@ -113,7 +115,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         )
     deepspeed_engine = engine.Engine(model.training, recipe.optim, resolved)
     identity = resume.identity(recipe, resolved.stored_json(), data.sha256)
-    saver = Saver(output, identity, recipe.save.keep, watchdog, found.step if found else None)
+    saver = Saver(output, identity, recipe.save.keep, watchdog, found)
     if found:
         resume.check_world(found, resolved.stage, saver.sharded(deepspeed_engine))
         resume.restore(deepspeed_engine, found)

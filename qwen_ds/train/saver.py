@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen_ds import dist
 from qwen_ds.runlog import say
 from qwen_ds.train import checkpoint, lora
+from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.engine_state import MOMENTS, VALUE
 from qwen_ds.train.evaluate import BestLoss
@@ -55,17 +56,19 @@ class Saver:
     Args:
         identity: what a resumed run is compared with (hashes of recipe and data); goes into state.json.
         keep: newest checkpoints that stay.
-        saved_step: the step that the run was resumed from.
+        found: the checkpoint that the run goes on from.
     """
 
     def __init__(
-        self, output: Output, identity: dict[str, Any], keep: int, watchdog: Watchdog, saved_step: int | None
+        self, output: Output, identity: dict[str, Any], keep: int, watchdog: Watchdog, found: Checkpoint | None
     ) -> None:
         self._output, self._identity, self._keep, self._watchdog = output, identity, keep, watchdog
-        self._saved_step = saved_step
+        self._saved_step = found.step if found else None
         self._run = output.folder
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        if found and dist.rank() == 0:
+            checkpoint.tidy(self._run, found.step, found.state["best"]["step"], keep)
 
     def save(self, engine: Engine, state: RunState) -> Path:
         """Save the state after `state.step` (a collective); returns the folder it will have.

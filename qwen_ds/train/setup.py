@@ -18,7 +18,7 @@ from qwen_ds.data.rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora
+from qwen_ds.train import ds_config, engine, lora, special_rows
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -113,13 +113,13 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
         if resolved.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
         recompute_blocks(model, recipe.model.activation_checkpointing)
-        transformer, lm_head = model.transformer, model.lm_head
         if recipe.method == "full":
-            return Model(TrainingModel(model, transformer, lm_head), None, lora.count_parameters(model))
-        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed)
+            return Model(TrainingModel(model, model.transformer, model.lm_head), None, lora.count_parameters(model))
+        rows = special_rows.special_ids(Path(recipe.model.path)) if recipe.lora.special_rows == "on" else []
+        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows)
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
-    training = TrainingModel(wrapped, transformer, lm_head)
+    training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
