@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.train.conftest import Job
+from tests.jobs import ROOT, Job
 
 pytestmark = pytest.mark.job
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
 SSHD = "/usr/sbin/sshd"
