@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_ds.config import ModelOptions, Recipe
+import qwen_ds  # noqa: F401  registers the native classes
+from qwen_ds.config import LoraOptions, ModelOptions, Recipe
 from qwen_ds.errors import UserError
 from qwen_ds.train.ds_config import ResolvedConfig, read_json, resolve
+from qwen_ds.train.lora import add_lora
 from tests.jobs import ROOT
 from tests.train.test_jobs import adapter, fresh_adapter, largest_difference
 
@@ -218,6 +223,34 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
     start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero2")
     off = {file.stem: largest_difference(reference, adapter(tmp_path / file.stem), start) for file in files}
     assert max(off.values()) < 1e-4, off
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
+    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their number."""
+    config = AutoConfig.for_model("qwen", vocab_size=151936, hidden_size=4096, num_hidden_layers=32,
+                                  num_attention_heads=32, intermediate_size=22016)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        lora = add_lora(model, LoraOptions(), base="", seed=0)
+    base = sum(p.numel() for n, p in lora.named_parameters() if "lora_" not in n)
+    adapter_size = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert (base, adapter_size) == (7_721_324_544, 10_158_080)
+    rows = re.findall(
+        r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$", (ROOT / name).read_text(), re.MULTILINE
+    )
+    assert len(rows) == len(OURS)
+    for path, lora_gb, full_gb in rows:
+        zero = settle(json.loads((ROOT / path).read_text())).engine_json["zero_optimization"]
+        world = 16 if "zero_hpz_partition_size" in zero else 8
+        share = [1 / world if zero["stage"] >= stage else 1.0 for stage in range(4)]
+        on_gpu = "offload_optimizer" not in zero
+        weights = 2 * base * share[3] * ("offload_param" not in zero) + 2 * base / 8 * (world == 16)
+        trained = 4 * share[3] * ("offload_param" not in zero) + (4 * share[2] + 8 * share[1]) * on_gpu
+        assert lora_gb == f"{(weights + trained * adapter_size) / 1e9:.1f}", path
+        if zero["stage"]:
+            state = (4 * share[2] + 12 * share[1]) * base * on_gpu
+            assert full_gb == f"{(weights + state) / 1e9:.1f}", path
 
 
 def test_hpz_takes_its_size_from_the_machines() -> None:
