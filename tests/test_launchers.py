@@ -123,7 +123,12 @@ def test_one_rank_of_each_machine_makes_what_all_need(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines with two ranks: the first of each tokenises. A mistake that it finds is its neighbour's, too."""
-    store = torch_dist.HashStore()
+
+    class Store(torch_dist.HashStore):
+        def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+            assert self.check(keys), f"rank {dist.rank()} waits for {keys} for ever"
+
+    store = Store()
     monkeypatch.setattr(torch_dist.distributed_c10d, "_get_default_store", lambda: store)
     made: list[int] = []
     for rank in range(4):

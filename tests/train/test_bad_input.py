@@ -69,6 +69,14 @@ def test_data_that_cannot_be_trained_on(small_job: list[str], tmp_path: Path, te
     assert expected in mistake([*small_job, *out, "--data.train", str(file)])
 
 
+def test_machines_that_hold_other_rows(small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a shared disk each machine reads its own copy of the data: rank 2 has another."""
+    monkeypatch.setattr(dist, "gather_texts", lambda text: [text, text, "another hash"])
+    recipe = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")]).recipe
+    with pytest.raises(UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"):
+        setup.load_data(recipe)
+
+
 def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
     message = mistake([*small_job, "--output_dir", str(tmp_path / "run"), "--data.train", str(tmp_path / "no.jsonl")])
     assert "no.jsonl" in message
