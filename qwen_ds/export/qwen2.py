@@ -40,7 +40,7 @@ def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -
         UserError: a tensor that Qwen does not have, that is missing, or of another shape than config.json says.
     """
     shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
-    _check_shapes(shapes, _qwen_shapes(config))
+    _check_shapes(shapes, qwen_shapes(config))
     layout: dict[str, tuple[Rows, ...]] = {}
     for name, shape in shapes.items():
         targets = _qwen2_tensors(name)
@@ -55,7 +55,7 @@ def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig)
     Raises:
         UserError: as `layout_to_qwen2`.
     """
-    expected = _qwen_shapes(config)
+    expected = qwen_shapes(config)
     parts = {name: _qwen2_tensors(name) for name in expected}
     cut = {
         target: (shape[0] // len(parts[name]), *shape[1:]) for name, shape in expected.items() for target in parts[name]
@@ -70,7 +70,7 @@ def _qwen2_tensors(name: str) -> tuple[str, ...]:
     return tuple(f"{target}.{parameter}" for target in qwen2_modules(module))
 
 
-def _qwen_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
+def qwen_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of Qwen's tensors, in the model's order."""
     hidden, inner, rows = config.hidden_size, config.intermediate_size // 2, config.vocab_size
     block = {

@@ -206,6 +206,12 @@ def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
     return names
 
 
+def legal_texts(folder: Path) -> list[str]:
+    """Names of the files in `folder` that are licences, notices and the like."""
+    names = (path.name for path in folder.iterdir() if path.is_file() and _LEGAL_TEXT.fullmatch(path.name))
+    return sorted(name for name in names if not _NEVER.fullmatch(name))
+
+
 def require_folder(folder: Path, make: bool = False) -> None:
     """Raise UserError unless `folder` is, or may be made, a folder to write in; with `make`, make it."""
     above = folder
