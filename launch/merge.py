@@ -37,7 +37,8 @@ def main() -> int:
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
-    from qwen_ds.export.merge import REPORT_NAME, merge
+    from qwen_ds.export.merge import merge
+    from qwen_ds.export.report import REPORT_NAME
     from qwen_ds.model.folder import find_model
 
     # The proof loads models through transformers and peft; the bar is the merge's, and their notices to each other are
@@ -53,7 +54,7 @@ def main() -> int:
 
         report = merge(
             base,
-            None if options.adapter is None else Path(options.adapter),
+            [] if options.adapter is None else [Path(options.adapter)],
             Path(options.output),
             dtype=options.dtype,
             verify=options.verify,

@@ -8,10 +8,10 @@ from typing import Literal
 
 from qwen_ds.errors import UserError
 from qwen_ds.export import qwen2_settings as settings
-from qwen_ds.export.checkpoint import Checkpoint, open_checkpoint, with_rms_norm_eps
+from qwen_ds.export.checkpoint import Checkpoint, with_rms_norm_eps
 from qwen_ds.export.layout import QWEN, Format, Layout
 from qwen_ds.export.qwen2 import layout_from_qwen2, layout_to_qwen2
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES
+from qwen_ds.export.safetensors_file import FLOAT_DTYPES, read_header
 from qwen_ds.export.tokenizer_json import TOKENIZER, merges_of, read_qwen2_tokenizer, write_qwen2_tokenizer
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import carry_over, write_json
@@ -51,7 +51,7 @@ def _write_qwen2_files(merges_adapter: bool, base: Path, output: Path, torch_dty
     encoding = load_encoding(base)
     chatml = merges_adapter or settings.speaks_chatml(base)
     ends = encoding.eod_id, encoding.im_end_id if chatml else encoding.eod_id
-    config = settings.to_qwen2(base, torch_dtype or _stored_dtype(base), *ends)
+    config = settings.to_qwen2(base, torch_dtype or _stored_dtype(output), *ends)
     seq_length = config["max_position_embeddings"]
     write_json(output / settings.CONFIG, config)
     write_json(output / settings.GENERATION_CONFIG, settings.generation_to_qwen2(base, *ends))
@@ -80,7 +80,7 @@ def _write_qwen_files(base: Path, output: Path, torch_dtype: str | None) -> dict
     return {settings.CONFIG: f"use_dynamic_ntk is {ntk[0]}, use_logn_attn is {ntk[1]}"}
 
 
-def _stored_dtype(base: Path) -> str:
-    """Name of the dtype that most of the weights are stored in."""
-    dtypes = [spec.dtype for spec in open_checkpoint(base).tensors.values()]
+def _stored_dtype(output: Path) -> str:
+    """Name of the dtype of most weights in the output, which are there before the settings."""
+    dtypes = [spec.dtype for file in sorted(output.glob("*.safetensors")) for spec in read_header(file).tensors]
     return str(FLOAT_DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")

@@ -21,8 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qwen_ds.export.changes import Adapters
 from qwen_ds.export.safetensors_file import TensorSpec
-from qwen_ds.model.adapter import Adapter, load_adapter
+from qwen_ds.model.adapter import load_adapter
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import load_encoding
@@ -82,7 +83,7 @@ def check_files(folder: Path, shards: Mapping[str, list[TensorSpec]]) -> None:
 
 def verify_merge(
     base: Path,
-    adapter: Adapter | None,
+    adapters: Adapters,
     merged: Path,
     tensors: Mapping[str, TensorSpec],
     rounded: Mapping[str, str],
@@ -97,7 +98,7 @@ def verify_merge(
         available_bytes: memory that may be used; None asks the machine.
     """
     available = available_memory() if available_bytes is None else available_bytes
-    needed = _memory_needed(adapter, tensors)
+    needed = _memory_needed(adapters, tensors)
     if needed > available:
         return Verification("skipped", f"it needs {needed / 1e9:.1f} GB of memory; {available / 1e9:.1f} GB are free")
     encoding = load_encoding(base)
@@ -107,7 +108,7 @@ def verify_merge(
     model = _load(base)
     base_PV = _logits(model, prompts_T)
     expected_PV = base_PV
-    if adapter is not None:
+    for adapter in adapters.members:
         expected_PV = _logits(load_adapter(model, adapter.folder), prompts_T)
     del model
     gc.collect()  # peft's wrappers refer to each other
@@ -149,9 +150,9 @@ def available_memory() -> int:
     return free
 
 
-def _memory_needed(adapter: Adapter | None, tensors: Mapping[str, TensorSpec]) -> int:
+def _memory_needed(adapters: Adapters, tensors: Mapping[str, TensorSpec]) -> int:
     items = sum(spec.num_rows * spec.items_per_row for spec in tensors.values())
-    added = sum(torch.Size(shape).numel() for shape in adapter.shapes.values()) if adapter is not None else 0
+    added = sum(torch.Size(shape).numel() for adapter in adapters.members for shape in adapter.shapes.values())
     # fp32; loading holds the largest tensor twice; about 200 positions of logits, four times; half a GB of activations.
     largest = max(spec.num_rows * spec.items_per_row for spec in tensors.values())
     logits = 4 * 200 * max(spec.num_rows for spec in tensors.values())

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_ds.export import merge as merge_module
-from qwen_ds.export import verify
+from qwen_ds.export import changes, verify
 from qwen_ds.export.changes import Change, LowRank, load_change
 from qwen_ds.export.merge import merge
 from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
@@ -45,7 +44,7 @@ def scaled(factor: float) -> object:
 
 @pytest.mark.parametrize("name", ["lora", "lora_base"])
 def test_an_fp32_merge_is_proven_to_fp32_noise(small_dir: Path, golden: Path, tmp_path: Path, name: str) -> None:
-    proof = merge(small_dir, golden / name / "adapter", tmp_path / "out").verification
+    proof = merge(small_dir, [golden / name / "adapter"], tmp_path / "out").verification
     assert proof is not None and proof.status == "passed"
     assert proof.max_difference < 3e-5 < 2e-4 > proof.bound  # golden's own unmerged against merged: 7.9e-6
     assert proof.adapter_effect > 1.0  # what is proven is there at all
@@ -54,7 +53,7 @@ def test_an_fp32_merge_is_proven_to_fp32_noise(small_dir: Path, golden: Path, tm
 
 
 def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(bf16_dir: Path, golden: Path, tmp_path: Path) -> None:
-    proof = merge(bf16_dir, golden / "lora" / "adapter", tmp_path / "out").verification
+    proof = merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out").verification
     assert proof is not None and proof.status == "passed"
     # Were the bound a guess, the two would not agree; a wrong size or shape of the noise shows here.
     assert 0.5 < proof.max_difference / proof.rounding_noise < 2.0
@@ -63,7 +62,7 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(bf16_dir: Path, golde
 
 
 def test_a_conversion_is_proven_against_the_bare_base(small_dir: Path, tmp_path: Path) -> None:
-    proof = merge(small_dir, None, tmp_path / "out", dtype="float16").verification
+    proof = merge(small_dir, [], tmp_path / "out", dtype="float16").verification
     assert proof is not None and proof.status == "passed"
     assert proof.adapter_effect == 0.0
     assert 0.5 < proof.max_difference / proof.rounding_noise < 2.0
@@ -73,8 +72,8 @@ def test_a_conversion_is_proven_against_the_bare_base(small_dir: Path, tmp_path:
 def test_a_wrong_bf16_merge_is_rejected(
     bf16_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    monkeypatch.setattr(merge_module, "load_change", scaled(factor))
-    report = merge(bf16_dir, golden / "lora" / "adapter", tmp_path / "out")
+    monkeypatch.setattr(changes, "load_change", scaled(factor))
+    report = merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     assert report.rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected"}
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())
@@ -82,15 +81,15 @@ def test_a_wrong_bf16_merge_is_rejected(
     assert report.folder == tmp_path / "out.rejected" and str(report.folder) in report.in_words()[0]
 
     monkeypatch.undo()
-    assert not merge(bf16_dir, golden / "lora" / "adapter", tmp_path / "out").rejected
+    assert not merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out").rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_an_fp32_merge_is_held_to_a_thousandth(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_module, "load_change", scaled(1.001))
-    assert merge(small_dir, golden / "lora" / "adapter", tmp_path / "out").rejected
+    monkeypatch.setattr(changes, "load_change", scaled(1.001))
+    assert merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out").rejected
 
 
 def test_logits_that_are_not_numbers_do_not_pass(
@@ -101,7 +100,7 @@ def test_logits_that_are_not_numbers_do_not_pass(
     tensors["transformer.ln_f.weight"][0] = float("nan")
     save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
     # Both sides are equally spoilt, so that every difference is NaN.
-    proof = merge(spoilt, golden / "lora" / "adapter", tmp_path / "out").verification
+    proof = merge(spoilt, [golden / "lora" / "adapter"], tmp_path / "out").verification
     assert proof is not None and proof.status == "failed"
 
 
@@ -109,7 +108,7 @@ def test_a_model_that_does_not_fit_in_memory_is_merged_unproven_and_says_so(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "available_memory", lambda: 100_000_000)
-    report = merge(small_dir, golden / "lora" / "adapter", tmp_path / "out")
+    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     assert report.verification is not None and report.verification.status == "skipped"
     assert not report.rejected and (tmp_path / "out").is_dir()
     assert any("proof skipped: it needs 0.5 GB of memory; 0.1 GB are free" in line for line in report.in_words())
@@ -122,7 +121,7 @@ def test_memory_is_counted() -> None:
 def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    merge(small_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     wrapped = load_adapter(
@@ -162,7 +161,7 @@ def test_the_command_ends_with_1_when_the_proof_fails_and_2_on_bad_input(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = ["--base", str(small_dir), "--adapter", str(golden / "lora" / "adapter"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(merge_module, "load_change", scaled(0.5))
+    monkeypatch.setattr(changes, "load_change", scaled(0.5))
     assert run_launch(monkeypatch, *paths) == 1
     assert "the proof failed: the output is left as" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,77 @@
+"""What a merge says of itself: `merge_report.json` in the output, and a few lines for the screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_ds.export.stream import ChangedTensor
+from qwen_ds.export.verify import Verification
+
+REPORT_NAME = "merge_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was done; `merge_report.json` in the output holds the same.
+
+    Attributes:
+        changed: tensor of the base -> kind ("lora", "dora", "saved", "rows", and how several adapters combine), and the
+            Frobenius norms of the base's tensor and of its change, both of the values as stored.
+        untouched: number of the base's tensors whose bytes are in the output as they were.
+        converted: number of the base's tensors that only changed their dtype.
+        left_out: the base's tensors that the output's format has no place for.
+        edits: small file -> what was changed in it.
+        inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
+        verification: None when it was not asked for.
+    """
+
+    base: str
+    adapters: list[str]
+    weights: list[float] | None
+    output: str
+    format: str
+    dtype: str
+    changed: dict[str, ChangedTensor]
+    untouched: int
+    converted: int
+    left_out: list[str]
+    edits: dict[str, str]
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+    seconds: float
+    verification: Verification | None = None
+
+    @property
+    def rejected(self) -> bool:
+        return self.verification is not None and self.verification.status == "failed"
+
+    @property
+    def folder(self) -> Path:
+        """Where the merged model lies."""
+        return rejected_name(Path(self.output)) if self.rejected else Path(self.output)
+
+    def in_words(self) -> list[str]:
+        """A few lines for the screen."""
+        size = sum(facts["bytes"] for facts in self.outputs.values())
+        lines = [
+            f"{self.folder}: {size / 1e9:.2f} GB in {self.seconds:.1f} s; {len(self.changed)} tensors changed,"
+            f" {self.converted} converted, {self.untouched} untouched"
+        ]
+        lines += [f"  {name}: {what}" for name, what in self.edits.items()]
+        proof = self.verification
+        if proof is None:
+            return [*lines, "  not verified"]
+        lines.append(f"  proof {proof.status}: {proof.reason}")
+        if proof.status != "skipped":
+            lines.append(
+                f"  the same most probable token at {proof.top1_agreement:.1%} of {proof.positions} positions;"
+                f" the adapter itself moves logits by up to {proof.adapter_effect:.3g}"
+            )
+        return lines
+
+
+def rejected_name(output: Path) -> Path:
+    """Where an output lies that failed its proof."""
+    return output.with_name(output.name + ".rejected")
