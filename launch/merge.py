@@ -21,6 +21,24 @@ def main() -> int:
     parser = Parser(description="Fold an adapter into its base model, a block of rows at a time, with proof.")
     parser.add_argument("--base", type=str, required=True, help="folder or hub id of the base model, in safetensors")
     parser.add_argument("--adapter", type=str, help="PEFT adapter folder; without it --dtype converts the base")
+    parser.add_argument(
+        "--format",
+        default="qwen",
+        choices=["qwen", "qwen2"],
+        help="of the output; qwen2: the same function up to seq_length, for engines without the original Qwen",
+    )
+    parser.add_argument(
+        "--from", default="qwen", choices=["qwen", "qwen2"], help="format of the base; qwen2: back to the qwen format"
+    )
+    parser.add_argument(
+        "--check_texts",
+        type=list[str],
+        default=[],
+        help="data files whose texts must get the same ids from the converted tokenizer",
+    )
+    parser.add_argument(
+        "--adapter_only", type=bool, default=False, help="with --format qwen2: convert the adapter and merge nothing"
+    )
     parser.add_argument("--output", type=str, required=True, help="new folder for the merged model")
     parser.add_argument(
         "--dtype",
@@ -37,6 +55,7 @@ def main() -> int:
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
+    from qwen_ds.export.formats import find_format
     from qwen_ds.export.merge import merge
     from qwen_ds.export.report import REPORT_NAME
     from qwen_ds.model.folder import find_model
@@ -45,7 +64,11 @@ def main() -> int:
     # nothing that a user of this command could act on.
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    base = find_model(options.base)
+    source = options["from"]
+    to = find_format(source, options.format, merges_adapter=options.adapter is not None)
+    if options.adapter_only:
+        return convert_adapter_only(options.base, options.adapter, Path(options.output), options.format)
+    base = find_model(options.base, model_type=source)
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
@@ -57,6 +80,8 @@ def main() -> int:
             [] if options.adapter is None else [Path(options.adapter)],
             Path(options.output),
             dtype=options.dtype,
+            to=to,
+            check_texts=options.check_texts,
             verify=options.verify,
             progress=show,
         )
@@ -64,6 +89,19 @@ def main() -> int:
     if report.rejected:
         print(f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it", file=sys.stderr)
         return EXIT_FAILURE
+    return EXIT_DONE
+
+
+def convert_adapter_only(base: str, adapter: str | None, output: Path, target: str) -> int:
+    """Write the adapter for the base's Qwen2; the base's weights are not read."""
+    from qwen_ds.errors import EXIT_DONE, UserError
+    from qwen_ds.export.adapter_qwen2 import convert_adapter
+    from qwen_ds.model.folder import find_model
+
+    if adapter is None or target != "qwen2":
+        raise UserError("adapter_only converts an adapter to Qwen2; expected --adapter and --format qwen2 beside it")
+    num_modules = convert_adapter(find_model(base, weights=False), Path(adapter), output)
+    print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
     return EXIT_DONE
 
 

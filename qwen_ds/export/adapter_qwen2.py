@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export import qwen2_settings as settings
+from qwen_ds.export.card import Origin, write_card
 from qwen_ds.export.qwen2 import qwen2_modules, qwen_shapes
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
@@ -62,6 +63,7 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
         save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
         write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers))
+        write_card(partial, output.name, Origin(base, (adapter,), "qwen2 adapter"))
         partial.rename(output)
     return len(pairs)
 

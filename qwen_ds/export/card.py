@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -18,8 +18,6 @@ from qwen_ds.model.folder import legal_texts, read_json
 CARD_NAME = "README.md"
 RECIPE, DATA_REPORT, METRICS = "recipe.yaml", "data_report.json", "metrics.json"
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/")
-
-Kind = Literal["qwen", "qwen2", "qwen2 adapter"]
 
 _LOADING = {
     "qwen": """transformers, with Qwen-DS installed (no `trust_remote_code`):
@@ -92,17 +90,17 @@ class Origin:
     """What an output was made from. `kind` is what it is now."""
 
     base: Path
-    adapter: Path | None
-    kind: Kind
-    proof: str | None = None  # the proof's result in a sentence
+    adapters: tuple[Path, ...]
+    kind: str  # "qwen", "qwen2" or "qwen2 adapter"
 
 
 def write_card(folder: Path, name: str, origin: Origin) -> None:
     """Write README.md into `folder`, which is complete but for its card, for the output that will be called `name`."""
     config = read_json(folder / ("adapter_config.json" if origin.kind == "qwen2 adapter" else "config.json"))
     parts = [_front_matter(folder, origin), f"# {name}\n", _sources(folder, origin)]
-    if (run := _run_folder(origin)) is not None:
-        parts += _training(run)
+    for made in origin.adapters or (origin.base,):
+        if (run := _run_of(made)) is not None:
+            parts += _training(run)
     length = config.get("seq_length", config.get("max_position_embeddings"))
     loading = _LOADING[origin.kind].format(name=name, seq_length=length, rank=config.get("r"))
     parts.append(f"## How to load it\n\n{loading}")
@@ -117,7 +115,7 @@ def _front_matter(folder: Path, origin: Origin) -> str:
         "language": ["zh", "en"],
         "library_name": "peft" if origin.kind == "qwen2 adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["qwen", *(["qwen2"] if origin.kind != "qwen" else []), *(["lora"] if origin.adapter else [])],
+        "tags": ["qwen", *(["qwen2"] if origin.kind != "qwen" else []), *(["lora"] if origin.adapters else [])],
     }
     if legal:
         fields |= {"license": "other", "license_name": "see-license-file", "license_link": legal[0]}
@@ -135,21 +133,20 @@ def _hub_id(folder: Path) -> str | None:
 def _sources(folder: Path, origin: Origin) -> str:
     # Names, not paths: where files lay on somebody's machine is nobody else's business.
     lines = [f"- Base: {_hub_id(origin.base) or origin.base.resolve().name}"]
-    if origin.adapter is not None:
-        run = _run_folder(origin)
-        lines.append(f"- Adapter: {origin.adapter.name}" + (f" of the run {run.name}" if run is not None else ""))
+    for adapter in origin.adapters:
+        run = _run_of(adapter)
+        lines.append(f"- Adapter: {adapter.name}" + (f" of the run {run.name}" if run is not None else ""))
     lines.append(f"- Format: {origin.kind}")
-    if origin.proof is not None:
-        lines.append(f"- Proof: {origin.proof} Checksums and figures are in `merge_report.json`.")
+    if origin.kind != "qwen2 adapter":
+        lines.append("- Checksums of all files, and the proof's figures: `merge_report.json`")
     if legal := legal_texts(folder):
         lines.append(f"- The base's terms hold for it too: {', '.join(f'[{name}](<{name}>)' for name in legal)}")
     return "\n".join(lines) + "\n"
 
 
-def _run_folder(origin: Origin) -> Path | None:
-    """The run that the adapter, or the base of a full training, came out of: it holds the recipe."""
-    start = (origin.adapter or origin.base).absolute()
-    above = list(start.parents)[:3]  # RUN/adapter, RUN/checkpoints/step_000382/adapter
+def _run_of(made: Path) -> Path | None:
+    """The run that an adapter or a fully trained model came out of: it holds the recipe."""
+    above = list(made.absolute().parents)[:3]  # RUN/adapter, RUN/checkpoints/step_000382/adapter
     return next((folder for folder in above if (folder / RECIPE).is_file() and (folder / DATA_REPORT).is_file()), None)
 
 

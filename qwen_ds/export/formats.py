@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from qwen_ds.export.checkpoint import Checkpoint, with_rms_norm_eps
 from qwen_ds.export.layout import QWEN, Format, Layout
 from qwen_ds.export.qwen2 import layout_from_qwen2, layout_to_qwen2
 from qwen_ds.export.safetensors_file import FLOAT_DTYPES, read_header
+from qwen_ds.export.tokenizer_check import TokenizerCheck, check_tokenizer
 from qwen_ds.export.tokenizer_json import TOKENIZER, merges_of, read_qwen2_tokenizer, write_qwen2_tokenizer
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import carry_over, write_json
@@ -24,13 +26,33 @@ def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool 
     """How a folder in the format `source` becomes one in `target`, of which one is Qwen's own.
 
     An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a chat model does.
+
+    Raises:
+        UserError: both are Qwen2, or an adapter is to be merged into a Qwen2.
     """
+    if source == "qwen2" and (target == "qwen2" or merges_adapter):
+        came = "an adapter" if merges_adapter else "the format qwen2"
+        raise UserError(f"{came} was given with --from qwen2; expected a conversion of the base to the format qwen")
     if source == "qwen2":
-        return Format("qwen", _from_qwen2, _write_qwen_files, from_qwen=False)
-    return Format("qwen2", _to_qwen2, partial(_write_qwen2_files, merges_adapter)) if target == "qwen2" else QWEN
+        return Format("qwen", _from_qwen2, _write_qwen_files, from_qwen=False, check_tokenizer=_check_back)
+    write_files = partial(_write_qwen2_files, merges_adapter)
+    return Format("qwen2", _to_qwen2, write_files, check_tokenizer=_check) if target == "qwen2" else QWEN
+
+
+def _check(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
+    return check_tokenizer(load_encoding(base), output, texts_files)
+
+
+def _check_back(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
+    return check_tokenizer(load_encoding(output), base, texts_files)
 
 
 def _to_qwen2(checkpoint: Checkpoint) -> Layout:
+    for name, spec in checkpoint.tensors.items():
+        if spec.dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"{checkpoint.folder}: {name} is stored as {spec.dtype}; expected {', '.join(FLOAT_DTYPES)}"
+            )
     merges_of(load_encoding(checkpoint.folder))  # its checks, before anything is written
     return layout_to_qwen2(checkpoint.shapes, settings.read_qwen_config(checkpoint.folder))
 

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.data.sources import locate
 from qwen_ds.errors import UserError
+from qwen_ds.export.card import Origin, write_card
 from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import file_facts
 from qwen_ds.export.layout import QWEN, Format
@@ -39,6 +41,7 @@ def merge(
     to: Format = QWEN,
     verify: bool = True,
     allow_pickle: bool = False,
+    check_texts: Sequence[str] = (),
     block_bytes: int = BLOCK_BYTES,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -53,6 +56,7 @@ def merge(
         to: the output's format: its tensors' layout, and the files that are written beside the weights.
         verify: compare the output's logits with base + adapters, where both fit in memory (see `verify_merge`).
         allow_pickle: also read pytorch_model.bin and adapter_model.bin, with `weights_only`.
+        check_texts: files with texts on which a converted tokenizer must agree with the base's.
         progress: called with (bytes read, bytes in all) after each block.
 
     Returns:
@@ -65,13 +69,19 @@ def merge(
         raise UserError("neither an adapter nor a dtype was given; expected --adapter, or --dtype to convert the base")
     if weights is not None and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
+    if check_texts and to.check_tokenizer is None:
+        raise UserError(
+            "check_texts was given, but the tokenizer stays as it is; expected a conversion to or from qwen2"
+        )
+    for file in check_texts:
+        locate(file)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
     stack = Adapters(members, None if weights is None else tuple(weights))
     plan = make_plan(base, stack, to, dtype, allow_pickle)
     partial = _prepare_output(plan, output)
     try:
         write_json(partial / REPORT_NAME, {"output": str(output), "status": "unfinished"})
-        report = _build(plan, output, partial, verify, block_bytes, progress)
+        report = _build(plan, output, partial, verify, check_texts, block_bytes, progress)
         write_json(partial / REPORT_NAME, asdict(report))
     except UserError:
         # Found only while the values went by. What a kill leaves is cleared by the next merge to this name.
@@ -90,7 +100,13 @@ def merge(
 
 
 def _build(
-    plan: Plan, output: Path, partial: Path, verify: bool, block_bytes: int, progress: Progress | None
+    plan: Plan,
+    output: Path,
+    partial: Path,
+    verify: bool,
+    check_texts: Sequence[str],
+    block_bytes: int,
+    progress: Progress | None,
 ) -> MergeReport:
     """Fill the folder `partial` and prove it."""
     started = time.monotonic()
@@ -115,8 +131,13 @@ def _build(
     check_files(partial, {shard.name: list(shard.tensors) for shard in plan.shards})
     write_index(plan, partial)
     edits = plan.format.write_files(plan.base.folder, partial, None if plan.dtype == "keep" else plan.dtype)
+    adapters = tuple(adapter.folder for adapter in plan.adapters.members)
+    write_card(partial, output.name, Origin(plan.base.folder, adapters, plan.format.name))
     _add_small_files(plan, partial, inputs, outputs)
     report = _report(plan, output, changed, edits, inputs, outputs, time.monotonic() - started)
+    if plan.format.check_tokenizer is not None:
+        check = plan.format.check_tokenizer(plan.base.folder, partial, check_texts)
+        report = replace(report, tokenizer=check)
     if verify:
         proof = verify_merge(plan.base.folder, plan.adapters, partial, plan.tensors, plan.rounded())
         report = replace(report, verification=proof)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.export.stream import ChangedTensor
+from qwen_ds.export.tokenizer_check import TokenizerCheck
 from qwen_ds.export.verify import Verification
 
 REPORT_NAME = "merge_report.json"
@@ -24,6 +25,7 @@ class MergeReport:
         left_out: the base's tensors that the output's format has no place for.
         edits: small file -> what was changed in it.
         inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
+        tokenizer: whether the converted tokenizer agrees with the base's; None when it was not converted.
         verification: None when it was not asked for.
     """
 
@@ -41,11 +43,13 @@ class MergeReport:
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
     seconds: float
+    tokenizer: TokenizerCheck | None = None
     verification: Verification | None = None
 
     @property
     def rejected(self) -> bool:
-        return self.verification is not None and self.verification.status == "failed"
+        disproved = self.verification is not None and self.verification.status == "failed"
+        return disproved or (self.tokenizer is not None and not self.tokenizer.passed)
 
     @property
     def folder(self) -> Path:
@@ -60,6 +64,7 @@ class MergeReport:
             f" {self.converted} converted, {self.untouched} untouched"
         ]
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
+        lines += [f"  {line}" for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())]
         proof = self.verification
         if proof is None:
             return [*lines, "  not verified"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -44,16 +44,23 @@ BUILT_IN = (
 )  # fmt: skip
 _TEXTS_AT_ONCE = 512
 DIFFERENCES_KEPT = 1000
+Asked = Literal["ids", "ids of plain text", "decoded text"]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A text that gets other ids from the converted tokenizer, or other text back."""
+    """A text that gets other ids from Qwen2's tokenizer than from Qwen's, or other text back.
 
-    source: str  # "built-in 3", "train.json:12"
+    source: "built-in 3", "train.json:12". text: its beginning. asked: what was asked for; at: index of the first
+    difference; qwen, qwen2: some ids (characters) from there on.
+    """
+
+    source: str
     text: str
-    expected: list[int]  # Qwen's ids
-    found: list[int]  # Qwen2's ids
+    asked: Asked
+    at: int
+    qwen: list[int] | str
+    qwen2: list[int] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,11 @@ class TokenizerCheck:
     def in_words(self) -> list[str]:
         """A line for the screen, and one for each of the first differences."""
         compared = f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
-        shown = [f"{one.source}: {one.text[:60]!r} is {one.expected[:12]} for Qwen and {one.found[:12]} for Qwen2"
-                 for one in self.differences[:10]]  # fmt: skip
+        shown = [
+            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen, {one.qwen2!r} for"
+            " Qwen2"
+            for one in self.differences[:10]
+        ]
         return [f"{compared} ({self.characters:,} characters)", *shown]
 
 
@@ -113,14 +123,20 @@ def _difference(
     encoding: Encoding, tokenizer: Tokenizer, source: str, text: str, parsed: list[int], plain: list[int]
 ) -> Difference | None:
     expected = encoding.with_specials(text)
-    if parsed != expected:
-        return Difference(source, text, expected, parsed)
     ordinary = encoding.ordinary(text) if "<|" in text else expected  # most texts spell no control token
+    if parsed != expected:
+        return _first_difference(source, text, "ids", expected, parsed)
     if plain != ordinary:
-        return Difference(source, text, ordinary, plain)
-    if tokenizer.decode(parsed, skip_special_tokens=False) != encoding.decode(expected):
-        return Difference(source, text, expected, parsed)
-    return None
+        return _first_difference(source, text, "ids of plain text", ordinary, plain)
+    before, after = encoding.decode(expected), tokenizer.decode(parsed, skip_special_tokens=False)
+    return None if before == after else _first_difference(source, text, "decoded text", before, after)
+
+
+def _first_difference(source: str, text: str, asked: Asked, qwen: Any, qwen2: Any) -> Difference:
+    differ = (i for i, (left, right) in enumerate(zip(qwen, qwen2, strict=False)) if left != right)
+    at = next(differ, min(len(qwen), len(qwen2)))
+    shown = slice(at, at + 12)
+    return Difference(source, text[:200], asked, at, qwen[shown], qwen2[shown])
 
 
 def _sound(text: str) -> str:
