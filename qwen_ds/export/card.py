@@ -101,8 +101,9 @@ def write_card(folder: Path, name: str, origin: Origin) -> None:
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
             parts += _training(run)
+    rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
     length = config.get("seq_length", config.get("max_position_embeddings"))
-    loading = _LOADING[origin.kind].format(name=name, seq_length=length, rank=config.get("r"))
+    loading = _LOADING[origin.kind].format(name=name, seq_length=length, rank=rank)
     parts.append(f"## How to load it\n\n{loading}")
     (folder / CARD_NAME).write_text("\n".join(parts), encoding="utf-8")
     (folder / CARD_NAME).chmod(0o644)

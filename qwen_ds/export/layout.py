@@ -61,8 +61,8 @@ class Format:
             file name. Writes everything beside the weights: settings, tokenizer, legal texts.
         from_qwen: whether the source has the native names, so that `layout` leads away from them; otherwise the
             output has them. (Both, where the layout is the identity.)
-        check_tokenizer: (base folder, output folder, files of texts) -> whether the tokenizers of both agree; None where
-            the output has the base's.
+        check_tokenizer: (base folder, output folder, files of texts) -> whether the tokenizers of both agree; None
+            where the output has the base's.
     """
 
     name: str

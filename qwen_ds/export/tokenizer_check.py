@@ -83,8 +83,8 @@ class TokenizerCheck:
         """A line for the screen, and one for each of the first differences."""
         compared = f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
         shown = [
-            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen, {one.qwen2!r} for"
-            " Qwen2"
+            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen,"
+            f" {one.qwen2!r} for Qwen2"
             for one in self.differences[:10]
         ]
         return [f"{compared} ({self.characters:,} characters)", *shown]
