@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE
 from qwen_ds.model.folder import read_json, write_json
-from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, PIECES, SPECIAL_TOKENS, VOCABULARY_FILE, Encoding
+from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, PIECES, SPECIAL_TOKENS, VOCABULARY_FILE, Encoding, encoding_of
 
 TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES = "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"
 
@@ -134,19 +134,19 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
     try:
         vocab: dict[str, int] = found["model"]["vocab"]
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in found["model"]["merges"]]
-        special = {token["id"]: token["content"] for token in found.get("added_tokens", ())}
-        ranks = {bytes(_BYTES[c] for c in token): rank for token, rank in vocab.items() if rank not in special}
+        special = {(token["content"], token["id"]) for token in found.get("added_tokens", ())}
+        ranks = {bytes(_BYTES[c] for c in token): rank for token, rank in vocab.items() if (token, rank) not in special}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not byte-level BPE ({type(error).__name__}: {error}); expected a Qwen2's") from None
     lines = (base64.b64encode(token) + f" {rank}\n".encode() for token, rank in sorted(ranks.items(), key=_by_rank))
     try:
-        encoding = Encoding(b"".join(lines))
+        encoding = encoding_of(b"".join(lines))
         pairs = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if pairs != merges:
         raise UserError(f"{path}: its merges are not those that its ranks give; expected a tokenizer made from Qwen's")
-    for index, token in special.items():
+    for token, index in sorted(special):
         if encoding.special.get(token) != index:
             raise UserError(f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens under its id")
     return encoding
