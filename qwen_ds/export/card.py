@@ -111,7 +111,7 @@ def write_card(folder: Path, name: str, origin: Origin) -> None:
 
 def _front_matter(folder: Path, origin: Origin) -> str:
     """The hub's metadata. A base that is no hub id has no entry: the hub would refuse the card."""
-    legal = legal_texts(folder)
+    legal = sorted(legal_texts(folder), key=lambda name: re.search("licen[cs]e", name, re.IGNORECASE) is None)
     fields: dict[str, Any] = {
         "language": ["zh", "en"],
         "library_name": "peft" if origin.kind == "qwen2 adapter" else "transformers",
