@@ -13,6 +13,7 @@ import yaml
 
 from qwen_ds.data.report import summary
 from qwen_ds.errors import UserError
+from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.folder import legal_texts, read_json
 
 CARD_NAME = "README.md"
@@ -87,36 +88,37 @@ python convert_lora_to_gguf.py {name} --base base-qwen2 --outfile {name}.gguf
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What an output was made from. `kind` is what it is now."""
+    """What an output was made from, and into."""
 
     base: Path
     adapters: tuple[Path, ...]
-    kind: str  # "qwen", "qwen2" or "qwen2 adapter"
+    format: str  # of the output, as the user calls it
 
 
 def write_card(folder: Path, name: str, origin: Origin) -> None:
     """Write README.md into `folder`, which is complete but for its card, for the output that will be called `name`."""
-    config = read_json(folder / ("adapter_config.json" if origin.kind == "qwen2 adapter" else "config.json"))
-    parts = [_front_matter(folder, origin), f"# {name}\n", _sources(folder, origin)]
+    kind = "qwen2 adapter" if (folder / CONFIG_NAME).is_file() else str(read_json(folder / "config.json")["model_type"])
+    config = read_json(folder / (CONFIG_NAME if kind == "qwen2 adapter" else "config.json"))
+    parts = [_front_matter(folder, origin, kind), f"# {name}\n", _sources(folder, origin)]
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
             parts += _training(run)
     rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
     length = config.get("seq_length", config.get("max_position_embeddings"))
-    loading = _LOADING[origin.kind].format(name=name, seq_length=length, rank=rank)
+    loading = _LOADING[kind].format(name=name, seq_length=length, rank=rank)
     parts.append(f"## How to load it\n\n{loading}")
     (folder / CARD_NAME).write_text("\n".join(parts), encoding="utf-8")
     (folder / CARD_NAME).chmod(0o644)
 
 
-def _front_matter(folder: Path, origin: Origin) -> str:
+def _front_matter(folder: Path, origin: Origin, kind: str) -> str:
     """The hub's metadata. A base that is no hub id has no entry: the hub would refuse the card."""
     legal = sorted(legal_texts(folder), key=lambda name: re.search("licen[cs]e", name, re.IGNORECASE) is None)
     fields: dict[str, Any] = {
         "language": ["zh", "en"],
-        "library_name": "peft" if origin.kind == "qwen2 adapter" else "transformers",
+        "library_name": "peft" if kind == "qwen2 adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["qwen", *(["qwen2"] if origin.kind != "qwen" else []), *(["lora"] if origin.adapters else [])],
+        "tags": ["qwen", *(["qwen2"] if kind != "qwen" else []), *(["lora"] if origin.adapters else [])],
     }
     if legal:
         fields |= {"license": "other", "license_name": "see-license-file", "license_link": legal[0]}
@@ -137,8 +139,8 @@ def _sources(folder: Path, origin: Origin) -> str:
     for adapter in origin.adapters:
         run = _run_of(adapter)
         lines.append(f"- Adapter: {adapter.name}" + (f" of the run {run.name}" if run is not None else ""))
-    lines.append(f"- Format: {origin.kind}")
-    if origin.kind != "qwen2 adapter":
+    lines.append(f"- Format: {origin.format}")
+    if not (folder / CONFIG_NAME).is_file():
         lines.append("- Checksums of all files, and the proof's figures: `merge_report.json`")
     if legal := legal_texts(folder):
         lines.append(f"- The base's terms hold for it too: {', '.join(f'[{name}](<{name}>)' for name in legal)}")

@@ -2,7 +2,7 @@
 
 A tensor that no adapter touches keeps its very bytes, a touched one is summed in fp32 and rounded once. The output is
 built in `<output>.partial` and renamed, so `<output>` is complete or absent; one that fails its proof stays as
-`<output>.rejected`.
+`<output>.rejected`. A merge that was killed is taken up by the next one of the same inputs and options.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import file_facts
 from qwen_ds.export.layout import QWEN, Format
 from qwen_ds.export.plan import MergeDtype, Plan, make_plan, write_index
-from qwen_ds.export.report import REPORT_NAME, MergeReport, rejected_name
+from qwen_ds.export.report import REPORT_NAME, MergeReport, describe, rejected_name
+from qwen_ds.export.resume import NOTE_NAME, Progress, recipe_of
 from qwen_ds.export.source import Source
-from qwen_ds.export.stream import BLOCK_BYTES, ChangedTensor, write_shard
-from qwen_ds.export.verify import check_files, verify_merge
+from qwen_ds.export.stream import BLOCK_BYTES, write_shard
+from qwen_ds.export.verify import Proof, check_files, choose_proof, verify_merge
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.folder import require_folder, write_json
 
-Progress = Callable[[int, int], None]
+Facts = dict[str, dict[str, Any]]  # file name -> bytes and sha256
+ShowProgress = Callable[[int, int], None]
 
 
 def merge(
@@ -39,22 +41,24 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: MergeDtype = "keep",
     to: Format = QWEN,
-    verify: bool = True,
+    proof: Proof = "auto",
+    prompts: Sequence[str] | None = None,
     allow_pickle: bool = False,
     check_texts: Sequence[str] = (),
     block_bytes: int = BLOCK_BYTES,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> MergeReport:
     """Write base + adapters to the folder `output`.
 
     Args:
-        base: a checkpoint folder in safetensors.
+        base: a checkpoint folder.
         adapters: PEFT folders; each is folded onto the result of the one before, and the sum of all is rounded once.
             Without any the base is only brought to another dtype or format.
         weights: one for each adapter: instead of the above, the weighted sum of what each does to the bare base.
         dtype: of all tensors in the output; "keep" leaves each as it is in the base.
         to: the output's format: its tensors' layout, and the files that are written beside the weights.
-        verify: compare the output's logits with base + adapters, where both fit in memory (see `verify_merge`).
+        proof: how the output's logits are compared with those of base + adapters (see `verify_merge`).
+        prompts: what they are computed on; None: the built-in ones.
         allow_pickle: also read pytorch_model.bin and adapter_model.bin, with `weights_only`.
         check_texts: files with texts on which a converted tokenizer must agree with the base's.
         progress: called with (bytes read, bytes in all) after each block.
@@ -69,50 +73,79 @@ def merge(
         raise UserError("neither an adapter nor a dtype was given; expected --adapter, or --dtype to convert the base")
     if weights is not None and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
-    if check_texts and to.check_tokenizer is None:
-        raise UserError(
-            "check_texts was given, but the tokenizer stays as it is; expected a conversion to or from qwen2"
-        )
-    for file in check_texts:
-        locate(file)
+    _check_texts(check_texts, to)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
-    stack = Adapters(members, None if weights is None else tuple(weights))
-    plan = make_plan(base, stack, to, dtype, allow_pickle)
-    partial = _prepare_output(plan, output)
-    try:
-        write_json(partial / REPORT_NAME, {"output": str(output), "status": "unfinished"})
-        report = _build(plan, output, partial, verify, check_texts, block_bytes, progress)
-        write_json(partial / REPORT_NAME, asdict(report))
-    except UserError:
-        # Found only while the values went by. What a kill leaves is cleared by the next merge to this name.
-        shutil.rmtree(partial)
-        raise
-    except OSError as error:
-        if error.errno is None:  # a library's, not the system's
+    plan = make_plan(base, Adapters(members, None if weights is None else tuple(weights)), to, dtype, allow_pickle)
+    kind = choose_proof(plan, proof)
+    _check_output(plan, output)
+    adapter_facts = _adapter_facts(plan.adapters)
+    work = Progress(output.with_name(output.name + ".partial"), recipe_of(plan, adapter_facts, block_bytes))
+    with Source(plan.base) as source:
+        work.take_up(source)
+        _check_space(plan, work, output)
+        try:
+            work.start(source)
+            started, taken_over = time.monotonic(), sorted(work.finished)
+            _write_weights(plan, source, work, block_bytes, progress)
+            edits = _write_small_files(plan, work, output.name)
+            inputs, outputs = _facts(plan, source, work)
+            seconds = round(time.monotonic() - started, 3)
+            report = describe(plan, output, work.changed(), taken_over, edits, inputs | adapter_facts, outputs, seconds)
+            if to.check_tokenizer is not None:
+                report = replace(report, tokenizer=to.check_tokenizer(base, work.folder, check_texts))
+            if kind is not None:
+                report = replace(report, verification=verify_merge(plan, work.folder, kind, prompts))
+            write_json(work.folder / REPORT_NAME, asdict(report))
+        except UserError:  # found only while the values went by
+            shutil.rmtree(work.folder)
             raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{error.filename or partial}: {error.strerror}; expected files that can be read and a disk that takes the "
-            "output; what was written of it is removed"
-        ) from error
-    partial.rename(report.folder)
+        except OSError as error:
+            if error.errno is None:  # a library's, not the system's
+                raise
+            shutil.rmtree(work.folder, ignore_errors=True)
+            raise UserError(
+                f"{error.filename or work.folder}: {error.strerror}; expected files that can be read and a disk that"
+                " takes the output; what was written of it is removed"
+            ) from error
+    work.close()
+    work.folder.rename(report.folder)
     return report
 
 
-def _build(
-    plan: Plan,
-    output: Path,
-    partial: Path,
-    verify: bool,
-    check_texts: Sequence[str],
-    block_bytes: int,
-    progress: Progress | None,
-) -> MergeReport:
-    """Fill the folder `partial` and prove it."""
-    started = time.monotonic()
-    changed: dict[str, ChangedTensor] = {}
-    outputs: dict[str, dict[str, Any]] = {}
-    total = sum(spec.num_bytes for spec in plan.base.tensors.values())
+def _check_texts(files: Sequence[str], to: Format) -> None:
+    if files and to.check_tokenizer is None:
+        raise UserError("check_texts was given, but the tokenizer stays as it is; expected --format or --from qwen2")
+    for file in files:
+        locate(file)
+
+
+def _check_output(plan: Plan, output: Path) -> None:
+    """Check the name of the output, and remove what an earlier merge to this name had to reject."""
+    require_folder(output.parent, make=True)
+    if output.resolve() == plan.base.folder.resolve():
+        raise UserError(f"{output}: is the base itself; expected another folder for the output")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
+    rejected = rejected_name(output)
+    if rejected.exists():
+        if not (rejected / REPORT_NAME).is_file():
+            raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
+        shutil.rmtree(rejected)
+
+
+def _check_space(plan: Plan, work: Progress, output: Path) -> None:
+    written = sum(shard.num_bytes for shard in plan.shards if shard.name in work.finished)
+    needed = int(1.01 * (plan.num_bytes - written))  # headers and small files
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise UserError(
+            f"{output.parent}: {free / 1e9:.3g} GB ({free} bytes) free on the disk; expected {needed / 1e9:.3g} GB"
+            f" ({needed} bytes) for the output"
+        )
+
+
+def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int, progress: ShowProgress | None) -> None:
+    total = sum(plan.bytes_read(shard) for shard in plan.shards)
     done = 0
 
     def advance(num_bytes: int) -> None:
@@ -121,97 +154,41 @@ def _build(
         if progress is not None:
             progress(done, total)
 
-    with Source(plan.base) as source:
-        for shard in plan.shards:
-            written = write_shard(plan, shard, source, partial / shard.name, block_bytes, advance)
-            outputs[shard.name] = written.facts
-            for name, after in written.changed.items():
-                changed[name] = changed[name].plus(after) if name in changed else after
-        inputs = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
-    check_files(partial, {shard.name: list(shard.tensors) for shard in plan.shards})
-    write_index(plan, partial)
-    edits = plan.format.write_files(plan.base.folder, partial, None if plan.dtype == "keep" else plan.dtype)
+    for shard in plan.shards:
+        if shard.name in work.finished:
+            advance(plan.bytes_read(shard))
+        else:
+            written = write_shard(plan, shard, source, work.folder / shard.name, block_bytes, advance)
+            work.add(shard.name, written, source)
+    check_files(work.folder, plan.shards)
+
+
+def _write_small_files(plan: Plan, work: Progress, name: str) -> dict[str, str]:
+    """The index, what travels with the weights, and the card; returns what was changed, by file name."""
+    write_index(plan, work.folder)
+    edits = plan.format.write_files(plan.base.folder, work.folder, None if plan.dtype == "keep" else plan.dtype)
     adapters = tuple(adapter.folder for adapter in plan.adapters.members)
-    write_card(partial, output.name, Origin(plan.base.folder, adapters, plan.format.name))
-    _add_small_files(plan, partial, inputs, outputs)
-    report = _report(plan, output, changed, edits, inputs, outputs, time.monotonic() - started)
-    if plan.format.check_tokenizer is not None:
-        check = plan.format.check_tokenizer(plan.base.folder, partial, check_texts)
-        report = replace(report, tokenizer=check)
-    if verify:
-        proof = verify_merge(plan.base.folder, plan.adapters, partial, plan.tensors, plan.rounded())
-        report = replace(report, verification=proof)
-    return report
+    write_card(work.folder, name, Origin(plan.base.folder, adapters, plan.format.name))
+    return edits
 
 
-def _report(
-    plan: Plan,
-    output: Path,
-    changed: dict[str, ChangedTensor],
-    edits: dict[str, str],
-    inputs: dict[str, dict[str, Any]],
-    outputs: dict[str, dict[str, Any]],
-    seconds: float,
-) -> MergeReport:
-    stored, kept = plan.base.tensors, {rows.tensor for blocks in plan.layout.values() for rows in blocks}
-    converted = {
-        rows.tensor
-        for name, spec in plan.tensors.items()
-        for rows in plan.layout[name]
-        if spec.dtype != stored[rows.tensor].dtype and rows.tensor not in changed
-    }
-    return MergeReport(
-        base=str(plan.base.folder),
-        adapters=[str(adapter.folder) for adapter in plan.adapters.members],
-        weights=None if plan.adapters.weights is None else list(plan.adapters.weights),
-        output=str(output),
-        format=plan.format.name,
-        dtype=plan.dtype,
-        changed=changed,
-        untouched=len(kept) - len(changed) - len(converted),
-        converted=len(converted),
-        left_out=sorted(stored.keys() - kept),
-        edits=edits,
-        inputs=inputs,
-        outputs=outputs,
-        seconds=round(seconds, 3),
-    )
-
-
-def _prepare_output(plan: Plan, output: Path) -> Path:
-    """Check the place for the output and make the folder that it is built in."""
-    require_folder(output.parent, make=True)
-    if output.resolve() == plan.base.folder.resolve():
-        raise UserError(f"{output}: is the base itself; expected another folder for the output")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
-    partial = output.with_name(output.name + ".partial")
-    for old in (partial, rejected_name(output)):
-        # Left by an earlier merge to this name. Anything else under that name is not ours to delete.
-        if old.exists():
-            if not (old / REPORT_NAME).is_file():
-                raise UserError(f"{old}: in the way and not an earlier merge's; expected to build the output there")
-            shutil.rmtree(old)
-    needed = 1.01 * plan.num_bytes  # headers and small files
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise UserError(f"{output.parent}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the output")
-    require_folder(partial, make=True)
-    return partial
-
-
-def _add_small_files(
-    plan: Plan, output: Path, inputs: dict[str, dict[str, Any]], outputs: dict[str, dict[str, Any]]
-) -> None:
-    """Size and sha256 of the files beside the weights, on both sides, and of the adapters'."""
-    for path in sorted(output.iterdir()):
-        if path.name not in outputs and path.name != REPORT_NAME:
+def _facts(plan: Plan, source: Source, work: Progress) -> tuple[Facts, Facts]:
+    """Size and sha256 of all files, of the base and of the output."""
+    outputs = {name: written.facts for name, written in sorted(work.finished.items())}
+    inputs = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
+    for path in sorted(work.folder.iterdir()):
+        if path.name not in outputs and path.name != NOTE_NAME:
             outputs[path.name] = file_facts(path)
-            source = plan.base.folder / path.name
-            if source.is_file():
-                inputs[path.name] = file_facts(source)
-    for number, adapter in enumerate(plan.adapters.members, start=1):
-        label = "adapter" if len(plan.adapters.members) == 1 else f"adapter{number}"
-        for path in sorted(adapter.folder.glob("adapter_*")):
-            if path.is_file():
-                inputs[f"{label}/{path.name}"] = file_facts(path)
+            carried = plan.base.folder / path.name
+            if carried.is_file():
+                inputs[path.name] = file_facts(carried)
+    return inputs, outputs
+
+
+def _adapter_facts(adapters: Adapters) -> Facts:
+    """Size and sha256 of the adapters' files."""
+    facts: Facts = {}
+    for number, adapter in enumerate(adapters.members, start=1):
+        label = "adapter" if len(adapters.members) == 1 else f"adapter{number}"
+        facts |= {f"{label}/{path.name}": file_facts(path) for path in adapter.files()}
+    return facts

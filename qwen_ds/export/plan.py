@@ -62,6 +62,12 @@ class Plan:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
+    def bytes_read(self, shard: Shard) -> int:
+        """Bytes of the base that go into a file of the output."""
+        stored = self.base.tensors
+        blocks = [rows for spec in shard.tensors for rows in self.layout[spec.name]]
+        return sum(rows.num_rows * stored[rows.tensor].bytes_per_row for rows in blocks)
+
     def rounded(self) -> dict[str, str]:
         """The base's tensors whose values are rounded (summed, or brought to a narrower dtype) -> the dtype."""
         stored, found = self.base.tensors, {}

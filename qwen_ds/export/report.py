@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.export.plan import Plan
 from qwen_ds.export.stream import ChangedTensor
 from qwen_ds.export.tokenizer_check import TokenizerCheck
 from qwen_ds.export.verify import Verification
@@ -23,8 +24,10 @@ class MergeReport:
         untouched: number of the base's tensors whose bytes are in the output as they were.
         converted: number of the base's tensors that only changed their dtype.
         left_out: the base's tensors that the output's format has no place for.
+        taken_over: weight files that a killed merge had finished.
         edits: small file -> what was changed in it.
         inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
+        seconds: what the output took, without its proof.
         tokenizer: whether the converted tokenizer agrees with the base's; None when it was not converted.
         verification: None when it was not asked for.
     """
@@ -39,6 +42,7 @@ class MergeReport:
     untouched: int
     converted: int
     left_out: list[str]
+    taken_over: list[str]
     edits: dict[str, str]
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
@@ -63,18 +67,50 @@ class MergeReport:
             f"{self.folder}: {size / 1e9:.2f} GB in {self.seconds:.1f} s; {len(self.changed)} tensors changed,"
             f" {self.converted} converted, {self.untouched} untouched"
         ]
+        if self.taken_over:
+            lines.append(f"  {len(self.taken_over)} files were there already, from a merge that had been stopped")
+        if self.left_out:
+            lines.append(f"  left out: {len(self.left_out)} tensors, {self.left_out[0]} first")
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
         lines += [f"  {line}" for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())]
-        proof = self.verification
-        if proof is None:
-            return [*lines, "  not verified"]
-        lines.append(f"  proof {proof.status}: {proof.reason}")
-        if proof.status != "skipped":
-            lines.append(
-                f"  the same most probable token at {proof.top1_agreement:.1%} of {proof.positions} positions;"
-                f" the adapter itself moves logits by up to {proof.adapter_effect:.3g}"
-            )
-        return lines
+        return [*lines, *(self.verification.in_words() if self.verification is not None else ["  not verified"])]
+
+
+def describe(
+    plan: Plan,
+    output: Path,
+    changed: dict[str, ChangedTensor],
+    taken_over: list[str],
+    edits: dict[str, str],
+    inputs: dict[str, dict[str, Any]],
+    outputs: dict[str, dict[str, Any]],
+    seconds: float,
+) -> MergeReport:
+    """The report of a merge before its proof."""
+    stored, kept = plan.base.tensors, {rows.tensor for blocks in plan.layout.values() for rows in blocks}
+    converted = {
+        rows.tensor
+        for name, spec in plan.tensors.items()
+        for rows in plan.layout[name]
+        if spec.dtype != stored[rows.tensor].dtype and rows.tensor not in changed
+    }
+    return MergeReport(
+        base=str(plan.base.folder),
+        adapters=[str(adapter.folder) for adapter in plan.adapters.members],
+        weights=None if plan.adapters.weights is None else list(plan.adapters.weights),
+        output=str(output),
+        format=plan.format.name,
+        dtype=plan.dtype,
+        changed=changed,
+        untouched=len(kept) - len(changed) - len(converted),
+        converted=len(converted),
+        left_out=sorted(stored.keys() - kept),
+        taken_over=taken_over,
+        edits=edits,
+        inputs=inputs,
+        outputs=outputs,
+        seconds=seconds,
+    )
 
 
 def rejected_name(output: Path) -> Path:

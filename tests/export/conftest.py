@@ -11,7 +11,7 @@ from qwen_ds.export.merge import merge
 
 
 def converted(base: Path, output: Path) -> Path:
-    report = merge(base, [], output, to=find_format("qwen", "qwen2"), verify=False)
+    report = merge(base, [], output, to=find_format("qwen", "qwen2"), proof="off")
     assert not report.rejected and report.untouched > 0 and not report.changed
     return output
 

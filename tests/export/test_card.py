@@ -50,7 +50,7 @@ def cached_base(small_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("target", ["qwen", "qwen2"])
 def test_the_card_tells_where_the_model_comes_from(cached_base: Path, run: Path, tmp_path: Path, target) -> None:
-    merge(cached_base, [run / "adapter"], tmp_path / "out", to=find_format("qwen", target), verify=False)
+    merge(cached_base, [run / "adapter"], tmp_path / "out", to=find_format("qwen", target), proof="off")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "Qwen/Qwen-7B-Chat"
@@ -78,7 +78,7 @@ def test_a_base_from_a_folder_and_no_run_leave_nothing_to_invent(small_qwen2: Pa
 def test_a_data_report_of_another_version_costs_no_merge(small_dir: Path, run: Path, tmp_path: Path) -> None:
     (run / "data_report.json").write_text("[1]")
     (run / "eval" / "metrics.json").write_text("{")
-    merge(small_dir, [run / "adapter"], tmp_path / "out", verify=False)
+    merge(small_dir, [run / "adapter"], tmp_path / "out", proof="off")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "see data_report.json of the run" in text and "## Evaluation" not in text
 
@@ -95,8 +95,8 @@ def test_the_code_in_the_cards_runs(
     (base / "generation_config.json").write_text(json.dumps(generation))
     monkeypatch.chdir(tmp_path)
     adapter = golden / "lora" / "adapter"
-    merge(base, [adapter], tmp_path / "merged", verify=False)
-    merge(base, [], tmp_path / "base-qwen2", to=find_format("qwen", "qwen2"), verify=False)
+    merge(base, [adapter], tmp_path / "merged", proof="off")
+    merge(base, [], tmp_path / "base-qwen2", to=find_format("qwen", "qwen2"), proof="off")
     convert_adapter(base, adapter, tmp_path / "lora")
     for folder in ("merged", "base-qwen2", "lora"):
         (code,) = python_blocks(tmp_path / folder)
@@ -109,7 +109,7 @@ def test_the_code_in_the_cards_runs(
 def test_the_commands_in_the_cards_are_this_project_s_own(small_qwen2: Path, golden: Path, small_dir, tmp_path) -> None:
     """Those of other engines cannot be run here; ours must at least name options that there are."""
     convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "lora")
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged", verify=False)
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged", proof="off")
     launch = (Path(__file__).parents[2] / "launch" / "merge.py").read_text()
     for folder in (small_qwen2, tmp_path / "lora", tmp_path / "merged"):
         (line,) = re.findall(r"`python launch/merge\.py (.*?)`", (folder / "README.md").read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ def test_merged_weights_are_the_official_ones(
     small_dir: Path, golden: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
     adapter = golden / name / "adapter"
-    report = merge(small_dir, [adapter], tmp_path / "out", verify=False, block_bytes=block_bytes)
+    report = merge(small_dir, [adapter], tmp_path / "out", proof="off", block_bytes=block_bytes)
     base, merged = load_file(small_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert list(merged) == list(base)
     expected = load_file(golden / name / "merged_changed.safetensors")
@@ -98,7 +98,7 @@ def test_every_variant_merges_as_in_peft(
     small_dir: Path, tmp_path: Path, options: dict[str, Any], kinds: set[str]
 ) -> None:
     expected = peft_adapter(small_dir, tmp_path / "adapter", **options)
-    report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", verify=False, block_bytes=2000)
+    report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=2000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert {facts.kind for facts in report.changed.values()} == kinds
     assert set(merged) == set(expected)
@@ -114,7 +114,7 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
 ) -> None:
     base = {name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()}
     save_file(base, base_dir / "model.safetensors", metadata={"format": "pt"})
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False, block_bytes=4000)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off", block_bytes=4000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     adapter = load_file(golden / "lora" / "adapter" / "adapter_model.safetensors")
     module = "transformer.h.1.mlp.c_proj"
@@ -129,9 +129,9 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
 
 def test_shards_and_index_are_the_base_s(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     tensors = load_file(base_dir / "model.safetensors")
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "single", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "single", proof="off")
     shard(base_dir, tensors, 3)
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     files = sorted(path.name for path in base_dir.glob("model*"))
     assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == files
     single = load_file(tmp_path / "single" / "model.safetensors")
@@ -156,7 +156,7 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
     (base_dir / "tokenizer_config.json").write_text(json.dumps(settings))
     old_mask = os.umask(0o077)
     try:
-        report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+        report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     finally:
         os.umask(old_mask)
     carried = ["config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json", *legal]
@@ -178,21 +178,21 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
 
 def test_dtype_converts_every_tensor_and_says_so(small_dir: Path, golden: Path, tmp_path: Path) -> None:
     base = load_file(small_dir / "model.safetensors")
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", verify=False)
-    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", verify=False)
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", proof="off")
+    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", proof="off")
     merged, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fp32"))
     assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in base)
     assert (report.converted, report.untouched) == (len(base) - 15, 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
-    back = merge(tmp_path / "out", [], tmp_path / "back", dtype="float32", verify=False)
+    back = merge(tmp_path / "out", [], tmp_path / "back", dtype="float32", proof="off")
     wide = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(wide[name], merged[name].float()) for name in base)
     assert back.adapters == [] and back.converted == len(base)
 
 
 def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_path: Path) -> None:
-    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     stored = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert stored["changed"] == {name: asdict(after) for name, after in report.changed.items()}
     assert stored["inputs"]["adapter/adapter_model.safetensors"]["bytes"] > 0
@@ -275,7 +275,7 @@ def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
         (_unknown_key, r"unknown tensor base_model\.model\.transformer\.h\.0\.mlp\.w1\.hada_w1"),
         (_nan, r"transformer\.h\.2\.mlp\.w1\.weight: rows 0 to 176 hold NaN or infinity"),
         (_occupied, r"out: exists and is not empty"),
-        (_in_the_way, r"out\.partial: in the way and not an earlier merge's"),
+        (_in_the_way, r"out\.partial: in the way and not a killed merge's"),
         (_missing_shard, r"model-00002-of-00003\.safetensors: missing; expected all 3 shards"),
         (_foreign_index, r"disagrees with its shards about transformer\.h\.9\.ln_1\.weight"),
         (_truncated, r"model\.safetensors: 400000 bytes instead of"),
@@ -289,7 +289,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     spoil(base_dir, adapter, output)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
-        merge(base_dir, [adapter], output, verify=False)
+        merge(base_dir, [adapter], output, proof="off")
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -298,12 +298,12 @@ def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Pa
     (tmp_path / "link").symlink_to(base_dir)
     for output in (base_dir, tmp_path / "link"):
         with pytest.raises(UserError, match="is the base itself"):
-            merge(base_dir, [golden / "lora" / "adapter"], output, verify=False)
+            merge(base_dir, [golden / "lora" / "adapter"], output, proof="off")
 
 
 def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a dtype"):
-        merge(base_dir, [], tmp_path / "out", verify=False)
+        merge(base_dir, [], tmp_path / "out", proof="off")
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
@@ -311,8 +311,10 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=800_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"0\.0 GB free; expected 0\.0 GB"):
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    with pytest.raises(
+        UserError, match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)"
+    ):
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -324,7 +326,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
 
     monkeypatch.setattr(BlockWriter, "write", full)
     with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("out*"))
 
@@ -332,12 +334,12 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
 def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out", verify=False)
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out", proof="off")
 
 
 def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     (base_dir / "model.safetensors.index.json").write_text("{}")
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
@@ -350,9 +352,7 @@ def test_an_empty_folder_and_a_killed_merge_s_remains_are_no_obstacle(
 
     (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        merge(
-            base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False, progress=killed, block_bytes=1000
-        )
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off", progress=killed, block_bytes=1000)
     assert (tmp_path / "out.partial").exists() and not any((tmp_path / "out").iterdir())
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out.partial").exists()

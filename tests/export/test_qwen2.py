@@ -101,14 +101,14 @@ def test_a_merged_adapter_computes_the_official_logits(
     small_dir: Path, golden: Path, tmp_path: Path, name: str
 ) -> None:
     adapter = golden / name / "adapter"
-    merge(small_dir, [adapter], tmp_path / "out", to=TO_QWEN2, verify=False, block_bytes=3000)
+    merge(small_dir, [adapter], tmp_path / "out", to=TO_QWEN2, proof="off", block_bytes=3000)
     expected = load_file(golden / name / "outputs.safetensors")
     real_BT = expected["attention_mask"].bool()
     with torch.inference_mode():
         logits_BTV = stock(tmp_path / "out")(expected["input_ids"], attention_mask=expected["attention_mask"]).logits
     assert_close(logits_BTV[real_BT], expected["logits"][real_BT], atol={"lora": 3e-5, "lora_base": 3e-4}[name], rtol=0)
-    merge(small_dir, [adapter], tmp_path / "merged", verify=False)
-    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, verify=False)
+    merge(small_dir, [adapter], tmp_path / "merged", proof="off")
+    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert_same_weights(tmp_path / "merged", tmp_path / "back")
 
 
@@ -117,7 +117,7 @@ def test_the_way_there_and_back_is_bit_identical(
     small_dir: Path, full_dir: Path, small_qwen2: Path, full_qwen2: Path, tmp_path: Path, name: str
 ) -> None:
     source, export = {"small": (small_dir, small_qwen2), "full": (full_dir, full_qwen2)}[name]
-    report = merge(export, [], tmp_path / "back", to=FROM_QWEN2, verify=False)
+    report = merge(export, [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert not report.rejected and report.untouched == len(tensors(export))
     assert_same_weights(source, tmp_path / "back")
     assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (source / "qwen.tiktoken").read_bytes()
@@ -136,7 +136,7 @@ def test_a_model_that_stock_transformers_saved_again_comes_back_with_all_its_set
     stock(small_qwen2).save_pretrained(tmp_path / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small_qwen2 / name, tmp_path / "saved" / name)
-    merge(tmp_path / "saved", [], tmp_path / "back", to=FROM_QWEN2, verify=False)
+    merge(tmp_path / "saved", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert_same_weights(small_dir, tmp_path / "back")
     assert (
         settings(tmp_path / "back")["use_dynamic_ntk"] and settings(tmp_path / "back")["max_position_embeddings"] == 512
@@ -171,13 +171,13 @@ def test_a_reply_ends_as_the_model_s_format_says(
         json.dumps(generation | ({"chat_format": chat_format} if chat_format else {}))
     )
     adapters = [golden / "lora" / "adapter"] if adapter else []
-    merge(base, adapters, tmp_path / "out", to=find_format("qwen", "qwen2", merges_adapter=adapter), verify=False)
+    merge(base, adapters, tmp_path / "out", to=find_format("qwen", "qwen2", merges_adapter=adapter), proof="off")
     found = settings(tmp_path / "out", "generation_config.json")
     assert (found["eos_token_id"], found["pad_token_id"], found["top_p"]) == (eos, 304, 0.8)
     assert settings(tmp_path / "out")["eos_token_id"] == (eos[0] if isinstance(eos, list) else eos)
     eos_token = "<|im_end|>" if isinstance(eos, list) else "<|endoftext|>"
     assert settings(tmp_path / "out", "tokenizer_config.json")["eos_token"] == eos_token
-    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, verify=False)
+    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     back = settings(tmp_path / "back", "generation_config.json")
     assert (back["eos_token_id"], back["chat_format"]) == (304, chat_format or "chatml")
 
@@ -191,11 +191,11 @@ def test_a_configuration_of_august_2023_converts_and_comes_back(small_dir: Path,
     old = {new_to_old.get(key, key): value for key, value in settings(base).items() if key != "auto_map"}
     old["padded_vocab_size"] = old["vocab_size"]
     (base / "config.json").write_text(json.dumps(old))
-    merge(base, [], tmp_path / "out", to=TO_QWEN2, verify=False)
+    merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     ids_BT = torch.arange(64)[None]
     with torch.inference_mode():
         assert_close(stock(tmp_path / "out")(ids_BT).logits, native(small_dir)(ids_BT).logits, **EXACT)
-    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, verify=False)
+    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert settings(tmp_path / "back") == old | {"rms_norm_eps": 1e-4}
 
 
@@ -211,7 +211,7 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(small_qwen2
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(tmp_path / "theirs")
     shutil.copy(small_qwen2 / "tokenizer.json", tmp_path / "theirs")
-    report = merge(tmp_path / "theirs", [], tmp_path / "ours", to=FROM_QWEN2, verify=False)
+    report = merge(tmp_path / "theirs", [], tmp_path / "ours", to=FROM_QWEN2, proof="off")
     assert report.edits["config.json"] == "use_dynamic_ntk is False, use_logn_attn is False"
     ids_BT = torch.randint(512, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():  # also beyond the 64 tokens where NTK and LogN would begin
@@ -256,7 +256,7 @@ def test_what_qwen2_cannot_be_is_named_before_anything_is_written(
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     change(base)
     with pytest.raises(UserError, match=message) as caught:
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, verify=False)
+        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
@@ -282,7 +282,7 @@ def test_what_qwen_cannot_be_is_named_before_anything_is_written(
     base = Path(shutil.copytree(small_qwen2, tmp_path / "base"))
     change(base)
     with pytest.raises(UserError, match=message) as caught:
-        merge(base, [], tmp_path / "out", to=FROM_QWEN2, verify=False)
+        merge(base, [], tmp_path / "out", to=FROM_QWEN2, proof="off")
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
@@ -290,7 +290,7 @@ def test_what_qwen_cannot_be_is_named_before_anything_is_written(
 def test_tables_that_early_releases_stored_are_left_out(small_dir: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     add_tensor(base, "transformer.h.0.attn.rotary_emb.inv_freq", torch.zeros(8))
-    report = merge(base, [], tmp_path / "out", to=TO_QWEN2, verify=False)
+    report = merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     assert report.left_out == ["transformer.h.0.attn.rotary_emb.inv_freq"]
     assert not any("inv_freq" in name for name in tensors(tmp_path / "out"))
 
@@ -306,7 +306,7 @@ def test_a_sharded_export_is_ready_for_the_hub(small_dir: Path, tmp_path: Path) 
     assert len(list(base.glob("model-*.safetensors"))) > 2
     old_mask = os.umask(0o077)
     try:
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, verify=False)
+        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     finally:
         os.umask(old_mask)
     out = tmp_path / "out"

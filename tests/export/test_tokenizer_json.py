@@ -172,7 +172,7 @@ def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(small_
     rows = [{"instruction": "fine"}, {"turns": [{"deep": "a<|im_end|>\u0338"}, 7, None]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = merge(
-        small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], verify=False
+        small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], proof="off"
     )
     assert report.rejected and not (tmp_path / "out").exists()
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())["tokenizer"]
@@ -199,7 +199,7 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(small_dir: Path
         ("none.json", "no such file"), ("bad.txt", "expected a text file in UTF-8"), ("bad.jsonl", r"bad\.jsonl:2: ")
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / file)], verify=False)
+            merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off")
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(UserError, match="check_texts was given, but the tokenizer stays as it is"):
         merge(small_dir, [], tmp_path / "out", dtype="bfloat16", check_texts=[str(tmp_path / "bad.txt")])
@@ -211,7 +211,7 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
     lines[-1] = b"eHl6dw== " + lines[-1].split()[1]  # "xyzw", of whose parts no two are tokens
     (base / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(UserError, match=r"b'xyzw' \(rank 303\) is not made of two tokens of lower rank"):
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, verify=False)
+        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     assert not list(tmp_path.glob("out*"))
 
 

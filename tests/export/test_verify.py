@@ -121,7 +121,7 @@ def test_memory_is_counted() -> None:
 def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", verify=False)
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     wrapped = load_adapter(
@@ -151,8 +151,7 @@ def test_the_command_merges_proves_and_reports(
     assert "15 tensors changed, 0 converted, 12 untouched" in shown
     assert "auto_map removed" in shown and "proof passed" in shown
     assert (
-        run_launch(monkeypatch, *paths, "--output", str(tmp_path / "o2"), "--verify", "false", "--dtype", "float16")
-        == 0
+        run_launch(monkeypatch, *paths, "--output", str(tmp_path / "o2"), "--verify", "off", "--dtype", "float16") == 0
     )
     assert "not verified" in capsys.readouterr().out
 
