@@ -97,8 +97,9 @@ class Origin:
 
 def write_card(folder: Path, name: str, origin: Origin) -> None:
     """Write README.md into `folder`, which is complete but for its card, for the output that will be called `name`."""
-    kind = "qwen2 adapter" if (folder / CONFIG_NAME).is_file() else str(read_json(folder / "config.json")["model_type"])
-    config = read_json(folder / (CONFIG_NAME if kind == "qwen2 adapter" else "config.json"))
+    is_adapter = (folder / CONFIG_NAME).is_file()
+    config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
+    kind = "qwen2 adapter" if is_adapter else "qwen2" if config.get("model_type") == "qwen2" else "qwen"
     parts = [_front_matter(folder, origin, kind), f"# {name}\n", _sources(folder, origin)]
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
