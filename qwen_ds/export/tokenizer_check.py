@@ -99,37 +99,36 @@ def check_tokenizer(encoding: Encoding, folder: Path, texts_files: Sequence[Path
     Raises:
         UserError: a file that is missing or cannot be read.
     """
-    as_tokens, as_text = (Tokenizer.from_file(str(folder / TOKENIZER)) for _ in range(2))
-    as_text.encode_special_tokens = True
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     num_texts = num_characters = num_differences = 0
     kept: list[Difference] = []
     built_in = ((f"built-in {number}", text) for number, text in enumerate(BUILT_IN))
     sources = chain(built_in, *(texts_of(file) for file in texts_files))
     while batch := [(source, _sound(text)) for source, text in islice(sources, _TEXTS_AT_ONCE)]:
-        texts = [text for _, text in batch]
-        parsed = as_tokens.encode_batch_fast(texts, add_special_tokens=False)
-        plain = as_text.encode_batch_fast(texts, add_special_tokens=False)
-        for (source, text), parsed_one, plain_one in zip(batch, parsed, plain, strict=True):
-            difference = _difference(encoding, as_tokens, source, text, parsed_one.ids, plain_one.ids)
-            num_differences += difference is not None
-            if difference is not None and len(kept) < DIFFERENCES_KEPT:
-                kept.append(difference)
-        num_texts += len(texts)
-        num_characters += sum(map(len, texts))
+        differences = list(_compare(encoding, tokenizer, batch))
+        num_differences += len(differences)
+        kept += differences[: DIFFERENCES_KEPT - len(kept)]
+        num_texts += len(batch)
+        num_characters += sum(len(text) for _, text in batch)
     return TokenizerCheck(num_texts, num_characters, num_differences, kept)
 
 
-def _difference(
-    encoding: Encoding, tokenizer: Tokenizer, source: str, text: str, parsed: list[int], plain: list[int]
-) -> Difference | None:
-    expected = encoding.with_specials(text)
-    ordinary = encoding.ordinary(text) if "<|" in text else expected  # most texts spell no control token
-    if parsed != expected:
-        return _first_difference(source, text, "ids", expected, parsed)
-    if plain != ordinary:
-        return _first_difference(source, text, "ids of plain text", ordinary, plain)
-    before, after = encoding.decode(expected), tokenizer.decode(parsed, skip_special_tokens=False)
-    return None if before == after else _first_difference(source, text, "decoded text", before, after)
+def _compare(encoding: Encoding, tokenizer: Tokenizer, batch: list[tuple[str, str]]) -> Iterator[Difference]:
+    """The first thing that differs, for each (source, text) where one does."""
+    tokenizer.encode_special_tokens = False
+    parsed = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+    tokenizer.encode_special_tokens = True
+    for (source, text), found in zip(batch, parsed, strict=True):
+        expected = encoding.with_specials(text)
+        before, after = encoding.decode(expected), tokenizer.decode(found.ids, skip_special_tokens=False)
+        if found.ids != expected:
+            yield _first_difference(source, text, "ids", expected, found.ids)
+        elif before != after:
+            yield _first_difference(source, text, "decoded text", before, after)
+        elif "<|" in text:  # all others are the same as plain text
+            plain, ordinary = tokenizer.encode(text, add_special_tokens=False).ids, encoding.ordinary(text)
+            if plain != ordinary:
+                yield _first_difference(source, text, "ids of plain text", ordinary, plain)
 
 
 def _first_difference(source: str, text: str, asked: Asked, qwen: Any, qwen2: Any) -> Difference:

@@ -99,14 +99,16 @@ def test_every_variant_computes_the_same_in_stock_peft(
     assert_close(logits(on_stock(small_qwen2, tmp_path / "out"), IDS_BT), expected_BTV, atol=2e-5, rtol=0)
     bare_BTV = logits(Qwen2ForCausalLM.from_pretrained(small_qwen2, dtype=torch.float32), IDS_BT)
     assert (bare_BTV - expected_BTV).abs().max() > 0.1
+    in_every_layer = "layers_to_transform" not in options
+    assert all(("." not in name) == in_every_layer for name in config_of(tmp_path / "out")["target_modules"])
 
 
 def test_alphas_come_back_as_they_were_written(small_dir: Path, tmp_path: Path) -> None:
-    options = {"use_rslora": True, "r": 3, "lora_alpha": 7, "rank_pattern": {"w2": 5}, "alpha_pattern": {"w1": 11}}
+    options = {"use_rslora": True, "r": 3, "lora_alpha": 7, "rank_pattern": {"w2": 5}, "alpha_pattern": {"w2": 10}}
     trained(small_dir, tmp_path / "adapter", **options)
     convert_adapter(small_dir, tmp_path / "adapter", tmp_path / "out")
     config = config_of(tmp_path / "out")
-    assert config["alpha_pattern"] == {f"model.layers.{i}.mlp.up_proj": 11 for i in range(3)}
+    assert config["alpha_pattern"] == {f"model.layers.{i}.mlp.gate_proj": 10 for i in range(3)}
     assert config["rank_pattern"] == {f"model.layers.{i}.mlp.gate_proj": 5 for i in range(3)}
 
 

@@ -218,6 +218,18 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(small_qwen2
         assert_close(native(tmp_path / "ours")(ids_BT).logits, model(ids_BT).logits, **EXACT)
 
 
+def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(small_qwen2: Path, tmp_path: Path) -> None:
+    """Its config.json still carries the original settings, which are no longer those of its function."""
+    base = Path(shutil.copytree(small_qwen2, tmp_path / "base"))
+    spoil(base, max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 20000})
+    merge(base, [], tmp_path / "out", to=FROM_QWEN2, proof="off")
+    found = settings(tmp_path / "out")
+    assert (found["seq_length"], found["rotary_emb_base"], found["use_dynamic_ntk"]) == (128, 20000, False)
+    ids_BT = torch.arange(100)[None]
+    with torch.inference_mode():
+        assert_close(native(tmp_path / "out")(ids_BT).logits, stock(base)(ids_BT).logits, **EXACT)
+
+
 def spoil(folder: Path, **values: Any) -> None:
     """Overwrite keys of config.json; None takes one out."""
     changed = settings(folder) | values

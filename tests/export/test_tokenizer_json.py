@@ -153,6 +153,7 @@ def folder(small_qwen2: Path, tmp_path: Path) -> Path:
         (lambda t: t.update(normalizer=None), "ids", "A\u030a"),
         (lambda t: t["model"]["merges"].pop(0), "ids", " and trailing"),
         (lambda t: t["added_tokens"].pop(2), "ids", "<|im_end|>"),
+        (lambda t: t["added_tokens"][2].update(special=False), "ids of plain text", "<|im_end|>"),
         (lambda t: t.update(decoder=None), "decoded text", " "),
         (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "ids", "你好"),
     ],
@@ -201,6 +202,9 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(small_dir: Path
         with pytest.raises(UserError, match=message):
             merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off")
         assert not list(tmp_path.glob("out*"))
+    early = {"proof": "off", "progress": lambda *_: pytest.fail("a late check")}
+    with pytest.raises(UserError, match="no such file"):
+        merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=["none.json"], **early)
     with pytest.raises(UserError, match="check_texts was given, but the tokenizer stays as it is"):
         merge(small_dir, [], tmp_path / "out", dtype="bfloat16", check_texts=[str(tmp_path / "bad.txt")])
 
@@ -211,7 +215,7 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
     lines[-1] = b"eHl6dw== " + lines[-1].split()[1]  # "xyzw", of whose parts no two are tokens
     (base / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(UserError, match=r"b'xyzw' \(rank 303\) is not made of two tokens of lower rank"):
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
+        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off", progress=lambda *_: pytest.fail("a late check"))
     assert not list(tmp_path.glob("out*"))
 
 
