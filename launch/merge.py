@@ -1,9 +1,12 @@
 """Fold an adapter into its base model, and prove that the merged model and base + adapter are the same.
 
     python launch/merge.py --base DIR_OR_HUB_ID --adapter runs/NAME/adapter --output DIR
+    python launch/merge.py ... --adapter FIRST SECOND                        # the second onto the result of the first
+    python launch/merge.py ... --adapter ONE OTHER --weights 0.7 0.3         # a weighted sum of what both change
 
 The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
-names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof.
+names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof. A merge that was
+killed goes on where it was when its command is given again.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ def main() -> int:
     # nothing that a user of this command could act on.
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", RuntimeWarning)
     to = find_format(options["from"], options.format, merges_adapter=bool(options.adapter))
     if options.adapter_only:
         return convert_adapter_only(options)
@@ -104,6 +108,8 @@ def main() -> int:
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            if done == total and options.verify != "off":
+                bar.set_description("proof")
 
         report = merge(
             base,

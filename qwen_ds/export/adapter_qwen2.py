@@ -63,7 +63,7 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
         save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
         write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers))
-        write_card(partial, output.name, Origin(base, (adapter,), "qwen2"))
+        write_card(partial, Origin(base, (adapter,), "qwen2"))
         partial.rename(output)
     return len(pairs)
 

@@ -14,6 +14,7 @@ import yaml
 from qwen_ds.data.report import summary
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import CONFIG_NAME
+from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import legal_texts, read_json
 
 CARD_NAME = "README.md"
@@ -27,25 +28,25 @@ _LOADING = {
 import qwen_ds  # registers the original Qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = (kind.from_pretrained("{name}") for kind in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (kind.from_pretrained("MODEL") for kind in (AutoModelForCausalLM, AutoTokenizer))
 ```
 
 llama.cpp:
 
 ```bash
-python convert_hf_to_gguf.py {name} --outfile {name}.gguf
-llama-server -m {name}.gguf
+python convert_hf_to_gguf.py MODEL --outfile model.gguf
+llama-server -m model.gguf
 ```
 
 vLLM and SGLang no longer know this architecture. They load it in the Qwen2 format, which computes the same up to
-{seq_length} tokens: `python launch/merge.py --base {name} --format qwen2 --output {name}-qwen2`.
+{seq_length} tokens: `python launch/merge.py --base MODEL --format qwen2 --output NEW`.
 """,
     "qwen2": """transformers, nothing else needed:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = (kind.from_pretrained("{name}") for kind in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (kind.from_pretrained("MODEL") for kind in (AutoModelForCausalLM, AutoTokenizer))
 chat = [{{"role": "user", "content": "你好"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs)[0]))
@@ -54,33 +55,33 @@ print(tokenizer.decode(model.generate(**inputs)[0]))
 vLLM, SGLang, llama.cpp:
 
 ```bash
-vllm serve {name}
-python -m sglang.launch_server --model-path {name}
-python convert_hf_to_gguf.py {name} --outfile {name}.gguf && llama-server -m {name}.gguf
+vllm serve MODEL
+python -m sglang.launch_server --model-path MODEL
+python convert_hf_to_gguf.py MODEL --outfile model.gguf && llama-server -m model.gguf
 ```
 
 It is the original Qwen under Qwen2's names, the same function up to {seq_length} tokens. Longer texts need the qwen
-format (`python launch/merge.py --base {name} --from qwen2 --output {name}-qwen`). Its tokenizer gives Qwen's ids, with
+format (`python launch/merge.py --base MODEL --from qwen2 --output NEW`). Its tokenizer gives Qwen's ids, with
 two differences: a special token directly before U+0338 is found (Qwen brings the text to NFC first, which changes the
 token's last character), and in a chat a message that begins with a line break (or blanks and one) shares a token with
 the line break before it. Special tokens spelled in a message are special tokens.
 """,
-    "qwen2 adapter": """On the base in the Qwen2 format, here called `base-qwen2`
-(`python launch/merge.py --base BASE --format qwen2 --output base-qwen2`):
+    "qwen2 adapter": """On its base in the Qwen2 format, here called BASE
+(`python launch/merge.py --base QWEN --format qwen2 --output BASE`):
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base-qwen2"), "{name}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "MODEL")
 ```
 
 vLLM, SGLang, llama.cpp:
 
 ```bash
-vllm serve base-qwen2 --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}
-python -m sglang.launch_server --model-path base-qwen2 --lora-paths {name}={name}
-python convert_lora_to_gguf.py {name} --base base-qwen2 --outfile {name}.gguf
+vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules adapter=MODEL
+python -m sglang.launch_server --model-path BASE --lora-paths adapter=MODEL
+python convert_lora_to_gguf.py MODEL --base BASE --outfile model.gguf
 ```
 """,
 }
@@ -95,19 +96,22 @@ class Origin:
     format: str  # of the output, as the user calls it
 
 
-def write_card(folder: Path, name: str, origin: Origin) -> None:
-    """Write README.md into `folder`, which is complete but for its card, for the output that will be called `name`."""
+def write_card(folder: Path, origin: Origin) -> None:
+    """Write README.md into `folder`, which is complete but for its card.
+
+    The folder's own name is not in it: it may be given another one, and a hub gives it another one anyway.
+    """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
     kind = "qwen2 adapter" if is_adapter else "qwen2" if config.get("model_type") == "qwen2" else "qwen"
-    parts = [_front_matter(folder, origin, kind), f"# {name}\n", _sources(folder, origin)]
+    parts = [_front_matter(folder, origin, kind), _title(origin), _sources(folder, origin)]
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
             parts += _training(run)
     rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
-    length = config.get("seq_length", config.get("max_position_embeddings"))
-    loading = _LOADING[kind].format(name=name, seq_length=length, rank=rank)
-    parts.append(f"## How to load it\n\n{loading}")
+    length = QWenConfig.from_dict(config).seq_length if kind == "qwen" else config.get("max_position_embeddings")
+    loading = _LOADING[kind].format(seq_length=length, rank=rank)
+    parts.append(f"## How to load it\n\nMODEL is this folder, or its id on the hub.\n\n{loading}")
     (folder / CARD_NAME).write_text("\n".join(parts), encoding="utf-8")
     (folder / CARD_NAME).chmod(0o644)
 
@@ -134,12 +138,21 @@ def _hub_id(folder: Path) -> str | None:
     return None if found is None else f"{found['owner']}/{found['name']}"
 
 
+def _title(origin: Origin) -> str:
+    base = _hub_id(origin.base) or origin.base.resolve().name
+    return "# " + " + ".join([base, *map(_name_of, origin.adapters)]) + "\n"
+
+
+def _name_of(adapter: Path) -> str:
+    """An adapter's folder is called "adapter"; its run has a name of its own."""
+    run = _run_of(adapter)
+    return adapter.resolve().name if run is None else run.name
+
+
 def _sources(folder: Path, origin: Origin) -> str:
     # Names, not paths: where files lay on somebody's machine is nobody else's business.
     lines = [f"- Base: {_hub_id(origin.base) or origin.base.resolve().name}"]
-    for adapter in origin.adapters:
-        run = _run_of(adapter)
-        lines.append(f"- Adapter: {adapter.name}" + (f" of the run {run.name}" if run is not None else ""))
+    lines += [f"- Adapter: {_name_of(adapter)}" for adapter in origin.adapters]
     lines.append(f"- Format: {origin.format}")
     if not (folder / CONFIG_NAME).is_file():
         lines.append("- Checksums of all files, and the proof's figures: `merge_report.json`")

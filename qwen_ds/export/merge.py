@@ -87,7 +87,7 @@ def merge(
             work.start(source)
             started, taken_over = time.monotonic(), sorted(work.finished)
             _write_weights(plan, source, work, block_bytes, progress)
-            edits = _write_small_files(plan, work, output.name)
+            edits = _write_small_files(plan, work)
             inputs, outputs = _facts(plan, source, work)
             seconds = round(time.monotonic() - started, 3)
             report = describe(plan, output, work.changed(), taken_over, edits, inputs | adapter_facts, outputs, seconds)
@@ -163,12 +163,12 @@ def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int,
     check_files(work.folder, plan.shards)
 
 
-def _write_small_files(plan: Plan, work: Progress, name: str) -> dict[str, str]:
+def _write_small_files(plan: Plan, work: Progress) -> dict[str, str]:
     """The index, what travels with the weights, and the card; returns what was changed, by file name."""
     write_index(plan, work.folder)
     edits = plan.format.write_files(plan.base.folder, work.folder, None if plan.dtype == "keep" else plan.dtype)
     adapters = tuple(adapter.folder for adapter in plan.adapters.members)
-    write_card(work.folder, name, Origin(plan.base.folder, adapters, plan.format.name))
+    write_card(work.folder, Origin(plan.base.folder, adapters, plan.format.name))
     return edits
 
 

@@ -53,6 +53,20 @@ def spread_positions(rows_T: Sequence[Tensor]) -> list[Row]:
     return [Row(ids_T, torch.tensor([t for i, t in chosen if i == row])) for row, ids_T in enumerate(rows_T)]
 
 
+def first_positions(rows_T: Sequence[Tensor]) -> list[Row]:
+    """The rows' beginnings, of 64 tokens in all, every position of which is compared: all that is computed counts.
+
+    Of many rows the first four serve, since the beginnings should not be too short to mean anything.
+    """
+    rows, left = [], POSITIONS
+    for i, ids_T in enumerate(rows_T):
+        ids_T = ids_T[: min(left, max(16, -(-left // (len(rows_T) - i))))]
+        if len(ids_T):
+            rows.append(Row(ids_T, torch.arange(len(ids_T))))
+            left -= len(ids_T)
+    return rows
+
+
 def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
     """Whether the adapter changes anything in `module`, whose names are the whole model's."""
     return bool({name for name, _ in module.named_parameters()} & set(adapter.changed_tensors()))

@@ -23,14 +23,14 @@ from qwen_ds.export.layout import Layout, identity, inverse
 from qwen_ds.export.noise import RoundingNoise
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.proof import Outputs, Row, put_adapters, spoil
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES, RowRange
+from qwen_ds.export.safetensors_file import FLOAT_DTYPES, row_ranges
 from qwen_ds.export.source import Source
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock
 from qwen_ds.model.rotary import rotary_tables
 
-MAX_ROWS, MAX_TOKENS = 4, 32  # of the texts: what the proof costs is in proportion to them
-_HEAD_ROWS = 8192  # of the head, in fp32 134 MB at 7B
+_HEAD_ROWS = 1024  # of the head at once, in fp32 16 MB at 7B
+_READ_BYTES = 4 * 2**20  # read and widened to fp32 at once
 
 
 class Weights:
@@ -44,21 +44,21 @@ class Weights:
     def num_rows(self, name: str) -> int:
         return sum(rows.num_rows for rows in self._layout[name])
 
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last of the tensor `name`, in memory of its own."""
-        parts, passed = [], 0
+    def rows(self, name: str, first: int, last: int, into: Tensor | None = None) -> Tensor:
+        """Rows first..last of the tensor `name`, in `into` or in memory of their own."""
+        width = self._stored[self._layout[name][0].tensor].shape[1:]
+        target = torch.empty(last - first, *width) if into is None else into
+        passed = 0  # rows of the tensor that lie in the blocks before
         for rows in self._layout[name]:
             start, end = max(first - passed, 0), min(last - passed, rows.num_rows)
+            spec = self._stored[rows.tensor]
+            for piece in row_ranges(spec, rows.first + start, rows.first + max(start, end), _READ_BYTES):
+                at = passed + piece.first - rows.first - first
+                stored = torch.frombuffer(self._source.read(piece), dtype=FLOAT_DTYPES[spec.dtype])
+                part = target[at : at + piece.last - piece.first]
+                part.copy_(stored.view(part.shape))
             passed += rows.num_rows
-            if start < end:
-                spec = self._stored[rows.tensor]
-                block = self._source.read(RowRange(spec, rows.first + start, rows.first + end))
-                part = torch.frombuffer(block, dtype=FLOAT_DTYPES[spec.dtype])
-                parts.append(part.view(end - start, *spec.shape[1:]).float())
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def tensor(self, name: str) -> Tensor:
-        return self.rows(name, 0, self.num_rows(name))
+        return target
 
 
 @torch.no_grad()
@@ -82,6 +82,8 @@ class _Comparison:
     def __init__(self, plan: Plan, config: QWenConfig, base: Weights, output: Weights) -> None:
         self._plan, self._config, self._base, self._output = plan, config, base, output
         self._noise = RoundingNoise()
+        # One block's weights, filled again for every block: fresh memory of that size costs more than the reading.
+        self._buffers: dict[str, Tensor] = {}
         self._rounded = plan.rounded()
         if not plan.format.from_qwen:
             layout = plan.layout.items()
@@ -144,7 +146,10 @@ class _Comparison:
     def _block(self, i: int, weights: Weights) -> QWenBlock:
         with torch.device("meta"):
             block = QWenBlock(self._config, i)
-        state = {name: weights.tensor(f"transformer.h.{i}.{name}") for name in block.state_dict()}
+        state = {}
+        for name, empty in block.state_dict().items():
+            buffer = self._buffers.setdefault(name, torch.empty(empty.shape, device="cpu"))
+            state[name] = weights.rows(f"transformer.h.{i}.{name}", 0, empty.shape[0], buffer)
         block.load_state_dict(state, assign=True)
         return block.eval()
 

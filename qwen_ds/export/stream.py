@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def write_shard(
     ]
     changed: dict[str, ChangedTensor] = {}
     name, change = "", None
-    with BlockWriter(target, shard.tensors, shard.metadata) as writer:
+    with _one_thread(), BlockWriter(target, shard.tensors, shard.metadata) as writer:
         blocks = source.blocks([rows for rows, _ in pieces])
         for (rows, dtype), block in zip(pieces, blocks, strict=True):
             if rows.spec.name != name:
@@ -76,6 +77,18 @@ def write_shard(
                 writer.write(stored.view(torch.uint8).reshape(-1).numpy().data)
             advance(rows.num_bytes)
     return WrittenShard({"bytes": target.stat().st_size, "sha256": writer.sha256()}, changed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes in one thread: more of them would spin while they wait, in the way of those that read, hash and
+    write beside it, and products of this size are not what a merge waits for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _changed_block(

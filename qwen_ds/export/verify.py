@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.plan import Plan, Shard
-from qwen_ds.export.proof import Outputs, spread_positions
-from qwen_ds.export.proof_layered import MAX_ROWS, MAX_TOKENS, layered_outputs
+from qwen_ds.export.proof import Outputs, first_positions, spread_positions
+from qwen_ds.export.proof_layered import layered_outputs
 from qwen_ds.export.proof_whole import memory_needed, whole_outputs
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.configuration import QWenConfig
@@ -138,12 +138,14 @@ def verify_merge(
     started = time.monotonic()
     native = plan.base.folder if plan.format.from_qwen else merged
     encoding, seq_length = load_encoding(native), QWenConfig.from_pretrained(str(native)).seq_length
-    turns = [(Turn("user", text),) for text in prompts or PROMPTS]
-    ids = [torch.tensor(encode_prompt(encoding, Conversation(None, turn)))[:seq_length] for turn in turns]
     if kind == "sampled":
-        outputs = layered_outputs(plan, merged, spread_positions([ids_T[:MAX_TOKENS] for ids_T in ids[:MAX_ROWS]]))
+        # Bare text: of the few tokens that there are, none goes to a system message.
+        rows_T = [torch.tensor(encoding.ordinary(text)[:seq_length]) for text in prompts or PROMPTS]
+        outputs = layered_outputs(plan, merged, first_positions(rows_T))
     else:
-        outputs = whole_outputs(plan, merged, spread_positions(ids))
+        turns = [(Turn("user", text),) for text in prompts or PROMPTS]
+        ids = [encode_prompt(encoding, Conversation(None, turn))[:seq_length] for turn in turns]
+        outputs = whole_outputs(plan, merged, spread_positions([torch.tensor(row) for row in ids]))
     return judge(outputs, kind, time.monotonic() - started)
 
 

@@ -219,7 +219,12 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel:
     options |= {"modules_to_save": sorted(saved & here) or None, "trainable_token_indices": rows or None}
     wrapped = PeftModel(module, LoraConfig(target_modules=sorted(adapter.pairs.keys() & here), **options))
     prefixes = tuple(f"{PEFT_PREFIX}{name}." for name in here)
-    state = {key: adapter.tensor(key).float() for key in adapter.shapes if key.startswith(prefixes)}
+    # A trained bias is one of the module that LoRA wraps.
+    state = {
+        re.sub(r"\.bias$", ".base_layer.bias", key): adapter.tensor(key).float()
+        for key in adapter.shapes
+        if key.startswith(prefixes)
+    }
     unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
     assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
     return wrapped.eval()

@@ -1,13 +1,20 @@
-"""Golden checkpoints in the Qwen2 format, converted once."""
+"""A base that a test may change, and golden checkpoints in the Qwen2 format, converted once."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
+
+
+@pytest.fixture
+def base_dir(small_dir: Path, tmp_path: Path) -> Path:
+    """Golden `small` in a folder that a test may change."""
+    return Path(shutil.copytree(small_dir, tmp_path / "base"))
 
 
 def converted(base: Path, output: Path) -> Path:

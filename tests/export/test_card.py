@@ -56,7 +56,8 @@ def test_the_card_tells_where_the_model_comes_from(cached_base: Path, run: Path,
     assert card.data.base_model == "Qwen/Qwen-7B-Chat"
     assert (card.data.license, card.data.license_link) == ("other", "Tongyi Qianwen LICENSE AGREEMENT.txt")
     assert card.data.library_name == "transformers" and "lora" in card.data.tags
-    assert "- Base: Qwen/Qwen-7B-Chat\n" in text and "adapter of the run adgen" in text
+    assert "\n# Qwen/Qwen-7B-Chat + adgen\n" in text
+    assert "- Base: Qwen/Qwen-7B-Chat\n- Adapter: adgen\n" in text
     for name in ("NOTICE", "Tongyi Qianwen LICENSE AGREEMENT.txt"):
         assert f"[{name}](<{name}>)" in text
         assert (tmp_path / "out" / name).read_bytes() == (cached_base / name).read_bytes()
@@ -101,7 +102,7 @@ def test_the_code_in_the_cards_runs(
     for folder in ("merged", "base-qwen2", "lora"):
         (code,) = python_blocks(tmp_path / folder)
         found: dict[str, object] = {}
-        exec(code, found)
+        exec(code.replace("MODEL", folder).replace("BASE", "base-qwen2"), found)
         assert found["model"] is not None
     assert "<|im_start|>assistant\n" in capsys.readouterr().out
 
