@@ -3,6 +3,8 @@
     python launch/merge.py --base DIR_OR_HUB_ID --adapter runs/NAME/adapter --output DIR
     python launch/merge.py ... --adapter FIRST SECOND                        # the second onto the result of the first
     python launch/merge.py ... --adapter ONE OTHER --weights 0.7 0.3         # a weighted sum of what both change
+    python launch/merge.py ... --format qwen2                                # for engines without the original Qwen
+    python launch/merge.py --base QWEN2_DIR --from qwen2 --output DIR        # and back
 
 The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
 names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof. A merge that was

@@ -19,8 +19,8 @@ from qwen_ds.export.safetensors_file import FLOAT_DTYPES, BlockWriter, RowRange,
 from qwen_ds.export.source import Source
 
 # A block takes about nine times this while it is worked on (fp32 before and after, blocks read ahead, blocks waiting to
-# be written), and stays in the processor's cache for most of that. Larger blocks were no faster.
-BLOCK_BYTES = 2 * 2**20
+# be written), and stays in the processor's cache for most of that: of 2 MiB, its sums took a quarter longer.
+BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)

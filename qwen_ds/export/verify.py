@@ -157,11 +157,14 @@ def judge(outputs: Outputs, kind: Literal["full", "sampled"], seconds: float) ->
     bound = ROUNDINGS_ALLOWED * noise + FP32_NOISE * float(expected_PV.abs().max())
     flips_allowed = ROUNDINGS_ALLOWED * noise_flips + FLIPS_BY_CHANCE
     positions = expected_PV.shape[0]
+    reason = f"largest difference of logits {largest:.3g}, allowed {bound:.3g}"
+    if flips > flips_allowed:
+        reason += f"; another most probable token at {flips} of {positions} positions, allowed {flips_allowed:g}"
     # NaN compares as false: it must not pass.
     passed = largest <= bound and flips <= flips_allowed
     return Verification(
         status="passed" if passed else "failed",
-        reason=f"largest difference of logits {largest:.3g}, allowed {bound:.3g}",
+        reason=reason,
         kind=kind,
         positions=positions,
         max_difference=largest,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ class Shape:
 
 
 CHILD = """
-import json, sys, time
+import json, resource, sys, time
 from pathlib import Path
 
 def kib(name):
@@ -64,9 +65,12 @@ def kib(name):
 
 def measured(work):
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts over
+    used = resource.getrusage(resource.RUSAGE_SELF)
     started = time.monotonic()
     result = work()
-    return result, {"seconds": time.monotonic() - started, "peak_mib": (kib("VmHWM") - imports) / 1024}
+    seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    return result, {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": (kib("VmHWM") - imports) / 1024}
 
 base, adapter, output = map(Path, sys.argv[2:5])
 """
@@ -116,13 +120,14 @@ def make_base(folder: Path, shape: Shape, vocabulary: Path) -> int:
     generator = torch.Generator().manual_seed(0)
     table = (torch.randn(TABLE, generator=generator) * 0.02).bfloat16()
     tensors = shape.tensors()
-    total = sum(torch.Size(size).numel() for size in tensors.values())
+    total = sum(math.prod(size) for size in tensors.values())
     shards: list[list[TensorSpec]] = [[]]
+    placed = 0
     for name, size in tensors.items():
-        in_last = sum(spec.num_rows * spec.items_per_row for spec in shards[-1])
-        if in_last > total / NUM_SHARDS and len(shards) < NUM_SHARDS:
+        if placed >= len(shards) * total / NUM_SHARDS:
             shards.append([])
         shards[-1].append(TensorSpec(name, "BF16", size))
+        placed += math.prod(size)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, specs in zip(files, shards, strict=True):
         with BlockWriter(folder / file, specs, {"format": "pt"}) as writer:
@@ -182,6 +187,7 @@ def copy_and_read(base: Path, target: Path) -> dict[str, Any]:
     """`cp` of the weights, and one read of the same bytes."""
     files = sorted(map(str, base.glob("*.safetensors")))
     target.mkdir()
+    used = os.times()
     started = time.monotonic()
     subprocess.run(["cp", *files, str(target)], check=True)
     copied = time.monotonic() - started
@@ -189,7 +195,8 @@ def copy_and_read(base: Path, target: Path) -> dict[str, Any]:
         with open(name, "rb", buffering=0) as file:
             while file.read(2**22):
                 pass
-    return {"seconds": time.monotonic() - started, "cp_seconds": copied}
+    seconds, after = time.monotonic() - started, os.times()
+    return {"seconds": seconds, "cpu_seconds": sum(after[:4]) - sum(used[:4]), "cp_seconds": copied}
 
 
 def run_child(program: str, *paths: Path) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def measure(folder: Path, shape: Shape, vocabulary: Path, with_peft: bool) -> di
     settle(base)
     found |= run_child(OURS, base, adapter, folder / "merged")
     shutil.rmtree(folder / "merged", ignore_errors=True)
-    if with_peft and available_memory() > 1.25 * size:
+    if with_peft and available_memory() > 1.4 * size:
         settle(base)
         found |= run_child(PEFT, base, adapter, folder / "peft")
     elif with_peft:
@@ -233,7 +240,7 @@ def main() -> None:
     parser.add_argument("--peft", type=bool, default=True, help="run peft's merge_and_unload beside it")
     options = parser.parse()
     shape = Shape(layers=options.layers)
-    needed = 3.05 * 2 * sum(torch.Size(size).numel() for size in shape.tensors().values())
+    needed = 3.05 * 2 * sum(math.prod(size) for size in shape.tensors().values())
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise UserError(f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the benchmark")
