@@ -273,6 +273,9 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     options = {f"--{key}" for key in recipe_keys()} | {
         f"--{field}" for kind in (PredictOptions, EvaluateOptions) for field in kind.__dataclass_fields__
     }
+    options |= {
+        text for action in load_script("launch/merge.py").command_line()._actions for text in action.option_strings
+    }
     in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
     for span in [*code_spans(read(name)), *in_blocks]:
         word = span.split()[0]
