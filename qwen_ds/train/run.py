@@ -57,9 +57,10 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> 
     recipe = resolved.recipe
     setup.check_device(recipe, device)
     data = setup.load_data(recipe)
+    recipe, recomputation = setup.choose_recomputation(recipe, resolved, data, device)
     model = setup.load_model(recipe, resolved, device)
     output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
-    say(start_screen(recipe, resolved.stage, data, model, device))
+    say(start_screen(recipe, resolved.stage, data, model, device, recomputation))
     if recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")
         return 0
@@ -80,7 +81,9 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, note: str = "") -> 
     return 0
 
 
-def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Model, device: torch.device) -> str:
+def start_screen(
+    recipe: Recipe, stage: int, data: setup.Data, model: setup.Model, device: torch.device, recomputation: str
+) -> str:
     """What is about to happen, before the first step."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     steps = total_steps(recipe, data.sampler.steps_per_epoch)
@@ -97,6 +100,7 @@ def start_screen(recipe: Recipe, stage: int, data: setup.Data, model: setup.Mode
             f"training  {steps} steps of {recipe.batch.rows_per_step} rows, about "
             f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(lens))):,} tokens each; lr {recipe.optim.lr:g} "
             f"{recipe.optim.schedule}",
+            *([f"memory    {recomputation}"] if recomputation else []),
             f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",
         ]
     )
