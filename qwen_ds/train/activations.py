@@ -63,8 +63,8 @@ def blocks_bytes(shape: Shape, how: Saving, rows: int, length: int, every: int) 
 
 
 def block_bytes(shape: Shape, how: Saving, rows: int, length: int, *, first: bool) -> int:
-    """One block that is not recomputed. The first block's input needs no gradient where the embedding is not trained."""
-    n, d, i, b = rows * length, shape.hidden, shape.inner, how.b
+    """One block that is not recomputed. The first one's input needs no gradient unless the embedding is trained."""
+    n, i, b = rows * length, shape.inner, how.b
     flows = not first or "wte" in how.whole
     total = _norm(shape, how, n) if flows else 0
     total += _inputs(shape, how, n, ("c_attn",), flows, kept=False)
@@ -135,4 +135,3 @@ def head_bytes(shape: Shape, how: Saving, rows: int, length: int, targets: int) 
 def recomputed_blocks(layers: int, every: int) -> int:
     """How many blocks run forward twice."""
     return -(-layers // every) if every else 0
-

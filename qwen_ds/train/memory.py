@@ -22,8 +22,8 @@ CUDA_CONTEXT = 0.5e9
 # 32 channels with two neighbours each, NCCL_BUFFSIZE = 4 MiB (NCCL's documented defaults).
 NCCL_BUFFERS = 32 * 2 * 4 * 2**20
 MOMENTS = 2  # of AdamW
-# What torch's foreach AdamW makes beside them, in copies of the trained parameters: the root of the second moment; torch
-# 2.0 also kept that plus epsilon.
+# What torch's foreach AdamW makes beside them, in copies of the trained parameters: the root of the second moment;
+# torch 2.0 also kept that plus epsilon.
 TEMPORARIES, TEMPORARIES_TORCH_2_0 = 1, 2
 
 
@@ -133,10 +133,10 @@ def official_memory(shape: Shape, length: int, *, embedding: bool, r: int = 64) 
 
     What its code and the libraries of its time hold (torch 2.0, peft 0.5, autocast in bf16, AdamW, gradient
     checkpointing): the base in bf16; adapters, their gradients and moments in fp32 (peft 0.5 makes them in torch's
-    default dtype); for a base model (`embedding`) copies of wte and lm_head with gradients and moments in bf16. Then the
-    larger of two moments. At the loss: the inputs of all blocks; the logits of every token in bf16, their shifted copy,
-    the fp32 copy that autocast makes for log_softmax, and its result (in the backward pass as much: the result and
-    two gradients in fp32). In AdamW's step: two results of foreach kernels, the size of all trained parameters. A
+    default dtype); for a base model (`embedding`) copies of wte and lm_head with gradients and moments in bf16. Then
+    the larger of two moments. At the loss: the inputs of all blocks; the logits of every token in bf16, their shifted
+    copy, the fp32 copy that autocast makes for log_softmax, and its result (in the backward pass as much: the result
+    and two gradients in fp32). In AdamW's step: two results of foreach kernels, the size of all trained parameters. A
     recomputed block is smaller than the logits: 12 V bytes a token.
     """
     adapter = 4.0 * shape.lora_parameters(r, LINEARS)

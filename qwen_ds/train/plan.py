@@ -1,7 +1,7 @@
 """The planner: what a recipe needs on a machine before it runs, and the least recomputation that fits a memory.
 
-Memory comes from train/memory.py. Time is the sum of what the busiest rank does: matrix products, attention, passes over
-memory, the optimizer, and what of the communication does not hide behind them.
+Memory comes from train/memory.py. Time is the sum of what the busiest rank does: matrix products, attention, passes
+over memory, the optimizer, and what of the communication does not hide behind them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from qwen_ds.train.memory import Memory, MicroBatch, peak_memory, trained_parame
 from qwen_ds.train.shape import LINEARS, Shape
 from qwen_ds.train.zero import Links, Load, Zero, traffic
 
-# Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of its 989 TFLOP/s), and
-# FlashAttention 2 forward and backward together (Dao 2023, section 4: 50 to 73 % on an A100).
+# Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of its 989 TFLOP/s),
+# and FlashAttention 2 forward and backward together (Dao 2023, section 4: 50 to 73 % on an A100).
 PRODUCTS_SHARE, ATTENTION_SHARE = 0.8, 0.5
 # A saved number is written and read once forward and, with its gradient, once each backward.
 PASSES = 4
@@ -173,9 +174,9 @@ def least_recomputation(layers: int, fits: Callable[[int], bool]) -> int | None:
     return next((every for every in recomputations(layers) if fits(every)), None)
 
 
-def in_recipe(every: int) -> str | int:
+def in_recipe(every: int) -> Literal["none", "all"] | int:
     """As model.activation_checkpointing spells it."""
-    return {0: "none", 1: "all"}.get(every, every)
+    return "none" if every == 0 else "all" if every == 1 else every
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +209,8 @@ def candidates(
         last = None
         for budget in BUDGETS:
             work = split(workload, zero.world, budget)
-            if work == last:  # a larger budget changes nothing: a rank's share of the step fits the smaller one
-                break
+            if work == last:  # as with the smaller budget
+                continue
             last = work
 
             def fits(choice: int, zero: Zero = zero, work: Split = work) -> bool:

@@ -64,10 +64,14 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
     links = Links(options.gpus_per_machine, gpu.link)
     every = (0, 2, 1) if options.every_choice else None
     found = plan.candidates(shape, how, zeros, gpu, links, workload, memory, every=every)
+    tokens = float(workload.lens.sum())
     needed = flops.step_flops(
-        shape, method=recipe.method, tokens=float(workload.lens.sum()), squared_tokens=float((workload.lens**2.0).sum()),
-        targets=float(workload.lens.sum()) * options.learnt_share,
-    )  # fmt: skip
+        shape,
+        method=recipe.method,
+        tokens=tokens,
+        targets=tokens * options.learnt_share,
+        squared_tokens=float((workload.lens**2.0).sum()),
+    )
     lines = [
         f"{shape.parameters / 1e9:.2f} billion parameters, {trained_parameters(shape, how) / 1e6:,.1f} million trained "
         f"({recipe.method}); {options.gpus} x {gpu.key} with {memory / 1e9:g} GB, of which {plan.MARGIN:.0%} stay free",
@@ -78,7 +82,7 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
     winner = plan.best(found)
     for candidate in found:
         seconds = candidate.seconds.total
-        rate = workload.lens.sum() / seconds / options.gpus
+        rate = tokens / seconds / options.gpus
         share = flops.utilisation(needed, seconds, options.gpus, gpu)
         end = "  best" if candidate is winner else "" if candidate.fits else "  does not fit"
         lines.append(f"{_row(candidate)}  {seconds:6.2f}  {rate:12,.0f}  {share:4.0%}{end}")
@@ -100,14 +104,21 @@ def _row(candidate: Candidate) -> str:
 
 
 def _closing(
-    loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str], winner: Candidate | None, shape: Shape, longest: int
-) -> list[str]:  # fmt: skip
+    loaded: LoadedRecipe,
+    options: PlanOptions,
+    words: Sequence[str],
+    winner: Candidate | None,
+    shape: Shape,
+    longest: int,
+) -> list[str]:
     lines = []
     if any(zero.offload_optimizer or zero.offload_parameters for zero in _stages(loaded, options.gpus)):
         lines.append("Times leave out what offloading copies to and from the host's memory.")
     if loaded.recipe.method == "lora":
         official = official_memory(shape, longest, embedding=False)
-        lines.append(f"The official finetune.py (r 64, one row of {longest} tokens) would hold {official / 1e9:.1f} GB.")
+        lines.append(
+            f"The official finetune.py (r 64, one row of {longest} tokens) would hold {official / 1e9:.1f} GB."
+        )
     if winner is None:
         return [*lines, "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows (data.max_tokens)."]
     return [*lines, "", command(loaded, options, words, winner)]

@@ -1,7 +1,7 @@
 """What ZeRO spreads over the ranks, what it sends for that, and how long the links take.
 
-Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and DeepSpeed 0.19's own code for
-what it really does (stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py).
+Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and DeepSpeed 0.19's own code
+for what it really does (stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py).
 """
 
 from __future__ import annotations
