@@ -21,7 +21,7 @@ from qwen_ds.train.activations import FP32, Saving
 from qwen_ds.train.hardware import Gpu
 from qwen_ds.train.memory import Memory, MicroBatch, peak_memory, trained_parameters
 from qwen_ds.train.shape import LINEARS, Shape
-from qwen_ds.train.zero import Links, Load, Zero, traffic
+from qwen_ds.train.zero import Links, Load, Tensors, Zero, traffic
 
 # Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of its 989 TFLOP/s),
 # and FlashAttention 2 forward and backward together (Dao 2023, section 4: 50 to 73 % on an A100).
@@ -150,17 +150,27 @@ def step_seconds(
 
 
 def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
-    """What ZeRO must send: its own persistent small tensors stay where they are."""
-    spread = [n_in * n_out for n_in, n_out in map(shape.linear, LINEARS)] * shape.layers + [shape.head] * 2
-    if not how.full:
-        spread += [how.r * width for name in how.targets for width in shape.linear(name)] * shape.layers
-    spread = [numel for numel in spread if numel > zero.small]
-    matrices = [numel for numel in spread if numel >= shape.hidden**2]
-    adapters = sum(spread) - sum(matrices)
+    """What ZeRO must send; ZeRO-3's small tensors lie on every rank.
+
+    The backward pass gathers neither lm_head, which is still there, nor what no gradient flows through: the embedding
+    and the first block's c_attn, where the embedding is not trained.
+    """
+    c_attn = how.b * math.prod(shape.linear("c_attn"))
+    head = float(how.b * shape.head)
+    frozen = [float(how.b * math.prod(shape.linear(name))) for name in LINEARS] * shape.layers + [head] * 2
+    adapters = [FP32 * how.r * width for name in how.targets for width in shape.linear(name)] * shape.layers
+    spread = [float(size) for size in adapters if size > FP32 * zero.small]
+    kept = Tensors.of([float(size) for size in adapters if size <= FP32 * zero.small])
+    forward = Tensors.of(frozen + spread)
+    once = Tensors.of([head] if "wte" in how.whole else [head, head, c_attn])
     return Load(
-        how.b * sum(matrices) + (FP32 if not how.full else how.b) * adapters, len(spread),
-        trained_parameters(shape, how), micro_batches,
-    )  # fmt: skip
+        forward,
+        Tensors(forward.size - once.size, forward.count - once.count),
+        forward if how.full else Tensors.of(spread),
+        Tensors(kept.size + how.b * shape.small_parameters, kept.count + 3 * shape.layers + 1),
+        trained_parameters(shape, how),
+        micro_batches,
+    )
 
 
 def recomputations(layers: int) -> list[int]:

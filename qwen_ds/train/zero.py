@@ -7,6 +7,7 @@ for what it really does (stage_1_and_2.py, stage3.py, partitioned_param_coordina
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_ds.train.ds_config import Json
@@ -80,15 +81,31 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a step must send, whatever the stage."""
+class Tensors:
+    """Some tensors: bytes in all, and how many, since ZeRO-3 gathers module by module."""
 
-    weight_bytes: float
-    """Of the parameters that ZeRO-3 spreads."""
-    weight_tensors: int
-    """How many of them there are: ZeRO-3 gathers module by module."""
-    trainable: int
-    """Trained parameters; their gradients and values travel in fp32."""
+    size: float
+    count: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[float]) -> Tensors:
+        return cls(sum(sizes), len(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step must send, whatever the stage; forward to small are ZeRO-3's."""
+
+    forward: Tensors
+    """Gathered in a forward pass."""
+    backward: Tensors
+    """Gathered again in a backward pass."""
+    trained: Tensors
+    """Of those of the forward pass, what each step changes."""
+    small: Tensors
+    """Too small to be spread; gathered after each step."""
+    trained_parameters: int
+    """Their gradients, and under ZeRO-2 their values, travel in fp32."""
     micro_batches: int
 
 
@@ -97,26 +114,33 @@ def traffic(zero: Zero, load: Load) -> list[Collective]:
 
     ZeRO-0 averages the gradients once a step. ZeRO-1 and 2 all-reduce each bucket of every micro-batch (DeepSpeed's
     default, use_multi_rank_bucket_allreduce, although each rank keeps its own share only) and gather the updated
-    parameters. ZeRO-3 gathers every weight for the forward and again for the backward pass of each micro-batch (what it
-    recomputes lies between the two), the second time within the machine under hpZ, and reduce-scatters the gradients.
+    parameters. ZeRO-3 gathers the weights for the forward and again for the backward pass of each micro-batch, and
+    reduce-scatters the gradients. Under hpZ it gathers within the machine what has been there since it last changed:
+    all but the first gathering of what is trained, and for ever what is frozen.
     """
     n, m = zero.world, load.micro_batches
-    gradient = 4.0 * load.trainable
+    gradient = 4.0 * load.trained_parameters
+    buckets = math.ceil(load.trained_parameters / zero.reduce_bucket)
     if n == 1:
         return []
     if zero.stage == 0:
         return [Collective("average gradients", gradient, 1, n, rounds=2)]
     if zero.stage < 3:
-        buckets = math.ceil(load.trainable / zero.reduce_bucket)
         return [
             Collective("average gradients", m * gradient, m * buckets, n, rounds=2),
             Collective("gather updated parameters", gradient, 1, n),
         ]
-    near = zero.hpz if zero.hpz > 1 else n
+    size, count = m * (load.forward.size + load.backward.size), m * (load.forward.count + load.backward.count)
+    gathered = [Collective("gather weights", size, count, n)]
+    if zero.hpz > 1:
+        gathered = [
+            Collective("gather weights", load.trained.size, load.trained.count, n),
+            Collective("gather weights in the machine", size - load.trained.size, count - load.trained.count, zero.hpz),
+        ]
     return [
-        Collective("gather weights, forward", m * load.weight_bytes, m * load.weight_tensors, n),
-        Collective("gather weights, backward", m * load.weight_bytes, m * load.weight_tensors, near),
-        Collective("scatter gradients", m * gradient, m * math.ceil(load.trainable / zero.reduce_bucket), n),
+        *gathered,
+        Collective("scatter gradients", m * gradient, m * buckets, n),
+        Collective("gather updated parameters", load.small.size, load.small.count, n),
     ]
 
 

@@ -218,13 +218,18 @@ def test_collectives_move_what_ring_algorithms_move() -> None:
     assert two == pytest.approx(12.5, rel=1e-4)  # half of it comes from the other machine, over 4 adapters
 
 
-def test_zero_3_gathers_every_weight_twice_a_micro_batch() -> None:
-    load = plan.load(QWEN_7B, HOW, Zero(3, 8, 4096**2, small=40960), micro_batches=5)
-    sent = traffic(Zero(3, 8, 4096**2, small=40960), load)
-    frozen = 2 * (QWEN_7B.block_matrices + 2 * QWEN_7B.head)
-    assert [c.size for c in sent[:2]] == [pytest.approx(5 * frozen, rel=0.01)] * 2
-    near = traffic(replace(Zero(3, 16, 4096**2, small=40960), hpz=8), load)
-    assert [c.ranks for c in near] == [16, 8, 16]
+def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machine() -> None:
+    zero = Zero(3, 16, 4096**2, small=40960)
+    load = plan.load(QWEN_7B, HOW, zero, micro_batches=5)
+    blocks, ends = 2 * QWEN_7B.block_matrices, 2 * 2 * QWEN_7B.head
+    far, gradients, _ = traffic(zero, load)
+    assert far.size == pytest.approx(5 * (2 * blocks + ends), rel=0.01) and far.ranks == 16
+    assert gradients.size == 5 * 4 * 10_158_080
+    adapter, near, *_ = traffic(replace(zero, hpz=8), load)
+    assert (adapter.ranks, near.ranks) == (16, 8) and adapter.size < 4 * 10_158_080
+    assert adapter.size + near.size == pytest.approx(far.size)
+    full = plan.load(QWEN_7B, Saving.of(Recipe(method="full"), on_gpu=True), zero, micro_batches=5)
+    assert traffic(replace(zero, hpz=8), full)[0].size == pytest.approx(blocks + ends)
     assert traffic(Zero(3, 1), load) == []
 
 
