@@ -224,15 +224,15 @@ What follows. With LoRA, ZeRO-2 scales as far as there are rows: it sends the ad
 micro-batch, whatever the number of GPUs. At 128 rows a step it ends at 32 GPUs, where micro-batches are so small that
 a step no longer gets shorter. ZeRO-3 sends the weights twice for each micro-batch and ends at one machine: its ring has
 as many steps as there are GPUs, and every module's gathering pays the latency of each of them. hpZ
-(`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off the network, since frozen ones never change: one
-adapter for each machine then costs no more time than one for each GPU. What is left are the gatherings of the adapters'
-own matrices. It costs a second copy of the weights in each machine, and is what a model that does not fit wants.
+(`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off the network, since frozen ones never change:
+400 Gb/s for a whole machine then serve as well as for each GPU. What is left are the gatherings of the adapters' own
+small matrices, one by one. hpZ costs a second copy of the weights in each machine; it is for what does not fit one GPU.
 
 ## Measured: DeepSpeed's comms logger, 2, 4 and 8 CPU ranks
 
-tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro} micro-batches; KB that
-a rank puts into its collectives (its share of what is gathered; the whole of what is reduced). ZeRO-3's bounds on what
-stays gathered are in the proportion that ds_configs/zero3.json has to the 7B.
+tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro} micro-batches; KB
+that a rank puts into its collectives (its share of what is gathered; the whole of what is reduced). ZeRO-3's bounds
+on what stays gathered are in the proportion that ds_configs/zero3.json has to the 7B.
 
 {measured}
 
