@@ -206,7 +206,8 @@ machine: the first part is arithmetic, the second holds its bytes against real c
 Rows like AdvertiseGen's (157 tokens, two thirds learnt), micro-batches of 2,048 tokens, nothing recomputed. GB: what
 each GPU receives in a step. Waits: the share of the step in which it waits for communication that nothing hides. NVLink
 450 GB/s in machines of 8; the volumes are `traffic` and the times `Links.seconds` of qwen_ds/train/zero.py (rings, and
-a latency for each step of a ring from NCCL's tuning table).
+a latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so a few GPUs are faster
+each than one.
 
 ### {rows} rows for each GPU, 400 Gb/s for each GPU between machines
 
