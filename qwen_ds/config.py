@@ -90,6 +90,11 @@ class LoraOptions:
     """Modules: c_attn, c_proj (both), attn.c_proj, mlp.c_proj, w1, w2."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """The LoRA variant."""
+    special_rows: str | bool = "auto"  # YAML reads a bare on or off as true or false
+    """Train the rows of <|endoftext|>, <|im_start|> and <|im_end|> in wte and lm_head too, without which a base model
+    never learns to stop: on, off, or auto, which is on where generation_config.json does not say chat_format chatml."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion parameters of the 7B."""
     init_from: str | None = None
     """Folder of an adapter to continue from."""
 
@@ -142,6 +147,12 @@ class EvalOptions:
 
     every_steps: int | None = None
     """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a lower loss; unset: never."""
+    samples: int = 3
+    """Rows of the evaluation data that are answered, greedily, at each evaluation (samples.jsonl, TensorBoard)."""
+    sample_tokens: int = 64
+    """Tokens of such an answer at most."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +160,19 @@ class SaveOptions:
     """Saved steps."""
 
     every_steps: int = 382
-    """Optimizer steps between two saved adapters under checkpoints/."""
+    """Optimizer steps between two checkpoints."""
     keep: int = 32
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the best one stays, too."""
+    before_minutes: float = 5.0
+    """Save and stop this long before the time limit of the Slurm job that the run is in."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Going on in a run folder."""
+
+    allow_changes: list[str] = field(default_factory=list)
+    """Recipe keys or sections that may differ from those the run began with, such as optim.epochs or data."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,7 @@ class Recipe:
     log: LogOptions = field(default_factory=LogOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
+    resume: ResumeOptions = field(default_factory=ResumeOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
 
 
@@ -305,6 +327,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora.r": _POSITIVE,
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE,
+    "lora.special_rows": ("auto, on or off", lambda x: x in ("auto", "on", "off", True, False)),
     "optim.lr": _NOT_NEGATIVE,
     "optim.betas": ("two numbers from 0 to less than 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
     "optim.eps": _POSITIVE,
@@ -317,7 +340,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch.tokens_per_micro_batch": _POSITIVE,
     "log.every_steps": _POSITIVE,
     "eval.every_steps": _POSITIVE,
+    "eval.patience": _POSITIVE,
+    "eval.samples": _NOT_NEGATIVE,
+    "eval.sample_tokens": _POSITIVE,
     "save.every_steps": _POSITIVE,
+    "save.before_minutes": _NOT_NEGATIVE,
     "save.keep": _POSITIVE,
     "distributed.timeout_minutes": _POSITIVE,
 }

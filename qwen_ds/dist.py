@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -64,6 +65,12 @@ def has_rendezvous() -> bool:
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
+def job_ends_at() -> float | None:
+    """When the Slurm job that we run in is killed, in seconds since 1970; None without one."""
+    end = os.environ.get("SLURM_JOB_END_TIME")
+    return float(end) if end else None
+
+
 def nvidia_card_present() -> bool:
     """Whether the system knows an NVIDIA GPU, whatever torch thinks of it."""
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
@@ -87,6 +94,16 @@ def max_floats(*values: float) -> list[float]:
     return _reduced(list(values), torch_dist.ReduceOp.MAX)
 
 
+def broadcast(tensor: torch.Tensor) -> None:
+    """Overwrite every rank's tensor with rank 0's (a collective); same shape and dtype everywhere."""
+    torch_dist.broadcast(tensor, src=0)
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text (a collective)."""
+    return gather_texts(text if rank() == 0 else "")[0]
+
+
 def barrier() -> None:
     """Wait for every rank (a collective)."""
     torch_dist.barrier()
@@ -99,6 +116,12 @@ def gather_texts(text: str) -> list[str]:
     texts: list[str] = [""] * world_size()
     torch_dist.all_gather_object(texts, text)
     return texts
+
+
+def own_store(name: str) -> torch_dist.Store:
+    """The rendezvous store through a connection of its own (a waiting call blocks nobody else), keys under `name`."""
+    store: Any = torch_dist.distributed_c10d._get_default_store()
+    return torch_dist.PrefixStore(name, store.clone())  # clone: not in torch's type stubs
 
 
 def once(make: Callable[[], object], name: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_ds.config import Recipe
-from qwen_ds.train.shape import Shape, matched
+from qwen_ds.train.shape import ENDS, Shape, matched
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP32 = 4
@@ -25,6 +25,8 @@ class Saving:
     full: bool
     whole: frozenset[str]
     """Of wte and lm_head, those that are trained whole."""
+    rows: bool
+    """Whether special rows of both are trained."""
     r: int
     targets: frozenset[str]
     """Of LINEARS; none in full training."""
@@ -36,10 +38,16 @@ class Saving:
     def of(cls, recipe: Recipe, *, on_gpu: bool) -> Saving:
         full, lora = recipe.method == "full", recipe.lora
         return cls(
-            BYTES[recipe.model.dtype], full, frozenset(("wte", "lm_head") if full else ()), lora.r,
+            BYTES[recipe.model.dtype], full, frozenset(ENDS if full else lora.modules_to_save),
+            not full and lora.special_rows not in ("off", False), lora.r,
             frozenset(() if full else matched(lora.targets)), lora.dropout > 0 and not full,
             recipe.model.attention == "eager", on_gpu,
         )  # fmt: skip
+
+    @property
+    def embedding(self) -> bool:
+        """Whether the first block's input needs a gradient."""
+        return self.rows or "wte" in self.whole
 
     def trains(self, *names: str) -> bool:
         return self.full or not self.targets.isdisjoint(names)
@@ -53,7 +61,8 @@ def blocks_bytes(shape: Shape, how: Saving, rows: int, length: int, every: int) 
     """
     total = 2 * length * (shape.hidden // shape.heads // 2) * FP32  # cos and sin, [1, T, W / 2] each
     total += length**2 if every and how.eager else 0  # the mask, as an input
-    total += rows * length * 8 if "wte" in how.whole else 0  # the ids, for the embedding's gradient
+    total += rows * length * 8 if how.embedding else 0  # the ids, for the embedding's gradient
+    total += rows * length if how.rows else 0  # and where they are special
     for layer in range(shape.layers):
         if every and layer % every == 0:
             total += rows * length * shape.hidden * how.b
@@ -65,7 +74,7 @@ def blocks_bytes(shape: Shape, how: Saving, rows: int, length: int, every: int) 
 def block_bytes(shape: Shape, how: Saving, rows: int, length: int, *, first: bool) -> int:
     """One block that is not recomputed. The first one's input needs no gradient unless the embedding is trained."""
     n, i, b = rows * length, shape.inner, how.b
-    flows = not first or "wte" in how.whole
+    flows = not first or how.embedding
     total = _norm(shape, how, n) if flows else 0
     total += _inputs(shape, how, n, ("c_attn",), flows, kept=False)
     flows = flows or how.trains("c_attn")

@@ -16,7 +16,6 @@ import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.utils import safe_get_full_fp32_param
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from qwen_ds import dist
 from qwen_ds.config import OptimOptions
 from qwen_ds.errors import UserError
 from qwen_ds.train.ds_config import Json, ResolvedConfig
+from qwen_ds.train.engine_state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights
 from qwen_ds.train.loss import TrainingModel
 
@@ -157,7 +157,8 @@ class Engine:
         self.overflows = 0
         if self.stage == 3:
             # ZeRO-3 brings a weight in for the module that owns it; these modules use one that another owns.
-            deepspeed.zero.register_external_parameter(model.loss_head, model.loss_head.weight)
+            for weight in model.loss_head.borrowed:
+                deepspeed.zero.register_external_parameter(model.loss_head, weight)
             for module, weight in borrowed_weights(model):
                 deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -169,6 +170,7 @@ class Engine:
         )
         self.device = self._ds.device
         self.model: TrainingModel = self._ds.module
+        self.state = TrainableState(self.model.model, self._optimizer, self.stage, self.device)
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -218,22 +220,16 @@ class Engine:
 
         A collective: ZeRO keeps the fp32 values in pieces over the ranks.
         """
-        collected: dict[str, Tensor] = {}
-        for name, parameter in self.model.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if dist.rank() == 0:
-                assert value is not None, name
-                collected[name] = value.float().cpu().clone()
-        return collected
+        found = {name: tensor for name, _, tensor in self.state.gather(VALUE)}
+        return found if dist.rank() == 0 else {}
 
     def all_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, complete, on the CPU (a collective); empty on ranks other than 0."""
+        trained = set(self.state.names())
+        for name, _, tensor in self.state.gather(VALUE):
+            yield name, tensor.to(dtype)
         for name, parameter in self.model.model.named_parameters():
-            if parameter.requires_grad and self.stage > 0:
-                value = safe_get_full_fp32_param(parameter)
-            else:
+            if name not in trained:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                    value = parameter.detach().clone() if dist.rank() == 0 else None
-            yield name, (value.to(dtype).cpu() if dist.rank() == 0 and value is not None else torch.empty(0))
+                    value = parameter.detach().to(dtype).cpu() if dist.rank() == 0 else torch.empty(0)
+                yield name, value

@@ -60,7 +60,11 @@ class MicroBatch:
 
 
 def trained_parameters(shape: Shape, how: Saving) -> int:
-    return shape.parameters if how.full else shape.lora_parameters(how.r, how.targets) + shape.head * len(how.whole)
+    """Of the recipe; three special rows of wte and three of lm_head."""
+    if how.full:
+        return shape.parameters
+    rows = 2 * 3 * shape.hidden if how.rows else 0
+    return shape.lora_parameters(how.r, how.targets) + shape.head * len(how.whole) + rows
 
 
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:

@@ -20,7 +20,7 @@ from qwen_ds.train import activations, flops
 from qwen_ds.train.activations import FP32, Saving
 from qwen_ds.train.hardware import Gpu
 from qwen_ds.train.memory import Memory, MicroBatch, peak_memory, trained_parameters
-from qwen_ds.train.shape import LINEARS, Shape
+from qwen_ds.train.shape import ENDS, LINEARS, Shape
 from qwen_ds.train.zero import Links, Load, Tensors, Zero, traffic
 
 # Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of its 989 TFLOP/s),
@@ -152,21 +152,23 @@ def step_seconds(
 def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
     """What ZeRO must send; ZeRO-3's small tensors lie on every rank.
 
-    The backward pass gathers neither lm_head, which is still there, nor what no gradient flows through: the embedding
-    and the first block's c_attn, where the embedding is not trained.
+    The backward pass gathers neither lm_head, which is still there, nor what no gradient flows through: an embedding
+    that is not trained whole, and the first block's c_attn where nothing of the embedding is trained.
     """
-    c_attn = how.b * math.prod(shape.linear("c_attn"))
-    head = float(how.b * shape.head)
-    frozen = [float(how.b * math.prod(shape.linear(name))) for name in LINEARS] * shape.layers + [head] * 2
+    c_attn = float(how.b * math.prod(shape.linear("c_attn")))
+    ends = {name: float((FP32 if name in how.whole and not how.full else how.b) * shape.head) for name in ENDS}
+    frozen = [float(how.b * math.prod(shape.linear(name))) for name in LINEARS] * shape.layers + list(ends.values())
     adapters = [FP32 * how.r * width for name in how.targets for width in shape.linear(name)] * shape.layers
     spread = [float(size) for size in adapters if size > FP32 * zero.small]
     kept = Tensors.of([float(size) for size in adapters if size <= FP32 * zero.small])
     forward = Tensors.of(frozen + spread)
-    once = Tensors.of([head] if "wte" in how.whole else [head, head, c_attn])
+    once = Tensors.of(
+        [ends["lm_head"], *([] if "wte" in how.whole else [ends["wte"]]), *([] if how.embedding else [c_attn])]
+    )
     return Load(
         forward,
         Tensors(forward.size - once.size, forward.count - once.count),
-        forward if how.full else Tensors.of(spread),
+        forward if how.full else Tensors.of(spread + [ends[name] for name in how.whole]),
         Tensors(kept.size + how.b * shape.small_parameters, kept.count + 3 * shape.layers + 1),
         trained_parameters(shape, how),
         micro_batches,

@@ -19,7 +19,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora, plan
+from qwen_ds.train import ds_config, engine, lora, plan, special_rows
 from qwen_ds.train.activations import Saving
 from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.memory import peak_memory
@@ -37,6 +37,11 @@ class Data:
     train: TokenRows
     eval: TokenRows | None
     sampler: StepSampler
+
+    @property
+    def sha256(self) -> str:
+        """Of the token rows, for training and for evaluation."""
+        return self.train.sha256 + ("" if self.eval is None else f" {self.eval.sha256}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +94,15 @@ def load_data(recipe: Recipe) -> Data:
 
     dist.once_per_machine(make, "data")
     rows = prepare(recipe.data, Path(recipe.model.path), seed=recipe.seed)
-    seen = dist.gather_texts(f"{rows.train.sha256} {rows.eval.sha256 if rows.eval is not None else ''}")
-    if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
-        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
     sampler = StepSampler(
         rows.train, recipe.batch.rows_per_step, recipe.seed, dist.world_size(), dist.rank(),
         recipe.batch.tokens_per_micro_batch,
     )  # fmt: skip
-    return Data(rows.train, rows.eval, sampler)
+    data = Data(rows.train, rows.eval, sampler)
+    seen = dist.gather_texts(data.sha256)
+    if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
+        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
+    return data
 
 
 def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:
@@ -112,13 +118,13 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
         if resolved.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
         recompute_blocks(model, recipe.model.activation_checkpointing)
-        transformer, lm_head = model.transformer, model.lm_head
         if recipe.method == "full":
-            return Model(TrainingModel(model, transformer, lm_head), None, lora.count_parameters(model))
-        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed)
+            return Model(TrainingModel(model, model.transformer, model.lm_head), None, lora.count_parameters(model))
+        rows = special_rows.special_ids(Path(recipe.model.path)) if recipe.lora.special_rows == "on" else []
+        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows)
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
-    training = TrainingModel(wrapped, transformer, lm_head)
+    training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 

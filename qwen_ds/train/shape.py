@@ -12,6 +12,7 @@ from qwen_ds.model.configuration import QWenConfig
 
 # The linear maps of a block in the order in which they run, by the names that lora.targets gives them.
 LINEARS = ("c_attn", "attn.c_proj", "w1", "w2", "mlp.c_proj")
+ENDS = ("wte", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import engine, setup
 from qwen_ds.train.run import run_in_group
+from qwen_ds.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def _keep_pytests_log_handlers() -> Iterator[None]:
 
 def mistake(arguments: list[str]) -> str:
     with pytest.raises(UserError) as error:
-        run_in_group(load_recipe(arguments), torch.device("cpu"))
+        run_in_group(load_recipe(arguments), torch.device("cpu"), Watchdog(10, launched=False))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -110,7 +111,8 @@ def test_an_adapter_of_another_base_is_named_by_its_shape(
 def test_an_adapter_with_whole_matrices_names_the_way_out(small_job: list[str], tmp_path: Path, golden: Path) -> None:
     """The official finetune.py on a base model saves wte and lm_head whole."""
     options = ["--lora.init_from", str(golden / "lora_base" / "adapter"), "--output_dir", str(tmp_path / "run")]
-    assert "launch/merge.py" in mistake([*small_job, *options])
+    message = mistake([*small_job, *options])
+    assert "launch/merge.py" in message and "lora.modules_to_save" in message
 
 
 def test_a_target_without_module(small_job: list[str], tmp_path: Path) -> None:

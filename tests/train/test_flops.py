@@ -71,9 +71,8 @@ def counted(recipe: Recipe, *, padding: bool = False, rows: int = 48) -> tuple[i
     """What torch counts over the micro-batches of one step, and the step's real tokens; or all, with the padding."""
     model = QWenLMHeadModel._from_config(CONFIG, dtype=torch.bfloat16)
     recompute_blocks(model, recipe.model.activation_checkpointing)
-    transformer, head = model.transformer, model.lm_head
     wrapped = model if recipe.method == "full" else add_lora(model, recipe.lora, base="", seed=0)
-    training = TrainingModel(wrapped, transformer, head).train()
+    training = TrainingModel(wrapped, model.transformer, model.lm_head).train()
     sampler = StepSampler(Rows(rows), rows, 0, 1, 0, BatchOptions().tokens_per_micro_batch)
     window = sampler.window(0, 0)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:

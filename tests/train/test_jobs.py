@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_ds.train.lora import add_lora
+from tests.jobs import free_port
 
 pytestmark = pytest.mark.job
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -85,7 +79,7 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
     out = tmp_path / "run"
     options = ["--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--output_dir", str(out)]
-    options += ["--save.every_steps", "4", "--save.keep", "1"]
+    options += ["--save.every_steps", "4", "--save.keep", "1", "--eval.sample_tokens", "4"]
     command = [
         "deepspeed",
         "--num_gpus",
@@ -102,11 +96,12 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     assert run.returncode == 0, run.stderr[-3000:]
     for name in (
         "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl", "loss.png",
-        "report.html", "adapter/adapter_config.json", "checkpoints/step_000008/adapter/adapter_model.safetensors",
+        "report.html", "adapter/adapter_config.json", "checkpoints/step_000010/adapter/adapter_model.safetensors",
+        "checkpoints/step_000010/state.json", "latest", "best", "samples.jsonl",
     ):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
     assert list((out / "tensorboard").iterdir())
-    assert not (out / "checkpoints" / "step_000004").exists(), "save.keep is 1"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], "save.keep is 1, and it is the best"
     assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
     assert "eval_loss" in (out / "metrics.jsonl").read_text()
     assert "10 steps in" in run.stdout and "trainable of" in run.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train.activations import Saving, blocks_bytes, head_bytes
 from qwen_ds.train.lora import add_lora
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.memory import MicroBatch, official_memory, peak_memory
+from qwen_ds.train.memory import MicroBatch, official_memory, peak_memory, trained_parameters
 from qwen_ds.train.setup import DTYPES, recompute_blocks
 from qwen_ds.train.shape import LINEARS, Shape
 from qwen_ds.train.zero import Zero
@@ -29,9 +31,11 @@ def training_model(recipe: Recipe, config: QWenConfig = TINY) -> TrainingModel:
         config, dtype=DTYPES[recipe.model.dtype], attn_implementation=recipe.model.attention
     )
     recompute_blocks(model, recipe.model.activation_checkpointing)
-    transformer, head = model.transformer, model.lm_head
-    wrapped: nn.Module = model if recipe.method == "full" else add_lora(model, recipe.lora, base="", seed=0)
-    return TrainingModel(wrapped, transformer, head).train()
+    if recipe.method == "full":
+        return TrainingModel(model, model.transformer, model.lm_head).train()
+    rows = [3, 4, 5] if recipe.lora.special_rows == "on" else []
+    wrapped = add_lora(model, recipe.lora, base="", seed=0, row_ids=rows)
+    return TrainingModel(wrapped, model.transformer, model.lm_head).train()
 
 
 def saved_bytes(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> int:
@@ -50,9 +54,12 @@ def saved_bytes(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def lora_recipe(targets: list[str], dropout: float, dtype: str, attention: str, every: str | int) -> Recipe:
+def lora_recipe(
+    targets: list[str], dropout: float, dtype: str, attention: str, every: str | int, **lora: Any
+) -> Recipe:
     options = ModelOptions(dtype=dtype, attention=attention, activation_checkpointing=every)  # type: ignore[arg-type]
-    return Recipe(model=options, lora=LoraOptions(r=4, dropout=dropout, targets=targets))
+    adapter = LoraOptions(r=4, dropout=dropout, targets=targets, **({"special_rows": "off"} | lora))
+    return Recipe(model=options, lora=adapter)
 
 
 RECIPES = [
@@ -62,6 +69,8 @@ RECIPES = [
       for dropout in (0.0, 0.05) for dtype in ("bfloat16", "float32") for attention in ("sdpa", "eager")),
     lora_recipe(["mlp.c_proj"], 0.05, "bfloat16", "sdpa", "none"),
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
+    lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
+    lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
     *(Recipe(method="full", model=ModelOptions(activation_checkpointing=every)) for every in ("none", 2, "all")),
 ]  # fmt: skip
 
@@ -70,7 +79,7 @@ RECIPES = [
 @pytest.mark.parametrize(
     "recipe", RECIPES,
     ids=lambda r: f"{r.method}-{r.lora.targets}-{r.lora.dropout}-{r.model.dtype}-{r.model.attention}-"
-    f"{r.model.activation_checkpointing}",
+    f"{r.model.activation_checkpointing}-{r.lora.special_rows}-{r.lora.modules_to_save}",
 )  # fmt: skip
 def test_saved_tensors_are_predicted(recipe: Recipe, rows: int, length: int) -> None:
     model = training_model(recipe)
@@ -112,9 +121,10 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
         assert sum(p.numel() for p in QWenLMHeadModel(TINY).parameters()) == Shape.of(TINY).parameters
     assert QWEN_7B.parameters == 7_721_324_544
     assert QWEN_7B.lora_parameters(8, ["c_attn", "c_proj"]) == 10_158_080
-    recipe = lora_recipe(ALL_FOUR, 0.0, "bfloat16", "sdpa", "none")
-    trained = [p.numel() for p in training_model(recipe).parameters() if p.requires_grad]
-    assert sum(trained) == Shape.of(TINY).lora_parameters(4, ALL_FOUR)
+    for more in ({}, {"special_rows": "on"}, {"modules_to_save": ["wte"]}):
+        recipe = lora_recipe(ALL_FOUR, 0.0, "bfloat16", "sdpa", "none", **more)
+        trained = [p.numel() for p in training_model(recipe).parameters() if p.requires_grad]
+        assert sum(trained) == trained_parameters(Shape.of(TINY), Saving.of(recipe, on_gpu=False))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import BatchOptions, ModelOptions, Recipe, load_recipe
+from qwen_ds.config import BatchOptions, LoraOptions, ModelOptions, Recipe, load_recipe
 from qwen_ds.data.batches import Part, StepSampler
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.train import plan, setup
+from qwen_ds.train import plan, resume, setup
 from qwen_ds.train.activations import Saving, recomputed_blocks
 from qwen_ds.train.ds_config import read_json, resolve
 from qwen_ds.train.hardware import gpu_named
@@ -28,11 +28,12 @@ from qwen_ds.train.memory import peak_memory
 from qwen_ds.train.plan import Workload
 from qwen_ds.train.run import run_in_group
 from qwen_ds.train.shape import Shape
+from qwen_ds.train.watchdog import Watchdog
 from qwen_ds.train.zero import Collective, Links, Zero, traffic
 
 ROOT = Path(__file__).parents[2]
 QWEN_7B = Shape.of(QWenConfig())
-HOW = Saving.of(Recipe(), on_gpu=True)
+HOW = Saving.of(Recipe(lora=LoraOptions(special_rows="off")), on_gpu=True)
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +105,15 @@ def test_the_start_screen_and_the_recipe_that_goes_on_hold_a_definite_value(
     small_job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--output_dir", str(tmp_path / "run"), "--dry_run", "true", "--model.memory_gb", "1"]
-    run_in_group(load_recipe([*small_job, *options]), torch.device("cpu"))
+    run_in_group(load_recipe([*small_job, *options]), torch.device("cpu"), Watchdog(10, launched=False))
     assert "memory    activation checkpointing auto is none: predicted peak" in capsys.readouterr().out
+
+
+def test_a_run_is_taken_up_whatever_auto_chooses_then() -> None:
+    """The memory that is free may have changed, the numbers have not."""
+    models = (ModelOptions(activation_checkpointing="none"), ModelOptions(activation_checkpointing=2, memory_gb=10.0))
+    first, second = (resume.identity(Recipe(model=model), {}, "") for model in models)
+    assert first == second != resume.identity(Recipe(seed=1), {}, "")
 
 
 def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> None:
