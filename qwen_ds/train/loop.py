@@ -85,18 +85,12 @@ def train(
             if best.out_of_patience(recipe.eval.patience):
                 break
             progress.begin_step()
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            watchdog.at(step + 1, "reading the batch")
-            window = data.sampler.window(epoch, step_in_epoch)
-            lr = lr_at(step, steps, recipe.optim)
-            engine.set_lr(lr)
             try:
-                loss, targets, grad_norm = train_step(recipe, step, window, data.train, engine, watchdog)
+                finished = train_step(recipe, step, steps, data, engine, watchdog)
             except NotFinite as error:
                 stop_not_finite(error, engine, saver, state(step))
-            statistics = data.sampler.statistics(epoch, step_in_epoch)
-            done = step + 1
-            progress.end_step(Step(done, epoch, loss, targets, lr, grad_norm, engine.overflows, statistics))
+            progress.end_step(finished)
+            done = finished.number
             watchdog.at(done, "agreeing to go on")
             stop_because = request.agreed() if done < steps else None
             due = evaluator is not None and evaluator.due(done, steps, steps_per_epoch)
@@ -116,21 +110,34 @@ def train(
         return outcome
 
 
-def train_step(
-    recipe: Recipe, step: int, window: list[Batch], rows: TokenRows, engine: Engine, watchdog: Watchdog
-) -> tuple[float, int, float]:
-    """One optimizer step over all its micro-batches: loss sum and targets of all ranks, gradient norm.
+def train_step(recipe: Recipe, step: int, steps: int, data: Data, engine: Engine, watchdog: Watchdog) -> Step:
+    """Optimizer step `step` (0-based) over all its micro-batches.
 
-    A step without anything to learn leaves the weights alone: (0, 0, 0).
+    A step without anything to learn leaves the weights alone: loss, targets and norm are 0.
 
     Raises:
         NotFinite: on every rank, with the rows that are to blame.
     """
-    world, rank = dist.world_size(), dist.rank()
+    epoch, step_in_epoch = divmod(step, data.sampler.steps_per_epoch)
+    watchdog.at(step + 1, "reading the batch")
+    window = data.sampler.window(epoch, step_in_epoch)
+    lr = lr_at(step, steps, recipe.optim)
+    engine.set_lr(lr)
     watchdog.at(step + 1, "counting what there is to learn")
     targets = int(dist.sum_floats(sum(batch.num_targets for batch in window))[0])
-    if targets == 0:
-        return 0.0, 0, 0.0
+    loss = grad_norm = 0.0
+    if targets:
+        loss = accumulate(recipe, step, window, targets, data.train, engine, watchdog)
+        grad_norm = update(step, window, data.train, engine)
+    statistics = data.sampler.statistics(epoch, step_in_epoch)
+    return Step(step + 1, epoch, loss, targets, lr, grad_norm, engine.overflows, statistics)
+
+
+def accumulate(
+    recipe: Recipe, step: int, window: list[Batch], targets: int, rows: TokenRows, engine: Engine, watchdog: Watchdog
+) -> float:
+    """Forward and backward over this rank's micro-batches; the loss sum of all ranks, which is finite."""
+    world, rank = dist.world_size(), dist.rank()
     window_loss = 0.0
     bad_rows: list[int] = []
     for i, batch in enumerate(window):
@@ -150,6 +157,11 @@ def train_step(
     loss, bad = dist.sum_floats(window_loss, len(bad_rows))
     if bad:  # on every rank, before the gradient can reach the weights
         not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows)
+    return loss
+
+
+def update(step: int, window: list[Batch], rows: TokenRows, engine: Engine) -> float:
+    """Apply the accumulated gradient; its norm before clipping."""
     all_rows = [row for batch in window for row in batch.row_ids]
     try:
         result = engine.step()
@@ -157,7 +169,7 @@ def train_step(
         not_finite(f"gradient ({error})", "among", all_rows, step, rows)
     if not result.applied and not engine.uses_loss_scale:  # ZeRO has skipped the update
         not_finite(f"gradient norm ({result.grad_norm})", "among", all_rows, step, rows)
-    return loss, targets, result.grad_norm
+    return result.grad_norm
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import load_recipe
+from qwen_ds.config import Recipe, load_recipe, write_recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
@@ -147,9 +148,11 @@ def test_rows_without_a_model_do_not_train_the_demos(tmp_path: Path) -> None:
 def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text("seed: 1\n")
-    assert "another run" in mistake([*small_job, "--output_dir", str(run)])
-    assert [p.name for p in run.iterdir()] == ["recipe.yaml"] and (run / "recipe.yaml").read_text() == "seed: 1\n"
+    write_recipe(replace(Recipe(), seed=1), run / "recipe.yaml")
+    (run / "ds_config.json").write_text("{}")
+    before = (run / "recipe.yaml").read_text()
+    assert "was None when the run began" in mistake([*small_job, "--output_dir", str(run)])
+    assert (run / "recipe.yaml").read_text() == before and (run / "ds_config.json").read_text() == "{}"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     assert "no run folder" in mistake([*small_job, "--output_dir", str(tmp_path / "photos")])
