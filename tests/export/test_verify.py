@@ -78,6 +78,20 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
+    bf16_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
+) -> None:
+    """Of a head and embeddings of its own in fp32: the base's weights beneath it say nothing about them."""
+    rows = {"wte": list(range(300))}
+    peft_adapter(bf16_dir, tmp_path / "a", target_modules=["h.0.mlp.w1"], modules_to_save=["lm_head"])
+    peft_adapter(bf16_dir, tmp_path / "b", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows)
+    for name in "ab":
+        proof = merge(bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", proof=kind).verification
+        assert proof is not None and proof.status == "passed"
+        assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_conversion_is_proven_against_the_bare_base(
     small_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
 ) -> None:
