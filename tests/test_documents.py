@@ -211,6 +211,7 @@ def test_every_command_is_accepted_by_its_own_parser(words: Words, monkeypatch: 
         "HOSTS=gpu01:8 launch/cluster/mpirun.py --output_dir x",
         "deepspeed --num_gpus 8 --module serve.predict --model m --inputs x --output y",
         "python launch/merge.py --base b --adapters a --output o",
+        "python launch/plan.py --gpu 8 --gpu_memori 80",
         "python -m serve.evaluate --model m --data d",
         "python -m qwen_ds.data look --model.path m --data.train x",
         "python -m qwen_ds.data inspect --model.path m --data.train x --rows many",
@@ -289,6 +290,9 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     sections = tuple(f"{key}." for key, value in to_dict(Recipe()).items() if isinstance(value, dict))
     options = {f"--{key}" for key in recipe_keys()} | {
         f"--{field}" for kind in (PredictOptions, EvaluateOptions) for field in kind.__dataclass_fields__
+    }
+    options |= {
+        text for action in load_script("launch/merge.py").command_line()._actions for text in action.option_strings
     }
     in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
     for span in [*code_spans(read(name)), *in_blocks]:

@@ -19,7 +19,11 @@ from qwen_ds.errors import UserError
 
 Json = dict[str, Any]
 
-DEFAULT_JSON: Json = {"zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}}
+DEFAULT_JSON: Json = {
+    "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto",
+    }
+}  # fmt: skip
 
 # Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the sections' own modules).
 KNOWN_KEYS = frozenset(

@@ -299,3 +299,10 @@ def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(method: str, dty
     recipe = replace(RECIPE, method=method, model=ModelOptions(dtype=dtype))  # type: ignore[arg-type]
     result = settle({"zero_optimization": {"stage": 0}}, recipe)
     assert result.stage == result.engine_json["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("path", [None, "ds_configs/zero1.json", "ds_configs/zero2.json"])
+def test_gradient_buckets_are_small_where_the_user_names_no_size(path: str | None) -> None:
+    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4 GB."""
+    zero = settle(read_json(path), replace(RECIPE, deepspeed=path)).engine_json["zero_optimization"]
+    assert 2 * 4 * zero["reduce_bucket_size"] < 0.2e9

@@ -103,6 +103,7 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     assert list((out / "tensorboard").iterdir())
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], "save.keep is 1, and it is the best"
     assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
+    assert "activation_checkpointing: none\n" in (out / "recipe.yaml").read_text(), "what auto became"
     assert "eval_loss" in (out / "metrics.jsonl").read_text()
     assert "10 steps in" in run.stdout and "trainable of" in run.stdout
     from peft import PeftModel
