@@ -91,10 +91,20 @@ def slurm_rendezvous() -> tuple[str, int]:
 
 
 def free_port_over_mpi() -> int:
-    """A port that is free on rank 0, told to the others through MPI (a collective of mpirun's ranks)."""
+    """A port that is free on rank 0, told to the others through MPI (a collective of mpirun's ranks).
+
+    Raises:
+        UserError: MPI knows of other ranks than the environment, so nothing says where they meet.
+    """
     from mpi4py import MPI
 
-    return int(MPI.COMM_WORLD.bcast(free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None))
+    ranks = MPI.COMM_WORLD
+    if ranks.Get_size() != world_size():
+        raise UserError(
+            f"the environment says {world_size()} ranks and MPI {ranks.Get_size()}; expected mpirun, srun, or a "
+            f"launcher that sets MASTER_ADDR and MASTER_PORT"
+        )
+    return int(ranks.bcast(free_port() if ranks.Get_rank() == 0 else None))
 
 
 def free_port() -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as torch_dist
@@ -83,6 +85,17 @@ def test_what_is_only_inside_a_slurm_job_is_not_taken_for_srun(
 ) -> None:
     variables |= SRUN | others
     assert not dist.has_rendezvous()
+
+
+def test_ranks_without_a_meeting_point_do_not_train_each_for_itself(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of mpirun MPI's world is the process alone."""
+    alone = SimpleNamespace(Get_size=lambda: 1, Get_rank=lambda: 0, bcast=lambda value: value)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=alone)))
+    variables |= {"RANK": "1", "WORLD_SIZE": "2"}
+    with pytest.raises(UserError, match="2 ranks and MPI 1; expected.*MASTER_ADDR"):
+        dist.free_port_over_mpi()
 
 
 def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(variables: dict[str, str], tmp_path: Path) -> None:
