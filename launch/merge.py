@@ -3,6 +3,8 @@
     python launch/merge.py --base DIR_OR_HUB_ID --adapter runs/NAME/adapter --output DIR
     python launch/merge.py ... --adapter FIRST SECOND                        # the second onto the result of the first
     python launch/merge.py ... --adapter ONE OTHER --weights 0.7 0.3         # a weighted sum of what both change
+    python launch/merge.py ... --format qwen2                                # for engines without the original Qwen
+    python launch/merge.py --base QWEN2_DIR --from qwen2 --output DIR        # and back
 
 The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
 names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof. A merge that was
@@ -14,6 +16,8 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+
+from jsonargparse import Namespace
 
 from qwen_ds.config import Parser
 
@@ -31,6 +35,24 @@ def command_line() -> Parser:
         "--weights",
         type=list[float] | None,
         help="one for each adapter: instead, the weighted sum of what each does to the bare base",
+    )
+    parser.add_argument(
+        "--format",
+        default="qwen",
+        choices=["qwen", "qwen2"],
+        help="of the output; qwen2: the same function up to seq_length, for engines without the original Qwen",
+    )
+    parser.add_argument(
+        "--from", default="qwen", choices=["qwen", "qwen2"], help="format of the base; qwen2: back to the qwen format"
+    )
+    parser.add_argument(
+        "--adapter_only", type=bool, default=False, help="with --format qwen2: convert the adapter and merge nothing"
+    )
+    parser.add_argument(
+        "--check_texts",
+        type=list[str],
+        default=[],
+        help="data files: every text in them must get the same ids from a converted tokenizer",
     )
     parser.add_argument("--output", type=str, required=True, help="new folder for the merged model")
     parser.add_argument(
@@ -68,6 +90,7 @@ def main() -> int:
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
+    from qwen_ds.export.formats import find_format
     from qwen_ds.export.merge import merge
     from qwen_ds.export.report import REPORT_NAME
     from qwen_ds.export.verify import read_prompts
@@ -78,7 +101,10 @@ def main() -> int:
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", RuntimeWarning)
-    base = find_model(options.base)
+    to = find_format(options["from"], options.format, merges_adapter=bool(options.adapter))
+    if options.adapter_only:
+        return convert_adapter_only(options)
+    base = find_model(options.base, model_type=options["from"])
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
@@ -93,6 +119,8 @@ def main() -> int:
             Path(options.output),
             weights=options.weights,
             dtype=options.dtype,
+            to=to,
+            check_texts=options.check_texts,
             proof=options.verify,
             prompts=None if options.prompts is None else read_prompts(Path(options.prompts)),
             allow_pickle=options.allow_pickle,
@@ -102,6 +130,20 @@ def main() -> int:
     if report.rejected:
         print(f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it", file=sys.stderr)
         return EXIT_FAILURE
+    return EXIT_DONE
+
+
+def convert_adapter_only(options: Namespace) -> int:
+    """Write the adapter as one for the base's Qwen2, without the base's weights."""
+    from qwen_ds.errors import EXIT_DONE, UserError
+    from qwen_ds.export.adapter_qwen2 import convert_adapter
+    from qwen_ds.model.folder import find_model
+
+    if len(options.adapter) != 1 or options.format != "qwen2":
+        raise UserError("adapter_only converts one adapter to Qwen2; expected one --adapter, and --format qwen2")
+    output, base = Path(options.output), find_model(options.base, weights=False)
+    num_modules = convert_adapter(base, Path(options.adapter[0]), output, allow_pickle=options.allow_pickle)
+    print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
     return EXIT_DONE
 
 

@@ -34,8 +34,12 @@ class ModelOptions:
     """Dtype of the frozen base. Trainable LoRA parameters are always fp32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products."""
-    activation_checkpointing: Literal["none", "all"] | int = "all"
-    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass."""
+    activation_checkpointing: Literal["auto", "none", "all"] | int = "auto"
+    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass; auto: the fewest that fit
+    the memory, by train/memory.py. The numbers that come out are the same."""
+    memory_gb: float | None = None
+    """Memory in GB (10^9 bytes) that auto may fill on each rank; unset: what is free on the GPU when the run starts,
+    without one the machine's free memory divided by its ranks."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class LoraOptions:
     """Modules: c_attn, c_proj (both), attn.c_proj, mlp.c_proj, w1, w2."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """The LoRA variant."""
+    special_rows: str | bool = "auto"  # YAML reads a bare on or off as true or false
+    """Train the rows of <|endoftext|>, <|im_start|> and <|im_end|> in wte and lm_head too, without which a base model
+    never learns to stop: on, off, or auto, which is on where generation_config.json does not say chat_format chatml."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion parameters of the 7B."""
     init_from: str | None = None
     """Folder of an adapter to continue from."""
 
@@ -138,6 +147,12 @@ class EvalOptions:
 
     every_steps: int | None = None
     """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a lower loss; unset: never."""
+    samples: int = 3
+    """Rows of the evaluation data that are answered, greedily, at each evaluation (samples.jsonl, TensorBoard)."""
+    sample_tokens: int = 64
+    """Tokens of such an answer at most."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +160,19 @@ class SaveOptions:
     """Saved steps."""
 
     every_steps: int = 382
-    """Optimizer steps between two saved adapters under checkpoints/."""
+    """Optimizer steps between two checkpoints."""
     keep: int = 32
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the best one stays, too."""
+    before_minutes: float = 5.0
+    """Save and stop this long before the time limit of the Slurm job that the run is in."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Going on in a run folder."""
+
+    allow_changes: list[str] = field(default_factory=list)
+    """Recipe keys or sections that may differ from those the run began with, such as optim.epochs or data."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +207,7 @@ class Recipe:
     log: LogOptions = field(default_factory=LogOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
+    resume: ResumeOptions = field(default_factory=ResumeOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
 
 
@@ -273,13 +299,20 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range.
     """
-    parser = recipe_parser()
+    return load_recipe_with(recipe_parser(), argv)[0]
+
+
+def load_recipe_with(parser: Parser, argv: Sequence[str] | None) -> tuple[LoadedRecipe, dict[str, Any]]:
+    """`load_recipe` for a command that gave `recipe_parser` options of its own: their values come beside the recipe."""
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
     whole.pop("config", None)
+    keys = {field.name for field in dataclasses.fields(Recipe)}
+    own = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
     recipe = Recipe(**parser.instantiate(whole))
     check_ranges(recipe)
-    return LoadedRecipe(recipe, frozenset(k for k in given.as_flat().__dict__ if k != "config"))
+    set_keys = (key for key in given.as_flat().__dict__ if key != "config" and key not in own)
+    return LoadedRecipe(recipe, frozenset(set_keys)), own
 
 
 # What must hold of a value beyond its type.
@@ -288,11 +321,13 @@ _NOT_NEGATIVE = ("0 or a positive number", lambda x: x >= 0)
 _SHARE = ("a number from 0 to less than 1", lambda x: 0 <= x < 1)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": _NOT_NEGATIVE,
+    "model.memory_gb": _POSITIVE,
     "data.eval_fraction": _SHARE,
     "data.max_tokens": _POSITIVE,
     "lora.r": _POSITIVE,
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE,
+    "lora.special_rows": ("auto, on or off", lambda x: x in ("auto", "on", "off", True, False)),
     "optim.lr": _NOT_NEGATIVE,
     "optim.betas": ("two numbers from 0 to less than 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
     "optim.eps": _POSITIVE,
@@ -305,7 +340,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch.tokens_per_micro_batch": _POSITIVE,
     "log.every_steps": _POSITIVE,
     "eval.every_steps": _POSITIVE,
+    "eval.patience": _POSITIVE,
+    "eval.samples": _NOT_NEGATIVE,
+    "eval.sample_tokens": _POSITIVE,
     "save.every_steps": _POSITIVE,
+    "save.before_minutes": _NOT_NEGATIVE,
     "save.keep": _POSITIVE,
     "distributed.timeout_minutes": _POSITIVE,
 }

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-EXIT_DONE, EXIT_FAILURE, EXIT_USER = 0, 1, 2
+EXIT_DONE, EXIT_FAILURE, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 3
 
 
 class UserError(ValueError):

@@ -25,7 +25,8 @@ def write_report(folder: Path, summary: str, parameters: str) -> None:
         f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(f'{v:.6g}' if isinstance(v, float) else str(v))}</td></tr>"
         for k, v in last.items()
     )
-    (folder / "report.html").write_text(
+    unfinished = folder / ".report.html.unfinished"
+    unfinished.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.name)}</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}pre{{background:#f4f4f4;padding:1em;
 overflow:auto}}th{{text-align:left;padding-right:1.5em;font-weight:normal;color:#555}}img{{max-width:100%}}</style>
@@ -36,6 +37,7 @@ overflow:auto}}th{{text-align:left;padding-right:1.5em;font-weight:normal;color:
 """,
         encoding="utf-8",
     )
+    unfinished.replace(folder / "report.html")  # written last, at once: it marks a finished run
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:

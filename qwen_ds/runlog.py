@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,23 @@ from typing import Any, TextIO
 from qwen_ds import dist
 
 LIBRARY_LOGGERS = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib")
+
+
+class _LastLine(logging.Handler):
+    """Remembers what was logged last, for the peers of a rank that dies."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = (record.getMessage().splitlines() or [""])[0][:300]
+
+
+_last_line = _LastLine()
+
+
+def last_line() -> str:
+    """The last line of this rank's log."""
+    return _last_line.text
 
 
 def say(text: str) -> None:
@@ -36,6 +54,7 @@ def log_to_file(folder: Path) -> Path:
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
+    root.addHandler(_last_line)
     for name in LIBRARY_LOGGERS:
         logger = logging.getLogger(name)
         for old in logger.handlers[:]:
@@ -47,14 +66,38 @@ def log_to_file(folder: Path) -> Path:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, flushed at once so that it can be followed."""
+    """An append-only file of one JSON object a line, flushed at once so that it can be followed.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        keep: bytes of an earlier file that stay; what a killed run wrote after its last checkpoint is written anew.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
+        if path.stat().st_size > keep:
+            self._file.truncate(keep)
+        self._bytes = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """A full disk does not end the training: the line waits for the next one."""
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._bytes += len(line.encode())
+        self._file.write(line)
+        self._to_disk(sync=False)
+
+    def position(self) -> int:
+        """Bytes so far, brought to the disk."""
+        self._to_disk(sync=True)
+        return self._bytes
+
+    def _to_disk(self, *, sync: bool) -> None:
+        try:
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
 
     def close(self) -> None:
         self._file.close()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.jobs import Job, run_job
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,3 +50,27 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def full_dir(tmp_path_factory: pytest.TempPathFactory, vocab_path: Path) -> Path:
     """Golden `full` as a checkpoint folder: the official 151,936 rows and vocabulary, hidden 8, 2 layers, bf16."""
     return _folder(tmp_path_factory.mktemp("full"), GOLDEN / "full", vocab_path)
+
+
+@pytest.fixture(scope="session")
+def job() -> Callable[..., Job]:
+    return run_job
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 short rows of very different answer lengths, spelled in the mini vocabulary's bytes."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"content": f"colour#{i}", "summary": "abc de " * (1 + i * i % 5) + str(i * 7 % 11)} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small_job(small_dir: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+    """Options of a job on the golden `small` model: fp32, no dropout, 10 steps of 16 rows, three micro-batches each."""
+    return [
+        "--model.path", str(small_dir), "--data.train", str(rows_file), "--data.cache_dir", str(tmp_path / "cache"),
+        "--model.dtype", "float32", "--lora.dropout", "0", "--batch.rows_per_step", "16",
+        "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "10", "--optim.lr", "1e-3",
+    ]  # fmt: skip

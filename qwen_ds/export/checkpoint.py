@@ -13,7 +13,8 @@ import torch
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.safetensors_file import DTYPE_NAMES, Header, TensorSpec, read_header
-from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, write_json
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, read_json, write_json
 
 SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
 
@@ -102,18 +103,33 @@ def read_pickle(path: Path) -> Header:
 
 
 def carry_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
-    """`carry_over`, and record `torch_dtype` (not None); returns what was changed in the files, by file name."""
+    """`carry_over`; in config.json add `rms_norm_eps` and record `torch_dtype` (not None).
+
+    Returns what was changed in the files, by file name.
+    """
     edits: dict[str, list[str]] = {}
     for name in carry_over(base, output):
         if (output / name).read_bytes() != (base / name).read_bytes():
             edits[name] = ["auto_map removed: it names code that is not carried"]
+    carried = read_json(output / "config.json")
+    settings = with_rms_norm_eps(carried)
+    if settings != carried:
+        edits.setdefault("config.json", []).append("rms_norm_eps added for llama.cpp")
     if torch_dtype is not None:
-        settings = json.loads((output / "config.json").read_text(encoding="utf-8"))
         settings.update(torch_dtype=torch_dtype, bf16=False, fp16=False, fp32=False)
         settings.pop("dtype", None)
-        write_json(output / "config.json", settings)
         edits.setdefault("config.json", []).append(f"torch_dtype set to {torch_dtype}")
+    if settings != carried:
+        write_json(output / "config.json", settings)
     return {name: "; ".join(what) for name, what in edits.items()}
+
+
+def with_rms_norm_eps(settings: dict[str, Any]) -> dict[str, Any]:
+    """config.json with Qwen's `layer_norm_epsilon` also under the name that llama.cpp looks for.
+
+    It converts a Qwen without that key and then cannot load what it made.
+    """
+    return {**settings, "rms_norm_eps": QWenConfig.from_dict(settings).layer_norm_epsilon}
 
 
 def file_facts(path: Path) -> dict[str, object]:

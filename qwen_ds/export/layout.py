@@ -5,11 +5,12 @@ So the formats differ by a table and share the streamed merge, its checksums and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_ds.export.checkpoint import Checkpoint, carry_files
+from qwen_ds.export.tokenizer_check import TokenizerCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,15 @@ class Format:
             file name. Writes everything beside the weights: settings, tokenizer, legal texts.
         from_qwen: whether the source has the native names, so that `layout` leads away from them; otherwise the
             output has them. (Both, where the layout is the identity.)
+        check_tokenizer: (base folder, output folder, files of texts) -> whether the tokenizers of both agree; None
+            where the output has the base's.
     """
 
     name: str
     layout: Callable[[Checkpoint], Layout]
     write_files: Callable[[Path, Path, str | None], dict[str, str]]
     from_qwen: bool = True
+    check_tokenizer: Callable[[Path, Path, Sequence[str]], TokenizerCheck] | None = None
 
 
 QWEN = Format("qwen", identity, carry_files)

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.data.sources import locate
 from qwen_ds.errors import UserError
+from qwen_ds.export.card import Origin, write_card
 from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import file_facts
 from qwen_ds.export.layout import QWEN, Format
@@ -42,6 +44,7 @@ def merge(
     proof: Proof = "auto",
     prompts: Sequence[str] | None = None,
     allow_pickle: bool = False,
+    check_texts: Sequence[str] = (),
     block_bytes: int = BLOCK_BYTES,
     progress: ShowProgress | None = None,
 ) -> MergeReport:
@@ -57,6 +60,7 @@ def merge(
         proof: how the output's logits are compared with those of base + adapters (see `verify_merge`).
         prompts: what they are computed on; None: the built-in ones.
         allow_pickle: also read pytorch_model.bin and adapter_model.bin, with `weights_only`.
+        check_texts: files with texts on which a converted tokenizer must agree with the base's.
         progress: called with (bytes read, bytes in all) after each block.
 
     Returns:
@@ -69,6 +73,7 @@ def merge(
         raise UserError("neither an adapter nor a dtype was given; expected --adapter, or --dtype to convert the base")
     if weights is not None and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
+    _check_texts(check_texts, to)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
     plan = make_plan(base, Adapters(members, None if weights is None else tuple(weights)), to, dtype, allow_pickle)
     kind = choose_proof(plan, proof)
@@ -86,6 +91,8 @@ def merge(
             inputs, outputs = _facts(plan, source, work)
             seconds = round(time.monotonic() - started, 3)
             report = describe(plan, output, work.changed(), taken_over, edits, inputs | adapter_facts, outputs, seconds)
+            if to.check_tokenizer is not None:
+                report = replace(report, tokenizer=to.check_tokenizer(base, work.folder, check_texts))
             if kind is not None:
                 report = replace(report, verification=verify_merge(plan, work.folder, kind, prompts))
             write_json(work.folder / REPORT_NAME, asdict(report))
@@ -103,6 +110,13 @@ def merge(
     work.close()
     work.folder.rename(report.folder)
     return report
+
+
+def _check_texts(files: Sequence[str], to: Format) -> None:
+    if files and to.check_tokenizer is None:
+        raise UserError("check_texts was given, but the tokenizer stays as it is; expected --format or --from qwen2")
+    for file in files:
+        locate(file)
 
 
 def _check_output(plan: Plan, output: Path) -> None:
@@ -150,9 +164,12 @@ def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int,
 
 
 def _write_small_files(plan: Plan, work: Progress) -> dict[str, str]:
-    """The index, and what travels with the weights; returns what was changed, by file name."""
+    """The index, what travels with the weights, and the card; returns what was changed, by file name."""
     write_index(plan, work.folder)
-    return plan.format.write_files(plan.base.folder, work.folder, None if plan.dtype == "keep" else plan.dtype)
+    edits = plan.format.write_files(plan.base.folder, work.folder, None if plan.dtype == "keep" else plan.dtype)
+    adapters = tuple(adapter.folder for adapter in plan.adapters.members)
+    write_card(work.folder, Origin(plan.base.folder, adapters, plan.format.name))
+    return edits
 
 
 def _facts(plan: Plan, source: Source, work: Progress) -> tuple[Facts, Facts]:

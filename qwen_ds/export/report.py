@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.stream import ChangedTensor
+from qwen_ds.export.tokenizer_check import TokenizerCheck
 from qwen_ds.export.verify import Verification
 
 REPORT_NAME = "merge_report.json"
@@ -27,6 +28,7 @@ class MergeReport:
         edits: small file -> what was changed in it.
         inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
         seconds: what the output took, without its proof.
+        tokenizer: whether the converted tokenizer agrees with the base's; None when it was not converted.
         verification: None when it was not asked for.
     """
 
@@ -45,11 +47,13 @@ class MergeReport:
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
     seconds: float
+    tokenizer: TokenizerCheck | None = None
     verification: Verification | None = None
 
     @property
     def rejected(self) -> bool:
-        return self.verification is not None and self.verification.status == "failed"
+        disproved = self.verification is not None and self.verification.status == "failed"
+        return disproved or (self.tokenizer is not None and not self.tokenizer.passed)
 
     @property
     def folder(self) -> Path:
@@ -68,6 +72,7 @@ class MergeReport:
         if self.left_out:
             lines.append(f"  left out: {len(self.left_out)} tensors, {self.left_out[0]} first")
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
+        lines += [f"  {line}" for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())]
         return [*lines, *(self.verification.in_words() if self.verification is not None else ["  not verified"])]
 
 

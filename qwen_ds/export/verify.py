@@ -10,7 +10,6 @@ Shapes: P positions compared, V vocabulary.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from qwen_ds.export.plan import Plan, Shard
 from qwen_ds.export.proof import Outputs, first_positions, spread_positions
 from qwen_ds.export.proof_layered import layered_outputs
 from qwen_ds.export.proof_whole import memory_needed, whole_outputs
+from qwen_ds.machine import available_memory
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.tokenizer import load_encoding
@@ -186,17 +186,3 @@ def _distance(one_PV: Tensor, other_PV: Tensor) -> tuple[float, float, int]:
     difference_PV = one_PV - other_PV
     flips = int((one_PV.argmax(1) != other_PV.argmax(1)).sum())
     return float(difference_PV.abs().max()), float(difference_PV.square().mean().sqrt()), flips
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that is less."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
-        free = {name: int(value) * 1024 for name, value, *_ in lines}["MemAvailable:"]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
-    return free

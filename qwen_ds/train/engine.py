@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +14,17 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.utils import safe_get_full_fp32_param
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from qwen_ds import dist
 from qwen_ds.config import OptimOptions
 from qwen_ds.errors import UserError
 from qwen_ds.train.ds_config import Json, ResolvedConfig
+from qwen_ds.train.engine_state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights
 from qwen_ds.train.loss import TrainingModel
 
@@ -74,6 +75,16 @@ def check_config(engine_json: Json) -> None:
         raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
 
 
+def can_quantise_weights(device: torch.device) -> bool:
+    """Whether every rank has DeepSpeed's CUDA quantiser, compiled or with what compiles it at the start (a collective).
+    There is none for CPUs."""
+    ready = device.type == "cuda" and (
+        installed_ops.get("quantizer", False)
+        or (cpp_extension.CUDA_HOME is not None and cpp_extension.is_ninja_available())
+    )
+    return set(dist.gather_texts(str(ready))) == {"True"}
+
+
 def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Join the other ranks (launcher's variables, else mpi4py under mpirun, else a group of one).
 
@@ -81,16 +92,17 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     next start, and its all-reduce waits for ever for a dead peer. gloo is as fast here and has a time-out.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if dist.world_size() == 1 and not dist.has_rendezvous():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.export_ranks("127.0.0.1", port)
-    elif dist.has_rendezvous():
+    port = 0
+    if dist.has_rendezvous():
         dist.export_ranks()
+    elif dist.world_size() == 1:
+        dist.export_ranks("127.0.0.1", dist.free_port())
+    else:  # DeepSpeed would take the same port for every mpirun
+        port = dist.free_port_over_mpi()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        distributed_port=port,
         verbose=False,
     )
 
@@ -157,7 +169,8 @@ class Engine:
         self.overflows = 0
         if self.stage == 3:
             # ZeRO-3 brings a weight in for the module that owns it; these modules use one that another owns.
-            deepspeed.zero.register_external_parameter(model.loss_head, model.loss_head.weight)
+            for weight in model.loss_head.borrowed:
+                deepspeed.zero.register_external_parameter(model.loss_head, weight)
             for module, weight in borrowed_weights(model):
                 deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -169,6 +182,7 @@ class Engine:
         )
         self.device = self._ds.device
         self.model: TrainingModel = self._ds.module
+        self.state = TrainableState(self.model.model, self._optimizer, self.stage, self.device)
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -218,22 +232,16 @@ class Engine:
 
         A collective: ZeRO keeps the fp32 values in pieces over the ranks.
         """
-        collected: dict[str, Tensor] = {}
-        for name, parameter in self.model.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if dist.rank() == 0:
-                assert value is not None, name
-                collected[name] = value.float().cpu().clone()
-        return collected
+        found = {name: tensor for name, _, tensor in self.state.gather(VALUE)}
+        return found if dist.rank() == 0 else {}
 
     def all_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, complete, on the CPU (a collective); empty on ranks other than 0."""
+        trained = set(self.state.names())
+        for name, _, tensor in self.state.gather(VALUE):
+            yield name, tensor.to(dtype)
         for name, parameter in self.model.model.named_parameters():
-            if parameter.requires_grad and self.stage > 0:
-                value = safe_get_full_fp32_param(parameter)
-            else:
+            if name not in trained:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                    value = parameter.detach().clone() if dist.rank() == 0 else None
-            yield name, (value.to(dtype).cpu() if dist.rank() == 0 and value is not None else torch.empty(0))
+                    value = parameter.detach().to(dtype).cpu() if dist.rank() == 0 else torch.empty(0)
+                yield name, value

@@ -13,14 +13,23 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.config import Recipe
-from qwen_ds.data.batches import Batch, evaluation_batches, make_batch
+from qwen_ds.data.batches import Batch, make_batch
 from qwen_ds.data.rows import TokenRows
 from qwen_ds.errors import UserError
+from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.engine import Engine
+from qwen_ds.train.evaluate import BestLoss, Evaluator
 from qwen_ds.train.output import Output
 from qwen_ds.train.progress import Outcome, Progress, Step
+from qwen_ds.train.saver import RunState, Saver
 from qwen_ds.train.schedule import lr_at
 from qwen_ds.train.setup import Data
+from qwen_ds.train.stop import StopRequest
+from qwen_ds.train.watchdog import Watchdog
+
+
+class NotFinite(ArithmeticError):
+    """The loss or the gradient is not finite; raised on every rank, before the weights are touched."""
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -34,50 +43,106 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def train(recipe: Recipe, data: Data, engine: Engine, output: Output) -> Outcome:
-    """Run all steps; writes metrics, checkpoints and the result into the run folder.
+def train(
+    recipe: Recipe,
+    data: Data,
+    engine: Engine,
+    saver: Saver,
+    output: Output,
+    watchdog: Watchdog,
+    resumed: Checkpoint | None = None,
+) -> Outcome:
+    """Run all steps that are left; writes metrics, checkpoints and the result into the run folder.
 
     Raises:
         UserError: the loss or the gradient is not finite. The weights are those of the last good step, saved.
     """
     steps_per_epoch = data.sampler.steps_per_epoch
     steps = total_steps(recipe, steps_per_epoch)
-    eval_every = recipe.eval.every_steps or steps_per_epoch
+    first = resumed.step if resumed else 0
+    saved = resumed.state if resumed else {}
+    best, evaluated = BestLoss(**saved.get("best", {})), saved.get("evaluated", True)
+    progress = Progress(output.folder, steps, recipe.log.every_steps, first, saved.get("progress"))
+    evaluator = None
+    if data.eval is not None:
+        evaluator = Evaluator(data.eval, output.base, recipe.eval, recipe.batch.tokens_per_micro_batch, watchdog)
+
+    def evaluate(step: int) -> BestLoss:
+        assert evaluator is not None
+        loss = evaluator.loss(engine, step)
+        progress.evaluated(step, loss)
+        progress.sampled(step, evaluator.samples(engine, step))
+        return best.after(loss, step)
+
+    def state(step: int) -> RunState:
+        return RunState(step, steps_per_epoch, progress.state(), best, evaluated)
+
     engine.train(True)
-    with Progress(output.folder, steps, recipe.log.every_steps) as progress:
-        for step in range(steps):
+    with progress, StopRequest(dist.job_ends_at(), recipe.save.before_minutes) as request:
+        if not evaluated:
+            best, evaluated = evaluate(first), True
+        for step in range(first, steps):
+            if best.out_of_patience(recipe.eval.patience):
+                break
             progress.begin_step()
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            window = data.sampler.window(epoch, step_in_epoch)
-            lr = lr_at(step, steps, recipe.optim)
-            engine.set_lr(lr)
-            loss, targets, grad_norm = train_step(recipe, step, window, data.train, engine, output)
-            statistics = data.sampler.statistics(epoch, step_in_epoch)
-            done = step + 1
-            progress.end_step(Step(done, epoch, loss, targets, lr, grad_norm, engine.overflows, statistics))
-            if data.eval is not None and (done % eval_every == 0 or done == steps):
-                progress.evaluated(done, evaluation_loss(engine, data.eval, recipe.batch.tokens_per_micro_batch))
-            if done % recipe.save.every_steps == 0 and done < steps:
-                output.save_step(engine, done, recipe.save.keep)
-        output.save_final(engine)
-        return progress.outcome()
+            try:
+                finished = train_step(recipe, step, steps, data, engine, watchdog)
+            except NotFinite as error:
+                stop_not_finite(error, engine, saver, state(step))
+            progress.end_step(finished)
+            done = finished.number
+            watchdog.at(done, "agreeing to go on")
+            stop_because = request.agreed() if done < steps else None
+            due = evaluator is not None and evaluator.due(done, steps, steps_per_epoch)
+            evaluated = not due or stop_because is None
+            if due and evaluated:
+                best = evaluate(done)
+            if stop_because or done % recipe.save.every_steps == 0 or done == steps or best.step == done:
+                watchdog.at(done, "saving")
+                saver.save(engine, state(done))
+            if stop_because:
+                return stopped(progress, saver, stop_because)
+        saver.wait()
+        watchdog.at(steps, "writing the result")
+        output.save_final(engine, watchdog)
+        outcome = progress.outcome()
+        outcome.out_of_patience = best.out_of_patience(recipe.eval.patience)
+        return outcome
 
 
-def train_step(
-    recipe: Recipe, step: int, window: list[Batch], rows: TokenRows, engine: Engine, output: Output
-) -> tuple[float, int, float]:
-    """One optimizer step over all its micro-batches: loss sum and targets of all ranks, gradient norm.
+def train_step(recipe: Recipe, step: int, steps: int, data: Data, engine: Engine, watchdog: Watchdog) -> Step:
+    """Optimizer step `step` (0-based) over all its micro-batches.
 
-    A step without anything to learn leaves the weights alone: (0, 0, 0).
+    A step without anything to learn leaves the weights alone: loss, targets and norm are 0.
+
+    Raises:
+        NotFinite: on every rank, with the rows that are to blame.
     """
-    world, rank = dist.world_size(), dist.rank()
+    epoch, step_in_epoch = divmod(step, data.sampler.steps_per_epoch)
+    watchdog.at(step + 1, "reading the batch")
+    window = data.sampler.window(epoch, step_in_epoch)
+    lr = lr_at(step, steps, recipe.optim)
+    engine.set_lr(lr)
+    watchdog.at(step + 1, "counting what there is to learn")
     targets = int(dist.sum_floats(sum(batch.num_targets for batch in window))[0])
-    if targets == 0:
-        return 0.0, 0, 0.0
+    loss = grad_norm = 0.0
+    if targets:
+        loss = accumulate(recipe, step, window, targets, data.train, engine, watchdog)
+        grad_norm = update(step, window, data.train, engine)
+    statistics = data.sampler.statistics(epoch, step_in_epoch)
+    return Step(step + 1, epoch, loss, targets, lr, grad_norm, engine.overflows, statistics)
+
+
+def accumulate(
+    recipe: Recipe, step: int, window: list[Batch], targets: int, rows: TokenRows, engine: Engine, watchdog: Watchdog
+) -> float:
+    """Forward and backward over this rank's micro-batches; the loss sum of all ranks, which is finite."""
+    world, rank = dist.world_size(), dist.rank()
     window_loss = 0.0
     bad_rows: list[int] = []
     for i, batch in enumerate(window):
         torch.manual_seed(dropout_seed(recipe.seed, step, rank, i))
+        watchdog.at(step + 1, f"micro-batch {i + 1} of {len(window)}")
         loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
         # DeepSpeed averages gradients over the ranks. Answers differ in length, so a mean of the ranks' means would
         # let a rank with few learnt tokens weigh as much as one with many: the sum is divided by the whole step's
@@ -88,30 +153,23 @@ def train_step(
         window_loss += value
         if not math.isfinite(value):
             bad_rows += batch.row_ids
+    watchdog.at(step + 1, "updating the weights")
     loss, bad = dist.sum_floats(window_loss, len(bad_rows))
     if bad:  # on every rank, before the gradient can reach the weights
-        stop_not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows, engine, output)
+        not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows)
+    return loss
+
+
+def update(step: int, window: list[Batch], rows: TokenRows, engine: Engine) -> float:
+    """Apply the accumulated gradient; its norm before clipping."""
     all_rows = [row for batch in window for row in batch.row_ids]
     try:
         result = engine.step()
     except FloatingPointError as error:
-        stop_not_finite(f"gradient ({error})", "among", all_rows, step, rows, engine, output)
+        not_finite(f"gradient ({error})", "among", all_rows, step, rows)
     if not result.applied and not engine.uses_loss_scale:  # ZeRO has skipped the update
-        stop_not_finite(f"gradient norm ({result.grad_norm})", "among", all_rows, step, rows, engine, output)
-    return loss, targets, result.grad_norm
-
-
-@torch.no_grad()
-def evaluation_loss(engine: Engine, rows: TokenRows, tokens_per_micro_batch: int) -> float:
-    """Loss per learnt token over all rows, by the training formula, dropout off (a collective)."""
-    engine.train(False)
-    loss = targets = 0.0
-    for batch in evaluation_batches(rows, dist.world_size(), dist.rank(), tokens_per_micro_batch):
-        loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
-        targets += batch.num_targets
-    loss, targets = dist.sum_floats(loss, targets)
-    engine.train(True)
-    return loss / max(targets, 1.0)
+        not_finite(f"gradient norm ({result.grad_norm})", "among", all_rows, step, rows)
+    return result.grad_norm
 
 
 @torch.no_grad()
@@ -126,15 +184,29 @@ def bad_alone(row_ids: list[int], rows: TokenRows, engine: Engine) -> list[int]:
     return found or row_ids
 
 
-def stop_not_finite(
-    what: str, where: str, row_ids: list[int], step: int, rows: TokenRows, engine: Engine, output: Output
-) -> NoReturn:
-    """End the run on every rank (a collective): name the rows, keep the weights of the last good step."""
+def not_finite(what: str, where: str, row_ids: list[int], step: int, rows: TokenRows) -> NoReturn:
+    """Raise NotFinite on every rank with the rows of all of them (a collective)."""
     texts = dist.gather_texts("\n".join(rows.source(row) for row in row_ids))
     sources = [source for text in texts for source in text.split("\n") if source]
     more = f" and {len(sources) - 4} more" if len(sources) > 4 else ""
-    kept = output.save_step(engine, step, keep=step + 1)
+    raise NotFinite(f"step {step + 1}: the {what} is not finite, {where} {', '.join(sources[:4])}{more}")
+
+
+def stop_not_finite(error: NotFinite, engine: Engine, saver: Saver, state: RunState) -> NoReturn:
+    """End the run on every rank (a collective); the weights of the last good step are kept."""
+    kept = saver.save(engine, state)
+    saver.wait()
     raise UserError(
-        f"step {step + 1}: the {what} is not finite, {where} {', '.join(sources[:4])}{more}; expected finite numbers "
-        f"(lower optim.lr, or look at those rows); the weights after step {step} are kept in {kept}"
-    )
+        f"{error}; expected finite numbers (lower optim.lr, or look at those rows); the weights after step "
+        f"{state.step} are kept in {kept}"
+    ) from None
+
+
+def stopped(progress: Progress, saver: Saver, why: str) -> Outcome:
+    """The outcome of a run that was asked to stop, once the save is on the disk."""
+    failed = dist.max_floats(not saver.wait())[0]
+    outcome = progress.outcome()
+    outcome.stopped_by = why
+    if failed:
+        raise OSError(f"stopped by {why}, and step {outcome.steps} could not be saved")
+    return outcome

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,19 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora as peft_lora
-from safetensors.torch import save_file
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from qwen_ds.config import LoraOptions
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.train.checkpoint import write_tensors, write_text
+from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
 
 ADAPTER = "default"
 KNOWN_TARGETS = ("c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "w1", "w2")
+SAVEABLE = ("wte", "lm_head")
 
 
 class CastLinear(nn.Linear):
@@ -34,6 +38,18 @@ class CastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class CastEmbedding(nn.Embedding):
+    """An embedding whose fp32 weight gives activations of the base's dtype."""
+
+    def __init__(self, weight_VD: nn.Parameter, activations_dtype: torch.dtype) -> None:
+        super().__init__(weight_VD.shape[0], weight_VD.shape[1], device="meta")
+        self.weight = weight_VD
+        self.activations_dtype = activations_dtype
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return super().forward(ids_BT).to(self.activations_dtype)
 
 
 class LoraLinear(peft_lora.Linear):
@@ -74,6 +90,8 @@ def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     if unknown or not options.targets:
         came = unknown[0] if unknown else "nothing"
         raise UserError(f"lora.targets: {came!r} matches no module; expected some of {', '.join(KNOWN_TARGETS)}")
+    if other := next((name for name in options.modules_to_save if name not in SAVEABLE), None):
+        raise UserError(f"lora.modules_to_save: {other!r} came; expected some of {', '.join(SAVEABLE)}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -86,10 +104,13 @@ def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     )
 
 
-def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) -> PeftModel:
+def add_lora(
+    model: QWenLMHeadModel, options: LoraOptions, *, base: str, seed: int, row_ids: Sequence[int] = ()
+) -> PeftModel:
     """Wrap `model` with a fresh adapter (A random from `seed`, alike on every rank; B zero), fp32 and trainable.
 
-    `model` may be partitioned by ZeRO-3; DoRA's magnitudes then come from the gathered weights.
+    `model` may be partitioned by ZeRO-3; what starts from the base's weights then comes from the gathered ones: DoRA's
+    magnitudes, `options.modules_to_save` and the rows `row_ids` of wte and lm_head, which are trained where given.
     """
     config = lora_config(options, base)
     config._register_custom_module({nn.Linear: LoraLinear})
@@ -99,7 +120,29 @@ def add_lora(model: nn.Module, options: LoraOptions, *, base: str, seed: int) ->
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # peft's own wrappers keep a frozen copy of a saved module and copy the matrix for some rows of it, at every
+    # forward. Of peft's these have the names and the configuration.
+    transformer = model.transformer
+    if row_ids:
+        with gather_params_ctx(transformer.wte.parameters(), modifier_rank=None):
+            transformer.wte = EmbeddingWithRows(transformer.wte, row_ids)
+        with gather_params_ctx(model.lm_head.parameters(), modifier_rank=None):
+            model.lm_head = HeadWithRows(model.lm_head, row_ids)
+        config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in SAVEABLE}
+    if "wte" in options.modules_to_save:
+        transformer.wte = CastEmbedding(_fp32_copy(transformer.wte.weight), transformer.wte.weight.dtype)
+    if "lm_head" in options.modules_to_save:
+        cast = CastLinear(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
+        cast.weight = _fp32_copy(model.lm_head.weight)
+        model.lm_head = cast
+    config_of(wrapped).modules_to_save = list(options.modules_to_save) or None
     return wrapped
+
+
+def _fp32_copy(weight: Tensor) -> nn.Parameter:
+    assert isinstance(weight, nn.Parameter)
+    with gather_params_ctx([weight], modifier_rank=None):
+        return nn.Parameter(weight.detach().to(torch.float32, copy=True))
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -123,21 +166,24 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
     """Continue from another adapter: its values replace the fresh ones.
 
     Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original project's
-    `pytorch_model.bin` are read.
+    `pytorch_model.bin` are read. Saved modules and token rows that the adapter lacks start from the base's, as in it.
 
     Raises:
-        UserError: it has other modules, another rank or another scale than the recipe says; the first is named.
+        UserError: it has other modules or rows, another rank or another scale than the recipe says; the first is named.
     """
     own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
-    if adapter.saved or adapter.token_rows:
-        name = next(iter(adapter.saved or adapter.token_rows))
-        raise UserError(
-            f"lora.init_from {folder}: it also replaces {name}, which LoRA does not train here; merge it into the base "
-            f"(launch/merge.py) and start from the merged model"
-        )
     base = wrapped.get_base_model().named_parameters()
     check_adapter_fits(adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base})
+    for name in sorted(set(own) ^ set(adapter.shapes)):
+        if name in own and ".lora_" not in name:
+            continue
+        side = "the recipe trains it and the adapter lacks it" if name in own else "the recipe does not train it"
+        keys = "lora.targets and lora.variant" if ".lora_" in name else "lora.modules_to_save and lora.special_rows"
+        raise UserError(
+            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base (launch/merge.py) "
+            f"and start from the merged model"
+        )
     scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():
         if not math.isclose(pair.scaling, scaling):
@@ -146,16 +192,27 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
                 f"say {scaling:g}; expected the same"
             )
     theirs = adapter.state_dict()
-    for name in sorted(set(own) ^ set(theirs)):
-        side = "the recipe trains it and the adapter lacks it" if name in own else "the recipe does not train it"
-        raise UserError(f"lora.init_from {folder}: {name}: {side}; make lora.targets and lora.variant match")
-    for name, parameter in own.items():
-        tensor = theirs[name]
-        if tensor.shape != parameter.shape:
+    _order_token_rows(theirs, adapter, config_of(wrapped))
+    for name, tensor in theirs.items():
+        if tensor.shape != own[name].shape:
             raise UserError(
-                f"lora.init_from {folder}: {name} is {list(tensor.shape)}; expected {list(parameter.shape)} (lora.r)"
+                f"lora.init_from {folder}: {name} is {list(tensor.shape)}; expected {list(own[name].shape)} (lora.r)"
             )
-        parameter.data.copy_(tensor)
+        own[name].data.copy_(tensor)
+
+
+def _order_token_rows(tensors: dict[str, Tensor], adapter: Adapter, config: LoraConfig) -> None:
+    """Bring the adapter's token rows into the order in which the recipe trains them."""
+    trained = config.trainable_token_indices
+    for module, rows in adapter.token_rows.items():
+        assert isinstance(trained, dict)  # the recipe trains rows of each module: the names were compared
+        wanted = trained[module.rpartition(".")[2]]
+        if sorted(wanted) != sorted(rows.indices):
+            raise UserError(
+                f"lora.init_from {adapter.folder}: it trains the rows {sorted(rows.indices)} of {module}; "
+                f"expected {sorted(wanted)} (lora.special_rows)"
+            )
+        tensors[rows.key] = tensors[rows.key][[rows.indices.index(i) for i in wanted]]
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -180,23 +237,25 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters)))
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors, mode 0644.
 
     Args:
+        folder: made if it is missing.
         tensors: complete fp32 values by the wrapped model's parameter names.
+
+    Returns:
+        file name -> sha256.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
         assert tensor.numel() > 0, f"{name} is empty: it was saved while ZeRO-3 held it partitioned"
-    file = folder / "adapter_model.safetensors"
-    # A temporary name first: what lies under the final one is always complete.
-    unfinished = folder / "adapter_model.safetensors.unfinished"
-    save_file({plain_name(n): t.contiguous() for n, t in tensors.items()}, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)
-    unfinished.replace(file)
     written = config.to_dict() | {"inference_mode": True}
     for key, value in written.items():
         if isinstance(value, set):
             written[key] = sorted(value)
-    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
+    weights = {plain_name(name): tensor for name, tensor in tensors.items()}
+    return {
+        WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, weights),
+        CONFIG_NAME: write_text(folder / CONFIG_NAME, json.dumps(written, indent=2, default=str) + "\n"),
+    }

@@ -1,6 +1,7 @@
 """The loss: cross-entropy summed over the target tokens, with logits that exist a chunk at a time.
 
-Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of one chunk.
+Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of one chunk, K rows
+of the head that are trained by themselves (qwen_ds/train/special_rows.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.train.special_rows import HeadWithRows
 
 # fp32 logits of one chunk: 441 tokens of the 151,936-row vocabulary.
 CHUNK_BYTES = 256 * 2**20
@@ -30,40 +32,56 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_KD: Tensor, ids_K: Tensor
+    ) -> Tensor:
+        need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
+        ctx.dtypes = weight_VD.dtype, rows_KD.dtype
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
-        # Thousands of chunks may add up in it, so the head's gradient accumulates in fp32.
+        # Thousands of chunks may add up in them, so the head's gradients accumulate in fp32.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        grad_rows_KD = torch.zeros_like(rows_KD, dtype=torch.float32) if need_rows else None
+        # A copy only where the whole head is trained over a bf16 base: then it is fp32.
+        weight_VD, rows_KD = weight_VD.to(hidden_ND.dtype), rows_KD.to(hidden_ND.dtype)
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
             hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
-            value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C)
+            value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C, rows_KD, ids_K)
             loss_sum += value
+            grad_CK = grad_CV[:, ids_K]
+            grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + step])
+                grad_hidden_CD = torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + step])
+                grad_hidden_CD.addmm_(grad_CK, rows_KD)
             if grad_weight_VD is not None:
                 grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
+            if grad_rows_KD is not None:
+                grad_rows_KD.addmm_(grad_CK.t().float(), hidden_CD.float())
             del grad_CV  # before the next chunk's logits are made
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_rows_KD)
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grads
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_weight_VD, grad_rows_KD = ctx.saved_tensors
+        weight_dtype, rows_dtype = ctx.dtypes
         if grad_hidden_ND is not None:
             grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
-            grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden_ND, grad_weight_VD, None
+            grad_weight_VD = (grad_weight_VD * grad_loss).to(weight_dtype)
+        if grad_rows_KD is not None:
+            grad_rows_KD = (grad_rows_KD * grad_loss).to(rows_dtype)
+        return grad_hidden_ND, grad_weight_VD, None, grad_rows_KD, None
 
 
-def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, rows_KD: Tensor, ids_K: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sum of the losses (fp32) and its gradient with respect to the logits (in the head's dtype)."""
     logits_CV = F.linear(hidden_CD, weight_VD).float()
+    logits_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD).float())
     # Softmax in place, one exponential a logit: the chunk is the largest thing in memory, and it exists once.
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
     target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
@@ -75,23 +93,29 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Ten
     return loss, grad_CV.to(weight_VD.dtype)
 
 
-def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def cross_entropy_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_KD: Tensor | None = None, ids_K: Tensor | None = None
+) -> Tensor:
     """Sum over the tokens of -log softmax(hidden weight^T)[target].
 
     Args:
         hidden_ND: hidden states that predict the targets, any float dtype.
-        weight_VD: the head, same dtype.
+        weight_VD: the head; used in the dtype of the hidden states.
         targets_N: int64 ids.
+        rows_KD: used in place of the head's rows ids_K (int64, each once), in the dtype of the hidden states; they get
+            the gradient, those rows of the head get none.
 
     Returns:
         fp32 scalar; zero (and zero gradients) for N = 0. The softmax is fp32.
     """
-    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N)
+    if rows_KD is None or ids_K is None:
+        rows_KD, ids_K = weight_VD.new_empty(0, weight_VD.shape[1]), targets_N.new_empty(0)
+    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, rows_KD, ids_K)
 
 
 class LossHead(nn.Module):
     """The head as the training step sees it. A module of its own so that ZeRO-3, which gathers parameters at module
-    boundaries, brings in lm_head once for all chunks (the engine registers the weight with it); the head stays a
+    boundaries, brings in lm_head once for all chunks (the engine registers what is `borrowed`); the head stays a
     child of the model alone, or every parameter would have two names."""
 
     def __init__(self, lm_head: nn.Linear) -> None:
@@ -99,8 +123,11 @@ class LossHead(nn.Module):
         self._lm_head = (lm_head,)  # a tuple hides it from nn.Module's registration
 
     @property
-    def weight(self) -> Tensor:
-        return self._lm_head[0].weight
+    def borrowed(self) -> list[nn.Parameter]:
+        """What it uses of the head: the matrix, and the rows that are trained beside it."""
+        head = self._lm_head[0]
+        rows = head.token_adapter.parameters() if isinstance(head, HeadWithRows) else ()
+        return [*head.parameters(recurse=False), *rows]
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], where labels are not IGNORE."""
@@ -108,7 +135,12 @@ class LossHead(nn.Module):
         learnt_BT = targets_BT != IGNORE
         # Gather first: of an ADGEN row some 60 % are targets, of a padded one fewer; the rest needs no logits.
         hidden_ND = hidden_BTD[:, :-1][learnt_BT]
-        return cross_entropy_sum(hidden_ND, self.weight, targets_BT[learnt_BT])
+        targets_N = targets_BT[learnt_BT]
+        head = self._lm_head[0]
+        if isinstance(head, HeadWithRows):
+            rows = head.token_adapter
+            return cross_entropy_sum(hidden_ND, head.weight, targets_N, rows.trainable_tokens_delta, rows.ids_K)
+        return cross_entropy_sum(hidden_ND, head.weight, targets_N)
 
 
 class TrainingModel(nn.Module):

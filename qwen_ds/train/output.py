@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ds import dist
 from qwen_ds.model.folder import carry_over, write_json
 from qwen_ds.train import lora
+from qwen_ds.train.checkpoint import file_sha256, write_tensors
 from qwen_ds.train.engine import Engine
-from qwen_ds.train.runfolder import keep_newest, step_folder
+from qwen_ds.train.watchdog import Watchdog
 
 SHARD_BYTES = 4_000_000_000
+Files = dict[str, str]  # path below the parent -> sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,44 +30,64 @@ class Output:
     dtype: torch.dtype
     adapter_config: lora.LoraConfig | None
 
-    def save_step(self, engine: Engine, step: int, keep: int) -> Path:
-        """Write the state after `step` under checkpoints/ (a collective); returns the folder."""
-        target = step_folder(self.folder, step)
-        if dist.max_floats(dist.rank() == 0 and target.exists())[0]:
-            return target  # written at the end of this very step; nothing has changed since
-        self._save(engine, target)
+    @property
+    def name(self) -> str:
+        """adapter or model"""
+        return "model" if self.adapter_config is None else "adapter"
+
+    def save_final(self, engine: Engine, watchdog: Watchdog) -> None:
+        """Write adapter/ or model/ into the run folder (a collective), built beside and renamed."""
+        unfinished = self.folder / f".{self.name}.unfinished"
         if dist.rank() == 0:
-            keep_newest(self.folder, keep)
-        return target
-
-    def save_final(self, engine: Engine) -> None:
-        """Write adapter/ or model/ (a collective)."""
-        self._save(engine, self.folder)
-
-    def _save(self, engine: Engine, parent: Path) -> None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
         if self.adapter_config is None:
-            self._save_model(engine, parent / "model")
+            self.write_model(engine, unfinished, watchdog)
         else:
             tensors = engine.trainable_tensors()
             if dist.rank() == 0:
-                lora.write_adapter(parent / "adapter", self.adapter_config, tensors)
+                self.write_values(unfinished, tensors)
+        if dist.rank() == 0:
+            final, old = self.folder / self.name, self.folder / f".{self.name}.replaced"
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():  # a run that went on after it had finished once
+                final.rename(old)
+            (unfinished / self.name).rename(final)
+            unfinished.rmdir()
+            shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
-    def _save_model(self, engine: Engine, target: Path) -> None:
-        """A complete folder in the official layout, built beside and renamed."""
-        if dist.rank() != 0:
-            for _ in engine.all_tensors(self.dtype):  # gives its part of each tensor
+    def write_values(self, parent: Path, tensors: Mapping[str, Tensor]) -> Files:
+        """Write adapter/ or model/ below `parent` from complete fp32 values by parameter name; rank 0 only."""
+        if self.adapter_config is not None:
+            files = lora.write_adapter(parent / self.name, self.adapter_config, tensors)
+            return {f"{self.name}/{name}": sha256 for name, sha256 in files.items()}
+        return self._write_model(parent, ((name, tensor.to(self.dtype)) for name, tensor in tensors.items()))
+
+    def write_model(self, engine: Engine, parent: Path, watchdog: Watchdog) -> Files:
+        """Write model/ below `parent`: a complete folder in the official layout (a collective; rank 0 writes)."""
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for named in engine.all_tensors(self.dtype):
+                watchdog.touch()
+                yield named
+
+        rest = tensors()
+        try:
+            return self._write_model(parent, rest) if dist.rank() == 0 else {}
+        finally:
+            for _ in rest:  # each rank gives its part of every tensor, also when the disk is full
                 pass
-            return
-        unfinished = target.with_name(target.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        shards = _Shards(unfinished)
-        for name, tensor in engine.all_tensors(self.dtype):
+
+    def _write_model(self, parent: Path, tensors: Iterable[tuple[str, Tensor]]) -> Files:
+        target = parent / self.name
+        target.mkdir()
+        shards = _Shards(target)
+        for name, tensor in tensors:
             shards.add(name, tensor)
-        shards.finish()
-        carry_over(self.base, unfinished)
-        unfinished.rename(target)
+        files = shards.finish()
+        files |= {name: file_sha256(target / name) for name in carry_over(self.base, target)}
+        return {f"{self.name}/{name}": sha256 for name, sha256 in files.items()}
 
 
 class _Shards:
@@ -75,32 +97,35 @@ class _Shards:
         self._folder = folder
         self._tensors: dict[str, Tensor] = {}
         self._number_of: dict[str, int] = {}
-        self._count = self._bytes = self._total_bytes = 0
+        self._sha256s: list[str] = []
+        self._bytes = self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self._tensors and self._bytes + tensor.nbytes > SHARD_BYTES:
             self._write()
-        self._tensors[name] = tensor.contiguous()
-        self._number_of[name] = self._count + 1
+        self._tensors[name] = tensor
+        self._number_of[name] = len(self._sha256s) + 1
         self._bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def finish(self) -> None:
+    def finish(self) -> Files:
         """Write the last file, and give all their final names, which say how many there are."""
         self._write()
-        if self._count == 1:
+        count = len(self._sha256s)
+        if count == 1:
             (self._folder / "shard-1").rename(self._folder / "model.safetensors")
-            return
-        names = {n: f"model-{n:05d}-of-{self._count:05d}.safetensors" for n in range(1, self._count + 1)}
+            return {"model.safetensors": self._sha256s[0]}
+        names = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
         for number, name in names.items():
             (self._folder / f"shard-{number}").rename(self._folder / name)
         places = {tensor: names[number] for tensor, number in self._number_of.items()}
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
-        write_json(self._folder / "model.safetensors.index.json", index)
+        index_file = "model.safetensors.index.json"
+        write_json(self._folder / index_file, index)
+        return dict(zip(names.values(), self._sha256s, strict=True)) | {
+            index_file: file_sha256(self._folder / index_file)
+        }
 
     def _write(self) -> None:
-        self._count += 1
-        file = self._folder / f"shard-{self._count}"
-        save_file(self._tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)
+        self._sha256s.append(write_tensors(self._folder / f"shard-{len(self._sha256s) + 1}", self._tensors))
         self._tensors, self._bytes = {}, 0

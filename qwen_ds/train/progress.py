@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import math
 import resource
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,12 @@ from tqdm import tqdm
 
 from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
-from qwen_ds.runlog import JsonLines, is_terminal
+from qwen_ds.runlog import JsonLines, is_terminal, say
+from qwen_ds.train.evaluate import Sample
+
+log = logging.getLogger(__name__)
+
+STEPS_UNTIL_ESTIMATE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +45,25 @@ class Outcome:
     """What a finished run has to tell."""
 
     steps: int = 0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
+    first_loss: float | None = None
+    last_loss: float | None = None
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     skipped: int = 0
     overflows: int = 0
+    stopped_by: str | None = None  # why the run ended before its last step, to be gone on with
+    out_of_patience: bool = False
 
     def __str__(self) -> str:
         rate = self.tokens / max(self.seconds, 1e-9)
         text = f"{self.steps} steps in {self.seconds:.0f} s, {rate:,.0f} tokens/s; "
-        text += f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}"
+        if self.first_loss is not None and self.last_loss is not None:
+            text += f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}"
         if self.eval_losses:
             text += f"; evaluation loss {self.eval_losses[0][1]:.3f} -> {self.eval_losses[-1][1]:.3f}"
+        if self.out_of_patience:
+            text += " (stopped early: eval.patience)"
         if self.skipped:
             text += f"; {self.skipped} steps had nothing to learn"
         if self.overflows:
@@ -59,25 +72,55 @@ class Outcome:
 
 
 class Progress:
-    """Collects steps and writes a line of metrics every `log_every_steps`; only rank 0 writes or draws anything."""
+    """Collects steps and writes a line of metrics every `log_every_steps`; only rank 0 writes or draws anything.
 
-    def __init__(self, folder: Path, steps: int, log_every_steps: int) -> None:
-        self._steps, self._every = steps, log_every_steps
+    Args:
+        steps: of the whole run.
+        first_step: 0, or the step after which a resumed run goes on.
+        saved: what `state` gave at that step. Lines that were written after it are taken back.
+    """
+
+    def __init__(
+        self, folder: Path, steps: int, log_every_steps: int, first_step: int = 0, saved: dict[str, Any] | None = None
+    ) -> None:
+        self._steps, self._every, self._first_step = steps, log_every_steps, first_step
         self._writes = dist.rank() == 0
+        saved = saved or {"metrics_bytes": 0, "samples_bytes": 0, "pending": [], "outcome": {}}
         if self._writes:
-            self._lines = JsonLines(folder / "metrics.jsonl")
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
+            self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
+            self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         redraw_seconds = 0.2 if is_terminal() else 15.0
-        self._bar = tqdm(total=steps, unit="step", disable=not self._writes, mininterval=redraw_seconds, leave=False)
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=not self._writes,
+            mininterval=redraw_seconds,
+            leave=False,
+        )
         self._started = self._step_started = time.perf_counter()
-        self._pending: list[tuple[Step, float]] = []
-        self._outcome = Outcome()
+        self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]
+        self._outcome = Outcome(**saved["outcome"])
+        self._seconds_before = self._outcome.seconds
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to write the same lines; {} on ranks that write none."""
+        if not self._writes:
+            return {}
+        return {
+            "metrics_bytes": self._lines.position(),
+            "samples_bytes": self._samples.position(),
+            "pending": [[asdict(step), seconds] for step, seconds in self._pending],
+            "outcome": asdict(self.outcome()),
+        }
 
     def begin_step(self) -> None:
         self._step_started = time.perf_counter()
 
     def end_step(self, step: Step) -> None:
         """Take in a finished step; a step without targets is counted and not averaged."""
+        log.info("step %d of %d: loss sum %.6g over %d targets", step.number, self._steps, step.loss, step.targets)
         outcome = self._outcome
         outcome.steps, outcome.overflows = step.number, step.overflows
         outcome.tokens += step.window.tokens
@@ -88,17 +131,31 @@ class Progress:
         if self._pending and (step.number % self._every == 0 or step.number == self._steps):
             row = metrics(self._pending)
             outcome.last_loss = row["loss"]
-            if math.isnan(outcome.first_loss):
+            if outcome.first_loss is None:
                 outcome.first_loss = row["loss"]
             self._write(step.number, row, "train")
             self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             self._pending = []
         self._bar.update()
+        if step.number == self._first_step + STEPS_UNTIL_ESTIMATE and step.number < self._steps:
+            left = (time.perf_counter() - self._started) / STEPS_UNTIL_ESTIMATE * (self._steps - step.number)
+            ends = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=left)
+            self._bar.clear()
+            say(f"step {step.number} of {self._steps}; ends about {ends:%Y-%m-%d %H:%M %Z} ({_duration(left)} left)")
 
     def evaluated(self, step: int, loss: float) -> None:
         """Take in an evaluation loss (nats per learnt token)."""
         self._outcome.eval_losses.append((step, loss))
         self._write(step, {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}, "eval")
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Take in the answers to a few rows."""
+        if self._writes:
+            for i, sample in enumerate(samples):
+                self._samples.write({"step": step, **asdict(sample)})
+                text = f"**{sample.prompt}**\n\n{sample.answer}\n\n*{sample.reference}*"
+                tag = f"samples/{i + 1}"
+                self._to_board("add_text", tag, text, step)
 
     def __enter__(self) -> Progress:
         return self
@@ -108,11 +165,12 @@ class Progress:
         self._bar.close()
         if self._writes:
             self._lines.close()
-            self._board.close()
+            self._samples.close()
+            self._to_board("close")
 
     def outcome(self) -> Outcome:
         """The run so far."""
-        self._outcome.seconds = time.perf_counter() - self._started
+        self._outcome.seconds = self._seconds_before + time.perf_counter() - self._started
         return self._outcome
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
@@ -120,8 +178,28 @@ class Progress:
             return
         self._lines.write({"step": step, **row})
         for name, value in row.items():
-            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
-        self._board.flush()
+            tag = f"{group}/{name.removeprefix('eval_')}"
+            self._to_board("add_scalar", tag, value, step)
+        self._to_board("flush")
+
+    def _to_board(self, method: str, *arguments: object) -> None:
+        """TensorBoard's writer raises, in a later call, what the disk said to its thread: the curve ends there, the
+        training does not."""
+        if self._board is not None:
+            try:
+                getattr(self._board, method)(*arguments)
+            except OSError as error:
+                log.warning("TensorBoard's file is given up: %s", error)
+                self._board = None
+
+
+def _step(saved: dict[str, Any]) -> Step:
+    return Step(**saved | {"window": WindowStatistics(**saved["window"])})
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def metrics(steps: list[tuple[Step, float]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,27 +17,40 @@ from qwen_ds.model.folder import require_folder, write_json
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
-RECIPE = "recipe.yaml"
+RECIPE, DS_CONFIG, REPORT = "recipe.yaml", "ds_config.json", "report.html"
 
 
 def claim(folder: Path) -> None:
-    """Make the run folder ours; rank 0 only.
+    """Make the run folder ours; rank 0 only. A folder that holds a run is gone on with.
 
     Raises:
-        UserError: it holds another run, or something else. Nothing in it is touched.
+        UserError: it holds something else. Nothing in it is touched.
     """
-    if folder.is_dir() and (strangers := sorted(p.name for p in folder.iterdir() if p.name not in ("logs",))):
-        what = "another run" if RECIPE in strangers else f"{strangers[0]!r} and is no run folder"
-        raise UserError(f"output_dir {folder} holds {what}; expected a new or empty folder; nothing was changed")
+    if folder.is_dir() and not holds_run(folder):
+        strangers = sorted(p.name for p in folder.iterdir() if p.name != "logs")
+        if strangers:
+            raise UserError(
+                f"output_dir {folder} holds {strangers[0]!r} and is no run folder; expected a run folder, or a new or "
+                f"empty one; nothing was changed"
+            )
     require_folder(folder, make=True)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / RECIPE).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the result and the report, which is written last, are there."""
+    return (folder / REPORT).is_file() and any((folder / name).is_dir() for name in ("adapter", "model"))
 
 
 def write_resolved(
     folder: Path, recipe: Recipe, ds_json: dict[str, Any], device: torch.device, count: ParameterCount
 ) -> None:
     """recipe.yaml, ds_config.json, environment.json: running them again reproduces the run."""
-    write_recipe(recipe, folder / RECIPE)
-    write_json(folder / "ds_config.json", ds_json)
+    write_json(folder / DS_CONFIG, ds_json)
     write_json(
         folder / "environment.json",
         {
@@ -53,15 +65,7 @@ def write_resolved(
             **{name: metadata.version(name) for name in PACKAGES},
         },
     )
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """checkpoints/step_000382"""
-    return folder / "checkpoints" / f"step_{step:06d}"
-
-
-def keep_newest(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    found = sorted((folder / "checkpoints").glob("step_*"))
-    for old in found[: max(0, len(found) - keep)]:
-        shutil.rmtree(old)
+    # Last and at once: a folder with a recipe is a run's, and the next start compares it.
+    unfinished = folder / f".{RECIPE}.unfinished"
+    write_recipe(recipe, unfinished)
+    unfinished.replace(folder / RECIPE)

@@ -8,18 +8,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import load_recipe
+from qwen_ds.config import Recipe, load_recipe, write_recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import engine, setup
 from qwen_ds.train.run import run_in_group
+from qwen_ds.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +37,7 @@ def _keep_pytests_log_handlers() -> Iterator[None]:
 
 def mistake(arguments: list[str]) -> str:
     with pytest.raises(UserError) as error:
-        run_in_group(load_recipe(arguments), torch.device("cpu"))
+        run_in_group(load_recipe(arguments), torch.device("cpu"), Watchdog(10, launched=False))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -65,6 +67,14 @@ def test_data_that_cannot_be_trained_on(small_job: list[str], tmp_path: Path, te
     file.write_text(text)
     out = ["--output_dir", str(tmp_path / "run")]
     assert expected in mistake([*small_job, *out, "--data.train", str(file)])
+
+
+def test_machines_that_hold_other_rows(small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a shared disk each machine reads its own copy of the data: rank 2 has another."""
+    monkeypatch.setattr(dist, "gather_texts", lambda text: [text, text, "another hash"])
+    recipe = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")]).recipe
+    with pytest.raises(UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"):
+        setup.load_data(recipe)
 
 
 def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
@@ -110,7 +120,8 @@ def test_an_adapter_of_another_base_is_named_by_its_shape(
 def test_an_adapter_with_whole_matrices_names_the_way_out(small_job: list[str], tmp_path: Path, golden: Path) -> None:
     """The official finetune.py on a base model saves wte and lm_head whole."""
     options = ["--lora.init_from", str(golden / "lora_base" / "adapter"), "--output_dir", str(tmp_path / "run")]
-    assert "launch/merge.py" in mistake([*small_job, *options])
+    message = mistake([*small_job, *options])
+    assert "launch/merge.py" in message and "lora.modules_to_save" in message
 
 
 def test_a_target_without_module(small_job: list[str], tmp_path: Path) -> None:
@@ -145,9 +156,11 @@ def test_rows_without_a_model_do_not_train_the_demos(tmp_path: Path) -> None:
 def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text("seed: 1\n")
-    assert "another run" in mistake([*small_job, "--output_dir", str(run)])
-    assert [p.name for p in run.iterdir()] == ["recipe.yaml"] and (run / "recipe.yaml").read_text() == "seed: 1\n"
+    write_recipe(replace(Recipe(), seed=1), run / "recipe.yaml")
+    (run / "ds_config.json").write_text("{}")
+    before = (run / "recipe.yaml").read_text()
+    assert "was None when the run began" in mistake([*small_job, "--output_dir", str(run)])
+    assert (run / "recipe.yaml").read_text() == before and (run / "ds_config.json").read_text() == "{}"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     assert "no run folder" in mistake([*small_job, "--output_dir", str(tmp_path / "photos")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_ds.train.lora import add_lora
+from tests.jobs import free_port
 
 pytestmark = pytest.mark.job
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -85,7 +79,7 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
     out = tmp_path / "run"
     options = ["--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--output_dir", str(out)]
-    options += ["--save.every_steps", "4", "--save.keep", "1"]
+    options += ["--save.every_steps", "4", "--save.keep", "1", "--eval.sample_tokens", "4"]
     command = [
         "deepspeed",
         "--num_gpus",
@@ -102,12 +96,14 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     assert run.returncode == 0, run.stderr[-3000:]
     for name in (
         "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl", "loss.png",
-        "report.html", "adapter/adapter_config.json", "checkpoints/step_000008/adapter/adapter_model.safetensors",
+        "report.html", "adapter/adapter_config.json", "checkpoints/step_000010/adapter/adapter_model.safetensors",
+        "checkpoints/step_000010/state.json", "latest", "best", "samples.jsonl",
     ):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
     assert list((out / "tensorboard").iterdir())
-    assert not (out / "checkpoints" / "step_000004").exists(), "save.keep is 1"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], "save.keep is 1, and it is the best"
     assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
+    assert "activation_checkpointing: none\n" in (out / "recipe.yaml").read_text(), "what auto became"
     assert "eval_loss" in (out / "metrics.jsonl").read_text()
     assert "10 steps in" in run.stdout and "trainable of" in run.stdout
     from peft import PeftModel
@@ -120,22 +116,6 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     after = PeftModel.from_pretrained(base, str(out / "adapter"))(ids).logits
     assert all(t.numel() for t in adapter(out).values())
     assert (after - before).abs().max() > 1e-3
-
-
-def test_full_training_leaves_a_model_folder(job: Callable, small_job: list[str], tmp_path: Path) -> None:
-    """Every parameter moves, and the folder loads as it is."""
-    from qwen_ds.model.modeling import QWenLMHeadModel
-
-    out = tmp_path / "full"
-    job([*small_job, "--method", "full", "--model.dtype", "bfloat16", "--output_dir", str(out)], 2).ok()
-    trained, base = (QWenLMHeadModel.from_pretrained(f, dtype=torch.float32) for f in (out / "model", small_job[1]))
-    moved = {
-        n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if not torch.equal(p, q)
-    }
-    assert moved == {n for n, _ in base.named_parameters()}
-    assert (out / "model" / "qwen.tiktoken").exists()
-    first, last = ((json.loads(x)["loss"]) for x in (out / "metrics.jsonl").read_text().splitlines()[::9])
-    assert last < first
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -165,15 +145,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert "the loss is not finite" in line and "data.jsonl:41" in line
     (saved,) = (out / "checkpoints").iterdir()
     assert all(t.isfinite().all() for t in adapter(saved).values())
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offloading_changes_no_number(job: Callable, small_job: list[str], tmp_path: Path, stage: int) -> None:
-    for name in (f"zero{stage}", f"zero{stage}_offload"):
-        options = ["--deepspeed", f"ds_configs/{name}.json", "--optim.max_steps", "2"]
-        job([*small_job, *options, "--output_dir", str(tmp_path / name)], 2).ok()
-    plain, offloaded = (adapter(tmp_path / n) for n in (f"zero{stage}", f"zero{stage}_offload"))
-    assert max(float((plain[k] - offloaded[k]).abs().max()) for k in plain) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dora", "float16"])

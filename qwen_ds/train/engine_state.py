@@ -1,0 +1,174 @@
+"""What training changes, inside DeepSpeed's optimizers: fp32 values and AdamW's moments, out of and into their pieces.
+
+DeepSpeed keeps the fp32 values ("masters") flat and cut over the ranks, each stage in its own way, and AdamW's moments
+beside them. Its own checkpoints are pickles of these pieces, tied to stage and world size. Here a small state is moved
+whole, by parameter name, so that it fits any stage and any number of ranks; a large one as each rank's pieces.
+
+No deepspeed import: everything goes through the optimizer objects that the engine was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_ds import dist
+
+VALUE = "value"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What a fp16 loss scaler remembers (deepspeed/runtime/fp16/loss_scaler.py).
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class TrainableState:
+    """The fp32 values and moments of all trainable parameters of an engine.
+
+    Args:
+        model: its parameters that require gradients are the trainable ones.
+        optimizer: as `deepspeed.initialize` returned it: torch's own at stage 0, else DeepSpeed's around it.
+        stage: 0 to 3.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, stage: int, device: torch.device) -> None:
+        self._zero, self._stage, self._device = optimizer, stage, device
+        self._adamw: torch.optim.Optimizer = optimizer.optimizer if stage else optimizer
+        # Any: ZeRO gives them attributes and methods of its own (ds_*, *_hp_param).
+        self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def names(self) -> list[str]:
+        return list(self._parameters)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values and moments in fp32."""
+        numel = sum(int(p.ds_numel) if self._stage == 3 else p.numel() for p in self._parameters.values())
+        return 4 * numel * (1 + len(MOMENTS))
+
+    @property
+    def steps(self) -> int:
+        """Updates that AdamW has made: the exponent of its bias correction. Skipped steps don't count."""
+        first = self._adamw.state.get(self._masters()[0], {})
+        return int(first.get("step", 0))
+
+    def gather(self, *kinds: str) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (name, kind, complete fp32 tensor on the CPU), kinds being VALUE and MOMENTS; a collective.
+
+        Ranks other than 0 get empty tensors. What is yielded is a copy.
+        """
+        self._make_moments()
+        for name, parameter in self._parameters.items():
+            for kind in kinds:
+                full = self._full(parameter, kind)
+                yield name, kind, full.float().cpu() if dist.rank() == 0 else torch.empty(0)
+
+    def restore(self, read: Callable[[str, str], Tensor], steps: int) -> None:
+        """Set all values and moments from what rank 0 reads; a collective.
+
+        Args:
+            read: (name, kind) -> complete tensor; called on rank 0 only.
+            steps: AdamW's count of updates.
+        """
+        self._make_moments(steps)
+        for name, parameter in self._parameters.items():
+            shape = parameter.ds_shape if self._stage == 3 else parameter.shape
+            for kind in (VALUE, *MOMENTS):
+                if dist.rank() == 0:
+                    full = read(name, kind).to(self._device, torch.float32)
+                    assert full.shape == shape, (name, kind, full.shape, shape)
+                else:
+                    full = torch.empty(tuple(shape), dtype=torch.float32, device=self._device)
+                dist.broadcast(full)
+                self._set(parameter, kind, full)
+        self._push_down()
+
+    def pieces(self) -> dict[str, Tensor]:
+        """This rank's flat pieces, "value.0", "exp_avg.0" ...: the tensors themselves, not copies."""
+        self._make_moments()
+        found = {}
+        for i, master in enumerate(self._masters()):
+            found[f"{VALUE}.{i}"] = master.detach()
+            found |= {f"{kind}.{i}": self._adamw.state[master][kind] for kind in MOMENTS}
+        return found
+
+    def restore_pieces(self, read: Callable[[str], Tensor], steps: int) -> None:
+        """Set this rank's pieces (a collective: the module's weights follow). Same stage and world size only."""
+        self._make_moments(steps)
+        for name, piece in self.pieces().items():
+            saved = read(name)
+            assert saved.shape == piece.shape, (name, saved.shape, piece.shape)
+            piece.copy_(saved)
+        self._push_down()
+
+    def loss_scaler(self) -> dict[str, float]:
+        """What the fp16 loss scaler remembers; empty without fp16."""
+        if not hasattr(self._zero, "loss_scaler") or self._zero.loss_scaler is None:
+            return {}
+        scaler = vars(self._zero.loss_scaler)
+        return {key: float(scaler[key]) for key in _SCALER_STATE if key in scaler}
+
+    def restore_loss_scaler(self, saved: dict[str, float]) -> None:
+        scaler = self.loss_scaler()
+        for key, value in saved.items():
+            if key not in scaler:  # the run began in fp16 under ZeRO and goes on without
+                continue
+            kind = float if key == "cur_scale" else int
+            setattr(self._zero.loss_scaler, key, kind(value))
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW updates on this rank."""
+        if self._stage == 0:
+            return list(self._parameters.values())
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer, stage 1
+            return self._zero.fp32_groups_flat_partition
+        return self._zero.single_partition_of_fp32_groups
+
+    def _make_moments(self, steps: int | None = None) -> None:
+        """AdamW makes its state in its first step; zeros are what it would start from. `steps` sets its count."""
+        in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's CPU optimizer counts in an int
+        for master in self._masters():
+            state = self._adamw.state[master]
+            for kind in MOMENTS:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(master, requires_grad=False)
+            if "step" not in state or steps is not None:
+                state["step"] = torch.tensor(float(steps or 0)) if in_tensor else steps or 0
+        if self._stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()  # so that a parameter finds its part of the moments
+
+    def _full(self, parameter: Any, kind: str) -> Tensor:
+        key = None if kind == VALUE else kind
+        if self._stage == 0:
+            return (parameter.detach() if key is None else self._adamw.state[parameter][key]).clone()
+        if self._stage == 3:
+            return self._zero.get_full_hp_param(parameter, key)
+        return parameter.get_full_hp_param(key)
+
+    def _set(self, parameter: Any, kind: str, full: Tensor) -> None:
+        key = None if kind == VALUE else kind
+        if self._stage == 0:
+            (parameter.detach() if key is None else self._adamw.state[parameter][key]).copy_(full)
+        elif self._stage == 3:
+            # DeepSpeed's own set_full_hp_param fails on the last rank where the pieces don't come out even.
+            size = parameter.ds_tensor.numel()
+            piece = full.flatten()[dist.rank() * size : (dist.rank() + 1) * size]
+            padded = torch.nn.functional.pad(piece, (0, size - piece.numel()))
+            self._zero.set_local_hp_param(padded, parameter, key)
+        else:
+            parameter.set_full_hp_param(full, key)
+
+    def _push_down(self) -> None:
+        """The module's own weights follow the masters (a collective)."""
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            self._zero._partition_all_parameters()
+            for i in range(len(self._masters())):
+                self._zero._reassign_or_swap_out_partitioned_parameters(i)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+            self._zero.invalidate_secondary_tensor()

@@ -1,0 +1,130 @@
+"""The rows that a base model needs to learn to stop: <|endoftext|>, <|im_start|> and <|im_end|> of wte and lm_head.
+
+Pre-training never showed a base model the last two, so their rows are as initialisation left them, and LoRA on the
+layers between cannot make up for it: such a model answers and never stops. Here those rows alone are trained, as fp32
+parameters beside the frozen matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
+(test_nothing_of_the_matrices_is_copied).
+
+Names and values are those of PEFT's `trainable_token_indices`: `<module>.token_adapter.trainable_tokens_delta` holds,
+in spite of its name, the rows' new values, which are used in the base's dtype.
+
+Shapes: B rows of a batch, T tokens, D hidden, V vocabulary, K special rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ds.config import Recipe
+from qwen_ds.errors import UserError
+from qwen_ds.model.tokenizer import load_encoding
+
+
+def resolve(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe with on or off in place of lora.special_rows' auto, and a line for the user where that is on.
+
+    auto means on for LoRA on a base model, one whose generation_config.json does not say chat_format "chatml"; except
+    where lora.modules_to_save already trains whole matrices.
+
+    Raises:
+        UserError: lora.special_rows is on beside lora.modules_to_save.
+    """
+    options = recipe.lora
+    wanted, note = options.special_rows, ""
+    if isinstance(wanted, bool):
+        wanted = "on" if wanted else "off"
+    if recipe.method == "lora" and wanted == "on" and options.modules_to_save:
+        raise UserError(
+            f"lora.special_rows is on and lora.modules_to_save is {', '.join(options.modules_to_save)}; expected one "
+            f"of them: a matrix trained whole has those rows in it"
+        )
+    if wanted == "auto":
+        found = _chat_format(Path(recipe.model.path))
+        is_on = recipe.method == "lora" and not options.modules_to_save and found != "chatml"
+        if is_on:
+            reason = "has no chat_format" if found is None else f"says chat_format {found!r}"
+            note = (
+                f"lora.special_rows is on: the model's generation_config.json {reason}, as a base model's; without its "
+                f"rows of <|endoftext|>, <|im_start|> and <|im_end|> trained it would not learn to stop"
+            )
+        wanted = "on" if is_on else "off"
+    return replace(recipe, lora=replace(options, special_rows=wanted)), note
+
+
+def _chat_format(model: Path) -> str | None:
+    path = model / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    value = found.get("chat_format") if isinstance(found, dict) else None
+    return None if value is None else str(value)
+
+
+def special_ids(model: Path) -> list[int]:
+    """Ids of <|endoftext|>, <|im_start|> and <|im_end|> in the vocabulary of a checkpoint folder."""
+    encoding = load_encoding(model)
+    return [encoding.eod_id, encoding.im_start_id, encoding.im_end_id]
+
+
+class _Rows(nn.Module):
+    """Some rows of a matrix, trainable. A module that uses them itself, so that ZeRO-3 gathers them for it."""
+
+    ids_K: Tensor
+
+    def __init__(self, ids: Sequence[int], weight_VD: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids_K", torch.tensor(ids, device=weight_VD.device), persistent=False)
+        self.trainable_tokens_delta = nn.Parameter(weight_VD.detach()[self.ids_K].float())
+
+
+class EmbeddedRows(_Rows):
+    def forward(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
+        """x_BTD with the trained rows at the positions of their ids."""
+        hit_BTK = ids_BT[..., None] == self.ids_K
+        # Looked up in fp32 and cast after it: the gradients of all positions add up in fp32. One without a hit looks up
+        # some row, which is not used and gets no gradient: no boolean index, for which the CPU would wait on the GPU.
+        rows_BTD = F.embedding(hit_BTK.int().argmax(-1), self.trainable_tokens_delta)
+        return torch.where(hit_BTK.any(-1, keepdim=True), rows_BTD.to(x_BTD.dtype), x_BTD)
+
+
+class HeadRows(_Rows):
+    def forward(self, hidden_BTD: Tensor, logits_BTV: Tensor) -> Tensor:
+        """logits_BTV with the logits that the trained rows give."""
+        logits_BTK = F.linear(hidden_BTD, self.trainable_tokens_delta.to(hidden_BTD.dtype))
+        return logits_BTV.index_copy(-1, self.ids_K, logits_BTK)
+
+
+class EmbeddingWithRows(nn.Embedding):
+    """A frozen embedding some of whose rows are trained. It takes over the parameter of `base`, name and all."""
+
+    def __init__(self, base: nn.Embedding, ids: Sequence[int]) -> None:
+        """`base`'s weight must be whole (gathered, under ZeRO-3)."""
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        self.weight = base.weight
+        self.token_adapter = EmbeddedRows(ids, base.weight)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.token_adapter(ids_BT, super().forward(ids_BT))
+
+
+class HeadWithRows(nn.Linear):
+    """A frozen, bias-free head some of whose rows are trained; `base` as for EmbeddingWithRows. Training goes through
+    the loss head instead of this forward (qwen_ds/train/loss.py)."""
+
+    def __init__(self, base: nn.Linear, ids: Sequence[int]) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight = base.weight
+        self.token_adapter = HeadRows(ids, base.weight)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.token_adapter(hidden_BTD, super().forward(hidden_BTD))
