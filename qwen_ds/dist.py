@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,27 @@ def own_store(name: str) -> torch_dist.Store:
 
 def once(make: Callable[[], object], name: str) -> None:
     """Run `make` on rank 0 while all other ranks wait, for as long as it takes; see `once_per_machine`."""
-    _lead(make, f"once/{name}", leads=rank() == 0)
+    _lead(make, f"once/{name}/{_next(name)}", leads=rank() == 0)
+
+
+def meet(name: str) -> None:
+    """Wait for every rank, for as long as it takes: at the store, not in a collective, which has a time-out."""
+    if world_size() == 1:
+        return
+    store = torch_dist.distributed_c10d._get_default_store()
+    key = f"meet/{name}/{_next(name)}"
+    if store.add(key, 1) == world_size():
+        store.set(key + "/all", "")
+    store.wait([key + "/all"], datetime.timedelta(days=7))
+
+
+_times: Counter[str] = Counter()
+
+
+def _next(name: str) -> int:
+    """How often this place was reached: all ranks reach it equally often, and each time has a key of its own."""
+    _times[name] += 1
+    return _times[name]
 
 
 def once_per_machine(make: Callable[[], object], name: str) -> None:

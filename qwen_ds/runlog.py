@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qwen_ds import dist
 
@@ -74,30 +74,30 @@ class JsonLines:
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self._path = path
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         if path.stat().st_size > keep:
             self._file.truncate(keep)
         self._bytes = path.stat().st_size
+        self._waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        """A full disk does not end the training: the line waits for the next one."""
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        self._bytes += len(line.encode())
-        self._file.write(line)
-        self._to_disk(sync=False)
-
-    def position(self) -> int:
-        """Bytes so far, brought to the disk."""
-        self._to_disk(sync=True)
-        return self._bytes
-
-    def _to_disk(self, *, sync: bool) -> None:
+        """A full disk does not end the training: what it does not take waits for the next line."""
+        self._waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
+            while self._waiting:
+                written = self._file.write(self._waiting) or 0
+                self._bytes += written
+                self._waiting = self._waiting[written:]
         except OSError as error:
             logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
+
+    def position(self) -> int:
+        """Bytes in the file, brought to the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
+        return self._bytes
 
     def close(self) -> None:
         self._file.close()

@@ -229,6 +229,8 @@ def require_folder(folder: Path, make: bool = False) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Indented, UTF-8 as it is, readable by everybody."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.chmod(0o644)
+    """Indented, UTF-8 as it is, readable by everybody; the old file or the new one, never half of it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.chmod(0o644)
+    unfinished.replace(path)

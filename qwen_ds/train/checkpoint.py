@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,17 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:06d}"
 
 
-def write_file(path: Path, blocks: Iterable[memoryview]) -> str:
+def steps_saved(run: Path) -> list[int]:
+    """The steps that have a checkpoint folder, whole or not, ascending. Folders with other names are the user's."""
+    found = (re.fullmatch(r"step_(\d{6,})", path.name) for path in (run / "checkpoints").glob("step_*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def write_file(path: Path, blocks: Iterable[memoryview], getting_on: Callable[[], object] = lambda: None) -> str:
     """Write a file and wait until the disk has it; returns its sha256, taken while writing. Mode 0644.
+
+    Args:
+        getting_on: called after each 16 MB.
 
     Raises:
         OSError: of the disk.
@@ -52,6 +62,7 @@ def write_file(path: Path, blocks: Iterable[memoryview]) -> str:
                 sha256.update(rest)
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
+                getting_on()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -67,7 +78,7 @@ def write_text(path: Path, text: str) -> str:
     return write_file(path, [memoryview(text.encode())])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], getting_on: Callable[[], object] = lambda: None) -> str:
     """Write a safetensors file straight from the tensors' own memory (the library's writer copies all of them first);
     returns its sha256.
 
@@ -91,12 +102,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         for tensor in tensors.values():
             yield tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().data
 
-    return write_file(path, blocks())
+    return write_file(path, blocks(), getting_on)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's own entries: without it a rename may be forgotten by a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's own entries: without it a power cut may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -120,18 +131,16 @@ def clear_unfinished(run: Path) -> None:
 
 
 def finish(run: Path, folder: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[str, str]) -> Path:
-    """Give an unfinished checkpoint its name, after state.json and the disk's confirmation; `latest` follows."""
+    """Give an unfinished checkpoint its name, after state.json and the disk's confirmation."""
     text = json.dumps({"format": FORMAT, **state, "files": dict(sha256_of)}, indent=2, ensure_ascii=False) + "\n"
     write_text(folder / STATE, text)
     for inner in {(folder / name).parent for name in sha256_of} | {folder}:
-        sync_folder(inner)
+        sync(inner)
     target = step_folder(run, step)
     if target.exists():  # a damaged one of the same step, which the run has stepped back from
         target.rename(target.with_name(f".{target.name}.replaced"))
     folder.rename(target)
-    sync_folder(target.parent)
-    clear_unfinished(run)
-    point(run, LATEST, step)
+    sync(target.parent)
     return target
 
 
@@ -140,7 +149,7 @@ def point(run: Path, name: str, step: int) -> None:
     unfinished = run / f".{name}.unfinished"
     write_text(unfinished, step_folder(run, step).name + "\n")
     unfinished.replace(run / name)
-    sync_folder(run)
+    sync(run)
 
 
 def pointed(run: Path, name: str) -> str | None:
@@ -149,9 +158,10 @@ def pointed(run: Path, name: str) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def keep_newest(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the `keep` newest and the best."""
-    found = sorted((run / "checkpoints").glob("step_*"))
+def keep_newest(run: Path, keep: int, step: int) -> None:
+    """Delete all checkpoints but the `keep` newest up to `step`, and the best. Later ones are of a time that the run
+    has stepped back from, since they are damaged: it writes them anew when it comes to them."""
+    found = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
     best = pointed(run, BEST)
     for old in found[: max(0, len(found) - keep)]:
         if old.name != best:
@@ -162,12 +172,13 @@ def keep_newest(run: Path, keep: int) -> None:
 
 
 def tidy(run: Path, step: int, best: int | None, keep: int) -> None:
-    """What a save that was killed after its rename had still to do, for a run that goes on from `step`."""
+    """What follows a checkpoint's rename, and what a kill may have kept a save from doing: the pointers, and the end of
+    what is too old."""
     clear_unfinished(run)
     point(run, LATEST, step)
     if best is not None and step_folder(run, best).is_dir():
         point(run, BEST, best)
-    keep_newest(run, keep)
+    keep_newest(run, keep, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +208,10 @@ def newest(run: Path, before: int | None = None) -> Search:
     """The newest checkpoint whose files are those that its state.json lists; shards are left to the ranks that read
     them. `before`: only older ones than this step."""
     search = Search()
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
-        if before is not None and int(folder.name.removeprefix("step_")) >= before:
+    for step in reversed(steps_saved(run)):
+        if before is not None and step >= before:
             continue
+        folder = step_folder(run, step)
         state = _read_state(folder)
         if isinstance(state, str):
             search.remarks.append(f"{folder} is passed over: {state}")

@@ -162,6 +162,12 @@ def resolve(
         raise UserError(f"{merger.origin}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     _resolve_zero(zero, stage, hidden_size)
     _resolve_zeropp(zero, merger, world, ranks_per_machine or world, can_quantise)
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f"{merger.origin}: zero_optimization.{section}.device is 'nvme', from which no checkpoint can be made "
+                f"here; expected 'cpu' or 'none'"
+            )
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
         # torch's AdamW serves where DeepSpeed's compiled CPU optimizer is not to be had (see engine.make_optimizer).

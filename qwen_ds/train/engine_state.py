@@ -42,12 +42,6 @@ class TrainableState:
         return list(self._parameters)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all values and moments in fp32."""
-        numel = sum(int(p.ds_numel) if self._stage == 3 else p.numel() for p in self._parameters.values())
-        return 4 * numel * (1 + len(MOMENTS))
-
-    @property
     def steps(self) -> int:
         """Updates that AdamW has made: the exponent of its bias correction. Skipped steps don't count."""
         first = self._adamw.state.get(self._masters()[0], {})

@@ -5,11 +5,13 @@ Shapes: L tokens of one row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen_ds import dist
 from qwen_ds.config import EvalOptions
@@ -39,7 +41,7 @@ class BestLoss:
     since: int = 0
 
     def after(self, loss: float, step: int) -> BestLoss:
-        if self.loss is None or loss < self.loss:
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             return BestLoss(loss, step, 0)
         return BestLoss(self.loss, self.step, self.since + 1)
 
@@ -95,13 +97,18 @@ class Evaluator:
         answers = generate(
             input_ids=ids_BT, attention_mask=real_BT, do_sample=False, max_new_tokens=self._options.sample_tokens,
             eos_token_id=self._stop_ids(), pad_token_id=self._rows.pad_id,
-            synced_gpus=engine.stage == 3 and dist.world_size() > 1,
+            synced_gpus=engine.stage == 3 and dist.world_size() > 1, stopping_criteria=[self._get_on],
         )[:, width:].tolist()  # fmt: skip
         engine.train(True)
         return [
             Sample(self._text(prompt), self._text(self._until_stop(answer)), self._text(reference))
             for (prompt, reference), answer in zip(rows, answers, strict=True)
         ]
+
+    def _get_on(self, ids_BT: Tensor, scores: object, **_: object) -> Tensor:
+        """Called by `generate` at each token: none of them ends an answer, all of them are progress."""
+        self._watchdog.touch()
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     def _split(self, row: int) -> tuple[list[int], list[int]]:
         """Token ids up to and with "<|im_start|>assistant\\n" of the first learnt turn, and those of its answer."""

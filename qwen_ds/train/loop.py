@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, T its longest row.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -63,16 +64,7 @@ def train(
     saved = resumed.state if resumed else {}
     best, evaluated = BestLoss(**saved.get("best", {})), saved.get("evaluated", True)
     progress = Progress(output.folder, steps, recipe.log.every_steps, first, saved.get("progress"))
-    evaluator = None
-    if data.eval is not None:
-        evaluator = Evaluator(data.eval, output.base, recipe.eval, recipe.batch.tokens_per_micro_batch, watchdog)
-
-    def evaluate(step: int) -> BestLoss:
-        assert evaluator is not None
-        loss = evaluator.loss(engine, step)
-        progress.evaluated(step, loss)
-        progress.sampled(step, evaluator.samples(engine, step))
-        return best.after(loss, step)
+    evaluator = make_evaluator(recipe, data, output.base, watchdog)
 
     def state(step: int) -> RunState:
         return RunState(step, steps_per_epoch, progress.state(), best, evaluated)
@@ -80,7 +72,7 @@ def train(
     engine.train(True)
     with progress, StopRequest(dist.job_ends_at(), recipe.save.before_minutes) as request:
         if not evaluated:
-            best, evaluated = evaluate(first), True
+            best, evaluated = evaluate(evaluator, engine, progress, first, best), True
         for step in range(first, steps):
             if best.out_of_patience(recipe.eval.patience):
                 break
@@ -96,18 +88,36 @@ def train(
             due = evaluator is not None and evaluator.due(done, steps, steps_per_epoch)
             evaluated = not due or stop_because is None
             if due and evaluated:
-                best = evaluate(done)
-            if stop_because or done % recipe.save.every_steps == 0 or done == steps or best.step == done:
+                best = evaluate(evaluator, engine, progress, done, best)
+            last = done == steps or best.out_of_patience(recipe.eval.patience)
+            if stop_because or last or done % recipe.save.every_steps == 0 or best.step == done:
                 watchdog.at(done, "saving")
                 saver.save(engine, state(done))
             if stop_because:
                 return stopped(progress, saver, stop_because)
         saver.wait()
+        progress.flush()
         watchdog.at(steps, "writing the result")
         output.save_final(engine, watchdog)
         outcome = progress.outcome()
         outcome.out_of_patience = best.out_of_patience(recipe.eval.patience)
         return outcome
+
+
+def make_evaluator(recipe: Recipe, data: Data, base: Path, watchdog: Watchdog) -> Evaluator | None:
+    """None without evaluation data."""
+    if data.eval is None:
+        return None
+    return Evaluator(data.eval, base, recipe.eval, recipe.batch.tokens_per_micro_batch, watchdog)
+
+
+def evaluate(evaluator: Evaluator | None, engine: Engine, progress: Progress, step: int, best: BestLoss) -> BestLoss:
+    """Loss and sampled answers after `step` (a collective); the best loss since then."""
+    assert evaluator is not None
+    loss = evaluator.loss(engine, step)
+    progress.evaluated(step, loss)
+    progress.sampled(step, evaluator.samples(engine, step))
+    return best.after(loss, step)
 
 
 def train_step(recipe: Recipe, step: int, steps: int, data: Data, engine: Engine, watchdog: Watchdog) -> Step:
@@ -194,19 +204,18 @@ def not_finite(what: str, where: str, row_ids: list[int], step: int, rows: Token
 
 def stop_not_finite(error: NotFinite, engine: Engine, saver: Saver, state: RunState) -> NoReturn:
     """End the run on every rank (a collective); the weights of the last good step are kept."""
-    kept = saver.save(engine, state)
-    saver.wait()
+    folder = saver.save(engine, state)
+    kept = f"are kept in {folder}" if saver.wait() else "could not be saved"
     raise UserError(
         f"{error}; expected finite numbers (lower optim.lr, or look at those rows); the weights after step "
-        f"{state.step} are kept in {kept}"
+        f"{state.step} {kept}"
     ) from None
 
 
 def stopped(progress: Progress, saver: Saver, why: str) -> Outcome:
     """The outcome of a run that was asked to stop, once the save is on the disk."""
-    failed = dist.max_floats(not saver.wait())[0]
     outcome = progress.outcome()
     outcome.stopped_by = why
-    if failed:
+    if not saver.wait():
         raise OSError(f"stopped by {why}, and step {outcome.steps} could not be saved")
     return outcome

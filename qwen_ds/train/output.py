@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from qwen_ds import dist
+from qwen_ds.errors import UserError
 from qwen_ds.model.folder import carry_over, write_json
 from qwen_ds.train import lora
-from qwen_ds.train.checkpoint import file_sha256, write_tensors
+from qwen_ds.train.checkpoint import file_sha256, sync, write_tensors
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.watchdog import Watchdog
 
@@ -36,26 +37,41 @@ class Output:
         return "model" if self.adapter_config is None else "adapter"
 
     def save_final(self, engine: Engine, watchdog: Watchdog) -> None:
-        """Write adapter/ or model/ into the run folder (a collective), built beside and renamed."""
+        """Write adapter/ or model/ into the run folder (a collective), built beside and renamed.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
         unfinished = self.folder / f".{self.name}.unfinished"
-        if dist.rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-        if self.adapter_config is None:
-            self.write_model(engine, unfinished, watchdog)
-        else:
-            tensors = engine.trainable_tensors()
-            if dist.rank() == 0:
-                self.write_values(unfinished, tensors)
-        if dist.rank() == 0:
-            final, old = self.folder / self.name, self.folder / f".{self.name}.replaced"
+        problem: OSError | None = None
+        try:
+            if self.adapter_config is None:
+                self.write_model(engine, unfinished, watchdog)
+            else:
+                tensors = engine.trainable_tensors()
+                if dist.rank() == 0:
+                    self.write_values(unfinished, tensors)
+        except OSError as error:  # on rank 0, which alone writes
+            problem = error
+        dist.once(lambda: self._place(unfinished, problem), "the result")
+
+    def _place(self, unfinished: Path, problem: OSError | None) -> None:
+        final, old = self.folder / self.name, self.folder / f".{self.name}.replaced"
+        try:
+            if problem:
+                raise problem
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():  # a run that went on after it had finished once
                 final.rename(old)
             (unfinished / self.name).rename(final)
-            unfinished.rmdir()
+            shutil.rmtree(unfinished)
             shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(
+                f"{final}: the result cannot be written ({error}); expected room for it; the newest checkpoint holds "
+                f"it, and the same command writes it once there is room"
+            ) from error
 
     def write_values(self, parent: Path, tensors: Mapping[str, Tensor]) -> Files:
         """Write adapter/ or model/ below `parent` from complete fp32 values by parameter name; rank 0 only."""
@@ -74,27 +90,32 @@ class Output:
 
         rest = tensors()
         try:
-            return self._write_model(parent, rest) if dist.rank() == 0 else {}
+            return self._write_model(parent, rest, watchdog.touch) if dist.rank() == 0 else {}
         finally:
             for _ in rest:  # each rank gives its part of every tensor, also when the disk is full
                 pass
 
-    def _write_model(self, parent: Path, tensors: Iterable[tuple[str, Tensor]]) -> Files:
+    def _write_model(
+        self, parent: Path, tensors: Iterable[tuple[str, Tensor]], getting_on: Callable[[], object] = lambda: None
+    ) -> Files:
         target = parent / self.name
-        target.mkdir()
-        shards = _Shards(target)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        shards = _Shards(target, getting_on)
         for name, tensor in tensors:
             shards.add(name, tensor)
         files = shards.finish()
-        files |= {name: file_sha256(target / name) for name in carry_over(self.base, target)}
+        for name in carry_over(self.base, target):
+            sync(target / name)
+            files[name] = file_sha256(target / name)
         return {f"{self.name}/{name}": sha256 for name, sha256 in files.items()}
 
 
 class _Shards:
     """Writes tensors into safetensors files of SHARD_BYTES at most, one file's tensors in memory at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, getting_on: Callable[[], object]) -> None:
+        self._folder, self._getting_on = folder, getting_on
         self._tensors: dict[str, Tensor] = {}
         self._number_of: dict[str, int] = {}
         self._sha256s: list[str] = []
@@ -122,10 +143,12 @@ class _Shards:
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
         index_file = "model.safetensors.index.json"
         write_json(self._folder / index_file, index)
+        sync(self._folder / index_file)
         return dict(zip(names.values(), self._sha256s, strict=True)) | {
             index_file: file_sha256(self._folder / index_file)
         }
 
     def _write(self) -> None:
-        self._sha256s.append(write_tensors(self._folder / f"shard-{len(self._sha256s) + 1}", self._tensors))
+        file = self._folder / f"shard-{len(self._sha256s) + 1}"
+        self._sha256s.append(write_tensors(file, self._tensors, self._getting_on))
         self._tensors, self._bytes = {}, 0

@@ -128,14 +128,8 @@ class Progress:
             self._pending.append((step, time.perf_counter() - self._step_started))
         else:
             outcome.skipped += 1
-        if self._pending and (step.number % self._every == 0 or step.number == self._steps):
-            row = metrics(self._pending)
-            outcome.last_loss = row["loss"]
-            if outcome.first_loss is None:
-                outcome.first_loss = row["loss"]
-            self._write(step.number, row, "train")
-            self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            self._pending = []
+        if step.number % self._every == 0 or step.number == self._steps:
+            self.flush()
         self._bar.update()
         if step.number == self._first_step + STEPS_UNTIL_ESTIMATE and step.number < self._steps:
             left = (time.perf_counter() - self._started) / STEPS_UNTIL_ESTIMATE * (self._steps - step.number)
@@ -143,10 +137,23 @@ class Progress:
             self._bar.clear()
             say(f"step {step.number} of {self._steps}; ends about {ends:%Y-%m-%d %H:%M %Z} ({_duration(left)} left)")
 
+    def flush(self) -> None:
+        """Write what the steps since the last line add up to."""
+        if not self._pending:
+            return
+        row = metrics(self._pending)
+        self._outcome.last_loss = row["loss"]
+        if self._outcome.first_loss is None:
+            self._outcome.first_loss = row["loss"]
+        self._write(self._pending[-1][0].number, row, "train")
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        self._pending = []
+
     def evaluated(self, step: int, loss: float) -> None:
         """Take in an evaluation loss (nats per learnt token)."""
         self._outcome.eval_losses.append((step, loss))
-        self._write(step, {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}, "eval")
+        perplexity = math.exp(loss) if loss < 700 else None  # NaN and what overflows are no JSON
+        self._write(step, {"eval_loss": loss if math.isfinite(loss) else None, "eval_perplexity": perplexity}, "eval")
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Take in the answers to a few rows."""
@@ -178,6 +185,8 @@ class Progress:
             return
         self._lines.write({"step": step, **row})
         for name, value in row.items():
+            if value is None:
+                continue
             tag = f"{group}/{name.removeprefix('eval_')}"
             self._to_board("add_scalar", tag, value, step)
         self._to_board("flush")
@@ -212,7 +221,7 @@ def metrics(steps: list[tuple[Step, float]]) -> dict[str, Any]:
         "epoch": last.epoch,
         "loss": sum(step.loss for step, _ in steps) / targets,
         "lr": last.lr,
-        "grad_norm": last.grad_norm,
+        "grad_norm": last.grad_norm if math.isfinite(last.grad_norm) else None,  # fp16's overflow: inf is no JSON
         "tokens_per_second": tokens / seconds,
         "learnt_tokens_per_second": targets / seconds,
         "padding_share": 1.0 - tokens / sum(step.window.padded_tokens for step, _ in steps),

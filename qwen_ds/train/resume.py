@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,21 @@ from qwen_ds import dist
 from qwen_ds.config import Recipe, to_dict
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
-from qwen_ds.train import checkpoint
+from qwen_ds.train import checkpoint, lora, runfolder
 from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.ds_config import Json
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.engine_state import VALUE
+from qwen_ds.train.evaluate import BestLoss
 from qwen_ds.train.runfolder import DS_CONFIG, RECIPE
-from qwen_ds.train.saver import OPTIMIZER, RNG, adapter_key, shard_name
+from qwen_ds.train.saver import OPTIMIZER, RNG, shard_name
 
+ADAPTER = "adapter/adapter_model.safetensors"
 # What may always differ: where the folder is, and what says nothing about the numbers.
-_FREE = ("output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb")
+_FREE = (
+    "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb",
+    "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes", "save.keep",
+)  # fmt: skip
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
@@ -98,7 +104,7 @@ def find(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint, the same on every rank (a collective). What had to be passed over is said."""
     before: int | None = None
     while True:
-        search = checkpoint.newest(run, before) if dist.rank() == 0 else checkpoint.Search()
+        search = _search(run, before)
         for remark in search.remarks:
             say(remark)
         text = dist.broadcast_text(json.dumps(search.found and search.found.state))
@@ -109,6 +115,7 @@ def find(run: Path) -> Checkpoint | None:
         if not state["sharded"] or state["ranks"] != dist.world_size():
             return found
         damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
+        dist.meet("shards read")
         damages = [text for text in dist.gather_texts(damage or "") if text]
         if not damages:
             return found
@@ -116,7 +123,20 @@ def find(run: Path) -> Checkpoint | None:
         before = found.step
 
 
-def check_world(found: Checkpoint, stage: int, sharded: bool) -> None:
+def _search(run: Path, before: int | None) -> checkpoint.Search:
+    """Rank 0 looks, which reads every byte: seconds for an adapter, minutes for a model."""
+    searches: list[checkpoint.Search] = []
+    dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
+    return searches[0] if searches else checkpoint.Search()
+
+
+def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> bool:
+    """Whether nothing is left to do (a collective: rank 0 looks into the folder)."""
+    through = found.step >= steps or BestLoss(**found.state["best"]).out_of_patience(recipe.eval.patience)
+    return dist.broadcast_text("yes" if through and runfolder.is_finished(run) else "") == "yes"
+
+
+def check_world(found: Checkpoint, stage: int, *, sharded: bool) -> None:
     """Raises UserError if the pieces of a full-training checkpoint don't fit this world."""
     state = found.state
     if state["sharded"] and (state["ranks"], state["zero_stage"], True) != (dist.world_size(), stage, sharded):
@@ -133,16 +153,18 @@ def restore(engine: Engine, found: Checkpoint) -> None:
         with safe_open(found.file(shard_name(dist.rank(), dist.world_size())), framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
-        adapter = found.file("adapter/adapter_model.safetensors")
-        with (
-            safe_open(found.file(OPTIMIZER), framework="pt") as moments,
-            safe_open(adapter if adapter.exists() else found.file(OPTIMIZER), framework="pt") as values,
-        ):
+        with ExitStack() as opened:
+
+            def tensors(name: str) -> Any:
+                return opened.enter_context(safe_open(found.file(name), framework="pt"))
+
+            held = tensors(OPTIMIZER)
+            adapter = tensors(ADAPTER) if ADAPTER in state["files"] else None
 
             def read(name: str, kind: str) -> Tensor:
-                if kind == VALUE and adapter.exists():
-                    return values.get_tensor(adapter_key(name))
-                return moments.get_tensor(f"{name}.{kind}")
+                if kind == VALUE and adapter is not None:
+                    return adapter.get_tensor(lora.plain_name(name))
+                return held.get_tensor(f"{name}.{kind}")
 
             engine.state.restore(read, state["optimizer_steps"])
     else:

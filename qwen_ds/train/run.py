@@ -28,6 +28,7 @@ from qwen_ds.train.loop import total_steps, train
 from qwen_ds.train.output import Output
 from qwen_ds.train.progress import Outcome
 from qwen_ds.train.saver import Saver
+from qwen_ds.train.stop import leave_at_signals
 from qwen_ds.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     Raises:
         UserError: the data, the model or the folder is wrong, or the loss is not finite.
     """
-    launched = dist.has_rendezvous()
+    leave_at_signals()
+    launched = dist.has_rendezvous() or dist.world_size() > 1
     timeout_minutes = loaded.recipe.distributed.timeout_minutes
     device = engine.choose_device(loaded.recipe.device)
     # A minute more than the watchdog's patience: it knows more about what happened than a collective does.
@@ -48,7 +50,8 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     watchdog.start()
     try:
         code = run_in_group(loaded, device, watchdog, note)
-    except UserError:  # reached by every rank
+    except UserError as error:  # reached by every rank, or told to the others
+        watchdog.tell(error)
         watchdog.stop()
         engine.stop_process_group()
         raise
@@ -96,7 +99,9 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     data = setup.load_data(recipe)
     if found:
         resume.check_same_data(found.state, recipe, data.sha256)
-        if found.step >= total_steps(recipe, data.sampler.steps_per_epoch) and runfolder.is_finished(folder):
+        resume.check_world(found, resolved.stage, sharded=recipe.method == "full" and resolved.stage > 0)
+        steps = total_steps(recipe, data.sampler.steps_per_epoch)
+        if resume.is_finished(found, folder, recipe, steps):
             say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one")
             return EXIT_DONE
     recipe, recomputation = setup.choose_recomputation(recipe, resolved, data, device)
@@ -118,7 +123,6 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     identity = resume.identity(recipe, resolved.stored_json(), data.sha256)
     saver = Saver(output, identity, recipe.save.keep, watchdog, found)
     if found:
-        resume.check_world(found, resolved.stage, saver.sharded(deepspeed_engine))
         resume.restore(deepspeed_engine, found)
     outcome = train(recipe, data, deepspeed_engine, saver, output, watchdog, found)
     watchdog.idle()
@@ -183,21 +187,24 @@ def start_screen(
             f"{recipe.optim.schedule}",
             *([f"memory    {recomputation}"] if recomputation else []),
             *resumed,
-            f"disk      {disk_use(recipe, steps, model)}",
+            f"disk      {disk_use(recipe, steps, data, model)}",
             f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",
         ]
     )
 
 
-def disk_use(recipe: Recipe, steps: int, model: setup.Model) -> str:
+def disk_use(recipe: Recipe, steps: int, data: setup.Data, model: setup.Model) -> str:
     """What the checkpoints will take: 12 bytes a trainable parameter (value and two moments in fp32), and for full
     training the model itself."""
     each = 12 * model.count.trainable
     if model.adapter_config is None:
         each += setup.DTYPES[recipe.model.dtype].itemsize * model.count.total
-    count = min(math.ceil(steps / recipe.save.every_steps), recipe.save.keep) + bool(recipe.data.eval)
+    saves = math.ceil(steps / recipe.save.every_steps)
+    if data.eval is not None:  # each evaluation may be the best so far, which is saved and kept
+        saves += math.ceil(steps / (recipe.eval.every_steps or data.sampler.steps_per_epoch))
+    count = min(saves, recipe.save.keep + (data.eval is not None)) + 1  # and the one that is being written
     free = shutil.disk_usage(recipe.output_dir).free if dist.rank() == 0 else math.inf
-    text = f"{count} checkpoint(s) of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
+    text = f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
     return text if count * each < free else f"{text}: TOO LITTLE; lower save.keep or clear the disk"
 
 

@@ -17,6 +17,9 @@ from qwen_ds.model.folder import require_folder, write_json
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
+# What a start that was killed may leave before recipe.yaml, which is written last and makes the folder a run's.
+BEFORE_THE_RECIPE = ("logs", "ds_config.json", "environment.json", ".recipe.yaml.unfinished",
+                     ".ds_config.json.unfinished", ".environment.json.unfinished")  # fmt: skip
 RECIPE, DS_CONFIG, REPORT = "recipe.yaml", "ds_config.json", "report.html"
 
 
@@ -27,7 +30,7 @@ def claim(folder: Path) -> None:
         UserError: it holds something else. Nothing in it is touched.
     """
     if folder.is_dir() and not holds_run(folder):
-        strangers = sorted(p.name for p in folder.iterdir() if p.name != "logs")
+        strangers = sorted(p.name for p in folder.iterdir() if p.name not in BEFORE_THE_RECIPE)
         if strangers:
             raise UserError(
                 f"output_dir {folder} holds {strangers[0]!r} and is no run folder; expected a run folder, or a new or "

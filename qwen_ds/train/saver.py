@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qwen_ds import dist
 from qwen_ds.runlog import say
-from qwen_ds.train import checkpoint, lora
+from qwen_ds.train import checkpoint
 from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.engine_state import MOMENTS, VALUE
@@ -97,13 +97,15 @@ class Saver:
         return target
 
     def wait(self) -> bool:
-        """Wait until the last save is on the disk; whether it succeeded (rank 0 knows, others say True)."""
-        if self._thread is not None:
-            while self._thread.is_alive():
-                self._thread.join(1.0)
-                self._watchdog.touch()
-            self._thread = None
-        return self._failure is None
+        """Wait until the last save is on the disk (a collective without a time-out); whether it succeeded."""
+        dist.once(self._join, "the saver")
+        return not dist.max_floats(self._failure is not None)[0]
+
+    def _join(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            self._watchdog.touch()
+        self._thread = None
 
     def sharded(self, engine: Engine) -> bool:
         """Full training under ZeRO: the state stays in the ranks' pieces."""
@@ -134,8 +136,10 @@ class Saver:
         try:
             folder = checkpoint.unfinished_folder(self._run, state.step)
             files = self._output.write_values(folder, tensors[VALUE])
-            moments = {f"{name}.{kind}": tensors[kind][name] for kind in MOMENTS for name in tensors[kind]}
-            files[OPTIMIZER] = checkpoint.write_tensors(folder / OPTIMIZER, moments)
+            # An adapter holds the fp32 values themselves, a model what they are in its dtype.
+            kinds = MOMENTS if self._output.adapter_config is not None else (VALUE, *MOMENTS)
+            held = {f"{name}.{kind}": tensor for kind in kinds for name, tensor in tensors[kind].items()}
+            files[OPTIMIZER] = checkpoint.write_tensors(folder / OPTIMIZER, held)
             self._finish(folder, state, described, rng, files)
         except Exception as error:  # of the disk; or ours, and then no reason to lose a day's training
             log.exception("saving step %d has failed", state.step)
@@ -158,20 +162,23 @@ class Saver:
                 )
             )
         if not failures:
-            _catch(
-                failures, lambda: files.update({name: checkpoint.write_tensors(folder / name, engine.state.pieces())})
-            )
+            pieces, touch = engine.state.pieces(), self._watchdog.touch
+            _catch(failures, lambda: files.update({name: checkpoint.write_tensors(folder / name, pieces, touch)}))
+        dist.meet("shards written")  # disks differ, and a collective has a time-out
         _catch(failures, lambda: files.update(self._output.write_model(engine, folder, self._watchdog)))
         told = dist.gather_texts(json.dumps([files, str(failures[0]) if failures else ""]))
-        if dist.rank() == 0:
-            parts = [json.loads(text) for text in told]
+        parts = [json.loads(text) for text in told]
+        failure = next((text for _, text in parts if text), "")
+
+        def finish() -> None:
             try:
-                if failure := next((text for _, text in parts if text), ""):
+                if failure:
                     raise OSError(failure)
                 self._finish(folder, state, described, rng, {k: v for part, _ in parts for k, v in part.items()})
             except OSError as error:
                 self._give_up(state.step, error)
-        dist.barrier()
+
+        dist.once(finish, "the checkpoint")
 
     def _finish(
         self, folder: Path, state: RunState, described: dict[str, Any], rng: list[str], files: dict[str, str]
@@ -179,11 +186,12 @@ class Saver:
         states = {f"rank_{rank}.{kind}": t for rank, text in enumerate(rng) for kind, t in _rng_tensors(text).items()}
         files[RNG] = checkpoint.write_tensors(folder / RNG, states)
         target = checkpoint.finish(self._run, folder, state.step, described, files)
-        if state.best.step == state.step:
-            checkpoint.point(self._run, checkpoint.BEST, state.step)
-        checkpoint.keep_newest(self._run, self._keep)
         self._failure, self._saved_step = None, state.step
         log.info("saved %s", target)
+        try:
+            checkpoint.tidy(self._run, state.step, state.best.step, self._keep)
+        except OSError as error:
+            say(f"step {state.step} is saved, but {error}")
 
     def _give_up(self, step: int, error: Exception) -> None:
         shutil.rmtree(checkpoint.step_folder(self._run, step).with_name(f".step_{step:06d}.unfinished"), True)
@@ -210,8 +218,3 @@ def _rng_state() -> str:
 def _rng_tensors(text: str) -> dict[str, Tensor]:
     states = json.loads(text)
     return {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8) for k, v in states.items()}
-
-
-def adapter_key(name: str) -> str:
-    """The name of a trainable parameter in the adapter file of a checkpoint."""
-    return lora.plain_name(name)

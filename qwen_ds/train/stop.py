@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
 
 from qwen_ds import dist
+from qwen_ds.errors import EXIT_STOPPED
 
 # SIGINT: Ctrl-C. SIGTERM: launchers, Kubernetes, Slurm's time limit. SIGUSR1: what Slurm users choose for pre-emption.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TIME_LIMIT = 1000.0  # above every signal's number
+
+
+def leave_at_signals() -> None:
+    """Until the training begins there is nothing to save: SIGTERM and SIGUSR1 end the process at once, with the exit
+    code that says that the same command goes on. Ctrl-C stays Python's."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(EXIT_STOPPED))
 
 
 class StopRequest:

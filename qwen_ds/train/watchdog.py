@@ -36,7 +36,7 @@ SUSPECT_SECONDS = 3.0
 class Beat:
     """Where a rank is. `moves` counts the places that all ranks pass in the same order; `touches` also those within."""
 
-    number: int = 0
+    number: int = 0  # of the beat itself
     moves: int = 0
     touches: int = 0
     step: int = 0
@@ -58,13 +58,15 @@ class Watchdog:
     def __init__(self, timeout_minutes: float, *, launched: bool) -> None:
         self._timeout_seconds = 60 * timeout_minutes
         self._silent_seconds = min(SILENT_SECONDS, self._timeout_seconds)
-        self._own = Beat(host=socket.gethostname())
+        self._own = Beat(host=socket.gethostname())  # written by the training's thread alone
+        self._number = 0
         self._launcher = os.getppid() if launched else None
         self._world, self._rank = dist.world_size(), dist.rank()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._seen: dict[int, tuple[Beat, float, float]] = {}  # beat; when it last came; when it last moved
         self._store: Any = None
+        self._answered = time.monotonic()  # when the store last did
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -72,8 +74,9 @@ class Watchdog:
         if self._world > 1:
             self._store = dist.own_store("watchdog")
             self._post()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="beats", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="watchdog", daemon=True).start()
 
     def at(self, step: int, doing: str) -> None:
         """The training is about to do something that all ranks do next, in the same order."""
@@ -98,14 +101,18 @@ class Watchdog:
             while self._rank == 0 and self._store.add("stopped", 0) < self._world and time.monotonic() < ends:
                 time.sleep(0.02)
 
+    def tell(self, error: BaseException) -> None:
+        """This rank ends with an error that it reports itself; ranks that do not share it hear of it."""
+        if self._store is not None:
+            self._own = replace(self._own, failed=f"{type(error).__name__}: {error}".splitlines()[0])
+            self._post_quietly()
+
     def blame(self, error: BaseException) -> str | None:
         """After an error in this rank's own thread: which peer's death it follows from, or None if it is its own."""
-        own = replace(self._own, failed=f"{type(error).__name__}: {error}".splitlines()[0])
         if self._store is None:
             return None
         if not _of_the_network(error):
-            self._own = own  # the peers' collectives will fail now, and they will want to know why
-            self._post_quietly()
+            self.tell(error)  # the peers' collectives will fail now, and they will want to know why
             return None
         ends = time.monotonic() + SUSPECT_SECONDS + 3 * BEAT_SECONDS
         while time.monotonic() < ends:
@@ -118,17 +125,23 @@ class Watchdog:
             time.sleep(0.3)
         return None
 
-    def _run(self) -> None:
+    def _guard(self) -> None:
+        """In a thread that never waits for anything: the launcher, and whether the store still answers at all (a
+        machine without power closes no connection)."""
         last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
-            if self._launcher is not None and os.getppid() != self._launcher:
-                self._end("the launcher is gone: nobody could stop this run")
             now = time.monotonic()
             if now - last > SILENT_SECONDS / 3:  # this whole process stood still (suspended?): nobody else is to blame
-                self._seen.clear()
+                self._seen, self._answered = {}, now
             last = now
-            if self._store is None:
-                continue
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._end("the launcher is gone: nobody could stop this run")
+            if self._store is not None and now - self._answered > self._silent_seconds + 10:
+                self._end(self._obituary(0, "its rendezvous store does not answer"))
+
+    def _beat(self) -> None:
+        """In a thread of its own, which waits for the store."""
+        while self._store is not None and not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._post()
                 verdict = self._judge() if self._rank == 0 else self._verdict()
@@ -141,8 +154,10 @@ class Watchdog:
                 self._end(verdict)
 
     def _post(self) -> None:
-        self._own = replace(self._own, number=self._own.number + 1)
-        self._store.set(f"beat/{self._rank}", json.dumps(asdict(replace(self._own, log=last_line()))))
+        self._number += 1
+        beat = replace(self._own, number=self._number, log=last_line())
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+        self._answered = time.monotonic()
 
     def _post_quietly(self) -> None:
         try:

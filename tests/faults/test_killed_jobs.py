@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qwen_ds.train import checkpoint
 from tests.jobs import ROOT, SCRIPT, Job
 
 pytestmark = pytest.mark.job
@@ -205,6 +207,7 @@ def test_a_full_disk_ends_the_save_and_not_the_training(options: list[str], smal
     assert "No space left on device" in line and "the training goes on" in line
     complete = [p for p in (run / "checkpoints").iterdir()]
     assert complete and all((p / "state.json").is_file() for p in complete), "the old ones are kept, whole"
+    assert "step 20 of 20" in (run / "logs" / "rank_1.log").read_text(), "the training went on to its end"
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     again = Job([*options, "--output_dir", str(run)], 2).wait().ok()
     assert "resumed" in again.out or "finished" in again.out
@@ -234,20 +237,44 @@ def test_the_world_may_change_three_times(small_job: list[str], tmp_path: Path) 
     assert [line["step"] for line in metrics(run)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_damage_is_passed_over_and_made_good(options: list[str], tmp_path: Path) -> None:
+    """A flipped byte in the newest checkpoint, half a file in the one before, `latest` gone: the job goes on from the
+    third, and ends as if nothing had been."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    Job([*options, "--output_dir", str(calm)], 1).wait().ok()
+    shutil.copytree(calm, run)
+    newest, before = (run / "checkpoints" / f"step_{step:06d}" / "optimizer.safetensors" for step in (20, 18))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 64
+    newest.write_bytes(data)
+    before.write_bytes(before.read_bytes()[:1000])
+    (run / "latest").unlink()
+    (run / "report.html").unlink()
+    job = Job([*options, "--output_dir", str(run)], 1).wait().ok()
+    assert job.out.count("is passed over") == 2 and "step_000016: step 16 of 20" in job.out
+    assert same(calm, run) and (run / "latest").read_text() == "step_000020\n"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_full_training_resumes_bit_for_bit_in_the_same_world(small_job: list[str], tmp_path: Path, stage: int) -> None:
     calm, run = tmp_path / "calm", tmp_path / "run"
     options = [
-        *small_job, "--method", "full", "--model.dtype", "bfloat16", "--deepspeed", f"ds_configs/zero{stage}.json",
+        *small_job, "--method", "full", "--model.dtype", "bfloat16" if stage else "float32",
+        "--deepspeed", f"ds_configs/zero{stage}.json",
         "--optim.max_steps", "6", "--save.every_steps", "2",
     ]  # fmt: skip
     Job([*options, "--output_dir", str(calm)], 2).wait().ok()
     until_saved(Job([*options, "--output_dir", str(run)], 2), run).send(signal.SIGKILL).wait()
-    names = {p.name for p in (run / "checkpoints" / "step_000002").iterdir()}
-    assert {"shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors", "model", "state.json"} <= names
+    first = run / "checkpoints" / "step_000002"
+    names = {p.name for p in first.iterdir()}
+    pieces = {"shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors"}
+    assert {"model", "state.json"} | (pieces if stage else set()) <= names
     if stage == 2:
         other = Job([*options, "--output_dir", str(run)], 1).wait()
         assert other.codes == [2] and "of 2 ranks under ZeRO-2; expected the same now" in other.err
+        # What the second rank alone reads is damaged: both ranks pass it over.
+        newest = checkpoint.step_folder(run, checkpoint.steps_saved(run)[-1]) / "shard_00001_of_00002.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     Job([*options, "--output_dir", str(run)], 2).wait().ok()
     x, y = (load_file(folder / "model" / "model.safetensors") for folder in (calm, run))
     assert all(torch.equal(x[k], y[k]) for k in x) and metrics(calm) == metrics(run)
@@ -261,6 +288,8 @@ def test_early_stopping_keeps_the_best(small_job: list[str], tmp_path: Path) -> 
     assert "stopped early" in job.out and (run / "best").read_text() == "step_000002\n"
     assert [line["step"] for line in metrics(run) if "eval_loss" in line] == [2, 4, 6]
     assert max(line["step"] for line in metrics(run)) == 6
+    again = Job([*small_job, *options, "--output_dir", str(run)], 1).wait().ok()
+    assert "finished run of 6 steps" in again.out
 
 
 def test_fp16_goes_on_with_its_loss_scale(job: Callable, small_job: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qwen_ds.config import Recipe, load_recipe, write_recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import engine, setup
+from qwen_ds.train import engine, runfolder, setup
 from qwen_ds.train.run import run_in_group
 from qwen_ds.train.watchdog import Watchdog
 
@@ -164,6 +164,15 @@ def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     assert "no run folder" in mistake([*small_job, "--output_dir", str(tmp_path / "photos")])
+
+
+def test_a_folder_whose_first_start_was_killed_is_a_new_one(tmp_path: Path) -> None:
+    """recipe.yaml comes last: without it nothing has begun."""
+    for name in ("logs/rank_0.log", "ds_config.json", "environment.json", ".recipe.yaml.unfinished"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    runfolder.claim(tmp_path)
+    assert not runfolder.holds_run(tmp_path)
 
 
 def test_a_large_model_on_a_cpu_must_be_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ def save(run: Path, step: int) -> Path:
     folder = checkpoint.unfinished_folder(run, step)
     tensors = {"a": torch.arange(6.0).reshape(2, 3) + step, "b": torch.tensor([step], dtype=torch.uint8)}
     files = {"x.safetensors": checkpoint.write_tensors(folder / "x.safetensors", tensors)}
-    return checkpoint.finish(run, folder, step, {"step": step}, files)
+    target = checkpoint.finish(run, folder, step, {"step": step}, files)
+    checkpoint.tidy(run, step, None, 99)
+    return target
 
 
 def test_the_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -72,8 +74,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step)
         if step == 2:
             checkpoint.point(tmp_path, checkpoint.BEST, 2)
-        checkpoint.keep_newest(tmp_path, 2)
+        checkpoint.keep_newest(tmp_path, 2, step)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_a_run_that_steps_back_keeps_what_it_goes_on_from(tmp_path: Path) -> None:
+    """Steps 2 and 3 are damaged and newer than what is saved now; a folder of the user's is none of ours."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        flip_a_byte(checkpoint.step_folder(tmp_path, step))
+    (tmp_path / "checkpoints" / "step_000001_mine").mkdir()
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 1
+    checkpoint.tidy(tmp_path, 1, None, 1)
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 1 and (tmp_path / "checkpoints" / "step_000001_mine").is_dir()
 
 
 def test_a_save_of_the_same_step_replaces_a_damaged_one(tmp_path: Path) -> None:
