@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_ds import config, dist
+from qwen_ds import config
 from qwen_ds.data.batches import Part, StepSampler
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import checkpoint, lora, resume
@@ -192,33 +193,36 @@ def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(
 ) -> None:
     """Every operation of a save that also moves `best` and deletes what is too old; a sample of those of the first
     save, which has nothing before it."""
-    assert dist.world_size() == 1
-    log, calm = tmp_path / "log", tmp_path / "calm"
+    log, calm, before = tmp_path / "log", tmp_path / "calm", tmp_path / "before"
     assert in_child(lambda: run_once(small_dir, calm), log) == 0, log.read_text()
-    counting = tmp_path / "counting"
+    expected = result(calm)
+    if save == 1:
+        before.mkdir()
+    else:  # what lies there when the save begins; a run that goes on from it makes that save as its first
+        assert in_child(lambda: (kill_at(1, save), run_once(small_dir, before)), log) == signal.SIGKILL
 
-    def count() -> None:
-        tell = kill_at(0, save)
-        run_once(small_dir, counting)
-        tell()
+    def disturbed(number: int, run: Path) -> int:
+        shutil.copytree(before, run)
 
-    assert in_child(count, log) == 0, log.read_text()
+        def action() -> None:
+            tell = kill_at(number, 1)
+            run_once(small_dir, run)
+            tell()
+
+        return in_child(action, log)
+
+    assert disturbed(0, tmp_path / "counting") == 0, log.read_text()
     operations = int(log.read_text().split()[-1])
     assert operations > 30, "files, folders, state, pointers"
-    expected = result(calm)
     for number in range(1, operations + 1, every):
         run = tmp_path / f"killed_{number}"
-
-        def killed(number: int = number, run: Path = run) -> None:
-            kill_at(number, save)
-            run_once(small_dir, run)
-
-        assert in_child(killed, log) == signal.SIGKILL, f"operation {number}: {log.read_text()}"
+        assert disturbed(number, run) == signal.SIGKILL, f"operation {number}: {log.read_text()}"
         if save > 1:
-            at_hand = {p.name for p in (run / "checkpoints").glob("step_*")}
+            at_hand = list((run / "checkpoints").glob("step_*"))
             assert at_hand, f"operation {number}: less than the last complete checkpoint is left"
         assert in_child(lambda run=run: run_once(small_dir, run), log) == 0, f"operation {number}: {log.read_text()}"
         assert result(run) == expected, f"operation {number}"
+        shutil.rmtree(run)
 
 
 @pytest.mark.job
