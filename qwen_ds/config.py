@@ -34,8 +34,12 @@ class ModelOptions:
     """Dtype of the frozen base. Trainable LoRA parameters are always fp32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products."""
-    activation_checkpointing: Literal["none", "all"] | int = "all"
-    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass."""
+    activation_checkpointing: Literal["auto", "none", "all"] | int = "auto"
+    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass; auto: the fewest that fit
+    the memory, by train/memory.py. The numbers that come out are the same."""
+    memory_gb: float | None = None
+    """Memory in GB (10^9 bytes) that auto may fill on each rank; unset: what is free on the GPU when the run starts,
+    without one the machine's free memory divided by its ranks."""
 
 
 @dataclass(frozen=True)
@@ -295,13 +299,20 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range.
     """
-    parser = recipe_parser()
+    return load_recipe_with(recipe_parser(), argv)[0]
+
+
+def load_recipe_with(parser: Parser, argv: Sequence[str] | None) -> tuple[LoadedRecipe, dict[str, Any]]:
+    """`load_recipe` for a command that gave `recipe_parser` options of its own: their values come beside the recipe."""
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
     whole.pop("config", None)
+    keys = {field.name for field in dataclasses.fields(Recipe)}
+    own = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
     recipe = Recipe(**parser.instantiate(whole))
     check_ranges(recipe)
-    return LoadedRecipe(recipe, frozenset(k for k in given.as_flat().__dict__ if k != "config"))
+    set_keys = (key for key in given.as_flat().__dict__ if key != "config" and key not in own)
+    return LoadedRecipe(recipe, frozenset(set_keys)), own
 
 
 # What must hold of a value beyond its type.
@@ -310,6 +321,7 @@ _NOT_NEGATIVE = ("0 or a positive number", lambda x: x >= 0)
 _SHARE = ("a number from 0 to less than 1", lambda x: 0 <= x < 1)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": _NOT_NEGATIVE,
+    "model.memory_gb": _POSITIVE,
     "data.eval_fraction": _SHARE,
     "data.max_tokens": _POSITIVE,
     "lora.r": _POSITIVE,

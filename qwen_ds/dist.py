@@ -47,6 +47,11 @@ def world_size() -> int:
     return _launcher_number(_WORLD, 1)
 
 
+def local_world_size() -> int:
+    """Number of ranks on this machine; all of them where no launcher says."""
+    return _launcher_number(_LOCAL_WORLD, world_size())
+
+
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Give Slurm's and MPI's numbers the names that torch and DeepSpeed read, and say where the ranks meet."""
     values: dict[str, object] = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
@@ -162,7 +167,7 @@ def _lead(make: Callable[[], object], key: str, *, leads: bool) -> None:
 
 def _wait_for_readers(store: torch_dist.Store, key: str, seconds: float = 10.0) -> None:
     """Until all ranks that the leader answers for have counted themselves under `key`, or the time is over."""
-    readers = world_size() - 1 if key.startswith("once/") else _launcher_number(_LOCAL_WORLD, world_size()) - 1
+    readers = world_size() - 1 if key.startswith("once/") else local_world_size() - 1
     ends = time.monotonic() + seconds
     while store.add(key, 0) < readers and time.monotonic() < ends:
         time.sleep(0.05)

@@ -194,6 +194,7 @@ def test_every_command_is_accepted_by_its_own_parser(words: Words, monkeypatch: 
         "deepspeed --num_gpus eight launch/train.py",
         "deepspeed --num_gpus 8 --module serve.predict --model m --inputs x --output y",
         "python launch/merge.py --base b --adapters a --output o",
+        "python launch/plan.py --gpu 8 --gpu_memori 80",
         "python -m serve.evaluate --model m --data d",
         "python -m qwen_ds.data look --model.path m --data.train x",
         "python -m qwen_ds.data inspect --model.path m --data.train x --rows many",

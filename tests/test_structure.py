@@ -17,6 +17,7 @@ JUNK_DRAWERS = {"utils.py", "common.py", "helpers.py", "constants.py", "misc.py"
 # Layers from the bottom up; a module imports from its own layer or from below. `serve` and `demo` stand beside train.
 LAYERS = {
     "qwen_ds.errors": 0, "qwen_ds.dist": 0, "qwen_ds.config": 0, "qwen_ds.runlog": 0, "qwen_ds.report": 0,
+    "qwen_ds.machine": 0,
     "qwen_ds.model": 1, "qwen_ds": 1, "qwen_ds.data": 2, "qwen_ds.demo": 2, "qwen_ds.train": 3, "qwen_ds.export": 3,
     "serve": 3, "launch": 4,
 }  # fmt: skip

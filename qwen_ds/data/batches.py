@@ -90,6 +90,8 @@ class WindowStatistics:
     rows: int
     tokens: int
     """Real tokens of all ranks."""
+    squared_tokens: int
+    """Sum over the rows of their squared lengths: what attention's work grows with."""
     padded_tokens: int
     """Computed tokens of all ranks, dummy rows included."""
     micro_batches: int
@@ -278,6 +280,7 @@ class StepSampler:
         return WindowStatistics(
             rows=len(row_ids),
             tokens=tokens,
+            squared_tokens=int((lens[row_ids].astype(np.int64) ** 2).sum()),
             padded_tokens=sum(padded),
             micro_batches=len(ranks[0]),
             padding_share=1 - tokens / sum(padded),

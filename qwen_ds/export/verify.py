@@ -11,7 +11,6 @@ Shapes: P positions over all prompts, V vocabulary.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds.export.safetensors_file import TensorSpec
+from qwen_ds.machine import available_memory
 from qwen_ds.model.adapter import Adapter, load_adapter
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.modeling import QWenLMHeadModel
@@ -133,20 +133,6 @@ def verify_merge(
         adapter_effect=float((expected_PV - base_PV).abs().max()),
         top1_agreement=float((merged_PV.argmax(1) == expected_PV.argmax(1)).float().mean()),
     )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that is less."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
-        free = {name: int(value) * 1024 for name, value, *_ in lines}["MemAvailable:"]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
-    return free
 
 
 def _memory_needed(adapter: Adapter | None, tensors: Mapping[str, TensorSpec]) -> int:

@@ -19,7 +19,11 @@ from qwen_ds.errors import UserError
 
 Json = dict[str, Any]
 
-DEFAULT_JSON: Json = {"zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}}
+DEFAULT_JSON: Json = {
+    "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto",
+    }
+}  # fmt: skip
 
 # Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the sections' own modules).
 KNOWN_KEYS = frozenset(
@@ -127,7 +131,7 @@ def resolve(config: Json, recipe: Recipe, set_keys: frozenset[str], *, hidden_si
         config: as `read_json` gave it; not changed.
         set_keys: recipe keys that the user wrote; a JSON value that contradicts one of them is an error.
         hidden_size: of the model, for ZeRO-3's "auto" bucket sizes (hidden^2, 0.9 hidden^2, 10 hidden: the rule of
-            transformers' DeepSpeed integration, for which such files are written).
+            transformers' DeepSpeed integration, for which such files are written) and LoRA's gradient bucket.
         world: number of ranks.
 
     Raises:
@@ -144,7 +148,7 @@ def resolve(config: Json, recipe: Recipe, set_keys: frozenset[str], *, hidden_si
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{merger.origin}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
-    _resolve_zero(zero, stage, hidden_size)
+    _resolve_zero(zero, stage, hidden_size, recipe.method)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
         # torch's AdamW serves where DeepSpeed's compiled CPU optimizer is not to be had (see engine.make_optimizer).
@@ -268,9 +272,12 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
         config["communication_data_type"] = "fp32"
 
 
-def _resolve_zero(zero: Json, stage: int, hidden_size: int) -> None:
+def _resolve_zero(zero: Json, stage: int, hidden_size: int, method: str) -> None:
+    # DeepSpeed allocates two such buckets in fp32 whatever is trained: at 2e8 that would be 1.6 GB beside an adapter of
+    # ten million parameters.
+    small_bucket = stage == 3 or method == "lora"
     autos = {
-        "reduce_bucket_size": hidden_size * hidden_size if stage == 3 else 2e8,
+        "reduce_bucket_size": hidden_size * hidden_size if small_bucket else 2e8,
         "allgather_bucket_size": 2e8,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "stage3_param_persistence_threshold": 10 * hidden_size,

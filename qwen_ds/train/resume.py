@@ -30,7 +30,7 @@ from qwen_ds.train.runfolder import DS_CONFIG, RECIPE
 from qwen_ds.train.saver import OPTIMIZER, RNG, adapter_key, shard_name
 
 # What may always differ: where the folder is, and what says nothing about the numbers.
-_FREE = ("output_dir", "dry_run", "resume", "deepspeed")
+_FREE = ("output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb")
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
@@ -83,7 +83,7 @@ def _comparable(recipe: dict[str, Any], ds_json: Json) -> dict[str, Any]:
     """Flat keys and plain values of what decides a run's numbers."""
     kept = {key: value for key, value in recipe.items() if key not in _FREE}
     plain = json.loads(json.dumps(kept | {"deepspeed": ds_json}))
-    return dict(_flat(plain, ""))
+    return {key: value for key, value in _flat(plain, "") if key not in _FREE}
 
 
 def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

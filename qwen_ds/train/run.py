@@ -93,9 +93,10 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         if found.step >= total_steps(recipe, data.sampler.steps_per_epoch) and runfolder.is_finished(folder):
             say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one")
             return EXIT_DONE
+    recipe, recomputation = setup.choose_recomputation(recipe, resolved, data, device)
     model = setup.load_model(recipe, resolved, device)
     output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
-    say(start_screen(recipe, resolved.stage, data, model, device, found))
+    say(start_screen(recipe, resolved.stage, data, model, device, found, recomputation))
     if rows_note:
         say(rows_note)
     if recipe.dry_run:
@@ -143,7 +144,13 @@ def finish(folder: Path, outcome: Outcome, output: Output, model: setup.Model) -
 
 
 def start_screen(
-    recipe: Recipe, stage: int, data: setup.Data, model: setup.Model, device: torch.device, found: Checkpoint | None
+    recipe: Recipe,
+    stage: int,
+    data: setup.Data,
+    model: setup.Model,
+    device: torch.device,
+    found: Checkpoint | None,
+    recomputation: str,
 ) -> str:
     """What is about to happen, before the first step."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
@@ -168,6 +175,7 @@ def start_screen(
             f"training  {steps} steps of {recipe.batch.rows_per_step} rows, about "
             f"{int(lens.mean() * min(recipe.batch.rows_per_step, len(lens))):,} tokens each; lr {recipe.optim.lr:g} "
             f"{recipe.optim.schedule}",
+            *([f"memory    {recomputation}"] if recomputation else []),
             *resumed,
             f"disk      {disk_use(recipe, steps, model)}",
             f"results   {recipe.output_dir}   (tensorboard --logdir {Path(recipe.output_dir).parent})",

@@ -16,10 +16,15 @@ from qwen_ds.config import LoadedRecipe, Recipe
 from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows import TokenRows, prepare
 from qwen_ds.errors import UserError
+from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora, special_rows
+from qwen_ds.train import ds_config, engine, lora, plan, special_rows
+from qwen_ds.train.activations import Saving
 from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.memory import peak_memory
+from qwen_ds.train.shape import Shape
+from qwen_ds.train.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +128,50 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
+def choose_recomputation(
+    recipe: Recipe, resolved: ds_config.ResolvedConfig, data: Data, device: torch.device
+) -> tuple[Recipe, str]:
+    """The recipe with `auto` activation checkpointing replaced by the least that fits, and why, in words ("" where the
+    recipe says it itself). To be called before the model takes its memory; a collective.
+
+    The largest micro-batch that any step may have must fit with a share plan.MARGIN to spare. The ranks agree on the
+    least memory among them: under ZeRO-3 they gather in step, so what they recompute must be alike.
+    """
+    if recipe.model.activation_checkpointing != "auto":
+        return recipe, ""
+    on_gpu = device.type == "cuda"
+    if recipe.model.memory_gb is not None:
+        given, of = recipe.model.memory_gb * 1e9, "that model.memory_gb allows"
+    elif on_gpu:
+        given, of = float(torch.cuda.mem_get_info(device)[0]), "that are free on the GPU"
+    else:
+        given, of = available_memory() / dist.local_world_size(), "of free memory for each rank"
+    given = min(map(float, dist.gather_texts(str(given))))
+    shape = Shape.of(AutoConfig.from_pretrained(recipe.model.path))
+    how, zero = Saving.of(recipe, on_gpu=on_gpu), Zero.of(resolved.engine_json, dist.world_size())
+    batch = plan.largest_micro_batch(data.train.lens, recipe.batch, dist.world_size())
+
+    def peak(every: int) -> float:
+        return peak_memory(shape, how, zero, batch, every).total
+
+    every = plan.least_recomputation(shape.layers, lambda every: peak(every) <= (1 - plan.MARGIN) * given)
+    choice = plan.in_recipe(1 if every is None else every)
+    if recipe.lora.variant == "dora" and recipe.method == "lora":
+        choice, why = "all", "what DoRA keeps is not predicted"
+    else:
+        why = f"predicted peak {peak(1 if every is None else every) / 1e9:.3g} of the {given / 1e9:.3g} GB {of}"
+        why += "" if every is not None else ", more than there is"
+    model = replace(recipe.model, activation_checkpointing=choice)
+    return replace(recipe, model=model), f"activation checkpointing auto is {choice}: {why}"
+
+
 def recompute_blocks(model: QWenLMHeadModel, choice: str | int) -> None:
-    """Switch activation checkpointing on in no block, in all, or in every n-th."""
+    """Switch activation checkpointing on in no block, in all, or in every n-th; `auto` is chosen before."""
     every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
     if every < 0:
-        raise UserError(f"model.activation_checkpointing is {every}; expected none, all or a positive number of blocks")
+        raise UserError(
+            f"model.activation_checkpointing is {every}; expected auto, none, all or a positive number of blocks"
+        )
     if every:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.transformer.checkpoint_every = every

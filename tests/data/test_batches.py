@@ -235,6 +235,7 @@ def test_statistics_cover_all_ranks() -> None:
     for sampler in samplers:
         got = sampler.statistics(0, 0)
         assert (got.rows, got.tokens, got.padded_tokens) == (128, rows.lens.sum(), sum(padded))
+        assert got.squared_tokens == sum(int(n) ** 2 for n in rows.lens)
         assert got.micro_batches == len(windows[0])
         assert got.padding_share == pytest.approx(1 - rows.lens.sum() / sum(padded))
         assert got.imbalance == pytest.approx(max(padded) / (sum(padded) / 4))
