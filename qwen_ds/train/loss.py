@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.wide import product_dtype
 from qwen_ds.train.special_rows import HeadWithRows
 
 # fp32 logits of one chunk: 441 tokens of the 151,936-row vocabulary.
@@ -42,18 +43,20 @@ class _HeadLoss(torch.autograd.Function):
         # Thousands of chunks may add up in them, so the head's gradients accumulate in fp32.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_rows_KD = torch.zeros_like(rows_KD, dtype=torch.float32) if need_rows else None
-        # A copy only where the whole head is trained over a bf16 base: then it is fp32.
-        weight_VD, rows_KD = weight_VD.to(hidden_ND.dtype), rows_KD.to(hidden_ND.dtype)
+        # A copy only where the whole head is trained over a bf16 base (then it is fp32), or on a CPU that is faster in
+        # fp32: then all products here are.
+        dtype = product_dtype(hidden_ND)
+        weight_VD, rows_KD = weight_VD.to(hidden_ND.dtype).to(dtype), rows_KD.to(hidden_ND.dtype).to(dtype)
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
-            hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
+            hidden_CD, targets_C = hidden_ND[start : start + step].to(dtype), targets_N[start : start + step]
             value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C, rows_KD, ids_K)
             loss_sum += value
             grad_CK = grad_CV[:, ids_K]
             grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:
-                grad_hidden_CD = torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + step])
-                grad_hidden_CD.addmm_(grad_CK, rows_KD)
+                grad_hidden_CD = torch.mm(grad_CV, weight_VD).addmm_(grad_CK, rows_KD)
+                grad_hidden_ND[start : start + step] = grad_hidden_CD
             if grad_weight_VD is not None:
                 grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
             if grad_rows_KD is not None:
