@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 aten = torch.ops.aten
+# Rows of a large matrix that are cast at a time: 16 MiB of the 7B's head.
+SLAB_ROWS = 1024
 
 
 @cache
@@ -31,6 +33,26 @@ def product_dtype(operand: Tensor) -> torch.dtype:
     """The dtype in which matrix products of such tensors are fastest here."""
     slow = operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and has_slow_bf16()
     return torch.float32 if slow else operand.dtype
+
+
+def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T as fp32 [N, O] without a whole fp32 copy of W; x in `product_dtype`."""
+    if x_NI.dtype == weight_OI.dtype:
+        return F.linear(x_NI, weight_OI).float()
+    out_NO = x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
+    for out_NS, weight_SI in zip(out_NO.split(SLAB_ROWS, 1), weight_OI.split(SLAB_ROWS), strict=True):
+        torch.mm(x_NI, weight_SI.to(x_NI.dtype).t(), out=out_NS)
+    return out_NO
+
+
+def matmul(x_NO: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W as `linear`, in x's dtype [N, I]."""
+    if x_NO.dtype == weight_OI.dtype:
+        return x_NO @ weight_OI
+    out_NI = x_NO.new_zeros(x_NO.shape[0], weight_OI.shape[1])
+    for x_NS, weight_SI in zip(x_NO.split(SLAB_ROWS, 1), weight_OI.split(SLAB_ROWS), strict=True):
+        out_NI.addmm_(x_NS, weight_SI.to(x_NO.dtype))
+    return out_NI
 
 
 class _FrozenLinear(torch.autograd.Function):
