@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: setup demo test check unit clean
+.PHONY: setup demo test check unit test-faults clean
 setup: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ check: setup
 
 unit: setup
 	@$(BIN)/python -m pytest -m "not job"
+
+# Runs that are killed, stopped and starved in random ways, for a long time.
+test-faults: setup
+	@$(BIN)/python -m pytest tests/faults -m "job or soak"
 
 test: setup
 	@$(BIN)/python -m pytest

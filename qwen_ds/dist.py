@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,9 @@ from qwen_ds.errors import UserError
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-_LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+# Ports below those that Linux hands out by itself (32768 and up): nobody has one by chance.
+_SLURM_PORTS = range(20000, 32000)
 
 
 def _launcher_number(names: tuple[str, ...], otherwise: int) -> int:
@@ -55,20 +60,68 @@ def local_world_size() -> int:
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Give Slurm's and MPI's numbers the names that torch and DeepSpeed read, and say where the ranks meet."""
     values: dict[str, object] = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
+    if master_addr is None and _started_by_srun():
+        master_addr, master_port = slurm_rendezvous()
     values |= {} if master_addr is None else {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
 
 
 def has_rendezvous() -> bool:
-    """Whether the launcher said where the ranks meet."""
-    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    """Whether the launcher said where the ranks meet; srun says on which machines they are, which is enough."""
+    return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or _started_by_srun()
+
+
+def _started_by_srun() -> bool:
+    """Whether this is one of several tasks of srun. An interactive shell is a step of one task, whose variables each
+    run in it has; under an mpirun they are those of its daemons."""
+    others = {"RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"}
+    several = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return several and "SLURM_STEP_NODELIST" in os.environ and not others & os.environ.keys()
+
+
+def slurm_rendezvous() -> tuple[str, int]:
+    """Address and port on which all tasks of an srun agree without a word: the step's first machine, where Slurm puts
+    task 0, and a port from the numbers of job and step."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]  # such as gpu[01-03,7],big1
+    first = re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)
+    assert first is not None, nodes
+    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]), _SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]
+
+
+def free_port_over_mpi() -> int:
+    """A port that is free on rank 0, told to the others through MPI (a collective of mpirun's ranks)."""
+    from mpi4py import MPI
+
+    return int(MPI.COMM_WORLD.bcast(free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None))
+
+
+def free_port() -> int:
+    """A port that nobody on this machine listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def job_ends_at() -> float | None:
-    """When the Slurm job that we run in is killed, in seconds since 1970; None without one."""
-    end = os.environ.get("SLURM_JOB_END_TIME")
-    return float(end) if end else None
+    """When the Slurm job that we run in is killed, in seconds since 1970; None without one.
+
+    Newer Slurm says so in a variable. An older one is asked, by rank 0 alone: the others get None.
+    """
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(end)
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or rank() != 0:
+        return None
+    command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
+    try:
+        # A user's SLURM_TIME_FORMAT would change the answer.
+        environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        return datetime.datetime.fromisoformat(answer.stdout.strip()).timestamp()  # local time, as squeue prints it
+    except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, no answer, or N/A
+        return None
 
 
 def nvidia_card_present() -> bool:
@@ -116,6 +169,25 @@ def gather_texts(text: str) -> list[str]:
     texts: list[str] = [""] * world_size()
     torch_dist.all_gather_object(texts, text)
     return texts
+
+
+def ranks_per_machine() -> list[int]:
+    """Number of ranks on each machine, in rank order (a collective).
+
+    Raises:
+        UserError: the ranks of a machine are not consecutive, which `once_per_machine` and ZeRO++'s hpZ count on.
+    """
+    counts: list[int] = []
+    for index, local in enumerate(int(text) for text in gather_texts(str(local_rank()))):
+        if local == 0:
+            counts.append(0)
+        if not counts or local != counts[-1]:
+            raise UserError(
+                f"rank {index} is number {local} of its machine; expected consecutive ranks on each machine "
+                f"(srun --distribution=block, mpirun --map-by slot)"
+            )
+        counts[-1] += 1
+    return counts
 
 
 def own_store(name: str) -> torch_dist.Store:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README_zh.md")
 DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
 RECIPES = sorted((ROOT / "launch" / "recipes").iterdir())
+CLUSTER = sorted((ROOT / "launch" / "cluster").iterdir())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 Words = tuple[str, ...]
 
@@ -72,7 +73,8 @@ def code_spans(text: str) -> list[str]:
 
 
 ALL_COMMANDS = sorted(
-    {w for name in (*READMES, "CONTRIBUTING.md") for w in commands_of(name)} | {*map(opening_command, RECIPES)}
+    {w for name in (*READMES, "CONTRIBUTING.md") for w in commands_of(name)}
+    | {*map(opening_command, [*RECIPES, *CLUSTER])}
 )
 
 
@@ -126,10 +128,10 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
 
 def check_launcher(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's launcher with its own parser, then what it launches."""
-    from deepspeed.launcher.runner import parse_args
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
     arguments = parse_args(list(words[1:]))
-    assert arguments.num_gpus > 0
+    assert arguments.num_gpus > 0 or fetch_hostfile(arguments.hostfile)
     assert arguments.module == (not arguments.user_script.endswith(".py"))
     # The launcher hands its number to each process in front of the user's own options.
     check_program(arguments.user_script, ["--local_rank=0", *arguments.user_args], monkeypatch)
@@ -155,6 +157,14 @@ def check_docker(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     check_command(words[image + 1 :], monkeypatch)
 
 
+def check_cluster_script(path: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that starts launch/train.py with options of its own and, after them, those of the user."""
+    assert (ROOT / path).is_file() and (ROOT / path).stat().st_mode & 0o111
+    (own,) = [words for words in split_commands(read(path)) if "launch/train.py" in words]
+    own = own[own.index("launch/train.py") + 1 :]
+    check_program("launch/train.py", [*own[: own.index("$@")], *options], monkeypatch)
+
+
 def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
         case ("make", *targets):
@@ -170,6 +180,10 @@ def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
         case ("python", script, *options):
             assert (ROOT / script).is_file()
             check_program(script, options, monkeypatch)
+        case ("sbatch", path, *options):
+            check_cluster_script(path, options, monkeypatch)
+        case (hosts, path, *options) if hosts.startswith("HOSTS="):
+            check_cluster_script(path, options, monkeypatch)
         case ("tensorboard", *_):
             check_tensorboard(words)
         case ("docker", *_):
@@ -192,6 +206,9 @@ def test_every_command_is_accepted_by_its_own_parser(words: Words, monkeypatch: 
         "deepspeed --num_gpus 8 launch/train.py --deepspeed ds_configs/zero9.json --output_dir x",
         "deepspeed --num_gpus 8 launch/train.py --optim.epochs three --output_dir x",
         "deepspeed --num_gpus eight launch/train.py",
+        "deepspeed --hostfile launch/cluster/hosts launch/train.py --output_dir x",
+        "sbatch launch/cluster/train.sbatch --optim.lrr 1e-4 --output_dir x",
+        "HOSTS=gpu01:8 launch/cluster/mpirun.py --output_dir x",
         "deepspeed --num_gpus 8 --module serve.predict --model m --inputs x --output y",
         "python launch/merge.py --base b --adapters a --output o",
         "python launch/plan.py --gpu 8 --gpu_memori 80",
@@ -273,6 +290,9 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     sections = tuple(f"{key}." for key, value in to_dict(Recipe()).items() if isinstance(value, dict))
     options = {f"--{key}" for key in recipe_keys()} | {
         f"--{field}" for kind in (PredictOptions, EvaluateOptions) for field in kind.__dataclass_fields__
+    }
+    options |= {
+        text for action in load_script("launch/merge.py").command_line()._actions for text in action.option_strings
     }
     in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
     for span in [*code_spans(read(name)), *in_blocks]:

@@ -30,6 +30,7 @@ OWNERS = {
     "deepspeed": {"qwen_ds/train/engine.py"},
     "peft": {"qwen_ds/train/lora.py", "qwen_ds/model/adapter.py"},
     "tiktoken": {"qwen_ds/model/tokenizer.py"},
+    "tokenizers": {"qwen_ds/export/tokenizer_json.py", "qwen_ds/export/tokenizer_check.py"},
 }
 
 

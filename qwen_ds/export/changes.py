@@ -83,6 +83,64 @@ class Rows:
         return block
 
 
+@dataclass(frozen=True, slots=True)
+class InSequence:
+    """Each change onto the result of the one before, without a rounding between."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def kind(self) -> str:
+        return ", ".join(change.kind for change in self.changes)
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        for change in self.changes:
+            block = change.apply(block, first)
+        return block
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """weight + sum of w * (change(weight) - weight): what each adapter does to the bare base, weighted and added up."""
+
+    changes: tuple[Change, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def kind(self) -> str:
+        return " + ".join(
+            f"{weight:g} {change.kind}" for weight, change in zip(self.weights, self.changes, strict=True)
+        )
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        base = block.clone()
+        for weight, change in zip(self.weights, self.changes, strict=True):
+            block.add_(change.apply(base.clone(), first).sub_(base), alpha=weight)
+        return block
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What is folded into a base: adapters one after the other, each onto the result of the one before; or, with
+    weights, the weighted sum of what each does to the bare base."""
+
+    members: tuple[Adapter, ...]
+    weights: tuple[float, ...] | None = None
+
+    def changed_tensors(self) -> list[str]:
+        """Names of the base's tensors that change."""
+        return sorted({name for adapter in self.members for name in adapter.changed_tensors()})
+
+
+def load_changes(adapters: Adapters, name: str) -> Change:
+    """What all adapters do to the base's tensor `name`, which must be among `changed_tensors()`."""
+    changing = [i for i, adapter in enumerate(adapters.members) if name in adapter.changed_tensors()]
+    changes = tuple(load_change(adapters.members[i], name) for i in changing)
+    if adapters.weights is not None:
+        return WeightedSum(changes, tuple(adapters.weights[i] for i in changing))
+    return changes[0] if len(changes) == 1 else InSequence(changes)
+
+
 def load_change(adapter: Adapter, name: str) -> Change:
     """The change of the base's tensor `name`, which must be among `adapter.changed_tensors()`.
 

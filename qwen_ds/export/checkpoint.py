@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen_ds.errors import UserError
-from qwen_ds.export.safetensors_file import Header, TensorSpec, read_header
-from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, write_json
+from qwen_ds.export.safetensors_file import DTYPE_NAMES, Header, TensorSpec, read_header
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, read_json, write_json
 
 SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
 
@@ -32,19 +36,27 @@ class Checkpoint:
         return {name: spec.shape for name, spec in self.tensors.items()}
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a safetensors checkpoint, one file or sharded.
+def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint, one file or sharded; of pickles only where they are allowed.
 
     Raises:
-        UserError: no safetensors, a missing or broken shard, an index that does not describe its shards.
+        UserError: no weights of a kind that may be read, a missing or broken file, an index that does not describe its
+            files.
     """
-    index_path = folder / INDEX_NAME
-    if (folder / SINGLE_NAME).is_file():
-        return Checkpoint(folder, (read_header(folder / SINGLE_NAME),), None)
-    if not index_path.is_file():
-        pickles = any(folder.glob("pytorch_model*.bin"))
-        came = "only pytorch_model*.bin" if pickles else "no weights"
-        raise UserError(f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards")
+    kinds = [(single, index) for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True)]
+    for single, index in kinds if allow_pickle else kinds[:1]:
+        if (folder / single).is_file():
+            return Checkpoint(folder, (_open_file(folder / single),), None)
+        if (folder / index).is_file():
+            return _open_sharded(folder, index)
+    pickles = any(folder.glob("pytorch_model*.bin"))
+    came = "only pytorch_model*.bin, which are pickles" if pickles else "no weights"
+    advice = " (--allow_pickle true reads pickles that hold nothing but tensors)" if pickles else ""
+    raise UserError(f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards{advice}")
+
+
+def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
+    index_path, suffix = folder / index_name, Path(SINGLE_FILES[INDEX_FILES.index(index_name)]).suffix
     try:
         index = json.loads(index_path.read_text(encoding="utf-8"))
         weight_map: dict[str, str] = dict(index["weight_map"])
@@ -52,11 +64,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{index_path}: no weight_map; expected the index of a sharded checkpoint") from error
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index_path}: names the shard {name!r}; expected a safetensors file in the same folder")
+        if Path(name).name != name or not name.endswith(suffix):
+            raise UserError(f"{index_path}: names the shard {name!r}; expected a {suffix} file in the same folder")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; expected all {len(names)} shards that {INDEX_NAME} names")
-    shards = tuple(read_header(folder / name) for name in names)
+            raise UserError(f"{folder / name}: missing; expected all {len(names)} shards that {index_name} names")
+    shards = tuple(_open_file(folder / name) for name in names)
     found = [(spec.name, shard.path.name) for shard in shards for spec in shard.tensors]
     if len(found) != len(weight_map) or dict(found) != weight_map:
         odd = sorted(set(found) ^ set(weight_map.items()))
@@ -64,26 +76,60 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, index.get("metadata") or {})
 
 
-def write_index(checkpoint: Checkpoint, tensors: dict[str, TensorSpec], output: Path) -> None:
-    """Write the index of a sharded checkpoint whose `tensors` (name -> spec) went to shards of the same names."""
-    weight_map = {spec.name: shard.path.name for shard in checkpoint.shards for spec in shard.tensors}
-    metadata = {**(checkpoint.index_metadata or {}), "total_size": sum(spec.num_bytes for spec in tensors.values())}
-    write_json(output / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+def _open_file(path: Path) -> Header:
+    return read_header(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_pickle(path: Path) -> Header:
+    """The tensors of a pickle that holds nothing else, mapped into memory.
+
+    Raises:
+        UserError: anything but a dict of tensors (`weights_only`: no code in it can run).
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
+    if odd:
+        raise UserError(f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has")
+    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return Header(path, tuple(specs), {"format": "pt"}, 0, {name: tensor.detach() for name, tensor in tensors.items()})
 
 
 def carry_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
-    """`carry_over`, and record `torch_dtype` (not None); returns what was changed in the files, by file name."""
+    """`carry_over`; in config.json add `rms_norm_eps` and record `torch_dtype` (not None).
+
+    Returns what was changed in the files, by file name.
+    """
     edits: dict[str, list[str]] = {}
     for name in carry_over(base, output):
         if (output / name).read_bytes() != (base / name).read_bytes():
             edits[name] = ["auto_map removed: it names code that is not carried"]
+    carried = read_json(output / "config.json")
+    settings = with_rms_norm_eps(carried)
+    if settings != carried:
+        edits.setdefault("config.json", []).append("rms_norm_eps added for llama.cpp")
     if torch_dtype is not None:
-        settings = json.loads((output / "config.json").read_text(encoding="utf-8"))
         settings.update(torch_dtype=torch_dtype, bf16=False, fp16=False, fp32=False)
         settings.pop("dtype", None)
-        write_json(output / "config.json", settings)
         edits.setdefault("config.json", []).append(f"torch_dtype set to {torch_dtype}")
+    if settings != carried:
+        write_json(output / "config.json", settings)
     return {name: "; ".join(what) for name, what in edits.items()}
+
+
+def with_rms_norm_eps(settings: dict[str, Any]) -> dict[str, Any]:
+    """config.json with Qwen's `layer_norm_epsilon` also under the name that llama.cpp looks for.
+
+    It converts a Qwen without that key and then cannot load what it made.
+    """
+    return {**settings, "rms_norm_eps": QWenConfig.from_dict(settings).layer_norm_epsilon}
 
 
 def file_facts(path: Path) -> dict[str, object]:

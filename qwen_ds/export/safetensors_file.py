@@ -11,14 +11,16 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen_ds.errors import UserError
 
@@ -27,6 +29,11 @@ BYTES_PER_ITEM = {
     "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {
+    **{dtype: name for name, dtype in FLOAT_DTYPES.items()},
+    torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 # Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums run side by side.
@@ -53,18 +60,33 @@ class TensorSpec:
         return items
 
     @property
+    def bytes_per_row(self) -> int:
+        return self.items_per_row * BYTES_PER_ITEM[self.dtype]
+
+    @property
     def num_bytes(self) -> int:
-        return self.num_rows * self.items_per_row * BYTES_PER_ITEM[self.dtype]
+        return self.num_rows * self.bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of a file in the order of their bytes, which start at `data_start`."""
+    """The tensors of a file in the order of their bytes, which start at `data_start`.
+
+    Of a pickle, `pickled` holds the tensors, mapped into memory, and `data_start` means nothing.
+    """
 
     path: Path
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, str]
     data_start: int
+    pickled: Mapping[str, Tensor] | None = None
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Where in the file each tensor's bytes begin."""
+        sizes = [spec.num_bytes for spec in self.tensors]
+        starts = accumulate(sizes, initial=self.data_start)
+        return {spec.name: start for spec, start in zip(self.tensors, starts, strict=False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +99,14 @@ class RowRange:
 
     @property
     def num_bytes(self) -> int:
-        return (self.last - self.first) * self.spec.items_per_row * BYTES_PER_ITEM[self.spec.dtype]
+        return (self.last - self.first) * self.spec.bytes_per_row
 
 
-def row_ranges(spec: TensorSpec, block_bytes: int) -> Iterator[RowRange]:
-    """Cut a tensor into ranges of about `block_bytes`, at least one row each."""
-    rows = max(1, block_bytes // max(1, spec.items_per_row * BYTES_PER_ITEM[spec.dtype]))
-    for first in range(0, spec.num_rows, rows):
-        yield RowRange(spec, first, min(first + rows, spec.num_rows))
+def row_ranges(spec: TensorSpec, first: int, last: int, block_bytes: int) -> Iterator[RowRange]:
+    """Cut a tensor's rows first..last into ranges of about `block_bytes`, at least one row each."""
+    rows = max(1, block_bytes // max(1, spec.bytes_per_row))
+    for start in range(first, last, rows):
+        yield RowRange(spec, start, min(start + rows, last))
 
 
 def read_header(path: Path) -> Header:
@@ -126,46 +148,6 @@ def read_header(path: Path) -> Header:
     return Header(path, tuple(spec for _, spec in placed), metadata, 8 + length)
 
 
-class BlockReader:
-    """Reads a file from front to back in row ranges, a few ahead of the caller, and hashes every byte on the way.
-
-    All tensors must be read whole and in the file's order; then `sha256()` is that of the file.
-    """
-
-    def __init__(self, header: Header) -> None:
-        self._header = header
-        self._sha256 = hashlib.sha256()
-
-    def blocks(self, ranges: Iterable[RowRange]) -> Iterator[tuple[RowRange, bytearray]]:
-        """Yield each range with its bytes, in memory that the caller may overwrite."""
-        with self._header.path.open("rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as thread:
-
-            def read(num_bytes: int) -> bytearray:
-                block = bytearray(num_bytes)
-                view = memoryview(block)
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise UserError(f"{self._header.path}: ended while it was read; expected it to stay as it is")
-                    view = view[count:]
-                self._sha256.update(block)
-                return block
-
-            read(self._header.data_start)
-            pending: deque[tuple[RowRange, Future[bytearray]]] = deque()
-            for rows in ranges:
-                pending.append((rows, thread.submit(read, rows.num_bytes)))
-                if len(pending) > BLOCKS_IN_FLIGHT:
-                    done, block = pending.popleft()
-                    yield done, block.result()
-            while pending:
-                done, block = pending.popleft()
-                yield done, block.result()
-
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-
 class BlockWriter:
     """Writes a safetensors file block by block: the header at once, then the tensors' bytes in its order.
 
@@ -188,33 +170,42 @@ class BlockWriter:
     def __enter__(self) -> BlockWriter:
         self._sha256 = hashlib.sha256()
         self._written = 0
-        self._pending: deque[Future[None]] = deque()
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+        # One thread each, so that the checksum does not wait for the disk, nor the disk for the checksum.
+        self._writing, self._hashing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
         self._file = self.path.open("wb", buffering=0)
-        self._write(memoryview(self.header))
+        self._submit(memoryview(self.header))
         return self
 
     def _write(self, block: memoryview) -> None:
-        rest = block
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self._sha256.update(block)
+        while block:
+            block = block[self._file.write(block) :]
+
+    def _submit(self, block: memoryview) -> None:
+        self._pending.append(
+            (self._writing.submit(self._write, block), self._hashing.submit(self._sha256.update, block))
+        )
 
     def write(self, block: memoryview) -> None:
         """Hand over the next bytes; the caller leaves them alone afterwards."""
         self._written += block.nbytes
-        self._pending.append(self._thread.submit(self._write, block))
-        if len(self._pending) > BLOCKS_IN_FLIGHT:
-            self._pending.popleft().result()
+        self._submit(block)
+        while len(self._pending) > BLOCKS_IN_FLIGHT:
+            self._wait()
+
+    def _wait(self) -> None:
+        for done in self._pending.popleft():
+            done.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             while self._pending and error is None:
-                self._pending.popleft().result()
+                self._wait()
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._writing.shutdown(cancel_futures=True)
+            self._hashing.shutdown(cancel_futures=True)
             self._file.close()
         if error is None:
             assert self._written == self._expected, f"{self.path}: {self._written} bytes, header says {self._expected}"

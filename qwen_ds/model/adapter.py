@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_ds.errors import UserError
 
@@ -45,6 +45,8 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
     "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+# Those that say what they mean.
+_MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
 # Initialisations that take something out of the base: such an adapter is a change to weights that are not the base's.
 _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -104,6 +106,11 @@ class Adapter:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under peft's keys, for `peft.set_peft_model_state_dict`."""
         return {key: self.tensor(key) for key in self.shapes}
+
+    def files(self) -> list[Path]:
+        """What it was read from."""
+        names = (CONFIG_NAME, *(PICKLE_NAMES if self._loaded is not None else (WEIGHTS_NAME,)))
+        return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def changed_tensors(self) -> list[str]:
         """Names of the base's tensors that this adapter changes."""
@@ -195,6 +202,32 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         last = max(rows.indices)
         if last >= shape[0]:
             raise UserError(f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows")
+
+
+def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel:
+    """Wrap in place, through peft and in fp32, what `module` has of the adapter's modules: it needs at least one.
+
+    A part of a model will do, if its modules have their names in the whole. They are named in full here: for a pattern,
+    peft would expect all that it can mean.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    saved = {name.removesuffix(".weight") for name in adapter.saved if name.endswith(".weight")}
+    here = {name for name, _ in module.named_modules()} & {*adapter.pairs, *adapter.token_rows, *saved}
+    rows = {name: list(adapter.token_rows[name].indices) for name in sorted(adapter.token_rows.keys() & here)}
+    options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
+    options |= {"modules_to_save": sorted(saved & here) or None, "trainable_token_indices": rows or None}
+    wrapped = PeftModel(module, LoraConfig(target_modules=sorted(adapter.pairs.keys() & here), **options))
+    prefixes = tuple(f"{PEFT_PREFIX}{name}." for name in here)
+    # A trained bias is one of the module that LoRA wraps.
+    state = {
+        re.sub(r"\.bias$", ".base_layer.bias", key): adapter.tensor(key).float()
+        for key in adapter.shapes
+        if key.startswith(prefixes)
+    }
+    unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
+    assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
+    return wrapped.eval()
 
 
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:

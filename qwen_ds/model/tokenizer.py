@@ -96,7 +96,7 @@ class Encoding:
         self._bpe = tiktoken.Encoding("qwen", pat_str=PIECES, mergeable_ranks=self.ranks, special_tokens=self.special)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _build, (self.vocabulary,)
+        return encoding_of, (self.vocabulary,)
 
     def ordinary(self, text: str) -> list[int]:
         """Ids of the text in NFC; a control token spelled in it is text like any other."""
@@ -133,7 +133,8 @@ def _normal(text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _build(vocabulary: bytes) -> Encoding:
+def encoding_of(vocabulary: bytes) -> Encoding:
+    """The vocabulary with these bytes, built once. UserError if it is damaged."""
     return Encoding(vocabulary)
 
 
@@ -147,7 +148,7 @@ def load_encoding(path: str | Path) -> Encoding:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected the model's {VOCABULARY_FILE}") from None
     try:
-        return _build(vocabulary)
+        return encoding_of(vocabulary)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

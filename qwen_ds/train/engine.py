@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from qwen_ds import dist
 from qwen_ds.config import OptimOptions
@@ -74,6 +75,16 @@ def check_config(engine_json: Json) -> None:
         raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
 
 
+def can_quantise_weights(device: torch.device) -> bool:
+    """Whether every rank has DeepSpeed's CUDA quantiser, compiled or with what compiles it at the start (a collective).
+    There is none for CPUs."""
+    ready = device.type == "cuda" and (
+        installed_ops.get("quantizer", False)
+        or (cpp_extension.CUDA_HOME is not None and cpp_extension.is_ninja_available())
+    )
+    return set(dist.gather_texts(str(ready))) == {"True"}
+
+
 def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Join the other ranks (launcher's variables, else mpi4py under mpirun, else a group of one).
 
@@ -81,16 +92,17 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     next start, and its all-reduce waits for ever for a dead peer. gloo is as fast here and has a time-out.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if dist.world_size() == 1 and not dist.has_rendezvous():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.export_ranks("127.0.0.1", port)
-    elif dist.has_rendezvous():
+    port = 0
+    if dist.has_rendezvous():
         dist.export_ranks()
+    elif dist.world_size() == 1:
+        dist.export_ranks("127.0.0.1", dist.free_port())
+    else:  # DeepSpeed would take the same port for every mpirun
+        port = dist.free_port_over_mpi()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        distributed_port=port,
         verbose=False,
     )
 

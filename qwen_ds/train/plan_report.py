@@ -53,7 +53,7 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
         UserError: an unknown GPU, a number that cannot be meant, or what the recipe and its JSON are refused for.
     """
     gpu = _checked(options)
-    zeros = _stages(loaded, options.gpus)
+    zeros = _stages(loaded, options)
     recipe, shape = loaded.recipe, _shape(loaded)
     if recipe.lora.variant == "dora" and recipe.method == "lora":
         raise UserError("lora.variant is dora, whose memory is not predicted; expected lora or rslora")
@@ -112,7 +112,7 @@ def _closing(
     longest: int,
 ) -> list[str]:
     lines = []
-    if any(zero.offload_optimizer or zero.offload_parameters for zero in _stages(loaded, options.gpus)):
+    if any(zero.offload_optimizer or zero.offload_parameters for zero in _stages(loaded, options)):
         lines.append("Times leave out what offloading copies to and from the host's memory.")
     if loaded.recipe.method == "lora":
         official = official_memory(shape, longest, embedding=False)
@@ -130,7 +130,7 @@ def command(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str], be
     launcher = ["deepspeed", *(["--num_nodes", str(machines)] if machines > 1 else [])]
     launcher += ["--num_gpus", str(min(options.gpus, options.gpus_per_machine)), "launch/train.py"]
     chosen = {
-        "--deepspeed": _json_path(loaded, best.zero.stage, options.gpus),
+        "--deepspeed": _json_path(loaded, best.zero.stage, options),
         "--batch.tokens_per_micro_batch": str(best.budget),
         "--model.activation_checkpointing": str(plan.in_recipe(best.every)),
     }
@@ -168,24 +168,29 @@ def _shape(loaded: LoadedRecipe) -> Shape:
     return Shape.of(AutoConfig.from_pretrained(find_model(loaded.recipe.model.path, weights=False)))
 
 
-def _stages(loaded: LoadedRecipe, world: int) -> list[Zero]:
+def _stages(loaded: LoadedRecipe, options: PlanOptions) -> list[Zero]:
     """ZeRO-0 to 3: the recipe's own JSON at its own stage, the project's files at the others."""
-    zeros = []
+    zeros, hidden = [], _shape(loaded).hidden
     for stage in range(4):
-        path = _json_path(loaded, stage, world)
-        recipe = replace(loaded.recipe, deepspeed=path)
-        keys = loaded.set_keys
+        path = _json_path(loaded, stage, options)
         resolved = ds_config.resolve(
-            ds_config.read_json(path), recipe, keys, hidden_size=_shape(loaded).hidden, world=world
+            ds_config.read_json(path),
+            replace(loaded.recipe, deepspeed=path),
+            loaded.set_keys,
+            hidden_size=hidden,
+            world=options.gpus,
+            ranks_per_machine=min(options.gpus, options.gpus_per_machine),
+            can_quantise=True,
         )
-        zero = Zero.of(resolved.engine_json, world)
+        zero = Zero.of(resolved.engine_json, options.gpus)
         if zero.stage == stage:  # full training and fp16 make ZeRO-1 of 0
             zeros.append(zero)
     return zeros
 
 
-def _json_path(loaded: LoadedRecipe, stage: int, world: int) -> str:
+def _json_path(loaded: LoadedRecipe, stage: int, options: PlanOptions) -> str:
     own = loaded.recipe.deepspeed
     if own is not None and ds_config.read_json(own).get("zero_optimization", {}).get("stage", 0) == stage:
         return own
-    return str(Path("ds_configs") / f"zero{stage}.json")
+    several = stage == 3 and options.gpus > options.gpus_per_machine
+    return str(Path("ds_configs") / ("zero3_hpz.json" if several else f"zero{stage}.json"))

@@ -77,11 +77,17 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     log_to_file(folder / "logs")
     if note:
         say(note)
+    machines = dist.ranks_per_machine()
     config = ds_config.read_json(loaded.recipe.deepspeed)
     loaded = setup.find_sources(loaded)
-    hidden_size = AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size
     resolved = ds_config.resolve(
-        config, loaded.recipe, loaded.set_keys, hidden_size=hidden_size, world=dist.world_size()
+        config,
+        loaded.recipe,
+        loaded.set_keys,
+        hidden_size=AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size,
+        world=dist.world_size(),
+        ranks_per_machine=math.gcd(*machines),
+        can_quantise=engine.can_quantise_weights(device),
     )
     engine.check_config(resolved.engine_json)
     recipe, rows_note = special_rows.resolve(resolved.recipe)

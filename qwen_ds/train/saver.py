@@ -137,7 +137,8 @@ class Saver:
             moments = {f"{name}.{kind}": tensors[kind][name] for kind in MOMENTS for name in tensors[kind]}
             files[OPTIMIZER] = checkpoint.write_tensors(folder / OPTIMIZER, moments)
             self._finish(folder, state, described, rng, files)
-        except OSError as error:
+        except Exception as error:  # of the disk; or ours, and then no reason to lose a day's training
+            log.exception("saving step %d has failed", state.step)
             self._give_up(state.step, error)
 
     def _save_shards(self, engine: Engine, state: RunState, described: dict[str, Any], rng: list[str]) -> None:
@@ -184,9 +185,9 @@ class Saver:
         self._failure, self._saved_step = None, state.step
         log.info("saved %s", target)
 
-    def _give_up(self, step: int, error: OSError) -> None:
+    def _give_up(self, step: int, error: Exception) -> None:
         shutil.rmtree(checkpoint.step_folder(self._run, step).with_name(f".step_{step:06d}.unfinished"), True)
-        self._failure = str(error)
+        self._failure = f"{error}"
         say(f"step {step} is not saved: {error}; the checkpoints before it are kept and the training goes on")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import ModelOptions, Recipe
+from qwen_ds.config import LoraOptions, ModelOptions, Recipe
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.train import ds_config, engine, plan, setup
 from qwen_ds.train.activations import Saving
@@ -45,6 +45,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-3, hpZ 2": (3, {"zero_hpz_partition_size": 2}),
 }
 QWEN_7B = Shape.of(QWenConfig())
+CHAT = LoraOptions(special_rows="off")  # a chat model's rows of control tokens are trained already
 PER_GPU_ROWS = 16  # 128 rows a step on 8 GPUs
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -73,7 +74,7 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how, zero = Saving.of(Recipe(), on_gpu=True), zero_of(case, gpus, hpz=links.per_machine)
+    how, zero = Saving.of(Recipe(lora=CHAT), on_gpu=True), zero_of(case, gpus, hpz=links.per_machine)
     work = plan.split(Workload.like(rows, 157, 0.66, 508), gpus, 2048)
     seconds = plan.step_seconds(QWEN_7B, how, zero, links, gpu, work, 0.66, 0)
     sent = traffic(zero, plan.load(QWEN_7B, how, zero, work.micro_batches))
@@ -116,7 +117,7 @@ def predicted(case: str, world: int) -> dict[str, float]:
 
 
 def small_recipe() -> Recipe:
-    return Recipe(device="cpu", model=ModelOptions(path=str(SMALL), activation_checkpointing="none"))
+    return Recipe(device="cpu", model=ModelOptions(path=str(SMALL), activation_checkpointing="none"), lora=CHAT)
 
 
 def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:

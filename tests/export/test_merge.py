@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import stat
-from collections.abc import Callable
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from qwen_ds.errors import UserError
 from qwen_ds.export.merge import merge
-from qwen_ds.export.safetensors_file import BlockWriter
-from qwen_ds.model.modeling import QWenLMHeadModel
-
-ALL_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
-
-
-@pytest.fixture
-def base_dir(small_dir: Path, tmp_path: Path) -> Path:
-    """Golden `small` in a folder that a test may change."""
-    return Path(shutil.copytree(small_dir, tmp_path / "base"))
-
-
-def shard(folder: Path, tensors: dict[str, Tensor], num_shards: int) -> None:
-    """Store `tensors` as num_shards files with an index, in place of the folder's single file."""
-    (folder / "model.safetensors").unlink()
-    files = [f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
-    weight_map = {name: files[i % num_shards] for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0, "made_by": "someone"}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def peft_adapter(base: Path, folder: Path, **options: Any) -> dict[str, Tensor]:
-    """Save an adapter of random values made by peft, and return peft's own merge of it, by official names."""
-    torch.manual_seed(3)
-    model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
-    wrapped = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ALL_TARGETS, **options}))
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    wrapped.save_pretrained(str(folder))
-    return {name: tensor.detach() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
+from tests.export.folders import peft_adapter, shard
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_base"])
@@ -63,7 +24,7 @@ def test_merged_weights_are_the_official_ones(
     small_dir: Path, golden: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
     adapter = golden / name / "adapter"
-    report = merge(small_dir, adapter, tmp_path / "out", verify=False, block_bytes=block_bytes)
+    report = merge(small_dir, [adapter], tmp_path / "out", proof="off", block_bytes=block_bytes)
     base, merged = load_file(small_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert list(merged) == list(base)
     expected = load_file(golden / name / "merged_changed.safetensors")
@@ -71,10 +32,10 @@ def test_merged_weights_are_the_official_ones(
         torch.testing.assert_close(merged[tensor], value, rtol=0, atol=1e-6)
     stored = load_file(adapter / "adapter_model.safetensors")
     for tensor in report.changed:
-        if report.changed[tensor]["kind"] == "saved":
+        if report.changed[tensor].kind == "saved":
             assert torch.equal(merged[tensor], stored[f"base_model.model.{tensor}"])
         change = float(torch.linalg.vector_norm(merged[tensor] - base[tensor]))
-        assert report.changed[tensor]["norm_of_change"] == pytest.approx(change, rel=1e-5)
+        assert report.changed[tensor].norm_of_change == pytest.approx(change, rel=1e-5)
     assert {"lora": 15, "lora_base": 17}[name] == len(report.changed)
     for tensor in set(base) - set(report.changed):
         assert merged[tensor].numpy().tobytes() == base[tensor].numpy().tobytes(), tensor
@@ -97,9 +58,9 @@ def test_every_variant_merges_as_in_peft(
     small_dir: Path, tmp_path: Path, options: dict[str, Any], kinds: set[str]
 ) -> None:
     expected = peft_adapter(small_dir, tmp_path / "adapter", **options)
-    report = merge(small_dir, tmp_path / "adapter", tmp_path / "out", verify=False, block_bytes=2000)
+    report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=2000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
-    assert {facts["kind"] for facts in report.changed.values()} == kinds
+    assert {facts.kind for facts in report.changed.values()} == kinds
     assert set(merged) == set(expected)
     base = load_file(small_dir / "model.safetensors")
     for tensor, value in expected.items():
@@ -113,7 +74,7 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
 ) -> None:
     base = {name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()}
     save_file(base, base_dir / "model.safetensors", metadata={"format": "pt"})
-    merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False, block_bytes=4000)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off", block_bytes=4000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     adapter = load_file(golden / "lora" / "adapter" / "adapter_model.safetensors")
     module = "transformer.h.1.mlp.c_proj"
@@ -128,9 +89,9 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
 
 def test_shards_and_index_are_the_base_s(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     tensors = load_file(base_dir / "model.safetensors")
-    merge(base_dir, golden / "lora" / "adapter", tmp_path / "single", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "single", proof="off")
     shard(base_dir, tensors, 3)
-    merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     files = sorted(path.name for path in base_dir.glob("model*"))
     assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == files
     single = load_file(tmp_path / "single" / "model.safetensors")
@@ -155,17 +116,21 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
     (base_dir / "tokenizer_config.json").write_text(json.dumps(settings))
     old_mask = os.umask(0o077)
     try:
-        report = merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+        report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     finally:
         os.umask(old_mask)
     carried = ["config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json", *legal]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*carried, "model.safetensors", "merge_report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *carried, "README.md", "model.safetensors", "merge_report.json"
+    }  # fmt: skip
     for path in (tmp_path / "out").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o644, path.name
     for name in ("generation_config.json", "qwen.tiktoken", *legal):
         assert (tmp_path / "out" / name).read_bytes() == (base_dir / name).read_bytes()
     config = json.loads((base_dir / "config.json").read_text())
     del config["auto_map"]
+    # llama.cpp loads what it converted only where the epsilon has this name, too.
+    config["rms_norm_eps"] = config["layer_norm_epsilon"]
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"tokenizer_class": "QWenTokenizer"}
     assert set(report.edits) == {"config.json", "tokenizer_config.json"}
@@ -173,23 +138,23 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
 
 def test_dtype_converts_every_tensor_and_says_so(small_dir: Path, golden: Path, tmp_path: Path) -> None:
     base = load_file(small_dir / "model.safetensors")
-    merge(small_dir, golden / "lora" / "adapter", tmp_path / "fp32", verify=False)
-    report = merge(small_dir, golden / "lora" / "adapter", tmp_path / "out", dtype="bfloat16", verify=False)
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", proof="off")
+    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", proof="off")
     merged, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fp32"))
     assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in base)
     assert (report.converted, report.untouched) == (len(base) - 15, 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
-    back = merge(tmp_path / "out", None, tmp_path / "back", dtype="float32", verify=False)
+    back = merge(tmp_path / "out", [], tmp_path / "back", dtype="float32", proof="off")
     wide = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(wide[name], merged[name].float()) for name in base)
-    assert back.adapter is None and back.converted == len(base)
+    assert back.adapters == [] and back.converted == len(base)
 
 
 def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_path: Path) -> None:
-    report = merge(small_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     stored = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert stored["changed"] == report.changed
+    assert stored["changed"] == {name: asdict(after) for name, after in report.changed.items()}
     assert stored["inputs"]["adapter/adapter_model.safetensors"]["bytes"] > 0
     for name, facts in stored["outputs"].items():
         content = (tmp_path / "out" / name).read_bytes()
@@ -197,155 +162,7 @@ def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_
     assert set(stored["outputs"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"merge_report.json"}
 
 
-def _not_an_adapter(base: Path, adapter: Path, output: Path) -> None:
-    (adapter / "adapter_config.json").unlink()
-
-
-def _other_method(base: Path, adapter: Path, output: Path) -> None:
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-
-
-def _other_base(base: Path, adapter: Path, output: Path) -> None:
-    _replace(adapter, "transformer.h.0.mlp.w1.lora_B.weight", torch.zeros(200, 4))
-
-
-def _deeper_base(base: Path, adapter: Path, output: Path) -> None:
-    _replace(adapter, "transformer.h.7.mlp.w1.lora_A.weight", torch.zeros(4, 64))
-    _replace(adapter, "transformer.h.7.mlp.w1.lora_B.weight", torch.zeros(176, 4))
-
-
-def _unknown_key(base: Path, adapter: Path, output: Path) -> None:
-    _replace(adapter, "transformer.h.0.mlp.w1.hada_w1", torch.zeros(4, 64))
-
-
-def _nan(base: Path, adapter: Path, output: Path) -> None:
-    _replace(adapter, "transformer.h.2.mlp.w1.lora_B.weight", torch.full((176, 4), float("nan")))
-
-
-def _replace(adapter: Path, name: str, value: Tensor) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file({**tensors, f"base_model.model.{name}": value}, adapter / "adapter_model.safetensors")
-
-
-def _occupied(base: Path, adapter: Path, output: Path) -> None:
-    output.mkdir()
-    (output / "notes.txt").write_text("mine")
-
-
-def _in_the_way(base: Path, adapter: Path, output: Path) -> None:
-    output.with_name("out.partial").mkdir()
-    (output.with_name("out.partial") / "notes.txt").write_text("mine")
-
-
-def _missing_shard(base: Path, adapter: Path, output: Path) -> None:
-    shard(base, load_file(base / "model.safetensors"), 3)
-    (base / "model-00002-of-00003.safetensors").unlink()
-
-
-def _foreign_index(base: Path, adapter: Path, output: Path) -> None:
-    shard(base, load_file(base / "model.safetensors"), 2)
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    index["weight_map"]["transformer.h.9.ln_1.weight"] = "model-00001-of-00002.safetensors"
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _truncated(base: Path, adapter: Path, output: Path) -> None:
-    os.truncate(base / "model.safetensors", 400_000)
-
-
-def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_not_an_adapter, r"adapter: no adapter_config\.json; expected a PEFT adapter folder"),
-        (_other_method, r"adapter_config\.json: peft_type is 'LOHA'; expected 'LORA'"),
-        (
-            _other_base,
-            r"h\.0\.mlp\.w1\.lora_B\.weight is \[200, 4\]; expected \[176, 4\], since .*w1\.weight is \[176, 64\]",
-        ),
-        (_deeper_base, r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base does not have"),
-        (_unknown_key, r"unknown tensor base_model\.model\.transformer\.h\.0\.mlp\.w1\.hada_w1"),
-        (_nan, r"transformer\.h\.2\.mlp\.w1\.weight: rows 0 to 176 hold NaN or infinity"),
-        (_occupied, r"out: exists and is not empty"),
-        (_in_the_way, r"out\.partial: in the way and not an earlier merge's"),
-        (_missing_shard, r"model-00002-of-00003\.safetensors: missing; expected all 3 shards"),
-        (_foreign_index, r"disagrees with its shards about transformer\.h\.9\.ln_1\.weight"),
-        (_truncated, r"model\.safetensors: 400000 bytes instead of"),
-        (_only_pickles, r"base: only pytorch_model\*\.bin; expected model\.safetensors"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    base_dir: Path, golden: Path, tmp_path: Path, spoil: Callable[[Path, Path, Path], None], message: str
-) -> None:
-    adapter, output = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")), tmp_path / "out"
-    spoil(base_dir, adapter, output)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=message) as caught:
-        merge(base_dir, adapter, output, verify=False)
-    assert "\n" not in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(base_dir)
-    for output in (base_dir, tmp_path / "link"):
-        with pytest.raises(UserError, match="is the base itself"):
-            merge(base_dir, golden / "lora" / "adapter", output, verify=False)
-
-
-def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither an adapter nor a dtype"):
-        merge(base_dir, None, tmp_path / "out", verify=False)
-
-
-def test_a_full_disk_is_seen_before_anything_is_written(
-    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=800_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"0\.0 GB free; expected 0\.0 GB"):
-        merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
-    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(writer: BlockWriter, block: memoryview) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(BlockWriter, "write", full)
-    with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
-        merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
-        merge(base_dir, golden / "lora" / "adapter", tmp_path / "file" / "a" / "out", verify=False)
-
-
 def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     (base_dir / "model.safetensors.index.json").write_text("{}")
-    merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
-
-
-def test_an_empty_folder_and_a_killed_merge_s_remains_are_no_obstacle(
-    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    (tmp_path / "out").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False, progress=killed, block_bytes=1000)
-    assert (tmp_path / "out.partial").exists() and not any((tmp_path / "out").iterdir())
-    merge(base_dir, golden / "lora" / "adapter", tmp_path / "out", verify=False)
-    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out.partial").exists()

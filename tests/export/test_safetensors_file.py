@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.safetensors_file import BlockReader, BlockWriter, TensorSpec, read_header, row_ranges
+from qwen_ds.export.checkpoint import Checkpoint
+from qwen_ds.export.safetensors_file import BlockWriter, TensorSpec, read_header, row_ranges
+from qwen_ds.export.source import Source
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).reshape(7, 5),
@@ -33,11 +35,12 @@ def stored(tmp_path: Path) -> Path:
 
 def rewrite(source: Path, target: Path, block_bytes: int) -> tuple[str, str]:
     header = read_header(source)
-    reader = BlockReader(header)
-    with BlockWriter(target, header.tensors, header.metadata) as writer:
-        for _, block in reader.blocks(rows for spec in header.tensors for rows in row_ranges(spec, block_bytes)):
-            writer.write(memoryview(block))
-    return reader.sha256(), writer.sha256()
+    ranges = [rows for spec in header.tensors for rows in row_ranges(spec, 0, spec.num_rows, block_bytes)]
+    with Source(Checkpoint(source.parent, (header,), None)) as reader:
+        with BlockWriter(target, header.tensors, header.metadata) as writer:
+            for block in reader.blocks(ranges):
+                writer.write(memoryview(block))
+        return str(reader.facts(source.name)["sha256"]), writer.sha256()
 
 
 @pytest.mark.parametrize("block_bytes", [1, 13, 1 << 20])
@@ -112,7 +115,7 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: obje
 
 def test_ranges_cover_each_row_once() -> None:
     spec = TensorSpec("x", "BF16", (10, 3))
-    ranges = list(row_ranges(spec, 20))
+    ranges = list(row_ranges(spec, 0, 10, 20))
     assert [(rows.first, rows.last) for rows in ranges] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert sum(rows.num_bytes for rows in ranges) == spec.num_bytes
-    assert [(rows.first, rows.last) for rows in row_ranges(spec, 1)] == [(i, i + 1) for i in range(10)]
+    assert [(rows.first, rows.last) for rows in row_ranges(spec, 2, 5, 1)] == [(i, i + 1) for i in range(2, 5)]

@@ -103,12 +103,12 @@ class PlainEngine:
         return {name: tensor for name, _, tensor in self.state.gather(VALUE)}
 
 
-def run_once(model_dir: Path, run: Path) -> None:
+def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None:
     """The same command again: go on from what the folder holds, or begin."""
     torch.set_num_threads(1)
     model = QWenLMHeadModel.from_pretrained(model_dir)
     transformer, head = model.transformer, model.lm_head
-    wrapped = lora.add_lora(model, RECIPE.lora, base="", seed=1)
+    wrapped = lora.add_lora(model, recipe.lora, base="", seed=1)
     engine: Any = PlainEngine(TrainingModel(wrapped, transformer, head))
     rows: Any = Rows(10, seed=1)
     data = Data(rows, Rows(5, seed=2), StepSampler(rows, 4, 7, 1, 0, 64))  # type: ignore[arg-type]
@@ -116,10 +116,10 @@ def run_once(model_dir: Path, run: Path) -> None:
     output = Output(run, model_dir, torch.float32, lora.config_of(wrapped))
     found = resume.find(run)
     watchdog = Watchdog(10, launched=False)
-    identity = resume.identity(RECIPE, {}, data.sha256)
+    identity = resume.identity(recipe, {}, data.sha256)
     if found:
         resume.restore(engine, found)
-    recipe = replace(RECIPE, output_dir=str(run))
+    recipe = replace(recipe, output_dir=str(run))
     train(recipe, data, engine, Saver(output, identity, 1, watchdog, found), output, watchdog, found)
 
 
@@ -237,10 +237,11 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
             return real(path, tensors)
 
         checkpoint.write_tensors = slow  # type: ignore[assignment]
-        run_once(small_dir, run)
+        run_once(small_dir, run, replace(RECIPE, save=config.SaveOptions(every_steps=6)))
 
     assert in_child(action, log) == 0, log.read_text()
     assert "the training waits" not in log.read_text()
+    assert checkpoint.newest(run).remarks == [] and (run / "checkpoints" / "step_000002").is_dir()
 
 
 @pytest.mark.job

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_ds.config import ModelOptions, Recipe
+import qwen_ds  # noqa: F401  registers the native classes
+from qwen_ds.config import LoraOptions, ModelOptions, Recipe
 from qwen_ds.errors import UserError
-from qwen_ds.train import ds_config
 from qwen_ds.train.ds_config import ResolvedConfig, read_json, resolve
+from qwen_ds.train.lora import add_lora
+from tests.jobs import ROOT
+from tests.train.test_jobs import adapter, fresh_adapter, largest_difference
 
 RECIPE = Recipe()
+OURS = sorted((ROOT / "ds_configs").glob("*.json"))
 # The official project's two files, as its users have them.
 _AUTO_BATCH = {k: "auto" for k in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")}
 _OFFICIAL_COMMON: dict[str, Any] = {
@@ -191,11 +199,87 @@ def test_our_own_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_file_of_ours_resolves() -> None:
-    files = sorted((Path(ds_config.__file__).parents[2] / "ds_configs").glob("*.json"))
-    assert len(files) >= 5
-    for file in files:
+    assert len(OURS) >= 7
+    for file in OURS:
         result = settle(json.loads(file.read_text()))
+        zero = result.engine_json["zero_optimization"]
         assert result.stage == int(file.stem[4]) and result.offload_optimizer == ("offload" in file.stem), file
+        assert ("offload_param" in zero) == (file.stem == "zero3_offload")
+        assert ("zero_hpz_partition_size" in zero) == ("hpz" in file.stem)
+
+
+@pytest.mark.job
+def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
+    job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
+) -> None:
+    """Each started on two ranks: within 1e-4 of the change that training made. The official files run as they are."""
+    files = list(OURS)
+    for stage, content in OFFICIAL.items():
+        files.append(tmp_path / f"official_zero{stage}.json")
+        files[-1].write_text(json.dumps(content))
+    for file in files:
+        out = tmp_path / file.stem
+        job([*small_job, "--deepspeed", str(file), "--optim.max_steps", "2", "--output_dir", str(out)], 2).ok()
+    start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero2")
+    off = {file.stem: largest_difference(reference, adapter(tmp_path / file.stem), start) for file in files}
+    assert max(off.values()) < 1e-4, off
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
+    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their number."""
+    config = AutoConfig.for_model("qwen", vocab_size=151936, hidden_size=4096, num_hidden_layers=32,
+                                  num_attention_heads=32, intermediate_size=22016)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        lora = add_lora(model, LoraOptions(), base="", seed=0)
+    base = sum(p.numel() for n, p in lora.named_parameters() if "lora_" not in n)
+    adapter_size = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert (base, adapter_size) == (7_721_324_544, 10_158_080)
+    rows = re.findall(
+        r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$", (ROOT / name).read_text(), re.MULTILINE
+    )
+    assert len(rows) == len(OURS)
+    for path, lora_gb, full_gb in rows:
+        zero = settle(json.loads((ROOT / path).read_text())).engine_json["zero_optimization"]
+        world = 16 if "zero_hpz_partition_size" in zero else 8
+        share = [1 / world if zero["stage"] >= stage else 1.0 for stage in range(4)]
+        on_gpu = "offload_optimizer" not in zero
+        weights = 2 * base * share[3] * ("offload_param" not in zero) + 2 * base / 8 * (world == 16)
+        trained = 4 * share[3] * ("offload_param" not in zero) + (4 * share[2] + 8 * share[1]) * on_gpu
+        assert lora_gb == f"{(weights + trained * adapter_size) / 1e9:.1f}", path
+        if zero["stage"]:
+            state = (4 * share[2] + 12 * share[1]) * base * on_gpu
+            assert full_gb == f"{(weights + state) / 1e9:.1f}", path
+
+
+def test_hpz_takes_its_size_from_the_machines() -> None:
+    hpz = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text())
+    key = "zero_hpz_partition_size"
+
+    def size(config: dict[str, Any], **machines: int) -> int:
+        given = {"world": 16, "ranks_per_machine": 8} | machines
+        found = resolve(config, RECIPE, frozenset(), hidden_size=64, **given)
+        return found.engine_json["zero_optimization"][key]
+
+    assert size(hpz) == 8 and size(hpz, world=2, ranks_per_machine=1) == 1
+    assert size({"zero_optimization": {"stage": 3, key: 4}}) == 4, "the user's own number stays"
+    with pytest.raises(UserError, match="zero_hpz_partition_size is 6.*divisor of the 16 ranks"):
+        size({"zero_optimization": {"stage": 3, key: 6}})
+
+
+def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
+    """ "auto": in full training on a machine with the quantiser. What the user asks for is done or refused."""
+    hpz, key = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()), "zero_quantized_weights"
+    full = replace(RECIPE, method="full")
+    for recipe, able, expected in ((full, True, True), (full, False, False), (RECIPE, True, False)):
+        found = resolve(hpz, recipe, frozenset(), hidden_size=64, world=2, can_quantise=able)
+        assert found.engine_json["zero_optimization"][key] is expected
+    for name in (key, "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        asked = {"zero_optimization": {"stage": 3, name: True}}
+        assert resolve(asked, RECIPE, frozenset(), hidden_size=64, world=2, can_quantise=True)
+        with pytest.raises(UserError, match=f"{name} is true.*nvcc"):
+            settle(asked)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -215,3 +299,10 @@ def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(method: str, dty
     recipe = replace(RECIPE, method=method, model=ModelOptions(dtype=dtype))  # type: ignore[arg-type]
     result = settle({"zero_optimization": {"stage": 0}}, recipe)
     assert result.stage == result.engine_json["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("path", [None, "ds_configs/zero1.json", "ds_configs/zero2.json"])
+def test_gradient_buckets_are_small_where_the_user_names_no_size(path: str | None) -> None:
+    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4 GB."""
+    zero = settle(read_json(path), replace(RECIPE, deepspeed=path)).engine_json["zero_optimization"]
+    assert 2 * 4 * zero["reduce_bucket_size"] < 0.2e9

@@ -103,6 +103,7 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     assert list((out / "tensorboard").iterdir())
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], "save.keep is 1, and it is the best"
     assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
+    assert "activation_checkpointing: none\n" in (out / "recipe.yaml").read_text(), "what auto became"
     assert "eval_loss" in (out / "metrics.jsonl").read_text()
     assert "10 steps in" in run.stdout and "trainable of" in run.stdout
     from peft import PeftModel
@@ -115,22 +116,6 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     after = PeftModel.from_pretrained(base, str(out / "adapter"))(ids).logits
     assert all(t.numel() for t in adapter(out).values())
     assert (after - before).abs().max() > 1e-3
-
-
-def test_full_training_leaves_a_model_folder(job: Callable, small_job: list[str], tmp_path: Path) -> None:
-    """Every parameter moves, and the folder loads as it is."""
-    from qwen_ds.model.modeling import QWenLMHeadModel
-
-    out = tmp_path / "full"
-    job([*small_job, "--method", "full", "--model.dtype", "bfloat16", "--output_dir", str(out)], 2).ok()
-    trained, base = (QWenLMHeadModel.from_pretrained(f, dtype=torch.float32) for f in (out / "model", small_job[1]))
-    moved = {
-        n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if not torch.equal(p, q)
-    }
-    assert moved == {n for n, _ in base.named_parameters()}
-    assert (out / "model" / "qwen.tiktoken").exists()
-    first, last = ((json.loads(x)["loss"]) for x in (out / "metrics.jsonl").read_text().splitlines()[::9])
-    assert last < first
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -160,15 +145,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert "the loss is not finite" in line and "data.jsonl:41" in line
     (saved,) = (out / "checkpoints").iterdir()
     assert all(t.isfinite().all() for t in adapter(saved).values())
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offloading_changes_no_number(job: Callable, small_job: list[str], tmp_path: Path, stage: int) -> None:
-    for name in (f"zero{stage}", f"zero{stage}_offload"):
-        options = ["--deepspeed", f"ds_configs/{name}.json", "--optim.max_steps", "2"]
-        job([*small_job, *options, "--output_dir", str(tmp_path / name)], 2).ok()
-    plain, offloaded = (adapter(tmp_path / n) for n in (f"zero{stage}", f"zero{stage}_offload"))
-    assert max(float((plain[k] - offloaded[k]).abs().max()) for k in plain) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dora", "float16"])

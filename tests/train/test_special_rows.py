@@ -206,7 +206,7 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
         loaded = load_adapter(base_model(small_dir, dtype), tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=tolerance)
         if dtype == torch.float32:
-            report = merge(small_dir, tmp_path / "adapter", tmp_path / "merged")
+            report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "merged")
             assert report.verification is not None and report.verification.status == "passed"
             merged = QWenLMHeadModel.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
             torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=tolerance)
@@ -231,7 +231,7 @@ def test_the_official_base_model_adapter_gives_the_official_numbers(
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name].grad, gradient, atol=2e-5 * gradient.abs().max().item(), rtol=0)
     write_adapter(tmp_path / "adapter", config_of(ours), found)
-    merge(small_dir, tmp_path / "adapter", tmp_path / "merged")
+    merge(small_dir, [tmp_path / "adapter"], tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     official_adapter = load_file(golden / "lora_base" / "adapter" / "adapter_model.safetensors")
     for name in ("lm_head.weight", "transformer.wte.weight"):

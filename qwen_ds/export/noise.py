@@ -1,0 +1,39 @@
+"""The noise of rounding weights to a dtype, drawn at random: what is unavoidable where weights are stored so.
+
+Shapes: N values of the table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24}
+_SMALLEST_STEP = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # between subnormal numbers
+_EXPONENT = 0x7F800000  # of an fp32 number: alone, it is the power of two below the number
+_TABLE_SIZE = 2**23
+_ITEMS_AT_ONCE = 2**18  # 1 MB: stays in the processor's cache
+
+
+class RoundingNoise:
+    """Adds to weights what a rounding to their dtype adds: uniform noise of plus or minus half a step.
+
+    Random numbers are drawn once and laid over each piece of a tensor from a random place on: drawing billions would
+    take longer than all else.
+    """
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._table_N = torch.rand(_TABLE_SIZE, generator=self._generator) - 0.5
+        self._step = torch.empty(_ITEMS_AT_ONCE)
+
+    @torch.no_grad()
+    def add(self, weight: Tensor, dtype: str) -> None:
+        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` (safetensors' name) would."""
+        factor, smallest = 2.0 ** (1 - _SIGNIFICANT_BITS[dtype]), _SMALLEST_STEP[dtype]
+        for part in weight.view(-1).split(_ITEMS_AT_ONCE):
+            step = self._step[: part.numel()]
+            torch.bitwise_and(part.view(torch.int32), _EXPONENT, out=step.view(torch.int32))
+            step.mul_(factor).clamp_(min=smallest)
+            first = int(torch.randint(_TABLE_SIZE - part.numel() + 1, (), generator=self._generator))
+            part.addcmul_(step, self._table_N[first : first + part.numel()])

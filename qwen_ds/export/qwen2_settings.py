@@ -1,0 +1,183 @@
+"""What config.json and generation_config.json become on the way from Qwen to Qwen2, and back.
+
+Up to `seq_length` tokens both compute the same function. Beyond it Qwen changes its rotary base (dynamic NTK) and
+scales its queries (LogN); Qwen2 has neither, so there `max_position_embeddings` is `seq_length`.
+
+The Qwen2 config.json carries the original settings under the key `qwen`, which engines ignore and `save_pretrained`
+keeps: from them the way back restores what Qwen2 has no words for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.folder import read_json
+
+Settings = dict[str, Any]  # a JSON object of settings
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+_ORIGINAL = "qwen"
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def read_qwen_config(folder: Path) -> QWenConfig:
+    """The configuration of a Qwen folder, which must have an equal in Qwen2.
+
+    Raises:
+        UserError: names the key that has none.
+    """
+    return _checked(read_json(folder / CONFIG), folder / CONFIG)
+
+
+def _checked(settings: Settings, path: Path) -> QWenConfig:
+    try:
+        config = QWenConfig.from_dict(settings)
+    except (UserError, StrictDataclassError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).removeprefix('config: ').split())}") from None
+    if not config.no_bias:
+        raise UserError(f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have a bias")
+    if config.intermediate_size % 2:
+        raise UserError(
+            f"{path}: intermediate_size is {config.intermediate_size}; expected twice the width of w1 and w2"
+        )
+    return config
+
+
+def _function(config: QWenConfig) -> Settings:
+    """What decides the function that is computed, in Qwen2's terms."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size // 2,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.seq_length,
+        "num_key_value_heads": config.num_attention_heads,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        # Engines of before and after transformers 5 look for the base in different places.
+        "rope_theta": config.rotary_emb_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_emb_base},
+    }
+
+
+def to_qwen2(base: Path, torch_dtype: str, end_of_text: int, end_of_reply: int) -> Settings:
+    """config.json of the Qwen2 that the Qwen in `base` is. UserError where there is none (see `read_qwen_config`)."""
+    config = read_qwen_config(base)
+    original = {name.removesuffix(".json"): _settings(base / name) for name in (CONFIG, TOKENIZER_CONFIG)}
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **_function(config),
+        "attention_dropout": config.attn_dropout_prob,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_reply,
+        "pad_token_id": end_of_text,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": torch_dtype,
+        "use_cache": config.use_cache,
+        _ORIGINAL: original,
+    }
+
+
+def from_qwen2(base: Path) -> tuple[Settings, Settings]:
+    """config.json and tokenizer_config.json of the Qwen that the Qwen2 in `base` is.
+
+    They are the original ones where the folder carries them and still computes what they say. For any other Qwen2 they
+    are made anew, without dynamic NTK and LogN: those are not in the function of that model.
+
+    Raises:
+        UserError: names the key that Qwen has no equal for.
+    """
+    found = read_json(base / CONFIG)
+    function = _function_of_qwen2(found, base / CONFIG)
+    original = found.get(_ORIGINAL)
+    if isinstance(original, dict) and isinstance(original.get("config"), dict):
+        config = _checked(original["config"], base / CONFIG)
+        if _function(config) == function:
+            return original["config"], original.get("tokenizer_config") or _tokenizer_config(function)
+    made = {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        **{key: function[key] for key in _SIZES},
+        "intermediate_size": 2 * function["intermediate_size"],
+        "kv_channels": function["hidden_size"] // function["num_attention_heads"],
+        "seq_length": function["max_position_embeddings"],
+        "layer_norm_epsilon": function["rms_norm_eps"],
+        "rotary_emb_base": function["rope_theta"],
+        "rotary_pct": 1.0,
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "initializer_range": found.get("initializer_range", 0.02),
+        "tokenizer_class": "QWenTokenizer",
+    }
+    _checked(made, base / CONFIG)
+    return made, _tokenizer_config(function)
+
+
+def _tokenizer_config(function: Settings) -> Settings:
+    return {"model_max_length": function["max_position_embeddings"], "tokenizer_class": "QWenTokenizer"}
+
+
+def _function_of_qwen2(found: Settings, path: Path) -> Settings:
+    """`_function`'s keys as a Qwen2 config.json has them, checked against what Qwen can be."""
+    for key in _SIZES:
+        if not isinstance(found.get(key), int) or found[key] < 1:
+            raise UserError(f"{path}: {key} is {found.get(key)!r}; expected a positive number")
+    heads = found["num_attention_heads"]
+    rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+    says = {**found, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    expected = {
+        "num_key_value_heads": heads,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+    }
+    for key, value in {**expected, "rope_type": "default", "head_dim": found["hidden_size"] // heads}.items():
+        if says.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {says[key]!r}; expected {value!r}, the only one that Qwen has")
+    theta = rope.get("rope_theta", found.get("rope_theta", 10000))
+    return {
+        **{key: found[key] for key in _SIZES},
+        **expected,
+        "rms_norm_eps": found.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
+def speaks_chatml(base: Path) -> bool:
+    """Whether the Qwen in `base` answers in ChatML, by its generation_config.json; a folder without one does."""
+    return _settings(base / GENERATION_CONFIG).get("chat_format", "chatml") != "raw"
+
+
+def generation_to_qwen2(base: Path, end_of_text: int, end_of_reply: int) -> Settings:
+    """generation_config.json with its eos: after a reply in ChatML, and where a document ends. Else as it was."""
+    eos = end_of_text if end_of_reply == end_of_text else [end_of_reply, end_of_text]
+    return {**_settings(base / GENERATION_CONFIG), "eos_token_id": eos, "pad_token_id": end_of_text}
+
+
+def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
+    """generation_config.json as Qwen has it: one eos, and the format that tells where a reply ends."""
+    found = _settings(base / GENERATION_CONFIG)
+    chat_format = "chatml" if isinstance(found.get("eos_token_id"), list) else "raw"
+    return {"chat_format": chat_format, **found, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+
+
+def _settings(path: Path) -> Settings:
+    """A file of settings without a reference to code, which is not carried; nothing where there is no file."""
+    if not path.is_file():
+        return {}
+    return {key: value for key, value in read_json(path).items() if key != "auto_map"}

@@ -1,0 +1,156 @@
+"""`qwen.tiktoken` as the files of a Qwen2 tokenizer, and back.
+
+tiktoken joins the pair of neighbours whose union has the lowest rank; the `tokenizers` library wants the list of pairs
+that may be joined, best first. A token's last join is the one that tiktoken makes when it encodes the token's own bytes
+with the lower ranks alone, so replaying that for every token gives the list. The files write bytes as printable
+characters: byte-level BPE's alphabet, which begins with GPT-2.
+
+The two agree on every text but one kind: `tokenizers` looks for the special tokens before it brings the text to NFC,
+Qwen afterwards. Where U+0338, a stroke through the character before it, follows a special token, NFC makes another
+character of the token's `>`, so that for Qwen there is no special token; Qwen2's tokenizer finds it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import CHAT_TEMPLATE
+from qwen_ds.model.folder import read_json, write_json
+from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, PIECES, SPECIAL_TOKENS, VOCABULARY_FILE, Encoding, encoding_of
+
+TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES = "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"
+
+
+def _alphabet() -> list[str]:
+    """Character of each byte: itself where it is printable, else the next of those from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_CHARACTERS = _alphabet()
+_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+
+
+def _spelled(token: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in token)
+
+
+@lru_cache(maxsize=2)
+def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
+    """The pairs whose union is a token, in the order of its rank. About 2 s for the official vocabulary.
+
+    Raises:
+        UserError: a token that no two lower ones make: such a vocabulary has no list of merges.
+    """
+    ranks, merges = encoding.ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _joined(token, ranks, rank)
+            if len(parts) != 2:
+                raise UserError(
+                    f"{VOCABULARY_FILE}: {token!r} (rank {rank}) is not made of two tokens of lower rank; expected the "
+                    "ranks of byte pair encoding"
+                )
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
+    """What tiktoken makes of a token's bytes with the ranks below `limit`."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        unions = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        best = min(unions)
+        if best >= limit:
+            break
+        at = unions.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def write_qwen2_tokenizer(encoding: Encoding, folder: Path, *, chatml: bool, model_max_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json with the ChatML template, vocab.json and merges.txt.
+
+    Args:
+        chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
+        model_max_length: longest text in tokens.
+    """
+    vocab = {_spelled(token): rank for token, rank in sorted(encoding.ranks.items(), key=lambda item: item[1])}
+    merges = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / TOKENIZER))
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(encoding, chatml, model_max_length))
+    (folder / VOCAB).write_text(json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name in (TOKENIZER, VOCAB, MERGES):
+        (folder / name).chmod(0o644)
+
+
+def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(index): {"content": token, **flags} for token, index in encoding.special.items()},
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": IM_END if chatml else END_OF_TEXT,
+        "errors": "replace",
+        "model_max_length": model_max_length,
+        "pad_token": END_OF_TEXT,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+def read_qwen2_tokenizer(folder: Path) -> Encoding:
+    """The vocabulary in a Qwen2 folder's tokenizer.json, as `qwen.tiktoken` has it.
+
+    Raises:
+        UserError: no byte-level BPE with ranks from 0 on, other merges than its ranks give, or special tokens that are
+            not Qwen's first ones.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2")
+    found = read_json(path)
+    try:
+        vocab: dict[str, int] = found["model"]["vocab"]
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in found["model"]["merges"]]
+        special = {(token["content"], token["id"]) for token in found.get("added_tokens", ())}
+        ranks = {bytes(_BYTES[c] for c in token): rank for token, rank in vocab.items() if (token, rank) not in special}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not byte-level BPE ({type(error).__name__}: {error}); expected a Qwen2's") from None
+    lines = (base64.b64encode(token) + f" {rank}\n".encode() for token, rank in sorted(ranks.items(), key=_by_rank))
+    try:
+        encoding = encoding_of(b"".join(lines))
+        pairs = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if pairs != merges:
+        raise UserError(f"{path}: its merges are not those that its ranks give; expected a tokenizer made from Qwen's")
+    for token, index in sorted(special):
+        if encoding.special.get(token) != index:
+            raise UserError(f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens under its id")
+    return encoding
+
+
+def _by_rank(item: tuple[bytes, int]) -> int:
+    return item[1]

@@ -1,0 +1,118 @@
+"""The model card: its metadata as the hub reads it, what it tells of the run, and code in it that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from qwen_ds.config import Recipe, write_recipe
+from qwen_ds.export.adapter_qwen2 import convert_adapter
+from qwen_ds.export.formats import find_format
+from qwen_ds.export.merge import merge
+
+TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
+PART = {
+    "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90, "longest": "train.json:3",
+    "dropped": {"empty answer": TALLY}, "skipped": {}, "truncated": {},
+}  # fmt: skip
+SCORES = {"rouge-1": {"f": 0.31, "p": 0.3, "r": 0.32}, "rouge-l": {"f": 0.25, "p": 0.2, "r": 0.3}, "bleu-4": 0.0801}
+
+
+@pytest.fixture
+def run(golden: Path, tmp_path: Path) -> Path:
+    """A run folder as training and evaluation leave it."""
+    folder = tmp_path / "runs" / "adgen"
+    shutil.copytree(golden / "lora" / "adapter", folder / "adapter")
+    write_recipe(Recipe(), folder / "recipe.yaml")
+    report = {"parts": [PART], "total": PART, "duplicates": 3, "eval": None}
+    (folder / "data_report.json").write_text(json.dumps(report))
+    (folder / "eval").mkdir()
+    evaluation = {"model": "m", "data": ["/somewhere/dev.json"], "rows": 100, "sampling": {"do_sample": False}}
+    (folder / "eval" / "metrics.json").write_text(json.dumps(evaluation | {"seed": SCORES}))
+    return folder
+
+
+@pytest.fixture
+def cached_base(small_dir: Path, tmp_path: Path) -> Path:
+    """The base where huggingface_hub puts what it fetched."""
+    base = tmp_path / "hub" / "models--Qwen--Qwen-7B-Chat" / "snapshots" / "0123abc"
+    shutil.copytree(small_dir, base)
+    (base / "NOTICE").write_text("notice")
+    (base / "Tongyi Qianwen LICENSE AGREEMENT.txt").write_text("terms")
+    return base
+
+
+@pytest.mark.parametrize("target", ["qwen", "qwen2"])
+def test_the_card_tells_where_the_model_comes_from(cached_base: Path, run: Path, tmp_path: Path, target) -> None:
+    merge(cached_base, [run / "adapter"], tmp_path / "out", to=find_format("qwen", target), proof="off")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "Qwen/Qwen-7B-Chat"
+    assert (card.data.license, card.data.license_link) == ("other", "Tongyi Qianwen LICENSE AGREEMENT.txt")
+    assert card.data.library_name == "transformers" and "lora" in card.data.tags
+    assert "\n# Qwen/Qwen-7B-Chat + adgen\n" in text
+    assert "- Base: Qwen/Qwen-7B-Chat\n- Adapter: adgen\n" in text
+    for name in ("NOTICE", "Tongyi Qianwen LICENSE AGREEMENT.txt"):
+        assert f"[{name}](<{name}>)" in text
+        assert (tmp_path / "out" / name).read_bytes() == (cached_base / name).read_bytes()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert yaml.safe_load(recipe) == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert "10 rows of 12 read, 1,000 tokens (400 learnt)" in text and "2 dropped: empty answer" in text
+    assert "eval/metrics.json: 100 rows of dev.json" in text
+    assert "| seed | rouge-l | 0.2500 |\n| seed | bleu-4 | 0.0801 |" in text
+    assert str(tmp_path) not in text  # nobody's paths
+
+
+def test_a_base_from_a_folder_and_no_run_leave_nothing_to_invent(small_qwen2: Path) -> None:
+    card = ModelCard.load(small_qwen2 / "README.md")
+    assert card.data.base_model is None and card.data.license is None
+    assert "## Training" not in card.text and "## Evaluation" not in card.text
+    assert "same function up to 64 tokens" in card.text
+
+
+def test_a_data_report_of_another_version_costs_no_merge(small_dir: Path, run: Path, tmp_path: Path) -> None:
+    (run / "data_report.json").write_text("[1]")
+    (run / "eval" / "metrics.json").write_text("{")
+    merge(small_dir, [run / "adapter"], tmp_path / "out", proof="off")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "see data_report.json of the run" in text and "## Evaluation" not in text
+
+
+def python_blocks(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_code_in_the_cards_runs(
+    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(small_dir, tmp_path / "base"))
+    generation = json.loads((base / "generation_config.json").read_text()) | {"max_new_tokens": 4}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    monkeypatch.chdir(tmp_path)
+    adapter = golden / "lora" / "adapter"
+    merge(base, [adapter], tmp_path / "merged", proof="off")
+    merge(base, [], tmp_path / "base-qwen2", to=find_format("qwen", "qwen2"), proof="off")
+    convert_adapter(base, adapter, tmp_path / "lora")
+    for folder in ("merged", "base-qwen2", "lora"):
+        (code,) = python_blocks(tmp_path / folder)
+        found: dict[str, object] = {}
+        exec(code.replace("MODEL", folder).replace("BASE", "base-qwen2"), found)
+        assert found["model"] is not None
+    assert "<|im_start|>assistant\n" in capsys.readouterr().out
+
+
+def test_the_commands_in_the_cards_are_this_project_s_own(small_qwen2: Path, golden: Path, small_dir, tmp_path) -> None:
+    """Those of other engines cannot be run here; ours must at least name options that there are."""
+    convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "lora")
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged", proof="off")
+    launch = (Path(__file__).parents[2] / "launch" / "merge.py").read_text()
+    for folder in (small_qwen2, tmp_path / "lora", tmp_path / "merged"):
+        (line,) = re.findall(r"`python launch/merge\.py (.*?)`", (folder / "README.md").read_text(encoding="utf-8"))
+        assert all(f'"{option}"' in launch for option in re.findall(r"--\w+", line))
+    assert "--max-lora-rank 4 " in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,232 @@
+"""What a merge says to wrong input: one line, before anything is written, and nothing that was there is touched."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_ds.errors import UserError
+from qwen_ds.export.merge import merge
+from qwen_ds.export.safetensors_file import BlockWriter
+from tests.export.folders import as_pickles, shard
+
+
+def _not_an_adapter(base: Path, adapter: Path, output: Path) -> None:
+    (adapter / "adapter_config.json").unlink()
+
+
+def _other_method(base: Path, adapter: Path, output: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+
+
+def _other_base(base: Path, adapter: Path, output: Path) -> None:
+    _replace(adapter, "transformer.h.0.mlp.w1.lora_B.weight", torch.zeros(200, 4))
+
+
+def _deeper_base(base: Path, adapter: Path, output: Path) -> None:
+    _replace(adapter, "transformer.h.7.mlp.w1.lora_A.weight", torch.zeros(4, 64))
+    _replace(adapter, "transformer.h.7.mlp.w1.lora_B.weight", torch.zeros(176, 4))
+
+
+def _other_rank(base: Path, adapter: Path, output: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 7}))
+
+
+def _truncated_adapter(base: Path, adapter: Path, output: Path) -> None:
+    os.truncate(adapter / "adapter_model.safetensors", 5000)
+
+
+def _pickled_adapter(base: Path, adapter: Path, output: Path) -> None:
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+
+
+def _rejected_in_the_way(base: Path, adapter: Path, output: Path) -> None:
+    output.with_name("out.rejected").mkdir()
+    (output.with_name("out.rejected") / "notes.txt").write_text("mine")
+
+
+def _unknown_key(base: Path, adapter: Path, output: Path) -> None:
+    _replace(adapter, "transformer.h.0.mlp.w1.hada_w1", torch.zeros(4, 64))
+
+
+def _nan(base: Path, adapter: Path, output: Path) -> None:
+    _replace(adapter, "transformer.h.2.mlp.w1.lora_B.weight", torch.full((176, 4), float("nan")))
+
+
+def _replace(adapter: Path, name: str, value: Tensor) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({**tensors, f"base_model.model.{name}": value}, adapter / "adapter_model.safetensors")
+
+
+def _occupied(base: Path, adapter: Path, output: Path) -> None:
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+
+
+def _in_the_way(base: Path, adapter: Path, output: Path) -> None:
+    output.with_name("out.partial").mkdir()
+    (output.with_name("out.partial") / "notes.txt").write_text("mine")
+
+
+def _missing_shard(base: Path, adapter: Path, output: Path) -> None:
+    shard(base, load_file(base / "model.safetensors"), 3)
+    (base / "model-00002-of-00003.safetensors").unlink()
+
+
+def _foreign_index(base: Path, adapter: Path, output: Path) -> None:
+    shard(base, load_file(base / "model.safetensors"), 2)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["transformer.h.9.ln_1.weight"] = "model-00001-of-00002.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _truncated(base: Path, adapter: Path, output: Path) -> None:
+    os.truncate(base / "model.safetensors", 400_000)
+
+
+def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
+    as_pickles(base)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_not_an_adapter, r"adapter: no adapter_config\.json; expected a PEFT adapter folder"),
+        (_other_method, r"adapter_config\.json: peft_type is 'LOHA'; expected 'LORA'"),
+        (
+            _other_base,
+            r"h\.0\.mlp\.w1\.lora_B\.weight is \[200, 4\]; expected \[176, 4\], since .*w1\.weight is \[176, 64\]",
+        ),
+        (_deeper_base, r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base does not have"),
+        (_other_rank, r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json says"),
+        (_truncated_adapter, r"adapter_model\.safetensors: not a whole safetensors file"),
+        (_pickled_adapter, r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"),
+        (_unknown_key, r"unknown tensor base_model\.model\.transformer\.h\.0\.mlp\.w1\.hada_w1"),
+        (_nan, r"transformer\.h\.2\.mlp\.w1\.weight: rows 0 to 176 hold NaN or infinity"),
+        (_occupied, r"out: exists and is not empty"),
+        (_in_the_way, r"out\.partial: in the way and not a killed merge's"),
+        (_rejected_in_the_way, r"out\.rejected: in the way and not an earlier merge's"),
+        (_missing_shard, r"model-00002-of-00003\.safetensors: missing; expected all 3 shards"),
+        (_foreign_index, r"disagrees with its shards about transformer\.h\.9\.ln_1\.weight"),
+        (_truncated, r"model\.safetensors: 400000 bytes instead of"),
+        (_only_pickles, r"base: only pytorch_model\*\.bin, which are pickles; .*\(--allow_pickle true reads"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    base_dir: Path, golden: Path, tmp_path: Path, spoil: Callable[[Path, Path, Path], None], message: str
+) -> None:
+    adapter, output = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")), tmp_path / "out"
+    spoil(base_dir, adapter, output)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as caught:
+        merge(base_dir, [adapter], output, proof="off")
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pickles_are_read_where_they_are_allowed(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    """As files of one, in shards, and as an adapter; the output is what the same weights in safetensors give."""
+    adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
+    merge(base_dir, [adapter], tmp_path / "expected", proof="off")
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    single = Path(shutil.copytree(base_dir, tmp_path / "single"))
+    as_pickles(single)
+    pickled = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    _pickled_adapter(single, pickled, single)
+    report = merge(single, [pickled], tmp_path / "out", allow_pickle=True, block_bytes=3000)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.allclose(merged[name], tensor, rtol=0, atol=1e-6) for name, tensor in expected.items())
+    assert report.verification is not None and report.verification.status == "passed"
+    for name, path in (("pytorch_model.bin", single), ("adapter/adapter_model.bin", tmp_path)):
+        assert report.inputs[name]["sha256"] == hashlib.sha256((path / name).read_bytes()).hexdigest()
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+    shard(base_dir, tensors, 2)
+    as_pickles(base_dir)
+    report = merge(base_dir, [adapter], tmp_path / "sharded", allow_pickle=True, proof="sampled")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    assert report.verification is not None and report.verification.status == "passed"
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"x": torch.ones(2), "y": _Code()}, r"pytorch_model\.bin: not a whole file of plain tensors"),
+        ([torch.ones(2)], r"pytorch_model\.bin: holds a list; expected a dict of tensors"),
+        (
+            {"x": torch.ones(2, dtype=torch.complex64)},
+            r"x has dtype torch\.complex64; expected one",
+        ),
+    ],
+)
+def test_a_pickle_may_hold_nothing_but_tensors(
+    base_dir: Path, golden: Path, tmp_path: Path, content: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (base_dir / "model.safetensors").unlink()
+    torch.save(content, base_dir / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message) as caught:
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", allow_pickle=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
+
+
+def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(base_dir)
+    for output in (base_dir, tmp_path / "link"):
+        with pytest.raises(UserError, match="is the base itself"):
+            merge(base_dir, [golden / "lora" / "adapter"], output, proof="off")
+
+
+def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither an adapter nor a dtype"):
+        merge(base_dir, [], tmp_path / "out", proof="off")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=800_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        UserError, match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)"
+    ):
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(writer: BlockWriter, block: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(BlockWriter, "write", full)
+    with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out", proof="off")

@@ -1,0 +1,140 @@
+"""What launchers say about the ranks, in their environment variables and programs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as torch_dist
+
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+
+# Task 3 of `srun --nodes=2 --ntasks-per-node=2`, as Slurm 22.05 sets them.
+SRUN = {
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment of a test's own: what it exports ends with it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "OMPI_", "PMI_"))}
+    monkeypatch.setattr(os, "environ", kept)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[01-03,7],big1", "gpu01"),
+        ("big1,gpu[01-03]", "big1"),
+        ("a-1.site,b", "a-1.site"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("n[7]", "n7"),
+    ],
+)
+def test_ranks_of_srun_meet_at_the_steps_first_machine(variables: dict[str, str], nodes: str, first: str) -> None:
+    variables |= SRUN | {"SLURM_STEP_NODELIST": nodes}
+    assert dist.slurm_rendezvous()[0] == first
+
+
+def test_all_tasks_of_a_step_choose_the_same_port_and_two_steps_do_not(variables: dict[str, str]) -> None:
+    variables |= SRUN
+    ports = set()
+    for job, step in (("41", "2"), ("41", "3"), ("42", "2"), ("9999999", "0")):
+        variables |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}
+        here = {dist.slurm_rendezvous()[1] for variables["SLURM_PROCID"] in ("0", "3")}
+        assert len(here) == 1
+        ports |= here
+    assert len(ports) == 4 and all(1024 < port < 32768 for port in ports)
+
+
+def test_srun_gets_the_variables_of_torch(variables: dict[str, str]) -> None:
+    variables |= SRUN
+    assert dist.has_rendezvous()
+    dist.export_ranks()
+    assert {k: variables[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")} == {
+        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
+    }  # fmt: skip
+    assert int(variables["MASTER_PORT"]) == dist.slurm_rendezvous()[1]
+
+
+def test_a_users_own_meeting_point_stays(variables: dict[str, str]) -> None:
+    variables |= SRUN | {"MASTER_ADDR": "ib-gpu07", "MASTER_PORT": "4711"}
+    dist.export_ranks()
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("ib-gpu07", "4711")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"SLURM_STEP_NUM_TASKS": "1"},  # a shell of salloc, in which a single process is started
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},  # Open MPI's daemons are tasks of srun, too
+        {"MPI_LOCALRANKID": "1", "PMI_RANK": "1"},  # MPICH's as well
+    ],
+)
+def test_what_is_only_inside_a_slurm_job_is_not_taken_for_srun(
+    variables: dict[str, str], others: dict[str, str]
+) -> None:
+    variables |= SRUN | others
+    assert not dist.has_rendezvous()
+
+
+def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(variables: dict[str, str], tmp_path: Path) -> None:
+    """squeue prints local time, in a format that a user may have changed."""
+    assert dist.job_ends_at() is None
+    variables |= {"SLURM_JOB_ID": "41", "SLURM_TIME_FORMAT": "relative", "PATH": f"{tmp_path}:{variables['PATH']}"}
+    squeue = tmp_path / "squeue"
+
+    def answer(text: str) -> None:
+        squeue.write_text(
+            f'#!/bin/sh\n[ "$*$SLURM_TIME_FORMAT" = "--noheader --job 41 --format %estandard" ] && {text}\n'
+        )
+        squeue.chmod(0o755)
+
+    answer("echo 2026-11-24T12:48:55")
+    assert dist.job_ends_at() == datetime.datetime(2026, 11, 24, 12, 48, 55).timestamp()
+    variables["SLURM_PROCID"] = "1"
+    assert dist.job_ends_at() is None, "rank 0 alone asks"
+    variables |= {"SLURM_PROCID": "0", "SLURM_JOB_END_TIME": "1700000000"}
+    assert dist.job_ends_at() == 1700000000
+    del variables["SLURM_JOB_END_TIME"]
+    for text in ("echo N/A", "exit 1"):
+        answer(text)
+        assert dist.job_ends_at() is None
+
+
+def test_ranks_are_counted_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread in turns over two machines, rank 3 would wait for what the first rank of the other machine makes."""
+    seen = ["0", "1", "0", "1", "2"]
+    monkeypatch.setattr(dist, "gather_texts", lambda text: seen)
+    assert dist.ranks_per_machine() == [2, 3]
+    seen[:] = ["0", "0", "1", "1"]
+    with pytest.raises(UserError, match="rank 3 is number 1 of its machine; expected consecutive ranks.*block"):
+        dist.ranks_per_machine()
+
+
+def test_one_rank_of_each_machine_makes_what_all_need(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with two ranks: the first of each tokenises. A mistake that it finds is its neighbour's, too."""
+    store = torch_dist.HashStore()
+    monkeypatch.setattr(torch_dist.distributed_c10d, "_get_default_store", lambda: store)
+    made: list[int] = []
+    for rank in range(4):
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}
+        dist.once_per_machine(lambda: made.append(dist.rank()), "data")
+    assert made == [0, 2]
+
+    def fail() -> None:
+        raise UserError("rows.jsonl:3: broken")
+
+    for rank in range(4):
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+        with pytest.raises(UserError, match="^rows.jsonl:3: broken$"):
+            dist.once_per_machine(fail, "bad data")

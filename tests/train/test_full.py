@@ -1,0 +1,100 @@
+"""Full training: the same numbers under every stage, with and without offload, and a complete model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwen_ds.model.folder import find_model
+from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.tokenizer import QWenTokenizer
+from qwen_ds.train import output
+
+RUNS = [(name, "float32") for name in ("zero2", "zero3", "zero2_offload", "zero3_offload")]
+RUNS += [("zero2", "bfloat16"), ("zero3_offload", "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    job: Callable, small_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """Run folders of two steps on two ranks each."""
+    parent = tmp_path_factory.mktemp("full_training")
+    found = {}
+    for config, dtype in RUNS:
+        found[config, dtype] = out = parent / f"{config}_{dtype}"
+        options = [
+            "--method", "full", "--model.path", str(small_dir), "--data.train", str(rows_file),
+            "--data.cache_dir", str(parent / "cache"), "--deepspeed", f"ds_configs/{config}.json",
+            "--model.dtype", dtype, "--batch.rows_per_step", "16", "--batch.tokens_per_micro_batch", "400",
+            "--optim.max_steps", "2", "--optim.lr", "1e-3", "--output_dir", str(out),
+        ]  # fmt: skip
+        job(options, 2).ok()
+    return found
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.mark.job
+def test_every_stage_trains_all_parameters_alike(folders: dict[tuple[str, str], Path], small_dir: Path) -> None:
+    """In fp32, where rounding hides nothing: within 1e-4 of the change that training made, for each tensor."""
+    start = load_file(small_dir / "model.safetensors")
+    reference = weights(folders["zero2", "float32"])
+    assert reference.keys() == start.keys()
+    for (config, dtype), folder in folders.items():
+        if dtype == "float32":
+            own = weights(folder)
+            off = {k: float((own[k] - reference[k]).norm() / (reference[k] - start[k]).norm()) for k in start}
+            assert max(off.values()) < 1e-4, (config, off)
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(("config", "dtype"), RUNS)
+def test_the_result_is_a_model_folder_like_the_base(
+    folders: dict[tuple[str, str], Path], small_dir: Path, config: str, dtype: str
+) -> None:
+    """Every file of the base is there, every tensor has its official name and shape and has moved, and what was
+    carried over is unchanged."""
+    run = folders[config, dtype]
+    model = run / "model"
+    assert sorted(f.name for f in model.iterdir()) == sorted(f.name for f in small_dir.iterdir())
+    assert all(f.stat().st_mode & 0o777 == 0o644 for f in model.iterdir())
+    for name in ("generation_config.json", "qwen.tiktoken"):
+        assert (model / name).read_bytes() == (small_dir / name).read_bytes()
+    old, new = load_file(small_dir / "model.safetensors"), weights(run)
+    assert {k: t.shape for k, t in new.items()} == {k: t.shape for k, t in old.items()}
+    kind = getattr(torch, dtype)
+    assert {t.dtype for t in new.values()} == {kind}
+    assert [k for k in new if torch.equal(new[k], old[k].to(kind))] == []
+    find_model(str(model))  # what every command of ours asks of a model
+    loaded = QWenLMHeadModel.from_pretrained(model)
+    assert loaded.dtype == kind and len(QWenTokenizer.from_pretrained(model)("abc").input_ids) > 0
+    first, last = (json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert last < first
+
+
+def test_a_large_model_lies_in_several_files(small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 4 GB are to a 7B: files with the usual names, an index, and the whole loads."""
+    monkeypatch.setattr(output, "SHARD_BYTES", 200_000)
+    tensors = load_file(small_dir / "model.safetensors")
+    written = output.Output(tmp_path, small_dir, torch.float32, None).write_values(tmp_path, tensors)
+    model = tmp_path / "model"
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    files = sorted(model.glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert set(written) == {f"model/{f.name}" for f in model.iterdir()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            assert {k for k, place in index["weight_map"].items() if place == file.name} == set(opened.keys())
+    loaded = dict(QWenLMHeadModel.from_pretrained(model).named_parameters())
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
