@@ -22,7 +22,7 @@ from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.masking import Visibility, causal_mask, visibility
 from qwen_ds.model.rotary import apply_rotary, logn_factors, ntk_alpha, rotary_tables
-from qwen_ds.model.wide import WideLinear, causal_attention
+from qwen_ds.model.wide import causal_attention
 
 
 class RMSNorm(nn.Module):
@@ -133,19 +133,6 @@ class QWenBlock(nn.Module):
     ) -> Tensor:
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cos, sin, logn, mask, is_causal, cache)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
-
-
-def widen(model: nn.Module) -> None:
-    """Let the blocks of a frozen model compute their products in fp32; parameters and their names stay."""
-    for module in model.modules():
-        if isinstance(module, QWenAttention):
-            module.wide = True
-        if isinstance(module, QWenAttention | QWenMLP):
-            for name, child in module.named_children():
-                assert isinstance(child, nn.Linear)
-                made = WideLinear(child.in_features, child.out_features, child.bias is not None, device="meta")
-                made.weight, made.bias = child.weight, child.bias
-                setattr(module, name, made)
 
 
 class QWenPreTrainedModel(PreTrainedModel):

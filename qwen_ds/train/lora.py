@@ -53,9 +53,9 @@ class CastEmbedding(nn.Embedding):
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Dropout on a CPU, which draws random numbers one after another: x with zeros, and the share that is kept, by which
-    the caller divides. One draw of 64 bits decides on four numbers, so p is rounded to a multiple of 2^-16; 2048 x 512
-    numbers took 16 ms with torch's dropout and 3 ms so."""
+    """Dropout on a CPU, which draws random numbers one after another: x with zeros, and the share that is kept, by
+    which the caller divides. One draw of 64 bits decides on four numbers, so p is rounded to a multiple of 2^-16;
+    2048 x 512 numbers took 16 ms with torch's dropout and 3 ms so."""
     dropped = round(p * 2**16)
     draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
     keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15

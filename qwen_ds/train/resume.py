@@ -30,7 +30,10 @@ from qwen_ds.train.runfolder import DS_CONFIG, RECIPE
 from qwen_ds.train.saver import OPTIMIZER, RNG, adapter_key, shard_name
 
 # What may always differ: where the folder is, and what says nothing about the numbers.
-_FREE = ("output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb")
+_FREE = (
+    "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb",
+    "log.profile_steps",
+)  # fmt: skip
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
