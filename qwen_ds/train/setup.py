@@ -110,13 +110,11 @@ def load_data(recipe: Recipe) -> Data:
 
 def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:
     """The base in its dtype (partitioned on arrival under ZeRO-3), and what is trained of it."""
-    dtype = DTYPES[recipe.model.dtype]
+    dtype, attention = DTYPES[recipe.model.dtype], choose_attention(recipe, device).model.attention
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, gathered only there.
     with engine.partitioned_loading(resolved, dtype):
-        model = AutoModelForCausalLM.from_pretrained(
-            recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype, attn_implementation=attention)
         assert isinstance(model, QWenLMHeadModel)
         if resolved.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
