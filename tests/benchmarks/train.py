@@ -227,7 +227,8 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
 
 def measure(folder: Path, shape: Shape, rounds: int, peers: str = "abc", options: Sequence[str] = ()) -> dict[str, Any]:
     """All contenders, `rounds` times in turns: their results by name ("ours", "a" ...)."""
-    write_inputs(folder, shape)
+    if not (folder / "tokens.jsonl").exists():
+        write_inputs(folder, shape)
     found: dict[str, list[Result]] = {name: [] for name in ("ours", *peers)}
     for number in range(rounds):
         for name, results in found.items():
@@ -261,8 +262,8 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where inputs and results are kept; unset: nowhere")
-    parser.add_argument("--peers", default="abc")
+    parser.add_argument("--folder", type=Path, help="where model and rows are kept for another run; unset: nowhere")
+    parser.add_argument("--peers", default="abc", help="which of them run; other options go to launch/train.py")
     parser.add_argument("--json", type=Path, help="where to write all results")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
