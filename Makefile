@@ -38,5 +38,8 @@ test-faults: setup
 test: setup
 	@$(BIN)/python -m pytest
 
+bench: setup
+	@$(BIN)/python tests/benchmarks/train.py
+
 clean:
 	rm -rf $(VENV) $(VENV).log

@@ -32,8 +32,12 @@ class ModelOptions:
     """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the frozen base. Trainable LoRA parameters are always fp32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products; auto: sdpa, but eager
+    on CPUs with a matrix unit for bf16 (AMX), where it is faster."""
+    compile: bool = False
+    """Compile each block (torch.compile): some 20 to 60 seconds at the start, which long runs get back. It needs a C++
+    compiler, on a GPU Triton."""
     activation_checkpointing: Literal["auto", "none", "all"] | int = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass; auto: the fewest that fit
     the memory, by train/memory.py. The numbers that come out are the same."""
@@ -139,6 +143,9 @@ class LogOptions:
 
     every_steps: int = 1
     """Optimizer steps between two lines of metrics."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last optimizer step to profile, for example [10, 12]: a trace for TensorBoard and the split of the time
+    into data, forward, backward, optimizer and communication, in the run folder's profile/."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +346,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch.rows_per_step": _POSITIVE,
     "batch.tokens_per_micro_batch": _POSITIVE,
     "log.every_steps": _POSITIVE,
+    "log.profile_steps": ("two steps, the first not after the last", lambda x: 1 <= x[0] <= x[1]),
     "eval.every_steps": _POSITIVE,
     "eval.patience": _POSITIVE,
     "eval.samples": _NOT_NEGATIVE,

@@ -127,8 +127,8 @@ def _inputs(shape: Shape, how: Saving, n: int, names: tuple[str, ...], flows: bo
     total = x if trained and not how.dropout and not kept else 0
     for name in trained:
         n_in, n_out = shape.linear(name)
-        if how.dropout:  # A's input is a tensor of its own; with its mask, one byte each in CUDA's kernel
-            total += x + (n * n_in * (1 if how.on_gpu else how.b) if flows else 0)
+        if how.dropout:  # A's input is a tensor of its own, and its mask a byte each
+            total += x + (n * n_in if flows else 0)
         total += n * how.r * how.b  # between A and B
         if how.b != FP32:  # B in the activations' dtype, and A where x needs a gradient
             total += how.r * (n_out + (n_in if flows else 0)) * how.b

@@ -11,17 +11,20 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qwen_ds import dist
 from qwen_ds.config import Recipe
-from qwen_ds.data.batches import Batch, make_batch
+from qwen_ds.data.ahead import Window, WindowsAhead
+from qwen_ds.data.batches import make_batch
 from qwen_ds.data.rows import TokenRows
 from qwen_ds.errors import UserError
 from qwen_ds.train.checkpoint import Checkpoint
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.evaluate import BestLoss, Evaluator
 from qwen_ds.train.output import Output
-from qwen_ds.train.progress import Outcome, Progress, Step
+from qwen_ds.train.profile import StepProfiler
+from qwen_ds.train.progress import Hardware, Outcome, Progress, Step
 from qwen_ds.train.saver import RunState, Saver
 from qwen_ds.train.schedule import lr_at
 from qwen_ds.train.setup import Data
@@ -63,24 +66,29 @@ def train(
     first = resumed.step if resumed else 0
     saved = resumed.state if resumed else {}
     best, evaluated = BestLoss(**saved.get("best", {})), saved.get("evaluated", True)
-    progress = Progress(output.folder, steps, recipe.log.every_steps, first, saved.get("progress"))
+    hardware = Hardware.of(engine.device, output.base, recipe.method)
+    progress = Progress(output.folder, steps, recipe.log.every_steps, hardware, first, saved.get("progress"))
+    profiler = StepProfiler(recipe.log.profile_steps, output.folder / "profile", engine.device)
+    windows = WindowsAhead(data.sampler, steps, pinned=engine.device.type == "cuda")
     evaluator = make_evaluator(recipe, data, output.base, watchdog)
 
     def state(step: int) -> RunState:
         return RunState(step, steps_per_epoch, progress.state(), best, evaluated)
 
     engine.train(True)
-    with progress, StopRequest(dist.job_ends_at(), recipe.save.before_minutes) as request:
+    with progress, windows, StopRequest(dist.job_ends_at(), recipe.save.before_minutes) as request:
         if not evaluated:
             best, evaluated = evaluate(evaluator, engine, progress, first, best), True
         for step in range(first, steps):
             if best.out_of_patience(recipe.eval.patience):
                 break
             progress.begin_step()
+            profiler.begin_step(step + 1)
             try:
-                finished = train_step(recipe, step, steps, data, engine, watchdog)
+                finished = train_step(recipe, step, steps, data, windows, engine, watchdog, profiler)
             except NotFinite as error:
                 stop_not_finite(error, engine, saver, state(step))
+            profiler.end_step(step + 1)
             progress.end_step(finished)
             done = finished.number
             watchdog.at(done, "agreeing to go on")
@@ -120,7 +128,16 @@ def evaluate(evaluator: Evaluator | None, engine: Engine, progress: Progress, st
     return best.after(loss, step)
 
 
-def train_step(recipe: Recipe, step: int, steps: int, data: Data, engine: Engine, watchdog: Watchdog) -> Step:
+def train_step(
+    recipe: Recipe,
+    step: int,
+    steps: int,
+    data: Data,
+    windows: WindowsAhead,
+    engine: Engine,
+    watchdog: Watchdog,
+    profiler: StepProfiler,
+) -> Step:
     """Optimizer step `step` (0-based) over all its micro-batches.
 
     A step without anything to learn leaves the weights alone: loss, targets and norm are 0.
@@ -128,51 +145,61 @@ def train_step(recipe: Recipe, step: int, steps: int, data: Data, engine: Engine
     Raises:
         NotFinite: on every rank, with the rows that are to blame.
     """
-    epoch, step_in_epoch = divmod(step, data.sampler.steps_per_epoch)
     watchdog.at(step + 1, "reading the batch")
-    window = data.sampler.window(epoch, step_in_epoch)
+    with profiler.part("data"):
+        window = windows.take(step)
     lr = lr_at(step, steps, recipe.optim)
     engine.set_lr(lr)
-    watchdog.at(step + 1, "counting what there is to learn")
-    targets = int(dist.sum_floats(sum(batch.num_targets for batch in window))[0])
     loss = grad_norm = 0.0
-    if targets:
-        loss = accumulate(recipe, step, window, targets, data.train, engine, watchdog)
-        grad_norm = update(step, window, data.train, engine)
-    statistics = data.sampler.statistics(epoch, step_in_epoch)
-    return Step(step + 1, epoch, loss, targets, lr, grad_norm, engine.overflows, statistics)
+    if window.targets:
+        loss = accumulate(recipe, step, window, data.train, engine, watchdog, profiler)
+        with profiler.part("optimizer"):
+            grad_norm = update(step, window, data.train, engine)
+    epoch = step // data.sampler.steps_per_epoch
+    return Step(step + 1, epoch, loss, window.targets, lr, grad_norm, engine.overflows, window.statistics)
 
 
 def accumulate(
-    recipe: Recipe, step: int, window: list[Batch], targets: int, rows: TokenRows, engine: Engine, watchdog: Watchdog
+    recipe: Recipe,
+    step: int,
+    window: Window,
+    rows: TokenRows,
+    engine: Engine,
+    watchdog: Watchdog,
+    profiler: StepProfiler,
 ) -> float:
     """Forward and backward over this rank's micro-batches; the loss sum of all ranks, which is finite."""
     world, rank = dist.world_size(), dist.rank()
-    window_loss = 0.0
-    bad_rows: list[int] = []
-    for i, batch in enumerate(window):
+    loss_sums: list[Tensor] = []
+    for i, batch in enumerate(window.batches):
         torch.manual_seed(dropout_seed(recipe.seed, step, rank, i))
-        watchdog.at(step + 1, f"micro-batch {i + 1} of {len(window)}")
-        loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
+        watchdog.at(step + 1, f"micro-batch {i + 1} of {len(window.batches)}")
+        with profiler.part("forward"):
+            loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
         # DeepSpeed averages gradients over the ranks. Answers differ in length, so a mean of the ranks' means would
         # let a rank with few learnt tokens weigh as much as one with many: the sum is divided by the whole step's
         # token count, and DeepSpeed's average is cancelled by `world`.
         # Without it test_gradient_does_not_depend_on_the_split fails.
-        engine.backward(loss_sum * (world / targets), last_of_step=i + 1 == len(window))
-        value = loss_sum.item()
-        window_loss += value
-        if not math.isfinite(value):
-            bad_rows += batch.row_ids
+        with profiler.part("backward"):
+            engine.backward(loss_sum * (world / window.targets), last_of_step=i + 1 == len(window.batches))
+        loss_sums.append(loss_sum.detach())
     watchdog.at(step + 1, "updating the weights")
-    loss, bad = dist.sum_floats(window_loss, len(bad_rows))
+    values = torch.stack(loss_sums).tolist()  # looked at only here, for the CPU would wait for the GPU each time
+    bad_rows = [
+        row
+        for batch, value in zip(window.batches, values, strict=True)
+        if not math.isfinite(value)
+        for row in batch.row_ids
+    ]
+    loss, bad = dist.sum_floats(sum(values), len(bad_rows))
     if bad:  # on every rank, before the gradient can reach the weights
         not_finite("loss", "in", bad_alone(bad_rows, rows, engine), step, rows)
     return loss
 
 
-def update(step: int, window: list[Batch], rows: TokenRows, engine: Engine) -> float:
+def update(step: int, window: Window, rows: TokenRows, engine: Engine) -> float:
     """Apply the accumulated gradient; its norm before clipping."""
-    all_rows = [row for batch in window for row in batch.row_ids]
+    all_rows = [row for batch in window.batches for row in batch.row_ids]
     try:
         result = engine.step()
     except FloatingPointError as error:

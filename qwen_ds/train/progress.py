@@ -10,16 +10,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
 from qwen_ds.runlog import JsonLines, is_terminal, say
 from qwen_ds.train.evaluate import Sample
+from qwen_ds.train.flops import step_flops, utilisation
+from qwen_ds.train.hardware import Gpu, recognise
+from qwen_ds.train.shape import Shape
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,36 @@ class Step:
     grad_norm: float
     overflows: int  # of fp16, since the start
     window: WindowStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What turns tokens and seconds into a share of what the devices can do."""
+
+    ranks: int
+    shape: Shape
+    method: Literal["lora", "full"]
+    gpu: Gpu | None
+    """None: not one whose peak is known, such as a CPU."""
+
+    @classmethod
+    def of(cls, device: torch.device, model: Path, method: Literal["lora", "full"]) -> Hardware:
+        gpu = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return cls(dist.world_size(), Shape.of(AutoConfig.from_pretrained(model)), method, gpu)
+
+    def mfu(self, steps: Sequence[Step], seconds: float) -> float | None:
+        """Model FLOP utilisation of these steps: operations that the model needs (4 N a token for LoRA, 6 N for full
+        training, real tokens only, see flops.py) over what the GPUs could do in that time."""
+        if self.gpu is None:
+            return None
+        needed = sum(
+            step_flops(
+                self.shape, method=self.method, tokens=step.window.tokens, targets=step.targets,
+                squared_tokens=step.window.squared_tokens,
+            )
+            for step in steps
+        )  # fmt: skip
+        return utilisation(needed, seconds, self.ranks, self.gpu)
 
 
 @dataclass(slots=True)
@@ -81,9 +115,16 @@ class Progress:
     """
 
     def __init__(
-        self, folder: Path, steps: int, log_every_steps: int, first_step: int = 0, saved: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        steps: int,
+        log_every_steps: int,
+        hardware: Hardware,
+        first_step: int = 0,
+        saved: dict[str, Any] | None = None,
     ) -> None:
         self._steps, self._every, self._first_step = steps, log_every_steps, first_step
+        self._hardware = hardware
         self._writes = dist.rank() == 0
         saved = saved or {"metrics_bytes": 0, "samples_bytes": 0, "pending": [], "outcome": {}}
         if self._writes:
@@ -141,7 +182,7 @@ class Progress:
         """Write what the steps since the last line add up to."""
         if not self._pending:
             return
-        row = metrics(self._pending)
+        row = metrics(self._pending, self._hardware)
         self._outcome.last_loss = row["loss"]
         if self._outcome.first_loss is None:
             self._outcome.first_loss = row["loss"]
@@ -211,9 +252,9 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def metrics(steps: list[tuple[Step, float]]) -> dict[str, Any]:
+def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, Any]:
     """One line of metrics over some steps and their seconds. Loss is nats per learnt token over all of them; tokens are
-    real ones of all ranks, never padding; rank_imbalance is the worst step's."""
+    real ones of all ranks, never padding; a rank is a GPU where there are any; rank_imbalance is the worst step's."""
     last = steps[-1][0]
     seconds = max(sum(s for _, s in steps), 1e-9)
     tokens, targets = sum(step.window.tokens for step, _ in steps), sum(step.targets for step, _ in steps)
@@ -223,12 +264,15 @@ def metrics(steps: list[tuple[Step, float]]) -> dict[str, Any]:
         "lr": last.lr,
         "grad_norm": last.grad_norm if math.isfinite(last.grad_norm) else None,  # fp16's overflow: inf is no JSON
         "tokens_per_second": tokens / seconds,
+        "tokens_per_second_per_rank": tokens / seconds / hardware.ranks,
         "learnt_tokens_per_second": targets / seconds,
         "padding_share": 1.0 - tokens / sum(step.window.padded_tokens for step, _ in steps),
         "rank_imbalance": max(step.window.imbalance for step, _ in steps),
         "memory_gb": peak_memory_gb(),
         "seconds": seconds,
     }
+    mfu = hardware.mfu([step for step, _ in steps], seconds)
+    row |= {} if mfu is None else {"mfu": mfu}
     return row | ({"fp16_overflows": last.overflows} if last.overflows else {})
 
 

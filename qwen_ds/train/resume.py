@@ -36,6 +36,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 _FREE = (
     "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb",
     "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes", "save.keep",
+    "log.profile_steps",
 )  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     engine.check_config(resolved.engine_json)
     recipe, rows_note = special_rows.resolve(resolved.recipe)
     setup.check_device(recipe, device)
+    recipe = setup.choose_attention(recipe, device)
     found = find_checkpoint(folder, recipe, resolved)
     data = setup.load_data(recipe)
     if found:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -17,8 +19,9 @@ from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory
+from qwen_ds.model import wide
 from qwen_ds.model.folder import find_model
-from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.modeling import QWenAttention, QWenLMHeadModel, QWenMLP
 from qwen_ds.train import ds_config, engine, lora, plan, special_rows
 from qwen_ds.train.activations import Saving
 from qwen_ds.train.loss import TrainingModel
@@ -107,25 +110,61 @@ def load_data(recipe: Recipe) -> Data:
 
 def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch.device) -> Model:
     """The base in its dtype (partitioned on arrival under ZeRO-3), and what is trained of it."""
-    dtype = DTYPES[recipe.model.dtype]
+    dtype, attention = DTYPES[recipe.model.dtype], choose_attention(recipe, device).model.attention
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, gathered only there.
     with engine.partitioned_loading(resolved, dtype):
-        model = AutoModelForCausalLM.from_pretrained(
-            recipe.model.path, dtype=dtype, attn_implementation=recipe.model.attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype, attn_implementation=attention)
         assert isinstance(model, QWenLMHeadModel)
         if resolved.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
         recompute_blocks(model, recipe.model.activation_checkpointing)
+        if recipe.model.compile:
+            compile_blocks(model, device)
         if recipe.method == "full":
             return Model(TrainingModel(model, model.transformer, model.lm_head), None, lora.count_parameters(model))
+        if wide.product_dtype(torch.empty(0, dtype=dtype, device=device)) != dtype:
+            widen(model)
         rows = special_rows.special_ids(Path(recipe.model.path)) if recipe.lora.special_rows == "on" else []
         wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows)
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
+
+
+def choose_attention(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with `auto` attention replaced by the faster kernel.
+
+    On CPUs with AMX plain bf16 products beat SDPA, whose backward is slow in bf16. Without AMX SDPA runs in fp32
+    (qwen_ds/model/wide.py), where it is the faster one.
+    """
+    if recipe.model.attention != "auto":
+        return recipe
+    on_cpu_in_bf16 = device.type == "cpu" and recipe.model.dtype == "bfloat16"
+    kernel: Literal["sdpa", "eager"] = "eager" if on_cpu_in_bf16 and not wide.has_slow_bf16() else "sdpa"
+    return replace(recipe, model=replace(recipe.model, attention=kernel))
+
+
+def widen(model: QWenLMHeadModel) -> None:
+    """Let the blocks of a frozen model compute their products in fp32; parameters and their names stay."""
+    for module in model.modules():
+        if isinstance(module, QWenAttention):
+            module.wide = True
+        if isinstance(module, QWenAttention | QWenMLP):
+            for name, child in module.named_children():
+                assert isinstance(child, nn.Linear)
+                made = wide.WideLinear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                made.weight, made.bias = child.weight, child.bias
+                setattr(module, name, made)
+
+
+def compile_blocks(model: QWenLMHeadModel, device: torch.device) -> None:
+    """Compile each block by itself, for any row count and length: all blocks share the code, so depth costs nothing."""
+    # On a CPU dropout draws the numbers that it draws without compilation; on a GPU they are made in the kernel.
+    options = {"fallback_random": True} if device.type == "cpu" else None
+    for block in model.transformer.h:
+        block.compile(dynamic=True, options=options)
 
 
 def choose_recomputation(

@@ -71,7 +71,8 @@ RECIPES = [
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
-    *(Recipe(method="full", model=ModelOptions(activation_checkpointing=every)) for every in ("none", 2, "all")),
+    *(Recipe(method="full", model=ModelOptions(attention="sdpa", activation_checkpointing=every))
+      for every in ("none", 2, "all")),
 ]  # fmt: skip
 
 

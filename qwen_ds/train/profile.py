@@ -1,0 +1,105 @@
+"""Where the time of a few steps goes: torch's profiler over log.profile_steps, for TensorBoard, and its split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, tensorboard_trace_handler
+
+from qwen_ds import dist
+from qwen_ds.model.folder import write_json
+from qwen_ds.runlog import say
+
+PARTS = ("data", "forward", "backward", "optimizer")
+# What torch calls the collectives of its backends.
+_COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel")
+
+
+@dataclass(frozen=True, slots=True)
+class TimeSplit:
+    """Seconds of the profiled steps on one rank. `communication` lies within the parts (and beside the computation,
+    where it overlaps): how long collectives were under way."""
+
+    first_step: int
+    last_step: int
+    seconds: float
+    parts: dict[str, float]
+    communication: float
+
+    def __str__(self) -> str:
+        shares = [f"{name} {100 * value / self.seconds:.1f} %" for name, value in self.parts.items()]
+        return (
+            f"steps {self.first_step} to {self.last_step}, {self.seconds:.2f} s: {', '.join(shares)}; "
+            f"communication under way {100 * self.communication / self.seconds:.1f} %"
+        )
+
+
+@dataclass(slots=True)
+class StepProfiler:
+    """Profiles the steps from `steps[0]` to `steps[1]` (1-based, both included) of this run; None: none.
+
+    Only rank 0 writes. While it profiles, a GPU is waited for after each part, or its work would count to the part that
+    happens to wait for it: such steps are a little slower.
+    """
+
+    steps: tuple[int, int] | None
+    folder: Path
+    device: torch.device
+    _profile: profile | None = None
+    _began: float = 0.0
+    _parts: dict[str, float] = field(default_factory=dict)
+
+    def begin_step(self, number: int) -> None:
+        if self.steps and number == self.steps[0]:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            self._profile = profile(activities=activities)
+            self._profile.start()
+            self._parts = dict.fromkeys(PARTS, 0.0)
+            self._began = self._now()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what runs within as one of PARTS."""
+        began = self._now() if self._profile else 0.0
+        with record_function(f"step: {name}") if self._profile else nullcontext():
+            yield
+        if self._profile:
+            self._parts[name] += self._now() - began
+
+    def end_step(self, number: int) -> None:
+        if self._profile is None or self.steps is None or number != self.steps[1]:
+            return
+        seconds = self._now() - self._began
+        profiled, self._profile = self._profile, None
+        profiled.stop()
+        if dist.rank() == 0:
+            tensorboard_trace_handler(str(self.folder), worker_name="rank0")(profiled)
+            parts = self._parts | {"other": seconds - sum(self._parts.values())}
+            split = TimeSplit(*self.steps, seconds, parts, _under_way(profiled.events()))
+            write_json(self.folder / "profile.json", {name: getattr(split, name) for name in TimeSplit.__slots__})
+            say(f"profiled {split}; {self.folder} holds the trace (tensorboard --logdir {self.folder})")
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _under_way(events: Any) -> float:
+    """Seconds in which at least one collective ran."""
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events or ()
+        if event.name.lower().startswith(_COLLECTIVES)
+    )
+    total, covered = 0.0, float("-inf")
+    for start, end in ranges:  # microseconds
+        total += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
+    return total / 1e6

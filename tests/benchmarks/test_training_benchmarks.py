@@ -1,0 +1,77 @@
+"""The benchmarks of training run through on tiny shapes; their figures mean nothing there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_ds.model.configuration import QWenConfig
+from tests.benchmarks import gpu, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.job
+def test_we_and_a_peer_train_the_same_rows(tmp_path: Path) -> None:
+    steps = {"ours": 3, "c": 3}
+    shape = train.Shape(hidden=64, layers=2, heads=2, inner=96, rows=64, steps=steps)
+    found = train.measure(tmp_path, shape, 1, "c", ["--batch.tokens_per_micro_batch", "1024"])
+    (ours,), (peer,) = found["ours"], found["c"]
+    assert len(ours["losses"]) == len(peer["losses"]) == 3
+    # One model and rows of one kind: the first losses agree, before anything was learnt.
+    assert ours["losses"][0] == pytest.approx(peer["losses"][0], rel=0.01)
+    for one in (ours, peer):
+        assert one["tokens_per_second"] > one["rows_per_second"] > 0 and one["peak_gb"] > 0
+    text = train.table(found)
+    assert "Qwen-DS" in text and "(c)" in text and "1.00 x" in text
+
+
+_GPU = """
+import json, sys, torch
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.train import engine
+from tests.benchmarks import gpu
+device = engine.choose_device("cpu")
+engine.start_process_group(device, 1)
+sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16)
+plan = gpu.Plan(QWenConfig(**sizes, intermediate_size=64), (256, 512), 32, (1, 2), 2, 4, False, 1)
+print(gpu.report(gpu.measure(plan, device, 5), plan, "NVIDIA H200"))
+engine.stop_process_group()
+"""
+
+
+@pytest.mark.job
+def test_the_gpu_benchmark_runs_through_on_a_cpu() -> None:
+    run = subprocess.run([sys.executable, "-c", _GPU], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith("| ")]
+    names = [row[0].strip() for row in rows]
+    official = [f"{name}, {length}" for name in gpu.OFFICIAL for length in (256, 512)]
+    assert names[1:] == [
+        *official,
+        "best, 1 x 32",
+        "best, 2 x 32",
+        "peer, recomputation of all",
+        "peer, recomputation of none",
+    ]
+    by_name = dict(zip(names, rows, strict=True))
+    assert by_name["LoRA, 512"][2].strip() == "20.4" and by_name["LoRA, 512"][6].strip().endswith("%")
+    assert "times as fast as the faster peer" in run.stdout
+
+
+def test_what_does_not_fit_is_a_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def too_large() -> dict[str, float]:
+        raise torch.OutOfMemoryError
+
+    results = gpu.Results(ends=float("inf"))
+    results.add("LoRA, 8192", too_large)
+    late = gpu.Results(ends=0.0)
+    late.add("LoRA, 8192", too_large)
+    plan = gpu.Plan(QWenConfig())
+    assert gpu.OUT_OF_MEMORY in gpu.report(results.found, plan, "CPU")
+    assert gpu.OUT_OF_TIME in gpu.report(late.found, plan, "CPU")
