@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: setup demo test check unit test-faults clean
+.PHONY: setup demo test check unit test-faults bench clean
 setup: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
