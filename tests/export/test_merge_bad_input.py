@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_ds.errors import UserError
 from qwen_ds.export.merge import merge
 from qwen_ds.export.safetensors_file import BlockWriter
-from tests.export.folders import as_pickles, shard
+from tests.export.folders import as_pickles, peft_adapter, shard
 
 
 def _not_an_adapter(base: Path, adapter: Path, output: Path) -> None:
@@ -134,6 +134,23 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
         merge(base_dir, [adapter], output, proof="off")
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(base_dir: Path, tmp_path: Path) -> None:
+    """peft saves it unasked; it changes nothing, and says which base the adapter was trained on."""
+    expected = peft_adapter(base_dir, tmp_path / "adapter", target_modules=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    report = merge(base_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=3000)
+    assert {name: after.kind for name, after in report.changed.items()} == {"lm_head.weight": "lora"}
+    merged = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(merged, expected["lm_head.weight"], rtol=1e-6, atol=2e-6)
+    tensors["base_model.model.lm_head.base_layer.weight"][100, 3] += 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp"):
+        merge(base_dir, [tmp_path / "adapter"], tmp_path / "other", proof="off", block_bytes=3000)
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_pickles_are_read_where_they_are_allowed(base_dir: Path, golden: Path, tmp_path: Path) -> None:
