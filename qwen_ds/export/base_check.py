@@ -1,4 +1,4 @@
-"""Does an adapter belong to the base? Shapes alone do not tell: a chat model has those of the model it was made from."""
+"""Does an adapter belong to the base? Its shapes do not tell: a chat model has those of the model under it."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Ro
     return rows
 
 
-def replaced_rows(adapters: Adapters, seq_length: int) -> list[Row]:
-    """A text of the tokens whose rows adapters replace, which no other text need hold; of very many, 64 spread evenly."""
+def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
+    """A text of the tokens whose rows adapters replace, which no other text need hold; of many, 64 spread evenly."""
     indices = {i for adapter in adapters.members for rows in adapter.token_rows.values() for i in rows.indices}
-    ids, count = sorted(indices), min(POSITIONS, seq_length, len(indices))
+    ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
     chosen = [ids[j * len(ids) // count] for j in range(count)]
     return [Row(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
