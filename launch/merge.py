@@ -10,8 +10,8 @@
 Without an adapter, --dtype, --format or --from converts the base.
 
 The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
-names (in another format, that format's); `merge_report.json` in it says what was changed, with checksums and the figures of the proof. A merge that was
-killed goes on where it was when its command is given again.
+names (in another format, that format's); `merge_report.json` in it says what was changed, with checksums and the
+figures of the proof. A merge that was killed goes on where it was when its command is given again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def command_line() -> Parser:
         "--adapter",
         type=list[str],
         default=[],
-        help="PEFT folders, each folded onto the result of the one before; without any, --dtype, --format or --from converts the base",
+        help="PEFT folders, each folded onto the result of the one before; without any, the base is converted as"
+        " --dtype, --format or --from say",
     )
     parser.add_argument(
         "--weights",

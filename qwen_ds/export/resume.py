@@ -93,7 +93,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not (self._beside / NOTE_NAME).exists():  # nothing to go on from
+        if not self.folder.exists():  # nothing to go on from
             self.discard()
         self._lock.close()
 

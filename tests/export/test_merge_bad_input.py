@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_ds.errors import UserError
+from qwen_ds.export.adapter_qwen2 import convert_adapter
+from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
 from qwen_ds.export.safetensors_file import BlockWriter
 from tests.export.folders import as_pickles, peft_adapter, shard
@@ -213,6 +215,49 @@ def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Pa
             merge(base_dir, [golden / "lora" / "adapter"], output, proof="off")
 
 
+def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_written(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    before = sorted(tmp_path.rglob("*"))
+    for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("disk", "a mount point")):
+        for build in (
+            lambda output: merge(base_dir, [golden / "lora" / "adapter"], output, proof="off"),
+            lambda output: convert_adapter(base_dir, golden / "lora" / "adapter", output),
+        ):
+            with pytest.raises(UserError, match=rf"{name}: is {what}; expected a new folder"):
+                build(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_that_one_is_in_can_be_the_output(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge(base_dir, [golden / "lora" / "adapter"], Path("."), proof="off")
+    assert (tmp_path / "here" / "merge_report.json").is_file()
+
+
+def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(base_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        merge(
+            base_dir,
+            [],
+            tmp_path / "out",
+            to=find_format("qwen", "qwen2"),
+            proof="off",
+            check_texts=[str(tmp_path / "rows.jsonl")],
+            progress=lambda done, total: pytest.fail("was writing already"),
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a dtype"):
         merge(base_dir, [], tmp_path / "out", proof="off")
@@ -230,17 +275,20 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
+def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
     base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(writer: BlockWriter, block: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(BlockWriter, "write", full)
-    with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWriter, "write", full)
+        with pytest.raises(UserError, match=r"out\.partial/model: No space left on device; expected") as caught:
+            merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_logits_that_are_not_numbers_do_not_pass(
     # Both sides are equally spoilt, so that every difference is NaN.
     proof = merge(spoilt, [golden / "lora" / "adapter"], tmp_path / "out").verification
     assert proof is not None and proof.status == "failed"
+    stored = (tmp_path / "out.rejected" / "merge_report.json").read_text()
+    assert "NaN" not in stored and json.loads(stored)["verification"]["max_difference"] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
