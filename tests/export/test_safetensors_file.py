@@ -113,6 +113,12 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: obje
         read_header(tmp_path / "a.safetensors")
 
 
+def test_a_header_may_have_no_metadata(tmp_path: Path) -> None:
+    raw = json.dumps({"__metadata__": None, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    assert read_header(tmp_path / "a.safetensors").metadata == {}
+
+
 def test_ranges_cover_each_row_once() -> None:
     spec = TensorSpec("x", "BF16", (10, 3))
     ranges = list(row_ranges(spec, 0, 10, 20))

@@ -150,6 +150,21 @@ def test_both_proofs_agree_and_pass_on_every_variant(
     assert float((layered.expected_PV - layered.base_PV).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_bf16_merge_of_a_change_near_the_noise_is_judged_over_all_logits(
+    bf16_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """A tenth too much of a small change is within the largest error that one rounding makes, but everywhere."""
+    adapter = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter"))
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: t * (0.05 if "lora_B" in name else 1) for name, t in load_file(path).items()}
+    save_file(tensors, path)
+    monkeypatch.setattr(changes, "load_change", scaled(factor))
+    proof = merge(bf16_dir, [adapter], tmp_path / "out", proof="full").verification
+    assert proof is not None and proof.max_difference <= proof.bound
+    assert (proof.status == "passed") == (factor == 1.0), proof
+
+
 def test_an_fp32_merge_is_held_to_a_thousandth(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
