@@ -54,7 +54,7 @@ class Weights:
             spec = self._stored[rows.tensor]
             for piece in row_ranges(spec, rows.first + start, rows.first + max(start, end), _READ_BYTES):
                 at = passed + piece.first - rows.first - first
-                stored = torch.frombuffer(self._source.read(piece), dtype=FLOAT_DTYPES[spec.dtype])
+                stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
                 part.copy_(stored.view(part.shape))
             passed += rows.num_rows
@@ -109,7 +109,7 @@ class _Comparison:
     def _variants(self, name: str, change: Change | None, first: int, last: int) -> list[Tensor]:
         """Rows of one tensor on the four ways."""
         rows = self._base.rows(name, first, last)
-        expected = rows if change is None else change.apply(rows.clone(), first)
+        expected = rows if change is None else change.apply(rows, first)
         noisy = expected
         if name in self._rounded:
             noisy = expected.clone()
