@@ -51,7 +51,7 @@ def check_copies(plan: Plan, source: Source, block_bytes: int) -> None:
             spec = plan.base.tensors[name]
             for rows in () if name in earlier else row_ranges(spec, 0, spec.num_rows, block_bytes):
                 shape = (rows.last - rows.first, *spec.shape[1:])
-                stored = torch.frombuffer(source.read(rows), dtype=FLOAT_DTYPES[spec.dtype]).reshape(shape)
+                stored = source.read(rows).view(FLOAT_DTYPES[spec.dtype]).reshape(shape)
                 copy = adapter.tensor(key, rows.first, rows.last)
                 if not torch.equal(stored.to(copy.dtype), copy):
                     raise UserError(

@@ -53,7 +53,7 @@ class Weights:
             spec = self._stored[rows.tensor]
             for piece in row_ranges(spec, rows.first + start, rows.first + max(start, end), _READ_BYTES):
                 at = passed + piece.first - rows.first - first
-                stored = torch.frombuffer(self._source.read(piece), dtype=FLOAT_DTYPES[spec.dtype])
+                stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
                 part.copy_(stored.view(part.shape))
             passed += rows.num_rows
