@@ -270,6 +270,8 @@ def test_more_changes_of_the_most_probable_token_than_by_chance_do_not_pass() ->
         proof = verify.judge(outputs, "full", 0.0)
         assert proof.status == status and proof.top1_agreement == 1 - flips / 64
     assert "another most probable token at 6 of 64 positions, allowed 5" in proof.reason
+    few = Outputs(*(logits_PV[4:20] for logits_PV in (expected_PV, expected_PV, expected_PV + 1e-6, merged_PV)))
+    assert verify.judge(few, "full", 0.0).status == "failed"  # 2 of 16 positions, where 1.25 are allowed
     noisy_PV = expected_PV.clone()
     noisy_PV[:1, 2] = 1e-6
     assert verify.judge(Outputs(expected_PV, expected_PV, noisy_PV, merged_PV), "full", 0.0).status == "passed"
