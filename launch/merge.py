@@ -5,10 +5,13 @@
     python launch/merge.py ... --adapter ONE OTHER --weights 0.7 0.3         # a weighted sum of what both change
     python launch/merge.py ... --format qwen2                                # for engines without the original Qwen
     python launch/merge.py --base QWEN2_DIR --from qwen2 --output DIR        # and back
+    python launch/merge.py ... --format qwen2 --adapter_only true            # the adapter alone, for the base's Qwen2
+
+Without an adapter, --dtype, --format or --from converts the base.
 
 The base is streamed: a model of any size merges in a few hundred MB of memory. The output has the base's files and
-names; `merge_report.json` in it says what was changed, with checksums and the figures of the proof. A merge that was
-killed goes on where it was when its command is given again.
+names (in another format, that format's); `merge_report.json` in it says what was changed, with checksums and the
+figures of the proof. A merge that was killed goes on where it was when its command is given again.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ def command_line() -> Parser:
         "--adapter",
         type=list[str],
         default=[],
-        help="PEFT folders, each folded onto the result of the one before; without any, --dtype converts the base",
+        help="PEFT folders, each folded onto the result of the one before; without any, the base is converted as"
+        " --dtype, --format or --from say",
     )
     parser.add_argument(
         "--weights",
@@ -46,7 +50,10 @@ def command_line() -> Parser:
         "--from", default="qwen", choices=["qwen", "qwen2"], help="format of the base; qwen2: back to the qwen format"
     )
     parser.add_argument(
-        "--adapter_only", type=bool, default=False, help="with --format qwen2: convert the adapter and merge nothing"
+        "--adapter_only",
+        type=bool,
+        default=False,
+        help="with --format qwen2: convert the adapter and merge nothing; takes --allow_pickle and no other option",
     )
     parser.add_argument(
         "--check_texts",
@@ -141,6 +148,10 @@ def convert_adapter_only(options: Namespace) -> int:
 
     if len(options.adapter) != 1 or options.format != "qwen2":
         raise UserError("adapter_only converts one adapter to Qwen2; expected one --adapter, and --format qwen2")
+    parser = command_line()
+    for name in ("weights", "from", "check_texts", "dtype", "verify", "prompts"):
+        if options[name] != parser.get_default(name):
+            raise UserError(f"{name} was given with adapter_only, which converts an adapter as it is; expected neither")
     output, base = Path(options.output), find_model(options.base, weights=False)
     num_modules = convert_adapter(base, Path(options.adapter[0]), output, allow_pickle=options.allow_pickle)
     print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")

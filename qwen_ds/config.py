@@ -267,7 +267,10 @@ class Parser(jsonargparse.ArgumentParser):
         return f"unknown option {unknown}" + (f"; the nearest is {near[0]}" if near else "; --help lists all")
 
     def _fold_lists(self, args: list[str]) -> list[str]:
-        """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list."""
+        """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list.
+
+        Given twice, such an option would lose its first values: that is an error.
+        """
         lists = {
             s
             for action in self._actions
@@ -275,8 +278,13 @@ class Parser(jsonargparse.ArgumentParser):
             for s in action.option_strings
         }
         folded: list[str] = []
+        given: set[str] = set()
         i = 0
         while i < len(args):
+            name = args[i].partition("=")[0]
+            if name in lists and name in given:
+                raise UserError(f"{name} was given twice; expected all of its values after one {name}")
+            given.add(name)
             if args[i] in lists:
                 j = i + 1
                 while j < len(args) and not args[j].startswith("--"):

@@ -9,6 +9,7 @@ Shapes: O output features (rows), I input features, R rank.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export import qwen2_settings as settings
+from qwen_ds.export.base_check import base_name, other_bases
 from qwen_ds.export.card import Origin, write_card
+from qwen_ds.export.output_folder import publish, require_new_folder
 from qwen_ds.export.qwen2 import qwen2_modules, qwen_shapes
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
@@ -31,16 +34,16 @@ from qwen_ds.model.adapter import (
     check_adapter_fits,
     read_adapter,
 )
-from qwen_ds.model.folder import require_folder, write_json
+from qwen_ds.model.folder import carry_over, write_json
 
 # What a stock PEFT reads, beside what is decided here. Everything else in the source's configuration is about training.
-_KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "task_type", "use_dora", "use_rslora")
+_KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora")
 
 
 def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bool = False) -> int:
     """Write the adapter in `adapter`, trained on the Qwen in `base`, as an adapter of the Qwen2 made from that base.
 
-    Of the base only config.json is read.
+    Of the base only config.json and the legal texts are read.
 
     Returns:
         The number of modules that the new adapter changes.
@@ -53,18 +56,25 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
     check_adapter_fits(source, qwen_shapes(config))
     if replaced := sorted((*source.saved, *(f"{module}.weight" for module in source.token_rows))):
         raise UserError(f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge instead")
-    require_folder(output.parent, make=True)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not empty; expected a new folder for the adapter")
+    output = Path(os.path.abspath(output))
+    require_new_folder(output)
     pairs = {target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)}
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-        partial = Path(beside) / output.name
-        partial.mkdir()
-        save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
-        (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
-        write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers))
-        write_card(partial, Origin(base, (adapter,), "qwen2"))
-        partial.rename(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+            partial = Path(beside) / output.name
+            partial.mkdir()
+            save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
+            (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
+            # The Qwen2 has no id of its own: named so that its Qwen can be told.
+            name = f"{base_name(base).rpartition('/')[2]}-qwen2"
+            write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
+            carry_over(base, partial, legal_only=True)
+            write_card(partial, Origin(base, (adapter,), "qwen2", notes=tuple(other_bases(base, [source]))))
+            publish(partial, output)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{error.filename or output}: {error.strerror}; expected a disk that takes {output}") from error
     return len(pairs)
 
 
@@ -84,7 +94,7 @@ def _tensors(source: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int) -> dict[str, Any]:
+def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, base: str) -> dict[str, Any]:
     """adapter_config.json: the targets, and each rank and alpha that is not the usual one, under the new names."""
     layers = Counter(target.rpartition(".")[2] for target in pairs)
     # A short name, which is what other engines know, means the module in every layer.
@@ -98,7 +108,8 @@ def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int) -> 
     }
     return {
         **{key: source.config[key] for key in _KEPT if key in source.config},
-        "base_model_name_or_path": None,
+        "task_type": source.config.get("task_type") or "CAUSAL_LM",
+        "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

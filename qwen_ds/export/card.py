@@ -13,13 +13,13 @@ import yaml
 
 from qwen_ds.data.report import summary
 from qwen_ds.errors import UserError
+from qwen_ds.export.base_check import base_name, hub_id
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import legal_texts, read_json
 
 CARD_NAME = "README.md"
 RECIPE, DATA_REPORT, METRICS = "recipe.yaml", "data_report.json", "metrics.json"
-_HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/")
 
 _LOADING = {
     "qwen": """transformers, with Qwen-DS installed (no `trust_remote_code`):
@@ -76,15 +76,20 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "MODEL")
 ```
 
-vLLM, SGLang, llama.cpp:
+{engines}""",
+}
+_LORA_ENGINES = """vLLM, SGLang, llama.cpp:
 
 ```bash
 vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules adapter=MODEL
 python -m sglang.launch_server --model-path BASE --lora-paths adapter=MODEL
 python convert_lora_to_gguf.py MODEL --base BASE --outfile model.gguf
 ```
-""",
-}
+"""
+_MERGED_ENGINES = """vLLM, SGLang and llama.cpp take an adapter for plain LoRA of one rank and alpha; this one {has}.
+Merge it for them: `python launch/merge.py --base QWEN --adapter ADAPTER --format qwen2 --output NEW`, where ADAPTER is
+the one that this one was made from.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,9 @@ class Origin:
     base: Path
     adapters: tuple[Path, ...]
     format: str  # of the output, as the user calls it
+    weights: tuple[float, ...] | None = None
+    dtype: str = "keep"
+    notes: tuple[str, ...] = ()
 
 
 def write_card(folder: Path, origin: Origin) -> None:
@@ -108,12 +116,21 @@ def write_card(folder: Path, origin: Origin) -> None:
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
             parts += _training(run)
-    rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
     length = QWenConfig.from_dict(config).seq_length if kind == "qwen" else config.get("max_position_embeddings")
-    loading = _LOADING[kind].format(seq_length=length, rank=rank)
+    loading = _LOADING[kind].format(seq_length=length, engines=_engines(config))
     parts.append(f"## How to load it\n\nMODEL is this folder, or its id on the hub.\n\n{loading}")
     (folder / CARD_NAME).write_text("\n".join(parts), encoding="utf-8")
     (folder / CARD_NAME).chmod(0o644)
+
+
+def _engines(adapter: dict[str, Any]) -> str:
+    """What other engines do with an adapter: they ignore what they do not know, and compute something else."""
+    has = {
+        "is DoRA": adapter.get("use_dora"),
+        "has several ranks or alphas": adapter.get("rank_pattern") or adapter.get("alpha_pattern"),
+    }
+    odd = [what for what, found in has.items() if found]
+    return _MERGED_ENGINES.format(has=odd[0]) if odd else _LORA_ENGINES.format(rank=adapter.get("r"))
 
 
 def _front_matter(folder: Path, origin: Origin, kind: str) -> str:
@@ -127,19 +144,13 @@ def _front_matter(folder: Path, origin: Origin, kind: str) -> str:
     }
     if legal:
         fields |= {"license": "other", "license_name": "see-license-file", "license_link": legal[0]}
-    if (hub_id := _hub_id(origin.base)) is not None:
-        fields["base_model"] = hub_id
+    if (base := hub_id(origin.base)) is not None:
+        fields["base_model"] = base
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _hub_id(folder: Path) -> str | None:
-    """The hub id of a folder in huggingface_hub's cache."""
-    found = _HUB_CACHE.search(f"{folder.absolute().as_posix()}/")
-    return None if found is None else f"{found['owner']}/{found['name']}"
-
-
 def _title(origin: Origin) -> str:
-    base = _hub_id(origin.base) or origin.base.resolve().name
+    base = base_name(origin.base)
     return "# " + " + ".join([base, *map(_name_of, origin.adapters)]) + "\n"
 
 
@@ -151,9 +162,14 @@ def _name_of(adapter: Path) -> str:
 
 def _sources(folder: Path, origin: Origin) -> str:
     # Names, not paths: where files lay on somebody's machine is nobody else's business.
-    lines = [f"- Base: {_hub_id(origin.base) or origin.base.resolve().name}"]
-    lines += [f"- Adapter: {_name_of(adapter)}" for adapter in origin.adapters]
+    lines = [f"- Base: {base_name(origin.base)}"]
+    for i, adapter in enumerate(origin.adapters):
+        weight = "" if origin.weights is None else f", weight {origin.weights[i]:g}"
+        lines.append(f"- Adapter: {_name_of(adapter)}{weight}")
     lines.append(f"- Format: {origin.format}")
+    if origin.dtype != "keep":
+        lines.append(f"- Dtype: all weights brought to {origin.dtype}")
+    lines += [f"- Note: {note}" for note in origin.notes]
     if not (folder / CONFIG_NAME).is_file():
         lines.append("- Checksums of all files, and the proof's figures: `merge_report.json`")
     if legal := legal_texts(folder):
@@ -168,7 +184,7 @@ def _run_of(made: Path) -> Path | None:
 
 
 def _training(run: Path) -> Iterator[str]:
-    recipe = (run / RECIPE).read_text(encoding="utf-8")
+    recipe = _without_places((run / RECIPE).read_text(encoding="utf-8"))
     yield f"## Training\n\nWith Qwen-DS, by this recipe:\n\n```yaml\n{recipe.rstrip()}\n```\n"
     try:
         lines = summary(read_json(run / DATA_REPORT))
@@ -178,6 +194,19 @@ def _training(run: Path) -> Iterator[str]:
     scores = [block for file in sorted(run.glob("**/metrics.json")) if (block := _scores(run, file))]
     if scores:
         yield "## Evaluation\n\n" + "\n".join(scores)
+
+
+def _without_places(recipe: str) -> str:
+    """The recipe with absolute paths cut to their last part: the rest is somebody's machine."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and re.match(r"[/~]", value) else value
+
+    return yaml.safe_dump(cut(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True)
 
 
 def _scores(run: Path, file: Path) -> str | None:
@@ -196,5 +225,9 @@ def _scores(run: Path, file: Path) -> str | None:
         return None
     data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
     what = f"{file.relative_to(run).as_posix()}: {report.get('rows')} rows" + (f" of {data}" if data else "")
+    # A run's folder may hold scores of its base, or of another model, beside its own.
+    if (model := report.get("model")) is not None:
+        adapter = report.get("adapter")
+        what += f" by {base_name(str(model))}" + (f" + {_name_of(Path(str(adapter)))}" if adapter else "")
     sampling = json.dumps(report.get("sampling"))
     return "\n".join([f"{what}; sampling {sampling}\n", "| profile | measure | F |", "|---|---|---|", *rows, ""])

@@ -21,7 +21,7 @@ class Change(Protocol):
     def kind(self) -> str: ...
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        """Changed rows, fp32. `block` holds the base's rows from `first` on, fp32, and may be overwritten."""
+        """Changed rows, fp32, in new memory. `block`, which stays, holds the base's rows from `first` on, fp32."""
         ...
 
 
@@ -44,11 +44,11 @@ class LowRank:
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         last = first + block.shape[0]
-        block.addmm_(self.b_OR[first:last], self.a_RI, alpha=self.scaling)
+        changed = torch.addmm(block, self.b_OR[first:last], self.a_RI, alpha=self.scaling)
         if self.magnitude_O is not None:
-            norm_N = torch.linalg.vector_norm(block, dim=1)
-            block.mul_((self.magnitude_O[first:last] / norm_N)[:, None])
-        return block
+            norm_N = torch.linalg.vector_norm(changed, dim=1)
+            changed.mul_((self.magnitude_O[first:last] / norm_N)[:, None])
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,11 @@ class Rows:
         return "rows"
 
     def apply(self, block: Tensor, first: int) -> Tensor:
+        changed = block.clone()
         for index, value in self.values_by_index.items():
             if first <= index < first + block.shape[0]:
-                block[index - first] = value
-        return block
+                changed[index - first] = value
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,10 @@ class WeightedSum:
         )
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        base = block.clone()
+        changed = block.clone()
         for weight, change in zip(self.weights, self.changes, strict=True):
-            block.add_(change.apply(base.clone(), first).sub_(base), alpha=weight)
-        return block
+            changed.add_(change.apply(block, first).sub_(block), alpha=weight)
+        return changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, read_json, write_json
 
 SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Checkpoint:
     folder: Path
     shards: tuple[Header, ...]
     index_metadata: dict[str, Any] | None  # None: one file without an index
+    index_name: str | None = None
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -73,7 +75,7 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
     if len(found) != len(weight_map) or dict(found) != weight_map:
         odd = sorted(set(found) ^ set(weight_map.items()))
         raise UserError(f"{index_path}: disagrees with its shards about {odd[0][0]}; expected an index made for them")
-    return Checkpoint(folder, shards, index.get("metadata") or {})
+    return Checkpoint(folder, shards, index.get("metadata") or {}, index_name)
 
 
 def _open_file(path: Path) -> Header:
@@ -102,8 +104,10 @@ def read_pickle(path: Path) -> Header:
     return Header(path, tuple(specs), {"format": "pt"}, 0, {name: tensor.detach() for name, tensor in tensors.items()})
 
 
-def carry_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
+def carry_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
     """`carry_over`; in config.json add `rms_norm_eps` and record `torch_dtype` (not None).
+
+    An adapter is trained in ChatML: a base model that one is merged into answers as a chat model does.
 
     Returns what was changed in the files, by file name.
     """
@@ -121,6 +125,11 @@ def carry_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, 
         edits.setdefault("config.json", []).append(f"torch_dtype set to {torch_dtype}")
     if settings != carried:
         write_json(output / "config.json", settings)
+    if merges_adapter and (output / GENERATION_CONFIG).is_file():
+        generation = read_json(output / GENERATION_CONFIG)
+        if generation.get("chat_format") == "raw":
+            write_json(output / GENERATION_CONFIG, {**generation, "chat_format": "chatml"})
+            edits.setdefault(GENERATION_CONFIG, []).append("chat_format set to chatml")
     return {name: "; ".join(what) for name, what in edits.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +21,13 @@ from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 FormatName = Literal["qwen", "qwen2"]
 
 
+# What the settings and the tokenizer of the other format are made from.
+_QWEN_FILES = (settings.CONFIG, settings.GENERATION_CONFIG, settings.TOKENIZER_CONFIG, VOCABULARY_FILE)
+_QWEN2_FILES = (settings.CONFIG, settings.GENERATION_CONFIG, TOKENIZER)
+
+
 def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool = False) -> Format:
     """How a folder in the format `source` becomes one in `target`, of which one is Qwen's own.
-
-    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a chat model does.
 
     Raises:
         UserError: both are Qwen2, or an adapter is to be merged into a Qwen2.
@@ -34,9 +36,14 @@ def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool 
         came = "an adapter" if merges_adapter else "the format qwen2"
         raise UserError(f"{came} was given with --from qwen2; expected a conversion of the base to the format qwen")
     if source == "qwen2":
-        return Format("qwen", _from_qwen2, _write_qwen_files, from_qwen=False, check_tokenizer=_check_back)
-    write_files = partial(_write_qwen2_files, merges_adapter)
-    return Format("qwen2", _to_qwen2, write_files, check_tokenizer=_check) if target == "qwen2" else QWEN
+        return Format(
+            "qwen", _from_qwen2, _write_qwen_files, _QWEN2_FILES, from_qwen=False, check_tokenizer=_check_back
+        )
+    return (
+        Format("qwen2", _to_qwen2, _write_qwen2_files, _QWEN_FILES, check_tokenizer=_check)
+        if target == "qwen2"
+        else QWEN
+    )
 
 
 def _check(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
@@ -68,15 +75,16 @@ def _from_qwen2(checkpoint: Checkpoint) -> Layout:
     return layout_from_qwen2(checkpoint.shapes, config)
 
 
-def _write_qwen2_files(merges_adapter: bool, base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
+def _write_qwen2_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
     """Settings, tokenizer and legal texts of a Qwen2 folder made from the Qwen in `base`."""
     encoding = load_encoding(base)
-    chatml = merges_adapter or settings.speaks_chatml(base)
+    generation = settings.generation_of_qwen(base, merges_adapter)
+    chatml = settings.speaks_chatml(generation)
     ends = encoding.eod_id, encoding.im_end_id if chatml else encoding.eod_id
-    config = settings.to_qwen2(base, torch_dtype or _stored_dtype(output), *ends)
+    config = settings.to_qwen2(base, generation, torch_dtype or _stored_dtype(output), *ends)
     seq_length = config["max_position_embeddings"]
     write_json(output / settings.CONFIG, config)
-    write_json(output / settings.GENERATION_CONFIG, settings.generation_to_qwen2(base, *ends))
+    write_json(output / settings.GENERATION_CONFIG, settings.generation_to_qwen2(generation, *ends))
     write_qwen2_tokenizer(encoding, output, chatml=chatml, model_max_length=seq_length)
     carry_over(base, output, legal_only=True)
     return {
@@ -86,15 +94,19 @@ def _write_qwen2_files(merges_adapter: bool, base: Path, output: Path, torch_dty
     }
 
 
-def _write_qwen_files(base: Path, output: Path, torch_dtype: str | None) -> dict[str, str]:
+def _write_qwen_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
     """Settings, vocabulary and legal texts of a Qwen folder made from the Qwen2 in `base`."""
     encoding = read_qwen2_tokenizer(base)
     config, tokenizer_config = settings.from_qwen2(base)
-    if torch_dtype is not None:
-        config = {**config, "torch_dtype": torch_dtype, "bf16": False, "fp16": False, "fp32": False}
+    stored = torch_dtype or _stored_dtype(output)
+    # The settings are as old as the way there; the weights may have been saved in another dtype since.
+    if torch_dtype is not None or config.get("torch_dtype", config.get("dtype", stored)) != stored:
+        config = {**config, "torch_dtype": stored, "bf16": False, "fp16": False, "fp32": False}
+        config.pop("dtype", None)
     write_json(output / settings.CONFIG, with_rms_norm_eps(config))
     write_json(output / settings.TOKENIZER_CONFIG, tokenizer_config)
-    write_json(output / settings.GENERATION_CONFIG, settings.generation_from_qwen2(base, encoding.eod_id))
+    if generation := settings.generation_from_qwen2(base, encoding.eod_id):
+        write_json(output / settings.GENERATION_CONFIG, generation)
     (output / VOCABULARY_FILE).write_bytes(encoding.vocabulary)
     (output / VOCABULARY_FILE).chmod(0o644)
     carry_over(base, output, legal_only=True)

@@ -57,8 +57,10 @@ class Format:
         name: as the user and the report call it.
         layout: made for a source checkpoint; raises UserError where that cannot be written in this format. Source
             tensors that it leaves out are not in the output.
-        write_files: (base folder, output folder, torch_dtype of all weights or None) -> what was changed or made, by
-            file name. Writes everything beside the weights: settings, tokenizer, legal texts.
+        write_files: (base folder, output folder, torch_dtype of all weights or None, whether adapters are merged) ->
+            what was changed or made, by file name. Writes everything beside the weights: settings, tokenizer, legal
+            texts.
+        reads: the base's files that these are made from, beside the legal texts; none where all are carried over.
         from_qwen: whether the source has the native names, so that `layout` leads away from them; otherwise the
             output has them. (Both, where the layout is the identity.)
         check_tokenizer: (base folder, output folder, files of texts) -> whether the tokenizers of both agree; None
@@ -67,7 +69,8 @@ class Format:
 
     name: str
     layout: Callable[[Checkpoint], Layout]
-    write_files: Callable[[Path, Path, str | None], dict[str, str]]
+    write_files: Callable[[Path, Path, str | None, bool], dict[str, str]]
+    reads: tuple[str, ...] = ()
     from_qwen: bool = True
     check_tokenizer: Callable[[Path, Path, Sequence[str]], TokenizerCheck] | None = None
 

@@ -1,33 +1,37 @@
 """Fold adapters into their base, a block of rows at a time, and prove the result.
 
 A tensor that no adapter touches keeps its very bytes, a touched one is summed in fp32 and rounded once. The output is
-built in `<output>.partial` and renamed, so `<output>` is complete or absent; one that fails its proof stays as
-`<output>.rejected`. A merge that was killed is taken up by the next one of the same inputs and options.
+built in `<output>.partial`, brought to the disk and renamed, so `<output>` is complete or absent; one that fails its
+proof stays as `<output>.rejected`. A merge that was killed is taken up by the next one of the same inputs and options.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.data.sources import locate
 from qwen_ds.errors import UserError
-from qwen_ds.export.card import Origin, write_card
+from qwen_ds.export.base_check import check_copies, other_bases
+from qwen_ds.export.card import CARD_NAME, Origin, write_card
 from qwen_ds.export.changes import Adapters
-from qwen_ds.export.checkpoint import file_facts
+from qwen_ds.export.checkpoint import INDEX_NAME, file_facts
 from qwen_ds.export.layout import QWEN, Format
+from qwen_ds.export.output_folder import flush, require_new_folder
 from qwen_ds.export.plan import MergeDtype, Plan, make_plan, write_index
 from qwen_ds.export.report import REPORT_NAME, MergeReport, describe, rejected_name
-from qwen_ds.export.resume import NOTE_NAME, Progress, recipe_of
+from qwen_ds.export.resume import Progress, recipe_of
 from qwen_ds.export.source import Source
 from qwen_ds.export.stream import BLOCK_BYTES, write_shard
+from qwen_ds.export.tokenizer_check import texts_of
 from qwen_ds.export.verify import Proof, check_files, choose_proof, verify_merge
 from qwen_ds.model.adapter import read_adapter
-from qwen_ds.model.folder import require_folder, write_json
+from qwen_ds.model.folder import legal_texts, write_json
 
 Facts = dict[str, dict[str, Any]]  # file name -> bytes and sha256
 ShowProgress = Callable[[int, int], None]
@@ -70,17 +74,22 @@ def merge(
         UserError: an adapter that does not fit, a broken base, an output that exists or cannot be written.
     """
     if not adapters and dtype == "keep" and to is QWEN:
-        raise UserError("neither an adapter nor a dtype was given; expected --adapter, or --dtype to convert the base")
+        raise UserError(
+            "neither an adapter nor a dtype nor a format was given; expected --adapter, or --dtype or --format to"
+            " convert the base"
+        )
     if weights is not None and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
+    output = Path(os.path.abspath(output))
     _check_texts(check_texts, to)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
     plan = make_plan(base, Adapters(members, None if weights is None else tuple(weights)), to, dtype, allow_pickle)
     kind = choose_proof(plan, proof)
-    _check_output(plan, output)
     adapter_facts = _adapter_facts(plan.adapters)
     work = Progress(output.with_name(output.name + ".partial"), recipe_of(plan, adapter_facts, block_bytes))
-    with Source(plan.base) as source:
+    with Source(plan.base) as source, work:
+        _check_output(plan, output)
+        check_copies(plan, source, block_bytes)
         work.take_up(source)
         _check_space(plan, work, output)
         try:
@@ -95,20 +104,15 @@ def merge(
                 report = replace(report, tokenizer=to.check_tokenizer(base, work.folder, check_texts))
             if kind is not None:
                 report = replace(report, verification=verify_merge(plan, work.folder, kind, prompts))
-            write_json(work.folder / REPORT_NAME, asdict(report))
-        except UserError:  # found only while the values went by
-            shutil.rmtree(work.folder)
-            raise
+            write_json(work.folder / REPORT_NAME, report.as_json())
+            work.finish(report.folder)
         except OSError as error:
             if error.errno is None:  # a library's, not the system's
                 raise
-            shutil.rmtree(work.folder, ignore_errors=True)
             raise UserError(
                 f"{error.filename or work.folder}: {error.strerror}; expected files that can be read and a disk that"
-                " takes the output; what was written of it is removed"
+                f" takes the output; what is finished lies in {work.folder.parent}: the same command goes on from there"
             ) from error
-    work.close()
-    work.folder.rename(report.folder)
     return report
 
 
@@ -116,19 +120,18 @@ def _check_texts(files: Sequence[str], to: Format) -> None:
     if files and to.check_tokenizer is None:
         raise UserError("check_texts was given, but the tokenizer stays as it is; expected --format or --from qwen2")
     for file in files:
-        locate(file)
+        for _ in texts_of(file):  # a bad row is found now, not when all is written
+            pass
 
 
 def _check_output(plan: Plan, output: Path) -> None:
     """Check the name of the output, and remove what an earlier merge to this name had to reject."""
-    require_folder(output.parent, make=True)
     if output.resolve() == plan.base.folder.resolve():
         raise UserError(f"{output}: is the base itself; expected another folder for the output")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
+    require_new_folder(output)
     rejected = rejected_name(output)
-    if rejected.exists():
-        if not (rejected / REPORT_NAME).is_file():
+    if rejected.exists() or rejected.is_symlink():
+        if rejected.is_symlink() or not (rejected / REPORT_NAME).is_file():
             raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
         shutil.rmtree(rejected)
 
@@ -154,34 +157,52 @@ def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int,
         if progress is not None:
             progress(done, total)
 
-    for shard in plan.shards:
-        if shard.name in work.finished:
-            advance(plan.bytes_read(shard))
-        else:
-            written = write_shard(plan, shard, source, work.folder / shard.name, block_bytes, advance)
+    flushed = []
+    with ThreadPoolExecutor(max_workers=1) as flushing:  # while the next file is made
+        for shard in plan.shards:
+            path = work.folder / shard.name
+            if shard.name in work.finished:
+                advance(plan.bytes_read(shard))
+                continue
+            try:
+                written = write_shard(plan, shard, source, path, block_bytes, advance)
+            except UserError:  # found only while the values went by: no part of them is of use
+                work.discard()
+                raise
             work.add(shard.name, written, source)
+            flushed.append(flushing.submit(flush, path))
+    for done_flushing in flushed:
+        done_flushing.result()
     check_files(work.folder, plan.shards)
 
 
 def _write_small_files(plan: Plan, work: Progress) -> dict[str, str]:
     """The index, what travels with the weights, and the card; returns what was changed, by file name."""
     write_index(plan, work.folder)
-    edits = plan.format.write_files(plan.base.folder, work.folder, None if plan.dtype == "keep" else plan.dtype)
+    dtype = None if plan.dtype == "keep" else plan.dtype
+    edits = plan.format.write_files(plan.base.folder, work.folder, dtype, bool(plan.adapters.members))
     adapters = tuple(adapter.folder for adapter in plan.adapters.members)
-    write_card(work.folder, Origin(plan.base.folder, adapters, plan.format.name))
+    notes = tuple(other_bases(plan.base.folder, plan.adapters.members))
+    write_card(
+        work.folder,
+        Origin(plan.base.folder, adapters, plan.format.name, plan.adapters.weights, plan.dtype, notes),
+    )
     return edits
 
 
 def _facts(plan: Plan, source: Source, work: Progress) -> tuple[Facts, Facts]:
-    """Size and sha256 of all files, of the base and of the output."""
+    """Size and sha256 of all files that were read of the base, and of the output's."""
     outputs = {name: written.facts for name, written in sorted(work.finished.items())}
     inputs = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
     for path in sorted(work.folder.iterdir()):
-        if path.name not in outputs and path.name != NOTE_NAME:
+        if path.name not in outputs:
             outputs[path.name] = file_facts(path)
-            carried = plan.base.folder / path.name
-            if carried.is_file():
-                inputs[path.name] = file_facts(carried)
+    made = {INDEX_NAME, CARD_NAME}
+    index = {plan.base.index_name} if plan.base.index_name is not None else set()
+    carried = legal_texts(work.folder) if plan.format.reads else outputs.keys() - made
+    for name in sorted({*carried, *plan.format.reads, *index} - inputs.keys()):
+        if (plan.base.folder / name).is_file():
+            inputs[name] = file_facts(plan.base.folder / name)
     return inputs, outputs
 
 

@@ -17,14 +17,6 @@ from qwen_ds.model.adapter import Adapter, put_adapter
 
 POSITIONS = 64
 
-# What peft's wrappers put into the names of the parameters that take part.
-_WRAPPERS = (
-    (".token_adapter.trainable_tokens_delta.default", ".weight"),
-    (".token_adapter.base_layer.", "."),
-    (".modules_to_save.default.", "."),
-    (".base_layer.", "."),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -45,26 +37,35 @@ class Outputs:
     merged_PV: Tensor
 
 
-def spread_positions(rows_T: Sequence[Tensor]) -> list[Row]:
-    """64 positions spread evenly over the rows' second halves: the first are mostly the system message of all."""
+def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
+    """`count` positions spread evenly over the rows' second halves: the first are mostly the system message of all."""
     places = [(i, t) for i, ids_T in enumerate(rows_T) for t in range(len(ids_T) // 2, len(ids_T))]
-    count = min(POSITIONS, len(places))
+    count = min(count, len(places))
     chosen = [places[j * len(places) // count] for j in range(count)]
-    return [Row(ids_T, torch.tensor([t for i, t in chosen if i == row])) for row, ids_T in enumerate(rows_T)]
+    at = [[t for i, t in chosen if i == row] for row in range(len(rows_T))]
+    return [Row(ids_T, torch.tensor(positions)) for ids_T, positions in zip(rows_T, at, strict=True) if positions]
 
 
-def first_positions(rows_T: Sequence[Tensor]) -> list[Row]:
-    """The rows' beginnings, of 64 tokens in all, every position of which is compared: all that is computed counts.
+def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
+    """The rows' beginnings, of `count` tokens in all, every position of which is compared: all that is computed counts.
 
-    Of many rows the first four serve, since the beginnings should not be too short to mean anything.
+    Of many rows the first few serve, since the beginnings should not be too short to mean anything.
     """
-    rows, left = [], POSITIONS
+    rows, left = [], count
     for i, ids_T in enumerate(rows_T):
         ids_T = ids_T[: min(left, max(16, -(-left // (len(rows_T) - i))))]
         if len(ids_T):
             rows.append(Row(ids_T, torch.arange(len(ids_T))))
             left -= len(ids_T)
     return rows
+
+
+def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
+    """A text of the tokens whose rows adapters replace, which no other text need hold; of many, 64 spread evenly."""
+    indices = {i for adapter in adapters.members for rows in adapter.token_rows.values() for i in rows.indices}
+    ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
+    chosen = [ids[j * len(ids) // count] for j in range(count)]
+    return [Row(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
 
 def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
@@ -82,7 +83,7 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     members = [adapter for adapter in adapters.members if has_a_module(adapter, module)]
     if adapters.weights is None:
         for adapter in members[:-1]:
-            put_adapter(module, adapter).merge_and_unload()
+            _fold(module, adapter)
         if members:
             put_adapter(module, members[-1])
         return
@@ -90,7 +91,7 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     base = {name: value.clone() for name, value in module.named_parameters() if name in set(adapters.changed_tensors())}
     total = {name: value.clone() for name, value in base.items()}
     for adapter in members:
-        put_adapter(module, adapter).merge_and_unload()
+        _fold(module, adapter)
         for name in adapter.changed_tensors():
             if name in base:
                 parameter = module.get_parameter(name)
@@ -100,12 +101,16 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
         module.get_parameter(name).copy_(value)
 
 
+def _fold(module: nn.Module, adapter: Adapter) -> None:
+    wrapped = put_adapter(module, adapter)
+    if wrapped is not None:
+        wrapped.merge_and_unload()
+
+
 def spoil(module: nn.Module, rounded: Mapping[str, str], noise: RoundingNoise) -> None:
     """Round once more, in place, what the output stores rounded (the base's tensor name -> dtype): the base's weights
     beneath the adapters on `module`, and the tensors that adapters bring in their place."""
     for name, parameter in module.named_parameters():
-        own = name
-        for inside, outside in _WRAPPERS:
-            own = own.replace(inside, outside)
+        own = name.replace(".base_layer.", ".")  # peft's wrapper
         if own in rounded:
             noise.add(parameter.data, rounded[own])

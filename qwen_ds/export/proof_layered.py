@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qwen_ds.export.changes import Change, load_changes
+from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import Checkpoint, open_checkpoint
 from qwen_ds.export.layout import Layout, identity, inverse
 from qwen_ds.export.noise import RoundingNoise
@@ -54,11 +53,17 @@ class Weights:
             spec = self._stored[rows.tensor]
             for piece in row_ranges(spec, rows.first + start, rows.first + max(start, end), _READ_BYTES):
                 at = passed + piece.first - rows.first - first
-                stored = torch.frombuffer(self._source.read(piece), dtype=FLOAT_DTYPES[spec.dtype])
+                stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
                 part.copy_(stored.view(part.shape))
             passed += rows.num_rows
         return target
+
+    def chosen_rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Rows of the tensor `name`: a range, or any."""
+        if isinstance(indices, range):
+            return self.rows(name, indices[0], indices[-1] + 1)
+        return torch.cat([self.rows(name, i, i + 1) for i in indices])
 
 
 @torch.no_grad()
@@ -106,25 +111,30 @@ class _Comparison:
         token_P = torch.cat([row.positions for row in rows])
         return self._head([x_BTD[batch_P, token_P] for x_BTD in states])
 
-    def _variants(self, name: str, change: Change | None, first: int, last: int) -> list[Tensor]:
-        """Rows of one tensor on the four ways."""
-        rows = self._base.rows(name, first, last)
-        expected = rows if change is None else change.apply(rows.clone(), first)
-        noisy = expected
-        if name in self._rounded:
-            noisy = expected.clone()
-            self._noise.add(noisy, self._rounded[name])
-        return [rows, expected, noisy, self._output.rows(name, first, last)]
-
-    def _change(self, name: str) -> Change | None:
-        return load_changes(self._plan.adapters, name) if name in self._plan.changed else None
+    def _through_rows(self, name: str, layer: nn.Module, indices: Sequence[int], inputs: list[Tensor]) -> list[Tensor]:
+        """The four ways through a `layer` whose weight is some rows of the tensor `name`."""
+        _set_weight(layer, self._base.chosen_rows(name, indices))
+        # In its place in the model, so that adapters and noise find it by name.
+        *above, own = name.removesuffix(".weight").split(".")
+        whole = parent = nn.Module()
+        for part in above:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(own, layer)
+        base = layer(inputs[0])
+        members, weights = self._plan.adapters.members, self._plan.adapters.weights
+        put_adapters(whole, Adapters(tuple(adapter.of_rows(name, indices) for adapter in members), weights))
+        adapted = parent.get_submodule(own)  # in peft's wrapper, where LoRA is on it
+        expected = adapted(inputs[1])
+        spoil(whole, self._rounded, self._noise)
+        noisy = adapted(inputs[2])
+        _set_weight(layer, self._output.chosen_rows(name, indices))
+        return [base, expected, noisy, layer(inputs[3])]
 
     def _embed(self, ids_BT: Tensor) -> list[Tensor]:
-        name = "transformer.wte.weight"
-        change = self._change(name)
         ids_U, index_BT = ids_BT.unique(return_inverse=True)
-        found = [self._variants(name, change, i, i + 1) for i in ids_U.tolist()]
-        return [torch.cat(rows)[index_BT] for rows in zip(*found, strict=True)]
+        layer = nn.Embedding(len(ids_U), self._config.hidden_size, device="meta")
+        return self._through_rows("transformer.wte.weight", layer, ids_U.tolist(), [index_BT] * 4)
 
     def _through_block(self, i: int, states: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
         base_BTD, expected_BTD, noisy_BTD, merged_BTD = states
@@ -154,16 +164,21 @@ class _Comparison:
         return block.eval()
 
     def _head(self, states: list[Tensor]) -> Outputs:
-        name = "transformer.ln_f.weight"
-        norms = self._variants(name, self._change(name), 0, self._base.num_rows(name))
-        eps = self._config.layer_norm_epsilon
-        states = [F.rms_norm(x_PD, norm.shape, norm, eps) for x_PD, norm in zip(states, norms, strict=True)]
+        hidden_size, name = self._config.hidden_size, "transformer.ln_f.weight"
+        norm = nn.RMSNorm(hidden_size, self._config.layer_norm_epsilon, device="meta")
+        states = self._through_rows(name, norm, range(hidden_size), states)
         name = "lm_head.weight"
-        change, vocab_size = self._change(name), self._base.num_rows(name)
+        vocab_size = self._base.num_rows(name)
         logits = [torch.empty(len(states[0]), vocab_size) for _ in states]
         for first in range(0, vocab_size, _HEAD_ROWS):
             last = min(first + _HEAD_ROWS, vocab_size)
-            heads = self._variants(name, change, first, last)
-            for logits_PV, x_PD, head_ND in zip(logits, states, heads, strict=True):
-                logits_PV[:, first:last] = x_PD @ head_ND.T
+            head = nn.Linear(hidden_size, last - first, bias=False, device="meta")
+            for logits_PV, part_PN in zip(
+                logits, self._through_rows(name, head, range(first, last), states), strict=True
+            ):
+                logits_PV[:, first:last] = part_PN
         return Outputs(*logits)
+
+
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    layer.weight = nn.Parameter(weight, requires_grad=False)

@@ -37,7 +37,8 @@ def memory_needed(plan: Plan) -> int:
     copies = 3 if plan.adapters.weights is not None else 1
     # fp32; loading holds the largest tensor twice; four sets of logits; half a GB of activations.
     largest = max(spec.num_rows * spec.items_per_row for spec in specs)
-    logits = 4 * POSITIONS * max(spec.num_rows for spec in specs)
+    replaced = sum(len(rows.indices) for adapter in plan.adapters.members for rows in adapter.token_rows.values())
+    logits = 4 * (POSITIONS + min(POSITIONS, replaced)) * max(spec.num_rows for spec in specs)
     return 4 * (copies * items + 2 * added + largest + logits) + 2**29
 
 

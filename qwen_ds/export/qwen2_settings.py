@@ -9,6 +9,7 @@ keeps: from them the way back restores what Qwen2 has no words for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwen_ds.model.folder import read_json
 Settings = dict[str, Any]  # a JSON object of settings
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 _ORIGINAL = "qwen"
+_ONLY_QWEN = ("chat_format", "max_window_size", "stop_words_ids")  # in generation_config.json
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
@@ -70,10 +72,14 @@ def _function(config: QWenConfig) -> Settings:
     }
 
 
-def to_qwen2(base: Path, torch_dtype: str, end_of_text: int, end_of_reply: int) -> Settings:
-    """config.json of the Qwen2 that the Qwen in `base` is. UserError where there is none (see `read_qwen_config`)."""
+def to_qwen2(base: Path, generation: Settings, torch_dtype: str, end_of_text: int, end_of_reply: int) -> Settings:
+    """config.json of the Qwen2 that the Qwen in `base` is. UserError where there is none (see `read_qwen_config`).
+
+    `generation` is the Qwen's generation_config.json, kept with the other original settings.
+    """
     config = read_qwen_config(base)
     original = {name.removesuffix(".json"): _settings(base / name) for name in (CONFIG, TOKENIZER_CONFIG)}
+    original["generation_config"] = generation
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -158,22 +164,48 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
     }
 
 
-def speaks_chatml(base: Path) -> bool:
-    """Whether the Qwen in `base` answers in ChatML, by its generation_config.json; a folder without one does."""
-    return _settings(base / GENERATION_CONFIG).get("chat_format", "chatml") != "raw"
+def generation_of_qwen(base: Path, merges_adapter: bool) -> Settings:
+    """generation_config.json of the Qwen that is converted: of the one in `base`, or of that with an adapter merged.
+
+    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a chat model does.
+    """
+    found = _settings(base / GENERATION_CONFIG)
+    return {**found, "chat_format": "chatml"} if merges_adapter and not speaks_chatml(found) else found
 
 
-def generation_to_qwen2(base: Path, end_of_text: int, end_of_reply: int) -> Settings:
-    """generation_config.json with its eos: after a reply in ChatML, and where a document ends. Else as it was."""
+def speaks_chatml(generation: Settings) -> bool:
+    """Whether a Qwen answers in ChatML, by its generation_config.json; one that does not say does."""
+    return bool(generation.get("chat_format", "chatml") != "raw")
+
+
+def generation_to_qwen2(generation: Settings, end_of_text: int, end_of_reply: int) -> Settings:
+    """generation_config.json with its eos: after a reply in ChatML, and where a document ends. Else as it was, without
+    what only Qwen's own code knows."""
     eos = end_of_text if end_of_reply == end_of_text else [end_of_reply, end_of_text]
-    return {**_settings(base / GENERATION_CONFIG), "eos_token_id": eos, "pad_token_id": end_of_text}
+    return {**_without(generation, _ONLY_QWEN), "eos_token_id": eos, "pad_token_id": end_of_text}
 
 
 def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
-    """generation_config.json as Qwen has it: one eos, and the format that tells where a reply ends."""
-    found = _settings(base / GENERATION_CONFIG)
-    chat_format = "chatml" if isinstance(found.get("eos_token_id"), list) else "raw"
-    return {"chat_format": chat_format, **found, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    """generation_config.json as Qwen has it: one eos, and the format that tells where a reply ends.
+
+    The original one where the folder carries it and still says the same.
+    """
+    found, record = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG).get(_ORIGINAL)
+    original = record.get("generation_config") if isinstance(record, dict) else None
+    chatml = isinstance(found.get("eos_token_id"), list)
+    kept: Settings = {}
+    if isinstance(original, dict):
+        ends = ("eos_token_id", "pad_token_id")
+        same = _without(original, (*_ONLY_QWEN, *ends)) == _without(found, ends)
+        if same and speaks_chatml(original) == chatml:
+            return original
+        kept = {key: original[key] for key in _ONLY_QWEN if key in original}
+    chat_format = "chatml" if chatml else "raw"
+    return {**kept, **found, "chat_format": chat_format, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+
+
+def _without(settings: Settings, keys: Sequence[str]) -> Settings:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _settings(path: Path) -> Settings:

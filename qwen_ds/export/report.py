@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.export.base_check import other_bases
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.stream import ChangedTensor
 from qwen_ds.export.tokenizer_check import TokenizerCheck
@@ -28,6 +30,7 @@ class MergeReport:
         edits: small file -> what was changed in it.
         inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
         seconds: what the output took, without its proof.
+        warnings: what may be a mistake, a line each.
         tokenizer: whether the converted tokenizer agrees with the base's; None when it was not converted.
         verification: None when it was not asked for.
     """
@@ -47,6 +50,7 @@ class MergeReport:
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
     seconds: float
+    warnings: list[str]
     tokenizer: TokenizerCheck | None = None
     verification: Verification | None = None
 
@@ -60,6 +64,10 @@ class MergeReport:
         """Where the merged model lies."""
         return rejected_name(Path(self.output)) if self.rejected else Path(self.output)
 
+    def as_json(self) -> dict[str, Any]:
+        """As JSON, which has no word for a figure that is not a number (of a proof that failed on it): null."""
+        return dict(_without_nan(asdict(self)))
+
     def in_words(self) -> list[str]:
         """A few lines for the screen."""
         size = sum(facts["bytes"] for facts in self.outputs.values())
@@ -71,6 +79,7 @@ class MergeReport:
             lines.append(f"  {len(self.taken_over)} files were there already, from a merge that had been stopped")
         if self.left_out:
             lines.append(f"  left out: {len(self.left_out)} tensors, {self.left_out[0]} first")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
         lines += [f"  {line}" for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())]
         return [*lines, *(self.verification.in_words() if self.verification is not None else ["  not verified"])]
@@ -110,7 +119,16 @@ def describe(
         inputs=inputs,
         outputs=outputs,
         seconds=seconds,
+        warnings=other_bases(plan.base.folder, plan.adapters.members),
     )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rejected_name(output: Path) -> Path:

@@ -129,7 +129,7 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
+        metadata = entries.pop("__metadata__", None) or {}
         placed = sorted(
             (tuple(entry["data_offsets"]), TensorSpec(name, entry["dtype"], tuple(entry["shape"])))
             for name, entry in entries.items()

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.checkpoint import Checkpoint
@@ -30,9 +31,9 @@ class _File:
         self._starts = header.starts
         self.num_bytes = header.path.stat().st_size
 
-    def _pread(self, num_bytes: int, offset: int) -> bytearray:
-        block = bytearray(num_bytes)
-        view = memoryview(block)
+    def _pread(self, num_bytes: int, offset: int) -> Tensor:
+        block = torch.empty(num_bytes, dtype=torch.uint8)  # unlike a bytearray, not filled with zeros first
+        view = block.numpy().data
         while view:
             count = os.preadv(self._file.fileno(), [view], offset)
             if not count:
@@ -43,20 +44,20 @@ class _File:
     def _hash_to(self, end: int) -> None:
         while self._hashed < end:
             block = self._pread(min(_HASH_BYTES, end - self._hashed), self._hashed)
-            self._sha256.update(block)
+            self._sha256.update(block.numpy().data)
             self._hashed += len(block)
 
-    def read(self, rows: RowRange, hashed: bool) -> bytearray:
+    def read(self, rows: RowRange, hashed: bool) -> Tensor:
         if self._header.pickled is not None:
             tensor = self._header.pickled[rows.spec.name]
             part = tensor[rows.first : rows.last] if rows.spec.shape else tensor
-            return bytearray(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+            return part.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
         start = self._starts[rows.spec.name] + rows.first * rows.spec.bytes_per_row
         block = self._pread(rows.num_bytes, start)
         end = start + len(block)
         if hashed and end > self._hashed:
             self._hash_to(start)
-            self._sha256.update(memoryview(block)[self._hashed - start :])
+            self._sha256.update(block[self._hashed - start :].numpy().data)
             self._hashed = end
         return block
 
@@ -90,14 +91,14 @@ class Source:
         for file in self._files.values():
             file.close()
 
-    def read(self, rows: RowRange, hashed: bool = False) -> bytearray:
-        """The bytes of the rows, in memory that the caller may overwrite."""
+    def read(self, rows: RowRange, hashed: bool = False) -> Tensor:
+        """The bytes of the rows, uint8, in memory that the caller may overwrite."""
         return self._files[self._shard_of[rows.spec.name]].read(rows, hashed)
 
-    def blocks(self, ranges: Iterable[RowRange]) -> Iterator[bytearray]:
+    def blocks(self, ranges: Iterable[RowRange]) -> Iterator[Tensor]:
         """The bytes of each range, a few read ahead by a thread, and hashed."""
         with ThreadPoolExecutor(max_workers=1) as thread:
-            pending: deque[Future[bytearray]] = deque()
+            pending: deque[Future[Tensor]] = deque()
             for rows in ranges:
                 pending.append(thread.submit(self.read, rows, True))
                 if len(pending) > BLOCKS_IN_FLIGHT:

@@ -68,7 +68,7 @@ def write_shard(
                 name = rows.spec.name
                 change = load_changes(plan.adapters, name) if name in plan.changed else None
             if change is None and dtype == rows.spec.dtype:
-                writer.write(memoryview(block))
+                writer.write(block.numpy().data)
             else:
                 stored, norms = _changed_block(rows, block, change, dtype)
                 if change is not None:
@@ -92,15 +92,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _changed_block(
-    rows: RowRange, block: bytearray, change: Change | None, dtype: str
+    rows: RowRange, block: Tensor, change: Change | None, dtype: str
 ) -> tuple[Tensor, tuple[float, float]]:
     """The rows as they are to be stored; and the norms of the base's rows and of what is different afterwards."""
-    raw = torch.frombuffer(block, dtype=FLOAT_DTYPES[rows.spec.dtype])
+    raw = block.view(FLOAT_DTYPES[rows.spec.dtype])
     shape = (rows.last - rows.first, *rows.spec.shape[1:]) if rows.spec.shape else ()
     base = raw.reshape(shape).float()
-    # In memory of its own: a change may overwrite its input, and the difference below overwrites `base`.
-    after = base.clone() if change is None else change.apply(base.clone(), rows.first)
-    stored = after.to(FLOAT_DTYPES[dtype])
+    stored = (base if change is None else change.apply(base, rows.first)).to(FLOAT_DTYPES[dtype], copy=True)
     norms = float(torch.linalg.vector_norm(base)), float(torch.linalg.vector_norm(base.sub_(stored)))
     if not math.isfinite(norms[1]):
         raise UserError(

@@ -9,28 +9,24 @@ Shapes: O output features, I input features, R rank, N selected rows.
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qwen_ds.errors import UserError
+from qwen_ds.model.adapter_file import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, open_weights, read_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAMES = ("adapter_model.bin", "pytorch_model.bin")
 PEFT_PREFIX = "base_model.model."
 
 # Whatever wrappers wrote before the model's own names: base_model.model., module., _orig_mod. ...
@@ -40,15 +36,8 @@ _MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.w
 _TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
 _SAVED = re.compile(r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$")
 
-# Options of peft that change what the tensors mean. Ignoring one would give a model that nobody trained.
-_UNSUPPORTED = (
-    "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
-    "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
 # Those that say what they mean.
 _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
-# Initialisations that take something out of the base: such an adapter is a change to weights that are not the base's.
-_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +69,9 @@ class Adapter:
         pairs: module name -> its low-rank pair.
         saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save, trained biases).
         token_rows: module name -> the rows that it replaces.
+        copies: name of a base tensor -> key of the adapter's copy of it. peft stores the head that LoRA is on unasked.
         shapes: key -> shape. Keys are peft's, in its present form (`base_model.model.<module>.lora_A.weight`).
+            Copies have none: they change nothing.
     """
 
     folder: Path
@@ -88,6 +79,7 @@ class Adapter:
     pairs: dict[str, LoraPair]
     saved: dict[str, str]
     token_rows: dict[str, TokenRows]
+    copies: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     _names_in_file: dict[str, str]
     _loaded: Mapping[str, Tensor] | None  # tensors of a pickle; None: they are read from the safetensors file
@@ -102,6 +94,38 @@ class Adapter:
             if first == 0 and last is None:
                 return file.get_tensor(name).clone()
             return file.get_slice(name)[first:last].clone()
+
+    def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:
+        """What it does to some rows of the base's tensor `name`: an adapter of a module that has only these, in order.
+
+        Its tensors are in memory.
+        """
+        module, tensors = name.removesuffix(".weight"), dict[str, Tensor]()
+
+        def pick(key: str) -> str:
+            if isinstance(indices, range) and len(indices):
+                tensors[key] = self.tensor(key, indices[0], indices[-1] + 1)
+            else:
+                tensors[key] = torch.cat([self.tensor(key, i, i + 1) for i in indices])
+            return key
+
+        saved = {name: pick(self.saved[name])} if name in self.saved else {}
+        pairs = {module: self.pairs[module]} if module in self.pairs else {}
+        for pair in pairs.values():
+            tensors[pair.a_key] = self.tensor(pair.a_key)
+            pick(pair.b_key)
+            if pair.magnitude_key is not None:
+                pick(pair.magnitude_key)
+        token_rows = {}
+        place = {index: i for i, index in enumerate(indices)}
+        if (rows := self.token_rows.get(module)) and (here := [i for i in rows.indices if i in place]):
+            tensors[rows.key] = self.tensor(rows.key)[[rows.indices.index(i) for i in here]]
+            token_rows = {module: TokenRows(rows.key, tuple(place[i] for i in here))}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return replace(
+            self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, shapes=shapes,
+            _names_in_file={key: key for key in tensors}, _loaded=tensors,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under peft's keys, for `peft.set_peft_model_state_dict`."""
@@ -133,15 +157,20 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    config = _read_config(folder)
-    loaded, shapes_in_file = _open_weights(folder, allow_pickle)
+    config = read_config(folder)
+    loaded, shapes_in_file = open_weights(folder, allow_pickle)
     if config is None and loaded is None:
         raise UserError(f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its weights")
 
     names, parts = _sort_keys(folder, shapes_in_file)
     if not parts:
         raise UserError(f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules")
-    shapes = {key: shapes_in_file[name] for key, name in names.items()}
+    copies = {
+        f"{module}.weight": keys.pop("weight")
+        for module, keys in parts.items()
+        if "lora_A" in keys and names.get(keys.get("weight", ""), "").endswith(".base_layer.weight")
+    }
+    shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copies.values()}
     _check_pairs(folder, parts, shapes)
     if config is None:
         config = _inferred_config(parts, shapes, alpha)
@@ -162,7 +191,7 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
             raise UserError(
                 f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, saved module"
             )
-    return Adapter(folder, config, pairs, saved, rows, shapes, names, loaded)
+    return Adapter(folder, config, pairs, saved, rows, copies, shapes, names, loaded)
 
 
 def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -204,27 +233,30 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
             raise UserError(f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows")
 
 
-def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel:
-    """Wrap in place, through peft and in fp32, what `module` has of the adapter's modules: it needs at least one.
+@torch.no_grad()
+def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
+    """Put in place, in fp32, what `module` has of the adapter: rows and tensors of its own replace the module's, and
+    peft wraps the linear layers that LoRA is on. None where there are no such layers.
 
     A part of a model will do, if its modules have their names in the whole. They are named in full here: for a pattern,
     peft would expect all that it can mean.
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
-    saved = {name.removesuffix(".weight") for name in adapter.saved if name.endswith(".weight")}
-    here = {name for name, _ in module.named_modules()} & {*adapter.pairs, *adapter.token_rows, *saved}
-    rows = {name: list(adapter.token_rows[name].indices) for name in sorted(adapter.token_rows.keys() & here)}
+    parameters = dict(module.named_parameters())
+    for name in adapter.saved.keys() & parameters.keys():
+        parameters[name].copy_(adapter.tensor(adapter.saved[name]))
+    for owner, rows in adapter.token_rows.items():
+        if f"{owner}.weight" in parameters:
+            parameters[f"{owner}.weight"][list(rows.indices)] = adapter.tensor(rows.key).float()
+    here = sorted({name for name, _ in module.named_modules()} & adapter.pairs.keys())
+    if not here:
+        return None
     options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
-    options |= {"modules_to_save": sorted(saved & here) or None, "trainable_token_indices": rows or None}
-    wrapped = PeftModel(module, LoraConfig(target_modules=sorted(adapter.pairs.keys() & here), **options))
-    prefixes = tuple(f"{PEFT_PREFIX}{name}." for name in here)
-    # A trained bias is one of the module that LoRA wraps.
-    state = {
-        re.sub(r"\.bias$", ".base_layer.bias", key): adapter.tensor(key).float()
-        for key in adapter.shapes
-        if key.startswith(prefixes)
-    }
+    wrapped = PeftModel(module, LoraConfig(target_modules=here, **options))
+    pairs = [adapter.pairs[name] for name in here]
+    keys = [key for pair in pairs for key in (pair.a_key, pair.b_key, pair.magnitude_key) if key is not None]
+    state = {key: adapter.tensor(key).float() for key in keys}
     unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
     assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
     return wrapped.eval()
@@ -244,56 +276,6 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     check_adapter_fits(adapter, {name: tuple(p.shape) for name, p in model.named_parameters()})
     # The model's own device: peft by itself would put the adapter on the first GPU that it sees.
     return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        came = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: peft_type is {came!r}; expected 'LORA'")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    if used:
-        raise UserError(f"{path}: {used[0]} is {config[used[0]]!r}; expected an adapter trained without it")
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_INIT_CHANGES_BASE):
-        raise UserError(
-            f"{path}: init_lora_weights is {init!r}, which trains against a changed base; expected an adapter that was"
-            " saved with peft's conversion to plain LoRA"
-        )
-    rank, lora_alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(lora_alpha, int | float):
-        raise UserError(f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a number")
-    return config
-
-
-def _open_weights(folder: Path, allow_pickle: bool) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
-    """The tensors of a pickle, or None for a safetensors file; and the shape of each tensor, under the file's names."""
-    path = folder / WEIGHTS_NAME
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                return None, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    pickles = [folder / name for name in PICKLE_NAMES if (folder / name).is_file()]
-    if not pickles:
-        raise UserError(f"{folder}: no {WEIGHTS_NAME}; expected a PEFT adapter folder")
-    if not allow_pickle:
-        raise UserError(f"{pickles[0]}: a pickle; expected {WEIGHTS_NAME}")
-    try:
-        loaded = torch.load(pickles[0], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{pickles[0]}: not a file of plain tensors ({str(error).splitlines()[0]})") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{pickles[0]}: holds a {type(loaded).__name__}; expected a dict of tensors")
-    loaded = {name: tensor.detach() for name, tensor in loaded.items()}
-    return loaded, {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
 
 def _sort_keys(folder: Path, in_file: Mapping[str, object]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,24 +208,23 @@ def run_child(program: str, *paths: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(folder: Path, shape: Shape, vocabulary: Path, with_peft: bool) -> dict[str, dict[str, Any]]:
-    """All parts, in an empty folder. Peaks are resident memory beyond the interpreter and its imports."""
+def measure(folder: Path, shape: Shape, vocabulary: Path, with_peft: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of each part, in an empty folder. Peaks: resident memory beyond the interpreter and its imports."""
     base, adapter = folder / "base", folder / "adapter"
     size = make_base(base, shape, vocabulary)
     make_adapter(adapter, shape)
-    found: dict[str, dict[str, Any]] = {"checkpoint": {"bytes": size, "files": len(list(base.glob("*.safetensors")))}}
+    yield "checkpoint", {"bytes": size, "files": len(list(base.glob("*.safetensors")))}
     settle(base)
-    found["cp and one read"] = copy_and_read(base, folder / "copy")
+    yield "cp and one read", copy_and_read(base, folder / "copy")
     shutil.rmtree(folder / "copy")
     settle(base)
-    found |= run_child(OURS, base, adapter, folder / "merged")
+    yield from run_child(OURS, base, adapter, folder / "merged").items()
     shutil.rmtree(folder / "merged", ignore_errors=True)
     if with_peft and available_memory() > 1.4 * size:
         settle(base)
-        found |= run_child(PEFT, base, adapter, folder / "peft")
+        yield from run_child(PEFT, base, adapter, folder / "peft").items()
     elif with_peft:
-        found["peft"] = {"skipped": f"{available_memory() / 1e9:.1f} GB of memory are free"}
-    return found
+        yield "peft", {"skipped": f"{available_memory() / 1e9:.1f} GB of memory are free"}
 
 
 def official_vocabulary() -> Path:
@@ -246,7 +246,7 @@ def main() -> None:
         raise UserError(f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the benchmark")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         print(f"load average {os.getloadavg()[0]:.2f}, {torch.get_num_threads()} threads of torch", flush=True)
-        for part, figures in measure(Path(folder), shape, official_vocabulary(), options.peft).items():
+        for part, figures in measure(Path(folder), shape, official_vocabulary(), options.peft):
             shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
             print(f"{part}: {shown}", flush=True)
         print(f"load average {os.getloadavg()[0]:.2f}", flush=True)

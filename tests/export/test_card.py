@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from qwen_ds.config import Recipe, write_recipe
 from qwen_ds.export.adapter_qwen2 import convert_adapter
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
+from tests.export.folders import peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
 PART = {
@@ -36,6 +38,46 @@ def run(golden: Path, tmp_path: Path) -> Path:
     evaluation = {"model": "m", "data": ["/somewhere/dev.json"], "rows": 100, "sampling": {"do_sample": False}}
     (folder / "eval" / "metrics.json").write_text(json.dumps(evaluation | {"seed": SCORES}))
     return folder
+
+
+def test_whose_scores_and_which_weights_are_told_and_nobody_s_paths(
+    cached_base: Path, run: Path, golden: Path, tmp_path: Path
+) -> None:
+    write_recipe(dataclasses.replace(Recipe(), output_dir="/home/me/runs/adgen"), run / "recipe.yaml")
+    scored = json.loads((run / "eval" / "metrics.json").read_text())
+    own = scored | {"model": str(cached_base), "adapter": str(run / "adapter")}
+    (run / "eval" / "metrics.json").write_text(json.dumps(own))
+    (run / "bare").mkdir()
+    (run / "bare" / "metrics.json").write_text(json.dumps(scored | {"model": str(cached_base), "adapter": None}))
+    adapters = [run / "adapter", golden / "lora" / "adapter"]
+    merge(cached_base, adapters, tmp_path / "out", weights=[0.7, 0.3], dtype="float16", proof="off")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "- Adapter: adgen, weight 0.7\n- Adapter: adapter, weight 0.3\n" in text
+    assert "- Dtype: all weights brought to float16\n" in text
+    assert "eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + adgen;" in text
+    assert "bare/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat;" in text
+    assert "output_dir: adgen\n" in text and "/home/me" not in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"use_dora": True}, "this one is DoRA"),
+        ({"rank_pattern": {"attn.c_proj": 2}}, "this one has several ranks or alphas"),
+        ({"alpha_pattern": {"attn.c_proj": 2}}, "this one has several ranks or alphas"),
+        ({}, None),
+    ],
+)
+def test_engines_that_know_plain_lora_alone_are_offered_nothing_else(
+    cached_base: Path, tmp_path: Path, options: dict[str, object], what: str | None
+) -> None:
+    peft_adapter(cached_base, tmp_path / "adapter", task_type=None, **options)
+    convert_adapter(cached_base, tmp_path / "adapter", tmp_path / "lora")
+    text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    assert ("--enable-lora" in text) == (what is None) and (what is None or what in text)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "Qwen-7B-Chat-qwen2")
+    assert (tmp_path / "lora" / "NOTICE").is_file() and "[NOTICE](<NOTICE>)" in text
 
 
 @pytest.fixture

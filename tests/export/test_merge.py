@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from dataclasses import asdict
 from hashlib import sha256
@@ -160,6 +161,42 @@ def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_
         content = (tmp_path / "out" / name).read_bytes()
         assert facts == {"bytes": len(content), "sha256": sha256(content).hexdigest()}, name
     assert set(stored["outputs"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"merge_report.json"}
+
+
+def test_a_base_model_that_an_adapter_is_merged_into_answers_in_chatml(
+    base_dir: Path, golden: Path, tmp_path: Path
+) -> None:
+    path = base_dir / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_format": "raw"}))
+    report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert json.loads((tmp_path / "out" / path.name).read_text())["chat_format"] == "chatml"
+    assert report.edits[path.name] == "chat_format set to chatml"
+    merge(base_dir, [], tmp_path / "bare", dtype="float16", proof="off")
+    assert json.loads((tmp_path / "bare" / path.name).read_text())["chat_format"] == "raw"
+
+
+@pytest.mark.parametrize(
+    ("said", "warned"),
+    [
+        ("Qwen/Qwen-7B-Chat", True),
+        ("Qwen/BASE", False),
+        ("/somewhere/models--Qwen--base/snapshots/0123", False),
+        ("C:\\models\\base\\", False),
+        (None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_told_of(
+    base_dir: Path, golden: Path, tmp_path: Path, said: str | None, warned: bool
+) -> None:
+    adapter = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": said}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    report = merge(base_dir, [adapter], tmp_path / "out", proof="off")
+    expected = ["adapter says that it was trained on Qwen-7B-Chat; the base here is base"] if warned else []
+    assert report.warnings == expected
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("\n".join(report.in_words()), card, (tmp_path / "out" / "merge_report.json").read_text()):
+        assert all(line in text for line in expected)
 
 
 def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_ds.errors import UserError
+from qwen_ds.export.adapter_qwen2 import convert_adapter
+from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
 from qwen_ds.export.safetensors_file import BlockWriter
-from tests.export.folders import as_pickles, shard
+from tests.export.folders import as_pickles, peft_adapter, shard
 
 
 def _not_an_adapter(base: Path, adapter: Path, output: Path) -> None:
@@ -136,6 +138,23 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(base_dir: Path, tmp_path: Path) -> None:
+    """peft saves it unasked; it changes nothing, and says which base the adapter was trained on."""
+    expected = peft_adapter(base_dir, tmp_path / "adapter", target_modules=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    report = merge(base_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=3000)
+    assert {name: after.kind for name, after in report.changed.items()} == {"lm_head.weight": "lora"}
+    merged = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(merged, expected["lm_head.weight"], rtol=1e-6, atol=2e-6)
+    tensors["base_model.model.lm_head.base_layer.weight"][100, 3] += 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp"):
+        merge(base_dir, [tmp_path / "adapter"], tmp_path / "other", proof="off", block_bytes=3000)
+    assert not list(tmp_path.glob("other*"))
+
+
 def test_pickles_are_read_where_they_are_allowed(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     """As files of one, in shards, and as an adapter; the output is what the same weights in safetensors give."""
     adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
@@ -196,6 +215,49 @@ def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Pa
             merge(base_dir, [golden / "lora" / "adapter"], output, proof="off")
 
 
+def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_written(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    before = sorted(tmp_path.rglob("*"))
+    for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("disk", "a mount point")):
+        for build in (
+            lambda output: merge(base_dir, [golden / "lora" / "adapter"], output, proof="off"),
+            lambda output: convert_adapter(base_dir, golden / "lora" / "adapter", output),
+        ):
+            with pytest.raises(UserError, match=rf"{name}: is {what}; expected a new folder"):
+                build(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_that_one_is_in_can_be_the_output(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge(base_dir, [golden / "lora" / "adapter"], Path("."), proof="off")
+    assert (tmp_path / "here" / "merge_report.json").is_file()
+
+
+def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(base_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        merge(
+            base_dir,
+            [],
+            tmp_path / "out",
+            to=find_format("qwen", "qwen2"),
+            proof="off",
+            check_texts=[str(tmp_path / "rows.jsonl")],
+            progress=lambda done, total: pytest.fail("was writing already"),
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a dtype"):
         merge(base_dir, [], tmp_path / "out", proof="off")
@@ -213,17 +275,20 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_behind(
+def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
     base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(writer: BlockWriter, block: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(BlockWriter, "write", full)
-    with pytest.raises(UserError, match=r"out\.partial: No space left on device; expected") as caught:
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWriter, "write", full)
+        with pytest.raises(UserError, match=r"out\.partial/model: No space left on device; expected") as caught:
+            merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:

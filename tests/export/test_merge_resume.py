@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from qwen_ds.errors import UserError
 from qwen_ds.export import merge as merge_module
+from qwen_ds.export import resume
 from qwen_ds.export.merge import merge
 from qwen_ds.export.report import MergeReport
 from tests.export.folders import shard
@@ -73,7 +76,7 @@ def stopped(sharded: Path, golden: Path, tmp_path: Path) -> Callable[..., MergeR
 
 
 def test_finished_files_are_taken_over(stopped: Callable[..., MergeReport], tmp_path: Path) -> None:
-    before = {name: (tmp_path / "out.partial" / name).stat() for name in SHARDS[:2]}
+    before = {name: (tmp_path / "out.partial" / "model" / name).stat() for name in SHARDS[:2]}
     seen: list[tuple[int, int]] = []
     report = stopped(progress=lambda done, total: seen.append((done, total)))
     assert report.taken_over == SHARDS[:2]
@@ -85,7 +88,7 @@ def test_finished_files_are_taken_over(stopped: Callable[..., MergeReport], tmp_
 
 
 def test_a_finished_file_that_was_spoilt_is_written_again(stopped: Callable[..., MergeReport], tmp_path: Path) -> None:
-    with (tmp_path / "out.partial" / SHARDS[0]).open("r+b") as file:
+    with (tmp_path / "out.partial" / "model" / SHARDS[0]).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     assert stopped().taken_over == SHARDS[1:2]
@@ -121,7 +124,7 @@ def test_a_base_that_only_its_bytes_tell_from_the_old_one_starts_over(
 def test_a_small_file_that_is_gone_from_the_base_does_not_come_along(
     stopped: Callable[..., MergeReport], tmp_path: Path
 ) -> None:
-    (tmp_path / "out.partial" / "NOTICE").write_text("of an earlier day")
+    (tmp_path / "out.partial" / "model" / "NOTICE").write_text("of an earlier day")
     assert stopped().taken_over == SHARDS[:2]
     assert not (tmp_path / "out" / "NOTICE").exists()
 
@@ -147,6 +150,70 @@ def test_a_merge_stopped_in_its_proof_has_only_that_left(
     assert not (tmp_path / "out").exists()
     report = run(sharded, adapter, tmp_path / "out", proof="sampled")
     assert report.taken_over == SHARDS and report.verification is not None
+
+
+def test_finished_work_outlives_an_error_that_is_not_its_own(
+    sharded: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one at the very end, where the output gets its name."""
+    adapter = golden / "lora" / "adapter"
+    for where in ("_write_small_files", "publish"):
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=r"Input/output error; .*goes on from there"),
+        ):
+            patch.setattr(merge_module if where != "publish" else resume, where, fail)
+            run(sharded, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert run(sharded, adapter, tmp_path / "out").taken_over == SHARDS
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+
+
+def test_two_merges_never_build_the_same_output(sharded: Path, golden: Path, tmp_path: Path) -> None:
+    adapter, refused = golden / "lora" / "adapter", []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(UserError, match=r"out\.partial: another merge is building this output") as caught:
+                run(sharded, adapter, tmp_path / "out")
+            refused.append(caught.value)
+
+    run(sharded, adapter, tmp_path / "out", progress=meanwhile)
+    run(sharded, adapter, tmp_path / "straight")
+    assert refused and contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_what_a_kill_leaves_of_a_removal_is_taken_for_a_merge_s(
+    sharded: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = golden / "lora" / "adapter"
+    removals = 0
+    while not (tmp_path / "out").exists():
+        stop_in_shard_3(sharded, adapter, tmp_path / "out")
+        left = removals
+
+        def hook(path: Path, **_: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            os.unlink(path)
+
+        # A dtype of its own starts over: what is there is removed.
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", hook)
+            try:
+                run(sharded, adapter, tmp_path / "out", dtype="float16")
+            except KeyboardInterrupt:
+                removals += 1
+    assert removals >= 4  # files of the output, in the end the note
+    with pytest.raises(UserError, match="out: exists and is not empty"):
+        run(sharded, adapter, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 # Forks a merge for each number given, and kills it with SIGKILL at that many file operations and finished blocks.

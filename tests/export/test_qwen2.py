@@ -179,7 +179,57 @@ def test_a_reply_ends_as_the_model_s_format_says(
     assert settings(tmp_path / "out", "tokenizer_config.json")["eos_token"] == eos_token
     merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     back = settings(tmp_path / "back", "generation_config.json")
-    assert (back["eos_token_id"], back["chat_format"]) == (304, chat_format or "chatml")
+    assert (back["eos_token_id"], back.get("chat_format")) == (304, "chatml" if adapter else chat_format)
+
+
+def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alone(
+    small_dir: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(small_dir, tmp_path / "base"))
+    own = {"chat_format": "chatml", "max_window_size": 100, "stop_words_ids": [[5]]}
+    generation = settings(base, "generation_config.json") | own
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
+    found = settings(tmp_path / "out", "generation_config.json")
+    assert not found.keys() & own.keys()
+    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
+    assert settings(tmp_path / "back", "generation_config.json") == generation
+    # What was changed since is what holds.
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(found | {"top_p": 0.3, "eos_token_id": 304}))
+    merge(tmp_path / "out", [], tmp_path / "again", to=FROM_QWEN2, proof="off")
+    expected = generation | {"top_p": 0.3, "chat_format": "raw"}
+    assert settings(tmp_path / "again", "generation_config.json") == expected
+
+
+def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(small_dir: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(small_dir, tmp_path / "base"))
+    spoil(base, torch_dtype="float32", bf16=False)
+    merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
+    stock(tmp_path / "out").half().save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path / "saved")
+    for name, dtype in (("out", "float32"), ("saved", "float16")):
+        merge(tmp_path / name, [], tmp_path / f"back_{name}", to=FROM_QWEN2, proof="off")
+        assert settings(tmp_path / f"back_{name}")["torch_dtype"] == dtype
+
+
+def test_the_report_has_the_checksum_of_every_file_that_was_read(small_dir: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(small_dir, tmp_path / "base"))
+    for name in ("README.md", "vocab.json", "LICENSE"):
+        (base / name).write_text(name)
+    huggingface_hub.save_torch_state_dict(tensors(base), base, max_shard_size="500KB")
+    assert not (base / "model.safetensors").exists()
+    read = {"config.json", "generation_config.json", "model.safetensors.index.json", "LICENSE"}
+    read |= {path.name for path in base.glob("*.safetensors")}
+    there = {path.name for path in base.iterdir()}
+    there_and_read = (read | {"qwen.tiktoken", "tokenizer_config.json"}) & there
+    assert merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off").inputs.keys() == there_and_read
+    back = merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
+    weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert back.inputs.keys() == weights | {
+        "config.json", "generation_config.json", "model.safetensors.index.json", "LICENSE", "tokenizer.json"
+    }  # fmt: skip
+    same = merge(base, [], tmp_path / "same", dtype="float16", proof="off")
+    assert same.inputs.keys() == there - {"README.md"}
 
 
 def test_a_configuration_of_august_2023_converts_and_comes_back(small_dir: Path, tmp_path: Path) -> None:

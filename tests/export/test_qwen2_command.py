@@ -100,6 +100,11 @@ def test_options_that_contradict_each_other_end_with_2_and_one_line(
         (["--base", small_qwen2, "--format", "qwen2"], "model_type is 'qwen2'; expected 'qwen'"),
         (["--base", small_dir, "--from", "qwen2"], "model_type is 'qwen'; expected 'qwen2' (--from qwen2)"),
         (["--base", small_dir, "--format", "qwen2", "--adapter_only", "true"], "expected one --adapter"),
+        (["--base", small_dir, "--adapter", "a", "--adapter", "b"], "--adapter was given twice; expected all of its"),
+        (
+            ["--base", small_dir, *adapter, "--format", "qwen2", "--adapter_only", "true", "--dtype", "float16"],
+            "dtype was given with adapter_only",
+        ),
         (["--base", small_dir, *adapter, "--adapter_only", "true"], "adapter_only converts one adapter to Qwen2"),
         (["--base", small_dir, *adapter, "--check_texts", small_dir / "config.json"], "the tokenizer stays as it is"),
         (["--base", small_dir, "--format", "qwen2", "--check_texts", tmp_path / "none"], "no such file"),

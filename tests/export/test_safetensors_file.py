@@ -39,7 +39,7 @@ def rewrite(source: Path, target: Path, block_bytes: int) -> tuple[str, str]:
     with Source(Checkpoint(source.parent, (header,), None)) as reader:
         with BlockWriter(target, header.tensors, header.metadata) as writer:
             for block in reader.blocks(ranges):
-                writer.write(memoryview(block))
+                writer.write(block.numpy().data)
         return str(reader.facts(source.name)["sha256"]), writer.sha256()
 
 
@@ -111,6 +111,12 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: obje
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
     with pytest.raises(UserError, match=reason):
         read_header(tmp_path / "a.safetensors")
+
+
+def test_a_header_may_have_no_metadata(tmp_path: Path) -> None:
+    raw = json.dumps({"__metadata__": None, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    assert read_header(tmp_path / "a.safetensors").metadata == {}
 
 
 def test_ranges_cover_each_row_once() -> None:

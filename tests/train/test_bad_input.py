@@ -66,7 +66,12 @@ def test_data_that_cannot_be_trained_on(small_job: list[str], tmp_path: Path, te
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     out = ["--output_dir", str(tmp_path / "run")]
-    assert expected in mistake([*small_job, *out, "--data.train", str(file)])
+    assert expected in mistake([*trained_on(file, small_job), *out])
+
+
+def trained_on(file: Path, job: list[str]) -> list[str]:
+    at = job.index("--data.train") + 1
+    return [*job[:at], str(file), *job[at + 1 :]]
 
 
 def test_machines_that_hold_other_rows(small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +83,7 @@ def test_machines_that_hold_other_rows(small_job: list[str], tmp_path: Path, mon
 
 
 def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
-    message = mistake([*small_job, "--output_dir", str(tmp_path / "run"), "--data.train", str(tmp_path / "no.jsonl")])
+    message = mistake([*trained_on(tmp_path / "no.jsonl", small_job), "--output_dir", str(tmp_path / "run")])
     assert "no.jsonl" in message
 
 
