@@ -246,12 +246,7 @@ def main() -> None:
     plan, name = Plan(QWenConfig()), torch.cuda.get_device_name(device)
     found = measure(plan, device, options.minutes)
     engine.stop_process_group()
-    about = {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "ranks": dist.world_size(),
-    }
+    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
     sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
     options.json.write_text(json.dumps({"about": about, "plan": sizes, "found": found}, indent=1))
     print(f"\n{name}, torch {torch.__version__}\n\n{report(found, plan, name)}")
