@@ -94,11 +94,13 @@ class Evaluator:
             ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
             real_BT[b, width - len(prompt) :] = 1
         generate: Any = engine.model.model.generate  # transformers', of the model or through PEFT's wrapper
-        answers = generate(
-            input_ids=ids_BT, attention_mask=real_BT, do_sample=False, max_new_tokens=self._options.sample_tokens,
-            eos_token_id=self._stop_ids(), pad_token_id=self._rows.pad_id,
-            synced_gpus=engine.stage == 3 and dist.world_size() > 1, stopping_criteria=[self._get_on],
-        )[:, width:].tolist()  # fmt: skip
+        # Decoding meets the blocks with a cache, for which compiled ones would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            answers = generate(
+                input_ids=ids_BT, attention_mask=real_BT, do_sample=False, max_new_tokens=self._options.sample_tokens,
+                eos_token_id=self._stop_ids(), pad_token_id=self._rows.pad_id,
+                synced_gpus=engine.stage == 3 and dist.world_size() > 1, stopping_criteria=[self._get_on],
+            )[:, width:].tolist()  # fmt: skip
         engine.train(True)
         return [
             Sample(self._text(prompt), self._text(self._until_stop(answer)), self._text(reference))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
+from torch._dynamo.callback import on_compile_end, on_compile_start
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -165,6 +167,19 @@ def compile_blocks(model: QWenLMHeadModel, device: torch.device) -> None:
     options = {"fallback_random": True} if device.type == "cpu" else None
     for block in model.transformer.h:
         block.compile(dynamic=True, options=options)
+    began = total = 0.0
+
+    def start(_: object) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    def end(_: object) -> None:
+        nonlocal total
+        total += time.perf_counter() - began
+        log.info("compilation of the blocks has taken %.1f s so far", total)
+
+    on_compile_start(start)
+    on_compile_end(end)
 
 
 def choose_recomputation(

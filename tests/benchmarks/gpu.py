@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from qwen_ds import config, dist
+from qwen_ds import config
 from qwen_ds.model import wide
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
@@ -246,12 +246,7 @@ def main() -> None:
     plan, name = Plan(QWenConfig()), torch.cuda.get_device_name(device)
     found = measure(plan, device, options.minutes)
     engine.stop_process_group()
-    about = {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "ranks": dist.world_size(),
-    }
+    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
     sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
     options.json.write_text(json.dumps({"about": about, "plan": sizes, "found": found}, indent=1))
     print(f"\n{name}, torch {torch.__version__}\n\n{report(found, plan, name)}")
