@@ -179,7 +179,7 @@ def in_child(action: Callable[[], object], out: Path) -> int:
 
 def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
     """Adapter, metrics without what depends on the clock and the process, and what lies in the folder."""
-    timed = ("seconds", "tokens_per_second", "learnt_tokens_per_second", "memory_gb")
+    timed = ("seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second", "memory_gb")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if "tensorboard" not in p.parts)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -23,7 +23,7 @@ from qwen_ds.train import checkpoint
 from tests.jobs import ROOT, SCRIPT, Job
 
 pytestmark = pytest.mark.job
-TIMED = ("seconds", "tokens_per_second", "learnt_tokens_per_second", "memory_gb")
+TIMED = ("seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second", "memory_gb")
 
 
 @pytest.fixture
