@@ -138,8 +138,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(rows))
     out = tmp_path / "run"
-    options = ["--model.path", str(model), "--data.train", str(data), "--deepspeed", f"ds_configs/zero{stage}.json"]
-    result = job([*small_job, *options, "--output_dir", str(out)], 2)
+    options = ["--model.path", str(model), "--deepspeed", f"ds_configs/zero{stage}.json", "--output_dir", str(out)]
+    result = job([str(data) if word == small_job[3] else word for word in small_job] + options, 2)
     assert result.codes[0] == 2
     line = next(text for text in result.err.splitlines() if text.startswith("error:"))
     assert "the loss is not finite" in line and "data.jsonl:41" in line
