@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,13 @@ def small_job(small_dir: Path, rows_file: Path, tmp_path: Path) -> list[str]:
         "--model.dtype", "float32", "--lora.dropout", "0", "--batch.rows_per_step", "16",
         "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "10", "--optim.lr", "1e-3",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def pytests_log_handlers() -> Iterator[None]:
+    """For tests of code that sends all log lines to its own file: pytest's handlers come back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)

@@ -10,9 +10,10 @@ import torch
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.plan import Plan
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES, row_ranges
+from qwen_ds.export.safetensors_file import row_ranges
 from qwen_ds.export.source import Source
 from qwen_ds.model.adapter import Adapter
+from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/")
 

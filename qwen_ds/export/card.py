@@ -19,7 +19,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import legal_texts, read_json
 
 CARD_NAME = "README.md"
-RECIPE, DATA_REPORT, METRICS = "recipe.yaml", "data_report.json", "metrics.json"
+RECIPE, DATA_REPORT = "recipe.yaml", "data_report.json"
 
 _LOADING = {
     "qwen": """transformers, with Qwen-DS installed (no `trust_remote_code`):

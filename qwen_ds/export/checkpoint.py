@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwen_ds.errors import UserError
-from qwen_ds.export.safetensors_file import DTYPE_NAMES, Header, TensorSpec, read_header
+from qwen_ds.export.safetensors_file import Header, read_header
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, read_json, write_json
+from qwen_ds.model.weights_file import DTYPE_NAMES, TensorSpec, file_sha256, read_pickle
 
 SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
 GENERATION_CONFIG = "generation_config.json"
@@ -79,29 +76,16 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Header:
-    return read_header(path) if path.suffix == ".safetensors" else read_pickle(path)
+    return read_header(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
-def read_pickle(path: Path) -> Header:
-    """The tensors of a pickle that holds nothing else, mapped into memory.
-
-    Raises:
-        UserError: anything but a dict of tensors (`weights_only`: no code in it can run).
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+def _open_pickle(path: Path) -> Header:
+    tensors = read_pickle(path, mmap=True)
     odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
     if odd:
         raise UserError(f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has")
     specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return Header(path, tuple(specs), {"format": "pt"}, 0, {name: tensor.detach() for name, tensor in tensors.items()})
+    return Header(path, tuple(specs), {"format": "pt"}, 0, tensors)
 
 
 def carry_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
@@ -143,8 +127,4 @@ def with_rms_norm_eps(settings: dict[str, Any]) -> dict[str, Any]:
 
 def file_facts(path: Path) -> dict[str, object]:
     """Size and sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -22,7 +22,7 @@ from qwen_ds.export.card import CARD_NAME, Origin, write_card
 from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import INDEX_NAME, file_facts
 from qwen_ds.export.layout import QWEN, Format
-from qwen_ds.export.output_folder import flush, require_new_folder
+from qwen_ds.export.output_folder import require_new_folder
 from qwen_ds.export.plan import MergeDtype, Plan, make_plan, write_index
 from qwen_ds.export.report import REPORT_NAME, MergeReport, describe, rejected_name
 from qwen_ds.export.resume import Progress, recipe_of
@@ -32,6 +32,7 @@ from qwen_ds.export.tokenizer_check import texts_of
 from qwen_ds.export.verify import Proof, check_files, choose_proof, verify_merge
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.folder import legal_texts, write_json
+from qwen_ds.model.weights_file import sync
 
 Facts = dict[str, dict[str, Any]]  # file name -> bytes and sha256
 ShowProgress = Callable[[int, int], None]
@@ -170,7 +171,7 @@ def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int,
                 work.discard()
                 raise
             work.add(shard.name, written, source)
-            flushed.append(flushing.submit(flush, path))
+            flushed.append(flushing.submit(sync, path))
     for done_flushing in flushed:
         done_flushing.result()
     check_files(work.folder, plan.shards)

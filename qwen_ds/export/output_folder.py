@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import require_folder
+from qwen_ds.model.weights_file import sync
 
 
 def require_new_folder(output: Path) -> None:
@@ -20,19 +21,10 @@ def require_new_folder(output: Path) -> None:
         raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(folder: Path, output: Path) -> None:
     """Give `folder` its name: also after a power failure it is complete or absent under it."""
     for path in sorted(folder.iterdir()):
-        flush(path)
-    flush(folder)
+        sync(path)
+    sync(folder)
     folder.rename(output)
-    flush(output.parent)
+    sync(output.parent)

@@ -10,9 +10,9 @@ from qwen_ds.errors import UserError
 from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from qwen_ds.export.layout import Format, Layout
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES, TensorSpec
 from qwen_ds.model.adapter import check_adapter_fits
 from qwen_ds.model.folder import write_json
+from qwen_ds.model.weights_file import FLOAT_DTYPES, TensorSpec
 
 MergeDtype = Literal["keep", "bfloat16", "float16", "float32"]
 _FILE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

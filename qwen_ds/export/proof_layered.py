@@ -22,11 +22,12 @@ from qwen_ds.export.layout import Layout, identity, inverse
 from qwen_ds.export.noise import RoundingNoise
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.proof import Outputs, Row, put_adapters, spoil
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES, row_ranges
+from qwen_ds.export.safetensors_file import row_ranges
 from qwen_ds.export.source import Source
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock
 from qwen_ds.model.rotary import rotary_tables
+from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 _HEAD_ROWS = 1024  # of the head at once, in fp32 16 MB at 7B
 _READ_BYTES = 4 * 2**20  # read and widened to fp32 at once

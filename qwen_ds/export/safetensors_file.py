@@ -1,8 +1,6 @@
 """Safetensors files as streams of row blocks, in and out.
 
-The library's own writer wants every tensor of a file at once; a checkpoint's shard is 2 to 10 GB. A file is: the length
-of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets; and `__metadata__`), and
-the tensors' bytes side by side without holes.
+The library's own writer wants every tensor of a file at once; a checkpoint's shard is 2 to 10 GB.
 """
 
 from __future__ import annotations
@@ -19,53 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qwen_ds.errors import UserError
-
-BYTES_PER_ITEM = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {
-    **{dtype: name for name, dtype in FLOAT_DTYPES.items()},
-    torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+from qwen_ds.model.weights_file import BYTES_PER_ITEM, TensorSpec, header_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 # Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums run side by side.
 BLOCKS_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What a header says of one tensor. Its rows are its first dimension; a scalar is one row."""
-
-    name: str
-    dtype: str  # as in the file: "BF16"
-    shape: tuple[int, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def items_per_row(self) -> int:
-        items = 1
-        for size in self.shape[1:]:
-            items *= size
-        return items
-
-    @property
-    def bytes_per_row(self) -> int:
-        return self.items_per_row * BYTES_PER_ITEM[self.dtype]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_rows * self.bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +115,9 @@ class BlockWriter:
 
     def __init__(self, path: Path, tensors: Iterable[TensorSpec], metadata: dict[str, str]) -> None:
         self.path = path
-        self._expected = 0
-        # transformers refuses files that do not say which framework's layout they hold.
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-        for spec in tensors:
-            offsets = [self._expected, self._expected + spec.num_bytes]
-            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
-            self._expected = offsets[1]
-        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)  # the data start aligned
-        self.header = len(raw).to_bytes(8, "little") + raw
+        specs = tuple(tensors)
+        self._expected = sum(spec.num_bytes for spec in specs)
+        self.header = header_bytes(specs, metadata)
 
     def __enter__(self) -> BlockWriter:
         self._sha256 = hashlib.sha256()

@@ -15,8 +15,9 @@ from torch import Tensor
 from qwen_ds.errors import UserError
 from qwen_ds.export.changes import Change, load_changes
 from qwen_ds.export.plan import Plan, Shard
-from qwen_ds.export.safetensors_file import FLOAT_DTYPES, BlockWriter, RowRange, row_ranges
+from qwen_ds.export.safetensors_file import BlockWriter, RowRange, row_ranges
 from qwen_ds.export.source import Source
+from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 # A block takes about nine times this while it is worked on (fp32 before and after, blocks read ahead, blocks waiting to
 # be written), and stays in the processor's cache for most of that: of 2 MiB, its sums took a quarter longer.

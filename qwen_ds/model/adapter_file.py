@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ds.errors import UserError
+from qwen_ds.model.weights_file import read_pickle
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -72,11 +71,5 @@ def open_weights(folder: Path, allow_pickle: bool) -> tuple[Mapping[str, Tensor]
         raise UserError(f"{folder}: no {WEIGHTS_NAME}; expected a PEFT adapter folder")
     if not allow_pickle:
         raise UserError(f"{pickles[0]}: a pickle; expected {WEIGHTS_NAME}")
-    try:
-        loaded = torch.load(pickles[0], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{pickles[0]}: not a file of plain tensors ({str(error).splitlines()[0]})") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{pickles[0]}: holds a {type(loaded).__name__}; expected a dict of tensors")
-    loaded = {name: tensor.detach() for name, tensor in loaded.items()}
+    loaded = read_pickle(pickles[0], mmap=False)
     return loaded, {name: tuple(tensor.shape) for name, tensor in loaded.items()}

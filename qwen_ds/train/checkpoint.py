@@ -24,13 +24,12 @@ from typing import Any
 from torch import Tensor
 from torch import uint8 as torch_uint8
 
+from qwen_ds.model.weights_file import DTYPE_NAMES, TensorSpec, file_sha256, header_bytes, sync
+
 STATE = "state.json"
 LATEST, BEST = "latest", "best"
 FORMAT = 1
 _CHUNK_BYTES = 16 * 2**20
-_DTYPE_NAMES = {
-    "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.uint8": "U8", "torch.int64": "I64",
-}  # fmt: skip
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -69,11 +68,6 @@ def write_file(path: Path, blocks: Iterable[memoryview], getting_on: Callable[[]
     return sha256.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_text(path: Path, text: str) -> str:
     return write_file(path, [memoryview(text.encode())])
 
@@ -85,33 +79,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], getting_on: Callabl
     Args:
         tensors: a contiguous one on the CPU is not copied.
     """
-    # A data start that is a multiple of 8, as the library writes it.
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + tensor.nbytes
-        entries[name] = {
-            "dtype": _DTYPE_NAMES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [position, end]
-        }  # fmt: skip
-        position = end
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
     def blocks() -> Iterator[memoryview]:
-        yield memoryview(len(header).to_bytes(8, "little") + header)
+        yield memoryview(header_bytes(specs, {}))
         for tensor in tensors.values():
             yield tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().data
 
     return write_file(path, blocks(), getting_on)
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's own entries: without it a power cut may undo a rename."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unfinished_folder(run: Path, step: int) -> Path:

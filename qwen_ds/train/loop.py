@@ -73,7 +73,8 @@ def train(
     evaluator = make_evaluator(recipe, data, output.base, watchdog)
 
     def state(step: int) -> RunState:
-        return RunState(step, steps_per_epoch, progress.state(), best, evaluated)
+        schedule = {"name": recipe.optim.schedule, "steps": steps, "next_lr": lr_at(step, steps, recipe.optim)}
+        return RunState(step, steps_per_epoch, progress.state(), schedule, best, evaluated)
 
     engine.train(True)
     with progress, windows, StopRequest(dist.job_ends_at(), recipe.save.before_minutes) as request:

@@ -13,8 +13,9 @@ from torch import Tensor
 from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import carry_over, write_json
+from qwen_ds.model.weights_file import file_sha256, sync
 from qwen_ds.train import lora
-from qwen_ds.train.checkpoint import file_sha256, sync, write_tensors
+from qwen_ds.train.checkpoint import write_tensors
 from qwen_ds.train.engine import Engine
 from qwen_ds.train.watchdog import Watchdog
 

@@ -41,6 +41,7 @@ class RunState:
     step: int
     steps_per_epoch: int
     progress: dict[str, Any]  # of Progress.state(); {} on other ranks than 0
+    schedule: dict[str, Any]  # its name, the run's steps, and the learning rate of the next step
     best: BestLoss = BestLoss()
     evaluated: bool = True
     """False: stopped before the evaluation that was due after this step."""
@@ -117,6 +118,7 @@ class Saver:
             "step": state.step,
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
+            "schedule": state.schedule,
             "optimizer_steps": engine.state.steps,
             "loss_scaler": engine.state.loss_scaler(),
             "overflows": engine.overflows,

@@ -59,7 +59,7 @@ def measure(saver: Saver, trained: engine.Engine, step: int, size: int) -> str:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
-    saver.save(trained, RunState(step, 10, {}))
+    saver.save(trained, RunState(step, 10, {}, {}))
     stall = time.perf_counter() - start
     assert saver.wait()
     return (

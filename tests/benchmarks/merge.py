@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 
 from qwen_ds.config import Parser
 from qwen_ds.errors import UserError, run_command
-from qwen_ds.export.safetensors_file import BlockWriter, TensorSpec
+from qwen_ds.export.safetensors_file import BlockWriter
 from qwen_ds.export.verify import available_memory
+from qwen_ds.model.weights_file import TensorSpec
 
 NUM_SHARDS = 8
 TABLE = 2**24  # random values, drawn once

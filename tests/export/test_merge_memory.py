@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qwen_ds.export.safetensors_file import BlockWriter, TensorSpec
+from qwen_ds.export.safetensors_file import BlockWriter
+from qwen_ds.model.weights_file import TensorSpec
 
 MIB = 2**20
 NUM_TENSORS, ROWS, COLUMNS, RANK = 4, 8192, 4096, 8  # 64 MiB each in bf16

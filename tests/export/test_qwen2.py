@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import find_format
+from qwen_ds.export.layout import Format
 from qwen_ds.export.merge import merge
 from qwen_ds.model.modeling import QWenLMHeadModel
 
@@ -296,6 +297,16 @@ def add_tensor(folder: Path, name: str, value: Tensor) -> None:
     save_file({**tensors(folder), name: value}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def assert_refused(source: Path, change: Callable[[Path], None], to: Format, message: str, tmp_path: Path) -> None:
+    """A changed copy of `source` is refused in one line, and nothing is written."""
+    base = Path(shutil.copytree(source, tmp_path / "base"))
+    change(base)
+    with pytest.raises(UserError, match=message) as caught:
+        merge(base, [], tmp_path / "out", to=to, proof="off")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -315,12 +326,7 @@ def add_tensor(folder: Path, name: str, value: Tensor) -> None:
 def test_what_qwen2_cannot_be_is_named_before_anything_is_written(
     small_dir: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    base = Path(shutil.copytree(small_dir, tmp_path / "base"))
-    change(base)
-    with pytest.raises(UserError, match=message) as caught:
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
-    assert "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    assert_refused(small_dir, change, TO_QWEN2, message, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -341,12 +347,7 @@ def test_what_qwen2_cannot_be_is_named_before_anything_is_written(
 def test_what_qwen_cannot_be_is_named_before_anything_is_written(
     small_qwen2: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    base = Path(shutil.copytree(small_qwen2, tmp_path / "base"))
-    change(base)
-    with pytest.raises(UserError, match=message) as caught:
-        merge(base, [], tmp_path / "out", to=FROM_QWEN2, proof="off")
-    assert "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    assert_refused(small_qwen2, change, FROM_QWEN2, message, tmp_path)
 
 
 def test_tables_that_early_releases_stored_are_left_out(small_dir: Path, tmp_path: Path) -> None:

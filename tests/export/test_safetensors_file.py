@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.checkpoint import Checkpoint
-from qwen_ds.export.safetensors_file import BlockWriter, TensorSpec, read_header, row_ranges
+from qwen_ds.export.safetensors_file import BlockWriter, read_header, row_ranges
 from qwen_ds.export.source import Source
+from qwen_ds.model.weights_file import TensorSpec
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).reshape(7, 5),

@@ -263,7 +263,7 @@ def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
         saver = Saver(output, {}, 1, Watchdog(10, launched=False), None)
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        saver.save(engine, RunState(1, 10, {}))
+        saver.save(engine, RunState(1, 10, {}, {}))
         assert saver.wait()
         grown = memory("VmHWM") - before
         assert grown < 3.2 * size, f"{grown / size:.2f} times"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +25,7 @@ from qwen_ds.train.watchdog import Watchdog
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _keep_pytests_log_handlers() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("pytests_log_handlers")
 
 
 def mistake(arguments: list[str]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,13 +35,7 @@ QWEN_7B = Shape.of(QWenConfig())
 HOW = Saving.of(Recipe(lora=LoraOptions(special_rows="off")), on_gpu=True)
 
 
-@pytest.fixture(autouse=True)
-def _keep_pytests_log_handlers() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("pytests_log_handlers")
 
 
 class Rows:
