@@ -39,6 +39,9 @@ _FREE = (
     "log.profile_steps",
 )  # fmt: skip
 
+# What decides which parameters are trained, and of which shape: a checkpoint fits no other choice.
+_FIXED = ("method", "lora.r", "lora.targets", "lora.variant", "lora.special_rows", "lora.modules_to_save")
+
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
     """Hashes that go into each checkpoint: of recipe and DeepSpeed JSON together, and of the token rows."""
@@ -65,12 +68,14 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
     defaults = _comparable(to_dict(Recipe()), {})
     for key in sorted({*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
-        if was != now and not _allowed(key, recipe.resume.allow_changes):
-            allow = key.split(".")[0] if key.startswith("deepspeed.") else key
-            raise UserError(
-                f"{file}: {key} was {was!r} when the run began and is {now!r} now; expected the same recipe (or "
-                f"--resume.allow_changes {allow}, or another output_dir)"
-            )
+        if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
+            continue
+        allow = key.split(".")[0] if key.startswith("deepspeed.") else key
+        way = "" if key in _FIXED else f"--resume.allow_changes {allow}, or "
+        raise UserError(
+            f"{file}: {key} was {was!r} when the run began and is {now!r} now; expected the same recipe (or {way}"
+            f"another output_dir)"
+        )
 
 
 def check_same_data(state: dict[str, Any], recipe: Recipe, data_sha256: str) -> None:
@@ -137,10 +142,10 @@ def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> boo
     return dist.broadcast_text("yes" if through and runfolder.is_finished(run) else "") == "yes"
 
 
-def check_world(found: Checkpoint, stage: int, *, sharded: bool) -> None:
+def check_world(found: Checkpoint, stage: int) -> None:
     """Raises UserError if the pieces of a full-training checkpoint don't fit this world."""
     state = found.state
-    if state["sharded"] and (state["ranks"], state["zero_stage"], True) != (dist.world_size(), stage, sharded):
+    if state["sharded"] and (state["ranks"], state["zero_stage"]) != (dist.world_size(), stage):
         raise UserError(
             f"{found.folder}: full training's state of {state['ranks']} ranks under ZeRO-{state['zero_stage']}; "
             f"expected the same now, not {dist.world_size()} under ZeRO-{stage} (its model/ can begin a new run)"

@@ -100,7 +100,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     data = setup.load_data(recipe)
     if found:
         resume.check_same_data(found.state, recipe, data.sha256)
-        resume.check_world(found, resolved.stage, sharded=recipe.method == "full" and resolved.stage > 0)
+        resume.check_world(found, resolved.stage)
         steps = total_steps(recipe, data.sampler.steps_per_epoch)
         if resume.is_finished(found, folder, recipe, steps):
             say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one")

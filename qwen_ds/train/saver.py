@@ -82,7 +82,7 @@ class Saver:
             return target  # nothing has changed since; to write it again would leave a moment without it
         described = self._describe(engine, state)
         rng = dist.gather_texts(_rng_state())
-        if self.sharded(engine):
+        if self._sharded(engine):
             self._save_shards(engine, state, described, rng)
             return target
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in (VALUE, *MOMENTS)}
@@ -108,7 +108,7 @@ class Saver:
             self._watchdog.touch()
         self._thread = None
 
-    def sharded(self, engine: Engine) -> bool:
+    def _sharded(self, engine: Engine) -> bool:
         """Full training under ZeRO: the state stays in the ranks' pieces."""
         return self._output.adapter_config is None and engine.stage > 0
 
@@ -127,7 +127,7 @@ class Saver:
             "progress": state.progress,
             "ranks": dist.world_size(),
             "zero_stage": engine.stage,
-            "sharded": self.sharded(engine),
+            "sharded": self._sharded(engine),
             **self._identity,
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qwen_ds.config import OptimOptions, Recipe, ResumeOptions, SaveOptions, write_recipe
+from qwen_ds.config import LoraOptions, OptimOptions, Recipe, ResumeOptions, SaveOptions, write_recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import write_json
 from qwen_ds.train import resume
@@ -42,6 +42,13 @@ def test_a_changed_key_is_named_and_may_be_allowed(run: Path) -> None:
     # How many checkpoints stay says nothing about the numbers.
     resume.check_same_run(run, replace(changed, resume=ResumeOptions(["optim", "save.every_steps"])), DS_JSON)
     assert "optim.lr" in mistake(run, replace(changed, resume=ResumeOptions(["opti", "save"]))), "no prefix of a word"
+
+
+def test_what_is_trained_may_not_change_even_if_it_is_allowed(run: Path) -> None:
+    changed = replace(Recipe(), lora=LoraOptions(r=16), resume=ResumeOptions(["lora"]))
+    text = mistake(run, changed)
+    assert "lora.r was 8" in text and "allow_changes" not in text and "another output_dir" in text
+    resume.check_same_run(run, replace(changed, lora=LoraOptions(dropout=0.2)), DS_JSON)
 
 
 def test_another_stage_is_named_first_and_may_be_allowed(run: Path) -> None:
