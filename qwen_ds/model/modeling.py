@@ -22,7 +22,6 @@ from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.masking import Visibility, causal_mask, visibility
 from qwen_ds.model.rotary import apply_rotary, logn_factors, ntk_alpha, rotary_tables
-from qwen_ds.model.wide import causal_attention
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +51,6 @@ class QWenAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.kv_channels
         self.dropout = config.attn_dropout_prob
-        self.wide = False  # products of bf16 tensors in fp32 (qwen_ds/model/wide.py)
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = ResidualLinear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
@@ -78,8 +76,6 @@ class QWenAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.config._attn_implementation == "eager":
             out = eager_attention(q, k, v, mask, dropout)
-        elif self.wide and is_causal and not dropout:
-            out = causal_attention(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
         return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))

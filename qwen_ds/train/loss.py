@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qwen_ds.model import wide
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.train.special_rows import HeadWithRows
 
@@ -44,16 +44,15 @@ class _HeadLoss(torch.autograd.Function):
         grad_rows_KD = torch.zeros_like(rows_KD, dtype=torch.float32) if need_rows else None
         # A copy only where the whole head is trained over a bf16 base: then it is fp32.
         weight_VD, rows_KD = weight_VD.to(hidden_ND.dtype), rows_KD.to(hidden_ND.dtype)
-        dtype = wide.product_dtype(hidden_ND)
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
-            hidden_CD, targets_C = hidden_ND[start : start + step].to(dtype), targets_N[start : start + step]
+            hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
             value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C, rows_KD, ids_K)
             loss_sum += value
             grad_CK = grad_CV[:, ids_K]
             grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:
-                grad_hidden_CD = wide.matmul(grad_CV, weight_VD).addmm_(grad_CK, rows_KD.to(dtype))
+                grad_hidden_CD = (grad_CV @ weight_VD).addmm_(grad_CK, rows_KD)
                 grad_hidden_ND[start : start + step] = grad_hidden_CD
             if grad_weight_VD is not None:
                 grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
@@ -81,8 +80,8 @@ def _chunk(
     hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, rows_KD: Tensor, ids_K: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses (fp32) and its gradient with respect to the logits (in hidden's dtype)."""
-    logits_CV = wide.linear(hidden_CD, weight_VD)
-    logits_CV.index_copy_(1, ids_K, wide.linear(hidden_CD, rows_KD))
+    logits_CV = F.linear(hidden_CD, weight_VD).float()
+    logits_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD).float())
     # Softmax in place, one exponential a logit: the chunk is the largest thing in memory, and it exists once.
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
     target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]

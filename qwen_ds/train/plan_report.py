@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from qwen_ds.config import LoadedRecipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import find_model
-from qwen_ds.train import ds_config, flops, plan
+from qwen_ds.train import ds_config, flops, plan, setup
 from qwen_ds.train.activations import Saving
 from qwen_ds.train.hardware import GPUS, Gpu, gpu_named
 from qwen_ds.train.memory import official_memory, trained_parameters
@@ -53,6 +54,7 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
         UserError: an unknown GPU, a number that cannot be meant, or what the recipe and its JSON are refused for.
     """
     gpu = _checked(options)
+    loaded = replace(loaded, recipe=setup.choose_dtype(loaded.recipe, torch.device("cuda")))
     zeros = _stages(loaded, options)
     recipe, shape = loaded.recipe, _shape(loaded)
     if recipe.lora.variant == "dora" and recipe.method == "lora":

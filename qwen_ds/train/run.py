@@ -85,7 +85,7 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     loaded = setup.find_sources(loaded)
     resolved = ds_config.resolve(
         config,
-        loaded.recipe,
+        setup.choose_dtype(loaded.recipe, device),
         loaded.set_keys,
         hidden_size=AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size,
         world=dist.world_size(),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from torch._dynamo.callback import on_compile_end, on_compile_start
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -20,10 +19,9 @@ from qwen_ds.config import LoadedRecipe, Recipe
 from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows import TokenRows, prepare
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory
-from qwen_ds.model import wide
+from qwen_ds.machine import available_memory, has_fast_bf16
 from qwen_ds.model.folder import find_model
-from qwen_ds.model.modeling import QWenAttention, QWenLMHeadModel, QWenMLP
+from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import ds_config, engine, lora, plan, special_rows
 from qwen_ds.train.activations import Saving
 from qwen_ds.train.loss import TrainingModel
@@ -125,8 +123,6 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
             compile_blocks(model, device)
         if recipe.method == "full":
             return Model(TrainingModel(model, model.transformer, model.lm_head), None, lora.count_parameters(model))
-        if wide.product_dtype(torch.empty(0, dtype=dtype, device=device)) != dtype:
-            widen(model)
         rows = special_rows.special_ids(Path(recipe.model.path)) if recipe.lora.special_rows == "on" else []
         wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows)
     if recipe.lora.init_from:
@@ -135,30 +131,27 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
+def choose_dtype(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with `auto` dtype replaced by the faster one of those that hold a bf16 base exactly.
+
+    Only LoRA may have it in fp32: in full training the dtype is that of the result.
+    """
+    if recipe.model.dtype != "auto":
+        return recipe
+    slow = recipe.method == "lora" and device.type == "cpu" and not has_fast_bf16()
+    return replace(recipe, model=replace(recipe.model, dtype="float32" if slow else "bfloat16"))
+
+
 def choose_attention(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with `auto` attention replaced by the faster kernel.
 
-    On CPUs with AMX plain bf16 products beat SDPA, whose backward is slow in bf16. Without AMX SDPA runs in fp32
-    (qwen_ds/model/wide.py), where it is the faster one.
+    On CPUs with AMX plain bf16 products beat SDPA, whose backward is slow in bf16; in fp32 it is the faster one.
     """
     if recipe.model.attention != "auto":
         return recipe
     on_cpu_in_bf16 = device.type == "cpu" and recipe.model.dtype == "bfloat16"
-    kernel: Literal["sdpa", "eager"] = "eager" if on_cpu_in_bf16 and not wide.has_slow_bf16() else "sdpa"
+    kernel: Literal["sdpa", "eager"] = "eager" if on_cpu_in_bf16 and has_fast_bf16() else "sdpa"
     return replace(recipe, model=replace(recipe.model, attention=kernel))
-
-
-def widen(model: QWenLMHeadModel) -> None:
-    """Let the blocks of a frozen model compute their products in fp32; parameters and their names stay."""
-    for module in model.modules():
-        if isinstance(module, QWenAttention):
-            module.wide = True
-        if isinstance(module, QWenAttention | QWenMLP):
-            for name, child in module.named_children():
-                assert isinstance(child, nn.Linear)
-                made = wide.WideLinear(child.in_features, child.out_features, child.bias is not None, device="meta")
-                made.weight, made.bias = child.weight, child.bias
-                setattr(module, name, made)
 
 
 def compile_blocks(model: QWenLMHeadModel, device: torch.device) -> None:

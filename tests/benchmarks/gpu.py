@@ -32,7 +32,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from qwen_ds import config
-from qwen_ds.model import wide
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import ds_config, engine, lora, setup
@@ -70,7 +69,7 @@ class Plan:
 def recipe(plan: Plan, *, whole: bool = False, every: str = "all", compiled: bool = False) -> config.Recipe:
     saved = ["wte", "lm_head"] if whole else []
     adapter = config.LoraOptions(r=plan.r, targets=TARGETS, special_rows="off", modules_to_save=saved)
-    options = config.ModelOptions(activation_checkpointing=every, compile=compiled)  # type: ignore[arg-type]
+    options = config.ModelOptions(dtype="bfloat16", activation_checkpointing=every, compile=compiled)  # type: ignore[arg-type]
     return config.Recipe(model=options, lora=adapter)
 
 
@@ -85,8 +84,6 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
     setup.recompute_blocks(model, wanted.model.activation_checkpointing)
     if wanted.model.compile:
         setup.compile_blocks(model, device)
-    if wide.product_dtype(model.lm_head.weight) != torch.bfloat16:
-        setup.widen(model)
     wrapped = lora.add_lora(model, wanted.lora, base="", seed=0)
     resolved = ds_config.resolve(
         ds_config.read_json(None), wanted, frozenset(), hidden_size=plan.config.hidden_size, world=1,

@@ -71,7 +71,7 @@ RECIPES = [
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
-    *(Recipe(method="full", model=ModelOptions(attention="sdpa", activation_checkpointing=every))
+    *(Recipe(method="full", model=ModelOptions(dtype="bfloat16", attention="sdpa", activation_checkpointing=every))
       for every in ("none", 2, "all")),
 ]  # fmt: skip
 
@@ -135,7 +135,7 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
 )  # fmt: skip
 def test_each_zero_stage_spreads_its_part_over_the_ranks(stage: int, spread: tuple[str, ...]) -> None:
     """Full training in bf16: 2 bytes a weight, 4 a gradient, 12 of fp32 master and two moments."""
-    how = Saving.of(Recipe(method="full"), on_gpu=False)
+    how = Saving.of(Recipe(method="full", model=ModelOptions(dtype="bfloat16")), on_gpu=False)
     parts = peak_memory(QWEN_7B, how, Zero(stage, 8), MicroBatch(1, 8192, 8192), every=1)
     whole = {"weights": 2, "gradients": 4, "adapter_and_optimizer": 12}
     for name, size in whole.items():

@@ -32,7 +32,8 @@ from qwen_ds.train.zero import Collective, Links, Zero, traffic
 
 ROOT = Path(__file__).parents[2]
 QWEN_7B = Shape.of(QWenConfig())
-HOW = Saving.of(Recipe(lora=LoraOptions(special_rows="off")), on_gpu=True)
+BF16 = ModelOptions(dtype="bfloat16")
+HOW = Saving.of(Recipe(model=BF16, lora=LoraOptions(special_rows="off")), on_gpu=True)
 
 
 pytestmark = pytest.mark.usefixtures("pytests_log_handlers")
@@ -55,7 +56,7 @@ class Rows:
 
 
 def chosen(small_dir: Path, lens: list[int], **model: object) -> tuple[str | int, str]:
-    options = ModelOptions(path=str(small_dir), **model)  # type: ignore[arg-type]
+    options = ModelOptions(path=str(small_dir), dtype="bfloat16", **model)  # type: ignore[arg-type]
     recipe = Recipe(model=options)
     resolved = resolve(read_json(None), recipe, frozenset(), hidden_size=64, world=1)
     rows = Rows(lens)
@@ -67,9 +68,10 @@ def chosen(small_dir: Path, lens: list[int], **model: object) -> tuple[str | int
 def test_auto_takes_the_least_recomputation_that_fits(small_dir: Path) -> None:
     """From none to all blocks as the memory shrinks; each choice fits, and the next lesser one does not."""
     lens = [400] * 32
-    shape, how = Shape.of(QWenConfig.from_pretrained(small_dir)), Saving.of(Recipe(), on_gpu=False)
+    recipe = Recipe(model=BF16)
+    shape, how = Shape.of(QWenConfig.from_pretrained(small_dir)), Saving.of(recipe, on_gpu=False)
     batch = plan.largest_micro_batch(np.array(lens), BatchOptions(), 1)
-    zero = Zero.of(resolve(read_json(None), Recipe(), frozenset(), hidden_size=64, world=1).engine_json, 1)
+    zero = Zero.of(resolve(read_json(None), recipe, frozenset(), hidden_size=64, world=1).engine_json, 1)
     peaks = {every: peak_memory(shape, how, zero, batch, every).total for every in plan.recomputations(shape.layers)}
     assert list(peaks) == [0, 3, 2, 1] and list(peaks.values()) == sorted(peaks.values(), reverse=True)
     for every, peak in peaks.items():
@@ -229,9 +231,15 @@ def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machi
     adapter, near, *_ = traffic(replace(zero, hpz=8), load)
     assert (adapter.ranks, near.ranks) == (16, 8) and adapter.size < 4 * 10_158_080
     assert adapter.size + near.size == pytest.approx(far.size)
-    full = plan.load(QWEN_7B, Saving.of(Recipe(method="full"), on_gpu=True), zero, micro_batches=5)
+    full = plan.load(QWEN_7B, Saving.of(Recipe(method="full", model=BF16), on_gpu=True), zero, micro_batches=5)
     assert traffic(replace(zero, hpz=8), full)[0].size == pytest.approx(blocks + ends)
     assert traffic(Zero(3, 1), load) == []
+
+
+def test_zero_2_averages_after_each_micro_batch_and_zero_1_once() -> None:
+    load = plan.load(QWEN_7B, HOW, Zero(1, 8), micro_batches=5)
+    once, often = (traffic(Zero(stage, 8), load)[0] for stage in (1, 2))
+    assert (once.size, often.size) == (4 * 10_158_080, 5 * 4 * 10_158_080) and often.count == 5 * once.count
 
 
 def test_recomputations_go_from_none_to_all_without_repeating_a_count() -> None:

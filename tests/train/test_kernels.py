@@ -1,0 +1,113 @@
+"""The choice of dtype and attention, cheap dropout and compiled blocks: the numbers stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ds.config import LoraOptions, ModelOptions, Recipe
+from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.train import setup
+from qwen_ds.train.lora import add_lora, drop
+from qwen_ds.train.loss import LossHead, TrainingModel
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def error(came: Tensor, exact: Tensor) -> float:
+    return float((came.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def training_model(folder: Path, dropout: float, dtype: torch.dtype) -> TrainingModel:
+    model = QWenLMHeadModel.from_pretrained(folder, dtype=dtype)
+    wrapped = add_lora(model, LoraOptions(dropout=dropout), base="", seed=3)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # as if trained
+            parameter.data.copy_(0.05 * normal(*parameter.shape, dtype=torch.float32, seed=len(name)))
+    return TrainingModel(wrapped, model.transformer, model.lm_head).train()
+
+
+def gradients(model: TrainingModel) -> dict[str, Tensor]:
+    ids_BT = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(5)
+    model(ids_BT, ids_BT).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_loss_head_in_bf16() -> None:
+    """fp64 cross-entropy on the same bf16 numbers."""
+    head = nn.Linear(64, 700, bias=False).to(torch.bfloat16)
+    hidden = normal(2, 9, 64).requires_grad_()
+    labels = torch.randint(0, 700, (2, 9), generator=torch.Generator().manual_seed(2))
+    loss = LossHead(head)(hidden, labels)
+    loss.backward()
+    exact_hidden, exact_weight = (
+        hidden.detach().double().requires_grad_(),
+        head.weight.detach().double().requires_grad_(),
+    )
+    exact = F.cross_entropy(
+        (exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    exact.backward()
+    assert error(loss.detach(), exact.detach()) < 1e-3
+    assert hidden.grad.dtype == torch.bfloat16 and error(hidden.grad, exact_hidden.grad) < 1e-2
+    assert error(head.weight.grad, exact_weight.grad) < 1e-2
+
+
+def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
+    x = normal(700, 301).abs() + 1
+    torch.manual_seed(0)
+    dropped, share = drop(x, 0.3)
+    zero = dropped == 0
+    assert abs(float(zero.float().mean()) - 0.3) < 0.005 and abs(share - 0.7) < 2**-16
+    assert torch.equal(dropped[~zero], x[~zero])
+    for axis in (0, 1):  # no row or column is special, nor one of the four numbers of a draw
+        assert (zero.float().mean(axis) - 0.3).abs().max() < 0.13
+    of_four = zero.flatten()[: 4 * (x.numel() // 4)].view(-1, 4).float()
+    assert (of_four.mean(0) - 0.3).abs().max() < 0.01
+    assert (torch.corrcoef(of_four.T) - torch.eye(4)).abs().max() < 0.02
+    torch.manual_seed(0)
+    assert torch.equal(drop(x, 0.3)[0], dropped)
+
+
+@pytest.mark.parametrize(
+    ("fast_bf16", "device", "recipe", "chosen"),
+    [
+        (True, "cpu", Recipe(), ("bfloat16", "eager")),
+        (False, "cpu", Recipe(), ("float32", "sdpa")),
+        (True, "cuda", Recipe(), ("bfloat16", "sdpa")),
+        (False, "cuda", Recipe(), ("bfloat16", "sdpa")),
+        (False, "cpu", Recipe(method="full"), ("bfloat16", "sdpa")),
+        (False, "cpu", Recipe(model=ModelOptions(dtype="bfloat16", attention="eager")), ("bfloat16", "eager")),
+        (True, "cpu", Recipe(model=ModelOptions(dtype="float32")), ("float32", "sdpa")),
+    ],
+)
+def test_the_choice_of_dtype_and_attention(
+    monkeypatch: pytest.MonkeyPatch, fast_bf16: bool, device: str, recipe: Recipe, chosen: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(setup, "has_fast_bf16", lambda: fast_bf16)
+    where = torch.device(device)
+    model = setup.choose_attention(setup.choose_dtype(recipe, where), where).model
+    assert (model.dtype, model.attention) == chosen
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "bound"), [("none", torch.bfloat16, 0.03), ("all", torch.float32, 1e-5)]
+)
+def test_compiled_blocks_train_alike(small_dir: Path, recompute: str, dtype: torch.dtype, bound: float) -> None:
+    """With dropout, which draws the same numbers, and with activation checkpointing."""
+    plain, compiled = (training_model(small_dir, 0.1, dtype) for _ in range(2))
+    transformer = compiled.model.get_base_model().transformer
+    for model in (plain, compiled):
+        setup.recompute_blocks(model.model.get_base_model(), recompute)
+    setup.compile_blocks(compiled.model.get_base_model(), torch.device("cpu"))
+    assert all(block._compiled_call_impl is not None for block in transformer.h)
+    wanted, found = gradients(plain), gradients(compiled)
+    assert max(error(found[name], wanted[name].double()) for name in wanted) < bound
