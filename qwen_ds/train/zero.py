@@ -112,11 +112,11 @@ class Load:
 def traffic(zero: Zero, load: Load) -> list[Collective]:
     """All collectives of one optimizer step whose size grows with the model.
 
-    ZeRO-0 averages the gradients once a step. ZeRO-1 and 2 all-reduce each bucket of every micro-batch (DeepSpeed's
-    default, use_multi_rank_bucket_allreduce, although each rank keeps its own share only) and gather the updated
-    parameters. ZeRO-3 gathers the weights for the forward and again for the backward pass of each micro-batch, and
-    reduce-scatters the gradients. Under hpZ it gathers within the machine what has been there since it last changed:
-    all but the first gathering of what is trained, and for ever what is frozen.
+    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 those of every micro-batch, bucket by bucket (by
+    all-reduce, although each rank keeps its own share only: DeepSpeed's default, use_multi_rank_bucket_allreduce).
+    ZeRO-1 and 2 then gather the updated parameters. ZeRO-3 gathers the weights for the forward and again for the
+    backward pass of each micro-batch, and reduce-scatters the gradients. Under hpZ it gathers within the machine what
+    has been there since it last changed: all but the first gathering of what is trained, and for ever what is frozen.
     """
     n, m = zero.world, load.micro_batches
     gradient = 4.0 * load.trained_parameters
@@ -126,8 +126,9 @@ def traffic(zero: Zero, load: Load) -> list[Collective]:
     if zero.stage == 0:
         return [Collective("average gradients", gradient, 1, n, rounds=2)]
     if zero.stage < 3:
+        times = m if zero.stage == 2 else 1
         return [
-            Collective("average gradients", m * gradient, m * buckets, n, rounds=2),
+            Collective("average gradients", times * gradient, times * buckets, n, rounds=2),
             Collective("gather updated parameters", gradient, 1, n),
         ]
     size, count = m * (load.forward.size + load.backward.size), m * (load.forward.count + load.backward.count)

@@ -38,13 +38,15 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "golden" / "small"
 MICRO_BATCHES = 3
 RANKS = (2, 4, 8)
-# What a case changes in ds_configs/zero2.json or zero3.json.
+# The stage of a case, and what it changes in that ds_configs/zero{stage}.json.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ZeRO-1": (1, {}),
     "ZeRO-2": (2, {}),
     "ZeRO-3": (3, {}),
     "ZeRO-3, hpZ 2": (3, {"zero_hpz_partition_size": 2}),
 }
 QWEN_7B = Shape.of(QWenConfig())
+BF16 = ModelOptions(dtype="bfloat16")
 CHAT = LoraOptions(special_rows="off")  # a chat model's rows of control tokens are trained already
 PER_GPU_ROWS = 16  # 128 rows a step on 8 GPUs
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -54,7 +56,7 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def zero_of(case: str, world: int, *, hpz: int | None = None) -> Zero:
-    """ZeRO as ds_configs/zero{2,3}.json resolve for the 7B."""
+    """ZeRO as ds_configs/zero{1,2,3}.json resolve for the 7B."""
     stage, changes = CASES[case]
     config = ds_config.read_json(f"ds_configs/zero{stage}.json")
     config["zero_optimization"] |= changes
@@ -74,7 +76,7 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how, zero = Saving.of(Recipe(lora=CHAT), on_gpu=True), zero_of(case, gpus, hpz=links.per_machine)
+    how, zero = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True), zero_of(case, gpus, hpz=links.per_machine)
     work = plan.split(Workload.like(rows, 157, 0.66, 508), gpus, 2048)
     seconds = plan.step_seconds(QWEN_7B, how, zero, links, gpu, work, 0.66, 0)
     sent = traffic(zero, plan.load(QWEN_7B, how, zero, work.micro_batches))
@@ -117,7 +119,9 @@ def predicted(case: str, world: int) -> dict[str, float]:
 
 
 def small_recipe() -> Recipe:
-    return Recipe(device="cpu", model=ModelOptions(path=str(SMALL), activation_checkpointing="none"), lora=CHAT)
+    return Recipe(
+        device="cpu", model=dataclasses.replace(BF16, path=str(SMALL), activation_checkpointing="none"), lora=CHAT
+    )
 
 
 def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:
@@ -223,12 +227,14 @@ each than one.
 {strong}
 
 What follows. With LoRA, ZeRO-2 scales as far as there are rows: it sends the adapter's gradients alone, 40 MB a
-micro-batch, whatever the number of GPUs. At 128 rows a step it ends at 32 GPUs, where micro-batches are so small that
-a step no longer gets shorter. ZeRO-3 sends the weights twice for each micro-batch and ends at one machine: its ring has
-as many steps as there are GPUs, and every module's gathering pays the latency of each of them. hpZ
-(`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off the network, since frozen ones never change:
-400 Gb/s for a whole machine then serve as well as for each GPU. What is left are the gatherings of the adapters' own
-small matrices, one by one. hpZ costs a second copy of the weights in each machine; it is for what does not fit one GPU.
+micro-batch, whatever the number of GPUs. ZeRO-1 sends them once a step: on slow networks, and wherever ranks would wait
+for each other after every micro-batch, it is the better one for LoRA, whose gradients need no spreading. At 128 rows a
+step both end at 32 GPUs, where micro-batches are so small that a step no longer gets shorter. ZeRO-3 sends the weights
+twice for each micro-batch and ends at one machine: its ring has as many steps as there are GPUs, and every module's
+gathering pays the latency of each of them. hpZ (`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off
+the network, since frozen ones never change: 400 Gb/s for a whole machine then serve as well as for each GPU. What is
+left are the gatherings of the adapters' own small matrices, one by one. hpZ costs a second copy of the weights in each
+machine; it is for what does not fit one GPU.
 
 ## Measured: DeepSpeed's comms logger, 2, 4 and 8 CPU ranks
 
