@@ -233,6 +233,8 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         found = {"tokens": world_tokens.tolist(), "seconds": seconds, "peak_gb": peak_gb, "losses": losses}
         (folder / f"peer_{peer}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort a rank that exits
 
 
 def measure(
