@@ -32,10 +32,10 @@ class ModelOptions:
     """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the frozen base and the activations; trainable LoRA parameters are always fp32. auto: bfloat16, but
-    float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where that is faster."""
+    float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where it is faster and takes twice the memory."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products; auto: sdpa, but eager
-    on CPUs with a matrix unit for bf16 (AMX), where it is faster."""
+    for bfloat16 on CPUs, where it is faster."""
     compile: bool = False
     """Compile each block (torch.compile): some 20 to 60 seconds at the start, which long runs get back. It needs a C++
     compiler, on a GPU Triton."""

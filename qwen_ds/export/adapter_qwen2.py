@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export import qwen2_settings as settings
-from qwen_ds.export.base_check import base_name, other_bases
+from qwen_ds.export.base_check import base_name, doubts
 from qwen_ds.export.card import Origin, write_card
 from qwen_ds.export.output_folder import publish, require_new_folder
 from qwen_ds.export.qwen2 import qwen2_modules, qwen_shapes
@@ -69,7 +69,7 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
             name = f"{base_name(base).rpartition('/')[2]}-qwen2"
             write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
             carry_over(base, partial, legal_only=True)
-            write_card(partial, Origin(base, (adapter,), "qwen2", notes=tuple(other_bases(base, [source]))))
+            write_card(partial, Origin(base, (adapter,), "qwen2", notes=tuple(doubts(base, [source]))))
             publish(partial, output)
     except OSError as error:
         if error.errno is None:

@@ -12,7 +12,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.safetensors_file import row_ranges
 from qwen_ds.export.source import Source
-from qwen_ds.model.adapter import Adapter
+from qwen_ds.model.adapter import CONFIG_NAME, Adapter
 from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/")
@@ -29,14 +29,20 @@ def base_name(folder: Path | str) -> str:
     return hub_id(folder) or Path(folder).resolve().name
 
 
-def other_bases(base: Path, adapters: Sequence[Adapter]) -> list[str]:
-    """A line for each adapter that says it was trained on a base of another name. No proof: folders can be renamed."""
+def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
+    """What may be wrong and cannot be known, a line each: an adapter that says it was trained on a base of another name
+    (folders can be renamed), and one without a configuration, whose scale is a guess."""
     ours, lines = base_name(base).rpartition("/")[2], []
     for adapter in adapters:
         said = adapter.config.get("base_model_name_or_path")
         name = (hub_id(said) or said).replace("\\", "/").rstrip("/").rpartition("/")[2] if said else ours
         if name.lower() != ours.lower():
             lines.append(f"{adapter.folder.name} says that it was trained on {name}; the base here is {ours}")
+        if not (adapter.folder / CONFIG_NAME).is_file():
+            lines.append(
+                f"{adapter.folder.name} has no {CONFIG_NAME}: lora_alpha is taken as {adapter.config['lora_alpha']:g};"
+                f" write one if it was trained with another"
+            )
     return lines
 
 
@@ -47,10 +53,11 @@ def check_copies(plan: Plan, source: Source, block_bytes: int) -> None:
         UserError: the two differ. (Not asked where an adapter goes onto what another one changed.)
     """
     earlier: set[str] = set()
+    in_sequence = plan.adapters.weights is None
     for adapter in plan.adapters.members:
         for name, key in adapter.copies.items():
             spec = plan.base.tensors[name]
-            for rows in () if name in earlier else row_ranges(spec, 0, spec.num_rows, block_bytes):
+            for rows in () if in_sequence and name in earlier else row_ranges(spec, 0, spec.num_rows, block_bytes):
                 shape = (rows.last - rows.first, *spec.shape[1:])
                 stored = source.read(rows).view(FLOAT_DTYPES[spec.dtype]).reshape(shape)
                 copy = adapter.tensor(key, rows.first, rows.last)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.base_check import check_copies, other_bases
+from qwen_ds.export.base_check import check_copies, doubts
 from qwen_ds.export.card import CARD_NAME, Origin, write_card
 from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import INDEX_NAME, file_facts
@@ -82,17 +82,20 @@ def merge(
     if weights is not None and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
     output = Path(os.path.abspath(output))
+    _check_name(output, (base, *adapters))
     _check_texts(check_texts, to)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
     plan = make_plan(base, Adapters(members, None if weights is None else tuple(weights)), to, dtype, allow_pickle)
     kind = choose_proof(plan, proof)
     adapter_facts = _adapter_facts(plan.adapters)
-    work = Progress(output.with_name(output.name + ".partial"), recipe_of(plan, adapter_facts, block_bytes))
+    work = Progress(_partial_name(output), recipe_of(plan, adapter_facts, block_bytes))
     with Source(plan.base) as source, work:
-        _check_output(plan, output)
+        _check_output(output)
         check_copies(plan, source, block_bytes)
         work.take_up(source)
         _check_space(plan, work, output)
+        if (rejected := rejected_name(output)).exists():  # an earlier merge's: it makes room, now that all is checked
+            shutil.rmtree(rejected)
         try:
             work.start(source)
             started, taken_over = time.monotonic(), sorted(work.finished)
@@ -125,22 +128,37 @@ def _check_texts(files: Sequence[str], to: Format) -> None:
             pass
 
 
-def _check_output(plan: Plan, output: Path) -> None:
-    """Check the name of the output, and remove what an earlier merge to this name had to reject."""
-    if output.resolve() == plan.base.folder.resolve():
-        raise UserError(f"{output}: is the base itself; expected another folder for the output")
+def _check_name(output: Path, inputs: Sequence[Path]) -> None:
+    """Nothing that is read lies where the output is built, gets its name, or replaces an earlier one."""
+    if not output.name:
+        raise UserError(f"{output}: is the root; expected a new folder for the output")
+    for place in (output, rejected_name(output), _partial_name(output)):
+        for given in inputs:
+            if given.resolve().is_relative_to(place.resolve()):
+                raise UserError(
+                    f"{output}: {given} is an input, and a merge to this output writes to {place};"
+                    f" expected another name for the output"
+                )
+
+
+def _partial_name(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _check_output(output: Path) -> None:
+    """The name of the output is free, and that of a rejected one free or an earlier merge's."""
     require_new_folder(output)
     rejected = rejected_name(output)
-    if rejected.exists() or rejected.is_symlink():
-        if rejected.is_symlink() or not (rejected / REPORT_NAME).is_file():
-            raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
-        shutil.rmtree(rejected)
+    earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
+    if (rejected.exists() or rejected.is_symlink()) and not earlier:
+        raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
 
 
 def _check_space(plan: Plan, work: Progress, output: Path) -> None:
     written = sum(shard.num_bytes for shard in plan.shards if shard.name in work.finished)
     needed = int(1.01 * (plan.num_bytes - written))  # headers and small files
-    free = shutil.disk_usage(output.parent).free
+    replaced = sum(path.lstat().st_size for path in rejected_name(output).rglob("*"))
+    free = shutil.disk_usage(output.parent).free + replaced
     if free < needed:
         raise UserError(
             f"{output.parent}: {free / 1e9:.3g} GB ({free} bytes) free on the disk; expected {needed / 1e9:.3g} GB"
@@ -183,7 +201,7 @@ def _write_small_files(plan: Plan, work: Progress) -> dict[str, str]:
     dtype = None if plan.dtype == "keep" else plan.dtype
     edits = plan.format.write_files(plan.base.folder, work.folder, dtype, bool(plan.adapters.members))
     adapters = tuple(adapter.folder for adapter in plan.adapters.members)
-    notes = tuple(other_bases(plan.base.folder, plan.adapters.members))
+    notes = tuple(doubts(plan.base.folder, plan.adapters.members))
     write_card(
         work.folder,
         Origin(plan.base.folder, adapters, plan.format.name, plan.adapters.weights, plan.dtype, notes),

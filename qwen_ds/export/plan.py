@@ -82,7 +82,7 @@ def make_plan(base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, all
     """Read the headers and check that everything fits.
 
     Raises:
-        UserError: an adapter that does not fit, a broken base, nothing to do.
+        UserError: an adapter that does not fit, a broken base.
     """
     checkpoint = open_checkpoint(base, allow_pickle)
     for adapter in adapters.members:

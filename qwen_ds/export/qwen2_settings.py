@@ -192,11 +192,15 @@ def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
     """
     found, record = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG).get(_ORIGINAL)
     original = record.get("generation_config") if isinstance(record, dict) else None
-    chatml = isinstance(found.get("eos_token_id"), list)
+    ends = found.get("eos_token_id", read_json(base / CONFIG).get("eos_token_id"))
+    # A reply that ends elsewhere than a document has an end of its own. Without a word on it the original one's holds.
+    chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))
+    if ends is None:
+        chatml = speaks_chatml(original if isinstance(original, dict) else {})
     kept: Settings = {}
     if isinstance(original, dict):
-        ends = ("eos_token_id", "pad_token_id")
-        same = _without(original, (*_ONLY_QWEN, *ends)) == _without(found, ends)
+        ids = ("eos_token_id", "pad_token_id")
+        same = _without(original, (*_ONLY_QWEN, *ids)) == _without(found, ids)
         if same and speaks_chatml(original) == chatml:
             return original
         kept = {key: original[key] for key in _ONLY_QWEN if key in original}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.export.base_check import other_bases
+from qwen_ds.export.base_check import doubts
 from qwen_ds.export.plan import Plan
 from qwen_ds.export.stream import ChangedTensor
 from qwen_ds.export.tokenizer_check import TokenizerCheck
@@ -119,7 +119,7 @@ def describe(
         inputs=inputs,
         outputs=outputs,
         seconds=seconds,
-        warnings=other_bases(plan.base.folder, plan.adapters.members),
+        warnings=doubts(plan.base.folder, plan.adapters.members),
     )
 
 

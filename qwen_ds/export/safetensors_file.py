@@ -90,8 +90,9 @@ def read_header(path: Path) -> Header:
         entries: dict[str, Any] = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
         placed = sorted(
-            (tuple(entry["data_offsets"]), TensorSpec(name, entry["dtype"], tuple(entry["shape"])))
+            ((int(first), int(last)), TensorSpec(name, entry["dtype"], tuple(map(int, entry["shape"]))))
             for name, entry in entries.items()
+            for first, last in [entry["data_offsets"]]
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise bad(f"a broken header ({type(error).__name__})") from error

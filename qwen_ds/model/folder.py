@@ -15,7 +15,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 
 # What is fetched from a hub. There is no *.py among them: no code of a repository ever reaches this machine.
-FILES = ["*.json", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*"]
+FILES = ["*.json", "*.tiktoken", "*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*"]
 SAFETENSORS = ["*.safetensors"]
 # Read with weights_only, and fetched only where a repository has no safetensors (the releases of August 2023).
 PICKLES = ["pytorch_model*.bin"]
@@ -175,7 +175,7 @@ def _check_file(path: Path) -> None:
         try:
             header = json.loads(file.read(n_header)) if len(start) == 8 and n_header < size else {}
             end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f"{path}: not a whole safetensors file ({size} bytes); expected weights") from None
     expected = 8 + n_header + end
     if size != expected:

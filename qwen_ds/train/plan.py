@@ -145,7 +145,9 @@ def step_seconds(
     sent = traffic(zero, load(shape, how, zero, work.micro_batches))
     last = sum(links.seconds(c) for c in sent if c.name == "gather updated parameters")
     beside = sum(links.seconds(c) for c in sent) - last
-    hidden = min(beside, busy + idle) if zero.overlap else 0.0
+    # ZeRO-0 and 1 average once a step: beside the last micro-batch alone.
+    while_busy = (busy + idle) / (1 if zero.stage > 1 else work.micro_batches)
+    hidden = min(beside, while_busy) if zero.overlap else 0.0
     return Seconds(products, attention, passes, optimizer, idle, last + beside - hidden)
 
 

@@ -54,7 +54,7 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
         UserError: an unknown GPU, a number that cannot be meant, or what the recipe and its JSON are refused for.
     """
     gpu = _checked(options)
-    loaded = replace(loaded, recipe=setup.choose_dtype(loaded.recipe, torch.device("cuda")))
+    loaded = setup.choose_dtype(loaded, torch.device("cuda"))
     zeros = _stages(loaded, options)
     recipe, shape = loaded.recipe, _shape(loaded)
     if recipe.lora.variant == "dora" and recipe.method == "lora":

@@ -82,10 +82,10 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         say(note)
     machines = dist.ranks_per_machine()
     config = ds_config.read_json(loaded.recipe.deepspeed)
-    loaded = setup.find_sources(loaded)
+    loaded = setup.choose_dtype(setup.find_sources(loaded), device)
     resolved = ds_config.resolve(
         config,
-        setup.choose_dtype(loaded.recipe, device),
+        loaded.recipe,
         loaded.set_keys,
         hidden_size=AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size,
         world=dist.world_size(),

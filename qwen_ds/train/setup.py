@@ -131,26 +131,29 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
-def choose_dtype(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with `auto` dtype replaced by the faster one of those that hold a bf16 base exactly.
+def choose_dtype(loaded: LoadedRecipe, device: torch.device) -> LoadedRecipe:
+    """The recipe with `auto` dtype replaced by the faster one of those that hold a bf16 base exactly, on all ranks the
+    same (on a CPU a collective). A DeepSpeed JSON may still ask for another.
 
     Only LoRA may have it in fp32: in full training the dtype is that of the result.
     """
+    recipe = loaded.recipe
     if recipe.model.dtype != "auto":
-        return recipe
-    slow = recipe.method == "lora" and device.type == "cpu" and not has_fast_bf16()
-    return replace(recipe, model=replace(recipe.model, dtype="float32" if slow else "bfloat16"))
+        return loaded
+    slow = recipe.method == "lora" and device.type == "cpu" and "False" in dist.gather_texts(str(has_fast_bf16()))
+    model = replace(recipe.model, dtype="float32" if slow else "bfloat16")
+    return LoadedRecipe(replace(recipe, model=model), loaded.set_keys - {"model.dtype"})
 
 
 def choose_attention(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with `auto` attention replaced by the faster kernel.
 
-    On CPUs with AMX plain bf16 products beat SDPA, whose backward is slow in bf16; in fp32 it is the faster one.
+    On CPUs plain bf16 products beat SDPA, whose backward is slow in bf16; in fp32 it is the faster one.
     """
     if recipe.model.attention != "auto":
         return recipe
     on_cpu_in_bf16 = device.type == "cpu" and recipe.model.dtype == "bfloat16"
-    kernel: Literal["sdpa", "eager"] = "eager" if on_cpu_in_bf16 and has_fast_bf16() else "sdpa"
+    kernel: Literal["sdpa", "eager"] = "eager" if on_cpu_in_bf16 else "sdpa"
     return replace(recipe, model=replace(recipe.model, attention=kernel))
 
 

@@ -23,6 +23,7 @@ import gc
 import json
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +171,9 @@ def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str
 class Results:
     """Collects figures; what fails for want of memory or time is a figure, too."""
 
-    def __init__(self, ends: float) -> None:
+    def __init__(self, minutes: float) -> None:
         self.found: dict[str, dict[str, float | str]] = {}
-        self._ends = ends
+        self._ends = time.monotonic() + 60 * minutes
 
     def add(self, name: str, measure: Callable[[], dict[str, float]]) -> None:
         if time.monotonic() > self._ends:
@@ -183,15 +184,17 @@ class Results:
                 self.found[name] = {**figures, "tokens_per_second": figures["tokens"] / figures["seconds"]}
             except torch.OutOfMemoryError:
                 self.found[name] = {"remark": OUT_OF_MEMORY}
+            except Exception as error:  # the figures before it and after it stand
+                self.found[name] = {"remark": f"{type(error).__name__}: {error}".splitlines()[0]}
+                traceback.print_exc()
         print(name, self.found[name], flush=True)
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
-def measure(plan: Plan, device: torch.device, minutes: float) -> dict[str, dict[str, float | str]]:
+def measure(plan: Plan, device: torch.device, results: Results) -> None:
     """All parts, by their names."""
-    results = Results(time.monotonic() + 60 * minutes)
     for name in OFFICIAL:
         with our_engine(plan, recipe(plan, whole=name != "LoRA"), device) as trained:
             for length in plan.lengths:
@@ -204,7 +207,6 @@ def measure(plan: Plan, device: torch.device, minutes: float) -> dict[str, dict[
     for recompute in (True, False):
         name = f"peer, recomputation {'of all' if recompute else 'of none'}"
         results.add(name, lambda again=recompute: peer_steps(plan, device, recompute=again))  # type: ignore[misc]
-    return results.found
 
 
 def report(found: dict[str, dict[str, float | str]], plan: Plan, device_name: str) -> str:
@@ -240,13 +242,15 @@ def main() -> None:
     options = parser.parse_args()
     device = engine.choose_device("cuda")
     engine.start_process_group(device, 10)
-    plan, name = Plan(QWenConfig()), torch.cuda.get_device_name(device)
-    found = measure(plan, device, options.minutes)
-    engine.stop_process_group()
-    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
-    sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
-    options.json.write_text(json.dumps({"about": about, "plan": sizes, "found": found}, indent=1))
-    print(f"\n{name}, torch {torch.__version__}\n\n{report(found, plan, name)}")
+    plan, name, results = Plan(QWenConfig()), torch.cuda.get_device_name(device), Results(options.minutes)
+    try:
+        measure(plan, device, results)
+        engine.stop_process_group()
+    finally:  # what was measured before an error stands
+        about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+        sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
+        options.json.write_text(json.dumps({"about": about, "plan": sizes, "found": results.found}, indent=1))
+        print(f"\n{name}, torch {torch.__version__}\n\n{report(results.found, plan, name)}")
 
 
 if __name__ == "__main__":

@@ -244,13 +244,14 @@ on what stays gathered are in the proportion that ds_configs/zero3.json has to t
 
 {measured}
 
-This is the formula as corrected. The first prediction, made before anything was measured, was exact for ZeRO-2 and for
-all gradients, and too simple for what ZeRO-3 gathers: every weight twice, 18.6 % too much on 2 ranks (1,402.4 KB for
-1,182.2); and, with the first correction in, under hpZ each forward gathering over all ranks, 29.9 % too little on 4
-(818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the backward pass
-begins; the embedding and the first block's c_attn, through which no gradient flows), what is gathered after a step
-(tensors too small to be spread), and that frozen weights stay in the machine under hpZ; each was then found in
-DeepSpeed's code. The 8 ranks were measured for the first time with the formula as it is.
+This is the formula as corrected. The first prediction, made before anything was measured, was exact for ZeRO-2 and
+ZeRO-3's gradients, three times too much for ZeRO-1's (which was thought to average after each micro-batch as ZeRO-2
+does, 179.7 KB for 59.9), and too simple for what ZeRO-3 gathers: every weight twice, 18.6 % too much on 2 ranks
+(1,402.4 KB for 1,182.2); and, with the first correction in, under hpZ each forward gathering over all ranks, 29.9 % too
+little on 4 (818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the
+backward pass begins; the embedding and the first block's c_attn, through which no gradient flows), what is gathered
+after a step (tensors too small to be spread), and that frozen weights stay in the machine under hpZ; each was then
+found in DeepSpeed's code. The 8 ranks were measured for the first time with the formula as it is.
 """
 
 

@@ -38,7 +38,10 @@ device = engine.choose_device("cpu")
 engine.start_process_group(device, 1)
 sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16)
 plan = gpu.Plan(QWenConfig(**sizes, intermediate_size=64), (256, 512), 32, (1, 2), 2, 4, False, 1)
-print(gpu.report(gpu.measure(plan, device, 5), plan, "NVIDIA H200"))
+results = gpu.Results(5)
+gpu.measure(plan, device, results)
+results.add("broken", lambda: 1 / 0)
+print(gpu.report(results.found, plan, "NVIDIA H200"))
 engine.stop_process_group()
 """
 
@@ -56,6 +59,7 @@ def test_the_gpu_benchmark_runs_through_on_a_cpu() -> None:
         "best, 2 x 32",
         "peer, recomputation of all",
         "peer, recomputation of none",
+        "broken",
     ]
     by_name = dict(zip(names, rows, strict=True))
     assert by_name["LoRA, 512"][2].strip() == "20.4" and by_name["LoRA, 512"][6].strip().endswith("%")
@@ -68,9 +72,9 @@ def test_what_does_not_fit_is_a_figure(capsys: pytest.CaptureFixture[str]) -> No
     def too_large() -> dict[str, float]:
         raise torch.OutOfMemoryError
 
-    results = gpu.Results(ends=float("inf"))
+    results = gpu.Results(minutes=5)
     results.add("LoRA, 8192", too_large)
-    late = gpu.Results(ends=0.0)
+    late = gpu.Results(minutes=-1)
     late.add("LoRA, 8192", too_large)
     plan = gpu.Plan(QWenConfig())
     assert gpu.OUT_OF_MEMORY in gpu.report(results.found, plan, "CPU")

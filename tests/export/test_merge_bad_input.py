@@ -208,11 +208,49 @@ def test_a_pickle_may_hold_nothing_but_tensors(
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
 
 
-def test_the_base_is_never_the_output(base_dir: Path, golden: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(base_dir)
-    for output in (base_dir, tmp_path / "link"):
-        with pytest.raises(UserError, match="is the base itself"):
-            merge(base_dir, [golden / "lora" / "adapter"], output, proof="off")
+@pytest.mark.parametrize("place", ["out", "out.rejected", "out.partial/model", "link"])
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_no_input_lies_where_the_output_is_built(
+    base_dir: Path, golden: Path, tmp_path: Path, place: str, which: str
+) -> None:
+    """A merge removes an earlier `.rejected`, and what is unfinished: neither may be what it reads."""
+    adapter = golden / "lora" / "adapter"
+    given = tmp_path / ("real" if place == "link" else place)
+    shutil.copytree(base_dir if which == "base" else adapter, given)
+    (given / "merge_report.json").write_text("{}")
+    if place == "link":
+        (tmp_path / "out").symlink_to(given)
+    before = {path: path.read_bytes() for path in given.iterdir()}
+    base, adapters = (given, [adapter]) if which == "base" else (base_dir, [given])
+    with pytest.raises(UserError, match="is an input"):
+        merge(base, adapters, tmp_path / "out", proof="off")
+    assert {path: path.read_bytes() for path in given.iterdir()} == before
+
+
+def test_a_rejected_output_stays_until_the_next_merge_is_known_to_be_possible(
+    base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejected = tmp_path / "out.rejected"
+    rejected.mkdir()
+    (rejected / "merge_report.json").write_text("{}")
+    adapters = [golden / "lora" / "adapter"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="free on the disk"):
+            merge(base_dir, adapters, tmp_path / "out", proof="off")
+    assert (rejected / "merge_report.json").is_file()
+    merge(base_dir, adapters, tmp_path / "out", proof="off")
+    assert not rejected.exists()
+
+
+def test_an_adapter_without_a_configuration_is_told_of(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    torch.save(
+        load_file(golden / "lora" / "adapter" / "adapter_model.safetensors"), tmp_path / "bare" / "adapter_model.bin"
+    )
+    report = merge(base_dir, [tmp_path / "bare"], tmp_path / "out", proof="off", allow_pickle=True)
+    (told,) = report.warnings
+    assert "bare has no adapter_config.json: lora_alpha is taken as 16" in told
 
 
 def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_written(

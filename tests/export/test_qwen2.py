@@ -202,6 +202,33 @@ def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alon
     assert settings(tmp_path / "again", "generation_config.json") == expected
 
 
+@pytest.mark.parametrize(
+    ("in_generation", "in_config", "chat_format"),
+    [
+        (306, 304, "chatml"),
+        ([306], 304, "chatml"),
+        ([304], 306, "raw"),
+        (None, 306, "chatml"),
+        (None, 304, "raw"),
+        (None, None, "chatml"),
+    ],
+)
+def test_where_a_foreign_qwen2_ends_its_replies_tells_its_chat_format(
+    small_dir: Path, tmp_path: Path, in_generation: object, in_config: object, chat_format: str
+) -> None:
+    """As other trainers write it: one id, or no generation_config.json at all. 304 ends a document, 306 a reply."""
+    merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, proof="off")
+    spoil(tmp_path / "out", eos_token_id=in_config)
+    generation = tmp_path / "out" / "generation_config.json"
+    if in_generation is None:
+        generation.unlink()
+    else:
+        generation.write_text(json.dumps({"eos_token_id": in_generation}))
+    merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
+    found = settings(tmp_path / "back", "generation_config.json")
+    assert (found["chat_format"], found["eos_token_id"]) == (chat_format, 304)
+
+
 def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(small_dir: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     spoil(base, torch_dtype="float32", bf16=False)

@@ -44,10 +44,13 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[s
 def test_gradient_does_not_depend_on_the_split(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-0 on one rank, ZeRO-2 and ZeRO-3 on two, and other micro-batches: one adapter. Answers differ in length by
-    a factor of five, so a mean of the ranks' means would be far off."""
+    """ZeRO-0 on one rank, ZeRO-1 to 3 on two, compiled blocks and other micro-batches: one adapter. Answers
+    differ in length by a factor of five, so a mean of the ranks' means would be far off."""
     runs = {
         "zero0": (1, ["--deepspeed", "ds_configs/zero0.json"]),
+        "zero1": (2, ["--deepspeed", "ds_configs/zero1.json"]),
+        "compiled": (2, ["--deepspeed", "ds_configs/zero1.json", "--model.compile", "true"]),
+        "compiled3": (2, ["--deepspeed", "ds_configs/zero3.json", "--model.compile", "true"]),
         "zero2": (2, ["--deepspeed", "ds_configs/zero2.json"]),
         "zero3": (2, ["--deepspeed", "ds_configs/zero3.json"]),
         "one_batch": (1, ["--deepspeed", "ds_configs/zero1.json", "--batch.tokens_per_micro_batch", "9999"]),

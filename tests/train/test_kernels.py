@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ds.config import LoraOptions, ModelOptions, Recipe
+from qwen_ds import machine
+from qwen_ds.config import LoadedRecipe, LoraOptions, ModelOptions, Recipe
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.train import setup
+from qwen_ds.train.ds_config import resolve
 from qwen_ds.train.lora import add_lora, drop
 from qwen_ds.train.loss import LossHead, TrainingModel
 
@@ -83,8 +85,8 @@ def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
         (False, "cpu", Recipe(), ("float32", "sdpa")),
         (True, "cuda", Recipe(), ("bfloat16", "sdpa")),
         (False, "cuda", Recipe(), ("bfloat16", "sdpa")),
-        (False, "cpu", Recipe(method="full"), ("bfloat16", "sdpa")),
-        (False, "cpu", Recipe(model=ModelOptions(dtype="bfloat16", attention="eager")), ("bfloat16", "eager")),
+        (False, "cpu", Recipe(method="full"), ("bfloat16", "eager")),
+        (False, "cpu", Recipe(model=ModelOptions(dtype="bfloat16", attention="sdpa")), ("bfloat16", "sdpa")),
         (True, "cpu", Recipe(model=ModelOptions(dtype="float32")), ("float32", "sdpa")),
     ],
 )
@@ -93,8 +95,34 @@ def test_the_choice_of_dtype_and_attention(
 ) -> None:
     monkeypatch.setattr(setup, "has_fast_bf16", lambda: fast_bf16)
     where = torch.device(device)
-    model = setup.choose_attention(setup.choose_dtype(recipe, where), where).model
+    loaded = setup.choose_dtype(LoadedRecipe(recipe, frozenset({"model.dtype"})), where)
+    model = setup.choose_attention(loaded.recipe, where).model
     assert (model.dtype, model.attention) == chosen
+
+
+@pytest.mark.parametrize(("section", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_json_s_precision_overrules_auto(monkeypatch: pytest.MonkeyPatch, section: str, dtype: str) -> None:
+    """Also where the user wrote auto, and where the CPU would choose float32."""
+    monkeypatch.setattr(setup, "has_fast_bf16", lambda: False)
+    wrote_auto = LoadedRecipe(Recipe(), frozenset({"model.dtype"}))
+    loaded = setup.choose_dtype(wrote_auto, torch.device("cpu"))
+    resolved = resolve({section: {"enabled": True}}, loaded.recipe, loaded.set_keys, hidden_size=64, world=1)
+    assert resolved.recipe.model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+    ],
+)
+def test_x86_multiplies_bf16_fast_with_amx_only(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, object], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert machine.has_fast_bf16.__wrapped__() == fast
 
 
 @pytest.mark.job
