@@ -14,7 +14,7 @@ import torch
 def has_fast_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit (AMX) takes twice as
     long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16 and at 165 in fp32, on one core."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # where this torch has it
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 

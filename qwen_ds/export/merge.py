@@ -94,9 +94,8 @@ def merge(
         check_copies(plan, source, block_bytes)
         work.take_up(source)
         _check_space(plan, work, output)
-        if (rejected := rejected_name(output)).exists():  # an earlier merge's: it makes room, now that all is checked
-            shutil.rmtree(rejected)
         try:
+            _remove_rejected(output)
             work.start(source)
             started, taken_over = time.monotonic(), sorted(work.finished)
             _write_weights(plan, source, work, block_bytes, progress)
@@ -152,6 +151,12 @@ def _check_output(output: Path) -> None:
     earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
     if (rejected.exists() or rejected.is_symlink()) and not earlier:
         raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
+
+
+def _remove_rejected(output: Path) -> None:
+    """An earlier merge's output makes room, once all is checked."""
+    if (rejected := rejected_name(output)).exists():
+        shutil.rmtree(rejected)
 
 
 def _check_space(plan: Plan, work: Progress, output: Path) -> None:

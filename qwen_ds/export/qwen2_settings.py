@@ -190,9 +190,10 @@ def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
 
     The original one where the folder carries it and still says the same.
     """
-    found, record = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG).get(_ORIGINAL)
+    found, config = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG)
+    record = config.get(_ORIGINAL)
     original = record.get("generation_config") if isinstance(record, dict) else None
-    ends = found.get("eos_token_id", read_json(base / CONFIG).get("eos_token_id"))
+    ends = found.get("eos_token_id", config.get("eos_token_id"))
     # A reply that ends elsewhere than a document has an end of its own. Without a word on it the original one's holds.
     chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))
     if ends is None:

@@ -163,8 +163,8 @@ def register() -> None:
     """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either of its configs).
 
     Only the name is registered, on purpose: next to a tokenizer that is registered for the config's class,
-    transformers prefers the folder's own code when the caller passes trust_remote_code=True, and the official folders
-    name such code. A name that leads to a class outside transformers comes before it.
+    transformers prefers the folder's own code wherever a caller allows remote code, and the official folders name such
+    code. A name that leads to a class outside transformers comes before it.
     """
     AutoTokenizer.register(_NameOnly, QWenTokenizer, exist_ok=True)
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/train.py --rounds 1 --folder bench
 
 No maintained trainer loads Qwen v1, so the peers train the same model in Qwen2's format (launch/merge.py --format
-qwen2), on the same token rows, with LoRA r 8 on the same maps, 32 rows a step, bf16, two CPU ranks of one thread each:
+qwen2), on the same token rows, with LoRA r 8 on the same maps, 32 rows a step, two CPU ranks of one thread each; all
+peers but (d) in bf16:
 
     a   the official recipe: every row padded to 512, activation checkpointing
     b   micro-batches of 4 rows, padded to the longest, no checkpointing
@@ -13,8 +14,8 @@ qwen2), on the same token rows, with LoRA r 8 on the same maps, 32 rows a step, 
 
 The contenders take turns, each as a job of its own; a round gives each one figure, and the medians count. Real tokens,
 never padding. Ours compiles its blocks, which the warm-up steps bear, holds 640 tokens in a micro-batch, and runs
-ZeRO-1, which for an adapter stores as much as ZeRO-2 and communicates once a step. It chooses its dtype by the CPU;
-model and adapter are the same either way. Peak memory is the resident set of rank 0, the process as a whole.
+ZeRO-1, which for an adapter stores little more than ZeRO-2 and communicates once a step. Its dtype is auto: bf16, or
+fp32 where the CPU has no AMX. Peak memory is the resident set of rank 0, the process as a whole.
 """
 
 from __future__ import annotations
