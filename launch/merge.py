@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from qwen_ds.config import Parser
+from qwen_ds.recipe.options import Parser
 
 
 def command_line() -> Parser:
@@ -99,8 +99,8 @@ def main() -> int:
 
     from qwen_ds.export.formats import find_format
     from qwen_ds.export.merge import merge
-    from qwen_ds.export.report import REPORT_NAME
-    from qwen_ds.export.verify import read_prompts
+    from qwen_ds.export.merge_report import REPORT_NAME
+    from qwen_ds.export.proof.verify import read_prompts
     from qwen_ds.model.folder import find_model
 
     # The proof loads models through transformers and peft; the bar is the merge's, and their notices to each other are
@@ -143,7 +143,7 @@ def main() -> int:
 def convert_adapter_only(options: Namespace) -> int:
     """Write the adapter as one for the base's Qwen2, without the base's weights."""
     from qwen_ds.errors import EXIT_DONE, UserError
-    from qwen_ds.export.adapter_qwen2 import convert_adapter
+    from qwen_ds.export.qwen2.adapter import convert_adapter
     from qwen_ds.model.folder import find_model
 
     if len(options.adapter) != 1 or options.format != "qwen2":

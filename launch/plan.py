@@ -12,9 +12,9 @@ import sys
 
 
 def main() -> int:
-    from qwen_ds.config import load_recipe_with, recipe_parser
     from qwen_ds.errors import EXIT_DONE
-    from qwen_ds.train.plan_report import PlanOptions, plan_text
+    from qwen_ds.plan.table import PlanOptions, plan_text
+    from qwen_ds.recipe.options import load_recipe_with, recipe_parser
 
     parser = recipe_parser()
     parser.description = "Predict memory and time of a recipe on a machine, and print the best command."

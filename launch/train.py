@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from qwen_ds.config import load_recipe
 from qwen_ds.errors import run_command
+from qwen_ds.recipe.options import load_recipe
 
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 

@@ -1,7 +1,7 @@
 """Who this process is among the ranks, and the few collectives that the training loop makes, each by its meaning.
 
 The only place that reads a launcher's environment variables: torch and DeepSpeed (RANK, LOCAL_RANK, WORLD_SIZE), Slurm
-(SLURM_*) and Open MPI (OMPI_*). Reading them starts no process group; `train/engine.py` does that.
+(SLURM_*) and Open MPI (OMPI_*). Reading them starts no process group; `train/engine/engine.py` does that.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     python -m serve.evaluate --predictions FILE [--data FILE...] --output_dir DIR      # score what is there already
     deepspeed --num_gpus 8 --module serve.evaluate ...
 
---output_dir gets predictions.jsonl (see serve.predict) and metrics.json. serve/metrics.py says what the scores mean.
+--output_dir gets predictions.jsonl (see serve.predict) and metrics.json. What the scores
+mean: serve/scores/metrics.py.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds import dist
-from qwen_ds.data.files import BadRow, read_rows
-from qwen_ds.data.sources import iter_prompts
+from qwen_ds.data.read.files import BadRow, read_rows
+from qwen_ds.data.read.sources import iter_prompts
 from qwen_ds.errors import UserError, run_command
 from qwen_ds.model.folder import require_folder
-from serve import metrics
-from serve.engine import silence_libraries
+from serve.engine.engine import silence_libraries
+from serve.files.parts import check_output
 from serve.options import EvaluateOptions, parse
-from serve.parts import check_output
 from serve.predict import RunFigures, count_outcomes, predict
+from serve.scores import metrics
 
 NUM_SAMPLES = 3
 

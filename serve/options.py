@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from qwen_ds.config import Parser
 from qwen_ds.errors import UserError
-from serve.engine import Sampling
+from qwen_ds.recipe.options import Parser
+from serve.engine.engine import Sampling
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_ds import dist
-from qwen_ds.data.readers_base import Dropped
-from qwen_ds.data.sources import iter_prompts, locate
+from qwen_ds.data.read.dialogue import Dropped
+from qwen_ds.data.read.sources import iter_prompts, locate
 from qwen_ds.errors import UserError, run_command
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import find_model, require_folder
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 from qwen_ds.runlog import is_terminal, say
-from serve.engine import Completion, Engine, context_of, silence_libraries
+from serve.engine.engine import Completion, Engine, context_of, silence_libraries
+from serve.files.parts import Parts, Settings, check_output, file_state
 from serve.options import PredictOptions, RunOptions, parse
-from serve.parts import Parts, Settings, check_output, file_state
 
 WINDOW = 64  # batches whose rows are sorted by length together: little padding, and memory for no more rows than these
 

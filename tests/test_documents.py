@@ -17,11 +17,11 @@ from typing import NoReturn
 
 import pytest
 
-from qwen_ds.config import Parser, Recipe, load_recipe, to_dict
-from qwen_ds.data.readers import READERS
-from qwen_ds.data.sources import iter_conversations
+from qwen_ds.data.read.readers import READERS
+from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
-from qwen_ds.train.ds_config import read_json
+from qwen_ds.plan.deepspeed_json import read_json
+from qwen_ds.recipe.options import Parser, Recipe, load_recipe, to_dict
 from serve.options import EvaluateOptions, PredictOptions
 from serve.options import parse as parse_serving
 

@@ -16,10 +16,9 @@ JUNK_DRAWERS = {"utils.py", "common.py", "helpers.py", "constants.py", "misc.py"
 
 # Layers from the bottom up; a module imports from its own layer or from below. `serve` and `demo` stand beside train.
 LAYERS = {
-    "qwen_ds.errors": 0, "qwen_ds.dist": 0, "qwen_ds.config": 0, "qwen_ds.runlog": 0, "qwen_ds.report": 0,
-    "qwen_ds.machine": 0,
-    "qwen_ds.model": 1, "qwen_ds": 1, "qwen_ds.data": 2, "qwen_ds.demo": 2, "qwen_ds.train": 3, "qwen_ds.export": 3,
-    "serve": 3, "launch": 4,
+    "qwen_ds.errors": 0, "qwen_ds.dist": 0, "qwen_ds.runlog": 0, "qwen_ds.machine": 0,
+    "qwen_ds.recipe": 1, "qwen_ds.disk": 1, "qwen_ds.model": 2, "qwen_ds": 2, "qwen_ds.data": 3,
+    "qwen_ds.plan": 4, "qwen_ds.demo": 4, "qwen_ds.train": 5, "qwen_ds.export": 5, "serve": 5, "launch": 6,
 }  # fmt: skip
 NEVER = {
     "serve": ("qwen_ds.train", "qwen_ds.export"),
@@ -27,10 +26,10 @@ NEVER = {
     "qwen_ds.train": ("qwen_ds.export",),
 }
 OWNERS = {
-    "deepspeed": {"qwen_ds/train/engine.py"},
+    "deepspeed": {"qwen_ds/train/engine/engine.py"},
     "peft": {"qwen_ds/train/lora.py", "qwen_ds/model/adapter.py"},
     "tiktoken": {"qwen_ds/model/tokenizer.py"},
-    "tokenizers": {"qwen_ds/export/tokenizer_json.py", "qwen_ds/export/tokenizer_check.py"},
+    "tokenizers": {"qwen_ds/export/qwen2/tokenizer_json.py", "qwen_ds/export/qwen2/tokenizer_check.py"},
 }
 
 

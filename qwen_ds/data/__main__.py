@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_ds import dist
-from qwen_ds.config import DataOptions, Parser
 from qwen_ds.errors import UserError, run_command
+from qwen_ds.recipe.options import DataOptions, Parser
 
 COMMANDS = ("encode", "inspect")
 
@@ -58,8 +58,8 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
     Raises:
         UserError: the file exists, or cannot be written.
     """
-    from qwen_ds.data.report import summary
-    from qwen_ds.data.rows import prepare
+    from qwen_ds.data.rows.data_report import summary
+    from qwen_ds.data.rows.token_rows import prepare
     from qwen_ds.model.folder import find_model
 
     path = None if output is None else Path(output)
@@ -102,8 +102,8 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
     """
     from rich.console import Console
 
-    from qwen_ds.data.report import summary
-    from qwen_ds.data.rows import prepare
+    from qwen_ds.data.rows.data_report import summary
+    from qwen_ds.data.rows.token_rows import prepare
     from qwen_ds.data.show import show_lengths, show_row
     from qwen_ds.model.folder import find_model
     from qwen_ds.model.tokenizer import load_encoding

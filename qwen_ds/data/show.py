@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from qwen_ds.data.rows import TokenRows
+from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.tokenizer import Encoding
 

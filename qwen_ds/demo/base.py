@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_ds.data.encode import EncodeOptions, encode_row
+from qwen_ds.data.rows.encode import EncodeOptions, encode_row
 from qwen_ds.demo import corpus
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn

@@ -144,7 +144,7 @@ def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
 
 
 def main() -> None:
-    from qwen_ds.config import Parser
+    from qwen_ds.recipe.options import Parser
 
     parser = Parser(description="Pre-train the demo's base model from scratch and pack it into the package.")
     parser.add_argument(

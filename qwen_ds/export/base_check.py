@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.export.plan import Plan
-from qwen_ds.export.safetensors_file import row_ranges
-from qwen_ds.export.source import Source
+from qwen_ds.export.merge_plan import Plan
+from qwen_ds.export.stream.blocks import row_ranges
+from qwen_ds.export.stream.source import Source
 from qwen_ds.model.adapter import CONFIG_NAME, Adapter
-from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qwen_ds.data.report import summary
+from qwen_ds.data.rows.data_report import summary
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, hub_id
 from qwen_ds.model.adapter import CONFIG_NAME

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.export import qwen2_settings as settings
 from qwen_ds.export.checkpoint import Checkpoint, with_rms_norm_eps
 from qwen_ds.export.layout import QWEN, Format, Layout
-from qwen_ds.export.qwen2 import layout_from_qwen2, layout_to_qwen2
-from qwen_ds.export.safetensors_file import read_header
-from qwen_ds.export.tokenizer_check import TokenizerCheck, check_tokenizer
-from qwen_ds.export.tokenizer_json import TOKENIZER, merges_of, read_qwen2_tokenizer, write_qwen2_tokenizer
+from qwen_ds.export.qwen2 import settings
+from qwen_ds.export.qwen2.names import layout_from_qwen2, layout_to_qwen2
+from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck, check_tokenizer
+from qwen_ds.export.qwen2.tokenizer_json import TOKENIZER, merges_of, read_qwen2_tokenizer, write_qwen2_tokenizer
+from qwen_ds.export.stream.blocks import read_header
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import carry_over, write_json
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
-from qwen_ds.model.weights_file import FLOAT_DTYPES
 
 FormatName = Literal["qwen", "qwen2"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_ds.export.checkpoint import Checkpoint, carry_files
-from qwen_ds.export.tokenizer_check import TokenizerCheck
+from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck
 
 
 @dataclass(frozen=True, slots=True)

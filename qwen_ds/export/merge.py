@@ -16,23 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.disk.output_folder import require_new_folder
+from qwen_ds.disk.weights import sync
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import check_copies, doubts
 from qwen_ds.export.card import CARD_NAME, Origin, write_card
-from qwen_ds.export.changes import Adapters
 from qwen_ds.export.checkpoint import INDEX_NAME, file_facts
 from qwen_ds.export.layout import QWEN, Format
-from qwen_ds.export.output_folder import require_new_folder
-from qwen_ds.export.plan import MergeDtype, Plan, make_plan, write_index
-from qwen_ds.export.report import REPORT_NAME, MergeReport, describe, rejected_name
-from qwen_ds.export.resume import Progress, recipe_of
-from qwen_ds.export.source import Source
-from qwen_ds.export.stream import BLOCK_BYTES, write_shard
-from qwen_ds.export.tokenizer_check import texts_of
-from qwen_ds.export.verify import Proof, check_files, choose_proof, verify_merge
+from qwen_ds.export.merge_plan import MergeDtype, Plan, make_plan, write_index
+from qwen_ds.export.merge_report import REPORT_NAME, MergeReport, describe, rejected_name
+from qwen_ds.export.merge_resume import Progress, recipe_of
+from qwen_ds.export.proof.verify import Proof, check_files, choose_proof, verify_merge
+from qwen_ds.export.qwen2.tokenizer_check import texts_of
+from qwen_ds.export.stream.changes import Adapters
+from qwen_ds.export.stream.shard import BLOCK_BYTES, write_shard
+from qwen_ds.export.stream.source import Source
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.folder import legal_texts, write_json
-from qwen_ds.model.weights_file import sync
 
 Facts = dict[str, dict[str, Any]]  # file name -> bytes and sha256
 ShowProgress = Callable[[int, int], None]

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from qwen_ds.disk.adapter_folder import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, open_weights, read_config
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter_file import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, open_weights, read_config
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from qwen_ds import dist
-from qwen_ds.config import Recipe
 from qwen_ds.data.ahead import Window, WindowsAhead
 from qwen_ds.data.batches import make_batch
-from qwen_ds.data.rows import TokenRows
+from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.errors import UserError
-from qwen_ds.train.checkpoint import Checkpoint
-from qwen_ds.train.engine import Engine
-from qwen_ds.train.evaluate import BestLoss, Evaluator
-from qwen_ds.train.output import Output
-from qwen_ds.train.profile import StepProfiler
-from qwen_ds.train.progress import Hardware, Outcome, Progress, Step
-from qwen_ds.train.saver import RunState, Saver
+from qwen_ds.recipe.options import Recipe
+from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
+from qwen_ds.train.observe.profiler import StepProfiler
+from qwen_ds.train.observe.progress import Hardware, Outcome, Progress, Step
 from qwen_ds.train.schedule import lr_at
 from qwen_ds.train.setup import Data
-from qwen_ds.train.stop import StopRequest
-from qwen_ds.train.watchdog import Watchdog
+from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.result import Output
+from qwen_ds.train.survive.saver import RunState, Saver
+from qwen_ds.train.survive.stop import StopRequest
+from qwen_ds.train.survive.watchdog import Watchdog
 
 
 class NotFinite(ArithmeticError):

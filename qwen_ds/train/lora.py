@@ -21,12 +21,12 @@ from peft.tuners import lora as peft_lora
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from qwen_ds.config import LoraOptions
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, check_adapter_fits, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train.checkpoint import write_tensors, write_text
+from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
+from qwen_ds.train.survive.checkpoint import write_tensors, write_text
 
 ADAPTER = "default"
 KNOWN_TARGETS = ("c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "w1", "w2")

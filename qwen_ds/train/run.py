@@ -16,20 +16,24 @@ import torch
 from transformers import AutoConfig
 
 from qwen_ds import dist
-from qwen_ds.config import LoadedRecipe, Recipe
-from qwen_ds.data.report import data_report, summary
+from qwen_ds.data.rows.data_report import data_report, summary
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
 from qwen_ds.model.folder import write_json
-from qwen_ds.report import write_report
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.recipe.options import LoadedRecipe, Recipe
 from qwen_ds.runlog import log_to_file, say
-from qwen_ds.train import ds_config, engine, resume, runfolder, setup, special_rows
-from qwen_ds.train.checkpoint import Checkpoint
+from qwen_ds.train import setup, special_rows
+from qwen_ds.train.engine import engine
 from qwen_ds.train.loop import total_steps, train
-from qwen_ds.train.output import Output
-from qwen_ds.train.progress import Outcome
-from qwen_ds.train.saver import Saver
-from qwen_ds.train.stop import leave_at_signals
-from qwen_ds.train.watchdog import Watchdog
+from qwen_ds.train.observe.progress import Outcome
+from qwen_ds.train.observe.run_page import write_report
+from qwen_ds.train.survive import resume
+from qwen_ds.train.survive import run_folder as runfolder
+from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.result import Output
+from qwen_ds.train.survive.saver import Saver
+from qwen_ds.train.survive.stop import leave_at_signals
+from qwen_ds.train.survive.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qwen_ds.config import OptimOptions
+from qwen_ds.recipe.options import OptimOptions
 
 
 def lr_at(step: int, total_steps: int, optim: OptimOptions) -> float:

@@ -15,19 +15,22 @@ from transformers.utils import logging as transformers_logging
 
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import demo, dist
-from qwen_ds.config import LoadedRecipe, Recipe
 from qwen_ds.data.batches import StepSampler
-from qwen_ds.data.rows import TokenRows, prepare
+from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory, has_fast_bf16
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora, plan, special_rows
-from qwen_ds.train.activations import Saving
+from qwen_ds.plan import candidates as plan
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.activations import Saving
+from qwen_ds.plan.memory import peak_memory
+from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.traffic import Zero
+from qwen_ds.recipe.options import LoadedRecipe, Recipe
+from qwen_ds.train import lora, special_rows
+from qwen_ds.train.engine import engine
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.memory import peak_memory
-from qwen_ds.train.shape import Shape
-from qwen_ds.train.zero import Zero
 
 log = logging.getLogger(__name__)
 

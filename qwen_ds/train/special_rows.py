@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ds.config import Recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.recipe.options import Recipe
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, str]:

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from qwen_ds import dist
-from qwen_ds.config import ModelOptions, OptimOptions, Recipe
-from qwen_ds.train import ds_config, engine
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.recipe.options import ModelOptions, OptimOptions, Recipe
+from qwen_ds.train.engine import engine
 from qwen_ds.train.lora import LoraConfig
-from qwen_ds.train.output import Output
-from qwen_ds.train.saver import RunState, Saver
-from qwen_ds.train.watchdog import Watchdog
+from qwen_ds.train.survive.result import Output
+from qwen_ds.train.survive.saver import RunState, Saver
+from qwen_ds.train.survive.watchdog import Watchdog
 
 BLOCKS, RANK = 32, 64
 SHAPES = {"c_attn": (4096, 12288), "attn.c_proj": (4096, 4096), "w1": (4096, 11008), "w2": (4096, 11008),

@@ -32,15 +32,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from qwen_ds import config
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora, setup
-from qwen_ds.train.flops import step_flops, utilisation
-from qwen_ds.train.hardware import recognise
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.flops import step_flops, utilisation
+from qwen_ds.plan.gpus import recognise
+from qwen_ds.plan.shape import Shape
+from qwen_ds.recipe import options as config
+from qwen_ds.train import lora, setup
+from qwen_ds.train.engine import engine
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.progress import peak_memory_gb
-from qwen_ds.train.shape import Shape
+from qwen_ds.train.observe.progress import peak_memory_gb
 
 TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 # Length: (GB, seconds a step), README of QwenLM/Qwen.

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwen_ds.config import Parser
+from qwen_ds.disk.weights import TensorSpec
 from qwen_ds.errors import UserError, run_command
-from qwen_ds.export.safetensors_file import BlockWriter
-from qwen_ds.export.verify import available_memory
-from qwen_ds.model.weights_file import TensorSpec
+from qwen_ds.export.proof.verify import available_memory
+from qwen_ds.export.stream.blocks import BlockWriter
+from qwen_ds.recipe.options import Parser
 
 NUM_SHARDS = 8
 TABLE = 2**24  # random values, drawn once
@@ -80,11 +80,11 @@ OURS = (
     CHILD
     + """
 import torch
-from qwen_ds.export import verify
-from qwen_ds.export.changes import Adapters
+from qwen_ds.export.proof.sides import verify
+from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.layout import QWEN
 from qwen_ds.export.merge import merge
-from qwen_ds.export.plan import make_plan
+from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.model.adapter import read_adapter
 
 torch.zeros(64, 64).addmm_(torch.ones(64, 64), torch.ones(64, 64))

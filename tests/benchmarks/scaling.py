@@ -4,7 +4,7 @@
     python tests/benchmarks/scaling.py --ranks 2  # only so many ranks, prints only
 
 Measured is what DeepSpeed's comms logger sees in one optimizer step of a tiny Qwen: the bytes that a rank puts into
-each collective. The prediction is made before (qwen_ds/train/zero.py) and printed beside it with its error.
+each collective. The prediction is made before (qwen_ds/plan/traffic.py) and printed beside it with its error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from typing import Any
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import LoraOptions, ModelOptions, Recipe
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.train import ds_config, engine, plan, setup
-from qwen_ds.train.activations import Saving
-from qwen_ds.train.hardware import Gpu, gpu_named
-from qwen_ds.train.plan import Workload
-from qwen_ds.train.shape import Shape
-from qwen_ds.train.zero import Collective, Links, Zero, traffic
+from qwen_ds.plan import candidates as plan
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.activations import Saving
+from qwen_ds.plan.candidates import Workload
+from qwen_ds.plan.gpus import Gpu, gpu_named
+from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
+from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
+from qwen_ds.train import setup
+from qwen_ds.train.engine import engine
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "golden" / "small"
@@ -210,7 +213,7 @@ machine: the first part is arithmetic, the second holds its bytes against real c
 
 Rows like AdvertiseGen's (157 tokens, two thirds learnt), micro-batches of 2,048 tokens, nothing recomputed. GB: what
 each GPU receives in a step. Waits: the share of the step in which it waits for communication that nothing hides. NVLink
-450 GB/s in machines of 8; the volumes are `traffic` and the times `Links.seconds` of qwen_ds/train/zero.py (rings, and
+450 GB/s in machines of 8; the volumes are `traffic`, the times `Links.seconds` of qwen_ds/plan/traffic.py (rings, and
 a latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so a few GPUs are faster
 each than one.
 

@@ -32,7 +32,7 @@ def test_we_and_a_peer_train_the_same_rows(tmp_path: Path) -> None:
 _GPU = """
 import json, sys, torch
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.train import engine
+from qwen_ds.train.engine import engine
 from tests.benchmarks import gpu
 device = engine.choose_device("cpu")
 engine.start_process_group(device, 1)

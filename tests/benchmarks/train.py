@@ -39,13 +39,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen_ds.config import DataOptions
-from qwen_ds.data.rows import prepare
+from qwen_ds.data.rows.token_rows import prepare
 from qwen_ds.demo.base import GENERATION_CONFIG, TOKENIZER_CONFIG, official_vocabulary
 from qwen_ds.dist import free_port
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.recipe.options import DataOptions
 
 ROOT = Path(__file__).parents[2]
 RANKS, ROWS_PER_STEP, PEER_MICRO_BATCH, PEER_LENGTH, WARM_UP = 2, 32, 4, 512, 2

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_ds.config import BatchOptions
 from qwen_ds.data.batches import Part, StepSampler, cut_windows, deal, epoch_order, evaluation_batches, make_batch
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.recipe.options import BatchOptions
 
 PAD = 7
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qwen_ds.config import DataOptions
 from qwen_ds.data import __main__ as command
-from qwen_ds.data.rows import TokenRows, prepare
+from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.data.show import show_lengths, show_row
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.recipe.options import DataOptions
 
 Run = Callable[..., int]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import qwen_ds  # noqa: F401  registers the model class
 from qwen_ds import demo
-from qwen_ds.data.encode import EncodeOptions, encode_row
+from qwen_ds.data.rows.encode import EncodeOptions, encode_row
 from qwen_ds.demo import base, corpus, pretrain
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn

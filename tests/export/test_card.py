@@ -12,10 +12,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from qwen_ds.config import Recipe, write_recipe
-from qwen_ds.export.adapter_qwen2 import convert_adapter
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
+from qwen_ds.export.qwen2.adapter import convert_adapter
+from qwen_ds.recipe.options import Recipe, write_recipe
 from tests.export.folders import peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.export import plan as plan_module
+from qwen_ds.export import merge_plan as plan_module
 from qwen_ds.export.checkpoint import Checkpoint, carry_files
 from qwen_ds.export.layout import Format, Layout, Rows, identity, inverse
 from qwen_ds.export.merge import merge

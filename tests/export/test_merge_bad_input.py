@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.adapter_qwen2 import convert_adapter
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
-from qwen_ds.export.safetensors_file import BlockWriter
+from qwen_ds.export.qwen2.adapter import convert_adapter
+from qwen_ds.export.stream.blocks import BlockWriter
 from tests.export.folders import as_pickles, peft_adapter, shard
 
 

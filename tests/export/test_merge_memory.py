@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qwen_ds.export.safetensors_file import BlockWriter
-from qwen_ds.model.weights_file import TensorSpec
+from qwen_ds.disk.weights import TensorSpec
+from qwen_ds.export.stream.blocks import BlockWriter
 
 MIB = 2**20
 NUM_TENSORS, ROWS, COLUMNS, RANK = 4, 8192, 4096, 8  # 64 MiB each in bf16

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from qwen_ds.errors import UserError
 from qwen_ds.export import merge as merge_module
-from qwen_ds.export import resume
+from qwen_ds.export import merge_resume as resume
 from qwen_ds.export.merge import merge
-from qwen_ds.export.report import MergeReport
+from qwen_ds.export.merge_report import MergeReport
 from tests.export.folders import shard
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

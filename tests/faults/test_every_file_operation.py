@@ -26,18 +26,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_ds import config
 from qwen_ds.data.batches import Part, StepSampler
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import checkpoint, lora, resume
-from qwen_ds.train.engine import StepResult
-from qwen_ds.train.engine_state import VALUE, TrainableState
+from qwen_ds.recipe import options as config
+from qwen_ds.train import lora
+from qwen_ds.train.engine.engine import StepResult
+from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.loop import train
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.output import Output
-from qwen_ds.train.saver import RunState, Saver
 from qwen_ds.train.setup import Data
-from qwen_ds.train.watchdog import Watchdog
+from qwen_ds.train.survive import checkpoint, resume
+from qwen_ds.train.survive.result import Output
+from qwen_ds.train.survive.saver import RunState, Saver
+from qwen_ds.train.survive.watchdog import Watchdog
 
 RECIPE = config.Recipe(
     model=config.ModelOptions(dtype="float32"),

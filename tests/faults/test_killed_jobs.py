@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_ds.train import checkpoint
+from qwen_ds.train.survive import checkpoint
 from tests.jobs import ROOT, SCRIPT, Job
 
 pytestmark = pytest.mark.job

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qwen_ds.errors import UserError
-from serve import metrics
 from serve.evaluate import evaluate, sample, wrap
 from serve.options import EvaluateOptions, parse
+from serve.scores import metrics
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
 

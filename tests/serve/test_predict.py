@@ -16,9 +16,9 @@ import pytest
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding
-from serve.engine import Completion, Engine
+from serve.engine.engine import Completion, Engine
+from serve.files.parts import Parts, Settings, file_state
 from serve.options import PredictOptions, parse
-from serve.parts import Parts, Settings, file_state
 from serve.predict import PromptReader, predict, settings_of
 
 ROWS = [{"content": f"类型#裙*裙长#{'长' * (i * 7 % 11)}裙*第{i}", "summary": f"裙子{i}很好看。"} for i in range(11)]

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from qwen_ds import dist
-from qwen_ds.config import Recipe, load_recipe, write_recipe
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import engine, runfolder, setup
+from qwen_ds.recipe.options import Recipe, load_recipe, write_recipe
+from qwen_ds.train import setup
+from qwen_ds.train.engine import engine
 from qwen_ds.train.run import run_in_group
-from qwen_ds.train.watchdog import Watchdog
+from qwen_ds.train.survive import run_folder as runfolder
+from qwen_ds.train.survive.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 

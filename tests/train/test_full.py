@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import QWenTokenizer
-from qwen_ds.train import output
+from qwen_ds.train.survive import result as output
 
 RUNS = [(name, "float32") for name in ("zero2", "zero3", "zero2_offload", "zero3_offload")]
 RUNS += [("zero2", "bfloat16"), ("zero3_offload", "bfloat16")]

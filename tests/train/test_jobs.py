@@ -27,8 +27,8 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 def fresh_adapter(small_dir: Path) -> dict[str, Tensor]:
     """The adapter before the first step: random A from the recipe's seed, zero B."""
-    from qwen_ds.config import LoraOptions
     from qwen_ds.model.modeling import QWenLMHeadModel
+    from qwen_ds.recipe.options import LoraOptions
     from qwen_ds.train.lora import plain_name
 
     model = add_lora(QWenLMHeadModel.from_pretrained(small_dir), LoraOptions(dropout=0.0), base="", seed=42)

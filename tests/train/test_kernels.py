@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ds import machine
-from qwen_ds.config import LoadedRecipe, LoraOptions, ModelOptions, Recipe
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.deepspeed_json import resolve
+from qwen_ds.recipe.options import LoadedRecipe, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
-from qwen_ds.train.ds_config import resolve
 from qwen_ds.train.lora import add_lora, drop
 from qwen_ds.train.loss import LossHead, TrainingModel
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwen_ds.config import LoraOptions
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora
 from qwen_ds.train.lora import add_lora, config_of, count_parameters, init_from, plain_name, write_adapter
 

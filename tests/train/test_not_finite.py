@@ -14,9 +14,11 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from qwen_ds.config import LoraOptions, ModelOptions, Recipe
+from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train import ds_config, engine, lora
+from qwen_ds.train import lora
+from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.train.engine import engine
 from qwen_ds.train.loss import TrainingModel
 
 stage = int(sys.argv[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_ds.config import OptimOptions, Recipe
+from qwen_ds.recipe.options import OptimOptions, Recipe
 from qwen_ds.train.loop import dropout_seed, total_steps
 from qwen_ds.train.schedule import lr_at
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen_ds.config import LoraOptions, Recipe
 from qwen_ds.errors import UserError
 from qwen_ds.export.merge import merge
 from qwen_ds.model.adapter import load_adapter
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.recipe.options import LoraOptions, Recipe
 from qwen_ds.train import special_rows
 from qwen_ds.train.lora import add_lora, config_of, count_parameters, init_from, plain_name, write_adapter
 from qwen_ds.train.loss import TrainingModel, cross_entropy_sum

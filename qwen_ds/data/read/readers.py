@@ -1,0 +1,170 @@
+"""The table of row shapes that we read, and how a row finds its reader.
+
+A new shape is one line in `TABLE` and one function from a row to its dialogues. Rows are recognised one by one, by
+their keys alone, the first line of the table that fits: a file may mix shapes, and no row's reading depends on another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qwen_ds.data.read import readers_flat as flat
+from qwen_ds.data.read import readers_marked as marked
+from qwen_ds.data.read import readers_tree as tree
+from qwen_ds.data.read.dialogue import Outcome, Row, RowError, json_name, names
+from qwen_ds.data.read.readers_turns import read_turns
+from qwen_ds.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """One row shape. A row has it when it has all `keys` and, to train on, one of `answers` (if any are named).
+
+    `optional` keys are read where a row has them. With `pattern`, one key that matches it is needed. `gathers`: a row
+    is a part of a tree, and the rows of a whole data set are put together by `MessageTrees`.
+    """
+
+    name: str
+    read: Callable[[Row], list[Outcome]]
+    keys: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+    gathers: bool = False
+
+    def fits(self, keys: Iterable[str], for_prompts: bool = False) -> bool:
+        keys = set(keys)
+        if self.pattern is not None and not any(self.pattern.fullmatch(key) for key in keys):
+            return False
+        answered = for_prompts or not self.answers or not keys.isdisjoint(self.answers)
+        return answered and keys.issuperset(self.keys)
+
+    @property
+    def expected(self) -> str:
+        """The keys that a row must have, in words."""
+        parts = [*self.keys, " or ".join(self.answers)] if self.answers else self.keys
+        return " + ".join(parts) or "round_0, round_1 .."
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        return (*self.keys, *self.answers, *self.optional)
+
+
+_COLUMNS = ("system", "history")
+
+
+def _pair(name: str, question: str, *answers: str) -> Reader:
+    return Reader(name, flat.column_pair(question, answers), (question,), answers, _COLUMNS)
+
+
+def _gathered(row: Row) -> list[Outcome]:
+    raise AssertionError("single messages are read by MessageTrees")
+
+
+# fmt: off
+TABLE: tuple[Reader, ...] = (
+    Reader("messages", read_turns("messages"), ("messages",), optional=("system",)),
+    Reader("sharegpt", read_turns("conversations"), ("conversations",), optional=("system",)),
+    Reader("conversation", read_turns("conversation"), ("conversation",), optional=("system",)),
+    Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction",)),
+    Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
+    Reader("oasst_messages", _gathered, ("message_id", "parent_id", "text", "role"), optional=("tree_state", "deleted"),
+           gathers=True),
+    Reader("moss_002", marked.read_moss_002, ("plain_text",), optional=("prefix",)),
+    Reader("refgpt", marked.read_refgpt, ("dialogue",), optional=("system",)),
+    Reader("coig_exam", flat.read_coig_exam, ("textbox_question",), ("textbox_answer", "textbox_answer_analysis"),
+           ("textbox_q_instruction", "textbox_q_context", "system")),
+    Reader("coig_translated", flat.read_coig_translated, ("trans_instruction",), ("trans_output",),
+           ("trans_input", "system")),
+    Reader("coig_rounds", flat.read_coig_rounds, pattern=re.compile(r"round_\d+"), optional=("system",)),
+    Reader("sharegpt_translation", marked.read_sharegpt_translation, ("translation",), optional=("key", "system")),
+    Reader("alpaca", flat.read_alpaca, ("instruction",), ("output",), ("input", *_COLUMNS)),
+    Reader("hc3", flat.read_hc3, ("question", "chatgpt_answers"), optional=("human_answers", "system")),
+    Reader("math23k", flat.read_math23k, ("original_text",), ("equation", "ans"), ("system",)),
+    _pair("adgen", "content", "summary"),
+    _pair("prompt", "prompt", "response", "answer", "completion", "output"),
+    _pair("question", "question", "answer", "response"),
+    _pair("query", "query", "response", "answer"),
+    _pair("input", "input", "target", "output"),
+    _pair("text", "text", "answer", "response"),
+    # Seeds without answers: read, so that they are counted as such instead of stopping the run.
+    Reader("instructionwild", flat.read_alpaca, ("instruction",), optional=("input", *_COLUMNS)),
+)
+# fmt: on
+READERS: dict[str, Reader] = {reader.name: reader for reader in TABLE}
+
+
+def reader_named(name: str) -> Reader:
+    """The reader that `data.format` names. Raises UserError, with the nearest name, when there is none."""
+    if name in READERS:
+        return READERS[name]
+    near = difflib.get_close_matches(name, READERS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"data.format is {name!r}; expected auto or one of {', '.join(READERS)}{hint}")
+
+
+def find_reader(row: object, for_prompts: bool = False) -> Reader:
+    """The reader whose keys the row has. Raises RowError, naming keys found and expected, when there is none.
+
+    `for_prompts`: a row needs no answer. Rows that have one are still recognised by it first.
+    """
+    row = as_row(row)
+    keys = tuple(row)
+    candidates = _fitting(keys, for_prompts)
+    if not candidates:
+        raise RowError("unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}")
+    for reader in candidates[:-1]:
+        # Arrow files carry every column in every row: a column that is null is no sign of a shape.
+        if all(row[key] is not None for key in reader.keys):
+            return reader
+    last = candidates[-1]
+    return last if all(row[key] is not None for key in last.keys) else candidates[0]
+
+
+def check_fits(reader: Reader, row: object, for_prompts: bool = False) -> Row:
+    """The row, when it has the keys of a reader that the user named. Raises RowError otherwise."""
+    row = as_row(row)
+    if not _fits(reader, tuple(row), for_prompts):
+        expected = f"{reader.expected} (format {reader.name})"
+        raise RowError("missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}")
+    return row
+
+
+def as_row(row: object) -> Row:
+    if not isinstance(row, dict):
+        raise RowError("wrong type", f"the row is {json_name(row)}; expected an object")
+    return row
+
+
+@lru_cache(maxsize=1024)
+def nearest(keys: tuple[str, ...], most: int = 3) -> str:
+    """The shapes nearest to some keys, in words: for the message about a row that has none of them."""
+    keys = keys[:50]
+
+    def likeness(reader: Reader) -> tuple[int, float, bool]:
+        needed = [(key,) for key in reader.keys or ("round_0",)] + ([reader.answers] if reader.answers else [])
+        ratios = [
+            max(difflib.SequenceMatcher(None, key, want).ratio() for key in keys for want in wanted)
+            for wanted in needed
+        ]
+        return sum(ratio == 1 for ratio in ratios), round(sum(ratios) / len(ratios), 3), reader.name in usual
+
+    usual = ("messages", "sharegpt", "alpaca", "adgen")
+    ranked = sorted(TABLE, key=likeness, reverse=True) if keys else []
+    shown = ranked[:most] if keys else [READERS[name] for name in usual]
+    return ", or ".join(f"{reader.expected} ({reader.name})" for reader in shown)
+
+
+@lru_cache(maxsize=1024)
+def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
+    complete = tuple(reader for reader in TABLE if reader.fits(keys))
+    return complete or tuple(reader for reader in TABLE if for_prompts and reader.fits(keys, for_prompts=True))
+
+
+@lru_cache(maxsize=1024)
+def _fits(reader: Reader, keys: tuple[str, ...], for_prompts: bool) -> bool:
+    return reader.fits(keys, for_prompts)

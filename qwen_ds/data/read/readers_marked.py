@@ -1,0 +1,133 @@
+"""Readers of dialogues written into one text with marks: BELLE, Guanaco, RefGPT, MOSS, and the first ShareGPT-cn.
+
+Texts cut out at marks are stripped. A mark counts only where its data set puts it (at the start of a line, anywhere,
+or only after the closing mark of the turn before), because the texts talk about marks, too.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qwen_ds.data.read.dialogue import (
+    NO_TURNS,
+    Dialogue,
+    Dropped,
+    Outcome,
+    Row,
+    RowError,
+    object_of,
+    pair_up,
+    system_of,
+    text_of,
+)
+from qwen_ds.data.read.readers_turns import read_turns
+
+BAD_HISTORY = "history is not question and answer pairs"
+
+# BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both kinds of colon.
+_BELLE = re.compile(r"^(?:(?P<user>Human)|(?P<assistant>Assistant))[:：]", re.MULTILINE)
+_GUANACO = re.compile(
+    r"^(?:(?P<user>User)|(?P<assistant>Assistant|Asssistent|Assistent|Assistenz)|(?P<system>System))[:：]", re.MULTILINE
+)
+_REFGPT = re.compile(r"(?P<user><user>)|(?P<assistant><assistant>)")
+_SHAREGPT_CN = re.compile(r"(?P<user><\|user\|>[:：])|(?P<assistant><\|bot\|>[:：])")
+# MOSS 002 opens a turn only right behind the closing mark of the turn before.
+_MOSS_002 = re.compile(r"(?P<user>(?:\A|<eoa>)\s*\[Human\]:)|(?P<assistant><eoh>\s*\[MOSS\]:)")
+_MOSS_002_END = re.compile(r"<eo[ah]>\s*\Z")
+
+_TURN = re.compile(r"turn_(\d+)")
+_MOSS_HUMAN = re.compile(r"\A\s*<\|Human\|>:|(?:<eoh>)\s*\Z")
+_MOSS_ANSWER = re.compile(r"\A\s*<\|MOSS\|>:|(?:<eor>\s*)?<eom>\s*\Z|<eor>\s*\Z")
+_MOSS_COMMANDS = re.compile(r"\A\s*<\|Commands\|>:|<eoc>\s*\Z")
+_CITATION = re.compile(r"<sup>(?:(?!</?sup>).)*</sup>", re.DOTALL)
+_NUMBERED_CITATION = re.compile(r"<sup>[^<]*(?:<\|\d+\|>[^<]*)+</sup>")
+_NUMBER = re.compile(r"<\|\d+\|>")
+
+Segment = tuple[str, str]
+
+
+def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
+    """(role, stripped text) for each mark, the role being the mark's group name. Text before the first is left out."""
+    found = list(marks.finditer(text))
+    ends = [*(mark.start() for mark in found[1:]), len(text)]
+    return [(str(mark.lastgroup), text[mark.end() : end].strip()) for mark, end in zip(found, ends, strict=False)]
+
+
+def dialogue_in_instruction(instruction: str, extra: str, answer: str, system: str | None) -> Outcome | None:
+    """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns; None for any other row.
+
+    The text must open with a mark: a text that only quotes a dialogue further down is an ordinary instruction, and so
+    is a marked instruction whose input is not marked.
+    """
+    if not ("Human" in instruction or "User" in instruction or "User" in extra or "System" in extra):
+        return None
+    history, question = instruction.strip(), extra.strip()
+    if _BELLE.match(history) and not question:
+        segments = split_at_marks(history, _BELLE)
+    elif (not history or _opens_guanaco(history)) and (not question or _opens_guanaco(question)):
+        segments = split_at_marks(history, _GUANACO) + split_at_marks(question, _GUANACO)
+    else:
+        return None
+    if segments and segments[-1] == ("assistant", ""):
+        segments.pop()  # the place where the answer goes, not a turn
+    systems = [text for role, text in segments if role == "system"]
+    turns = [segment for segment in segments if segment[0] != "system"]
+    if not turns:
+        return None  # an instruction that merely opens with "System:"
+    pairs = pair_up(turns)
+    if isinstance(pairs, Dropped) or len(turns) % 2 == 0 or len(systems) > 1:
+        return Dropped(BAD_HISTORY)
+    return Dialogue("".join(systems) or system, (*pairs[:-1], (pairs[-1][0], answer)))
+
+
+def read_refgpt(row: Row) -> list[Outcome]:
+    """RefGPT: `<user>` and `<assistant>` cut the text; lines with `Human:` and `Assistant:` in its first edition."""
+    text = text_of(row, "dialogue").strip()
+    return [_dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))]
+
+
+def read_sharegpt_translation(row: Row) -> list[Outcome]:
+    """ShareGPT-cn as first published: one object a file, the dialogue in `translation`."""
+    return [_dialogue(split_at_marks(text_of(row, "translation"), _SHAREGPT_CN), system_of(row))]
+
+
+def read_moss_002(row: Row) -> list[Outcome]:
+    """MOSS 002: `prefix` is the system text, `plain_text` the dialogue."""
+    text = _MOSS_002_END.sub("", text_of(row, "plain_text"))
+    return [_dialogue(split_at_marks(text, _MOSS_002), system_of(row, "prefix"))]
+
+
+def read_moss_003(row: Row) -> list[Outcome]:
+    """MOSS 003: questions and answers of turn_1, turn_2 .. in number order.
+
+    Thoughts, commands and results of plugins are left out, and with them what points into them: `<sup>..</sup>` and
+    `<|n|>`. In a row without commands a `<sup>` that holds no such number is somebody's exponent, and stays.
+    """
+    if isinstance(row.get("chat"), list):
+        return read_turns("chat")(row)  # somebody else's list of messages under MOSS's key
+    chat = row.get("chat")
+    if chat is None:
+        return [Dropped(NO_TURNS)]
+    chat = object_of(chat, "chat")
+    numbered = sorted((int(found[1]), key) for key in chat if (found := _TURN.fullmatch(key)))
+    if chat and not numbered:
+        raise RowError("missing key", f"chat has the keys {', '.join(map(str, chat))}; expected turn_1, turn_2 ..")
+    turns = [object_of(chat[key], f"chat.{key}") for _, key in numbered if chat[key] is not None]
+    has_tools = any(_MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() not in ("", "None") for turn in turns)
+    citation = _CITATION if has_tools else _NUMBERED_CITATION
+    pairs = []
+    for turn in turns:
+        question = _MOSS_HUMAN.sub("", text_of(turn, "Human")).strip()
+        answer = _MOSS_ANSWER.sub("", text_of(turn, "MOSS"))
+        pairs.append((question, _NUMBER.sub("", citation.sub("", answer)).strip()))
+    return [Dialogue(system_of(row, "meta_instruction"), tuple(pairs))]
+
+
+def _opens_guanaco(text: str) -> bool:
+    mark = _GUANACO.match(text)
+    return mark is not None and mark.lastgroup != "assistant"
+
+
+def _dialogue(segments: list[Segment], system: str | None) -> Outcome:
+    pairs = pair_up(segments)
+    return pairs if isinstance(pairs, Dropped) else Dialogue(system, pairs)

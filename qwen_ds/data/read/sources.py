@@ -1,0 +1,331 @@
+"""What a recipe calls data (files, folders, hub data sets) to conversations, one path after another.
+
+A path is a data file of any kind that files.py reads; a folder, whose data files are read in the order of their names;
+a folder that `datasets` saved; or the id of a data set on the hub, "org/name", "org/name:split" or
+"org/name:config:split". Of a folder with several splits "folder:split" is read, "train" unless another is named.
+
+`columns` maps the keys that a reader expects to the columns that the data has, {"instruction": "q", "output": "a"};
+only the columns named in it are then read, by the reader whose keys are named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen_ds.data.read.dialogue import Dropped, Outcome, Row, RowError, as_conversation, as_prompt, names
+from qwen_ds.data.read.files import DATA_SUFFIXES, BadRow, SourceRow, chosen_names, read_rows
+from qwen_ds.data.read.readers import TABLE, Reader, as_row, check_fits, find_reader, nearest, reader_named
+from qwen_ds.data.read.readers_tree import MessageTrees
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import Conversation
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPLITS = {
+    "train": re.compile(r"(?<![a-z])(?:train|training)(?![a-z])"),
+    "validation": re.compile(r"(?<![a-z])(?:validation|valid|val|dev)(?![a-z])"),
+    "test": re.compile(r"(?<![a-z])(?:test|testing|eval|evaluation)(?![a-z])"),
+}
+_ARROW_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the rows of one path lie: in files, in a folder of `datasets`, or on the hub."""
+
+    path: str
+    files: tuple[Path, ...] = ()
+    saved: Path | None = None
+    hub_id: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+
+def iter_conversations(
+    paths: Sequence[str | Path],
+    fmt: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    bad_rows: str = "stop",
+    counts: Counter[str] | None = None,
+) -> Iterator[tuple[Conversation | Dropped, str]]:
+    """The conversations of all paths, in order, each with its source ("file:line"); a Dropped for a row without one.
+
+    A row may give several conversations (a tree), several rows one (single messages). `system` is the system text of
+    rows that have none. A row that cannot be read (broken JSON, wrong types, an unknown role, unknown keys) raises
+    UserError with "source: what came; what was expected" when it is reached, or comes as a Dropped with `unreadable`
+    set when `bad_rows` is "skip". `counts` gets "rows" (read), "kept" and "dropped" (given). `Dropped.detail` names the
+    row's keys and the keys of its format. Options and paths are checked before the first row is asked for.
+    """
+    plan = _Plan.of(fmt, columns, bad_rows, False, counts)
+    places = _places(paths)
+
+    def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
+        for place in places:
+            for outcome, source, row in _outcomes(place, plan):
+                result = outcome if isinstance(outcome, Dropped) else as_conversation(outcome, system)
+                yield _counted(result, row, plan), source
+
+    return conversations()
+
+
+def iter_prompts(
+    paths: Sequence[str | Path],
+    fmt: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    bad_rows: str = "stop",
+    counts: Counter[str] | None = None,
+) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+    """What to answer: (the conversation up to its last user turn, the row's own answer to it or None, source).
+
+    As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone, messages that end
+    with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..} or {"text": ..}. Of several turns the
+    last answer is the reference. A row without a question comes as (Dropped, None, source), so that no row is lost.
+    """
+    plan = _Plan.of(fmt, columns, bad_rows, True, counts)
+    places = _places(paths)
+
+    def prompts() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+        for place in places:
+            for outcome, source, row in _outcomes(place, plan):
+                if isinstance(outcome, Dropped):
+                    yield _counted(outcome, row, plan), None, source
+                else:
+                    prompt, reference = as_prompt(outcome, system)
+                    yield _counted(prompt, row, plan), reference, source
+
+    return prompts()
+
+
+def locate(path: str | Path) -> Place:
+    """Where the rows of a path lie, without reading them. Raises UserError for what is not there."""
+    path = str(path)
+    folder, _, split = path.partition(":")
+    if Path(path).is_file():
+        return Place(path, files=(Path(path),))
+    if Path(path).is_dir():
+        return _folder(path, Path(path), None)
+    if split and Path(folder).is_dir():
+        return _folder(path, Path(folder), split)
+    hub_id, *rest = path.split(":")
+    if _HUB_ID.fullmatch(hub_id) and len(rest) <= 2 and not hub_id.lower().endswith(DATA_SUFFIXES):
+        owner = Path(hub_id).parent
+        if not owner.exists():
+            config = rest[0] if len(rest) == 2 else None
+            return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
+    raise UserError(f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id org/name")
+
+
+def _places(paths: Sequence[str | Path]) -> list[Place]:
+    return [locate(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+
+
+def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
+    """The source rows of a path, file after file."""
+    for file in place.files:
+        empty = True
+        for row in read_rows(file):
+            empty = False
+            yield row
+        if empty:
+            raise UserError(f"{file}: the file holds no rows; expected at least one")
+    if place.saved is not None or place.hub_id is not None:
+        yield from _dataset_rows(place)
+
+
+def _folder(path: str, folder: Path, split: str | None) -> Place:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return Place(path, saved=folder, split=split)
+    found = chosen_names(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    if not found:
+        raise UserError(f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, *.csv")
+    of_split = {name: _split_of(name) for name in found}
+    if split is not None:
+        wanted = [name for name in found if of_split[name] == split]
+        if not wanted:
+            known = names(sorted({of for of in of_split.values() if of})) or "none"
+            raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
+    else:
+        wanted = [name for name in found if of_split[name] in ("train", None)] or found
+    return Place(path, files=tuple(folder / name for name in wanted), split=split)
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a file is named for, by its own name or its folder's: as `datasets` recognises them."""
+    for part in reversed(name.lower().split("/")):
+        for split, word in _SPLITS.items():
+            if word.search(part):
+                return split
+    return None
+
+
+def _dataset_rows(place: Place) -> Iterator[SourceRow]:
+    import datasets
+
+    try:
+        if place.saved is not None:
+            data = datasets.load_from_disk(str(place.saved))
+        else:
+            data = datasets.load_dataset(place.hub_id, place.config, split=place.split)
+    except Exception as error:  # whatever the network, the hub or the library raise: the user's path did not load
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        known = "the folder" if place.saved else "no such file or folder, and as a data set of the hub it"
+        raise UserError(
+            f"{place.path}: {known} could not be loaded ({type(error).__name__}: {first}); expected a data file, a "
+            "folder of data files, or the id of a data set that can be reached"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        split = place.split or ("train" if "train" in data or len(data) != 1 else next(iter(data)))
+        if split not in data:
+            raise UserError(f"{place.path}: no split {split!r}; splits found: {names(data)}")
+        data = data[split]
+    elif place.saved is not None and place.split is not None:
+        raise UserError(f"{place.path}: the folder holds one data set without splits; expected {place.saved}")
+    index = 0
+    for table in data.with_format("arrow").iter(batch_size=_ARROW_ROWS):
+        for row in table.to_pylist():
+            yield SourceRow(row, f"{place.path}#{index}")
+            index += 1
+    if index == 0:
+        raise UserError(f"{place.path}: the data set holds no rows; expected at least one")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How rows are read, checked once."""
+
+    reader: Reader | None
+    columns: Mapping[str, str]
+    skip_bad: bool
+    for_prompts: bool
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @staticmethod
+    def of(
+        fmt: str, columns: Mapping[str, str] | None, bad_rows: str, for_prompts: bool, counts: Counter[str] | None
+    ) -> _Plan:
+        if bad_rows not in ("stop", "skip"):
+            raise UserError(f"data.bad_rows is {bad_rows!r}; expected stop or skip")
+        reader = None if fmt == "auto" else reader_named(fmt)
+        if columns:
+            reader = _reader_of_columns(columns, reader, for_prompts)
+        return _Plan(reader, columns or {}, bad_rows == "skip", for_prompts, Counter() if counts is None else counts)
+
+
+def _reader_of_columns(columns: Mapping[str, str], reader: Reader | None, for_prompts: bool) -> Reader:
+    readers = [reader] if reader else list(TABLE)
+    known = {key for each in readers for key in each.all_keys}
+    unknown = [key for key in columns if key not in known]
+    if unknown:
+        raise UserError(
+            f"data.columns has the key {unknown[0]!r}; expected keys of a format: {names(sorted(known), 40)}"
+        )
+    fitting = [each for each in readers if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys)]
+    if not fitting:
+        expected = reader.expected if reader else nearest(tuple(columns))
+        raise UserError(f"data.columns names {names(columns)}; expected all keys of a format: {expected}")
+    return fitting[0]
+
+
+def _counted(result: Conversation | Dropped, row: object, plan: _Plan) -> Conversation | Dropped:
+    if not isinstance(result, Dropped):
+        plan.counts["kept"] += 1
+        return result
+    plan.counts["dropped"] += 1
+    if result.detail or not isinstance(row, dict):
+        return result
+    try:
+        expected = (plan.reader or find_reader(row, plan.for_prompts)).expected
+    except RowError:
+        expected = nearest(tuple(row))
+    return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
+
+
+def _outcomes(place: Place, plan: _Plan) -> Iterator[tuple[Outcome, str, object]]:
+    """Every outcome of a path with its source and, where it is one row's, that row."""
+    trees = MessageTrees()
+    is_first = True
+    for row in rows_of(place):
+        plan.counts["rows"] += 1
+        if isinstance(row, BadRow):
+            yield _unreadable(RowError(row.reason, row.detail), row.source, plan), row.source, None
+            continue
+        for value, source in _unwrapped(row, plan):
+            try:
+                if plan.columns:
+                    value = _mapped(value, source, plan, is_first)
+                    is_first = False
+                outcomes = _read(value, source, plan, trees)
+            except RowError as error:
+                yield _unreadable(error, source, plan), source, value
+                continue
+            for outcome in outcomes:
+                yield outcome, source, value
+    for outcome, source in trees.outcomes():
+        yield outcome, source, None
+
+
+def _read(value: object, source: str, plan: _Plan, trees: MessageTrees) -> list[Outcome]:
+    if plan.reader is None:
+        reader = find_reader(value, plan.for_prompts)
+        row = as_row(value)
+    else:
+        reader = plan.reader
+        row = check_fits(reader, value, plan.for_prompts)
+    if reader.gathers:
+        trees.add(row, source)
+        return []
+    return reader.read(row)
+
+
+def _unreadable(error: RowError, source: str, plan: _Plan) -> Dropped:
+    if not plan.skip_bad:
+        raise UserError(f"{source}: {error.detail}")
+    return Dropped(error.reason, error.detail, unreadable=True)
+
+
+def _unwrapped(row: SourceRow, plan: _Plan) -> Iterator[tuple[object, str]]:
+    """The row itself; or, of an object that is no row but maps names to lists of rows (Safety-Prompts), those rows."""
+    value = row.row
+    if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
+        inner = next((inner for rows in value.values() for inner in rows), None)
+        if not _is_row(value, plan) and _is_row(inner, plan):
+            for name, rows in value.items():
+                for place, inner in enumerate(rows):
+                    yield inner, f"{row.source} {name}[{place}]"
+            return
+    yield value, row.source
+
+
+def _is_row(value: object, plan: _Plan) -> bool:
+    if plan.columns:
+        return isinstance(value, dict) and not set(plan.columns.values()).isdisjoint(value)
+    try:
+        if plan.reader is not None:
+            check_fits(plan.reader, value, plan.for_prompts)
+        else:
+            find_reader(value, plan.for_prompts)
+    except RowError:
+        return False
+    return True
+
+
+def _mapped(value: object, source: str, plan: _Plan, is_first: bool) -> Row:
+    """The row under the reader's own keys. In a path's first row every mapped column must be there."""
+    row = as_row(value)
+    assert plan.reader is not None, "columns fix the reader"
+    needed = {*plan.reader.keys, *(() if plan.for_prompts else plan.reader.answers)}
+    answers = set(plan.reader.answers) if plan.for_prompts else set()
+    for key, column in plan.columns.items():
+        if column in row or key in answers:
+            continue
+        fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
+        if is_first:
+            raise UserError(f"{source}: {fault}")
+        if key in needed:
+            raise RowError("missing key", fault)
+    return {key: row[column] for key, column in plan.columns.items() if column in row}

@@ -1,0 +1,1 @@
+"""How files are read and written: complete or absent, and nothing on trust."""

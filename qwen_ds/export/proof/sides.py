@@ -1,0 +1,116 @@
+"""What both kinds of proof share: the texts, the positions that are compared, and base + adapters as a module.
+
+Shapes: T tokens of a row, P positions compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qwen_ds.export.proof.noise import RoundingNoise
+from qwen_ds.export.stream.changes import Adapters
+from qwen_ds.model.adapter import Adapter, put_adapter
+
+POSITIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A text, and where in it logits are compared."""
+
+    ids_T: Tensor  # int64
+    positions: Tensor  # int64
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Logits at the same positions, fp32 [P, V]: of the base, of base + adapters, of the same on a base that has been
+    rounded once more, and of the output."""
+
+    base_PV: Tensor
+    expected_PV: Tensor
+    noisy_PV: Tensor
+    merged_PV: Tensor
+
+
+def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
+    """`count` positions spread evenly over the rows' second halves: the first are mostly the system message of all."""
+    places = [(i, t) for i, ids_T in enumerate(rows_T) for t in range(len(ids_T) // 2, len(ids_T))]
+    count = min(count, len(places))
+    chosen = [places[j * len(places) // count] for j in range(count)]
+    at = [[t for i, t in chosen if i == row] for row in range(len(rows_T))]
+    return [Row(ids_T, torch.tensor(positions)) for ids_T, positions in zip(rows_T, at, strict=True) if positions]
+
+
+def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
+    """The rows' beginnings, of `count` tokens in all, every position of which is compared: all that is computed counts.
+
+    Of many rows the first few serve, since the beginnings should not be too short to mean anything.
+    """
+    rows, left = [], count
+    for i, ids_T in enumerate(rows_T):
+        ids_T = ids_T[: min(left, max(16, -(-left // (len(rows_T) - i))))]
+        if len(ids_T):
+            rows.append(Row(ids_T, torch.arange(len(ids_T))))
+            left -= len(ids_T)
+    return rows
+
+
+def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
+    """A text of the tokens whose rows adapters replace, which no other text need hold; of many, 64 spread evenly."""
+    indices = {i for adapter in adapters.members for rows in adapter.token_rows.values() for i in rows.indices}
+    ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
+    chosen = [ids[j * len(ids) // count] for j in range(count)]
+    return [Row(torch.tensor(chosen), torch.arange(count))] if chosen else []
+
+
+def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
+    """Whether the adapter changes anything in `module`, whose names are the whole model's."""
+    return bool({name for name, _ in module.named_parameters()} & set(adapter.changed_tensors()))
+
+
+@torch.no_grad()
+def put_adapters(module: nn.Module, adapters: Adapters) -> None:
+    """Make base + adapters of the fp32 `module`, a model or a part of one with the whole's names, in place.
+
+    By peft's own arithmetic, so that the merge is not held against itself; the last adapter of a sequence, most often
+    the only one, stays beside its weights.
+    """
+    members = [adapter for adapter in adapters.members if has_a_module(adapter, module)]
+    if adapters.weights is None:
+        for adapter in members[:-1]:
+            _fold(module, adapter)
+        if members:
+            put_adapter(module, members[-1])
+        return
+    weights = dict(zip(map(id, adapters.members), adapters.weights, strict=True))
+    base = {name: value.clone() for name, value in module.named_parameters() if name in set(adapters.changed_tensors())}
+    total = {name: value.clone() for name, value in base.items()}
+    for adapter in members:
+        _fold(module, adapter)
+        for name in adapter.changed_tensors():
+            if name in base:
+                parameter = module.get_parameter(name)
+                total[name].add_(parameter - base[name], alpha=weights[id(adapter)])
+                parameter.copy_(base[name])
+    for name, value in total.items():
+        module.get_parameter(name).copy_(value)
+
+
+def _fold(module: nn.Module, adapter: Adapter) -> None:
+    wrapped = put_adapter(module, adapter)
+    if wrapped is not None:
+        wrapped.merge_and_unload()
+
+
+def spoil(module: nn.Module, rounded: Mapping[str, str], noise: RoundingNoise) -> None:
+    """Round once more, in place, what the output stores rounded (the base's tensor name -> dtype): the base's weights
+    beneath the adapters on `module`, and the tensors that adapters bring in their place."""
+    for name, parameter in module.named_parameters():
+        own = name.replace(".base_layer.", ".")  # peft's wrapper
+        if own in rounded:
+            noise.add(parameter.data, rounded[own])

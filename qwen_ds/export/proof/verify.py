@@ -1,0 +1,212 @@
+"""Prove an output: its logits against those of base + adapters, both computed in fp32 from the stored weights.
+
+Computed so, the only difference between the two is the rounding of the merged weights to their dtype (and the order of
+fp32 sums). How far one such rounding moves the logits is a property of the model, so it is measured rather than
+guessed: the base's own weights are rounded once more beneath the adapters, by random errors of the same distribution,
+and the output may differ from base + adapters by no more than a small multiple of what that changes.
+
+Shapes: P positions compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qwen_ds.errors import UserError
+from qwen_ds.export.merge_plan import Plan, Shard
+from qwen_ds.export.proof.layered import layered_outputs
+from qwen_ds.export.proof.sides import POSITIONS, Outputs, Row, first_positions, replaced_rows, spread_positions
+from qwen_ds.export.proof.whole import memory_needed, whole_outputs
+from qwen_ds.machine import available_memory
+from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.tokenizer import load_encoding
+
+Proof = Literal["auto", "full", "sampled", "off"]
+
+# Each of at least 16 tokens.
+PROMPTS = (
+    "你好！请用一句话介绍你自己，再说说你能帮我做哪些事情，不能做哪些。",
+    "类型#上衣*版型#宽松*颜色#白色*风格#简约*图案#条纹*衣样式#衬衫",
+    "Write a Python function that returns the n-th Fibonacci number, and explain its running time.",
+    "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
+)
+
+# Two draws of the same noise: their largest entries over thousands of logits lie well within a factor of 3.
+ROUNDINGS_ALLOWED = 3.0
+# The order of fp32 sums alone moves the official model's logits by 1.2e-6 of the largest (golden lora, 3 blocks);
+# it grows with the root of the depth, so 32 blocks reach 4e-6.
+FP32_NOISE = 2e-5
+# Over all logits the chances even out: 36 right merges in bf16 of the golden model lay between
+# 0.98 and 1.28 times the noise, and a change that is a tenth too large at the edge of the noise at 1.6.
+RMS_ALLOWED = 1.5
+# Positions where two tokens are nearly equal change sides by chance: that many of 64 more than the noise changes.
+FLIPS_BY_CHANCE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The proof and its figures: absolute differences of logits, over all positions.
+
+    Attributes:
+        kind: "full": whole models; "sampled": layer by layer, on shorter texts.
+        positions: number of positions compared, each with the text up to it given.
+        max_difference, rms_difference: output against base + adapters.
+        bound, rms_bound: what they may be.
+        rounding_noise, rms_noise: the same for base + adapters against itself, the base's weights rounded once more.
+        top1_agreement: share of positions where the most probable next token is the same.
+        top1_bound: what that must be.
+        top1_noise: the same share for the noise.
+        adapter_effect: largest difference between base + adapters and the bare base: what is proven to be there.
+    """
+
+    status: Literal["passed", "failed"]
+    reason: str
+    kind: Literal["full", "sampled"]
+    positions: int
+    max_difference: float
+    rms_difference: float
+    bound: float
+    rms_bound: float
+    rounding_noise: float
+    rms_noise: float
+    top1_agreement: float
+    top1_bound: float
+    top1_noise: float
+    adapter_effect: float
+    seconds: float
+
+    def in_words(self) -> list[str]:
+        return [
+            f"  {self.kind} proof {self.status} in {self.seconds:.1f} s: {self.reason}",
+            f"  the same most probable token at {self.top1_agreement:.1%} of {self.positions} positions (the base"
+            f" rounded once more: {self.top1_noise:.1%}); adapters move logits by up to {self.adapter_effect:.3g}",
+        ]
+
+
+def check_files(folder: Path, shards: Sequence[Shard]) -> None:
+    """Open each written shard with the safetensors library and compare names, shapes and dtypes."""
+    for shard in shards:
+        with safe_open(folder / shard.name, framework="pt") as file:
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
+            read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
+            assert read == wanted, f"{folder / shard.name}: safetensors reads another header than was written"
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        UserError: no such file, not UTF-8, or nothing in it.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; expected a text file in UTF-8, a prompt a line") from error
+    if not prompts:
+        raise UserError(f"{path}: holds no text; expected a prompt a line")
+    return prompts
+
+
+def choose_proof(plan: Plan, proof: Proof) -> Literal["full", "sampled"] | None:
+    """Which proof is made: "auto" takes the full one if the model fits in memory.
+
+    Raises:
+        UserError: a full one is asked for and does not.
+    """
+    if proof in ("off", "sampled"):
+        return None if proof == "off" else "sampled"
+    needed, free = memory_needed(plan), available_memory()
+    if needed <= free:
+        return "full"
+    if proof == "full":
+        raise UserError(
+            f"verify is full, which needs {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free; expected more"
+            " of it, or --verify sampled, which goes layer by layer"
+        )
+    return "sampled"
+
+
+def verify_merge(
+    plan: Plan, merged: Path, kind: Literal["full", "sampled"], prompts: Sequence[str] | None = None
+) -> Verification:
+    """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
+    started = time.monotonic()
+    native = plan.base.folder if plan.format.from_qwen else merged
+    encoding, seq_length = load_encoding(native), QWenConfig.from_pretrained(str(native)).seq_length
+    special = replaced_rows(plan.adapters, seq_length)
+    if kind == "sampled":
+
+        def bare(texts: Sequence[str], count: int) -> list[Row]:
+            # Bare text: of the few tokens that there are, none goes to a system message.
+            return first_positions([torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count)
+
+        outputs = layered_outputs(plan, merged, [*_filled_up(bare, prompts), *special])
+    else:
+
+        def chat(texts: Sequence[str], count: int) -> list[Row]:
+            turns = [Conversation(None, (Turn("user", text),)) for text in texts]
+            ids = [encode_prompt(encoding, turn)[:seq_length] for turn in turns]
+            return spread_positions([torch.tensor(row) for row in ids], count)
+
+        outputs = whole_outputs(plan, merged, [*_filled_up(chat, prompts), *special])
+    return judge(outputs, kind, time.monotonic() - started)
+
+
+def _filled_up(rows_of: Callable[[Sequence[str], int], list[Row]], prompts: Sequence[str] | None) -> list[Row]:
+    """Rows of the prompts, and of the built-in ones as far as those given have no 64 positions."""
+    rows = rows_of(prompts or (), POSITIONS)
+    left = POSITIONS - sum(len(row.positions) for row in rows)
+    return [*rows, *rows_of(PROMPTS, left)] if left else rows
+
+
+def judge(outputs: Outputs, kind: Literal["full", "sampled"], seconds: float) -> Verification:
+    """Hold what the output differs by against what one more rounding of the base makes."""
+    expected_PV = outputs.expected_PV
+    largest, rms, flips = _distance(outputs.merged_PV, expected_PV)
+    noise, rms_noise, noise_flips = _distance(outputs.noisy_PV, expected_PV)
+    bound = ROUNDINGS_ALLOWED * noise + FP32_NOISE * float(expected_PV.abs().max())
+    rms_bound = RMS_ALLOWED * rms_noise + FP32_NOISE * float(expected_PV.square().mean().sqrt())
+    positions = expected_PV.shape[0]
+    flips_allowed = ROUNDINGS_ALLOWED * noise_flips + FLIPS_BY_CHANCE * positions / POSITIONS
+    effect = _distance(expected_PV, outputs.base_PV)[0]
+    reason = f"largest difference of logits {largest:.3g}, allowed {bound:.3g}; rms {rms:.3g}, allowed {rms_bound:.3g}"
+    if flips > flips_allowed:
+        reason += f"; another most probable token at {flips} of {positions} positions, allowed {flips_allowed:.3g}"
+    if 0 < effect <= bound:
+        reason += f"; the adapters move logits by {effect:.3g} at most, too little to tell their merge from the base"
+    # NaN compares as false: it must not pass.
+    passed = largest <= bound and rms <= rms_bound and flips <= flips_allowed
+    return Verification(
+        status="passed" if passed else "failed",
+        reason=reason,
+        kind=kind,
+        positions=positions,
+        max_difference=largest,
+        rms_difference=rms,
+        bound=bound,
+        rms_bound=rms_bound,
+        rounding_noise=noise,
+        rms_noise=rms_noise,
+        top1_agreement=1 - flips / positions,
+        top1_bound=max(0.0, 1 - flips_allowed / positions),
+        top1_noise=1 - noise_flips / positions,
+        adapter_effect=effect,
+        seconds=round(seconds, 3),
+    )
+
+
+def _distance(one_PV: Tensor, other_PV: Tensor) -> tuple[float, float, int]:
+    """Largest and root-mean-square difference, and the number of positions with another most probable token."""
+    difference_PV = one_PV - other_PV
+    flips = int((one_PV.argmax(1) != other_PV.argmax(1)).sum())
+    return float(difference_PV.abs().max()), float(difference_PV.square().mean().sqrt()), flips

@@ -1,0 +1,1 @@
+"""The Qwen2 format: names, settings and tokenizer, both ways."""

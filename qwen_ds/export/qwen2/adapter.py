@@ -1,0 +1,125 @@
+"""A LoRA adapter of Qwen as one of Qwen2: the same change of the same weights, in a stock PEFT folder.
+
+On the fused c_attn A is shared by q_proj, k_proj and v_proj, and B's rows (and DoRA's magnitudes, one a row) are split
+between them as the weight's rows are: B @ A and every row's norm stay what they were. A module's scaling stays, too.
+
+Shapes: O output features (rows), I input features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen_ds.disk.output_folder import publish, require_new_folder
+from qwen_ds.errors import UserError
+from qwen_ds.export.base_check import base_name, doubts
+from qwen_ds.export.card import Origin, write_card
+from qwen_ds.export.qwen2 import settings
+from qwen_ds.export.qwen2.names import qwen2_modules, qwen_shapes
+from qwen_ds.model.adapter import (
+    CONFIG_NAME,
+    PEFT_PREFIX,
+    WEIGHTS_NAME,
+    Adapter,
+    LoraPair,
+    check_adapter_fits,
+    read_adapter,
+)
+from qwen_ds.model.folder import carry_over, write_json
+
+# What a stock PEFT reads, beside what is decided here. Everything else in the source's configuration is about training.
+_KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora")
+
+
+def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bool = False) -> int:
+    """Write the adapter in `adapter`, trained on the Qwen in `base`, as an adapter of the Qwen2 made from that base.
+
+    Of the base only config.json and the legal texts are read.
+
+    Returns:
+        The number of modules that the new adapter changes.
+
+    Raises:
+        UserError: the adapter does not fit the base, replaces rows or whole tensors, or the output exists.
+    """
+    config = settings.read_qwen_config(base)
+    source = read_adapter(adapter, allow_pickle=allow_pickle)
+    check_adapter_fits(source, qwen_shapes(config))
+    if replaced := sorted((*source.saved, *(f"{module}.weight" for module in source.token_rows))):
+        raise UserError(f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge instead")
+    output = Path(os.path.abspath(output))
+    require_new_folder(output)
+    pairs = {target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)}
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+            partial = Path(beside) / output.name
+            partial.mkdir()
+            save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
+            (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
+            # The Qwen2 has no id of its own: named so that its Qwen can be told.
+            name = f"{base_name(base).rpartition('/')[2]}-qwen2"
+            write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
+            carry_over(base, partial, legal_only=True)
+            write_card(partial, Origin(base, (adapter,), "qwen2", notes=tuple(doubts(base, [source]))))
+            publish(partial, output)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{error.filename or output}: {error.strerror}; expected a disk that takes {output}") from error
+    return len(pairs)
+
+
+def _tensors(source: Adapter) -> dict[str, Tensor]:
+    """Each target's A_RI, its rows of B_OR and of the magnitudes [O], under PEFT's keys."""
+    found: dict[str, Tensor] = {}
+    for module, pair in source.pairs.items():
+        targets = qwen2_modules(module)
+        rows = source.shapes[pair.b_key][0] // len(targets)
+        for i, target in enumerate(targets):
+            first, last = i * rows, (i + 1) * rows
+            found[f"{PEFT_PREFIX}{target}.lora_A.weight"] = source.tensor(pair.a_key)
+            found[f"{PEFT_PREFIX}{target}.lora_B.weight"] = source.tensor(pair.b_key, first, last)
+            if pair.magnitude_key is not None:
+                magnitude_O = source.tensor(pair.magnitude_key, first, last)
+                found[f"{PEFT_PREFIX}{target}.lora_magnitude_vector"] = magnitude_O
+    return found
+
+
+def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, base: str) -> dict[str, Any]:
+    """adapter_config.json: the targets, and each rank and alpha that is not the usual one, under the new names."""
+    layers = Counter(target.rpartition(".")[2] for target in pairs)
+    # A short name, which is what other engines know, means the module in every layer.
+    in_every_layer = all(count == (1 if name == "lm_head" else num_layers) for name, count in layers.items())
+    usual = source.config["lora_alpha"]
+    alphas = {
+        # The twelfth digit: alpha came through a division, and 16 should stay 16.
+        target: float(f"{pair.scaling * _divisor(source, pair.r):.12g}")
+        for target, pair in pairs.items()
+        if pair.scaling != usual / _divisor(source, pair.r)
+    }
+    return {
+        **{key: source.config[key] for key in _KEPT if key in source.config},
+        "task_type": source.config.get("task_type") or "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(layers if in_every_layer else pairs),
+        "modules_to_save": None,
+        "rank_pattern": {target: pair.r for target, pair in pairs.items() if pair.r != source.config["r"]},
+        "alpha_pattern": alphas,
+    }
+
+
+def _divisor(source: Adapter, r: int) -> float:
+    return math.sqrt(r) if source.config.get("use_rslora") else r

@@ -1,0 +1,167 @@
+"""Do the two tokenizers agree? Asked at every conversion, on built-in texts and on the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from qwen_ds.data.read.files_json import BadRow
+from qwen_ds.data.read.sources import locate, rows_of
+from qwen_ds.errors import UserError
+from qwen_ds.export.qwen2.tokenizer_json import TOKENIZER
+from qwen_ds.model.tokenizer import Encoding
+
+# What tokenizers differ about: blanks, line breaks, digits, contractions, NFC, letters of many scripts, broken emoji,
+# signs, control tokens spelled in text. No special token stands before U+0338 (see tokenizer_json.py).
+BUILT_IN = (
+    "",
+    "你好，世界！1234567890 ＡＢＣ１２３ ㈱㍿ ① ½ Ⅷ",
+    "類型#上衣*版型#寬鬆*顏色#白色\t𠮷野家 𪚥 㐀 々〆〇",
+    "I'm sure they'll say it's what we'd've done, don't you? I'M SURE THEY'LL SAY IT'S.",
+    "def f(x):\n    return {\"a\": [x**2, 0x1F, 1e-7]}  # 注释\n\n\n\tif x != y:\r\n        pass\r\n",
+    " leading,  double,   triple blanks and trailing ones   ",
+    "\n", "\n\n", " \n \n ", "\r\n\r\n", "\t\t\n\t", "a\n b\n  c\n\n   d", "　全角　空格　",
+    "\u00a0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u0085\x1c\x1d\x1e\x1f\x0b\x0c",
+    "\u200b\u200c\u200d\ufeff\u00ad\u180e\u2060",
+    "e\u0301 \u00e9 A\u030a \u212b \u1112\u1161\u11ab \ud55c o\u0302\u0323 \u0958 \uf900 \U0002f800 \u2126",
+    "\u0301\u0302 a\u0338b \u0300 ≠ =\u0338 <\u0338",
+    "Ünïcödé ÀÉÎÕÜ ßẞ İıĞğ ŁłŃń Ðð Þþ",
+    "Привет, мир! Γειά σου Κόσμε שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก こんにちは、ｶﾀｶﾅ 안녕하세요 የሰላም ខ្មែរ",
+    "👍🏽 👨\u200d👩\u200d👧 🇨🇳 ☃️ ❤️ 😀😀 \U0001f9ff",
+    "¿¡«»“”‘’…—–·×÷±∞≈≤≥←→↑↓★☆■□♪ №℃ €£¥₹ §¶†‡",
+    "#include <stdio.h> a->b; x <<= 2; /* ** */ // \\n \\u4e2d $HOME %s {{}} [[ ]] `~!@#$%^&*()_+-=|",
+    "https://example.com/a?b=c&d=%E4%BD%A0#e user@example.com 2023-08-03T12:34:56Z 3.14159 1,000,000 ½",
+    "\x00\x01\x7f\x80\x9f\ufffd\ufffe\U0010ffff\ue000",
+    "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n好<|im_end|><|endoftext|>",
+    "<|endoftext|><|extra_0|> <|extra_204|>x<|im_end|>\u0301 <|extra_205|> <|im_start |> <|IM_START|>",
+    "<|im_end|", "|im_end|>", "<|<|im_end|>|>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 8, " " * 200, "=" * 100 + "\n" + "-" * 99 + "\n", "哈" * 100, "ab " * 100,
+)  # fmt: skip
+_TEXTS_AT_ONCE = 512
+DIFFERENCES_KEPT = 1000
+Asked = Literal["ids", "ids of plain text", "decoded text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A text that gets other ids from Qwen2's tokenizer than from Qwen's, or other text back.
+
+    source: "built-in 3", "train.json:12". text: its beginning. asked: what was asked for; at: index of the first
+    difference; qwen, qwen2: some ids (characters) from there on.
+    """
+
+    source: str
+    text: str
+    asked: Asked
+    at: int
+    qwen: list[int] | str
+    qwen2: list[int] | str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerCheck:
+    """What was compared and what differed.
+
+    texts, characters: how much was compared. num_differences: of how many texts; `differences` has the first thousand.
+    """
+
+    texts: int
+    characters: int
+    num_differences: int
+    differences: list[Difference]
+
+    @property
+    def passed(self) -> bool:
+        return self.num_differences == 0
+
+    def in_words(self) -> list[str]:
+        """A line for the screen, and one for each of the first differences."""
+        compared = f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
+        shown = [
+            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen,"
+            f" {one.qwen2!r} for Qwen2"
+            for one in self.differences[:10]
+        ]
+        return [f"{compared} ({self.characters:,} characters)", *shown]
+
+
+def check_tokenizer(encoding: Encoding, folder: Path, texts_files: Sequence[Path | str] = ()) -> TokenizerCheck:
+    """Encode and decode the built-in texts and all texts of the files with `encoding` and the folder's tokenizer.json.
+
+    Control tokens spelled in a text are compared both as such and as plain text. Of a file of rows every string counts,
+    whatever its key; a file named *.txt gives its lines.
+
+    Raises:
+        UserError: a file that is missing or cannot be read.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    num_texts = num_characters = num_differences = 0
+    kept: list[Difference] = []
+    built_in = ((f"built-in {number}", text) for number, text in enumerate(BUILT_IN))
+    sources = chain(built_in, *(texts_of(file) for file in texts_files))
+    while batch := [(source, _sound(text)) for source, text in islice(sources, _TEXTS_AT_ONCE)]:
+        differences = list(_compare(encoding, tokenizer, batch))
+        num_differences += len(differences)
+        kept += differences[: DIFFERENCES_KEPT - len(kept)]
+        num_texts += len(batch)
+        num_characters += sum(len(text) for _, text in batch)
+    return TokenizerCheck(num_texts, num_characters, num_differences, kept)
+
+
+def _compare(encoding: Encoding, tokenizer: Tokenizer, batch: list[tuple[str, str]]) -> Iterator[Difference]:
+    """The first thing that differs, for each (source, text) where one does."""
+    tokenizer.encode_special_tokens = False
+    parsed = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+    tokenizer.encode_special_tokens = True
+    for (source, text), found in zip(batch, parsed, strict=True):
+        expected = encoding.with_specials(text)
+        before, after = encoding.decode(expected), tokenizer.decode(found.ids, skip_special_tokens=False)
+        if found.ids != expected:
+            yield _first_difference(source, text, "ids", expected, found.ids)
+        elif before != after:
+            yield _first_difference(source, text, "decoded text", before, after)
+        elif "<|" in text:  # all others are the same as plain text
+            plain, ordinary = tokenizer.encode(text, add_special_tokens=False).ids, encoding.ordinary(text)
+            if plain != ordinary:
+                yield _first_difference(source, text, "ids of plain text", ordinary, plain)
+
+
+def _first_difference(source: str, text: str, asked: Asked, qwen: Any, qwen2: Any) -> Difference:
+    differ = (i for i, (left, right) in enumerate(zip(qwen, qwen2, strict=False)) if left != right)
+    at = next(differ, min(len(qwen), len(qwen2)))
+    shown = slice(at, at + 12)
+    return Difference(source, text[:200], asked, at, qwen[shown], qwen2[shown])
+
+
+def _sound(text: str) -> str:
+    """Half of a surrogate pair, which JSON can spell, is no character: U+FFFD, as tiktoken takes it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def texts_of(file: Path | str) -> Iterator[tuple[str, str]]:
+    """Source and text of every string in a data file's rows, or of every line of a text file (*.txt)."""
+    path = Path(file)
+    if path.suffix.lower() == ".txt":
+        try:
+            with path.open(encoding="utf-8", newline="") as lines:
+                yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, 1))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}; expected a text file in UTF-8") from None
+        return
+    for row in rows_of(locate(file)):
+        if isinstance(row, BadRow):
+            raise UserError(f"{row.source}: {row.detail}")
+        yield from ((row.source, text) for text in _strings(row.row))
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

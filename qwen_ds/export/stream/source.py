@@ -1,0 +1,115 @@
+"""A checkpoint's weights as a stream of row blocks, every byte of its files hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_ds.errors import UserError
+from qwen_ds.export.checkpoint import Checkpoint
+from qwen_ds.export.stream.blocks import BLOCKS_IN_FLIGHT, Header, RowRange
+
+_HASH_BYTES = 2**20  # read at once where nothing but the checksum is wanted
+
+
+class _File:
+    """One weight file. Hashed reads should go forwards: what they pass over is read for the checksum, too."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._file = header.path.open("rb", buffering=0)
+        self._sha256 = hashlib.sha256()
+        self._hashed = 0  # bytes from the start that the checksum has seen
+        self._starts = header.starts
+        self.num_bytes = header.path.stat().st_size
+
+    def _pread(self, num_bytes: int, offset: int) -> Tensor:
+        block = torch.empty(num_bytes, dtype=torch.uint8)  # unlike a bytearray, not filled with zeros first
+        view = block.numpy().data
+        while view:
+            count = os.preadv(self._file.fileno(), [view], offset)
+            if not count:
+                raise UserError(f"{self._header.path}: ended while it was read; expected it to stay as it is")
+            view, offset = view[count:], offset + count
+        return block
+
+    def _hash_to(self, end: int) -> None:
+        while self._hashed < end:
+            block = self._pread(min(_HASH_BYTES, end - self._hashed), self._hashed)
+            self._sha256.update(block.numpy().data)
+            self._hashed += len(block)
+
+    def read(self, rows: RowRange, hashed: bool) -> Tensor:
+        if self._header.pickled is not None:
+            tensor = self._header.pickled[rows.spec.name]
+            part = tensor[rows.first : rows.last] if rows.spec.shape else tensor
+            return part.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        start = self._starts[rows.spec.name] + rows.first * rows.spec.bytes_per_row
+        block = self._pread(rows.num_bytes, start)
+        end = start + len(block)
+        if hashed and end > self._hashed:
+            self._hash_to(start)
+            self._sha256.update(block[self._hashed - start :].numpy().data)
+            self._hashed = end
+        return block
+
+    @property
+    def is_read(self) -> bool:
+        return self._hashed == self.num_bytes
+
+    def sha256(self) -> str:
+        """Of the whole file: what no read has passed yet is read now."""
+        self._hash_to(self.num_bytes)
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Source:
+    """The opened weight files of a checkpoint: a context manager."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._shards = checkpoint.shards
+        self._shard_of = {spec.name: shard.path.name for shard in checkpoint.shards for spec in shard.tensors}
+
+    def __enter__(self) -> Source:
+        self._files = {shard.path.name: _File(shard) for shard in self._shards}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, rows: RowRange, hashed: bool = False) -> Tensor:
+        """The bytes of the rows, uint8, in memory that the caller may overwrite."""
+        return self._files[self._shard_of[rows.spec.name]].read(rows, hashed)
+
+    def blocks(self, ranges: Iterable[RowRange]) -> Iterator[Tensor]:
+        """The bytes of each range, a few read ahead by a thread, and hashed."""
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            pending: deque[Future[Tensor]] = deque()
+            for rows in ranges:
+                pending.append(thread.submit(self.read, rows, True))
+                if len(pending) > BLOCKS_IN_FLIGHT:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Size and sha256 of a weight file; what no read has passed yet is read for it."""
+        return {"bytes": self._files[name].num_bytes, "sha256": self._files[name].sha256()}
+
+    def facts_read(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of the weight files that have been read whole."""
+        return {name: self.facts(name) for name, file in self._files.items() if file.is_read}

@@ -1,0 +1,1 @@
+"""DeepSpeed, and nothing else of it anywhere else."""

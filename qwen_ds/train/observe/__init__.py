@@ -1,0 +1,1 @@
+"""Metrics, progress, profile, evaluation, and the page of a finished run."""

@@ -1,0 +1,1 @@
+"""Checkpoints, resuming, the watchdog, and requests to stop."""

@@ -1,0 +1,200 @@
+"""Going on where a run folder stands: is it the same run, which checkpoint is whole, and back into the engine with it.
+
+Rank 0 alone reads the run folder for a LoRA run: the other machines need not see its disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+from qwen_ds.plan.deepspeed_json import Json
+from qwen_ds.recipe.options import Recipe, to_dict
+from qwen_ds.runlog import say
+from qwen_ds.train import lora
+from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.state import VALUE
+from qwen_ds.train.observe.evaluation import BestLoss
+from qwen_ds.train.survive import checkpoint
+from qwen_ds.train.survive import run_folder as runfolder
+from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE
+from qwen_ds.train.survive.saver import OPTIMIZER, RNG, shard_name
+
+ADAPTER = "adapter/adapter_model.safetensors"
+# What may always differ: where the folder is, and what says nothing about the numbers.
+_FREE = (
+    "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb",
+    "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes", "save.keep",
+    "log.profile_steps",
+)  # fmt: skip
+
+# What decides which parameters are trained, and of which shape: a checkpoint fits no other choice.
+_FIXED = ("method", "lora.r", "lora.targets", "lora.variant", "lora.special_rows", "lora.modules_to_save")
+
+
+def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
+    """Hashes that go into each checkpoint: of recipe and DeepSpeed JSON together, and of the token rows."""
+    text = json.dumps(_comparable(to_dict(recipe), ds_json), sort_keys=True, default=str)
+    return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
+
+
+def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
+    """Compare with the recipe that the run folder holds; rank 0 only.
+
+    Raises:
+        UserError: a key differs that resume.allow_changes does not name.
+    """
+    file = run / RECIPE
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        stored_json = json.loads((run / DS_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{run}: its {RECIPE} or {DS_CONFIG} cannot be read ({reason}); expected a run folder"
+        ) from None
+    old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
+    defaults = _comparable(to_dict(Recipe()), {})
+    for key in sorted({*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)):
+        was, now = old.get(key, defaults.get(key)), new.get(key)
+        if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
+            continue
+        allow = key.split(".")[0] if key.startswith("deepspeed.") else key
+        way = "" if key in _FIXED else f"--resume.allow_changes {allow}, or "
+        raise UserError(
+            f"{file}: {key} was {was!r} when the run began and is {now!r} now; expected the same recipe (or {way}"
+            f"another output_dir)"
+        )
+
+
+def check_same_data(state: dict[str, Any], recipe: Recipe, data_sha256: str) -> None:
+    """Raises UserError if the token rows are others than those of the checkpoint."""
+    if state["data_sha256"] != data_sha256 and not _allowed("data", recipe.resume.allow_changes):
+        raise UserError(
+            f"data.train {' '.join(recipe.data.train)}: the rows are not those that the run began with; expected the "
+            f"same files (or --resume.allow_changes data, or another output_dir)"
+        )
+
+
+def _allowed(key: str, allow: list[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in allow)
+
+
+def _comparable(recipe: dict[str, Any], ds_json: Json) -> dict[str, Any]:
+    """Flat keys and plain values of what decides a run's numbers."""
+    kept = {key: value for key, value in recipe.items() if key not in _FREE}
+    plain = json.loads(json.dumps(kept | {"deepspeed": ds_json}))
+    return {key: value for key, value in _flat(plain, "") if key not in _FREE}
+
+
+def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, inner
+
+
+def find(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, the same on every rank (a collective). What had to be passed over is said."""
+    before: int | None = None
+    while True:
+        search = _search(run, before)
+        for remark in search.remarks:
+            say(remark)
+        text = dist.broadcast_text(json.dumps(search.found and search.found.state))
+        state = json.loads(text)
+        if state is None:
+            return None
+        found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
+        if not state["sharded"] or state["ranks"] != dist.world_size():
+            return found
+        damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
+        dist.meet("shards read")
+        damages = [text for text in dist.gather_texts(damage or "") if text]
+        if not damages:
+            return found
+        say(f"{found.folder} is passed over: {damages[0]}")
+        before = found.step
+
+
+def _search(run: Path, before: int | None) -> checkpoint.Search:
+    """Rank 0 looks, which reads every byte: seconds for an adapter, minutes for a model."""
+    searches: list[checkpoint.Search] = []
+    dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
+    return searches[0] if searches else checkpoint.Search()
+
+
+def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> bool:
+    """Whether nothing is left to do (a collective: rank 0 looks into the folder)."""
+    through = found.step >= steps or BestLoss(**found.state["best"]).out_of_patience(recipe.eval.patience)
+    return dist.broadcast_text("yes" if through and runfolder.is_finished(run) else "") == "yes"
+
+
+def check_world(found: Checkpoint, stage: int) -> None:
+    """Raises UserError if the pieces of a full-training checkpoint don't fit this world."""
+    state = found.state
+    if state["sharded"] and (state["ranks"], state["zero_stage"]) != (dist.world_size(), stage):
+        raise UserError(
+            f"{found.folder}: full training's state of {state['ranks']} ranks under ZeRO-{state['zero_stage']}; "
+            f"expected the same now, not {dist.world_size()} under ZeRO-{stage} (its model/ can begin a new run)"
+        )
+
+
+def restore(engine: Engine, found: Checkpoint) -> None:
+    """Weights, moments, loss scale and random states of the checkpoint into the engine (a collective)."""
+    state = found.state
+    if state["sharded"]:
+        with safe_open(found.file(shard_name(dist.rank(), dist.world_size())), framework="pt") as shard:
+            engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
+    elif dist.rank() == 0:
+        with ExitStack() as opened:
+
+            def tensors(name: str) -> Any:
+                return opened.enter_context(safe_open(found.file(name), framework="pt"))
+
+            held = tensors(OPTIMIZER)
+            adapter = tensors(ADAPTER) if ADAPTER in state["files"] else None
+
+            def read(name: str, kind: str) -> Tensor:
+                if kind == VALUE and adapter is not None:
+                    return adapter.get_tensor(lora.plain_name(name))
+                return held.get_tensor(f"{name}.{kind}")
+
+            engine.state.restore(read, state["optimizer_steps"])
+    else:
+        engine.state.restore(lambda name, kind: torch.empty(0), state["optimizer_steps"])
+    engine.state.restore_loss_scaler(state["loss_scaler"])
+    engine.overflows = state["overflows"]
+    _restore_rng(found)
+
+
+def _restore_rng(found: Checkpoint) -> None:
+    own = ""
+    if dist.rank() == 0:
+        with safe_open(found.file(RNG), framework="pt") as file:
+            names = list(file.keys())
+            own = json.dumps({n: base64.b64encode(file.get_tensor(n).numpy().tobytes()).decode() for n in names})
+    states: dict[str, str] = json.loads(dist.broadcast_text(own))
+
+    def tensor(kind: str) -> Tensor | None:
+        text = states.get(f"rank_{dist.rank()}.{kind}")
+        return None if text is None else torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    if (cpu := tensor("cpu")) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := tensor("cuda")) is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda)

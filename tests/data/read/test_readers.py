@@ -1,0 +1,347 @@
+"""readers*.py: the rules of reading, one by one; whole samples are in test_formats.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_ds.data.read.dialogue import Dialogue, Dropped, RowError, as_conversation, as_prompt
+from qwen_ds.data.read.readers import READERS, TABLE, find_reader, reader_named
+from qwen_ds.data.read.readers_tree import NO_PARENT, MessageTrees
+from qwen_ds.errors import UserError
+
+
+def shown(result: object) -> dict[str, object]:
+    """A result in the words of the expected files."""
+    if isinstance(result, Dropped):
+        return {"dropped": result.reason}
+    return {"system": result.system, "turns": [[turn.role, turn.text] for turn in result.turns]}  # type: ignore
+
+
+def read(row: dict[str, object]) -> list[dict[str, object]]:
+    return [
+        shown(outcome if isinstance(outcome, Dropped) else as_conversation(outcome))
+        for outcome in find_reader(row).read(row)
+    ]
+
+
+def conversation(*texts: str, system: str | None = None) -> list[dict[str, object]]:
+    roles = ["user", "assistant"] * len(texts)
+    return [{"system": system, "turns": [[role, text] for role, text in zip(roles, texts, strict=False)]}]
+
+
+def dropped(reason: str) -> list[dict[str, object]]:
+    return [{"dropped": reason}]
+
+
+ORDER = ["messages", "conversations", "conversation", "chat", "message_tree_id", "message_id", "plain_text", "dialogue"]
+ORDER += ["textbox_question", "trans_instruction", "instruction"]
+
+
+def test_keys_are_looked_for_in_the_documented_order() -> None:
+    seen = [reader.keys[0] for reader in TABLE if reader.keys]
+    assert [key for key in seen if key in ORDER][: len(ORDER)] == ORDER
+
+
+def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
+    row = {"messages": None, "conversations": None, "instruction": "q", "output": "a"}
+    assert find_reader(row).name == "alpaca"
+    assert find_reader({"messages": None, "id": 1}).name == "messages"
+    assert find_reader({"messages": None, "conversations": None}).name == "messages"
+    assert find_reader({"messages": None, "conversations": []}).name == "sharegpt"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        (
+            {"instuction": "q", "output": "a"},
+            "unknown keys",
+            "found: instuction, output.*instruction [+] output .alpaca",
+        ),
+        ({"content": "q"}, "unknown keys", "found: content; keys expected: content [+] summary .adgen"),
+        ({}, "unknown keys", "keys found: none; keys expected: messages"),
+        (["q", "a"], "wrong type", "the row is a list; expected an object"),
+        ({"instruction": 5, "output": "a"}, "wrong type", "instruction is a number; expected text"),
+        ({"instruction": "q", "output": ["a"]}, "wrong type", "output is a list; expected text"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "wrong type", r"history\[0\] is not a pair"),
+        ({"instruction": "q", "output": "a", "system": {}}, "wrong type", "system is an object; expected text"),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "unknown role",
+            "role is 'bot'; expected one of system, user",
+        ),
+        ({"messages": [{"role": "human", "content": "x"}]}, "unknown role", "role is 'human'"),
+        (
+            {"messages": [{"role": "user", "text": "x"}]},
+            "missing key",
+            r"messages\[0\] has the keys role, text; .*content",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "wrong type", r"messages\[0\].content is a number"),
+        ({"messages": ["hello"]}, "wrong type", r"messages\[0\] is text; expected an object"),
+        ({"messages": "hello"}, "wrong type", "messages is text; expected a list"),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "unknown role",
+            "from is 'alien'; expected one of system",
+        ),
+        ({"conversation": [{"question": "x"}]}, "missing key", "keys question; expected role and content"),
+        ({"chat": {"first": {}}}, "missing key", "chat has the keys first; expected turn_1"),
+        ({"question": "q", "chatgpt_answers": [1]}, "wrong type", "chatgpt_answers holds a number"),
+        ({"round_0": "x"}, "wrong type", "round_0 is text; expected an object"),
+    ],
+)
+def test_a_row_that_cannot_be_read_says_what_came_and_what_was_expected(row: object, reason: str, detail: str) -> None:
+    with pytest.raises(RowError, match=detail) as error:
+        find_reader(row).read(row)  # type: ignore[arg-type]
+    assert error.value.reason == reason
+
+
+def test_an_unknown_format_names_the_formats_and_the_nearest() -> None:
+    with pytest.raises(UserError, match="'alpacca'; expected auto or one of messages, .*did you mean alpaca"):
+        reader_named("alpacca")
+    assert {"adgen", "alpaca", "sharegpt", "messages"} <= set(READERS)
+
+
+ROLES = [("user", "gpt"), ("human", "assistant"), ("Human", "MOSS"), ("prompter", "bot")]
+
+
+@pytest.mark.parametrize(("user", "assistant"), ROLES)
+def test_sharegpt_has_many_names_for_two_roles(user: str, assistant: str) -> None:
+    row = {"conversations": [{"from": user, "value": " q "}, {"from": assistant, "value": " a "}]}
+    assert read(row) == conversation("q", " a ")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
+def test_the_kind_of_turn_does_not_depend_on_the_name_of_the_list(key: str) -> None:
+    openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    through_arrow = [{"role": None, "content": None, "human": None, "assistant": None, **turn} for turn in sharegpt]
+    for turns in (openai, sharegpt, through_arrow, [{"human": "q", "assistant": "a"}]):
+        assert read({key: turns}) == conversation("q", "a")
+
+
+def messages(*turns: tuple[str, object]) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (messages(), dropped("no turns")),
+        (messages(("system", "s")), dropped("no turns")),
+        (messages(("user", " ")), dropped("no question")),
+        (messages(("user", "q"), ("assistant", None)), dropped("no answer")),
+        (messages(("assistant", "a")), dropped("roles do not alternate")),
+        (messages(("user", "q"), ("system", "s"), ("assistant", "a")), dropped("roles do not alternate")),
+        (messages(("user", "q"), ("assistant", "a"), ("assistant", "b")), dropped("roles do not alternate")),
+        (messages(("user", "q"), ("tool", "t"), ("assistant", "a")), dropped("tool turns")),
+        (messages(("user", [{"type": "image_url"}]), ("assistant", "a")), dropped("content is not text")),
+        (messages(("user", "q"), ("assistant", "a"), ("user", "r")), conversation("q", "a")),
+        (messages(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", " ")), conversation("q", "a")),
+        (
+            messages(("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "b")),
+            dropped("no answer"),  # the conversation ends at the first pair with an empty side
+        ),
+        (
+            messages(("system", " s\n"), ("user", "\u3000q\n"), ("assistant", "\n\na ")),
+            conversation("q", "\n\na ", system="s"),
+        ),
+        (messages(("system", ""), ("user", "q"), ("assistant", "a")), conversation("q", "a")),
+        (
+            messages(("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]), ("assistant", "a")),
+            conversation("qr", "a"),
+        ),
+        ({**messages(("user", "q"), ("assistant", "a")), "system": "column"}, conversation("q", "a", system="column")),
+    ],
+)
+def test_turns_that_are_incomplete_or_not_in_order(row: dict[str, object], expected: object) -> None:
+    assert read(row) == expected
+
+
+def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
+    row = messages(("user", "q"), ("assistant", "a"))
+    row["messages"][1]["tool_calls"] = [{"id": "c"}]  # type: ignore[index]
+    assert read(row) == dropped("tool turns")
+
+
+def alpaca(instruction: str, extra: str | None = None, output: str | None = "a", **more: object) -> dict[str, object]:
+    return {"instruction": instruction, "input": extra, "output": output, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (alpaca("q\n", "\nx "), conversation("q\tx", "a")),
+        (alpaca("", "x"), conversation("x", "a")),
+        (alpaca("q", " \n"), conversation("q", "a")),
+        (alpaca("q", output="\n a \n"), conversation("q", "\n a \n")),
+        (alpaca("q", history=[[" h\n", " i"]]), conversation("h", " i", "q", "a")),
+        (alpaca("q", history=[["h", None]]), dropped("no answer")),
+        (alpaca("q", output=None, history=[["h", "i"]]), conversation("h", "i")),
+        (alpaca("q", system=" "), conversation("q", "a")),
+        ({"instruction": "q"}, dropped("no answer")),
+    ],
+)
+def test_alpaca_columns(row: dict[str, object], expected: object) -> None:
+    assert read(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # A dialogue, and what only looks like one.
+        (alpaca("Human: q\nAssistant: b\nHuman: r\nAssistant:"), conversation("q", "b", "r", "a")),
+        (alpaca("Human：q\nAssistant："), conversation("q", "a")),
+        (alpaca("请续写：\nHuman: q\nAssistant:"), conversation("请续写：\nHuman: q\nAssistant:", "a")),
+        (alpaca("Human: q", "输入"), conversation("Human: q\t输入", "a")),
+        (alpaca("翻译", "User: hi\nAssistant: hello"), conversation("翻译\tUser: hi\nAssistant: hello", "a")),
+        (alpaca("System: q"), conversation("System: q", "a")),
+        (alpaca("Assistant: q", "User: r"), conversation("Assistant: q\tUser: r", "a")),
+        (alpaca("User:q\nAssistant:b", "System:s\nt\nUser:r"), conversation("q", "b", "r", "a", system="s\nt")),
+        (alpaca("User:q\nAsssistent：b\nUser:c\nAssistenz:d", "User:r"), conversation("q", "b", "c", "d", "r", "a")),
+        (alpaca("User:q, User:r", "User:s"), dropped("history is not question and answer pairs")),
+        (alpaca("User:q\nAssistant:b"), dropped("history is not question and answer pairs")),
+        (alpaca("User:q\nAssistant:b", "User:r", None), conversation("q", "b")),
+        (alpaca("User:q\nAssistant:", "User:r"), dropped("no answer")),
+    ],
+)
+def test_marks_of_belle_and_guanaco_count_only_where_a_line_begins(row: dict[str, object], expected: object) -> None:
+    assert read(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("preface <user> q <assistant> a\nUser: b", conversation("q", "a\nUser: b")),
+        ("<assistant>a<user>q", dropped("roles do not alternate")),
+        ("<user>q<user>r<assistant>a", dropped("roles do not alternate")),
+        ("<user>q<assistant>", dropped("no answer")),
+        ("no marks", dropped("no turns")),
+        ("preface\nHuman: q\nAssistant: a", conversation("q", "a")),
+        ("\n Human: q, Human: x\nAssistant: a", conversation("q, Human: x", "a")),
+    ],
+)
+def test_refgpt_is_cut_at_its_marks_anywhere(text: str, expected: object) -> None:
+    assert read({"dialogue": text}) == expected
+
+
+def test_the_first_sharegpt_cn_is_cut_at_its_own_marks() -> None:
+    assert read({"key": "1", "translation": "<|user|>: q\n<|bot|>：a\n<|user|>: r"}) == conversation("q", "a")
+
+
+def test_moss_002_is_cut_only_behind_closing_marks() -> None:
+    text = "[Human]: q [MOSS]: x<eoh> [MOSS]: a [Human]: y<eoa> [Human]: r<eoh>"
+    assert read({"prefix": " ", "plain_text": text}) == conversation("q [MOSS]: x", "a [Human]: y")
+    assert read({"prefix": "s", "plain_text": "[MOSS]: a<eoa>"}) == dropped("no turns")
+
+
+def moss_003(answer: str, commands: str = "None") -> dict[str, object]:
+    turn = {"Human": "<|Human|>: q<eoh>\n", "Commands": f"<|Commands|>: {commands}<eoc>\n"}
+    return {"chat": {"turn_1": {**turn, "MOSS": f"<|MOSS|>: {answer}<eom>\n"}}}
+
+
+def test_citations_of_moss_003_are_removed_and_exponents_stay() -> None:
+    assert read(moss_003("x<sup>2</sup> 是<sup><|1|>, <|2|></sup>对的<|3|><eor>")) == conversation(
+        "q", "x<sup>2</sup> 是对的"
+    )
+    assert read(moss_003("雨<sup>1</sup>。", "Search(x)")) == conversation("q", "雨。")
+    assert read({"chat": {}}) == read({"chat": None}) == dropped("no turns")
+    assert read({"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) == conversation(
+        "q", "a"
+    )
+
+
+def test_coig_exam_takes_the_analysis_only_when_it_is_text() -> None:
+    row: dict[str, object] = {"textbox_q_instruction": "i", "textbox_question": " q ", "textbox_answer": "A"}
+    for analysis in (None, "", " ", ["x"], {}):
+        assert read({**row, "textbox_answer_analysis": analysis}) == conversation("i\tq", "A")
+    assert read({**row, "textbox_q_context": " c\n"}) == conversation("i\tc\nq", "A")
+    assert read({**row, "textbox_question": ""}) == dropped("no question")
+
+
+def test_coig_rounds_are_sorted_by_number_and_one_fault_drops_the_chat() -> None:
+    def rounds(**responses: object) -> dict[str, object]:
+        return {key: {"response": response} for key, response in responses.items()}
+
+    good = rounds(round_10='{"Q": " r\\n", "A": "b"}', round_9='{"Q": "q", "A": "a"}')
+    assert read(good) == conversation("q", "a", "r", "b")
+    assert read({**good, "round_2": None}) == conversation("q", "a", "r", "b"), (
+        "Arrow files hold missing rounds as null"
+    )
+    assert read({**good, **rounds(round_11='{"Q": "r"')}) == dropped("response is not valid JSON")
+    assert read({**good, **rounds(round_11='{"Q": "r"}')}) == dropped("Q or A is not text")
+    assert read({**good, **rounds(round_11="[]")}) == dropped("Q or A is not text")
+
+
+def test_of_several_answer_columns_the_first_in_the_table_counts() -> None:
+    row = {"prompt": "q", "output": "later", "response": "a"}
+    assert read(row) == conversation("q", "a")
+
+
+def test_math23k_needs_equation_and_value() -> None:
+    row = {"original_text": "q", "segmented_text": "s", "equation": "x=1", "ans": ""}
+    assert read(row) == dropped("no answer")
+    assert read({**row, "original_text": " q\n", "ans": "1"}) == conversation("q", "x=1\n1")
+
+
+def node(role: str, text: str, *replies: dict[str, object], deleted: bool = False) -> dict[str, object]:
+    return {"role": role, "text": text, "deleted": deleted, "replies": list(replies)}
+
+
+def tree(root: dict[str, object], state: str | None = "ready_for_export") -> dict[str, object]:
+    return {"message_tree_id": "m", "tree_state": state, "prompt": root}
+
+
+def test_a_tree_gives_a_conversation_for_every_answer_that_nobody_follows() -> None:
+    ask, say = "prompter", "assistant"
+    first = node(say, "a", node(ask, "x"), node(ask, "y"))
+    second = node(say, "b", node(ask, "gone", node(say, "lost"), deleted=True))
+    third = node(say, "c", node(ask, "q2", node(say, "d")), node(ask, "z"))
+    expected = conversation("q", "a") + conversation("q", "b") + conversation("q", "c", "q2", "d")
+    assert read(tree(node(ask, "q", first, second, third))) == expected
+
+
+def test_trees_that_give_nothing() -> None:
+    assert read(tree(node("prompter", "q"))) == dropped("no answer")
+    assert read(tree(node("prompter", "q", deleted=True))) == dropped("no question")
+    assert read(tree(node("prompter", "q"), "growing")) == dropped("tree is not ready for export")
+    assert read(tree(node("assistant", "q", node("assistant", "a")))) == dropped("roles do not alternate")
+    assert read(tree(node("prompter", "q", node("assistant", "a")), None)) == conversation("q", "a")
+
+
+def test_single_messages_find_their_tree_in_any_order() -> None:
+    def message(key: str, parent: str | None, role: str) -> dict[str, object]:
+        return {"message_id": key, "parent_id": parent, "role": role, "text": key, "tree_state": "ready_for_export"}
+
+    trees = MessageTrees()
+    rows = [message("a1", "q1", "assistant"), message("q2", None, "prompter"), message("q1", None, "prompter")]
+    rows += [message("a2", "q2", "assistant"), message("stray", "nowhere", "assistant")]
+    for place, row in enumerate(rows):
+        trees.add(row, f"f:{place}")
+    assert list(trees.outcomes()) == [
+        (Dialogue(None, (("q2", "a2"),)), "f:3"),
+        (Dialogue(None, (("q1", "a1"),)), "f:0"),
+        (Dropped(NO_PARENT), "f:4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "turns", "reference"),
+    [
+        ([("q", "")], ["q"], None),
+        ([("q", "a")], ["q"], "a"),
+        ([("q", "a"), ("r", "b")], ["q", "a", "r"], "b"),
+        ([("q", "a"), ("r", " ")], ["q", "a", "r"], None),
+        ([("q", ""), ("r", "b")], ["q"], None),
+        ([("q", "a"), ("", "b")], ["q"], "a"),
+    ],
+)
+def test_a_prompt_ends_with_the_last_question(pairs: list[tuple[str, str]], turns: list[str], reference: str) -> None:
+    prompt, found = as_prompt(Dialogue(None, tuple(pairs)), "s")
+    assert shown(prompt) == conversation(*turns, system="s")[0]
+    assert found == reference
+
+
+def test_a_prompt_needs_a_question() -> None:
+    assert as_prompt(Dialogue(None, (("", "a"),))) == (Dropped("no question"), None)
+    assert as_prompt(Dialogue(None, ())) == (Dropped("no turns"), None)

@@ -1,0 +1,100 @@
+"""Checkpoints on disk: what is damaged is found and passed over, what is kept, what a reader of safetensors sees."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_ds.train.survive import checkpoint
+
+
+def save(run: Path, step: int) -> Path:
+    folder = checkpoint.unfinished_folder(run, step)
+    tensors = {"a": torch.arange(6.0).reshape(2, 3) + step, "b": torch.tensor([step], dtype=torch.uint8)}
+    files = {"x.safetensors": checkpoint.write_tensors(folder / "x.safetensors", tensors)}
+    target = checkpoint.finish(run, folder, step, {"step": step}, files)
+    checkpoint.tidy(run, step, None, 99)
+    return target
+
+
+def test_the_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "z": torch.randn(3, 5), "a": torch.randn(4, 4).t(), "half": torch.randn(7).bfloat16(),
+        "scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "bytes": torch.arange(3, dtype=torch.uint8),
+    }  # fmt: skip
+    sha256 = checkpoint.write_tensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) for k in tensors)
+    assert sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray((folder / "x.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "x.safetensors").write_bytes(data)
+
+
+DAMAGES = {
+    "flipped byte": (flip_a_byte, "x.safetensors is not what was saved"),
+    "truncated": (lambda f: (f / "x.safetensors").write_bytes(b"12345"), "5 bytes"),
+    "missing file": (lambda f: (f / "x.safetensors").unlink(), "x.safetensors is missing"),
+    "no state": (lambda f: (f / "state.json").unlink(), "no state.json"),
+    "half a state": (lambda f: (f / "state.json").write_text('{"step": 2, "fi'), "state.json is damaged"),
+    "another format": (lambda f: (f / "state.json").write_text('{"format": 99}'), "format 99"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 1)
+    do, said = DAMAGES[damage]
+    do(save(tmp_path, 2))
+    search = checkpoint.newest(tmp_path)
+    assert search.found is not None and search.found.step == 1
+    (remark,) = search.remarks
+    assert "step_000002" in remark and said in remark
+
+
+def test_latest_is_for_people_and_may_be_missing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+    (tmp_path / "latest").unlink()
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 2
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step)
+        if step == 2:
+            checkpoint.point(tmp_path, checkpoint.BEST, 2)
+        checkpoint.keep_newest(tmp_path, 2, step)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_a_run_that_steps_back_keeps_what_it_goes_on_from(tmp_path: Path) -> None:
+    """Steps 2 and 3 are damaged and newer than what is saved now; a folder of the user's is none of ours."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        flip_a_byte(checkpoint.step_folder(tmp_path, step))
+    (tmp_path / "checkpoints" / "step_000001_mine").mkdir()
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 1
+    checkpoint.tidy(tmp_path, 1, None, 1)
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 1 and (tmp_path / "checkpoints" / "step_000001_mine").is_dir()
+
+
+def test_a_save_of_the_same_step_replaces_a_damaged_one(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "x.safetensors").unlink()
+    save(tmp_path, 1)
+    found = checkpoint.newest(tmp_path).found
+    assert found is not None and found.step == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]

@@ -1,0 +1,142 @@
+"""The watchdog's verdicts, from beats in a dictionary that plays the store and a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qwen_ds import dist
+from qwen_ds.train.survive import watchdog
+from qwen_ds.train.survive.watchdog import SILENT_SECONDS, Watchdog
+
+
+class Store:
+    """The few calls of torch's store that the watchdog makes."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.broken = False
+
+    def set(self, key: str, value: str) -> None:
+        if self.broken:
+            raise RuntimeError("connection reset")
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        if self.broken:
+            raise RuntimeError("connection reset")
+        return all(key in self.values for key in keys)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    now = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(watchdog.time, "sleep", sleep)
+    return sleep
+
+
+@pytest.fixture
+def ranks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Watchdog]:
+    made = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "world_size", lambda: 3)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        one = Watchdog(10, launched=False)
+        one._store = store
+        one._post()
+        made.append(one)
+    return made
+
+
+def test_ranks_that_move_are_left_alone(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+    for step in range(100):
+        for one in ranks:
+            one.at(step, "micro-batch 1")
+            one._post()
+        clock(20)
+        assert ranks[0]._judge() is None
+
+
+def test_a_silent_rank_is_dead_and_the_others_hear_of_it(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+    ranks[2].at(7, "micro-batch 3 of 4")
+    ranks[2]._post()
+    assert ranks[0]._judge() is None
+    for _ in range(int(SILENT_SECONDS) + 2):
+        clock(1)
+        for one in ranks[:2]:
+            one._post()
+    verdict = ranks[0]._judge()
+    assert verdict is not None and verdict.startswith("rank 2 on ") and "step 7 (micro-batch 3 of 4)" in verdict
+    assert ranks[1]._verdict() == verdict
+
+
+def test_a_stuck_step_names_the_rank_that_is_behind(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+    for one in ranks:
+        one.at(5, "reading the batch")
+    for one in (ranks[0], ranks[2]):
+        one.at(5, "micro-batch 1 of 2")
+    verdict = None
+    for second in range(700):
+        for one in ranks:
+            one._post()
+        verdict = ranks[0]._judge()
+        if verdict:
+            assert second >= 600, "distributed.timeout_minutes is 10"
+            break
+        clock(1)
+    assert verdict is not None and "rank 1 on " in verdict and "is behind, at step 5 (reading the batch)" in verdict
+
+
+def test_standing_still_outside_the_steps_is_no_fault(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+    for one in ranks:
+        one.at(5, "saving")
+        one.idle()
+    for _ in range(30):
+        for one in ranks:
+            one._post()
+        clock(60)
+        assert ranks[0]._judge() is None
+
+
+def test_a_rank_that_gets_on_within_its_place_is_not_stuck(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
+    for one in ranks:
+        one.at(5, "saving")
+    for _ in range(60):
+        ranks[0].touch()
+        for one in ranks:
+            one._post()
+        clock(30)
+        assert ranks[0]._judge() is None
+
+
+def test_an_error_of_the_network_is_blamed_on_the_peer_that_failed(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
+    assert ranks[1].blame(MemoryError("no room")) is None, "its own error: nobody else is to blame"
+    blamed = ranks[0].blame(RuntimeError("[gloo] Connection closed by peer"))
+    assert blamed is not None and blamed.startswith("rank 1 ") and "MemoryError: no room" in blamed
+
+
+def test_without_the_store_rank_0_is_to_blame(
+    ranks: list[Watchdog], store: Store, clock: Callable[[float], None]
+) -> None:
+    ranks[1]._verdict()
+    store.broken = True
+    blamed = ranks[1].blame(RuntimeError("Connection reset by peer"))
+    assert blamed is not None and blamed.startswith("rank 0 ")
