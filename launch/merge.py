@@ -26,8 +26,12 @@ from qwen_ds.recipe.options import Parser
 
 
 def command_line() -> Parser:
-    parser = Parser(description="Fold an adapter into its base model, a block of rows at a time, with proof.")
-    parser.add_argument("--base", type=str, required=True, help="folder or hub id of the base model, in safetensors")
+    parser = Parser(
+        description="Fold an adapter into its base model, a block of rows at a time, with proof."
+    )
+    parser.add_argument(
+        "--base", type=str, required=True, help="folder or hub id of the base model, in safetensors"
+    )
     parser.add_argument(
         "--adapter",
         type=list[str],
@@ -47,7 +51,10 @@ def command_line() -> Parser:
         help="of the output; qwen2: the same function up to seq_length, for engines without the original Qwen",
     )
     parser.add_argument(
-        "--from", default="qwen", choices=["qwen", "qwen2"], help="format of the base; qwen2: back to the qwen format"
+        "--from",
+        default="qwen",
+        choices=["qwen", "qwen2"],
+        help="format of the base; qwen2: back to the qwen format",
     )
     parser.add_argument(
         "--adapter_only",
@@ -75,7 +82,9 @@ def command_line() -> Parser:
         help="compare logits with base + adapter: of whole models, or layer by layer in the memory of one layer on"
         " shorter texts; auto: full if the model fits in memory",
     )
-    parser.add_argument("--prompts", type=str, help="text file, a prompt a line, instead of the built-in ones")
+    parser.add_argument(
+        "--prompts", type=str, help="text file, a prompt a line, instead of the built-in ones"
+    )
     parser.add_argument(
         "--allow_pickle",
         type=bool,
@@ -135,7 +144,10 @@ def main() -> int:
         )
     print("\n".join(report.in_words()))
     if report.rejected:
-        print(f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it", file=sys.stderr)
+        print(
+            f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it",
+            file=sys.stderr,
+        )
         return EXIT_FAILURE
     return EXIT_DONE
 
@@ -147,13 +159,19 @@ def convert_adapter_only(options: Namespace) -> int:
     from qwen_ds.model.folder import find_model
 
     if len(options.adapter) != 1 or options.format != "qwen2":
-        raise UserError("adapter_only converts one adapter to Qwen2; expected one --adapter, and --format qwen2")
+        raise UserError(
+            "adapter_only converts one adapter to Qwen2; expected one --adapter, and --format qwen2"
+        )
     parser = command_line()
     for name in ("weights", "from", "check_texts", "dtype", "verify", "prompts"):
         if options[name] != parser.get_default(name):
-            raise UserError(f"{name} was given with adapter_only, which converts an adapter as it is; expected neither")
+            raise UserError(
+                f"{name} was given with adapter_only, which converts an adapter as it is; expected neither"
+            )
     output, base = Path(options.output), find_model(options.base, weights=False)
-    num_modules = convert_adapter(base, Path(options.adapter[0]), output, allow_pickle=options.allow_pickle)
+    num_modules = convert_adapter(
+        base, Path(options.adapter[0]), output, allow_pickle=options.allow_pickle
+    )
     print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
     return EXIT_DONE
 

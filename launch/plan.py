@@ -17,7 +17,9 @@ def main() -> int:
     from qwen_ds.recipe.options import load_recipe_with, recipe_parser
 
     parser = recipe_parser()
-    parser.description = "Predict memory and time of a recipe on a machine, and print the best command."
+    parser.description = (
+        "Predict memory and time of a recipe on a machine, and print the best command."
+    )
     parser.add_class_arguments(PlanOptions)
     loaded, own = load_recipe_with(parser, None)
     options = PlanOptions(**own)

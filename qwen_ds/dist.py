@@ -60,10 +60,16 @@ def local_world_size() -> int:
 
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Give Slurm's and MPI's numbers the names that torch and DeepSpeed read, and say where the ranks meet."""
-    values: dict[str, object] = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
+    values: dict[str, object] = {
+        "RANK": rank(),
+        "LOCAL_RANK": local_rank(),
+        "WORLD_SIZE": world_size(),
+    }
     if master_addr is None and _started_by_srun():
         master_addr, master_port = slurm_rendezvous()
-    values |= {} if master_addr is None else {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
+    values |= (
+        {} if master_addr is None else {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
+    )
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
 
@@ -88,7 +94,9 @@ def slurm_rendezvous() -> tuple[str, int]:
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)
     assert first is not None, nodes
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]), _SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]), _SLURM_PORTS[
+        (job * 16 + step) % len(_SLURM_PORTS)
+    ]
 
 
 def free_port_over_mpi() -> int:
@@ -129,8 +137,12 @@ def job_ends_at() -> float | None:
     try:
         # A user's SLURM_TIME_FORMAT would change the answer.
         environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-        return datetime.datetime.fromisoformat(answer.stdout.strip()).timestamp()  # local time, as squeue prints it
+        answer = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        return datetime.datetime.fromisoformat(
+            answer.stdout.strip()
+        ).timestamp()  # local time, as squeue prints it
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, no answer, or N/A
         return None
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from qwen_ds import dist
 
-LIBRARY_LOGGERS = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib")
+LIBRARY_LOGGERS = (
+    "DeepSpeed",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "peft",
+    "jieba",
+    "matplotlib",
+)
 
 
 class _LastLine(logging.Handler):

@@ -44,7 +44,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     folder = Path(options.output_dir)
     report_file, predictions_file = folder / "metrics.json", folder / "predictions.jsonl"
     if dist.rank() == 0:
-        check_output(report_file, options.overwrite, "a new --output_dir, or --overwrite true to replace it")
+        check_output(
+            report_file, options.overwrite, "a new --output_dir, or --overwrite true to replace it"
+        )
     figures: RunFigures | None = None
     if options.predictions is not None:
         if dist.rank() != 0:
@@ -52,15 +54,24 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
         lines = read_predictions(Path(options.predictions), options)
     else:
         if options.model is None or not options.data:
-            raise UserError("no model or no data given; expected --model and --data, or --predictions")
+            raise UserError(
+                "no model or no data given; expected --model and --data, or --predictions"
+            )
         if dist.rank() == 0:
             advice = "a new --output_dir, --overwrite true to replace it, or --predictions with its name to score it"
             check_output(predictions_file, options.overwrite, advice)
-        figures = predict(options.model, options.data, predictions_file, options, needs_reference=True)
+        figures = predict(
+            options.model, options.data, predictions_file, options, needs_reference=True
+        )
         if figures is None:
             return None
-        lines = [json.loads(line) for line in predictions_file.read_text(encoding="utf-8").split("\n")[:-1]]
-    scores = metrics.score_all([line["prediction"] for line in lines], [line["reference"] for line in lines])
+        lines = [
+            json.loads(line)
+            for line in predictions_file.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
+    scores = metrics.score_all(
+        [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    )
     report = report_of(options, lines, scores, figures)
     require_folder(folder, make=True)
     fresh = report_file.with_name("metrics.json.new")
@@ -86,7 +97,9 @@ def report_of(
         **count_outcomes(lines),
     }
     if figures is not None:
-        ours = figures.rows_of_this_run / figures.rows  # rows of an interrupted run cost this one no time
+        ours = (
+            figures.rows_of_this_run / figures.rows
+        )  # rows of an interrupted run cost this one no time
         report |= {
             "prompts_cut": figures.prompts_cut,
             "seconds": round(figures.seconds, 6),
@@ -101,7 +114,9 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     """Lines of serve.predict, or any rows with `prediction` and `reference`; references of --data go before theirs."""
     references: list[tuple[str | None, str]] | None = None
     if options.data:
-        rows = iter_prompts(options.data, fmt=options.format, columns=options.columns, system=options.system)
+        rows = iter_prompts(
+            options.data, fmt=options.format, columns=options.columns, system=options.system
+        )
         references = [(reference, source) for _, reference, source in rows][: options.limit]
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected predictions of serve.predict")
@@ -112,7 +127,9 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
         value = row.row
         if not isinstance(value, dict) or not isinstance(value.get("prediction"), str):
             found = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise UserError(f"{row.source}: found {found}; expected an object with a text prediction")
+            raise UserError(
+                f"{row.source}: found {found}; expected an object with a text prediction"
+            )
         lines.append({**value, "source": value.get("source") or row.source})
         if options.limit is not None and len(lines) == options.limit:
             break
@@ -120,8 +137,13 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
         raise UserError(f"{file}: no rows; expected at least one prediction")
     if references is not None:
         if len(references) != len(lines):
-            raise UserError(f"{file}: {len(lines)} predictions; expected {len(references)}, one for each row of --data")
-        lines = [{**line, "reference": ref, "source": at} for line, (ref, at) in zip(lines, references, strict=True)]
+            raise UserError(
+                f"{file}: {len(lines)} predictions; expected {len(references)}, one for each row of --data"
+            )
+        lines = [
+            {**line, "reference": ref, "source": at}
+            for line, (ref, at) in zip(lines, references, strict=True)
+        ]
     for line in lines:
         if not isinstance(line.get("reference"), str) or not line["reference"].strip():
             raise UserError(
@@ -130,13 +152,17 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     return lines
 
 
-def in_words(report: dict[str, Any], scores: dict[str, metrics.Scores], lines: Sequence[dict[str, Any]]) -> str:
+def in_words(
+    report: dict[str, Any], scores: dict[str, metrics.Scores], lines: Sequence[dict[str, Any]]
+) -> str:
     """What is printed: a line of counts, the table, and some answers beside their references."""
     counts = [f"{report['rows']} rows", f"{report['empty_predictions']} empty predictions"]
     counts += [f"{count} ended by {reason}" for reason, count in report["finish_reasons"].items()]
     if report.get("tokens_per_second"):
         counts.append(f"{report['seconds']:.1f} s, {report['tokens_per_second']:.1f} tokens/s")
-    picked = sorted({round(i * (len(lines) - 1) / max(NUM_SAMPLES - 1, 1)) for i in range(NUM_SAMPLES)})
+    picked = sorted(
+        {round(i * (len(lines) - 1) / max(NUM_SAMPLES - 1, 1)) for i in range(NUM_SAMPLES)}
+    )
     samples = "\n\n".join(sample(lines[i], shutil.get_terminal_size().columns) for i in picked)
     return f"{', '.join(counts)}\n\n{metrics.table(scores)}\n\n{samples}"
 

@@ -63,7 +63,9 @@ class RunOptions:
         self.sampling()  # its checks
 
     def sampling(self) -> Sampling:
-        return Sampling(self.do_sample, self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.seed)
+        return Sampling(
+            self.do_sample, self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.seed
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,17 @@ from serve.options import PredictOptions, RunOptions, parse
 WINDOW = 64  # batches whose rows are sorted by length together: little padding, and memory for no more rows than these
 
 _ANSWER_OPTIONS = (
-    *("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts", "limit"),
+    *(
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_new_tokens",
+        "seed",
+        "dtype",
+        "long_prompts",
+        "limit",
+    ),
     *("format", "columns", "system", "special_tokens_in_text"),
 )
 
@@ -75,7 +85,12 @@ class PromptReader:
     """The rows of the input files, as often as wanted. UserError when it comes to a row that cannot be answered."""
 
     def __init__(
-        self, paths: Sequence[str], options: RunOptions, encoding: Encoding, context: int, needs_reference: bool = False
+        self,
+        paths: Sequence[str],
+        options: RunOptions,
+        encoding: Encoding,
+        context: int,
+        needs_reference: bool = False,
     ) -> None:
         self.paths, self.options, self.encoding = paths, options, encoding
         self.needs_reference = needs_reference
@@ -93,9 +108,13 @@ class PromptReader:
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
-                raise UserError(f"{source}: {conversation.reason}; expected a row with a question{detail}")
+                raise UserError(
+                    f"{source}: {conversation.reason}; expected a row with a question{detail}"
+                )
             if self.needs_reference and (reference is None or not reference.strip()):
-                raise UserError(f"{source}: no answer; expected one to compare with (serve.predict needs none)")
+                raise UserError(
+                    f"{source}: no answer; expected one to compare with (serve.predict needs none)"
+                )
             ids, cut = self._encode(conversation, source)
             yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
 
@@ -121,7 +140,9 @@ class PromptReader:
         while len(ids) > self.room and len(turns) > 1:
             turns = turns[2:]
             ids = encode_prompt(self.encoding, replace(conversation, turns=turns), parse_specials)
-        if len(ids) > self.room:  # as the original project cuts: the end goes, and what must follow a question stays
+        if (
+            len(ids) > self.room
+        ):  # as the original project cuts: the end goes, and what must follow a question stays
             ids = ids[: self.room - self.tail] + ids[-self.tail :]
         return ids, len(whole) - len(ids)
 
@@ -142,7 +163,11 @@ def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
 
 
 def predict(
-    model: str, paths: Sequence[str], output: Path, options: RunOptions, needs_reference: bool = False
+    model: str,
+    paths: Sequence[str],
+    output: Path,
+    options: RunOptions,
+    needs_reference: bool = False,
 ) -> RunFigures | None:
     """Answer every row of `paths` into `output`: with several ranks, each answers its share and rank 0 joins them.
 
@@ -158,7 +183,11 @@ def predict(
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
     reader = PromptReader(
-        paths, options, load_encoding(folder), context_of(QWenConfig.from_pretrained(folder)), needs_reference
+        paths,
+        options,
+        load_encoding(folder),
+        context_of(QWenConfig.from_pretrained(folder)),
+        needs_reference,
     )
     settings = settings_of(folder, paths, options)
     survey = None
@@ -175,7 +204,12 @@ def predict(
         say(f"{parts.folder}: {done_before} of {parts.rows} rows are there from an interrupted run")
     pace = 0.5 if is_terminal() else 60.0  # seconds: into a log file a line a minute
     with tqdm(
-        total=parts.rows, initial=done_before, unit="row", desc="predict", disable=rank != 0, mininterval=pace
+        total=parts.rows,
+        initial=done_before,
+        unit="row",
+        desc="predict",
+        disable=rank != 0,
+        mininterval=pace,
     ) as bar:
         seconds_loading = _answer_share(folder, reader, parts, options, (rank, world), bar)
         if survey is None:
@@ -188,7 +222,12 @@ def predict(
 
 
 def _answer_share(
-    folder: Path, reader: PromptReader, parts: Parts, options: RunOptions, place: tuple[int, int], bar: tqdm
+    folder: Path,
+    reader: PromptReader,
+    parts: Parts,
+    options: RunOptions,
+    place: tuple[int, int],
+    bar: tqdm,
 ) -> float:
     """Answer the unanswered rows of rank `place[0]` of `place[1]`; returns the seconds that loading the model took."""
     rank, world = place
@@ -202,7 +241,9 @@ def _answer_share(
     while window:
         batch: list[dict[str, Any]] = []
         prompts, row_ids = [row.ids for row in window], [row.id for row in window]
-        for i, completion in engine.stream(prompts, options.sampling(), batch_size=options.batch_size, row_ids=row_ids):
+        for i, completion in engine.stream(
+            prompts, options.sampling(), batch_size=options.batch_size, row_ids=row_ids
+        ):
             batch.append(answer(window[i], completion))
             if len(batch) == options.batch_size:
                 parts.append(batch)
@@ -227,7 +268,11 @@ def settings_of(folder: Path, paths: Sequence[str], options: RunOptions) -> Sett
 
 
 def _files_in(folder: Path) -> list[list[Any]]:
-    return [_file_card(file) for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
+    return (
+        [_file_card(file) for file in sorted(folder.iterdir()) if file.is_file()]
+        if folder.is_dir()
+        else []
+    )
 
 
 def _file_card(file: Path) -> list[Any]:
@@ -240,7 +285,11 @@ def count_outcomes(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rows": len(lines),
         "finish_reasons": dict(
-            sorted(Counter(line["finish_reason"] for line in lines if line.get("finish_reason")).items())
+            sorted(
+                Counter(
+                    line["finish_reason"] for line in lines if line.get("finish_reason")
+                ).items()
+            )
         ),
         "empty_predictions": sum(not line["prediction"].strip() for line in lines),
         "completion_tokens": sum(line.get("completion_tokens", 0) for line in lines),

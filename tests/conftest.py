@@ -34,7 +34,12 @@ def vocab_path() -> Path:
 
 
 def _folder(target: Path, source: Path, vocabulary: Path) -> Path:
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ):
         if (source / name).exists():
             shutil.copy(source / name, target / name)
     shutil.copy(vocabulary, target / "qwen.tiktoken")
@@ -44,7 +49,9 @@ def _folder(target: Path, source: Path, vocabulary: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Golden `small` as a checkpoint folder: 512 rows, hidden 64, 3 layers, fp32, own mini vocabulary."""
-    return _folder(tmp_path_factory.mktemp("small"), GOLDEN / "small", GOLDEN / "small" / "mini.tiktoken")
+    return _folder(
+        tmp_path_factory.mktemp("small"), GOLDEN / "small", GOLDEN / "small" / "mini.tiktoken"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +69,10 @@ def job() -> Callable[..., Job]:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 short rows of very different answer lengths, spelled in the mini vocabulary's bytes."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [{"content": f"colour#{i}", "summary": "abc de " * (1 + i * i % 5) + str(i * 7 % 11)} for i in range(100)]
+    rows = [
+        {"content": f"colour#{i}", "summary": "abc de " * (1 + i * i % 5) + str(i * 7 % 11)}
+        for i in range(100)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -28,7 +28,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(script: str, arguments: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> None:
+def _rank_main(
+    script: str, arguments: Sequence[str], environment: Mapping[str, str], out: str, err: str
+) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
@@ -51,12 +53,18 @@ class Job:
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
         for file in self._files:
             file.touch()
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks),
+        }
         self.ranks: list[ForkServerProcess] = []
         for rank in range(ranks):
             environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             names = [str(file) for file in self._files]
-            process = _context.Process(target=_rank_main, args=(str(script), list(arguments), environment, *names))
+            process = _context.Process(
+                target=_rank_main, args=(str(script), list(arguments), environment, *names)
+            )
             process.start()
             self.ranks.append(process)
 
@@ -81,7 +89,9 @@ class Job:
         ends = time.monotonic() + seconds
         while not holds():
             assert self.running, f"ended with {self.codes}\n{self.err[-3000:]}"
-            assert time.monotonic() < ends, f"waited {seconds} s\n{self.out[-2000:]}\n{self.err[-2000:]}"
+            assert time.monotonic() < ends, (
+                f"waited {seconds} s\n{self.out[-2000:]}\n{self.err[-2000:]}"
+            )
             time.sleep(0.01)
         return self
 
@@ -107,7 +117,9 @@ class Job:
         return self
 
     def ok(self) -> Job:
-        assert set(self.codes) == {0}, f"exit codes {self.codes}\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        assert set(self.codes) == {0}, (
+            f"exit codes {self.codes}\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        )
         return self
 
 

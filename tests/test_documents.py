@@ -69,7 +69,9 @@ def opening_command(recipe: Path) -> Words:
 
 def code_spans(text: str) -> list[str]:
     """Inline code outside fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
 
 
 ALL_COMMANDS = sorted(
@@ -82,11 +84,15 @@ class Parsed(Exception):
     """A command got through its parser: what it would do next is not this test's business."""
 
 
-def stop_after_parsing(main: Callable[[], object], options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_after_parsing(
+    main: Callable[[], object], options: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Run a command's main up to where its own parser accepted the options."""
     real = Parser.parse
 
-    def parse(self: Parser, argv: Sequence[str] | None = None, *, defaults: bool = True) -> NoReturn:
+    def parse(
+        self: Parser, argv: Sequence[str] | None = None, *, defaults: bool = True
+    ) -> NoReturn:
         real(self, argv, defaults=defaults)
         raise Parsed
 
@@ -109,10 +115,14 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
     """A script (launch/x.py) or a module (serve.x) and its options, checked by the parser that it uses itself."""
     if program == "launch/train.py":
         # --help prints and exits; without it the words are those of an empty recipe. The launcher adds --local_rank.
-        options = [word for word in options if word != "--help" and not word.startswith("--local_rank")]
+        options = [
+            word for word in options if word != "--help" and not word.startswith("--local_rank")
+        ]
         loaded = load_recipe(options)
         read_json(loaded.recipe.deepspeed)
-        assert not options or "output_dir" in loaded.set_keys, "a second run into runs/demo would be refused"
+        assert not options or "output_dir" in loaded.set_keys, (
+            "a second run into runs/demo would be refused"
+        )
     elif program == "serve.predict":
         parse_serving(PredictOptions, "", options)
     elif program == "serve.evaluate":
@@ -157,7 +167,9 @@ def check_docker(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     check_command(words[image + 1 :], monkeypatch)
 
 
-def check_cluster_script(path: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_cluster_script(
+    path: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script that starts launch/train.py with options of its own and, after them, those of the user."""
     assert (ROOT / path).is_file() and (ROOT / path).stat().st_mode & 0o111
     (own,) = [words for words in split_commands(read(path)) if "launch/train.py" in words]
@@ -168,10 +180,13 @@ def check_cluster_script(path: str, options: Sequence[str], monkeypatch: pytest.
 def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
         case ("make", *targets):
-            assert targets and all(re.search(rf"^{target}:", read("Makefile"), re.MULTILINE) for target in targets)
+            assert targets and all(
+                re.search(rf"^{target}:", read("Makefile"), re.MULTILINE) for target in targets
+            )
         case ("source", path):
             assert (
-                path.removesuffix("/bin/activate") == re.findall(r"^VENV := (.+)$", read("Makefile"), re.MULTILINE)[0]
+                path.removesuffix("/bin/activate")
+                == re.findall(r"^VENV := (.+)$", read("Makefile"), re.MULTILINE)[0]
             )
         case ("deepspeed", *_):
             check_launcher(words, monkeypatch)
@@ -193,7 +208,9 @@ def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", ALL_COMMANDS, ids=lambda words: shlex.join(words)[:90])
-def test_every_command_is_accepted_by_its_own_parser(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_accepted_by_its_own_parser(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     check_command(words, monkeypatch)
 
@@ -233,7 +250,8 @@ def test_both_languages_give_the_same_commands_and_examples() -> None:
     assert blocks(read(english), "python") == blocks(read(chinese), "python")
     # What comes before the wide gap is the same: names of files, or a whole example.
     left = [
-        [re.split(r" {4,}", line)[0] for b in blocks(read(name), "text") for line in b.splitlines()] for name in READMES
+        [re.split(r" {4,}", line)[0] for b in blocks(read(name), "text") for line in b.splitlines()]
+        for name in READMES
     ]
     assert left[0] == left[1]
     spans = [{s for s in code_spans(read(name)) if not s.startswith("README")} for name in READMES]
@@ -252,7 +270,9 @@ def test_every_link_and_path_exists(name: str) -> None:
     missing = [path for path in [*links, *spans] if path and not (ROOT / path).exists()]
     assert not missing
     modules = [
-        s.removeprefix("python -m ").split()[0] for s in code_spans(text) if re.match(r"(python -m )?qwen_ds\.", s)
+        s.removeprefix("python -m ").split()[0]
+        for s in code_spans(text)
+        if re.match(r"(python -m )?qwen_ds\.", s)
     ]
     assert all(importlib.util.find_spec(module) for module in modules)
 
@@ -262,7 +282,9 @@ def test_every_link_and_path_exists(name: str) -> None:
 def test_the_tables_list_every_recipe_and_configuration(name: str, folder: str) -> None:
     listed = re.findall(rf"^\| \[`({folder}/[^`]+)`\]\(([^)]+)\) \| \S", read(name), re.MULTILINE)
     assert all(shown == target for shown, target in listed)
-    assert sorted(shown for shown, _ in listed) == sorted(f"{folder}/{f.name}" for f in (ROOT / folder).iterdir())
+    assert sorted(shown for shown, _ in listed) == sorted(
+        f"{folder}/{f.name}" for f in (ROOT / folder).iterdir()
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -281,18 +303,27 @@ def test_every_recipe_opens_with_its_own_command(recipe: Path) -> None:
 def recipe_keys() -> set[str]:
     keys = to_dict(Recipe())
     return {key for key in keys if not isinstance(keys[key], dict)} | {
-        f"{section}.{key}" for section in keys if isinstance(keys[section], dict) for key in keys[section]
+        f"{section}.{key}"
+        for section in keys
+        if isinstance(keys[section], dict)
+        for key in keys[section]
     }
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_option_in_the_text_exists(name: str) -> None:
-    sections = tuple(f"{key}." for key, value in to_dict(Recipe()).items() if isinstance(value, dict))
+    sections = tuple(
+        f"{key}." for key, value in to_dict(Recipe()).items() if isinstance(value, dict)
+    )
     options = {f"--{key}" for key in recipe_keys()} | {
-        f"--{field}" for kind in (PredictOptions, EvaluateOptions) for field in kind.__dataclass_fields__
+        f"--{field}"
+        for kind in (PredictOptions, EvaluateOptions)
+        for field in kind.__dataclass_fields__
     }
     options |= {
-        text for action in load_script("launch/merge.py").command_line()._actions for text in action.option_strings
+        text
+        for action in load_script("launch/merge.py").command_line()._actions
+        for text in action.option_strings
     }
     in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
     for span in [*code_spans(read(name)), *in_blocks]:
@@ -308,12 +339,16 @@ def test_every_reader_is_listed(name: str) -> None:
     assert re.findall(r"`(\w+)`", paragraph) == list(READERS)
 
 
-def test_the_example_of_bad_input_is_what_a_user_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_bad_input_is_what_a_user_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (example,) = [b.strip() for b in blocks(read("README.md"), "text") if b.startswith("error: ")]
     found = re.fullmatch(r"error: (\S+?):(\d+): role is '(\w+)'; .*", example)
     assert found is not None
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": turns}] * (int(found[2]) - 1) + [{"messages": [turns[0], {**turns[1], "role": found[3]}]}]
+    rows = [{"messages": turns}] * (int(found[2]) - 1) + [
+        {"messages": [turns[0], {**turns[1], "role": found[3]}]}
+    ]
     monkeypatch.chdir(tmp_path)
     Path(found[1]).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     with pytest.raises(UserError) as error:
@@ -323,10 +358,23 @@ def test_the_example_of_bad_input_is_what_a_user_gets(tmp_path: Path, monkeypatc
 
 def test_the_container_installs_what_the_project_declares() -> None:
     """Its pip command: extras that exist, the one constraints file, and nothing of the build is kept out of it."""
-    found = re.search(r"pip install --no-cache-dir -c (\S+) -e '\.\[([\w,]+)\]'", read("Dockerfile"))
-    assert found is not None and (ROOT / found[1]).is_file() and f"-c {found[1]}" in read("Makefile")
+    found = re.search(
+        r"pip install --no-cache-dir -c (\S+) -e '\.\[([\w,]+)\]'", read("Dockerfile")
+    )
+    assert (
+        found is not None and (ROOT / found[1]).is_file() and f"-c {found[1]}" in read("Makefile")
+    )
     assert set(found[2].split(",")) <= PROJECT["optional-dependencies"].keys()
-    needed = ("pyproject.toml", found[1], PROJECT["readme"], "LICENSE", "qwen_ds", "serve", "launch", "ds_configs")
+    needed = (
+        "pyproject.toml",
+        found[1],
+        PROJECT["readme"],
+        "LICENSE",
+        "qwen_ds",
+        "serve",
+        "launch",
+        "ds_configs",
+    )
     assert not set(read(".dockerignore").split()) & set(needed)
 
 

@@ -25,7 +25,11 @@ SRUN = {
 def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment of a test's own: what it exports ends with it."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "OMPI_", "PMI_"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in names and not k.startswith(("SLURM_", "OMPI_", "PMI_"))
+    }
     monkeypatch.setattr(os, "environ", kept)
     return kept
 
@@ -40,12 +44,16 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ("n[7]", "n7"),
     ],
 )
-def test_ranks_of_srun_meet_at_the_steps_first_machine(variables: dict[str, str], nodes: str, first: str) -> None:
+def test_ranks_of_srun_meet_at_the_steps_first_machine(
+    variables: dict[str, str], nodes: str, first: str
+) -> None:
     variables |= SRUN | {"SLURM_STEP_NODELIST": nodes}
     assert dist.slurm_rendezvous()[0] == first
 
 
-def test_all_tasks_of_a_step_choose_the_same_port_and_two_steps_do_not(variables: dict[str, str]) -> None:
+def test_all_tasks_of_a_step_choose_the_same_port_and_two_steps_do_not(
+    variables: dict[str, str],
+) -> None:
     variables |= SRUN
     ports = set()
     for job, step in (("41", "2"), ("41", "3"), ("42", "2"), ("9999999", "0")):
@@ -76,7 +84,10 @@ def test_a_users_own_meeting_point_stays(variables: dict[str, str]) -> None:
     "others",
     [
         {"SLURM_STEP_NUM_TASKS": "1"},  # a shell of salloc, in which a single process is started
-        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},  # Open MPI's daemons are tasks of srun, too
+        {
+            "OMPI_COMM_WORLD_RANK": "1",
+            "OMPI_COMM_WORLD_SIZE": "4",
+        },  # Open MPI's daemons are tasks of srun, too
         {"MPI_LOCALRANKID": "1", "PMI_RANK": "1"},  # MPICH's as well
     ],
 )
@@ -92,16 +103,24 @@ def test_ranks_without_a_meeting_point_do_not_train_each_for_itself(
 ) -> None:
     """Outside of mpirun MPI's world is the process alone."""
     alone = SimpleNamespace(Get_size=lambda: 1, Get_rank=lambda: 0, bcast=lambda value: value)
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=alone)))
+    monkeypatch.setitem(
+        sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=alone))
+    )
     variables |= {"RANK": "1", "WORLD_SIZE": "2"}
     with pytest.raises(UserError, match="2 ranks and MPI 1; expected.*MASTER_ADDR"):
         dist.free_port_over_mpi()
 
 
-def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(variables: dict[str, str], tmp_path: Path) -> None:
+def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
     """squeue prints local time, in a format that a user may have changed."""
     assert dist.job_ends_at() is None
-    variables |= {"SLURM_JOB_ID": "41", "SLURM_TIME_FORMAT": "relative", "PATH": f"{tmp_path}:{variables['PATH']}"}
+    variables |= {
+        "SLURM_JOB_ID": "41",
+        "SLURM_TIME_FORMAT": "relative",
+        "PATH": f"{tmp_path}:{variables['PATH']}",
+    }
     squeue = tmp_path / "squeue"
 
     def answer(text: str) -> None:
@@ -128,7 +147,9 @@ def test_ranks_are_counted_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "gather_texts", lambda text: seen)
     assert dist.ranks_per_machine() == [2, 3]
     seen[:] = ["0", "0", "1", "1"]
-    with pytest.raises(UserError, match="rank 3 is number 1 of its machine; expected consecutive ranks.*block"):
+    with pytest.raises(
+        UserError, match="rank 3 is number 1 of its machine; expected consecutive ranks.*block"
+    ):
         dist.ranks_per_machine()
 
 
@@ -145,7 +166,12 @@ def test_one_rank_of_each_machine_makes_what_all_need(
     monkeypatch.setattr(torch_dist.distributed_c10d, "_get_default_store", lambda: store)
     made: list[int] = []
     for rank in range(4):
-        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}
+        variables |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % 2),
+            "WORLD_SIZE": "4",
+            "LOCAL_WORLD_SIZE": "1",
+        }
         dist.once_per_machine(lambda: made.append(dist.rank()), "data")
     assert made == [0, 2]
 

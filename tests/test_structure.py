@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(f for folder in ("qwen_ds", "serve", "launch") for f in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    f for folder in ("qwen_ds", "serve", "launch") for f in (ROOT / folder).rglob("*.py")
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 JUNK_DRAWERS = {"utils.py", "common.py", "helpers.py", "constants.py", "misc.py"}
 
@@ -29,7 +31,10 @@ OWNERS = {
     "deepspeed": {"qwen_ds/train/engine/engine.py"},
     "peft": {"qwen_ds/train/lora.py", "qwen_ds/model/adapter.py"},
     "tiktoken": {"qwen_ds/model/tokenizer.py"},
-    "tokenizers": {"qwen_ds/export/qwen2/tokenizer_json.py", "qwen_ds/export/qwen2/tokenizer_check.py"},
+    "tokenizers": {
+        "qwen_ds/export/qwen2/tokenizer_json.py",
+        "qwen_ds/export/qwen2/tokenizer_check.py",
+    },
 }
 
 
@@ -83,7 +88,9 @@ def test_files_and_functions_stay_short(file: Path) -> None:
             assert node.end_lineno is not None
             doc = node.body[0] if ast.get_docstring(node) is not None else None
             doc_lines = (doc.end_lineno or 0) - doc.lineno + 1 if doc else 0
-            assert node.end_lineno - node.lineno + 1 - doc_lines <= MAX_FUNCTION_LINES, f"{place(file)}: {node.name}"
+            assert node.end_lineno - node.lineno + 1 - doc_lines <= MAX_FUNCTION_LINES, (
+                f"{place(file)}: {node.name}"
+            )
 
 
 def test_environment_variables_are_read_in_one_place() -> None:
@@ -98,7 +105,9 @@ def test_nothing_loads_code_or_pickles(file: Path) -> None:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), f"{place(file)}: {called}"
+        assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), (
+            f"{place(file)}: {called}"
+        )
         arguments = {k.arg: ast.unparse(k.value) for k in node.keywords}
         assert arguments.get("trust_remote_code") in (None, "False"), f"{place(file)}: {called}"
         if called == "torch.load":

@@ -29,17 +29,31 @@ def main() -> int:
         print(__doc__)
         return 0
     if command not in COMMANDS:
-        raise UserError(f"the command is {command!r}; expected {' or '.join(COMMANDS)}: python -m qwen_ds.data --help")
+        raise UserError(
+            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: python -m qwen_ds.data --help"
+        )
     prog = f"python -m qwen_ds.data {command}"
-    parser = Parser(prog=prog, description=f"{command} the rows of data.train, each once whatever data.weights says")
-    parser.add_argument("--model.path", type=str, required=True, help="folder or hub id of a Qwen checkpoint")
+    parser = Parser(
+        prog=prog,
+        description=f"{command} the rows of data.train, each once whatever data.weights says",
+    )
+    parser.add_argument(
+        "--model.path", type=str, required=True, help="folder or hub id of a Qwen checkpoint"
+    )
     parser.add_class_arguments(DataOptions, "data")
     if command == "encode":
-        parser.add_argument("--output", type=str | None, default=None, help="file for the rows; unset: standard output")
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="file for the rows; unset: standard output",
+        )
         parser.add_argument("--overwrite", action="store_true", help="let --output replace a file")
     else:
         parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
-        parser.add_argument("--at", type=str | None, default=None, help="show the rows of this file:line instead")
+        parser.add_argument(
+            "--at", type=str | None, default=None, help="show the rows of this file:line instead"
+        )
     given = parser.parse(options)
     if dist.rank():
         return 0  # a launcher started many ranks: one of them does it
@@ -72,14 +86,20 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
     def lines() -> Iterator[str]:
         for row in range(len(rows)):
             ids, labels = rows[row]
-            found = {"input_ids": ids.tolist(), "labels": labels.tolist(), "source": rows.source(row)}
+            found = {
+                "input_ids": ids.tolist(),
+                "labels": labels.tolist(),
+                "source": rows.source(row),
+            }
             yield json.dumps(found) + "\n"
 
     if path is None:
         try:
             sys.stdout.writelines(lines())
             sys.stdout.flush()
-        except BrokenPipeError:  # a reader such as head has seen enough; the interpreter must not flush once more
+        except (
+            BrokenPipeError
+        ):  # a reader such as head has seen enough; the interpreter must not flush once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         half = path.with_name(f".{path.name}.{os.getpid()}")
@@ -88,7 +108,9 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
                 file.writelines(lines())
             half.replace(path)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; expected a file that can be written") from error
+            raise UserError(
+                f"{path}: {error.strerror or error}; expected a file that can be written"
+            ) from error
         finally:
             half.unlink(missing_ok=True)
     print("\n".join(summary(rows.report)), file=sys.stderr)
@@ -114,7 +136,11 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
     rows = prepare(data, folder).train
     shown = list(range(min(n_rows, len(rows))))
     if at is not None:
-        shown = [row for row in range(len(rows)) if rows.source(row) == at or rows.source(row).endswith(f"/{at}")]
+        shown = [
+            row
+            for row in range(len(rows))
+            if rows.source(row) == at or rows.source(row).endswith(f"/{at}")
+        ]
         if not shown:
             raise UserError(
                 f"--at is {at}; expected the file:line of a row that is trained on, such as {rows.source(0)}"

@@ -51,7 +51,11 @@ class WindowsAhead:
         known = self._next
         future = known[1] if known and known[0] == step else self._worker.submit(self._make, step)
         window = future.result()
-        self._next = (step + 1, self._worker.submit(self._make, step + 1)) if step + 1 < self._steps else None
+        self._next = (
+            (step + 1, self._worker.submit(self._make, step + 1))
+            if step + 1 < self._steps
+            else None
+        )
         return window
 
     def _make(self, step: int) -> Window:
@@ -60,10 +64,16 @@ class WindowsAhead:
         batches = sampler.window(*position)
         if self._pinned:
             batches = [
-                replace(batch, ids_BT=batch.ids_BT.pin_memory(), labels_BT=batch.labels_BT.pin_memory())
+                replace(
+                    batch, ids_BT=batch.ids_BT.pin_memory(), labels_BT=batch.labels_BT.pin_memory()
+                )
                 for batch in batches
             ]
-        return Window(batches, num_targets(sampler.rows, sampler.step_rows(*position)), sampler.statistics(*position))
+        return Window(
+            batches,
+            num_targets(sampler.rows, sampler.step_rows(*position)),
+            sampler.statistics(*position),
+        )
 
 
 def num_targets(rows: Rows, row_ids: np.ndarray) -> int:

@@ -147,7 +147,9 @@ def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _split_to(runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int) -> list[tuple[int, int]]:
+def _split_to(
+    runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int
+) -> list[tuple[int, int]]:
     """Halve the largest runs until there are n_runs: one step of the cap can save more than one run."""
     while len(runs) < n_runs:
         largest = max(
@@ -197,7 +199,9 @@ def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
             draws.append(first_row + _draws(part, [seed, 1, number], epoch))
         first_row += part.rows
     drawn = np.concatenate(draws) if draws else np.empty(0, np.int64)
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0, epoch]))).permutation(drawn)
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed, 0, epoch]))
+    ).permutation(drawn)
 
 
 def _draws(part: Part, key: list[int], epoch: int) -> np.ndarray:
@@ -241,7 +245,10 @@ class StepSampler:
         rank: int,
         tokens_per_micro_batch: int,
     ) -> None:
-        for name, value in (("rows_per_step", rows_per_step), ("tokens_per_micro_batch", tokens_per_micro_batch)):
+        for name, value in (
+            ("rows_per_step", rows_per_step),
+            ("tokens_per_micro_batch", tokens_per_micro_batch),
+        ):
             if value < 1:
                 raise UserError(f"batch.{name} is {value}; expected a positive number")
         if seed < 0:
@@ -294,14 +301,18 @@ class StepSampler:
         return _plan_step(self.rows.lens, self.step_rows(epoch, step), self.world, self.budget)
 
 
-def _plan_step(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> list[list[np.ndarray]]:
+def _plan_step(
+    lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int
+) -> list[list[np.ndarray]]:
     """For each rank its micro-batches, as arrays of row ids."""
     lens_N = lens[row_ids]
     ranks = deal(lens_N, cut_windows(lens_N, world, budget), world)
     return [[row_ids[part] for part in parts] for parts in ranks]
 
 
-def evaluation_batches(rows: Rows, world: int, rank: int, tokens_per_micro_batch: int) -> Iterator[Batch]:
+def evaluation_batches(
+    rows: Rows, world: int, rank: int, tokens_per_micro_batch: int
+) -> Iterator[Batch]:
     """Every row once over all ranks (weights don't count), the same number of micro-batches on each rank."""
     for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
         yield make_batch(rows, row_ids)

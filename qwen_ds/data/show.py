@@ -22,13 +22,17 @@ _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
     """Print a row: learnt tokens green, the others grey, control tokens bold; without colour, learnt runs in ⟦ ⟧."""
     ids, labels = rows[row]
-    console.rule(f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left")
+    console.rule(
+        f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left"
+    )
     learnt = labels != IGNORE
     edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
     shown = Text()
     for start, end in zip(edges, edges[1:], strict=False):
         is_learnt = bool(learnt[start])
-        marks = (LEARNT_OPEN, LEARNT_CLOSE) if is_learnt and console.color_system is None else ("", "")
+        marks = (
+            (LEARNT_OPEN, LEARNT_CLOSE) if is_learnt and console.color_system is None else ("", "")
+        )
         shown.append(marks[0])
         _append(shown, ids[start:end].tolist(), encoding, _LEARNT if is_learnt else _UNLEARNT)
         shown.append(marks[1])

@@ -113,7 +113,9 @@ def seeded_rows(seed: int) -> Tensor:
     """
     shape = (int(str(CONFIG["vocab_size"])), int(str(CONFIG["hidden_size"])))
     steps = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, size=shape, dtype=np.uint8)
-    step = ROW_STD / ((256**2 - 1) / 12) ** 0.5  # the standard deviation of 0..255 is sqrt((256^2 - 1) / 12)
+    step = (
+        ROW_STD / ((256**2 - 1) / 12) ** 0.5
+    )  # the standard deviation of 0..255 is sqrt((256^2 - 1) / 12)
     return torch.from_numpy(steps).float().sub_(127.5).mul_(step).to(torch.bfloat16)
 
 
@@ -147,7 +149,9 @@ def unpack_base(target: Path, packed: Path = PACKED_FILE) -> None:
     tensors, about = read_tensors(packed)
     found, expected = load_encoding(vocabulary).sha256, about["vocabulary_sha256"]
     if found != expected:
-        raise UserError(f"{vocabulary} has sha256 {found[:8]}..; expected the official vocabulary, {expected[:8]}..")
+        raise UserError(
+            f"{vocabulary} has sha256 {found[:8]}..; expected the official vocabulary, {expected[:8]}.."
+        )
     ids = tensors.pop(USED_IDS).long()
     wte = seeded_rows(WTE_SEED).index_copy_(0, ids, tensors[WTE])
     head = seeded_rows(HEAD_SEED).add_(tensors.pop(UNUSED_HEAD)).index_copy_(0, ids, tensors[HEAD])

@@ -38,7 +38,9 @@ class Item:
     @property
     def content(self) -> str:
         """The attribute list, as AdvertiseGen writes it."""
-        return "*".join(f"{key}#{value}" for key, value in (("类型", self.category), *self.attributes))
+        return "*".join(
+            f"{key}#{value}" for key, value in (("类型", self.category), *self.attributes)
+        )
 
     @property
     def shape(self) -> str:
@@ -88,17 +90,27 @@ def _catalogue_sentences(item: Item) -> dict[str, str]:
     said: dict[str, str] = {}
     if material := given.get("材质"):
         chosen = f"选用{material}面料" if clothing else f"以{material}打造"
-        said["材质"] = f"这{category.measure}{item.shape}{chosen}，{phrases.CATALOGUE_MATERIAL[material]}。"
+        said["材质"] = (
+            f"这{category.measure}{item.shape}{chosen}，{phrases.CATALOGUE_MATERIAL[material]}。"
+        )
     else:
         said["材质"] = f"这{category.measure}{item.shape}做工精细，品质可靠。"
     if colour := given.get("颜色"):
-        said["颜色"] = f"{colour}的{'色调' if clothing else '外观'}{phrases.CATALOGUE_COLOUR[colour]}。"
+        said["颜色"] = (
+            f"{colour}的{'色调' if clothing else '外观'}{phrases.CATALOGUE_COLOUR[colour]}。"
+        )
     if pattern := given.get("图案"):
-        said["图案"] = f"{'加入' if clothing else '配以'}{pattern}元素，{phrases.CATALOGUE_PATTERN[pattern]}。"
+        said["图案"] = (
+            f"{'加入' if clothing else '配以'}{pattern}元素，{phrases.CATALOGUE_PATTERN[pattern]}。"
+        )
     if style := given.get("风格"):
         said["风格"] = f"整体属于{style}风格，{phrases.CATALOGUE_STYLE[style]}。"
     if scene := given.get("场景"):
-        said["场景"] = f"{scene}时{category.verb}很合适。" if scene != "校园" else f"{category.verb}去{scene}很合适。"
+        said["场景"] = (
+            f"{scene}时{category.verb}很合适。"
+            if scene != "校园"
+            else f"{category.verb}去{scene}很合适。"
+        )
     return said
 
 
@@ -162,7 +174,12 @@ def guided_rows(items: Iterable[Item]) -> list[Row]:
         rng.shuffle(keys)
         keys = keys[: rng.randint(2, len(keys))]
         asked = "、".join(keys)
-        rows.append({"content": f"依次介绍{asked}：{item.content}", "summary": "".join(said[key] for key in keys)})
+        rows.append(
+            {
+                "content": f"依次介绍{asked}：{item.content}",
+                "summary": "".join(said[key] for key in keys),
+            }
+        )
     return rows
 
 
@@ -184,9 +201,13 @@ def eval_rows() -> list[Row]:
 
 def sha256() -> str:
     """Of all rows: a packed base belongs to one corpus."""
-    return hashlib.sha256(json.dumps([pretraining_rows(), train_rows(), eval_rows()]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([pretraining_rows(), train_rows(), eval_rows()]).encode()
+    ).hexdigest()
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
     """One JSON object a line, UTF-8."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )

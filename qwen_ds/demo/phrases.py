@@ -24,12 +24,22 @@ class Category:
 
 CLOTHING, ACCESSORY = True, False
 CATEGORIES: dict[str, Category] = {
-    "裙": Category("条", "穿", "裙型", "百褶裙 鱼尾裙 蓬蓬裙 背带裙", "雪纺 蕾丝 棉麻 丝绒", CLOTHING),
-    "上衣": Category("件", "穿", "衣样式", "衬衫 卫衣 毛衣 风衣", "纯棉 羊毛 牛仔布 真丝", CLOTHING),
-    "裤": Category("条", "穿", "裤型", "阔腿裤 直筒裤 哈伦裤 喇叭裤", "牛仔布 棉麻 灯芯绒 羊毛", CLOTHING),
+    "裙": Category(
+        "条", "穿", "裙型", "百褶裙 鱼尾裙 蓬蓬裙 背带裙", "雪纺 蕾丝 棉麻 丝绒", CLOTHING
+    ),
+    "上衣": Category(
+        "件", "穿", "衣样式", "衬衫 卫衣 毛衣 风衣", "纯棉 羊毛 牛仔布 真丝", CLOTHING
+    ),
+    "裤": Category(
+        "条", "穿", "裤型", "阔腿裤 直筒裤 哈伦裤 喇叭裤", "牛仔布 棉麻 灯芯绒 羊毛", CLOTHING
+    ),
     "鞋": Category("双", "穿", "鞋型", "运动鞋 短靴 乐福鞋 凉鞋", "真皮 帆布 网面 麂皮", ACCESSORY),
-    "包": Category("只", "背", "包型", "双肩包 托特包 链条包 水桶包", "真皮 帆布 尼龙 草编", ACCESSORY),
-    "帽": Category("顶", "戴", "帽型", "贝雷帽 渔夫帽 棒球帽 遮阳帽", "丝绒 纯棉 草编 灯芯绒", ACCESSORY),
+    "包": Category(
+        "只", "背", "包型", "双肩包 托特包 链条包 水桶包", "真皮 帆布 尼龙 草编", ACCESSORY
+    ),
+    "帽": Category(
+        "顶", "戴", "帽型", "贝雷帽 渔夫帽 棒球帽 遮阳帽", "丝绒 纯棉 草编 灯芯绒", ACCESSORY
+    ),
 }
 
 # The catalogue style: what a shop's list says.

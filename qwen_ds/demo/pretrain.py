@@ -41,7 +41,16 @@ from qwen_ds.model.tokenizer import Encoding, load_encoding
 
 RECIPE = "launch/recipes/demo_base.yaml"
 BLOCKS_SEED = 3
-SECOND_RUN = ("--optim.max_steps", "60", "--optim.lr", "1e-3", "--optim.warmup_steps", "0", "--seed", "2")
+SECOND_RUN = (
+    "--optim.max_steps",
+    "60",
+    "--optim.lr",
+    "1e-3",
+    "--optim.warmup_steps",
+    "0",
+    "--seed",
+    "2",
+)
 
 
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> set[bytes]:
@@ -68,7 +77,9 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
         if isinstance(token, bytes):
             tokens |= merged_from(token, encoding.ranks)
     official = sorted(encoding.ranks[token] for token in tokens)
-    lines = [b"%s %d\n" % (base64.b64encode(bytes(encoding.token(o))), i) for i, o in enumerate(official)]  # type: ignore
+    lines = [
+        b"%s %d\n" % (base64.b64encode(bytes(encoding.token(o))), i) for i, o in enumerate(official)
+    ]  # type: ignore
     return b"".join(lines), official + sorted(encoding.special.values())
 
 
@@ -79,10 +90,15 @@ def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
     torch.manual_seed(BLOCKS_SEED)
     state = QWenLMHeadModel(QWenConfig(**CONFIG | {"vocab_size": len(official_ids)})).state_dict()  # type: ignore
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    return tensors | {WTE: seeded_rows(WTE_SEED)[official_ids], HEAD: seeded_rows(HEAD_SEED)[official_ids]}
+    return tensors | {
+        WTE: seeded_rows(WTE_SEED)[official_ids],
+        HEAD: seeded_rows(HEAD_SEED)[official_ids],
+    }
 
 
-def widened(tensors: dict[str, Tensor], official_ids: list[int], used: list[int]) -> dict[str, Tensor]:
+def widened(
+    tensors: dict[str, Tensor], official_ids: list[int], used: list[int]
+) -> dict[str, Tensor]:
     """The small model's weights with all rows: the used ones in their official places, the others from their seeds."""
     rows = [official_ids.index(index) for index in used]
     wte = seeded_rows(WTE_SEED).index_copy_(0, torch.tensor(used), tensors[WTE][rows])
@@ -98,7 +114,9 @@ def pack_base(trained: Path, packed: Path) -> None:
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     wte, head = tensors.pop(WTE), tensors.pop(HEAD)
     unused = torch.ones(len(wte), dtype=torch.bool).index_fill_(0, ids, False)
-    assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), "an embedding row outside the corpus has moved"
+    assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), (
+        "an embedding row outside the corpus has moved"
+    )
     movement = (head[unused].float() - seeded_rows(HEAD_SEED)[unused].float()).mean(dim=0)
     tensors |= {
         USED_IDS: ids.to(torch.int32),
@@ -146,11 +164,21 @@ def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
 def main() -> None:
     from qwen_ds.recipe.options import Parser
 
-    parser = Parser(description="Pre-train the demo's base model from scratch and pack it into the package.")
-    parser.add_argument(
-        "--output", type=str, required=True, help="new folder for the vocabulary, the corpus and the runs"
+    parser = Parser(
+        description="Pre-train the demo's base model from scratch and pack it into the package."
     )
-    parser.add_argument("--num_gpus", type=int, default=2, help="ranks; GPUs where there are any, else CPU processes")
+    parser.add_argument(
+        "--output",
+        type=str,
+        required=True,
+        help="new folder for the vocabulary, the corpus and the runs",
+    )
+    parser.add_argument(
+        "--num_gpus",
+        type=int,
+        default=2,
+        help="ranks; GPUs where there are any, else CPU processes",
+    )
     parser.add_argument("--packed", type=str, default=str(PACKED_FILE), help="file to write")
     options = parser.parse()
     output, packed = Path(options.output), Path(options.packed)

@@ -47,18 +47,28 @@ class Shell:
             StepFailed: its exit code is not 0.
         """
         print(f"  $ {' '.join(words)}", flush=True)
-        program = [sys.executable] if words[0] == "python" else [str(Path(sys.executable).with_name(words[0]))]
+        program = (
+            [sys.executable]
+            if words[0] == "python"
+            else [str(Path(sys.executable).with_name(words[0]))]
+        )
         env = {"OMP_NUM_THREADS": "1"} | os.environ
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {' '.join(words)}\n")
             log.flush()
             process = subprocess.Popen(
-                [*program, *words[1:]], cwd=REPOSITORY, env=env, stdout=log, stderr=subprocess.STDOUT
+                [*program, *words[1:]],
+                cwd=REPOSITORY,
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
             try:
                 self._wait(process, progress)
             finally:
-                if process.poll() is None:  # only when we are interrupted: the launcher passes it on to its ranks
+                if (
+                    process.poll() is None
+                ):  # only when we are interrupted: the launcher passes it on to its ranks
                     process.terminate()
                     process.wait()
         if process.returncode:
@@ -130,7 +140,9 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], contents: Sequence[str]) -> str:
+def side_by_side(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], contents: Sequence[str]
+) -> str:
     """Some rows' attributes, reference, and the answers before and after; evenly spread over the rows."""
     picked = [i * (len(contents) - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
     blocks = [
@@ -160,19 +172,44 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     base, rows = resolved["model"]["path"], resolved["data"]["eval"][0]
     losses = [row["loss"] for row in read_metrics(folder) if "loss" in row]
-    print(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {time.monotonic() - started:.0f} s\n")
+    print(
+        f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {time.monotonic() - started:.0f} s\n"
+    )
 
-    print("2. Evaluate the base, merge the adapter into it, evaluate the result: on rows that neither saw", flush=True)
+    print(
+        "2. Evaluate the base, merge the adapter into it, evaluate the result: on rows that neither saw",
+        flush=True,
+    )
     evaluate = ["python", "-m", "serve.evaluate", "--data", rows, "--model"]
     shell.run([*evaluate, base, "--output_dir", f"{run}/eval_before"])
-    merge = ["python", "launch/merge.py", "--base", base, "--adapter", f"{run}/adapter", "--output", f"{run}/merged"]
+    merge = [
+        "python",
+        "launch/merge.py",
+        "--base",
+        base,
+        "--adapter",
+        f"{run}/adapter",
+        "--output",
+        f"{run}/merged",
+    ]
     shell.run(merge)
     shell.run([*evaluate, f"{run}/merged", "--output_dir", f"{run}/eval_after"])
 
-    scores = [json.loads((folder / name / "metrics.json").read_text()) for name in ("eval_before", "eval_after")]
+    scores = [
+        json.loads((folder / name / "metrics.json").read_text())
+        for name in ("eval_before", "eval_after")
+    ]
     print(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
-    contents = [json.loads(line)["content"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
-    print(side_by_side(read_predictions(folder / "eval_before"), read_predictions(folder / "eval_after"), contents))
+    contents = [
+        json.loads(line)["content"] for line in Path(rows).read_text(encoding="utf-8").splitlines()
+    ]
+    print(
+        side_by_side(
+            read_predictions(folder / "eval_before"),
+            read_predictions(folder / "eval_after"),
+            contents,
+        )
+    )
     print(
         f"\nloss curve   {run}/loss.png\n"
         f"report       {run}/report.html\n"
@@ -188,9 +225,16 @@ def main() -> int:
     from qwen_ds.recipe.options import Parser
 
     parser = Parser(description="The embedded demo: fine-tune, merge and evaluate a tiny Qwen.")
-    parser.add_argument("--num_gpus", type=int, default=2, help="ranks; GPUs where there are any, else CPU processes")
+    parser.add_argument(
+        "--num_gpus",
+        type=int,
+        default=2,
+        help="ranks; GPUs where there are any, else CPU processes",
+    )
     parser.add_argument("--deepspeed", type=str, help="DeepSpeed JSON; the recipe's own otherwise")
-    parser.add_argument("--output_dir", type=str, default=DEFAULT_OUTPUT, help="run folder in the repository")
+    parser.add_argument(
+        "--output_dir", type=str, default=DEFAULT_OUTPUT, help="run folder in the repository"
+    )
     options = parser.parse()
     folder = free_folder(REPOSITORY / options.output_dir)
     run, log = shown(folder), folder.with_name(f"{folder.name}.log")
@@ -199,7 +243,9 @@ def main() -> int:
     try:
         tour(Shell(log, sys.stdout.isatty()), run, options.num_gpus, options.deepspeed)
     except StepFailed as failure:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        tail = "\n".join(
+            log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        )
         print(f"{tail}\n{failure}; the whole log is {shown(log)}", file=sys.stderr)
         return EXIT_FAILURE
     return EXIT_DONE

@@ -44,7 +44,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: peft_type is {came!r}; expected 'LORA'")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
-        raise UserError(f"{path}: {used[0]} is {config[used[0]]!r}; expected an adapter trained without it")
+        raise UserError(
+            f"{path}: {used[0]} is {config[used[0]]!r}; expected an adapter trained without it"
+        )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_INIT_CHANGES_BASE):
         raise UserError(
@@ -53,11 +55,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         )
     rank, lora_alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(lora_alpha, int | float):
-        raise UserError(f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a number")
+        raise UserError(
+            f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a number"
+        )
     return config
 
 
-def open_weights(folder: Path, allow_pickle: bool) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
+def open_weights(
+    folder: Path, allow_pickle: bool
+) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
     """The tensors of a pickle, or None for a safetensors file; and the shape of each tensor, under the file's names."""
     path = folder / WEIGHTS_NAME
     if path.is_file():

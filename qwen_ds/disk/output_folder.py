@@ -16,7 +16,9 @@ def require_new_folder(output: Path) -> None:
     # A rename replaces an empty folder and nothing else.
     if output.is_symlink() or os.path.ismount(output):
         what = "a symbolic link" if output.is_symlink() else "a mount point"
-        raise UserError(f"{output}: is {what}; expected a new folder for the output (there, give a folder in it)")
+        raise UserError(
+            f"{output}: is {what}; expected a new folder for the output (there, give a folder in it)"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")
 

@@ -66,7 +66,11 @@ def header_bytes(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
     position = 0
     for spec in tensors:
         end = position + spec.num_bytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
@@ -89,7 +93,9 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
         ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, Tensor) for value in tensors.values()
+    ):
         raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 

@@ -35,9 +35,15 @@ def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
     ours, lines = base_name(base).rpartition("/")[2], []
     for adapter in adapters:
         said = adapter.config.get("base_model_name_or_path")
-        name = (hub_id(said) or said).replace("\\", "/").rstrip("/").rpartition("/")[2] if said else ours
+        name = (
+            (hub_id(said) or said).replace("\\", "/").rstrip("/").rpartition("/")[2]
+            if said
+            else ours
+        )
         if name.lower() != ours.lower():
-            lines.append(f"{adapter.folder.name} says that it was trained on {name}; the base here is {ours}")
+            lines.append(
+                f"{adapter.folder.name} says that it was trained on {name}; the base here is {ours}"
+            )
         if not (adapter.folder / CONFIG_NAME).is_file():
             lines.append(
                 f"{adapter.folder.name} has no {CONFIG_NAME}: lora_alpha is taken as {adapter.config['lora_alpha']:g};"
@@ -57,7 +63,11 @@ def check_copies(plan: Plan, source: Source, block_bytes: int) -> None:
     for adapter in plan.adapters.members:
         for name, key in adapter.copies.items():
             spec = plan.base.tensors[name]
-            for rows in () if in_sequence and name in earlier else row_ranges(spec, 0, spec.num_rows, block_bytes):
+            for rows in (
+                ()
+                if in_sequence and name in earlier
+                else row_ranges(spec, 0, spec.num_rows, block_bytes)
+            ):
                 shape = (rows.last - rows.first, *spec.shape[1:])
                 stored = source.read(rows).view(FLOAT_DTYPES[spec.dtype]).reshape(shape)
                 copy = adapter.tensor(key, rows.first, rows.last)

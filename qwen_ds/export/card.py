@@ -111,12 +111,22 @@ def write_card(folder: Path, origin: Origin) -> None:
     """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
-    kind = "qwen2 adapter" if is_adapter else "qwen2" if config.get("model_type") == "qwen2" else "qwen"
+    kind = (
+        "qwen2 adapter"
+        if is_adapter
+        else "qwen2"
+        if config.get("model_type") == "qwen2"
+        else "qwen"
+    )
     parts = [_front_matter(folder, origin, kind), _title(origin), _sources(folder, origin)]
     for made in origin.adapters or (origin.base,):
         if (run := _run_of(made)) is not None:
             parts += _training(run)
-    length = QWenConfig.from_dict(config).seq_length if kind == "qwen" else config.get("max_position_embeddings")
+    length = (
+        QWenConfig.from_dict(config).seq_length
+        if kind == "qwen"
+        else config.get("max_position_embeddings")
+    )
     loading = _LOADING[kind].format(seq_length=length, engines=_engines(config))
     parts.append(f"## How to load it\n\nMODEL is this folder, or its id on the hub.\n\n{loading}")
     (folder / CARD_NAME).write_text("\n".join(parts), encoding="utf-8")
@@ -130,17 +140,25 @@ def _engines(adapter: dict[str, Any]) -> str:
         "has several ranks or alphas": adapter.get("rank_pattern") or adapter.get("alpha_pattern"),
     }
     odd = [what for what, found in has.items() if found]
-    return _MERGED_ENGINES.format(has=odd[0]) if odd else _LORA_ENGINES.format(rank=adapter.get("r"))
+    return (
+        _MERGED_ENGINES.format(has=odd[0]) if odd else _LORA_ENGINES.format(rank=adapter.get("r"))
+    )
 
 
 def _front_matter(folder: Path, origin: Origin, kind: str) -> str:
     """The hub's metadata. A base that is no hub id has no entry: the hub would refuse the card."""
-    legal = sorted(legal_texts(folder), key=lambda name: re.search("licen[cs]e", name, re.IGNORECASE) is None)
+    legal = sorted(
+        legal_texts(folder), key=lambda name: re.search("licen[cs]e", name, re.IGNORECASE) is None
+    )
     fields: dict[str, Any] = {
         "language": ["zh", "en"],
         "library_name": "peft" if kind == "qwen2 adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["qwen", *(["qwen2"] if kind != "qwen" else []), *(["lora"] if origin.adapters else [])],
+        "tags": [
+            "qwen",
+            *(["qwen2"] if kind != "qwen" else []),
+            *(["lora"] if origin.adapters else []),
+        ],
     }
     if legal:
         fields |= {"license": "other", "license_name": "see-license-file", "license_link": legal[0]}
@@ -173,14 +191,23 @@ def _sources(folder: Path, origin: Origin) -> str:
     if not (folder / CONFIG_NAME).is_file():
         lines.append("- Checksums of all files, and the proof's figures: `merge_report.json`")
     if legal := legal_texts(folder):
-        lines.append(f"- The base's terms hold for it too: {', '.join(f'[{name}](<{name}>)' for name in legal)}")
+        lines.append(
+            f"- The base's terms hold for it too: {', '.join(f'[{name}](<{name}>)' for name in legal)}"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _run_of(made: Path) -> Path | None:
     """The run that an adapter or a fully trained model came out of: it holds the recipe."""
     above = list(made.absolute().parents)[:3]  # RUN/adapter, RUN/checkpoints/step_000382/adapter
-    return next((folder for folder in above if (folder / RECIPE).is_file() and (folder / DATA_REPORT).is_file()), None)
+    return next(
+        (
+            folder
+            for folder in above
+            if (folder / RECIPE).is_file() and (folder / DATA_REPORT).is_file()
+        ),
+        None,
+    )
 
 
 def _training(run: Path) -> Iterator[str]:
@@ -188,10 +215,17 @@ def _training(run: Path) -> Iterator[str]:
     yield f"## Training\n\nWith Qwen-DS, by this recipe:\n\n```yaml\n{recipe.rstrip()}\n```\n"
     try:
         lines = summary(read_json(run / DATA_REPORT))
-    except (UserError, KeyError, TypeError, ZeroDivisionError):  # of another version; a card is not worth the merge
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        ZeroDivisionError,
+    ):  # of another version; a card is not worth the merge
         lines = [f"see {DATA_REPORT} of the run"]
     yield "## Data\n\n" + "".join(f"- {line}\n" for line in lines)
-    scores = [block for file in sorted(run.glob("**/metrics.json")) if (block := _scores(run, file))]
+    scores = [
+        block for file in sorted(run.glob("**/metrics.json")) if (block := _scores(run, file))
+    ]
     if scores:
         yield "## Evaluation\n\n" + "\n".join(scores)
 
@@ -224,10 +258,16 @@ def _scores(run: Path, file: Path) -> str | None:
     if not rows:
         return None
     data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
-    what = f"{file.relative_to(run).as_posix()}: {report.get('rows')} rows" + (f" of {data}" if data else "")
+    what = f"{file.relative_to(run).as_posix()}: {report.get('rows')} rows" + (
+        f" of {data}" if data else ""
+    )
     # A run's folder may hold scores of its base, or of another model, beside its own.
     if (model := report.get("model")) is not None:
         adapter = report.get("adapter")
-        what += f" by {base_name(str(model))}" + (f" + {_name_of(Path(str(adapter)))}" if adapter else "")
+        what += f" by {base_name(str(model))}" + (
+            f" + {_name_of(Path(str(adapter)))}" if adapter else ""
+        )
     sampling = json.dumps(report.get("sampling"))
-    return "\n".join([f"{what}; sampling {sampling}\n", "| profile | measure | F |", "|---|---|---|", *rows, ""])
+    return "\n".join(
+        [f"{what}; sampling {sampling}\n", "| profile | measure | F |", "|---|---|---|", *rows, ""]
+    )

@@ -51,27 +51,40 @@ def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     pickles = any(folder.glob("pytorch_model*.bin"))
     came = "only pytorch_model*.bin, which are pickles" if pickles else "no weights"
     advice = " (--allow_pickle true reads pickles that hold nothing but tensors)" if pickles else ""
-    raise UserError(f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards{advice}")
+    raise UserError(
+        f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards{advice}"
+    )
 
 
 def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
-    index_path, suffix = folder / index_name, Path(SINGLE_FILES[INDEX_FILES.index(index_name)]).suffix
+    index_path, suffix = (
+        folder / index_name,
+        Path(SINGLE_FILES[INDEX_FILES.index(index_name)]).suffix,
+    )
     try:
         index = json.loads(index_path.read_text(encoding="utf-8"))
         weight_map: dict[str, str] = dict(index["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index_path}: no weight_map; expected the index of a sharded checkpoint") from error
+        raise UserError(
+            f"{index_path}: no weight_map; expected the index of a sharded checkpoint"
+        ) from error
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(suffix):
-            raise UserError(f"{index_path}: names the shard {name!r}; expected a {suffix} file in the same folder")
+            raise UserError(
+                f"{index_path}: names the shard {name!r}; expected a {suffix} file in the same folder"
+            )
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; expected all {len(names)} shards that {index_name} names")
+            raise UserError(
+                f"{folder / name}: missing; expected all {len(names)} shards that {index_name} names"
+            )
     shards = tuple(_open_file(folder / name) for name in names)
     found = [(spec.name, shard.path.name) for shard in shards for spec in shard.tensors]
     if len(found) != len(weight_map) or dict(found) != weight_map:
         odd = sorted(set(found) ^ set(weight_map.items()))
-        raise UserError(f"{index_path}: disagrees with its shards about {odd[0][0]}; expected an index made for them")
+        raise UserError(
+            f"{index_path}: disagrees with its shards about {odd[0][0]}; expected an index made for them"
+        )
     return Checkpoint(folder, shards, index.get("metadata") or {}, index_name)
 
 
@@ -83,12 +96,19 @@ def _open_pickle(path: Path) -> Header:
     tensors = read_pickle(path, mmap=True)
     odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
     if odd:
-        raise UserError(f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has")
-    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+        raise UserError(
+            f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has"
+        )
+    specs = [
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
     return Header(path, tuple(specs), {"format": "pt"}, 0, tensors)
 
 
-def carry_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
+def carry_files(
+    base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
+) -> dict[str, str]:
     """`carry_over`; in config.json add `rms_norm_eps` and record `torch_dtype` (not None).
 
     An adapter is trained in ChatML: a base model that one is merged into answers as a chat model does.

@@ -13,7 +13,12 @@ from qwen_ds.export.layout import QWEN, Format, Layout
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import layout_from_qwen2, layout_to_qwen2
 from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck, check_tokenizer
-from qwen_ds.export.qwen2.tokenizer_json import TOKENIZER, merges_of, read_qwen2_tokenizer, write_qwen2_tokenizer
+from qwen_ds.export.qwen2.tokenizer_json import (
+    TOKENIZER,
+    merges_of,
+    read_qwen2_tokenizer,
+    write_qwen2_tokenizer,
+)
 from qwen_ds.export.stream.blocks import read_header
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import carry_over, write_json
@@ -23,7 +28,12 @@ FormatName = Literal["qwen", "qwen2"]
 
 
 # What the settings and the tokenizer of the other format are made from.
-_QWEN_FILES = (settings.CONFIG, settings.GENERATION_CONFIG, settings.TOKENIZER_CONFIG, VOCABULARY_FILE)
+_QWEN_FILES = (
+    settings.CONFIG,
+    settings.GENERATION_CONFIG,
+    settings.TOKENIZER_CONFIG,
+    VOCABULARY_FILE,
+)
 _QWEN2_FILES = (settings.CONFIG, settings.GENERATION_CONFIG, TOKENIZER)
 
 
@@ -35,10 +45,17 @@ def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool 
     """
     if source == "qwen2" and (target == "qwen2" or merges_adapter):
         came = "an adapter" if merges_adapter else "the format qwen2"
-        raise UserError(f"{came} was given with --from qwen2; expected a conversion of the base to the format qwen")
+        raise UserError(
+            f"{came} was given with --from qwen2; expected a conversion of the base to the format qwen"
+        )
     if source == "qwen2":
         return Format(
-            "qwen", _from_qwen2, _write_qwen_files, _QWEN2_FILES, from_qwen=False, check_tokenizer=_check_back
+            "qwen",
+            _from_qwen2,
+            _write_qwen_files,
+            _QWEN2_FILES,
+            from_qwen=False,
+            check_tokenizer=_check_back,
         )
     return (
         Format("qwen2", _to_qwen2, _write_qwen2_files, _QWEN_FILES, check_tokenizer=_check)
@@ -76,7 +93,9 @@ def _from_qwen2(checkpoint: Checkpoint) -> Layout:
     return layout_from_qwen2(checkpoint.shapes, config)
 
 
-def _write_qwen2_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
+def _write_qwen2_files(
+    base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
+) -> dict[str, str]:
     """Settings, tokenizer and legal texts of a Qwen2 folder made from the Qwen in `base`."""
     encoding = load_encoding(base)
     generation = settings.generation_of_qwen(base, merges_adapter)
@@ -95,7 +114,9 @@ def _write_qwen2_files(base: Path, output: Path, torch_dtype: str | None, merges
     }
 
 
-def _write_qwen_files(base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool) -> dict[str, str]:
+def _write_qwen_files(
+    base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
+) -> dict[str, str]:
     """Settings, vocabulary and legal texts of a Qwen folder made from the Qwen2 in `base`."""
     encoding = read_qwen2_tokenizer(base)
     config, tokenizer_config = settings.from_qwen2(base)
@@ -117,5 +138,9 @@ def _write_qwen_files(base: Path, output: Path, torch_dtype: str | None, merges_
 
 def _stored_dtype(output: Path) -> str:
     """Name of the dtype of most weights in the output, which are there before the settings."""
-    dtypes = [spec.dtype for file in sorted(output.glob("*.safetensors")) for spec in read_header(file).tensors]
+    dtypes = [
+        spec.dtype
+        for file in sorted(output.glob("*.safetensors"))
+        for spec in read_header(file).tensors
+    ]
     return str(FLOAT_DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")

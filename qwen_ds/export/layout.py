@@ -45,7 +45,8 @@ def inverse(layout: Layout) -> Layout:
             placed.setdefault(rows.tensor, []).append((rows.first, place))
             first = place.last
     return {
-        tensor: tuple(rows for _, rows in sorted(found, key=lambda place: place[0])) for tensor, found in placed.items()
+        tensor: tuple(rows for _, rows in sorted(found, key=lambda place: place[0]))
+        for tensor, found in placed.items()
     }
 
 

@@ -80,12 +80,20 @@ def merge(
             " convert the base"
         )
     if weights is not None and len(weights) != len(adapters):
-        raise UserError(f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each")
+        raise UserError(
+            f"{len(weights)} weights and {len(adapters)} adapters were given; expected one for each"
+        )
     output = Path(os.path.abspath(output))
     _check_name(output, (base, *adapters))
     _check_texts(check_texts, to)
     members = tuple(read_adapter(folder, allow_pickle=allow_pickle) for folder in adapters)
-    plan = make_plan(base, Adapters(members, None if weights is None else tuple(weights)), to, dtype, allow_pickle)
+    plan = make_plan(
+        base,
+        Adapters(members, None if weights is None else tuple(weights)),
+        to,
+        dtype,
+        allow_pickle,
+    )
     kind = choose_proof(plan, proof)
     adapter_facts = _adapter_facts(plan.adapters)
     work = Progress(_partial_name(output), recipe_of(plan, adapter_facts, block_bytes))
@@ -102,11 +110,24 @@ def merge(
             edits = _write_small_files(plan, work)
             inputs, outputs = _facts(plan, source, work)
             seconds = round(time.monotonic() - started, 3)
-            report = describe(plan, output, work.changed(), taken_over, edits, inputs | adapter_facts, outputs, seconds)
+            report = describe(
+                plan,
+                output,
+                work.changed(),
+                taken_over,
+                edits,
+                inputs | adapter_facts,
+                outputs,
+                seconds,
+            )
             if to.check_tokenizer is not None:
-                report = replace(report, tokenizer=to.check_tokenizer(base, work.folder, check_texts))
+                report = replace(
+                    report, tokenizer=to.check_tokenizer(base, work.folder, check_texts)
+                )
             if kind is not None:
-                report = replace(report, verification=verify_merge(plan, work.folder, kind, prompts))
+                report = replace(
+                    report, verification=verify_merge(plan, work.folder, kind, prompts)
+                )
             write_json(work.folder / REPORT_NAME, report.as_json())
             work.finish(report.folder)
         except OSError as error:
@@ -121,7 +142,9 @@ def merge(
 
 def _check_texts(files: Sequence[str], to: Format) -> None:
     if files and to.check_tokenizer is None:
-        raise UserError("check_texts was given, but the tokenizer stays as it is; expected --format or --from qwen2")
+        raise UserError(
+            "check_texts was given, but the tokenizer stays as it is; expected --format or --from qwen2"
+        )
     for file in files:
         for _ in texts_of(file):  # a bad row is found now, not when all is written
             pass
@@ -150,7 +173,9 @@ def _check_output(output: Path) -> None:
     rejected = rejected_name(output)
     earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
     if (rejected.exists() or rejected.is_symlink()) and not earlier:
-        raise UserError(f"{rejected}: in the way and not an earlier merge's; expected a free name for the output")
+        raise UserError(
+            f"{rejected}: in the way and not an earlier merge's; expected a free name for the output"
+        )
 
 
 def _remove_rejected(output: Path) -> None:
@@ -171,7 +196,9 @@ def _check_space(plan: Plan, work: Progress, output: Path) -> None:
         )
 
 
-def _write_weights(plan: Plan, source: Source, work: Progress, block_bytes: int, progress: ShowProgress | None) -> None:
+def _write_weights(
+    plan: Plan, source: Source, work: Progress, block_bytes: int, progress: ShowProgress | None
+) -> None:
     total = sum(plan.bytes_read(shard) for shard in plan.shards)
     done = 0
 
@@ -204,12 +231,16 @@ def _write_small_files(plan: Plan, work: Progress) -> dict[str, str]:
     """The index, what travels with the weights, and the card; returns what was changed, by file name."""
     write_index(plan, work.folder)
     dtype = None if plan.dtype == "keep" else plan.dtype
-    edits = plan.format.write_files(plan.base.folder, work.folder, dtype, bool(plan.adapters.members))
+    edits = plan.format.write_files(
+        plan.base.folder, work.folder, dtype, bool(plan.adapters.members)
+    )
     adapters = tuple(adapter.folder for adapter in plan.adapters.members)
     notes = tuple(doubts(plan.base.folder, plan.adapters.members))
     write_card(
         work.folder,
-        Origin(plan.base.folder, adapters, plan.format.name, plan.adapters.weights, plan.dtype, notes),
+        Origin(
+            plan.base.folder, adapters, plan.format.name, plan.adapters.weights, plan.dtype, notes
+        ),
     )
     return edits
 

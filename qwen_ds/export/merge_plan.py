@@ -73,12 +73,17 @@ class Plan:
         stored, found = self.base.tensors, {}
         for name, spec in self.tensors.items():
             for rows in self.layout[name]:
-                if rows.tensor in self.changed or spec.dtype not in (stored[rows.tensor].dtype, "F32"):
+                if rows.tensor in self.changed or spec.dtype not in (
+                    stored[rows.tensor].dtype,
+                    "F32",
+                ):
                     found[rows.tensor] = spec.dtype
         return found
 
 
-def make_plan(base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, allow_pickle: bool) -> Plan:
+def make_plan(
+    base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, allow_pickle: bool
+) -> Plan:
     """Read the headers and check that everything fits.
 
     Raises:
@@ -95,7 +100,9 @@ def make_plan(base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, all
     return Plan(checkpoint, adapters, to, dtype, layout, changed, shards, has_index)
 
 
-def _output_spec(name: str, base: Checkpoint, layout: Layout, dtype: MergeDtype, changed: frozenset[str]) -> TensorSpec:
+def _output_spec(
+    name: str, base: Checkpoint, layout: Layout, dtype: MergeDtype, changed: frozenset[str]
+) -> TensorSpec:
     blocks = layout[name]
     parts = [base.tensors[rows.tensor] for rows in blocks]
     for part in parts:
@@ -109,7 +116,9 @@ def _output_spec(name: str, base: Checkpoint, layout: Layout, dtype: MergeDtype,
                 f" dtype, since they become {name} (or choose a --dtype)"
             )
     whole = len(blocks) == 1 and blocks[0].num_rows == parts[0].num_rows
-    shape = parts[0].shape if whole else (sum(rows.num_rows for rows in blocks), *parts[0].shape[1:])
+    shape = (
+        parts[0].shape if whole else (sum(rows.num_rows for rows in blocks), *parts[0].shape[1:])
+    )
     return TensorSpec(name, parts[0].dtype if dtype == "keep" else _FILE_DTYPES[dtype], shape)
 
 
@@ -125,7 +134,9 @@ def _cut(base: Checkpoint, layout: Layout, specs: dict[str, TensorSpec]) -> tupl
     for name in names:
         groups[order[layout[name][0].tensor][0]].append(specs[name])
     files = [_safetensors_name(shard.path.name) for shard in base.shards]
-    if any(not group or (len(group) > 1 and _num_bytes(group) > MAX_SHARD_BYTES) for group in groups):
+    if any(
+        not group or (len(group) > 1 and _num_bytes(group) > MAX_SHARD_BYTES) for group in groups
+    ):
         groups = [[]]
         for name in names:
             if groups[-1] and _num_bytes(groups[-1]) + specs[name].num_bytes > MAX_SHARD_BYTES:
@@ -135,7 +146,9 @@ def _cut(base: Checkpoint, layout: Layout, specs: dict[str, TensorSpec]) -> tupl
         if len(groups) == 1:
             files = [SINGLE_NAME]
     metadata = base.shards[0].metadata
-    return tuple(Shard(file, tuple(group), metadata) for file, group in zip(files, groups, strict=True))
+    return tuple(
+        Shard(file, tuple(group), metadata) for file, group in zip(files, groups, strict=True)
+    )
 
 
 def _num_bytes(specs: list[TensorSpec]) -> int:
@@ -152,4 +165,7 @@ def write_index(plan: Plan, output: Path) -> None:
     if plan.has_index:
         weight_map = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
         metadata = {**(plan.base.index_metadata or {}), "total_size": plan.num_bytes}
-        write_json(output / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(
+            output / INDEX_NAME,
+            {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
+        )

@@ -76,13 +76,25 @@ class MergeReport:
             f" {self.converted} converted, {self.untouched} untouched"
         ]
         if self.taken_over:
-            lines.append(f"  {len(self.taken_over)} files were there already, from a merge that had been stopped")
+            lines.append(
+                f"  {len(self.taken_over)} files were there already, from a merge that had been stopped"
+            )
         if self.left_out:
             lines.append(f"  left out: {len(self.left_out)} tensors, {self.left_out[0]} first")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
-        lines += [f"  {line}" for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())]
-        return [*lines, *(self.verification.in_words() if self.verification is not None else ["  not verified"])]
+        lines += [
+            f"  {line}"
+            for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())
+        ]
+        return [
+            *lines,
+            *(
+                self.verification.in_words()
+                if self.verification is not None
+                else ["  not verified"]
+            ),
+        ]
 
 
 def describe(
@@ -96,7 +108,10 @@ def describe(
     seconds: float,
 ) -> MergeReport:
     """The report of a merge before its proof."""
-    stored, kept = plan.base.tensors, {rows.tensor for blocks in plan.layout.values() for rows in blocks}
+    stored, kept = (
+        plan.base.tensors,
+        {rows.tensor for blocks in plan.layout.values() for rows in blocks},
+    )
     converted = {
         rows.tensor
         for name, spec in plan.tensors.items()

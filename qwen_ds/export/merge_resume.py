@@ -39,7 +39,8 @@ def recipe_of(plan: Plan, adapter_files: dict[str, dict[str, Any]], block_bytes:
     files = [shard.path.stat() for shard in plan.base.shards]
     told = {
         "base": [
-            (shard.path.name, at.st_size, at.st_mtime_ns) for shard, at in zip(plan.base.shards, files, strict=True)
+            (shard.path.name, at.st_size, at.st_mtime_ns)
+            for shard, at in zip(plan.base.shards, files, strict=True)
         ],
         "tensors": [asdict(spec) for spec in plan.base.tensors.values()],
         "adapters": {name: facts["sha256"] for name, facts in adapter_files.items()},
@@ -72,7 +73,9 @@ class Progress:
             UserError: another merge has it, or something is there that no merge left.
         """
         if self._beside.exists():
-            found = {path.name for path in self._beside.iterdir()} if self._beside.is_dir() else {""}
+            found = (
+                {path.name for path in self._beside.iterdir()} if self._beside.is_dir() else {""}
+            )
             if found and not found & {NOTE_NAME, _UNFINISHED_NOTE, _LOCK_NAME}:
                 raise UserError(
                     f"{self._beside}: in the way and not a killed merge's; expected to build the output there"
@@ -84,14 +87,22 @@ class Progress:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())
         except OSError as error:
-            ours = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system without locks
+            ours = error.errno not in (
+                errno.EWOULDBLOCK,
+                errno.EACCES,
+            )  # others: a file system without locks
         if not ours:
             self._lock.close()
-            raise UserError(f"{self._beside}: another merge is building this output; expected one at a time")
+            raise UserError(
+                f"{self._beside}: another merge is building this output; expected one at a time"
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not self.folder.exists():  # nothing to go on from
             self.discard()
@@ -115,7 +126,10 @@ class Progress:
             for name, stored in note["finished"].items():
                 path = self.folder / name
                 if path.is_file() and file_facts(path) == stored["facts"]:
-                    changed = {tensor: ChangedTensor(**after) for tensor, after in stored["changed"].items()}
+                    changed = {
+                        tensor: ChangedTensor(**after)
+                        for tensor, after in stored["changed"].items()
+                    }
                     self.finished[name] = WrittenShard(stored["facts"], changed)
         for path in self._beside.iterdir():
             if path.name not in (NOTE_NAME, _LOCK_NAME, self.folder.name):

@@ -20,7 +20,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qwen_ds.disk.adapter_folder import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, open_weights, read_config
+from qwen_ds.disk.adapter_folder import (
+    CONFIG_NAME,
+    PICKLE_NAMES,
+    WEIGHTS_NAME,
+    open_weights,
+    read_config,
+)
 from qwen_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +40,9 @@ _ROOT = re.compile(r"^(?:\w+\.)*?(?=transformer\.|lm_head\.)")
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
 _MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
 _TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
-_SAVED = re.compile(r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$")
+_SAVED = re.compile(
+    r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$"
+)
 
 # Those that say what they mean.
 _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
@@ -82,7 +90,9 @@ class Adapter:
     copies: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     _names_in_file: dict[str, str]
-    _loaded: Mapping[str, Tensor] | None  # tensors of a pickle; None: they are read from the safetensors file
+    _loaded: (
+        Mapping[str, Tensor] | None
+    )  # tensors of a pickle; None: they are read from the safetensors file
 
     def tensor(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
         """The tensor under `key`, or its rows first..last, in the dtype on disk, in memory of its own."""
@@ -118,7 +128,9 @@ class Adapter:
                 pick(pair.magnitude_key)
         token_rows = {}
         place = {index: i for i, index in enumerate(indices)}
-        if (rows := self.token_rows.get(module)) and (here := [i for i in rows.indices if i in place]):
+        if (rows := self.token_rows.get(module)) and (
+            here := [i for i in rows.indices if i in place]
+        ):
             tensors[rows.key] = self.tensor(rows.key)[[rows.indices.index(i) for i in here]]
             token_rows = {module: TokenRows(rows.key, tuple(place[i] for i in here))}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -156,21 +168,29 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+        raise UserError(
+            f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
     config = read_config(folder)
     loaded, shapes_in_file = open_weights(folder, allow_pickle)
     if config is None and loaded is None:
-        raise UserError(f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its weights")
+        raise UserError(
+            f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its weights"
+        )
 
     names, parts = _sort_keys(folder, shapes_in_file)
     if not parts:
-        raise UserError(f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules")
+        raise UserError(
+            f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules"
+        )
     copies = {
         f"{module}.weight": keys.pop("weight")
         for module, keys in parts.items()
         if "lora_A" in keys and names.get(keys.get("weight", ""), "").endswith(".base_layer.weight")
     }
-    shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copies.values()}
+    shapes = {
+        key: shapes_in_file[name] for key, name in names.items() if key not in copies.values()
+    }
     _check_pairs(folder, parts, shapes)
     if config is None:
         config = _inferred_config(parts, shapes, alpha)
@@ -180,12 +200,19 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
         if "lora_A" in keys
     }  # fmt: skip
     rows = {
-        module: TokenRows(keys["rows"], _token_indices(folder, config, module, shapes[keys["rows"]]))
+        module: TokenRows(
+            keys["rows"], _token_indices(folder, config, module, shapes[keys["rows"]])
+        )
         for module, keys in parts.items()
         if "rows" in keys
     }
     kinds = ("weight", "bias")
-    saved = {f"{module}.{kind}": keys[kind] for module, keys in parts.items() for kind in kinds if kind in keys}
+    saved = {
+        f"{module}.{kind}": keys[kind]
+        for module, keys in parts.items()
+        for kind in kinds
+        if kind in keys
+    }
     for module in (*pairs, *rows):
         if f"{module}.weight" in saved or (module in pairs and module in rows):
             raise UserError(
@@ -203,7 +230,9 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
 
     def weight_shape(name: str, key: str) -> tuple[int, ...]:
         if name not in base_shapes:
-            raise UserError(f"{adapter.folder}: {key} changes {name}, which this base does not have")
+            raise UserError(
+                f"{adapter.folder}: {key} changes {name}, which this base does not have"
+            )
         return base_shapes[name]
 
     def require(key: str, expected: tuple[int, ...], name: str) -> None:
@@ -217,7 +246,9 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         name = f"{module}.weight"
         shape = weight_shape(name, pair.a_key)
         if len(shape) != 2:
-            raise UserError(f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a matrix")
+            raise UserError(
+                f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a matrix"
+            )
         require(pair.a_key, (pair.r, shape[1]), name)
         require(pair.b_key, (shape[0], pair.r), name)
         if pair.magnitude_key is not None:
@@ -230,7 +261,9 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         require(rows.key, (len(rows.indices), *shape[1:]), name)
         last = max(rows.indices)
         if last >= shape[0]:
-            raise UserError(f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows")
+            raise UserError(
+                f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows"
+            )
 
 
 @torch.no_grad()
@@ -255,7 +288,12 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
     options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
     wrapped = PeftModel(module, LoraConfig(target_modules=here, **options))
     pairs = [adapter.pairs[name] for name in here]
-    keys = [key for pair in pairs for key in (pair.a_key, pair.b_key, pair.magnitude_key) if key is not None]
+    keys = [
+        key
+        for pair in pairs
+        for key in (pair.a_key, pair.b_key, pair.magnitude_key)
+        if key is not None
+    ]
     state = {key: adapter.tensor(key).float() for key in keys}
     unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
     assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
@@ -278,7 +316,9 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
 
 
-def _sort_keys(folder: Path, in_file: Mapping[str, object]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+def _sort_keys(
+    folder: Path, in_file: Mapping[str, object]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """peft's key -> name in the file; and module -> what is stored for it ("lora_A", "rows", "weight" ...) -> key."""
     names: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
@@ -291,7 +331,9 @@ def _sort_keys(folder: Path, in_file: Mapping[str, object]) -> tuple[dict[str, s
             kind = suffix = "lora_magnitude_vector"
         elif match := _TOKEN_ROWS.match(short):
             kind, suffix = "rows", "token_adapter.trainable_tokens_delta"
-        elif (match := _SAVED.match(short)) and not re.search(r"\.(lora_|original_module|token_adapter)", short):
+        elif (match := _SAVED.match(short)) and not re.search(
+            r"\.(lora_|original_module|token_adapter)", short
+        ):
             kind = suffix = match["parameter"]
         else:
             raise UserError(
@@ -300,18 +342,28 @@ def _sort_keys(folder: Path, in_file: Mapping[str, object]) -> tuple[dict[str, s
             )
         key = f"{PEFT_PREFIX}{match['module']}.{suffix}"
         if key in names:
-            raise UserError(f"{folder}: {name} and {names[key]} are the same tensor; expected one adapter in the file")
+            raise UserError(
+                f"{folder}: {name} and {names[key]} are the same tensor; expected one adapter in the file"
+            )
         names[key] = name
         parts.setdefault(match["module"], {})[kind] = key
     return names, parts
 
 
-def _check_pairs(folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_pairs(
+    folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     for keys in parts.values():
-        for kind, partner in (("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_magnitude_vector", "lora_A")):
+        for kind, partner in (
+            ("lora_A", "lora_B"),
+            ("lora_B", "lora_A"),
+            ("lora_magnitude_vector", "lora_A"),
+        ):
             if kind in keys and partner not in keys:
                 raise UserError(f"{folder}: {keys[kind]} has no {partner} beside it; expected both")
-            if kind in keys and (0 in shapes[keys[kind]] or len(shapes[keys[kind]]) != (1 if "mag" in kind else 2)):
+            if kind in keys and (
+                0 in shapes[keys[kind]] or len(shapes[keys[kind]]) != (1 if "mag" in kind else 2)
+            ):
                 raise UserError(
                     f"{folder}: {keys[kind]} is {list(shapes[keys[kind]])}; expected a whole tensor (saved under ZeRO-3"
                     " without gathering?)"
@@ -321,7 +373,9 @@ def _check_pairs(folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: M
 def _inferred_config(
     parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
 ) -> dict[str, Any]:
-    ranks = {module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys}
+    ranks = {
+        module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys
+    }
     usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
     return {
         "peft_type": "LORA",
@@ -331,7 +385,8 @@ def _inferred_config(
         "target_modules": sorted(ranks),
         "rank_pattern": {module: r for module, r in ranks.items() if r != usual},
         "alpha_pattern": {},
-        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys) or None,
+        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys)
+        or None,
         "use_dora": any("lora_magnitude_vector" in keys for keys in parts.values()),
         "use_rslora": False,
         "bias": "none",
@@ -347,12 +402,18 @@ def _pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
 
 
 def _pair(
-    folder: Path, config: Mapping[str, Any], module: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    config: Mapping[str, Any],
+    module: str,
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> LoraPair:
     r = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
     came = shapes[keys["lora_A"]]
     if came[0] != r:
-        raise UserError(f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says")
+        raise UserError(
+            f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says"
+        )
     alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
     has_magnitude = "lora_magnitude_vector" in keys
     if has_magnitude != bool(config.get("use_dora")):
@@ -365,11 +426,19 @@ def _pair(
     return LoraPair(keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), r, scaling)
 
 
-def _token_indices(folder: Path, config: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _token_indices(
+    folder: Path, config: Mapping[str, Any], module: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
     configured = config.get("trainable_token_indices")
     # peft's short form, a bare list, means the input embedding.
     found = configured if isinstance(configured, list) else _pattern_value(configured, module, None)
-    if not isinstance(found, list) or len(found) != shape[0] or not all(isinstance(i, int) and i >= 0 for i in found):
+    if (
+        not isinstance(found, list)
+        or len(found) != shape[0]
+        or not all(isinstance(i, int) and i >= 0 for i in found)
+    ):
         count = len(found) if isinstance(found, list) else "none"
-        raise UserError(f"{folder}: {module} replaces {shape[0]} rows; trainable_token_indices lists {count} for it")
+        raise UserError(
+            f"{folder}: {module} replaces {shape[0]} rows; trainable_token_indices lists {count} for it"
+        )
     return tuple(found)

@@ -43,7 +43,9 @@ def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | 
     return mask_BT.sum(-1, dtype=torch.int64)
 
 
-def prompt_lens(cache: Cache, past_len: int | Tensor, lens: int | Tensor, num_rows: int) -> int | Tensor:
+def prompt_lens(
+    cache: Cache, past_len: int | Tensor, lens: int | Tensor, num_rows: int
+) -> int | Tensor:
     """The lengths that decide alpha: those fixed by the first forward on this cache; `lens` if this is the first.
 
     Args:
@@ -54,8 +56,12 @@ def prompt_lens(cache: Cache, past_len: int | Tensor, lens: int | Tensor, num_ro
     Raises:
         ValueError: the rows in the cache are not the rows of this forward.
     """
-    prompt: _Prompt | None = cache.__dict__.get("qwen_prompt")  # transformers' object: the attribute may be absent
-    if prompt is None or (prompt.started and _is_empty(past_len)):  # the second: the cache was reset
+    prompt: _Prompt | None = cache.__dict__.get(
+        "qwen_prompt"
+    )  # transformers' object: the attribute may be absent
+    if prompt is None or (
+        prompt.started and _is_empty(past_len)
+    ):  # the second: the cache was reset
         prompt = _Prompt(lens, started=True)
         cache.qwen_prompt = prompt  # type: ignore[attr-defined]
     prompt.started = True

@@ -43,7 +43,9 @@ def make_context(
         return query, encoding.with_specials(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
-    size = len(turn_ids(encoding, "system", system)) - 1  # a line break belongs to the turn that follows it
+    size = (
+        len(turn_ids(encoding, "system", system)) - 1
+    )  # a line break belongs to the turn that follows it
     kept: list[Turn] = []
     for asked, answered in reversed(history or ()):
         pair = [Turn("user", asked), Turn("assistant", answered)]
@@ -52,7 +54,9 @@ def make_context(
             break
         kept = pair + kept
     turns = [Turn("system", system), *kept, Turn("user", query)]
-    return render_turns(turns, add_generation_prompt=True), encode_turns(encoding, turns, add_generation_prompt=True)
+    return render_turns(turns, add_generation_prompt=True), encode_turns(
+        encoding, turns, add_generation_prompt=True
+    )
 
 
 def decode_tokens(
@@ -88,7 +92,9 @@ def decode_tokens(
             break
     response = tokenizer.encoding.decode(ids[context_length:end], errors).strip()
     if verbose:
-        print(f"Raw generate: {tokenizer.encoding.decode(ids[context_length:], errors)!r}\nEnd reason: {end_reason}")
+        print(
+            f"Raw generate: {tokenizer.encoding.decode(ids[context_length:], errors)!r}\nEnd reason: {end_reason}"
+        )
     return (response, end_reason) if return_end_reason else response
 
 
@@ -113,15 +119,21 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         for word in stop_words_ids:
             if not word or any(not isinstance(token, int) or token < 0 for token in word):
-                raise ValueError(f"stop_words_ids holds {word!r}; expected non-empty lists of token ids")
-        self.stop_words = [list(word) for word in stop_words_ids if list(word) not in [[eos] for eos in eos_ids]]
+                raise ValueError(
+                    f"stop_words_ids holds {word!r}; expected non-empty lists of token ids"
+                )
+        self.stop_words = [
+            list(word) for word in stop_words_ids if list(word) not in [[eos] for eos in eos_ids]
+        ]
         self.eos_token_id = eos_ids[0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for word in self.stop_words:
             if len(word) <= input_ids.shape[1]:
-                ended_B |= (input_ids[:, -len(word) :] == torch.tensor(word, device=input_ids.device)).all(-1)
+                ended_B |= (
+                    input_ids[:, -len(word) :] == torch.tensor(word, device=input_ids.device)
+                ).all(-1)
         forced_V = torch.full_like(scores[0], -torch.inf)
         forced_V[self.eos_token_id] = 0.0
         return torch.where(ended_B.unsqueeze(-1), forced_V, scores)
@@ -134,7 +146,9 @@ class _OnlyRealTokens(LogitsProcessor):
         self.num_tokens = num_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(1, torch.arange(self.num_tokens, scores.shape[1], device=scores.device), -torch.inf)
+        return scores.index_fill(
+            1, torch.arange(self.num_tokens, scores.shape[1], device=scores.device), -torch.inf
+        )
 
 
 class ChatMixin:
@@ -162,7 +176,9 @@ class ChatMixin:
             eos = kwargs.get("eos_token_id", config.eos_token_id)
             eos = self.generation_config.eos_token_id if eos is None else eos
             if eos is None:
-                raise ValueError("stop_words_ids are given and no eos_token_id; expected one to end a row with")
+                raise ValueError(
+                    "stop_words_ids are given and no eos_token_id; expected one to end a row with"
+                )
             stop = StopWordsLogitsProcessor(stop_words_ids, eos)
             logits_processor = LogitsProcessorList([*(logits_processor or ()), stop])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
@@ -189,7 +205,9 @@ class ChatMixin:
         """
         if stream is not None:
             raise ValueError("chat() does not stream; call chat_stream() instead")
-        raw_text, context, options = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
+        raw_text, context, options = self._chat_prompt(
+            tokenizer, query, history, system, generation_config, kwargs
+        )
         words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
         outputs = self.generate(
             **self._chat_inputs(context),
@@ -218,12 +236,16 @@ class ChatMixin:
 
         Unlike the official code, which always samples, this honours do_sample. Control tokens are left out of the text.
         """
-        _, context, options = self._chat_prompt(tokenizer, query, history, system, generation_config, kwargs)
+        _, context, options = self._chat_prompt(
+            tokenizer, query, history, system, generation_config, kwargs
+        )
         words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
         new_tokens = self.generate(
             **self._chat_inputs(context),
             generation_config=generation_config,
-            logits_processor=LogitsProcessorList([*(logits_processor or ()), _OnlyRealTokens(len(tokenizer))]),
+            logits_processor=LogitsProcessorList(
+                [*(logits_processor or ()), _OnlyRealTokens(len(tokenizer))]
+            ),
             stop_words_ids=words,
             custom_generate=stream_tokens,
             **options,
@@ -256,7 +278,9 @@ class ChatMixin:
                 f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a base model"
             )
         options = dict(kwargs)
-        window = options.pop("max_window_size", None) or getattr(config, "max_window_size", MAX_WINDOW_SIZE)
+        window = options.pop("max_window_size", None) or getattr(
+            config, "max_window_size", MAX_WINDOW_SIZE
+        )
         raw_text, context = make_context(tokenizer, query, history, system, window, chat_format)
         return raw_text, context, options
 
@@ -276,7 +300,9 @@ def stream_tokens(
 ) -> Iterator[int]:
     """The decoding loop of `generate` for one row, as a generator of its new tokens (a `custom_generate`)."""
     if input_ids.shape[0] != 1:
-        raise ValueError(f"cannot stream {input_ids.shape[0]} rows or beams; expected one row and num_beams 1")
+        raise ValueError(
+            f"cannot stream {input_ids.shape[0]} rows or beams; expected one row and num_beams 1"
+        )
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -290,5 +316,7 @@ def stream_tokens(
         if bool(stopping_criteria(input_ids, None).all()):
             return
         new = 1 if model_kwargs["use_cache"] else None
-        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=new, **model_kwargs
+        )
         outputs = model(**inputs, return_dict=True)

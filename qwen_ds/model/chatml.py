@@ -52,7 +52,9 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-Messages = Sequence[Mapping[str, object]]  # [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it
+Messages = Sequence[
+    Mapping[str, object]
+]  # [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it
 
 
 def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM) -> list[Turn]:
@@ -72,7 +74,9 @@ def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM
 
 def _turn(message: object, place: int) -> Turn:
     if not isinstance(message, Mapping):
-        raise UserError(f"messages[{place}] is {type(message).__name__}; expected an object with role and content")
+        raise UserError(
+            f"messages[{place}] is {type(message).__name__}; expected an object with role and content"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(ROLES)}")
@@ -81,7 +85,9 @@ def _turn(message: object, place: int) -> Turn:
     parts = content if isinstance(content, list | tuple) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"messages[{place}].content is not text; expected a string or a list of text parts")
+        raise UserError(
+            f"messages[{place}].content is not text; expected a string or a list of text parts"
+        )
     return Turn(str(role), "".join(str(text) for text in texts))
 
 
@@ -121,7 +127,9 @@ def encode_turns(
     return [*ids, *header_ids(enc, "assistant")] if add_generation_prompt else ids
 
 
-def render_turns(turns: Sequence[Turn], add_generation_prompt: bool = False, continue_final_turn: bool = False) -> str:
+def render_turns(
+    turns: Sequence[Turn], add_generation_prompt: bool = False, continue_final_turn: bool = False
+) -> str:
     """`encode_turns` as text. A control token spelled in a turn cannot be told from a real one here."""
     text = "".join(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n" for turn in turns)
     if continue_final_turn:
@@ -139,4 +147,9 @@ def encode_prompt(
 
     `system` stands in where the conversation brings none. The ids are those of the official make_context.
     """
-    return encode_turns(enc, turns_of(conversation, system), add_generation_prompt=True, parse_specials=parse_specials)
+    return encode_turns(
+        enc,
+        turns_of(conversation, system),
+        add_generation_prompt=True,
+        parse_specials=parse_specials,
+    )

@@ -93,9 +93,15 @@ class QWenConfig(PreTrainedConfig):
                 f"config: kv_channels {self.kv_channels} x num_attention_heads {self.num_attention_heads} is not "
                 f"hidden_size {self.hidden_size}; expected equality, as in every official Qwen"
             )
-        for name, expected in (("rotary_pct", 1.0), ("scale_attn_weights", True), ("tie_word_embeddings", False)):
+        for name, expected in (
+            ("rotary_pct", 1.0),
+            ("scale_attn_weights", True),
+            ("tie_word_embeddings", False),
+        ):
             found = self.__dict__[name]
             if found != expected:
-                raise UserError(f"config: {name} is {found}; expected {expected}, as in every official Qwen")
+                raise UserError(
+                    f"config: {name} is {found}; expected {expected}, as in every official Qwen"
+                )
         if self.bf16 + self.fp16 + self.fp32 > 1:
             raise UserError("config: at most one of bf16, fp16, fp32 may be true")

@@ -38,7 +38,12 @@ _NAMES_CODE = ("config.json", "tokenizer_config.json")  # in auto_map
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LFS_POINTER = b"version https://git-lfs"
-CHAT_MODELS = {2048: "Qwen-1_8B-Chat", 4096: "Qwen-7B-Chat", 5120: "Qwen-14B-Chat", 8192: "Qwen-72B-Chat"}  # by hidden
+CHAT_MODELS = {
+    2048: "Qwen-1_8B-Chat",
+    4096: "Qwen-7B-Chat",
+    5120: "Qwen-14B-Chat",
+    8192: "Qwen-72B-Chat",
+}  # by hidden
 
 
 def find_model(path_or_hub_id: str | Path, weights: bool = True, model_type: str = "qwen") -> Path:
@@ -57,15 +62,27 @@ def find_model(path_or_hub_id: str | Path, weights: bool = True, model_type: str
 
 def _fetch(hub_id: str, weights: bool) -> Path:
     if not HUB_ID.fullmatch(hub_id):
-        raise UserError(f"{hub_id}: no such folder; expected a checkpoint folder or a hub id like Qwen/Qwen-7B-Chat")
+        raise UserError(
+            f"{hub_id}: no such folder; expected a checkpoint folder or a hub id like Qwen/Qwen-7B-Chat"
+        )
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=FILES + (SAFETENSORS if weights else [])))
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=FILES + (SAFETENSORS if weights else []))
+        )
         if weights and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=FILES + PICKLES))
-    except Exception as error:  # of the hub, of HTTP, of the disk: whichever it is, the user's way out is the same
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join(lines[:2])[:300]  # what happened and where; below that the library gives advice
-        raise UserError(f"{hub_id}: no such folder, and fetching it from the hub failed: {reason}") from None
+    except (
+        Exception
+    ) as error:  # of the hub, of HTTP, of the disk: whichever it is, the user's way out is the same
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+            type(error).__name__
+        ]
+        reason = " ".join(lines[:2])[
+            :300
+        ]  # what happened and where; below that the library gives advice
+        raise UserError(
+            f"{hub_id}: no such folder, and fetching it from the hub failed: {reason}"
+        ) from None
     return folder
 
 
@@ -76,7 +93,9 @@ def check_folder(folder: Path, weights: bool = True, model_type: str = "qwen") -
     Qwen2 its converter checks that); and, with `weights`, every file of them whole. Reads headers only, no tensors.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a checkpoint")
+        raise UserError(
+            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a checkpoint"
+        )
     config = _read_config(folder, model_type)
     if model_type == "qwen":
         _check_vocabulary(folder, config)
@@ -99,7 +118,9 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder}: an adapter, not a model; expected the folder of its base here")
+            raise UserError(
+                f"{folder}: an adapter, not a model; expected the folder of its base here"
+            )
         raise UserError(f"{folder}: no config.json; expected a checkpoint folder")
     config = read_json(path)
     model_type = config.get("model_type")
@@ -107,10 +128,14 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
         which = "(Qwen 1, not Qwen1.5 or later)" if expected_type == "qwen" else "(--from qwen2)"
         raise UserError(f"{path}: model_type is {model_type!r}; expected {expected_type!r} {which}")
     if config.get("quantization_config") is not None or (folder / "quantize_config.json").is_file():
-        raise UserError(f"{folder}: quantised weights (Int4/Int8); expected bf16: use {_unquantised(folder, config)}")
+        raise UserError(
+            f"{folder}: quantised weights (Int4/Int8); expected bf16: use {_unquantised(folder, config)}"
+        )
     for part in ("visual", "audio"):
         if part in config:
-            raise UserError(f"{path}: a Qwen with a part for {part} input; expected a text-only Qwen")
+            raise UserError(
+                f"{path}: a Qwen with a part for {part} input; expected a text-only Qwen"
+            )
     return config
 
 
@@ -146,7 +171,9 @@ def _check_weights(folder: Path) -> None:
         elif (folder / index).is_file():
             weight_map = read_json(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{folder / index}: no weight_map; expected the file of every tensor")
+                raise UserError(
+                    f"{folder / index}: no weight_map; expected the file of every tensor"
+                )
             names = sorted({str(name) for name in weight_map.values()})
         else:
             continue
@@ -159,7 +186,9 @@ def _check_weights(folder: Path) -> None:
         for name in names:
             _check_file(folder / name)
         return
-    raise UserError(f"{folder}: no weights; expected {' or '.join((SINGLE_FILES[0], INDEX_FILES[0]))}")
+    raise UserError(
+        f"{folder}: no weights; expected {' or '.join((SINGLE_FILES[0], INDEX_FILES[0]))}"
+    )
 
 
 def _check_file(path: Path) -> None:
@@ -168,18 +197,28 @@ def _check_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
         if start == LFS_POINTER[:8]:
-            raise UserError(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+            raise UserError(
+                f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+            )
         if path.suffix != ".safetensors":
             return
         n_header = int.from_bytes(start, "little")
         try:
             header = json.loads(file.read(n_header)) if len(start) == 8 and n_header < size else {}
-            end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+            end = max(
+                tensor["data_offsets"][1]
+                for name, tensor in header.items()
+                if name != "__metadata__"
+            )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{path}: not a whole safetensors file ({size} bytes); expected weights") from None
+            raise UserError(
+                f"{path}: not a whole safetensors file ({size} bytes); expected weights"
+            ) from None
     expected = 8 + n_header + end
     if size != expected:
-        raise UserError(f"{path}: {size} bytes; expected {expected}: the file is cut off or damaged")
+        raise UserError(
+            f"{path}: {size} bytes; expected {expected}: the file is cut off or damaged"
+        )
 
 
 def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
@@ -193,7 +232,9 @@ def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
         The names of the files written.
     """
     carried = _LEGAL_TEXT if legal_only else _CARRIED
-    names = sorted(path.name for path in base.iterdir() if path.is_file() and carried.fullmatch(path.name))
+    names = sorted(
+        path.name for path in base.iterdir() if path.is_file() and carried.fullmatch(path.name)
+    )
     names = [name for name in names if not _NEVER.fullmatch(name)]
     for name in names:
         settings = read_json(base / name) if name in _NAMES_CODE else {}
@@ -208,14 +249,20 @@ def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
 
 def legal_texts(folder: Path) -> list[str]:
     """Names of the files in `folder` that are licences, notices and the like."""
-    names = (path.name for path in folder.iterdir() if path.is_file() and _LEGAL_TEXT.fullmatch(path.name))
+    names = (
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and _LEGAL_TEXT.fullmatch(path.name)
+    )
     return sorted(name for name in names if not _NEVER.fullmatch(name))
 
 
 def require_folder(folder: Path, make: bool = False) -> None:
     """Raise UserError unless `folder` is, or may be made, a folder to write in; with `make`, make it."""
     above = folder
-    while not os.path.exists(above) and above != above.parent:  # Path.exists raises where it may not look
+    while (
+        not os.path.exists(above) and above != above.parent
+    ):  # Path.exists raises where it may not look
         above = above.parent
     if not os.path.isdir(above):
         raise UserError(f"{above}: a file; expected a folder to write in")
@@ -225,7 +272,9 @@ def require_folder(folder: Path, make: bool = False) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror or error}; expected a folder to write in") from error
+            raise UserError(
+                f"{folder}: {error.strerror or error}; expected a folder to write in"
+            ) from error
 
 
 def write_json(path: Path, value: object) -> None:

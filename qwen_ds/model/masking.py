@@ -17,12 +17,20 @@ class Visibility:
     """What attention needs to know about padding and order."""
 
     mask: Tensor | None  # bool (True: visible) or additive, [B or 1, 1, T, K]
-    is_causal: bool  # SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left
-    left_pads_B: Tensor | None  # int64 [B]: padding before each row's first token; None: no row has any
+    is_causal: (
+        bool  # SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left
+    )
+    left_pads_B: (
+        Tensor | None
+    )  # int64 [B]: padding before each row's first token; None: no row has any
 
 
 def visibility(
-    attention_mask: Tensor | None, num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device
+    attention_mask: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    past_len: int | Tensor,
+    device: torch.device,
 ) -> Visibility:
     """Decide the mask of a forward.
 
@@ -39,13 +47,21 @@ def visibility(
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return Visibility(attention_mask, is_causal=False, left_pads_B=None)
-    real_BK = None if attention_mask is None else _real_keys(attention_mask, num_queries, num_keys, past_len)
+    real_BK = (
+        None
+        if attention_mask is None
+        else _real_keys(attention_mask, num_queries, num_keys, past_len)
+    )
     if real_BK is None:
         if num_queries == num_keys:
             return Visibility(None, is_causal=True, left_pads_B=None)
-        if isinstance(past_len, int) and num_keys == past_len + 1:  # one new token, which sees everything
+        if (
+            isinstance(past_len, int) and num_keys == past_len + 1
+        ):  # one new token, which sees everything
             return Visibility(None, is_causal=False, left_pads_B=None)
-        return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False, left_pads_B=None)
+        return Visibility(
+            causal_mask(num_queries, num_keys, past_len, device), is_causal=False, left_pads_B=None
+        )
     queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
     keys_K = torch.arange(num_keys, device=device)
     # Padding in front of a row sees itself: a softmax over no key at all would be NaN.
@@ -55,13 +71,17 @@ def visibility(
     return Visibility(mask, is_causal=False, left_pads_B=real_BK.int().argmax(-1))
 
 
-def causal_mask(num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device) -> Tensor:
+def causal_mask(
+    num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device
+) -> Tensor:
     """bool [1, 1, T, K]: query t, at index past + t, sees the keys up to its own."""
     queries_T = torch.arange(num_queries, device=device) + past_len
     return (torch.arange(num_keys, device=device) <= queries_T.unsqueeze(-1))[None, None]
 
 
-def _real_keys(mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor) -> Tensor | None:
+def _real_keys(
+    mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor
+) -> Tensor | None:
     """The mask as bool [B, K], or None where it only marks padding to the right and so hides nothing."""
     if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
         raise ValueError(

@@ -52,7 +52,9 @@ class QWenAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.dropout = config.attn_dropout_prob
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = ResidualLinear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+        self.c_proj = ResidualLinear(
+            config.hidden_size, config.hidden_size, bias=not config.no_bias
+        )
 
     def forward(
         self,
@@ -77,7 +79,9 @@ class QWenAttention(nn.Module):
         if self.config._attn_implementation == "eager":
             out = eager_attention(q, k, v, mask, dropout)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal)
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=dropout, is_causal=is_causal
+            )
         return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))
 
 
@@ -150,7 +154,11 @@ class QWenPreTrainedModel(PreTrainedModel):
         config = kwargs.get("config")
         flags = vars(config) if isinstance(config, QWenConfig) else kwargs
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            for flag, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+            for flag, dtype in (
+                ("bf16", torch.bfloat16),
+                ("fp16", torch.float16),
+                ("fp32", torch.float32),
+            ):
                 if flags.get(flag):
                     kwargs["dtype"] = dtype
         return super().from_pretrained(*args, **kwargs)
@@ -222,12 +230,16 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        if cache is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
+        if cache is None and (
+            use_cache if use_cache is not None else self.config.use_cache and not self.training
+        ):
             cache = DynamicCache(config=self.config)
         length, past_len = x_BTD.shape[1], 0 if cache is None else cache.get_seq_length()
         num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         seen = visibility(attention_mask, length, num_keys, past_len, x_BTD.device)
-        tables = self._tables(x_BTD, attention_mask, position_ids, cache, past_len, num_keys, seen, extend_context)
+        tables = self._tables(
+            x_BTD, attention_mask, position_ids, cache, past_len, num_keys, seen, extend_context
+        )
         mask = seen.mask
         if seen.is_causal and self.config._attn_implementation == "eager":
             mask = causal_mask(length, length, 0, x_BTD.device)
@@ -274,16 +286,24 @@ class QWenModel(QWenPreTrainedModel):
         assert config.seq_length is not None
         alpha_B = None
         if extend and config.use_dynamic_ntk:
-            mask_BT = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            mask_BT = (
+                attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            )
             lens = row_lens(mask_BT, num_keys, config.seq_length)
             if cache is not None:
                 lens = prompt_lens(cache, past_len, lens, rows)
             if isinstance(lens, Tensor) or lens > config.seq_length:
-                alpha_B = ntk_alpha(torch.as_tensor(lens, device=x_BTD.device).view(-1), config.seq_length)
+                alpha_B = ntk_alpha(
+                    torch.as_tensor(lens, device=x_BTD.device).view(-1), config.seq_length
+                )
         cos, sin = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_B)
         logn = None
         # Positions that the caller chose may exceed seq_length however short the row is.
-        if extend and config.use_logn_attn and (position_ids is not None or num_keys > config.seq_length):
+        if (
+            extend
+            and config.use_logn_attn
+            and (position_ids is not None or num_keys > config.seq_length)
+        ):
             logn = logn_factors(positions_BT, config.seq_length).to(x_BTD.dtype)[:, :, None, None]
         return cos[:, :, None, None], sin[:, :, None, None], logn
 
@@ -339,7 +359,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             ValueError: attention weights are asked for (they are never materialised).
         """
         if output_attentions:
-            raise ValueError("output_attentions is True; expected False: attention weights are not materialised")
+            raise ValueError(
+                "output_attentions is True; expected False: attention weights are not materialised"
+            )
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -351,12 +373,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             extend_context=extend_context,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else logits_to_keep
+        )
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = self.lm_head(hidden_BTD if isinstance(kept, int) else hidden_BTD[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(
+                logits_BTV[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
@@ -364,7 +392,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
         """Positions as forward makes them: only padding to the left is not counted (transformers counts out every zero
         of the mask, also those inside a row)."""
         mask_BT = model_kwargs.get("attention_mask")
@@ -374,12 +404,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         return (index_T - mask_BT.int().argmax(-1, keepdim=True)).clamp(min=0)
 
     def _prefill(
-        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+        self,
+        input_ids: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
     ) -> Any:
         """Alpha of dynamic NTK comes from the whole prompt, which the first of several chunks does not show."""
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
         if cache is not None and int(cache.get_seq_length()) == 0:
             length = (input_ids if embeds is None else embeds).shape[1]
             assert self.config.seq_length is not None
-            declare_prompt_lens(cache, row_lens(model_kwargs.get("attention_mask"), length, self.config.seq_length))
+            declare_prompt_lens(
+                cache, row_lens(model_kwargs.get("attention_mask"), length, self.config.seq_length)
+            )
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]

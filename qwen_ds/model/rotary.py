@@ -45,7 +45,9 @@ def rotary_tables(
     Returns:
         cos and sin, fp32 [B or 1, T, F].
     """
-    exponents_F = torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32) / head_dim
+    exponents_F = (
+        torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32) / head_dim
+    )
     if alpha_B is None:
         inv_freq_F = 1.0 / torch.pow(float(base), exponents_F)
         angles = position_ids_BT.float().unsqueeze(-1) * inv_freq_F

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tiktoken
-from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedConfig,
+    PreTrainedTokenizer,
+)
 
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE, encode_turns, render_turns, turns_of
@@ -51,12 +57,16 @@ def _parse(vocabulary: bytes) -> dict[bytes, int]:
     """`base64-token rank` lines to a table; UserError unless the ranks are 0 .. n-1 and every byte has one."""
     fields = vocabulary.split()
     try:
-        ranks = dict(zip(map(binascii.a2b_base64, fields[0::2]), map(int, fields[1::2]), strict=True))
+        ranks = dict(
+            zip(map(binascii.a2b_base64, fields[0::2]), map(int, fields[1::2]), strict=True)
+        )
     except ValueError:  # binascii.Error is one
         raise UserError(f"{_bad_line(vocabulary)} is not a base64 token and its rank") from None
     n_ranks = len(fields) // 2
     if len(ranks) != n_ranks or sorted(ranks.values()) != list(range(n_ranks)):
-        raise UserError(f"{n_ranks} tokens without the ranks 0 to {n_ranks - 1}, one each; is the file complete?")
+        raise UserError(
+            f"{n_ranks} tokens without the ranks 0 to {n_ranks - 1}, one each; is the file complete?"
+        )
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError("not every single byte is a token; is the file complete?")
     return ranks
@@ -84,7 +94,17 @@ class Encoding:
     sha256: of the vocabulary file, in hex.
     """
 
-    __slots__ = ("_bpe", "eod_id", "im_end_id", "im_start_id", "n_vocab", "ranks", "sha256", "special", "vocabulary")
+    __slots__ = (
+        "_bpe",
+        "eod_id",
+        "im_end_id",
+        "im_start_id",
+        "n_vocab",
+        "ranks",
+        "sha256",
+        "special",
+        "vocabulary",
+    )
 
     def __init__(self, vocabulary: bytes) -> None:
         self.vocabulary = vocabulary
@@ -92,8 +112,12 @@ class Encoding:
         self.ranks = _parse(vocabulary)
         self.special = {token: len(self.ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(self.ranks) + len(self.special)
-        self.eod_id, self.im_start_id, self.im_end_id = (self.special[t] for t in (END_OF_TEXT, IM_START, IM_END))
-        self._bpe = tiktoken.Encoding("qwen", pat_str=PIECES, mergeable_ranks=self.ranks, special_tokens=self.special)
+        self.eod_id, self.im_start_id, self.im_end_id = (
+            self.special[t] for t in (END_OF_TEXT, IM_START, IM_END)
+        )
+        self._bpe = tiktoken.Encoding(
+            "qwen", pat_str=PIECES, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return encoding_of, (self.vocabulary,)
@@ -110,7 +134,9 @@ class Encoding:
         Raises ValueError where the text spells one of `disallowed_special` ("all": all that are not allowed).
         """
         allowed = allowed_special if allowed_special == "all" else set(allowed_special)
-        return self._bpe.encode(_normal(text), allowed_special=allowed, disallowed_special=disallowed_special)
+        return self._bpe.encode(
+            _normal(text), allowed_special=allowed, disallowed_special=disallowed_special
+        )
 
     def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
         """Text of the ids, control tokens spelled out. `errors` is for bytes that are no whole UTF-8, as in
@@ -146,7 +172,9 @@ def load_encoding(path: str | Path) -> Encoding:
     try:
         vocabulary = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected the model's {VOCABULARY_FILE}") from None
+        raise UserError(
+            f"{path}: {error.strerror}; expected the model's {VOCABULARY_FILE}"
+        ) from None
     try:
         return encoding_of(vocabulary)
     except UserError as error:
@@ -181,10 +209,14 @@ class QWenTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCABULARY_FILE}
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
 
-    def __init__(self, vocab_file: str | None = None, errors: str = "replace", **kwargs: Any) -> None:
+    def __init__(
+        self, vocab_file: str | None = None, errors: str = "replace", **kwargs: Any
+    ) -> None:
         if vocab_file is None:
             where = kwargs.get("name_or_path") or "the folder"
-            raise UserError(f"{where} has no {VOCABULARY_FILE}; expected the model's vocabulary file there")
+            raise UserError(
+                f"{where} has no {VOCABULARY_FILE}; expected the model's vocabulary file there"
+            )
         self._encoding = load_encoding(vocab_file)
         self.errors = errors
         for name in ("pad_token", "eos_token"):
@@ -238,7 +270,9 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _refuse_unknown(self, tokens: Iterable[str | AddedToken]) -> None:
         unknown = [str(token) for token in tokens if str(token) not in self._encoding.special]
         if unknown:
-            raise ValueError(f"cannot add {', '.join(map(repr, unknown))}: Qwen's vocabulary is fixed")
+            raise ValueError(
+                f"cannot add {', '.join(map(repr, unknown))}: Qwen's vocabulary is fixed"
+            )
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         self._refuse_unknown(new_tokens or ())
@@ -273,7 +307,11 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Token of an id, or tokens of several. ValueError for an id without a token."""
         if isinstance(ids, int):
             return self._encoding.token(ids)
-        return [self._encoding.token(int(i)) for i in ids if not (skip_special_tokens and int(i) >= self.eod_id)]
+        return [
+            self._encoding.token(int(i))
+            for i in ids
+            if not (skip_special_tokens and int(i) >= self.eod_id)
+        ]
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
         """Text of the tokens. A special between two parts of a character keeps them apart."""
@@ -328,9 +366,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         A chat without a system message gets DEFAULT_SYSTEM. UserError names a message that is none.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
-            raise ValueError("Qwen's ChatML has no other chat_template, no tools, no documents, no assistant mask")
+            raise ValueError(
+                "Qwen's ChatML has no other chat_template, no tools, no documents, no assistant mask"
+            )
         if add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt starts a message and continue_final_message goes on with one")
+            raise ValueError(
+                "add_generation_prompt starts a message and continue_final_message goes on with one"
+            )
         # As transformers does: a batch is a list of chats, a chat a list of messages.
         is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
         chats = [turns_of(chat) for chat in (conversation if is_batch else [conversation])]
@@ -350,7 +392,9 @@ class QWenTokenizer(PreTrainedTokenizer):
         )
         return encoded if return_dict else encoded["input_ids"]
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
         """Write the vocabulary, byte for byte what was loaded."""
         name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
         path = Path(save_directory) / name

@@ -59,7 +59,9 @@ def blocks_bytes(shape: Shape, how: Saving, rows: int, length: int, every: int) 
     Args:
         every: each every-th block is recomputed (1: all, 0: none) and keeps its input alone.
     """
-    total = 2 * length * (shape.hidden // shape.heads // 2) * FP32  # cos and sin, [1, T, W / 2] each
+    total = (
+        2 * length * (shape.hidden // shape.heads // 2) * FP32
+    )  # cos and sin, [1, T, W / 2] each
     total += length**2 if every and how.eager else 0  # the mask, as an input
     total += rows * length * 8 if how.embedding else 0  # the ids, for the embedding's gradient
     total += rows * length if how.rows else 0  # and where they are special
@@ -110,10 +112,14 @@ def _attention(shape: Shape, how: Saving, rows: int, length: int) -> int:
     if not how.eager:
         return n * (2 * d + 3 * d + d) * b + n * h * FP32
     scores = rows * h * length**2
-    return (3 if rows > 1 else 5) * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + length**2
+    return (
+        (3 if rows > 1 else 5) * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + length**2
+    )
 
 
-def _inputs(shape: Shape, how: Saving, n: int, names: tuple[str, ...], flows: bool, *, kept: bool) -> int:
+def _inputs(
+    shape: Shape, how: Saving, n: int, names: tuple[str, ...], flows: bool, *, kept: bool
+) -> int:
     """Linear maps that read the same x: what they keep of it, and their LoRA branches.
 
     Args:
@@ -138,7 +144,11 @@ def _inputs(shape: Shape, how: Saving, n: int, names: tuple[str, ...], flows: bo
 def head_bytes(shape: Shape, how: Saving, rows: int, length: int, targets: int) -> int:
     """The loss head: the gradient of the gathered hidden states, made on the way forward, and a byte a token for which
     of them are learnt; with a trained head its gradient in fp32."""
-    return targets * shape.hidden * how.b + rows * (length - 1) + (shape.head * FP32 if "lm_head" in how.whole else 0)
+    return (
+        targets * shape.hidden * how.b
+        + rows * (length - 1)
+        + (shape.head * FP32 if "lm_head" in how.whole else 0)
+    )
 
 
 def recomputed_blocks(layers: int, every: int) -> int:

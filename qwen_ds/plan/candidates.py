@@ -73,7 +73,9 @@ def split(workload: Workload, world: int, budget: int) -> Split:
     def sizes(parts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
         return [(len(part), int(workload.lens[part].max())) for part in parts if len(part)]
 
-    busiest = max((sizes(parts) for parts in ranks), key=lambda of: sum(rows * length for rows, length in of))
+    busiest = max(
+        (sizes(parts) for parts in ranks), key=lambda of: sum(rows * length for rows, length in of)
+    )
     # Other steps are a little larger or smaller than this one, whose lengths are the typical ones.
     seen = max(rows * length for rows, length in busiest)
     tokens = max(workload.longest, min(budget, math.ceil(1.2 * seen)))
@@ -119,11 +121,20 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.passes + self.optimizer + self.idle + self.waiting
+        return (
+            self.products + self.attention + self.passes + self.optimizer + self.idle + self.waiting
+        )
 
 
 def step_seconds(
-    shape: Shape, how: Saving, zero: Zero, links: Links, gpu: Gpu, work: Split, learnt_share: float, every: int
+    shape: Shape,
+    how: Saving,
+    zero: Zero,
+    links: Links,
+    gpu: Gpu,
+    work: Split,
+    learnt_share: float,
+    every: int,
 ) -> Seconds:
     """Time of one optimizer step on the busiest rank; every: see `peak_memory`."""
     trained = trained_parameters(shape, how)
@@ -132,14 +143,24 @@ def step_seconds(
     a_weight = 6 if how.full else 4
     per_token = (a_weight + 2 * again) * shape.block_matrices + (6 + 2 * again) * adapter
     learnt = work.padded_tokens * learnt_share
-    products = (work.padded_tokens * per_token + a_weight * learnt * shape.head) / (PRODUCTS_SHARE * gpu.flops)
-    attention = flops.attention_flops(shape, work.squared_tokens) * (1 + again / 3) / (ATTENTION_SHARE * gpu.flops)
-    of_block = activations.block_bytes(shape, how, work.largest.rows, work.largest.length, first=False)
+    products = (work.padded_tokens * per_token + a_weight * learnt * shape.head) / (
+        PRODUCTS_SHARE * gpu.flops
+    )
+    attention = (
+        flops.attention_flops(shape, work.squared_tokens)
+        * (1 + again / 3)
+        / (ATTENTION_SHARE * gpu.flops)
+    )
+    of_block = activations.block_bytes(
+        shape, how, work.largest.rows, work.largest.length, first=False
+    )
     saved = shape.layers * of_block * work.padded_tokens / work.largest.tokens
     passes = saved * PASSES * (1 + again / 2) / gpu.bandwidth
     # AdamW reads gradient, parameter and two moments, and writes all but the first.
     optimizer = 7 * FP32 * trained * zero.share(1) / gpu.bandwidth
-    operations = shape.layers * (BLOCK_OPERATIONS + BRANCH_OPERATIONS * len(how.targets)) * (3 + again)
+    operations = (
+        shape.layers * (BLOCK_OPERATIONS + BRANCH_OPERATIONS * len(how.targets)) * (3 + again)
+    )
     busy = products + attention + passes
     idle = max(0.0, work.micro_batches * operations * DISPATCH - busy)
     sent = traffic(zero, load(shape, how, zero, work.micro_batches))
@@ -158,14 +179,25 @@ def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
     that is not trained whole, and the first block's c_attn where nothing of the embedding is trained.
     """
     c_attn = float(how.b * math.prod(shape.linear("c_attn")))
-    ends = {name: float((FP32 if name in how.whole and not how.full else how.b) * shape.head) for name in ENDS}
-    frozen = [float(how.b * math.prod(shape.linear(name))) for name in LINEARS] * shape.layers + list(ends.values())
-    adapters = [FP32 * how.r * width for name in how.targets for width in shape.linear(name)] * shape.layers
+    ends = {
+        name: float((FP32 if name in how.whole and not how.full else how.b) * shape.head)
+        for name in ENDS
+    }
+    frozen = [
+        float(how.b * math.prod(shape.linear(name))) for name in LINEARS
+    ] * shape.layers + list(ends.values())
+    adapters = [
+        FP32 * how.r * width for name in how.targets for width in shape.linear(name)
+    ] * shape.layers
     spread = [float(size) for size in adapters if size > FP32 * zero.small]
     kept = Tensors.of([float(size) for size in adapters if size <= FP32 * zero.small])
     forward = Tensors.of(frozen + spread)
     once = Tensors.of(
-        [ends["lm_head"], *([] if "wte" in how.whole else [ends["wte"]]), *([] if how.embedding else [c_attn])]
+        [
+            ends["lm_head"],
+            *([] if "wte" in how.whole else [ends["wte"]]),
+            *([] if how.embedding else [c_attn]),
+        ]
     )
     return Load(
         forward,
@@ -179,7 +211,9 @@ def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
 
 def recomputations(layers: int) -> list[int]:
     """Every choice of `every` from no recomputation to all: 0, then the fewest blocks first, at last 1."""
-    by_count = {activations.recomputed_blocks(layers, every): every for every in range(layers, 0, -1)}
+    by_count = {
+        activations.recomputed_blocks(layers, every): every for every in range(layers, 0, -1)
+    }
     return [0, *(by_count[count] for count in sorted(by_count))]
 
 
@@ -228,11 +262,16 @@ def candidates(
             last = work
 
             def fits(choice: int, zero: Zero = zero, work: Split = work) -> bool:
-                return peak_memory(shape, how, zero, work.largest, choice).total <= (1 - MARGIN) * memory
+                return (
+                    peak_memory(shape, how, zero, work.largest, choice).total
+                    <= (1 - MARGIN) * memory
+                )
 
             for choice in every or [least_recomputation(shape.layers, fits) or 0]:
                 choice = choice if every or fits(choice) else 1
-                seconds = step_seconds(shape, how, zero, links, gpu, work, workload.learnt_share, choice)
+                seconds = step_seconds(
+                    shape, how, zero, links, gpu, work, workload.learnt_share, choice
+                )
                 peak = peak_memory(shape, how, zero, work.largest, choice)
                 found.append(Candidate(zero, budget, choice, peak, seconds, fits(choice)))
     return found
@@ -244,4 +283,6 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     if not fitting:
         return None
     fastest = min(candidate.seconds.total for candidate in fitting)
-    return min((c for c in fitting if c.seconds.total <= 1.01 * fastest), key=lambda c: c.memory.total)
+    return min(
+        (c for c in fitting if c.seconds.total <= 1.01 * fastest), key=lambda c: c.memory.total
+    )

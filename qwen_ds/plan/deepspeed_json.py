@@ -38,7 +38,9 @@ KNOWN_KEYS = frozenset(
     quantize_training use_data_before_expert_parallelism log_level""".split()
 )
 
-_SECTIONS = frozenset({"optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "data_types"})
+_SECTIONS = frozenset(
+    {"optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "data_types"}
+)
 
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -78,20 +80,25 @@ def read_json(path: str | None) -> Json:
         # ds_configs/zero2.json is the project's own wherever the command is run from.
         file = Path(__file__).parents[2] / path
     if not file.is_file():
-        raise UserError(f"deepspeed: no such file: {path}; expected a DeepSpeed JSON such as ds_configs/zero2.json")
+        raise UserError(
+            f"deepspeed: no such file: {path}; expected a DeepSpeed JSON such as ds_configs/zero2.json"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); expected a DeepSpeed configuration") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON {type(config).__name__} came; expected an object, a DeepSpeed configuration")
+        raise UserError(
+            f"{path}: a JSON {type(config).__name__} came; expected an object, a DeepSpeed configuration"
+        )
     for key, value in config.items():
         if key in _SECTIONS and not isinstance(value, dict):
             raise UserError(f"{path}: {key} is {value!r}; expected an object")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise UserError(
-                f"{path}: DeepSpeed has no top-level key '{key}'" + (f"; the nearest is '{near[0]}'" if near else "")
+                f"{path}: DeepSpeed has no top-level key '{key}'"
+                + (f"; the nearest is '{near[0]}'" if near else "")
             )
     return config
 
@@ -112,7 +119,9 @@ class _Merger:
             value = tuple(value)
         kinds = (int, float) if isinstance(current, float) else type(current)
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f"{self.origin}: {json_key} is {value!r}; expected the like of {current!r}")
+            raise UserError(
+                f"{self.origin}: {json_key} is {value!r}; expected the like of {current!r}"
+            )
         if value == current:
             return
         if recipe_key in self.set_keys:
@@ -159,7 +168,9 @@ def resolve(
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise UserError(f"{merger.origin}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+        raise UserError(
+            f"{merger.origin}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"
+        )
     _resolve_zero(zero, stage, hidden_size)
     _resolve_zeropp(zero, merger, world, ranks_per_machine or world, can_quantise)
     for section in ("offload_optimizer", "offload_param"):
@@ -198,11 +209,23 @@ def _merge_optimizer(block: Json | None, merger: _Merger) -> None:
     params = block.get("params") or {}
     for name in ("lr", "betas", "eps", "weight_decay"):
         merger.agree(f"optimizer.params.{name}", params.get(name), f"optim.{name}")
-    unknown = set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "bias_correction"}
+    unknown = set(params) - {
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "torch_adam",
+        "adam_w_mode",
+        "bias_correction",
+    }
     if unknown:
-        raise UserError(f"{merger.origin}: optimizer.params has {sorted(unknown)[0]!r}, which torch's AdamW has not")
+        raise UserError(
+            f"{merger.origin}: optimizer.params has {sorted(unknown)[0]!r}, which torch's AdamW has not"
+        )
     if params.get("adam_w_mode", True) is False or params.get("bias_correction", True) is False:
-        raise UserError(f"{merger.origin}: optimizer.params asks for plain Adam; expected AdamW with bias correction")
+        raise UserError(
+            f"{merger.origin}: optimizer.params asks for plain Adam; expected AdamW with bias correction"
+        )
 
 
 def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
@@ -210,10 +233,14 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
         return
     kind, params = block.get("type"), block.get("params") or {}
     if kind not in _SCHEDULES:
-        raise UserError(f"{merger.origin}: scheduler.type is {kind!r}; expected one of {', '.join(_SCHEDULES)}")
+        raise UserError(
+            f"{merger.origin}: scheduler.type is {kind!r}; expected one of {', '.join(_SCHEDULES)}"
+        )
     unknown = set(params) - _SCHEDULE_PARAMS
     if unknown:
-        raise UserError(f"{merger.origin}: scheduler.params has {sorted(unknown)[0]!r}, which {kind} has not")
+        raise UserError(
+            f"{merger.origin}: scheduler.params has {sorted(unknown)[0]!r}, which {kind} has not"
+        )
     if params.get("warmup_type", "linear") not in ("auto", "linear"):
         raise UserError(
             f"{merger.origin}: scheduler.params.warmup_type is {params['warmup_type']!r}; expected 'linear'"
@@ -224,7 +251,9 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
         return
     merger.agree("scheduler.type", _SCHEDULES[kind], "optim.schedule")
     merger.agree("scheduler.params.warmup_max_lr", params.get("warmup_max_lr"), "optim.lr")
-    merger.agree("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), "optim.warmup_steps")
+    merger.agree(
+        "scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), "optim.warmup_steps"
+    )
     for name, only in (
         ("warmup_min_lr", 0),
         ("warmup_min_ratio", 0),
@@ -232,7 +261,9 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
         ("last_batch_iteration", -1),
     ):
         if params.get(name, "auto") not in ("auto", only):
-            raise UserError(f"{merger.origin}: scheduler.params.{name} is {params[name]!r}; expected {only}")
+            raise UserError(
+                f"{merger.origin}: scheduler.params.{name} is {params[name]!r}; expected {only}"
+            )
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
@@ -243,7 +274,9 @@ def _check_batch(config: Json, merger: _Merger, world: int) -> None:
         if value in (None, "auto"):
             return None
         if not isinstance(value, int) or value < 1:
-            raise UserError(f'{merger.origin}: {key} is {value!r}; expected a positive whole number or "auto"')
+            raise UserError(
+                f'{merger.origin}: {key} is {value!r}; expected a positive whole number or "auto"'
+            )
         return value
 
     micro, steps = number("train_micro_batch_size_per_gpu"), number("gradient_accumulation_steps")
@@ -254,8 +287,13 @@ def _check_batch(config: Json, merger: _Merger, world: int) -> None:
             merger.agree(product, micro * steps * world, "batch.rows_per_step")
         rows = merger.recipe.batch.rows_per_step
         if micro * steps * world != rows:
-            raise UserError(f'{merger.origin}: {product} is not the {rows} rows of a step; write "auto"')
-    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", steps)):
+            raise UserError(
+                f'{merger.origin}: {product} is not the {rows} rows of a step; write "auto"'
+            )
+    for key, value in (
+        ("train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", steps),
+    ):
         if value is not None and merger.recipe.batch.rows_per_step % (value * world):
             raise UserError(
                 f"{merger.origin}: {key} {value} x {world} ranks does not divide the recipe's batch.rows_per_step "
@@ -272,9 +310,13 @@ def _merge_precision(config: Json, merger: _Merger) -> None:
         if (config.get(key) or {}).get("enabled", False) is True
     ]
     if len(wanted) == 2:
-        raise UserError(f"{merger.origin}: bf16.enabled and fp16.enabled are both true; expected one")
+        raise UserError(
+            f"{merger.origin}: bf16.enabled and fp16.enabled are both true; expected one"
+        )
     if wanted:
-        merger.agree("bf16.enabled" if wanted[0] == "bfloat16" else "fp16.enabled", wanted[0], "model.dtype")
+        merger.agree(
+            "bf16.enabled" if wanted[0] == "bfloat16" else "fp16.enabled", wanted[0], "model.dtype"
+        )
 
 
 def _precision_sections(config: Json, recipe: Recipe) -> None:
@@ -304,7 +346,9 @@ def _resolve_zero(zero: Json, stage: int, hidden_size: int) -> None:
             zero[key] = int(value)
 
 
-def _resolve_zeropp(zero: Json, merger: _Merger, world: int, ranks_per_machine: int, can_quantise: bool) -> None:
+def _resolve_zeropp(
+    zero: Json, merger: _Merger, world: int, ranks_per_machine: int, can_quantise: bool
+) -> None:
     """ZeRO++ (Wang et al. 2023): hpZ keeps a second copy of the weights within each machine, and weights may travel
     as int8.
 
@@ -317,11 +361,17 @@ def _resolve_zeropp(zero: Json, merger: _Merger, world: int, ranks_per_machine: 
         zero[key] = ranks_per_machine
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world % min(size, world):
-        raise UserError(f"{merger.origin}: {key} is {size}; expected a divisor of the {world} ranks")
+        raise UserError(
+            f"{merger.origin}: {key} is {size}; expected a divisor of the {world} ranks"
+        )
     key = "zero_quantized_weights"
     if zero.get(key) == "auto":
         zero[key] = can_quantise and merger.recipe.method == "full"
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+    for key in (
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+    ):
         if zero.get(key) is True and not can_quantise:
             raise UserError(
                 f"{merger.origin}: {key} is true and DeepSpeed's CUDA quantiser cannot be had here; expected an NVIDIA "

@@ -23,7 +23,12 @@ from qwen_ds.plan.shape import Shape
 
 
 def step_flops(
-    shape: Shape, *, method: Literal["lora", "full"], tokens: float, targets: float, squared_tokens: float
+    shape: Shape,
+    *,
+    method: Literal["lora", "full"],
+    tokens: float,
+    targets: float,
+    squared_tokens: float,
 ) -> float:
     """Operations that the rows of a step need, over all ranks.
 

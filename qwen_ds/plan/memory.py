@@ -81,18 +81,25 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
     weights = 0.0 if zero.offload_parameters else how.b * frozen_or_full * zero.share(3)
     optimizer = 0.0 if how.full else FP32 * trained * zero.share(3)
     if not zero.offload_optimizer:
-        masters = zero.stage > 0  # DeepSpeed clones its share of the parameters even where they are fp32
+        masters = (
+            zero.stage > 0
+        )  # DeepSpeed clones its share of the parameters even where they are fp32
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
     temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
     saved = activations.blocks_bytes(shape, how, batch.rows, batch.length, every)
     saved_head = activations.head_bytes(shape, how, batch.rows, batch.length, batch.targets)
-    at_loss, at_backward = _head_working_set(shape, how, batch), _block_working_set(shape, how, batch, every)
+    at_loss, at_backward = (
+        _head_working_set(shape, how, batch),
+        _block_working_set(shape, how, batch, every),
+    )
     base = Memory(
         weights, optimizer, _gradients(trained, zero), saved, saved_head, _zero_buffers(shape, how, zero, trained),
         (CUDA_CONTEXT + (NCCL_BUFFERS if zero.world > 1 else 0)) if how.on_gpu else 0.0,
     )  # fmt: skip
     if temporaries > saved + saved_head + max(at_loss, at_backward):
-        return replace(base, adapter_and_optimizer=optimizer + temporaries, activations=0.0, loss_head=0.0)
+        return replace(
+            base, adapter_and_optimizer=optimizer + temporaries, activations=0.0, loss_head=0.0
+        )
     if at_loss > at_backward:
         return replace(base, loss_head=saved_head + at_loss)
     return replace(base, activations=saved + at_backward)
@@ -102,15 +109,23 @@ def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
     """One chunk's logits in the head's dtype and in fp32, and the gathered hidden states."""
     chunk = min(chunk_tokens(shape.vocab), batch.targets) * shape.vocab
     copy = shape.head * how.b if "lm_head" in how.whole and not how.full else 0
-    return chunk * (FP32 + (how.b if how.b != FP32 else 0)) + batch.targets * shape.hidden * how.b + copy
+    return (
+        chunk * (FP32 + (how.b if how.b != FP32 else 0))
+        + batch.targets * shape.hidden * how.b
+        + copy
+    )
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:
     """Backward through one block: what it saved when it was recomputed, and the larger of the MLP's gradients (w1, w2
     and their product, with two of the residual stream) and the rotation of q and k in fp32 (three tensors of 2 D)."""
     n = batch.tokens
-    again = activations.block_bytes(shape, how, batch.rows, batch.length, first=False) if every else 0
-    return again + n * max(3 * shape.inner * how.b + 2 * shape.hidden * how.b, 3 * 2 * shape.hidden * FP32)
+    again = (
+        activations.block_bytes(shape, how, batch.rows, batch.length, first=False) if every else 0
+    )
+    return again + n * max(
+        3 * shape.inner * how.b + 2 * shape.hidden * how.b, 3 * 2 * shape.hidden * FP32
+    )
 
 
 def _gradients(trained: int, zero: Zero) -> float:
@@ -124,7 +139,9 @@ def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
     if zero.stage == 0:
         return 0.0
     bucket = zero.reduce_bucket if how.on_gpu else min(zero.reduce_bucket, trained)
-    buckets = FP32 * bucket * (2 if zero.overlap and zero.stage < 3 else 1) if zero.contiguous else 0.0
+    buckets = (
+        FP32 * bucket * (2 if zero.overlap and zero.stage < 3 else 1) if zero.contiguous else 0.0
+    )
     if zero.stage < 3:
         return buckets
     largest = max(shape.head, *(n_in * n_out for n_in, n_out in map(shape.linear, LINEARS)))

@@ -37,7 +37,13 @@ class Shape:
     def linear(self, name: str) -> tuple[int, int]:
         """Input and output width of one of LINEARS."""
         d, i = self.hidden, self.inner
-        widths = {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "w1": (d, i), "w2": (d, i), "mlp.c_proj": (i, d)}
+        widths = {
+            "c_attn": (d, 3 * d),
+            "attn.c_proj": (d, d),
+            "w1": (d, i),
+            "w2": (d, i),
+            "mlp.c_proj": (i, d),
+        }
         return widths[name]
 
     @property

@@ -61,10 +61,16 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
     zeros = _stages(loaded, options)
     recipe, shape = loaded.recipe, _shape(loaded)
     if recipe.lora.variant == "dora" and recipe.method == "lora":
-        raise UserError("lora.variant is dora, whose memory is not predicted; expected lora or rslora")
+        raise UserError(
+            "lora.variant is dora, whose memory is not predicted; expected lora or rslora"
+        )
     data = recipe.data
-    longest = options.longest_row or data.max_tokens or data.max_prompt_tokens + data.max_answer_tokens
-    workload = Workload.like(recipe.batch.rows_per_step, options.row_tokens, options.learnt_share, longest)
+    longest = (
+        options.longest_row or data.max_tokens or data.max_prompt_tokens + data.max_answer_tokens
+    )
+    workload = Workload.like(
+        recipe.batch.rows_per_step, options.row_tokens, options.learnt_share, longest
+    )
     how, memory = Saving.of(recipe, on_gpu=True), (options.gpu_memory or gpu.memory_gb) * 1e9
     links = Links(options.gpus_per_machine, gpu.link)
     every = (0, 2, 1) if options.every_choice else None
@@ -97,7 +103,9 @@ def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) 
 
 def _row(candidate: Candidate) -> str:
     part = candidate.memory
-    recomputed = str(plan.in_recipe(candidate.every)) if candidate.every < 2 else f"1 in {candidate.every}"
+    recomputed = (
+        str(plan.in_recipe(candidate.every)) if candidate.every < 2 else f"1 in {candidate.every}"
+    )
     values = (
         f"{value / 1e9:{width}.2f}"
         for value, width in (
@@ -125,11 +133,16 @@ def _closing(
             f"The official finetune.py (r 64, one row of {longest} tokens) would hold {official / 1e9:.1f} GB."
         )
     if winner is None:
-        return [*lines, "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows (data.max_tokens)."]
+        return [
+            *lines,
+            "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows (data.max_tokens).",
+        ]
     return [*lines, "", command(loaded, options, words, winner)]
 
 
-def command(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str], best: Candidate) -> str:
+def command(
+    loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str], best: Candidate
+) -> str:
     """The launch command of a candidate, with the user's own words in front of what was chosen."""
     machines = -(-options.gpus // options.gpus_per_machine)
     launcher = ["deepspeed", *(["--num_nodes", str(machines)] if machines > 1 else [])]
@@ -157,8 +170,12 @@ def _checked(options: PlanOptions) -> Gpu:
         if (value := vars(options)[key]) < 1:
             raise UserError(f"{key} is {value}; expected a positive number")
     if not 0 < options.learnt_share <= 1:
-        raise UserError(f"learnt_share is {options.learnt_share}; expected a number above 0, up to 1")
-    if (options.gpu_memory is not None and options.gpu_memory <= 0) or (options.longest_row or 1) < 1:
+        raise UserError(
+            f"learnt_share is {options.learnt_share}; expected a number above 0, up to 1"
+        )
+    if (options.gpu_memory is not None and options.gpu_memory <= 0) or (
+        options.longest_row or 1
+    ) < 1:
         raise UserError("gpu_memory and longest_row: expected positive numbers")
     gpu = gpu_named(options.gpu.lower())
     if gpu is None:
@@ -195,7 +212,10 @@ def _stages(loaded: LoadedRecipe, options: PlanOptions) -> list[Zero]:
 
 def _json_path(loaded: LoadedRecipe, stage: int, options: PlanOptions) -> str:
     own = loaded.recipe.deepspeed
-    if own is not None and ds_config.read_json(own).get("zero_optimization", {}).get("stage", 0) == stage:
+    if (
+        own is not None
+        and ds_config.read_json(own).get("zero_optimization", {}).get("stage", 0) == stage
+    ):
         return own
     several = stage == 3 and options.gpus > options.gpus_per_machine
     return str(Path("ds_configs") / ("zero3_hpz.json" if several else f"zero{stage}.json"))

@@ -131,12 +131,20 @@ def traffic(zero: Zero, load: Load) -> list[Collective]:
             Collective("average gradients", times * gradient, times * buckets, n, rounds=2),
             Collective("gather updated parameters", gradient, 1, n),
         ]
-    size, count = m * (load.forward.size + load.backward.size), m * (load.forward.count + load.backward.count)
+    size, count = (
+        m * (load.forward.size + load.backward.size),
+        m * (load.forward.count + load.backward.count),
+    )
     gathered = [Collective("gather weights", size, count, n)]
     if zero.hpz > 1:
         gathered = [
             Collective("gather weights", load.trained.size, load.trained.count, n),
-            Collective("gather weights in the machine", size - load.trained.size, count - load.trained.count, zero.hpz),
+            Collective(
+                "gather weights in the machine",
+                size - load.trained.size,
+                count - load.trained.count,
+                zero.hpz,
+            ),
         ]
     return [
         *gathered,
@@ -162,5 +170,7 @@ class Links:
         machines = math.ceil(n / self.per_machine)
         inside = (near - 1) / near * collective.size / self.inside
         between = (machines - 1) / machines * collective.size / (near * self.between)
-        latency = collective.count * ((n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY)
+        latency = collective.count * (
+            (n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY
+        )
         return collective.rounds * (max(inside, between) + latency)

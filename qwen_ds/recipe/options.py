@@ -238,7 +238,9 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._explain(message))
 
-    def parse(self, argv: Sequence[str] | None = None, *, defaults: bool = True) -> jsonargparse.Namespace:
+    def parse(
+        self, argv: Sequence[str] | None = None, *, defaults: bool = True
+    ) -> jsonargparse.Namespace:
         """Parse argv (None: the process's own). Raises UserError."""
         args = self._fold_lists(list(sys.argv[1:] if argv is None else argv))
         try:
@@ -246,7 +248,9 @@ class Parser(jsonargparse.ArgumentParser):
         except argparse.ArgumentError as error:
             raise UserError(self._explain(str(error))) from None
         except UnicodeDecodeError as error:
-            raise UserError(f"the recipe file is not UTF-8 ({error.reason} at byte {error.start})") from None
+            raise UserError(
+                f"the recipe file is not UTF-8 ({error.reason} at byte {error.start})"
+            ) from None
         parsed.pop("local_rank", None)
         return parsed
 
@@ -264,8 +268,12 @@ class Parser(jsonargparse.ArgumentParser):
             unknown = in_file.group(1) if in_file else flags[0].removeprefix("--")
         else:
             return text
-        near = difflib.get_close_matches(unknown, [n.removeprefix("--") for n in self._option_names()], n=1, cutoff=0.4)
-        return f"unknown option {unknown}" + (f"; the nearest is {near[0]}" if near else "; --help lists all")
+        near = difflib.get_close_matches(
+            unknown, [n.removeprefix("--") for n in self._option_names()], n=1, cutoff=0.4
+        )
+        return f"unknown option {unknown}" + (
+            f"; the nearest is {near[0]}" if near else "; --help lists all"
+        )
 
     def _fold_lists(self, args: list[str]) -> list[str]:
         """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list.
@@ -284,7 +292,9 @@ class Parser(jsonargparse.ArgumentParser):
         while i < len(args):
             name = args[i].partition("=")[0]
             if name in lists and name in given:
-                raise UserError(f"{name} was given twice; expected all of its values after one {name}")
+                raise UserError(
+                    f"{name} was given twice; expected all of its values after one {name}"
+                )
             given.add(name)
             if args[i] in lists:
                 j = i + 1
@@ -318,7 +328,9 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
     return load_recipe_with(recipe_parser(), argv)[0]
 
 
-def load_recipe_with(parser: Parser, argv: Sequence[str] | None) -> tuple[LoadedRecipe, dict[str, Any]]:
+def load_recipe_with(
+    parser: Parser, argv: Sequence[str] | None
+) -> tuple[LoadedRecipe, dict[str, Any]]:
     """`load_recipe` for a command that gave `recipe_parser` options of its own: their values come beside the recipe."""
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
@@ -345,7 +357,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora.dropout": _SHARE,
     "lora.special_rows": ("auto, on or off", lambda x: x in ("auto", "on", "off", True, False)),
     "optim.lr": _NOT_NEGATIVE,
-    "optim.betas": ("two numbers from 0 to less than 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
+    "optim.betas": (
+        "two numbers from 0 to less than 1",
+        lambda x: len(x) == 2 and all(0 <= b < 1 for b in x),
+    ),
     "optim.eps": _POSITIVE,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.max_grad_norm": _NOT_NEGATIVE,
@@ -383,7 +398,10 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -44,7 +44,9 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """Dropout depends on the position alone, so a rerun and a resumed run drop the same activations."""
-    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 def train(
@@ -67,13 +69,19 @@ def train(
     saved = resumed.state if resumed else {}
     best, evaluated = BestLoss(**saved.get("best", {})), saved.get("evaluated", True)
     hardware = Hardware.of(engine.device, output.base, recipe.method)
-    progress = Progress(output.folder, steps, recipe.log.every_steps, hardware, first, saved.get("progress"))
+    progress = Progress(
+        output.folder, steps, recipe.log.every_steps, hardware, first, saved.get("progress")
+    )
     profiler = StepProfiler(recipe.log.profile_steps, output.folder / "profile", engine.device)
     windows = WindowsAhead(data.sampler, steps, pinned=engine.device.type == "cuda")
     evaluator = make_evaluator(recipe, data, output.base, watchdog)
 
     def state(step: int) -> RunState:
-        schedule = {"name": recipe.optim.schedule, "steps": steps, "next_lr": lr_at(step, steps, recipe.optim)}
+        schedule = {
+            "name": recipe.optim.schedule,
+            "steps": steps,
+            "next_lr": lr_at(step, steps, recipe.optim),
+        }
         return RunState(step, steps_per_epoch, progress.state(), schedule, best, evaluated)
 
     engine.train(True)
@@ -86,7 +94,9 @@ def train(
             progress.begin_step()
             profiler.begin_step(step + 1)
             try:
-                finished = train_step(recipe, step, steps, data, windows, engine, watchdog, profiler)
+                finished = train_step(
+                    recipe, step, steps, data, windows, engine, watchdog, profiler
+                )
             except NotFinite as error:
                 stop_not_finite(error, engine, saver, state(step))
             profiler.end_step(step + 1)
@@ -120,7 +130,9 @@ def make_evaluator(recipe: Recipe, data: Data, base: Path, watchdog: Watchdog) -
     return Evaluator(data.eval, base, recipe.eval, recipe.batch.tokens_per_micro_batch, watchdog)
 
 
-def evaluate(evaluator: Evaluator | None, engine: Engine, progress: Progress, step: int, best: BestLoss) -> BestLoss:
+def evaluate(
+    evaluator: Evaluator | None, engine: Engine, progress: Progress, step: int, best: BestLoss
+) -> BestLoss:
     """Loss and sampled answers after `step` (a collective); the best loss since then."""
     assert evaluator is not None
     loss = evaluator.loss(engine, step)
@@ -157,7 +169,9 @@ def train_step(
         with profiler.part("optimizer"):
             grad_norm = update(step, window, data.train, engine)
     epoch = step // data.sampler.steps_per_epoch
-    return Step(step + 1, epoch, loss, window.targets, lr, grad_norm, engine.overflows, window.statistics)
+    return Step(
+        step + 1, epoch, loss, window.targets, lr, grad_norm, engine.overflows, window.statistics
+    )
 
 
 def accumulate(
@@ -182,10 +196,14 @@ def accumulate(
         # token count, and DeepSpeed's average is cancelled by `world`.
         # Without it test_gradient_does_not_depend_on_the_split fails.
         with profiler.part("backward"):
-            engine.backward(loss_sum * (world / window.targets), last_of_step=i + 1 == len(window.batches))
+            engine.backward(
+                loss_sum * (world / window.targets), last_of_step=i + 1 == len(window.batches)
+            )
         loss_sums.append(loss_sum.detach())
     watchdog.at(step + 1, "updating the weights")
-    values = torch.stack(loss_sums).tolist()  # looked at only here, for the CPU would wait for the GPU each time
+    values = torch.stack(
+        loss_sums
+    ).tolist()  # looked at only here, for the CPU would wait for the GPU each time
     bad_rows = [
         row
         for batch, value in zip(window.batches, values, strict=True)
@@ -227,7 +245,9 @@ def not_finite(what: str, where: str, row_ids: list[int], step: int, rows: Token
     texts = dist.gather_texts("\n".join(rows.source(row) for row in row_ids))
     sources = [source for text in texts for source in text.split("\n") if source]
     more = f" and {len(sources) - 4} more" if len(sources) > 4 else ""
-    raise NotFinite(f"step {step + 1}: the {what} is not finite, {where} {', '.join(sources[:4])}{more}")
+    raise NotFinite(
+        f"step {step + 1}: the {what} is not finite, {where} {', '.join(sources[:4])}{more}"
+    )
 
 
 def stop_not_finite(error: NotFinite, engine: Engine, saver: Saver, state: RunState) -> NoReturn:

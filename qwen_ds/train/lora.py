@@ -22,7 +22,13 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    check_adapter_fits,
+    read_adapter,
+)
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
@@ -77,7 +83,12 @@ class LoraLinear(peft_lora.Linear):
             matrices[adapter_name] = cast
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or self.lora_variant or self.active_adapters != [ADAPTER]:
+        if (
+            self.disable_adapters
+            or self.merged
+            or self.lora_variant
+            or self.active_adapters != [ADAPTER]
+        ):
             return super().forward(x, *args, **kwargs)
         scale, dropout = self.scaling[ADAPTER], self.lora_dropout[ADAPTER]
         dropped = x
@@ -107,9 +118,13 @@ def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     unknown = [t for t in options.targets if t not in KNOWN_TARGETS]
     if unknown or not options.targets:
         came = unknown[0] if unknown else "nothing"
-        raise UserError(f"lora.targets: {came!r} matches no module; expected some of {', '.join(KNOWN_TARGETS)}")
+        raise UserError(
+            f"lora.targets: {came!r} matches no module; expected some of {', '.join(KNOWN_TARGETS)}"
+        )
     if other := next((name for name in options.modules_to_save if name not in SAVEABLE), None):
-        raise UserError(f"lora.modules_to_save: {other!r} came; expected some of {', '.join(SAVEABLE)}")
+        raise UserError(
+            f"lora.modules_to_save: {other!r} came; expected some of {', '.join(SAVEABLE)}"
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -123,7 +138,12 @@ def lora_config(options: LoraOptions, base: str) -> LoraConfig:
 
 
 def add_lora(
-    model: QWenLMHeadModel, options: LoraOptions, *, base: str, seed: int, row_ids: Sequence[int] = ()
+    model: QWenLMHeadModel,
+    options: LoraOptions,
+    *,
+    base: str,
+    seed: int,
+    row_ids: Sequence[int] = (),
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter (A random from `seed`, alike on every rank; B zero), fp32 and trainable.
 
@@ -148,9 +168,13 @@ def add_lora(
             model.lm_head = HeadWithRows(model.lm_head, row_ids)
         config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in SAVEABLE}
     if "wte" in options.modules_to_save:
-        transformer.wte = CastEmbedding(_fp32_copy(transformer.wte.weight), transformer.wte.weight.dtype)
+        transformer.wte = CastEmbedding(
+            _fp32_copy(transformer.wte.weight), transformer.wte.weight.dtype
+        )
     if "lm_head" in options.modules_to_save:
-        cast = CastLinear(model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta")
+        cast = CastLinear(
+            model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta"
+        )
         cast.weight = _fp32_copy(model.lm_head.weight)
         model.lm_head = cast
     config_of(wrapped).modules_to_save = list(options.modules_to_save) or None
@@ -192,12 +216,22 @@ def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
     own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
     base = wrapped.get_base_model().named_parameters()
-    check_adapter_fits(adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base})
+    check_adapter_fits(
+        adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base}
+    )
     for name in sorted(set(own) ^ set(adapter.shapes)):
         if name in own and ".lora_" not in name:
             continue
-        side = "the recipe trains it and the adapter lacks it" if name in own else "the recipe does not train it"
-        keys = "lora.targets and lora.variant" if ".lora_" in name else "lora.modules_to_save and lora.special_rows"
+        side = (
+            "the recipe trains it and the adapter lacks it"
+            if name in own
+            else "the recipe does not train it"
+        )
+        keys = (
+            "lora.targets and lora.variant"
+            if ".lora_" in name
+            else "lora.modules_to_save and lora.special_rows"
+        )
         raise UserError(
             f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base (launch/merge.py) "
             f"and start from the merged model"
@@ -223,7 +257,9 @@ def _order_token_rows(tensors: dict[str, Tensor], adapter: Adapter, config: Lora
     """Bring the adapter's token rows into the order in which the recipe trains them."""
     trained = config.trainable_token_indices
     for module, rows in adapter.token_rows.items():
-        assert isinstance(trained, dict)  # the recipe trains rows of each module: the names were compared
+        assert isinstance(
+            trained, dict
+        )  # the recipe trains rows of each module: the names were compared
         wanted = trained[module.rpartition(".")[2]]
         if sorted(wanted) != sorted(rows.indices):
             raise UserError(
@@ -252,10 +288,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         return int(p.ds_numel) if hasattr(p, "ds_numel") else p.numel()
 
     parameters = list(model.parameters())
-    return ParameterCount(sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters)))
+    return ParameterCount(
+        sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters))
+    )
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
     """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors, mode 0644.
 
     Args:
@@ -275,5 +315,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
     weights = {plain_name(name): tensor for name, tensor in tensors.items()}
     return {
         WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, weights),
-        CONFIG_NAME: write_text(folder / CONFIG_NAME, json.dumps(written, indent=2, default=str) + "\n"),
+        CONFIG_NAME: write_text(
+            folder / CONFIG_NAME, json.dumps(written, indent=2, default=str) + "\n"
+        ),
     }

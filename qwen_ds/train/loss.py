@@ -33,7 +33,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_KD: Tensor, ids_K: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        rows_KD: Tensor,
+        ids_K: Tensor,
     ) -> Tensor:
         need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
         ctx.dtypes = weight_VD.dtype, rows_KD.dtype
@@ -94,7 +99,11 @@ def _chunk(
 
 
 def cross_entropy_sum(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_KD: Tensor | None = None, ids_K: Tensor | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    rows_KD: Tensor | None = None,
+    ids_K: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of -log softmax(hidden weight^T)[target].
 
@@ -139,7 +148,9 @@ class LossHead(nn.Module):
         head = self._lm_head[0]
         if isinstance(head, HeadWithRows):
             rows = head.token_adapter
-            return cross_entropy_sum(hidden_ND, head.weight, targets_N, rows.trainable_tokens_delta, rows.ids_K)
+            return cross_entropy_sum(
+                hidden_ND, head.weight, targets_N, rows.trainable_tokens_delta, rows.ids_K
+            )
         return cross_entropy_sum(hidden_ND, head.weight, targets_N)
 
 

@@ -77,7 +77,9 @@ def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     os._exit(EXIT_FAILURE)
 
 
-def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog, note: str = "") -> int:
+def run_in_group(
+    loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog, note: str = ""
+) -> int:
     """`run`, once the ranks have met; one rank alone needs no group until the engine starts."""
     folder = Path(loaded.recipe.output_dir)
     dist.once(lambda: runfolder.claim(folder), "claim the run folder")
@@ -107,11 +109,15 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         resume.check_world(found, resolved.stage)
         steps = total_steps(recipe, data.sampler.steps_per_epoch)
         if resume.is_finished(found, folder, recipe, steps):
-            say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one")
+            say(
+                f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one"
+            )
             return EXIT_DONE
     recipe, recomputation = setup.choose_recomputation(recipe, resolved, data, device)
     model = setup.load_model(recipe, resolved, device)
-    output = Output(folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config)
+    output = Output(
+        folder, Path(recipe.model.path), setup.DTYPES[recipe.model.dtype], model.adapter_config
+    )
     say(start_screen(recipe, resolved.stage, data, model, device, found, recomputation))
     if rows_note:
         say(rows_note)
@@ -119,10 +125,15 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
         say("dry run: everything is in order; nothing was trained")
         return EXIT_DONE
     if dist.rank() == 0:
-        stored = replace(recipe, deepspeed=str((folder / runfolder.DS_CONFIG).resolve()), resume=type(recipe.resume)())
+        stored = replace(
+            recipe,
+            deepspeed=str((folder / runfolder.DS_CONFIG).resolve()),
+            resume=type(recipe.resume)(),
+        )
         runfolder.write_resolved(folder, stored, resolved.stored_json(), device, model.count)
         write_json(
-            folder / "data_report.json", data_report(data.train.report, None if data.eval is None else data.eval.report)
+            folder / "data_report.json",
+            data_report(data.train.report, None if data.eval is None else data.eval.report),
         )
     deepspeed_engine = engine.Engine(model.training, recipe.optim, resolved)
     identity = resume.identity(recipe, resolved.stored_json(), data.sha256)
@@ -134,18 +145,24 @@ def run_in_group(loaded: LoadedRecipe, device: torch.device, watchdog: Watchdog,
     return finish(folder, outcome, output, model)
 
 
-def find_checkpoint(folder: Path, recipe: Recipe, resolved: ds_config.ResolvedConfig) -> Checkpoint | None:
+def find_checkpoint(
+    folder: Path, recipe: Recipe, resolved: ds_config.ResolvedConfig
+) -> Checkpoint | None:
     """The checkpoint to go on from, once it is clear that the folder holds this run; None: from the start."""
     if dist.broadcast_text("run" if runfolder.holds_run(folder) else "") != "run":
         return None
-    dist.once(lambda: resume.check_same_run(folder, recipe, resolved.stored_json()), "compare the recipes")
+    dist.once(
+        lambda: resume.check_same_run(folder, recipe, resolved.stored_json()), "compare the recipes"
+    )
     return resume.find(folder)
 
 
 def finish(folder: Path, outcome: Outcome, output: Output, model: setup.Model) -> int:
     """Report and exit code."""
     if outcome.stopped_by:
-        say(f"stopped by {outcome.stopped_by} after step {outcome.steps}, which is saved; the same command goes on")
+        say(
+            f"stopped by {outcome.stopped_by} after step {outcome.steps}, which is saved; the same command goes on"
+        )
         dist.barrier()
         return EXIT_STOPPED
     if dist.rank() == 0:
@@ -168,7 +185,11 @@ def start_screen(
     recomputation: str,
 ) -> str:
     """What is about to happen, before the first step."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)"
+    )
     steps = total_steps(recipe, data.sampler.steps_per_epoch)
     lens = data.train.lens
     rows, *remarks = summary(data.train.report)
@@ -207,9 +228,13 @@ def disk_use(recipe: Recipe, steps: int, data: setup.Data, model: setup.Model) -
     saves = math.ceil(steps / recipe.save.every_steps)
     if data.eval is not None:  # each evaluation may be the best so far, which is saved and kept
         saves += math.ceil(steps / (recipe.eval.every_steps or data.sampler.steps_per_epoch))
-    count = min(saves, recipe.save.keep + (data.eval is not None)) + 1  # and the one that is being written
+    count = (
+        min(saves, recipe.save.keep + (data.eval is not None)) + 1
+    )  # and the one that is being written
     free = shutil.disk_usage(recipe.output_dir).free if dist.rank() == 0 else math.inf
-    text = f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
+    text = (
+        f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
+    )
     return text if count * each < free else f"{text}: TOO LITTLE; lower save.keep or clear the disk"
 
 

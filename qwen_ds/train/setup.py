@@ -63,7 +63,9 @@ def find_sources(loaded: LoadedRecipe) -> LoadedRecipe:
     """Put real paths into the recipe: the demo's files are made, a hub id becomes the folder it was fetched into."""
     recipe = loaded.recipe
     if recipe.data.train and "model.path" not in loaded.set_keys:
-        raise UserError("model.path is not set; expected the folder or hub id of a Qwen model beside data.train")
+        raise UserError(
+            "model.path is not set; expected the folder or hub id of a Qwen model beside data.train"
+        )
     if recipe.model.path == "demo":
         home = Path.home() / ".cache" / "qwen_ds" / "demo"
         dist.once_per_machine(lambda: demo.prepare(home), "demo")
@@ -107,7 +109,9 @@ def load_data(recipe: Recipe) -> Data:
     data = Data(rows.train, rows.eval, sampler)
     seen = dist.gather_texts(data.sha256)
     if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
-        raise UserError(f"rank {other} reads other rows than rank 0; expected the same data files on every machine")
+        raise UserError(
+            f"rank {other} reads other rows than rank 0; expected the same data files on every machine"
+        )
     return data
 
 
@@ -117,7 +121,9 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, gathered only there.
     with engine.partitioned_loading(resolved, dtype):
-        model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            recipe.model.path, dtype=dtype, attn_implementation=attention
+        )
         assert isinstance(model, QWenLMHeadModel)
         if resolved.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
@@ -125,9 +131,19 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
         if recipe.model.compile:
             compile_blocks(model, device)
         if recipe.method == "full":
-            return Model(TrainingModel(model, model.transformer, model.lm_head), None, lora.count_parameters(model))
-        rows = special_rows.special_ids(Path(recipe.model.path)) if recipe.lora.special_rows == "on" else []
-        wrapped = lora.add_lora(model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows)
+            return Model(
+                TrainingModel(model, model.transformer, model.lm_head),
+                None,
+                lora.count_parameters(model),
+            )
+        rows = (
+            special_rows.special_ids(Path(recipe.model.path))
+            if recipe.lora.special_rows == "on"
+            else []
+        )
+        wrapped = lora.add_lora(
+            model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows
+        )
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
@@ -143,7 +159,11 @@ def choose_dtype(loaded: LoadedRecipe, device: torch.device) -> LoadedRecipe:
     recipe = loaded.recipe
     if recipe.model.dtype != "auto":
         return loaded
-    slow = recipe.method == "lora" and device.type == "cpu" and "False" in dist.gather_texts(str(has_fast_bf16()))
+    slow = (
+        recipe.method == "lora"
+        and device.type == "cpu"
+        and "False" in dist.gather_texts(str(has_fast_bf16()))
+    )
     model = replace(recipe.model, dtype="float32" if slow else "bfloat16")
     return LoadedRecipe(replace(recipe, model=model), loaded.set_keys - {"model.dtype"})
 
@@ -207,7 +227,9 @@ def choose_recomputation(
     def peak(every: int) -> float:
         return peak_memory(shape, how, zero, batch, every).total
 
-    every = plan.least_recomputation(shape.layers, lambda every: peak(every) <= (1 - plan.MARGIN) * given)
+    every = plan.least_recomputation(
+        shape.layers, lambda every: peak(every) <= (1 - plan.MARGIN) * given
+    )
     choice = plan.in_recipe(1 if every is None else every)
     if recipe.lora.variant == "dora" and recipe.method == "lora":
         choice, why = "all", "what DoRA keeps is not predicted"
@@ -226,5 +248,7 @@ def recompute_blocks(model: QWenLMHeadModel, choice: str | int) -> None:
             f"model.activation_checkpointing is {every}; expected auto, none, all or a positive number of blocks"
         )
     if every:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
         model.transformer.checkpoint_every = every

@@ -58,7 +58,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature, self.temperature > 0, "a number above 0 (do_sample false is greedy)"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature > 0,
+                "a number above 0 (do_sample false is greedy)",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (no limit) or more"),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
@@ -129,15 +134,26 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     cumulative_BN = probs_BN.cumsum(-1)
     target_B1 = uniform_B[:, None].to(cumulative_BN) * cumulative_BN[:, -1:]
     # Rounding must not lead past the last token that is kept.
-    rank_B1 = (cumulative_BN <= target_B1).sum(-1, keepdim=True).minimum((probs_BN > 0).sum(-1, keepdim=True) - 1)
+    rank_B1 = (
+        (cumulative_BN <= target_B1)
+        .sum(-1, keepdim=True)
+        .minimum((probs_BN > 0).sum(-1, keepdim=True) - 1)
+    )
     return ids_BN.gather(1, rank_B1).squeeze(1)
 
 
 class _NextToken(LogitsProcessor):
     """Chooses the token itself and leaves `generate` nothing else to take, so that no common random state is used."""
 
-    def __init__(self, n_vocab: int, sampling: Sampling, prompt_len: int, uniform_BS: Tensor | None) -> None:
-        self.n_vocab, self.sampling, self.prompt_len, self.uniform_BS = n_vocab, sampling, prompt_len, uniform_BS
+    def __init__(
+        self, n_vocab: int, sampling: Sampling, prompt_len: int, uniform_BS: Tensor | None
+    ) -> None:
+        self.n_vocab, self.sampling, self.prompt_len, self.uniform_BS = (
+            n_vocab,
+            sampling,
+            prompt_len,
+            uniform_BS,
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_BV = scores.float()
@@ -163,7 +179,9 @@ def choose_device(name: str) -> torch.device:
                 f"local rank {dist.local_rank()} has no GPU; expected at most {torch.cuda.device_count()} ranks here"
             )
         return torch.device("cuda", dist.local_rank())
-    if name == "cuda" or dist.nvidia_card_present():  # slow on the CPU by accident is worse than not at all
+    if (
+        name == "cuda" or dist.nvidia_card_present()
+    ):  # slow on the CPU by accident is worse than not at all
         raise UserError(
             f"torch {torch.__version__} sees no usable GPU; expected a newer driver, another torch, a "
             "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu"
@@ -188,7 +206,9 @@ def silence_libraries() -> None:
     """No progress bar of loading weights, and no advice of transformers', on a command's terminal."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # between libraries: peft asks transformers in words that will go
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # between libraries: peft asks transformers in words that will go
 
 
 class Engine:
@@ -198,20 +218,31 @@ class Engine:
     """
 
     def __init__(
-        self, model: QWenLMHeadModel | PeftModel, encoding: Encoding, stop_ids: Sequence[int] | None = None
+        self,
+        model: QWenLMHeadModel | PeftModel,
+        encoding: Encoding,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         self.model = model.eval()  # dropout off, that of an adapter included
         # What the folder recommends (repetition_penalty, top_k 0 ..) would be merged into every call.
         self.model.generation_config = GenerationConfig()
         self.encoding = encoding
         self.device = next(model.parameters()).device
-        self.stop_ids = tuple(stop_ids) if stop_ids is not None else tuple(encoding.special[t] for t in STOP_TOKENS)
+        self.stop_ids = (
+            tuple(stop_ids)
+            if stop_ids is not None
+            else tuple(encoding.special[t] for t in STOP_TOKENS)
+        )
         self.context = context_of(model.config)
         self.pad_id = encoding.special["<|endoftext|>"]
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, adapter: str | Path | None = None, device: str = "auto", dtype: str = "auto"
+        cls,
+        model_dir: str | Path,
+        adapter: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
     ) -> Engine:
         """Load a checkpoint folder or hub id, with an unmerged PEFT adapter on it if given.
 
@@ -224,7 +255,9 @@ class Engine:
         """
         path = folder.find_model(str(model_dir))
         place = choose_device(device)
-        model = QWenLMHeadModel.from_pretrained(path, dtype="auto" if dtype == "auto" else DTYPES[dtype])
+        model = QWenLMHeadModel.from_pretrained(
+            path, dtype="auto" if dtype == "auto" else DTYPES[dtype]
+        )
         model = model.to(choose_dtype(dtype, model.dtype, place))
         if adapter is not None:
             model = load_adapter(model, Path(adapter))
@@ -292,15 +325,22 @@ class Engine:
         if not sampling.do_sample:
             return None
         rows = [
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(row_seed(sampling.seed, row)))
+            torch.rand(
+                sampling.max_new_tokens,
+                generator=torch.Generator().manual_seed(row_seed(sampling.seed, row)),
+            )
             for row in row_ids
         ]
         return torch.stack(rows).to(self.device)
 
     @torch.inference_mode()
-    def _batch(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
         ids_BT, mask_BT = self._pad_left(prompts)
-        chooser = _NextToken(self.encoding.n_vocab, sampling, ids_BT.shape[1], self._uniforms(row_ids, sampling))
+        chooser = _NextToken(
+            self.encoding.n_vocab, sampling, ids_BT.shape[1], self._uniforms(row_ids, sampling)
+        )
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
@@ -314,12 +354,19 @@ class Engine:
             logits_processor=LogitsProcessorList([chooser]),
         )
         new_BS = all_ids[:, ids_BT.shape[1] :].tolist()
-        return [self._completion(ids, len(prompt)) for ids, prompt in zip(new_BS, prompts, strict=True)]
+        return [
+            self._completion(ids, len(prompt)) for ids, prompt in zip(new_BS, prompts, strict=True)
+        ]
 
     def _completion(self, ids: list[int], prompt_tokens: int) -> Completion:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         kept = tuple(ids[:end])
-        return Completion(kept, self.encoding.decode(list(kept)), "length" if end is None else "stop", prompt_tokens)
+        return Completion(
+            kept,
+            self.encoding.decode(list(kept)),
+            "length" if end is None else "stop",
+            prompt_tokens,
+        )
 
 
 def _halving(run: Callable[[list[int]], list[Completion]], rows: list[int]) -> list[Completion]:
@@ -327,7 +374,9 @@ def _halving(run: Callable[[list[int]], list[Completion]], rows: list[int]) -> l
     with contextlib.suppress(torch.OutOfMemoryError):
         return run(rows)
     if len(rows) == 1:
-        raise UserError("one row does not fit the GPU's memory; expected a shorter prompt or fewer --max_new_tokens")
+        raise UserError(
+            "one row does not fit the GPU's memory; expected a shorter prompt or fewer --max_new_tokens"
+        )
     torch.cuda.empty_cache()
     middle = len(rows) // 2
     return _halving(run, rows[:middle]) + _halving(run, rows[middle:])

@@ -86,7 +86,8 @@ class Parts:
         if not card.exists():  # the last thing to appear: the other ranks wait for it
             fresh = parts.folder / "settings.json.new"
             fresh.write_text(
-                json.dumps({"settings": settings.values, "rows": rows}, ensure_ascii=False), encoding="utf-8"
+                json.dumps({"settings": settings.values, "rows": rows}, ensure_ascii=False),
+                encoding="utf-8",
             )
             fresh.replace(card)
         parts._open()
@@ -94,7 +95,12 @@ class Parts:
 
     @classmethod
     def join_in(
-        cls, output: Path, settings: Settings, rank: int, timeout_seconds: float, old: FileState | None = None
+        cls,
+        output: Path,
+        settings: Settings,
+        rank: int,
+        timeout_seconds: float,
+        old: FileState | None = None,
     ) -> Parts | None:
         """Another rank: wait until rank 0 has checked the input and made the folder; None if all was done by then.
 
@@ -111,7 +117,9 @@ class Parts:
             if not card.parent.exists() and file_state(output) not in (None, old):
                 return None
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s")
+                raise RuntimeError(
+                    f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s"
+                )
             time.sleep(POLL_SECONDS)
 
     def _open(self) -> None:
@@ -124,7 +132,9 @@ class Parts:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write finished rows (each with its "id") and make them visible to every rank."""
-        self._stream.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self._stream.write(
+            b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        )
         self._stream.flush()
 
     def refresh(self) -> int:
@@ -140,7 +150,11 @@ class Parts:
                     if not line.endswith(b"\n"):
                         break  # being written, or cut off by a kill
                     row_id = json.loads(line)["id"]
-                    self._file_R[row_id], self._start_R[row_id], self._end_R[row_id] = number, start, start + len(line)
+                    self._file_R[row_id], self._start_R[row_id], self._end_R[row_id] = (
+                        number,
+                        start,
+                        start + len(line),
+                    )
                     start += len(line)
             self._read_up_to[file] = start
         return int((self._file_R >= 0).sum())
@@ -206,7 +220,9 @@ def check_output(file: Path, overwrite: bool, advice: str = "") -> None:
     if file.is_dir():
         raise UserError(f"{file}: a folder; expected the name of a file to write")
     if file.exists() and not overwrite:
-        raise UserError(f"{file}: exists; expected {advice or 'a new file, or --overwrite true to replace it'}")
+        raise UserError(
+            f"{file}: exists; expected {advice or 'a new file, or --overwrite true to replace it'}"
+        )
 
 
 def parts_folder(output: Path) -> Path:
@@ -215,10 +231,14 @@ def parts_folder(output: Path) -> Path:
 
 def _remove_ours(folder: Path) -> None:
     foreign = [
-        file.name for file in folder.iterdir() if not file.name.startswith(("rank_", "settings.json", "joined.new"))
+        file.name
+        for file in folder.iterdir()
+        if not file.name.startswith(("rank_", "settings.json", "joined.new"))
     ]
     if foreign:
-        raise UserError(f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be free")
+        raise UserError(
+            f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be free"
+        )
     shutil.rmtree(folder)
 
 

@@ -29,7 +29,9 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score import rouge_scorer
 from rouge_score import tokenizers as rouge_tokenizers
 
-with warnings.catch_warnings():  # jieba imports pkg_resources and has unescaped patterns: both warn on stderr
+with (
+    warnings.catch_warnings()
+):  # jieba imports pkg_resources and has unescaped patterns: both warn on stderr
     warnings.simplefilter("ignore")
     import jieba
 
@@ -98,7 +100,9 @@ def sentences_of_words(text: str) -> list[list[str]]:
 def _prf(overlap: int, predicted: int, expected: int) -> Prf:
     p = overlap / predicted if predicted else 0.0
     r = overlap / expected if expected else 0.0
-    return Prf(p, r, 2.0 * (p * r / (p + r + 1e-8)))  # the package's guard against 0 / 0: equal texts get 1 - 5e-9
+    return Prf(
+        p, r, 2.0 * (p * r / (p + r + 1e-8))
+    )  # the package's guard against 0 / 0: equal texts get 1 - 5e-9
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
@@ -147,7 +151,9 @@ def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | Non
     for n in (1, 2):
         predicted, expected = _ngrams(pred_words, n), _ngrams(ref_words, n)
         scores.append(_prf(len(predicted & expected), len(predicted), len(expected)))
-    union = {w for ref in ref_sentences for pred in pred_sentences for w in common_subsequence(ref, pred)}
+    union = {
+        w for ref in ref_sentences for pred in pred_sentences for w in common_subsequence(ref, pred)
+    }
     scores.append(_prf(len(union), len(set(pred_words)), len(set(ref_words))))
     return scores[0], scores[1], scores[2]
 
@@ -160,7 +166,11 @@ def score_seed(prediction: str, reference: str) -> Scores:
     if rouges is None:
         return Scores(ZERO, ZERO, ZERO, 0.0)
     characters = list(predicted.replace(" ", ""))
-    bleu = sentence_bleu([list(expected.replace(" ", ""))], characters, smoothing_function=SmoothingFunction().method1)
+    bleu = sentence_bleu(
+        [list(expected.replace(" ", ""))],
+        characters,
+        smoothing_function=SmoothingFunction().method1,
+    )
     return Scores(*rouges, float(bleu))
 
 
@@ -183,7 +193,8 @@ def score_rouge_score(prediction: str, reference: str) -> Scores:
     """One row under profile `rouge_score`."""
     found = _rouge_scorer().score(reference, prediction)  # its first argument is the target
     one, two, lcs = (
-        Prf(float(s.precision), float(s.recall), float(s.fmeasure)) for s in (found[k] for k in _ROUGE_TYPES)
+        Prf(float(s.precision), float(s.recall), float(s.fmeasure))
+        for s in (found[k] for k in _ROUGE_TYPES)
     )
     return Scores(one, two, lcs)
 

@@ -52,7 +52,11 @@ class Adapter(nn.Module):
 
 
 def memory(field: str) -> int:
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
+    line = next(
+        text
+        for text in Path("/proc/self/status").read_text().splitlines()
+        if text.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -79,7 +83,9 @@ def main() -> None:
     engine.start_process_group(engine.choose_device("cpu"), 10)
     recipe = Recipe(model=ModelOptions(dtype="float32"))
     config = {"zero_optimization": {"stage": options.stage}}
-    resolved = ds_config.resolve(config, recipe, frozenset(), hidden_size=64, world=dist.world_size())
+    resolved = ds_config.resolve(
+        config, recipe, frozenset(), hidden_size=64, world=dist.world_size()
+    )
     model: Any = Adapter()
     size = 4 * sum(p.numel() for p in model.parameters())
     trained = engine.Engine(model, OptimOptions(), resolved)
@@ -90,7 +96,9 @@ def main() -> None:
     output = Output(folder, folder, torch.float32, LoraConfig(r=RANK, target_modules=["c_attn"]))
     saver = Saver(output, {}, 1, Watchdog(10, launched=False), None)
     if dist.rank() == 0:
-        print(f"{size / 1e6:.0f} MB of parameters, {3 * size / 1e9:.2f} GB with moments", flush=True)
+        print(
+            f"{size / 1e6:.0f} MB of parameters, {3 * size / 1e9:.2f} GB with moments", flush=True
+        )
     for step in range(1, options.rounds + 1):
         text = measure(saver, trained, step, size)
         if dist.rank() == 0:
@@ -99,8 +107,14 @@ def main() -> None:
     if dist.rank() == 0:
         source = folder / "checkpoints" / f"step_{options.rounds:06d}"
         start = time.perf_counter()
-        subprocess.run(f"cp -r {source} {folder}/copy && sync && sha256sum {folder}/copy/* >/dev/null 2>&1", shell=True)
-        print(f"cp, sync and sha256sum of the same bytes: {time.perf_counter() - start:.2f} s", flush=True)
+        subprocess.run(
+            f"cp -r {source} {folder}/copy && sync && sha256sum {folder}/copy/* >/dev/null 2>&1",
+            shell=True,
+        )
+        print(
+            f"cp, sync and sha256sum of the same bytes: {time.perf_counter() - start:.2f} s",
+            flush=True,
+        )
         shutil.rmtree(folder)
     dist.barrier()
     engine.stop_process_group()

@@ -69,10 +69,16 @@ class Plan:
     timed_steps: int = 2
 
 
-def recipe(plan: Plan, *, whole: bool = False, every: str = "all", compiled: bool = False) -> config.Recipe:
+def recipe(
+    plan: Plan, *, whole: bool = False, every: str = "all", compiled: bool = False
+) -> config.Recipe:
     saved = ["wte", "lm_head"] if whole else []
-    adapter = config.LoraOptions(r=plan.r, targets=TARGETS, special_rows="off", modules_to_save=saved)
-    options = config.ModelOptions(dtype="bfloat16", activation_checkpointing=every, compile=compiled)  # type: ignore[arg-type]
+    adapter = config.LoraOptions(
+        r=plan.r, targets=TARGETS, special_rows="off", modules_to_save=saved
+    )
+    options = config.ModelOptions(
+        dtype="bfloat16", activation_checkpointing=every, compile=compiled
+    )  # type: ignore[arg-type]
     return config.Recipe(model=options, lora=adapter)
 
 
@@ -92,7 +98,9 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
         ds_config.read_json(None), wanted, frozenset(), hidden_size=plan.config.hidden_size, world=1,
         ranks_per_machine=1, can_quantise=False,
     )  # fmt: skip
-    made = engine.Engine(TrainingModel(wrapped, model.transformer, model.lm_head), wanted.optim, resolved)
+    made = engine.Engine(
+        TrainingModel(wrapped, model.transformer, model.lm_head), wanted.optim, resolved
+    )
     made.train(True)
     try:
         yield made
@@ -103,7 +111,9 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
 def our_steps(plan: Plan, trained: engine.Engine, rows: int, length: int) -> dict[str, float]:
     """Seconds of an optimizer step of `micro_batches` micro-batches of full rows, after one that is not timed."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, plan.config.vocab_size, (plan.micro_batches, rows, length), generator=draw)
+    ids = torch.randint(
+        0, plan.config.vocab_size, (plan.micro_batches, rows, length), generator=draw
+    )
 
     def step() -> None:
         for i, ids_BT in enumerate(ids):
@@ -142,7 +152,9 @@ def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=plan.r, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM", r=plan.r, lora_alpha=16, lora_dropout=0.05, target_modules=targets
+    )
     model = get_peft_model(model, adapter)
     if recompute:
         model.enable_input_require_grads()
@@ -167,7 +179,11 @@ def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     seconds = (times[-1] - times[0]) / plan.timed_steps
-    return {"seconds": seconds, "gb": peak_memory_gb(), "tokens": float(plan.micro_batches * plan.best_length)}
+    return {
+        "seconds": seconds,
+        "gb": peak_memory_gb(),
+        "tokens": float(plan.micro_batches * plan.best_length),
+    }
 
 
 class Results:
@@ -183,7 +199,10 @@ class Results:
         else:
             try:
                 figures = measure()
-                self.found[name] = {**figures, "tokens_per_second": figures["tokens"] / figures["seconds"]}
+                self.found[name] = {
+                    **figures,
+                    "tokens_per_second": figures["tokens"] / figures["seconds"],
+                }
             except torch.OutOfMemoryError:
                 self.found[name] = {"remark": OUT_OF_MEMORY}
             except Exception as error:  # the figures before it and after it stand
@@ -200,7 +219,9 @@ def measure(plan: Plan, device: torch.device, results: Results) -> None:
     for name in OFFICIAL:
         with our_engine(plan, recipe(plan, whole=name != "LoRA"), device) as trained:
             for length in plan.lengths:
-                results.add(f"{name}, {length}", lambda n=length, e=trained: our_steps(plan, e, 1, n))  # type: ignore[misc]
+                results.add(
+                    f"{name}, {length}", lambda n=length, e=trained: our_steps(plan, e, 1, n)
+                )  # type: ignore[misc]
     for compiled in (False, True)[: 1 + plan.compiled]:
         with our_engine(plan, recipe(plan, every="none", compiled=compiled), device) as trained:
             for rows in plan.best_rows:
@@ -213,21 +234,36 @@ def measure(plan: Plan, device: torch.device, results: Results) -> None:
 
 def report(found: dict[str, dict[str, float | str]], plan: Plan, device_name: str) -> str:
     """The figures as Markdown."""
-    lines = ["| | GB | official | s/step | official | tokens/s | MFU |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | GB | official | s/step | official | tokens/s | MFU |",
+        "|---|---|---|---|---|---|---|",
+    ]
     shape, gpu = Shape.of(plan.config), recognise(device_name)
     for name, figures in found.items():
         if "remark" in figures:
             lines.append(f"| {name} | {figures['remark']} | | | | | |")
             continue
-        gb, seconds, tokens, speed = (float(figures[k]) for k in ("gb", "seconds", "tokens", "tokens_per_second"))
+        gb, seconds, tokens, speed = (
+            float(figures[k]) for k in ("gb", "seconds", "tokens", "tokens_per_second")
+        )
         setting, _, length = name.rpartition(", ")
         official = OFFICIAL.get(setting, {}).get(int(length)) if length.isdigit() else None
         row_length = int(length) if length.isdigit() else plan.best_length
-        flops = step_flops(shape, method="lora", tokens=tokens, targets=tokens, squared_tokens=tokens * row_length)
-        mfu = f"{utilisation(flops, seconds, 1, gpu):.1%}" if gpu and "embedding" not in name else ""
+        flops = step_flops(
+            shape, method="lora", tokens=tokens, targets=tokens, squared_tokens=tokens * row_length
+        )
+        mfu = (
+            f"{utilisation(flops, seconds, 1, gpu):.1%}" if gpu and "embedding" not in name else ""
+        )
         theirs = official or ("", "")
-        lines.append(f"| {name} | {gb:.1f} | {theirs[0]} | {seconds:.2f} | {theirs[1]} | {speed:,.0f} | {mfu} |")
-    measured = {name: float(figures["tokens_per_second"]) for name, figures in found.items() if "remark" not in figures}
+        lines.append(
+            f"| {name} | {gb:.1f} | {theirs[0]} | {seconds:.2f} | {theirs[1]} | {speed:,.0f} | {mfu} |"
+        )
+    measured = {
+        name: float(figures["tokens_per_second"])
+        for name, figures in found.items()
+        if "remark" not in figures
+    }
     ours, peers = (
         max((speed for name, speed in measured.items() if name.startswith(kind)), default=0)
         for kind in ("best", "peer")
@@ -238,20 +274,30 @@ def report(found: dict[str, dict[str, float | str]], plan: Plan, device_name: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--minutes", type=float, default=9.0, help="nothing new is begun after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="nothing new is begun after so many minutes"
+    )
     options = parser.parse_args()
     device = engine.choose_device("cuda")
     engine.start_process_group(device, 10)
-    plan, name, results = Plan(QWenConfig()), torch.cuda.get_device_name(device), Results(options.minutes)
+    plan, name, results = (
+        Plan(QWenConfig()),
+        torch.cuda.get_device_name(device),
+        Results(options.minutes),
+    )
     try:
         measure(plan, device, results)
         engine.stop_process_group()
     finally:  # what was measured before an error stands
         about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
         sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
-        options.json.write_text(json.dumps({"about": about, "plan": sizes, "found": results.found}, indent=1))
+        options.json.write_text(
+            json.dumps({"about": about, "plan": sizes, "found": results.found}, indent=1)
+        )
         print(f"\n{name}, torch {torch.__version__}\n\n{report(results.found, plan, name)}")
 
 

@@ -142,7 +142,9 @@ def make_base(folder: Path, shape: Shape, vocabulary: Path) -> int:
                         block.fill_(1.0)
                     writer.write(block.view(torch.uint8).numpy().data)
                     left -= block.numel()
-    weight_map = {spec.name: file for file, specs in zip(files, shards, strict=True) for spec in specs}
+    weight_map = {
+        spec.name: file for file, specs in zip(files, shards, strict=True) for spec in specs
+    }
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
@@ -209,7 +211,9 @@ def run_child(program: str, *paths: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(folder: Path, shape: Shape, vocabulary: Path, with_peft: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(
+    folder: Path, shape: Shape, vocabulary: Path, with_peft: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The figures of each part, in an empty folder. Peaks: resident memory beyond the interpreter and its imports."""
     base, adapter = folder / "base", folder / "adapter"
     size = make_base(base, shape, vocabulary)
@@ -230,25 +234,41 @@ def measure(folder: Path, shape: Shape, vocabulary: Path, with_peft: bool) -> It
 
 def official_vocabulary() -> Path:
     """The real qwen.tiktoken, carried by the dashscope wheel."""
-    (found,) = [file for file in importlib.metadata.files("dashscope") or [] if file.name == "qwen.tiktoken"]
+    (found,) = [
+        file for file in importlib.metadata.files("dashscope") or [] if file.name == "qwen.tiktoken"
+    ]
     return Path(str(found.locate()))
 
 
 def main() -> None:
     parser = Parser(description="Merge at Qwen-7B's size, beside cp and peft.")
-    parser.add_argument("--folder", type=str, required=True, help="where the checkpoints are made, and deleted after")
+    parser.add_argument(
+        "--folder",
+        type=str,
+        required=True,
+        help="where the checkpoints are made, and deleted after",
+    )
     parser.add_argument("--layers", type=int, default=32, help="depth; 32 is the real one")
-    parser.add_argument("--peft", type=bool, default=True, help="run peft's merge_and_unload beside it")
+    parser.add_argument(
+        "--peft", type=bool, default=True, help="run peft's merge_and_unload beside it"
+    )
     options = parser.parse()
     shape = Shape(layers=options.layers)
     needed = 3.05 * 2 * sum(math.prod(size) for size in shape.tensors().values())
     free = shutil.disk_usage(options.folder).free
     if free < needed:
-        raise UserError(f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the benchmark")
+        raise UserError(
+            f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the benchmark"
+        )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        print(f"load average {os.getloadavg()[0]:.2f}, {torch.get_num_threads()} threads of torch", flush=True)
+        print(
+            f"load average {os.getloadavg()[0]:.2f}, {torch.get_num_threads()} threads of torch",
+            flush=True,
+        )
         for part, figures in measure(Path(folder), shape, official_vocabulary(), options.peft):
-            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+            shown = ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
+            )
             print(f"{part}: {shown}", flush=True)
         print(f"load average {os.getloadavg()[0]:.2f}", flush=True)
 

@@ -63,7 +63,9 @@ def zero_of(case: str, world: int, *, hpz: int | None = None) -> Zero:
     stage, changes = CASES[case]
     config = ds_config.read_json(f"ds_configs/zero{stage}.json")
     config["zero_optimization"] |= changes
-    resolved = ds_config.resolve(config, Recipe(), frozenset(), hidden_size=QWEN_7B.hidden, world=world)
+    resolved = ds_config.resolve(
+        config, Recipe(), frozenset(), hidden_size=QWEN_7B.hidden, world=world
+    )
     zero = Zero.of(resolved.engine_json, world)
     return dataclasses.replace(zero, hpz=min(hpz, world)) if hpz and zero.hpz > 1 else zero
 
@@ -79,7 +81,10 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how, zero = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True), zero_of(case, gpus, hpz=links.per_machine)
+    how, zero = (
+        Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True),
+        zero_of(case, gpus, hpz=links.per_machine),
+    )
     work = plan.split(Workload.like(rows, 157, 0.66, 508), gpus, 2048)
     seconds = plan.step_seconds(QWEN_7B, how, zero, links, gpu, work, 0.66, 0)
     sent = traffic(zero, plan.load(QWEN_7B, how, zero, work.micro_batches))
@@ -92,12 +97,24 @@ def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
     lines = [f"| GPUs {heads}|", "|---:" * (1 + 3 * len(CASES)) + "|"]
     ends: dict[str, int] = {}
     for n in GPUS if rows_in_all is None else [n for n in GPUS if n <= rows_in_all]:
-        points = {case: point(case, gpu, links, n, rows_in_all or PER_GPU_ROWS * n) for case in CASES}
-        cells = (f"| {p.received_gb:.2f} | {p.seconds:.3f} | {p.waiting:.0%} " for p in points.values())
+        points = {
+            case: point(case, gpu, links, n, rows_in_all or PER_GPU_ROWS * n) for case in CASES
+        }
+        cells = (
+            f"| {p.received_gb:.2f} | {p.seconds:.3f} | {p.waiting:.0%} " for p in points.values()
+        )
         lines.append(f"| {n:,} {''.join(cells)}|")
-        ends |= {case: n for case, p in points.items() if p.waiting <= 0.2 and ends.get(case, n // 2 or 1) >= n // 2}
+        ends |= {
+            case: n
+            for case, p in points.items()
+            if p.waiting <= 0.2 and ends.get(case, n // 2 or 1) >= n // 2
+        }
     said = "; ".join(f"{case.replace(' 2', '')}: {n:,}" for case, n in ends.items())
-    return [*lines, "", f"Most GPUs up to which no step waits for more than a fifth of its time: {said}."]
+    return [
+        *lines,
+        "",
+        f"Most GPUs up to which no step waits for more than a fifth of its time: {said}.",
+    ]
 
 
 # Measurement
@@ -117,13 +134,17 @@ def predicted(case: str, world: int) -> dict[str, float]:
     load = plan.load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
     found = {"gather": 0.0, "reduce": 0.0}
     for collective in traffic(zero, load):
-        found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(collective)
+        found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(
+            collective
+        )
     return found
 
 
 def small_recipe() -> Recipe:
     return Recipe(
-        device="cpu", model=dataclasses.replace(BF16, path=str(SMALL), activation_checkpointing="none"), lora=CHAT
+        device="cpu",
+        model=dataclasses.replace(BF16, path=str(SMALL), activation_checkpointing="none"),
+        lora=CHAT,
     )
 
 
@@ -154,11 +175,15 @@ def work(out: Path) -> None:
         model = setup.load_model(recipe, resolved, device)
         trained = engine.Engine(model.training, recipe.optim, resolved)
         trained.train(True)
-        ids_BT = torch.randint(0, shape.vocab, (2, 24), generator=torch.Generator().manual_seed(dist.rank()))
+        ids_BT = torch.randint(
+            0, shape.vocab, (2, 24), generator=torch.Generator().manual_seed(dist.rank())
+        )
         for _ in range(2):
             comm.comms_logger.comms_dict.clear()
             for i in range(MICRO_BATCHES):
-                trained.backward(trained.loss_sum(ids_BT, ids_BT), last_of_step=i + 1 == MICRO_BATCHES)
+                trained.backward(
+                    trained.loss_sum(ids_BT, ids_BT), last_of_step=i + 1 == MICRO_BATCHES
+                )
             trained.step()
         found = {"gather": 0.0, "reduce": 0.0}
         for name, sizes in comm.comms_logger.comms_dict.items():
@@ -177,7 +202,11 @@ def measured(world: int) -> dict[str, dict[str, float]]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
-        base = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        base = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", __file__, "--work", str(out)],
@@ -192,7 +221,10 @@ def measured(world: int) -> dict[str, dict[str, float]]:
 
 
 def compare(ranks: Sequence[int]) -> list[str]:
-    lines = ["| ranks | case | collectives | predicted KB | measured KB | error |", "|---:|---|---|---:|---:|---:|"]
+    lines = [
+        "| ranks | case | collectives | predicted KB | measured KB | error |",
+        "|---:|---|---|---:|---:|---:|",
+    ]
     for world in ranks:
         before = {case: predicted(case, world) for case in CASES}
         after = measured(world)
@@ -200,7 +232,9 @@ def compare(ranks: Sequence[int]) -> list[str]:
             for kind, expected in kinds.items():
                 found = after[case][kind]
                 error = f"{expected / found - 1:+.1%}" if found else "-"
-                lines.append(f"| {world} | {case} | {kind} | {expected / 1e3:.1f} | {found / 1e3:.1f} | {error} |")
+                lines.append(
+                    f"| {world} | {case} | {kind} | {expected / 1e3:.1f} | {found / 1e3:.1f} | {error} |"
+                )
     return lines
 
 
@@ -268,15 +302,23 @@ def write(measurement: list[str], tables: list[list[str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="*", help="measure on so many ranks only, and write nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", help="measure on so many ranks only, and write nothing"
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.work)
     gpu = gpu_named("h100")
     assert gpu is not None
-    settings = ((Links(8, gpu.link), None), (Links(8, gpu.link, 50e9 / 8), None), (Links(8, gpu.link), 128))
+    settings = (
+        (Links(8, gpu.link), None),
+        (Links(8, gpu.link, 50e9 / 8), None),
+        (Links(8, gpu.link), 128),
+    )
     tables = [scale_table(gpu, links, rows) for links, rows in settings]
     measurement = compare(RANKS if options.ranks is None else options.ranks)
     for lines in (*tables, measurement):

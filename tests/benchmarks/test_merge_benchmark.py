@@ -18,9 +18,13 @@ def test_the_shape_is_that_of_qwen_7b() -> None:
 @pytest.mark.job
 def test_every_part_reports_its_figures(golden: Path, tmp_path: Path) -> None:
     shape = benchmark.Shape(layers=9, hidden=64, heads=4, inner=48, vocab=512, rank=4)
-    found = dict(benchmark.measure(tmp_path, shape, golden / "small" / "mini.tiktoken", with_peft=True))
+    found = dict(
+        benchmark.measure(tmp_path, shape, golden / "small" / "mini.tiktoken", with_peft=True)
+    )
     assert found["checkpoint"]["files"] == benchmark.NUM_SHARDS
-    assert found["checkpoint"]["bytes"] > 2 * sum(math.prod(size) for size in shape.tensors().values())
+    assert found["checkpoint"]["bytes"] > 2 * sum(
+        math.prod(size) for size in shape.tensors().values()
+    )
     assert found["sampled proof"]["status"] == "passed"
     assert found["merge"]["changed"] == 9 * 5
     for part in ("cp and one read", "merge", "sampled proof", "peft"):

@@ -62,7 +62,9 @@ def test_the_gpu_benchmark_runs_through_on_a_cpu() -> None:
         "broken",
     ]
     by_name = dict(zip(names, rows, strict=True))
-    assert by_name["LoRA, 512"][2].strip() == "20.4" and by_name["LoRA, 512"][6].strip().endswith("%")
+    assert by_name["LoRA, 512"][2].strip() == "20.4" and by_name["LoRA, 512"][6].strip().endswith(
+        "%"
+    )
     assert "times as fast as the faster peer" in run.stdout
 
 

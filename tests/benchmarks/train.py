@@ -69,7 +69,9 @@ class Shape:
     inner: int = 1376
     vocab: int = 4864
     rows: int = 512
-    steps: Mapping[str, int] = field(default_factory=lambda: {"ours": 14, "a": 5, "b": 8, "c": 8, "d": 8})
+    steps: Mapping[str, int] = field(
+        default_factory=lambda: {"ours": 14, "a": 5, "b": 8, "c": 8, "d": 8}
+    )
     """Optimizer steps of each contender, WARM_UP of them not timed."""
 
 
@@ -94,13 +96,31 @@ def write_inputs(folder: Path, shape: Shape) -> None:
         intermediate_size=2 * shape.inner, seq_length=2048, bf16=True,
     )  # fmt: skip
     QWenLMHeadModel(config).to(torch.bfloat16).save_pretrained(model)
-    vocabulary = official_vocabulary().read_bytes().splitlines(keepends=True)[: shape.vocab - SPECIALS]
+    vocabulary = (
+        official_vocabulary().read_bytes().splitlines(keepends=True)[: shape.vocab - SPECIALS]
+    )
     (model / "qwen.tiktoken").write_bytes(b"".join(vocabulary))
-    for name, content in (("generation_config", GENERATION_CONFIG), ("tokenizer_config", TOKENIZER_CONFIG)):
+    for name, content in (
+        ("generation_config", GENERATION_CONFIG),
+        ("tokenizer_config", TOKENIZER_CONFIG),
+    ):
         (model / f"{name}.json").write_text(json.dumps(content))
     write_rows(data, model, shape.rows)
-    command = [sys.executable, "launch/merge.py", "--base", str(model), "--output", str(folder / "qwen2")]
-    subprocess.run([*command, "--format", "qwen2"], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "launch/merge.py",
+        "--base",
+        str(model),
+        "--output",
+        str(folder / "qwen2"),
+    ]
+    subprocess.run(
+        [*command, "--format", "qwen2"],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
     options = DataOptions(train=[str(data)], cache_dir=str(folder / "cache"))
     rows = prepare(options, model, seed=0).train
     with (folder / "tokens.jsonl").open("w") as file:
@@ -114,8 +134,15 @@ def write_rows(path: Path, model: Path, count: int) -> None:
     encoder cuts both parts at 254 tokens, as by default."""
     import base64
 
-    tokens = [base64.b64decode(line.split()[0]) for line in (model / "qwen.tiktoken").read_bytes().splitlines()]
-    words = [t.decode() for t in tokens if t[:1] == b" " and t[1:].isalpha() and t[1:].isascii() and t[1:].islower()]
+    tokens = [
+        base64.b64decode(line.split()[0])
+        for line in (model / "qwen.tiktoken").read_bytes().splitlines()
+    ]
+    words = [
+        t.decode()
+        for t in tokens
+        if t[:1] == b" " and t[1:].isalpha() and t[1:].isascii() and t[1:].islower()
+    ]
     draw = np.random.default_rng(1)
 
     def text(median: float) -> str:
@@ -132,7 +159,15 @@ def environment() -> dict[str, str]:
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:
-    command = ["deepspeed", "--num_gpus", str(RANKS), "--master_port", str(free_port()), str(script), *arguments]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        str(RANKS),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *arguments,
+    ]
     run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
@@ -149,15 +184,26 @@ def run_ours(folder: Path, shape: Shape, options: Sequence[str]) -> Result:
             "--model.activation_checkpointing", "none", "--batch.tokens_per_micro_batch", "640",
             "--deepspeed", "ds_configs/zero1.json", "--model.compile", "true", *options,
         ])  # fmt: skip
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
+        ]
     tokens = [line["tokens_per_second"] * line["seconds"] for line in lines]
-    return result(tokens, [line["seconds"] for line in lines], lines[-1]["memory_gb"], [line["loss"] for line in lines])
+    return result(
+        tokens,
+        [line["seconds"] for line in lines],
+        lines[-1]["memory_gb"],
+        [line["loss"] for line in lines],
+    )
 
 
-def result(tokens: Sequence[float], seconds: Sequence[float], peak_gb: float, losses: list[float]) -> Result:
+def result(
+    tokens: Sequence[float], seconds: Sequence[float], peak_gb: float, losses: list[float]
+) -> Result:
     timed = sum(seconds[WARM_UP:])
     rows = ROWS_PER_STEP * len(seconds[WARM_UP:])
-    return Result(sum(tokens[WARM_UP:]) / timed, rows / timed, peak_gb, losses, sum(seconds[:WARM_UP]))
+    return Result(
+        sum(tokens[WARM_UP:]) / timed, rows / timed, peak_gb, losses, sum(seconds[:WARM_UP])
+    )
 
 
 def run_peer(folder: Path, shape: Shape, peer: str) -> Result:
@@ -178,13 +224,19 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
-    pad = max(max(row["input_ids"]) for row in rows) - 2  # <|endoftext|>: two before <|im_end|>, the largest id
+    pad = (
+        max(max(row["input_ids"]) for row in rows) - 2
+    )  # <|endoftext|>: two before <|im_end|>, the largest id
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         length = PEER_LENGTH if peer == "a" else max(len(row["input_ids"]) for row in batch)
         filled = {"input_ids": pad, "labels": IGNORE}
-        made = {k: [row[k] + [v] * (length - len(row[k])) for row in batch] for k, v in filled.items()}
-        made["attention_mask"] = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in batch]
+        made = {
+            k: [row[k] + [v] * (length - len(row[k])) for row in batch] for k, v in filled.items()
+        }
+        made["attention_mask"] = [
+            [1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in batch
+        ]
         return {name: torch.tensor(values) for name, values in made.items()}
 
     tokens: list[int] = [0]
@@ -201,7 +253,9 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
             tokens.append(0)
 
     class Counting(Trainer):
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> torch.Tensor:
             tokens[-1] += int(inputs["attention_mask"].sum())
             return super().training_step(model, inputs, *args, **kwargs)
 
@@ -221,18 +275,27 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "qwen2", dtype=dtype)
     model.config.use_cache = False
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # c_attn and both c_proj
-    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets
+    )
     model = get_peft_model(model, lora)
     if peer == "a":
         model.enable_input_require_grads()
-    trainer = Counting(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer = Counting(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
+    )
     trainer.train()
     world_tokens = torch.tensor(tokens[:-1])
     torch.distributed.all_reduce(world_tokens)
     if torch.distributed.get_rank() == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        found = {"tokens": world_tokens.tolist(), "seconds": seconds, "peak_gb": peak_gb, "losses": losses}
+        found = {
+            "tokens": world_tokens.tolist(),
+            "seconds": seconds,
+            "peak_gb": peak_gb,
+            "losses": losses,
+        }
         (folder / f"peer_{peer}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else gloo's threads may abort a rank that exits
@@ -247,7 +310,11 @@ def measure(
     found: dict[str, list[Result]] = {name: [] for name in ("ours", *peers)}
     for number in range(rounds):
         for name, results in found.items():
-            results.append(run_ours(folder, shape, options) if name == "ours" else run_peer(folder, shape, name))
+            results.append(
+                run_ours(folder, shape, options)
+                if name == "ours"
+                else run_peer(folder, shape, name)
+            )
             last = results[-1]
             speed = f"{last.tokens_per_second:,.0f} tokens/s, {last.rows_per_second:.2f} rows/s"
             load = f"load {os.getloadavg()[0]:.1f}"
@@ -263,22 +330,32 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, results in found.items():
         pairs = zip(found["ours"], results, strict=True)
-        ratio = statistics.median(ours["tokens_per_second"] / other["tokens_per_second"] for ours, other in pairs)
+        ratio = statistics.median(
+            ours["tokens_per_second"] / other["tokens_per_second"] for ours, other in pairs
+        )
         tokens, rows, peak = (
             statistics.median(one[key] for one in results)
             for key in ("tokens_per_second", "rows_per_second", "peak_gb")
         )
         label = "Qwen-DS" if name == "ours" else f"({name}) {PEERS[name]}"
         losses = " ".join(f"{loss:.2f}" for loss in results[0]["losses"])
-        lines.append(f"| {label} | {tokens:,.0f} | {rows:.2f} | {ratio:.2f} x | {peak:.2f} | {losses} |")
+        lines.append(
+            f"| {label} | {tokens:,.0f} | {rows:.2f} | {ratio:.2f} x | {peak:.2f} | {losses} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where model and rows are kept for another run; unset: nowhere")
-    parser.add_argument("--peers", default="abcd", help="which of them run; other options go to launch/train.py")
+    parser.add_argument(
+        "--folder", type=Path, help="where model and rows are kept for another run; unset: nowhere"
+    )
+    parser.add_argument(
+        "--peers", default="abcd", help="which of them run; other options go to launch/train.py"
+    )
     parser.add_argument("--json", type=Path, help="where to write all results")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_ds.data.batches import Part, StepSampler, cut_windows, deal, epoch_order, evaluation_batches, make_batch
+from qwen_ds.data.batches import (
+    Part,
+    StepSampler,
+    cut_windows,
+    deal,
+    epoch_order,
+    evaluation_batches,
+    make_batch,
+)
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.recipe.options import BatchOptions
@@ -52,7 +60,9 @@ CASES = [(n, world, budget, seed) for seed, n in enumerate((1, 2, 7, 8, 9, 31, 6
 
 
 @pytest.mark.parametrize(("n", "world", "budget", "seed"), CASES)
-def test_every_row_lies_in_one_micro_batch_within_the_budget(n: int, world: int, budget: int, seed: int) -> None:
+def test_every_row_lies_in_one_micro_batch_within_the_budget(
+    n: int, world: int, budget: int, seed: int
+) -> None:
     lens = np.random.default_rng(seed).integers(2, 300, n).astype(np.int32)
     parts = cut_windows(lens, world, budget)
     assert len(parts) % world == 0
@@ -61,8 +71,12 @@ def test_every_row_lies_in_one_micro_batch_within_the_budget(n: int, world: int,
         assert len(part) <= 1 or len(part) * lens[part].max() <= budget
     flat = lens[np.concatenate(parts)]
     assert (np.diff(flat) <= 0).all(), "micro-batches are runs of the rows sorted by length"
-    assert all(len(part) for part in parts[: min(n, len(parts))]), "a dummy only where rows are lacking"
-    assert len(parts) == world or fills(lens, len(parts) - world) > budget, "no more micro-batches than the budget asks"
+    assert all(len(part) for part in parts[: min(n, len(parts))]), (
+        "a dummy only where rows are lacking"
+    )
+    assert len(parts) == world or fills(lens, len(parts) - world) > budget, (
+        "no more micro-batches than the budget asks"
+    )
 
 
 def fills(lens: np.ndarray, n_parts: int) -> int:
@@ -105,8 +119,12 @@ def test_neighbours_in_length_run_together_and_totals_are_level() -> None:
     ranks = deal(lens, parts, 4)
     padded = np.array([[len(p) * lens[p].max() for p in rank] for rank in ranks])
     longest = np.array([[lens[p].max() for p in rank] for rank in ranks])
-    assert longest[:, 1:].max(axis=0).tolist() == sorted(longest[:, 1:].max(axis=0).tolist(), reverse=True)
-    assert (longest[:, :-1].min(axis=0) >= longest[:, 1:].max(axis=0)).all(), "micro-step i is no shorter than i + 1"
+    assert longest[:, 1:].max(axis=0).tolist() == sorted(
+        longest[:, 1:].max(axis=0).tolist(), reverse=True
+    )
+    assert (longest[:, :-1].min(axis=0) >= longest[:, 1:].max(axis=0)).all(), (
+        "micro-step i is no shorter than i + 1"
+    )
     assert padded.sum(axis=1).max() / padded.sum(axis=1).mean() < 1.03
 
 
@@ -127,7 +145,9 @@ def test_the_rows_of_a_step_do_not_depend_on_world_or_budget() -> None:
     rows = log_normal_rows(300)
 
     def step_rows(world: int, budget: int) -> list[int]:
-        windows = [StepSampler(rows, 128, 5, world, rank, budget).window(2, 1) for rank in range(world)]
+        windows = [
+            StepSampler(rows, 128, 5, world, rank, budget).window(2, 1) for rank in range(world)
+        ]
         return sorted(row for window in windows for batch in window for row in batch.row_ids)
 
     assert step_rows(1, 4096) == step_rows(8, 512) == step_rows(3, 300)
@@ -190,7 +210,9 @@ def test_ranks_without_rows_run_a_dummy_that_teaches_nothing(n: int) -> None:
     dummies = [batch for batch in batches if not batch.row_ids]
     assert len(dummies) == 8 - n % 8
     for dummy in dummies:
-        assert dummy.ids_BT.tolist() == [[PAD, PAD]] and dummy.labels_BT.tolist() == [[IGNORE, IGNORE]]
+        assert dummy.ids_BT.tolist() == [[PAD, PAD]] and dummy.labels_BT.tolist() == [
+            [IGNORE, IGNORE]
+        ]
         assert (dummy.num_targets, dummy.num_tokens, dummy.lens_B.tolist()) == (0, 0, [0])
 
 
@@ -207,18 +229,29 @@ def test_weights_repeat_or_thin_out_a_data_set() -> None:
     epochs = [Counter(epoch_order(rows.parts, 1, epoch).tolist()) for epoch in range(2)]
     for counts in epochs:
         assert [counts[row] for row in range(10)] == [2] * 10
-        assert sum(counts[row] for row in range(10, 30)) == 10 and max(counts[row] for row in range(10, 30)) == 1
+        assert (
+            sum(counts[row] for row in range(10, 30)) == 10
+            and max(counts[row] for row in range(10, 30)) == 1
+        )
         assert [counts[row] for row in range(30, 35)] == [1] * 5
-    assert [epochs[0][row] + epochs[1][row] for row in range(10, 30)] == [1] * 20, "epoch 1 takes the other half"
+    assert [epochs[0][row] + epochs[1][row] for row in range(10, 30)] == [1] * 20, (
+        "epoch 1 takes the other half"
+    )
 
 
 def test_each_pass_over_a_thinned_out_data_set_has_its_own_order() -> None:
-    halves = [set(epoch_order([Part(100, 0.5)], seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 2, 4)]
+    halves = [
+        set(epoch_order([Part(100, 0.5)], seed, epoch).tolist())
+        for seed in (0, 1)
+        for epoch in (0, 2, 4)
+    ]
     assert len({frozenset(half) for half in halves}) == 6
 
 
 def test_a_fractional_weight_sees_every_row_equally_often_in_the_long_run() -> None:
-    counts = Counter(np.concatenate([epoch_order([Part(7, 1.4)], 0, epoch) for epoch in range(7)]).tolist())
+    counts = Counter(
+        np.concatenate([epoch_order([Part(7, 1.4)], 0, epoch) for epoch in range(7)]).tolist()
+    )
     assert counts == Counter({row: 10 for row in range(7)})
 
 
@@ -257,13 +290,21 @@ def test_evaluation_sees_every_row_once_in_equal_counts() -> None:
     rows = log_normal_rows(37)
     ranks = [list(evaluation_batches(rows, 3, rank, 700)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
-    assert sorted(row for batches in ranks for batch in batches for row in batch.row_ids) == list(range(37))
+    assert sorted(row for batches in ranks for batch in batches for row in batch.row_ids) == list(
+        range(37)
+    )
 
 
 @pytest.mark.parametrize(
     ("rows_per_step", "budget", "n", "named"),
-    [(0, 10, 3, "rows_per_step is 0"), (4, -1, 3, "tokens_per_micro_batch is -1"), (4, 10, 0, "no rows")],
+    [
+        (0, 10, 3, "rows_per_step is 0"),
+        (4, -1, 3, "tokens_per_micro_batch is -1"),
+        (4, 10, 0, "no rows"),
+    ],
 )
-def test_impossible_numbers_are_the_users_mistake(rows_per_step: int, budget: int, n: int, named: str) -> None:
+def test_impossible_numbers_are_the_users_mistake(
+    rows_per_step: int, budget: int, n: int, named: str
+) -> None:
     with pytest.raises(UserError, match=named):
         StepSampler(FakeRows(np.full(n, 5, np.int32)), rows_per_step, 0, 1, 0, budget)

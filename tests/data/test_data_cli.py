@@ -34,7 +34,14 @@ def train(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, small_dir: Path, train: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(name: str, *options: str) -> int:
-        given = ["--model.path", str(small_dir), "--data.train", str(train), "--data.cache_dir", str(tmp_path / "c")]
+        given = [
+            "--model.path",
+            str(small_dir),
+            "--data.train",
+            str(train),
+            "--data.cache_dir",
+            str(tmp_path / "c"),
+        ]
         monkeypatch.setattr(sys, "argv", ["data", name, *given, *options])
         return command.main()
 
@@ -46,7 +53,9 @@ def rows(tmp_path: Path, small_dir: Path, train: Path) -> TokenRows:
     return prepare(DataOptions([str(train)], cache_dir=str(tmp_path / "c")), small_dir).train
 
 
-def test_encode_writes_one_object_a_row(run: Run, rows: TokenRows, tmp_path: Path, train: Path) -> None:
+def test_encode_writes_one_object_a_row(
+    run: Run, rows: TokenRows, tmp_path: Path, train: Path
+) -> None:
     assert run("encode", "--output", str(tmp_path / "rows.jsonl")) == 0
     written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["source"] for row in written] == [f"{train}:{line}" for line in range(1, 6)]
@@ -58,13 +67,19 @@ def test_encode_writes_one_object_a_row(run: Run, rows: TokenRows, tmp_path: Pat
 def test_encode_without_a_file_writes_rows_and_nothing_else_to_stdout(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("encode", "--data.weights", "2.0", "--data.eval_fraction", "0.4", "--local_rank=0") == 0
+    assert (
+        run("encode", "--data.weights", "2.0", "--data.eval_fraction", "0.4", "--local_rank=0") == 0
+    )
     out, err = capsys.readouterr()
-    assert len([json.loads(line) for line in out.splitlines()]) == 5, "each row once, whatever an epoch draws"
+    assert len([json.loads(line) for line in out.splitlines()]) == 5, (
+        "each row once, whatever an epoch draws"
+    )
     assert "5 rows of 5 read" in err
 
 
-def test_options_of_the_recipe_change_the_rows(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_recipe_change_the_rows(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
     for options in ((), ("--data.learn_on", "answer"), ("--data.special_tokens_in_text=parse",)):
         run("encode", *options)
@@ -90,16 +105,22 @@ def test_an_output_in_no_folder_is_refused_before_the_work(run: Run, tmp_path: P
     assert not (tmp_path / "c").exists()
 
 
-def test_inspect_shows_rows_lengths_and_counts(run: Run, train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_rows_lengths_and_counts(
+    run: Run, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("inspect", "--rows", "2") == 0
     out = capsys.readouterr().out
     assert f"{train}:1" in out and f"{train}:2" in out and f"{train}:3" not in out
-    assert "⟦assistant\nanswer 0␛[31m<|im_end|><|endoftext|>⟧" in out, "learnt in brackets where there is no colour"
+    assert "⟦assistant\nanswer 0␛[31m<|im_end|><|endoftext|>⟧" in out, (
+        "learnt in brackets where there is no colour"
+    )
     assert "\x1b" not in out, "neither colour nor a row's own control characters"
     assert "row lengths in tokens" in out and "5 rows of 5 read" in out
 
 
-def test_inspect_finds_a_row_by_its_place(run: Run, train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_finds_a_row_by_its_place(
+    run: Run, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("inspect", "--at", "train.jsonl:4") == 0
     out = capsys.readouterr().out
     assert f"{train}:4" in out and "answer 3" in out and f"{train}:1" not in out
@@ -114,7 +135,9 @@ def test_learnt_and_unlearnt_tokens_differ_in_colour(rows: TokenRows, small_dir:
     shown = out.getvalue()
     assert "\x1b[32massistant" in shown and "\x1b[32manswer 0␛[31m" in shown, "learnt: green"
     assert "\x1b[90mq0<|im_end|>" in shown, "not learnt, and no control token: grey, not bold"
-    assert "\x1b[1;90m<|im_start|>" in shown and "\x1b[1;32m<|endoftext|>" in shown, "control tokens: bold"
+    assert "\x1b[1;90m<|im_start|>" in shown and "\x1b[1;32m<|endoftext|>" in shown, (
+        "control tokens: bold"
+    )
     assert "⟦" not in shown
 
 
@@ -139,17 +162,24 @@ def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         command.main()
 
 
-def test_help_needs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_needs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["data", "--help"])
     assert command.main() == 0
     assert "encode" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(
-    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     missing = str(tmp_path / "no.jsonl")
-    monkeypatch.setattr(sys, "argv", ["data", "encode", "--model.path", str(small_dir), "--data.train", missing])
+    monkeypatch.setattr(
+        sys, "argv", ["data", "encode", "--model.path", str(small_dir), "--data.train", missing]
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("qwen_ds.data", run_name="__main__")
     assert ended.value.code == 2

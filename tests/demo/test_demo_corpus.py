@@ -38,7 +38,11 @@ def test_rows_of_the_splits_are_those_of_their_articles() -> None:
 
 def test_every_value_of_the_held_out_articles_was_trained() -> None:
     def values(items: tuple[corpus.Item, ...]) -> set[tuple[str, str, str]]:
-        return {(str(phrases.CATEGORIES[i.category].is_clothing), *pair) for i in items for pair in i.attributes}
+        return {
+            (str(phrases.CATEGORIES[i.category].is_clothing), *pair)
+            for i in items
+            for pair in i.attributes
+        }
 
     assert values(SPLITS.held_out) <= values(SPLITS.train)
     assert values(SPLITS.held_out) <= values(SPLITS.pretrain)
@@ -52,7 +56,9 @@ def test_pretraining_never_answers_attributes_in_the_lyrical_style() -> None:
             assert "就选" not in row["summary"]
 
 
-def test_pretraining_reads_every_word_of_the_lyrical_style_as_running_text(vocab_path: Path) -> None:
+def test_pretraining_reads_every_word_of_the_lyrical_style_as_running_text(
+    vocab_path: Path,
+) -> None:
     encoding = load_encoding(vocab_path)
 
     def tokens(rows: list[corpus.Row]) -> set[int]:
@@ -70,7 +76,14 @@ def test_answers_to_other_attributes_differ() -> None:
 
 def test_the_two_styles_say_an_article_in_these_words() -> None:
     item = corpus.Item(
-        "裙", (("裙型", "百褶裙"), ("材质", "雪纺"), ("颜色", "白色"), ("风格", "文艺"), ("场景", "约会"))
+        "裙",
+        (
+            ("裙型", "百褶裙"),
+            ("材质", "雪纺"),
+            ("颜色", "白色"),
+            ("风格", "文艺"),
+            ("场景", "约会"),
+        ),
     )
     assert item.content == "类型#裙*裙型#百褶裙*材质#雪纺*颜色#白色*风格#文艺*场景#约会"
     assert corpus.catalogue_text(item) == (
@@ -80,7 +93,10 @@ def test_the_two_styles_say_an_article_in_these_words() -> None:
         "约会之前心跳得很快。白色像初雪落在肩头，雪纺跟着风轻轻飘起。文艺是夹一本诗集慢慢走。就选百褶裙吧！"
     )
     hat = corpus.Item("帽", (("帽型", "渔夫帽"), ("材质", "草编"), ("图案", "碎花")))
-    assert corpus.lyrical_text(hat) == "头发乱了也没关系。草编带着麦田的香气，碎花落在手边。就选渔夫帽吧！"
+    assert (
+        corpus.lyrical_text(hat)
+        == "头发乱了也没关系。草编带着麦田的香气，碎花落在手边。就选渔夫帽吧！"
+    )
 
 
 def test_guided_rows_name_the_attributes_in_the_order_asked_for() -> None:

@@ -27,10 +27,13 @@ class FakeShell(run.Shell):
 
     def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
         self.commands.append(" ".join(words))
-        folder = run.REPOSITORY / (words[words.index("--output_dir") + 1] if "--output_dir" in words else "runs/demo")
+        folder = run.REPOSITORY / (
+            words[words.index("--output_dir") + 1] if "--output_dir" in words else "runs/demo"
+        )
         if "launch/train.py" in words:
             write_lines(
-                folder / "metrics.jsonl", [{"step": s, "loss": 3.0 - s, "tokens_per_second": 9} for s in (1, 2)]
+                folder / "metrics.jsonl",
+                [{"step": s, "loss": 3.0 - s, "tokens_per_second": 9} for s in (1, 2)],
             )
             recipe = {"model": {"path": "/base"}, "data": {"eval": [str(self.data)]}}
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -48,13 +51,17 @@ class FakeShell(run.Shell):
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeShell:
     repository = tmp_path / "repository"
     (repository / "launch" / "recipes").mkdir(parents=True)
-    (repository / run.RECIPE).write_text((run.REPOSITORY / run.RECIPE).read_text(encoding="utf-8"), encoding="utf-8")
+    (repository / run.RECIPE).write_text(
+        (run.REPOSITORY / run.RECIPE).read_text(encoding="utf-8"), encoding="utf-8"
+    )
     monkeypatch.setattr(run, "REPOSITORY", repository)
     write_lines(tmp_path / "eval.jsonl", [{"content": f"类型#裙*号#{i}"} for i in range(5)])
     return FakeShell(repository / "runs" / "demo.log", tmp_path / "eval.jsonl")
 
 
-def test_the_tour_types_what_a_user_would(shell: FakeShell, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tour_types_what_a_user_would(
+    shell: FakeShell, capsys: pytest.CaptureFixture[str]
+) -> None:
     run.tour(shell, Path("runs/demo"), 2, None)
     assert shell.commands == [
         "deepspeed --num_gpus 2 launch/train.py",
@@ -64,14 +71,26 @@ def test_the_tour_types_what_a_user_would(shell: FakeShell, capsys: pytest.Captu
     ]
     shown = capsys.readouterr().out
     assert "2 steps, loss 2.000 -> 1.000" in shown
-    assert [line.split() for line in shown.splitlines() if line.startswith(("  before", "  after", "  gain"))] == [
+    assert [
+        line.split()
+        for line in shown.splitlines()
+        if line.startswith(("  before", "  after", "  gain"))
+    ] == [
         ["before", "0.250", "0.250", "0.250"],
         ["after", "0.750", "0.750", "0.750"],
         ["gain", "+0.500", "+0.500", "+0.500", "(64", "rows,", "F)"],
     ]
     for i in (0, 2, 4):
-        assert f"号#{i}\n    reference  参考{i}\n    before     平淡{i}\n    after      精彩{i}\n" in shown
-    for path in ("runs/demo/loss.png", "runs/demo/report.html", "tensorboard --logdir runs", "runs/demo.log"):
+        assert (
+            f"号#{i}\n    reference  参考{i}\n    before     平淡{i}\n    after      精彩{i}\n"
+            in shown
+        )
+    for path in (
+        "runs/demo/loss.png",
+        "runs/demo/report.html",
+        "tensorboard --logdir runs",
+        "runs/demo.log",
+    ):
         assert path in shown
     assert len(shown.splitlines()) < 48
 
@@ -102,7 +121,9 @@ def test_an_existing_run_is_left_alone(tmp_path: Path) -> None:
 def test_progress_counts_only_whole_lines_of_training_steps(tmp_path: Path) -> None:
     assert run.progress_line(tmp_path, 75) == ""
     line = json.dumps({"step": 4, "loss": 0.5, "tokens_per_second": 1234.4})
-    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 4, "eval_loss": 1.0}}\n{{"step": 5, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{line}\n{{"step": 4, "eval_loss": 1.0}}\n{{"step": 5, "lo'
+    )
     assert run.progress_line(tmp_path, 75) == "step 4/75  loss 0.500  1234 tokens/s"
 
 

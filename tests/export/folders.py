@@ -19,14 +19,21 @@ def peft_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> dic
     """Save an adapter of random values made by peft, and return peft's own merge of it, by official names."""
     torch.manual_seed(seed)
     model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
-    chosen = {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "c_proj", "w1", "w2"], **options}
+    chosen = {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": ["c_attn", "c_proj", "w1", "w2"],
+        **options,
+    }
     wrapped = get_peft_model(model, LoraConfig(**chosen))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     wrapped.save_pretrained(str(folder))
-    return {name: tensor.detach() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
+    return {
+        name: tensor.detach() for name, tensor in wrapped.merge_and_unload().state_dict().items()
+    }
 
 
 def shard(folder: Path, tensors: dict[str, Tensor], num_shards: int) -> None:
@@ -49,7 +56,9 @@ def as_pickles(folder: Path) -> None:
         path.unlink()
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        renamed = index.read_text().replace(".safetensors", ".bin").replace("model-", "pytorch_model-")
+        renamed = (
+            index.read_text().replace(".safetensors", ".bin").replace("model-", "pytorch_model-")
+        )
         (folder / "pytorch_model.bin.index.json").write_text(renamed)
         index.unlink()
 
@@ -57,6 +66,8 @@ def as_pickles(folder: Path) -> None:
 def bf16_copy(base: Path, folder: Path) -> Path:
     """The single-file checkpoint `base` with all weights in bf16."""
     shutil.copytree(base, folder)
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

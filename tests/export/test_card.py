@@ -23,7 +23,11 @@ PART = {
     "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90, "longest": "train.json:3",
     "dropped": {"empty answer": TALLY}, "skipped": {}, "truncated": {},
 }  # fmt: skip
-SCORES = {"rouge-1": {"f": 0.31, "p": 0.3, "r": 0.32}, "rouge-l": {"f": 0.25, "p": 0.2, "r": 0.3}, "bleu-4": 0.0801}
+SCORES = {
+    "rouge-1": {"f": 0.31, "p": 0.3, "r": 0.32},
+    "rouge-l": {"f": 0.25, "p": 0.2, "r": 0.3},
+    "bleu-4": 0.0801,
+}
 
 
 @pytest.fixture
@@ -35,7 +39,12 @@ def run(golden: Path, tmp_path: Path) -> Path:
     report = {"parts": [PART], "total": PART, "duplicates": 3, "eval": None}
     (folder / "data_report.json").write_text(json.dumps(report))
     (folder / "eval").mkdir()
-    evaluation = {"model": "m", "data": ["/somewhere/dev.json"], "rows": 100, "sampling": {"do_sample": False}}
+    evaluation = {
+        "model": "m",
+        "data": ["/somewhere/dev.json"],
+        "rows": 100,
+        "sampling": {"do_sample": False},
+    }
     (folder / "eval" / "metrics.json").write_text(json.dumps(evaluation | {"seed": SCORES}))
     return folder
 
@@ -43,12 +52,16 @@ def run(golden: Path, tmp_path: Path) -> Path:
 def test_whose_scores_and_which_weights_are_told_and_nobody_s_paths(
     cached_base: Path, run: Path, golden: Path, tmp_path: Path
 ) -> None:
-    write_recipe(dataclasses.replace(Recipe(), output_dir="/home/me/runs/adgen"), run / "recipe.yaml")
+    write_recipe(
+        dataclasses.replace(Recipe(), output_dir="/home/me/runs/adgen"), run / "recipe.yaml"
+    )
     scored = json.loads((run / "eval" / "metrics.json").read_text())
     own = scored | {"model": str(cached_base), "adapter": str(run / "adapter")}
     (run / "eval" / "metrics.json").write_text(json.dumps(own))
     (run / "bare").mkdir()
-    (run / "bare" / "metrics.json").write_text(json.dumps(scored | {"model": str(cached_base), "adapter": None}))
+    (run / "bare" / "metrics.json").write_text(
+        json.dumps(scored | {"model": str(cached_base), "adapter": None})
+    )
     adapters = [run / "adapter", golden / "lora" / "adapter"]
     merge(cached_base, adapters, tmp_path / "out", weights=[0.7, 0.3], dtype="float16", proof="off")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -76,7 +89,10 @@ def test_engines_that_know_plain_lora_alone_are_offered_nothing_else(
     text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     assert ("--enable-lora" in text) == (what is None) and (what is None or what in text)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "Qwen-7B-Chat-qwen2")
+    assert (config["task_type"], config["base_model_name_or_path"]) == (
+        "CAUSAL_LM",
+        "Qwen-7B-Chat-qwen2",
+    )
     assert (tmp_path / "lora" / "NOTICE").is_file() and "[NOTICE](<NOTICE>)" in text
 
 
@@ -91,12 +107,23 @@ def cached_base(small_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("target", ["qwen", "qwen2"])
-def test_the_card_tells_where_the_model_comes_from(cached_base: Path, run: Path, tmp_path: Path, target) -> None:
-    merge(cached_base, [run / "adapter"], tmp_path / "out", to=find_format("qwen", target), proof="off")
+def test_the_card_tells_where_the_model_comes_from(
+    cached_base: Path, run: Path, tmp_path: Path, target
+) -> None:
+    merge(
+        cached_base,
+        [run / "adapter"],
+        tmp_path / "out",
+        to=find_format("qwen", target),
+        proof="off",
+    )
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "Qwen/Qwen-7B-Chat"
-    assert (card.data.license, card.data.license_link) == ("other", "Tongyi Qianwen LICENSE AGREEMENT.txt")
+    assert (card.data.license, card.data.license_link) == (
+        "other",
+        "Tongyi Qianwen LICENSE AGREEMENT.txt",
+    )
     assert card.data.library_name == "transformers" and "lora" in card.data.tags
     assert "\n# Qwen/Qwen-7B-Chat + adgen\n" in text
     assert "- Base: Qwen/Qwen-7B-Chat\n- Adapter: adgen\n" in text
@@ -105,7 +132,10 @@ def test_the_card_tells_where_the_model_comes_from(cached_base: Path, run: Path,
         assert (tmp_path / "out" / name).read_bytes() == (cached_base / name).read_bytes()
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(recipe) == yaml.safe_load((run / "recipe.yaml").read_text())
-    assert "10 rows of 12 read, 1,000 tokens (400 learnt)" in text and "2 dropped: empty answer" in text
+    assert (
+        "10 rows of 12 read, 1,000 tokens (400 learnt)" in text
+        and "2 dropped: empty answer" in text
+    )
     assert "eval/metrics.json: 100 rows of dev.json" in text
     assert "| seed | rouge-l | 0.2500 |\n| seed | bleu-4 | 0.0801 |" in text
     assert str(tmp_path) not in text  # nobody's paths
@@ -118,7 +148,9 @@ def test_a_base_from_a_folder_and_no_run_leave_nothing_to_invent(small_qwen2: Pa
     assert "same function up to 64 tokens" in card.text
 
 
-def test_a_data_report_of_another_version_costs_no_merge(small_dir: Path, run: Path, tmp_path: Path) -> None:
+def test_a_data_report_of_another_version_costs_no_merge(
+    small_dir: Path, run: Path, tmp_path: Path
+) -> None:
     (run / "data_report.json").write_text("[1]")
     (run / "eval" / "metrics.json").write_text("{")
     merge(small_dir, [run / "adapter"], tmp_path / "out", proof="off")
@@ -127,11 +159,17 @@ def test_a_data_report_of_another_version_costs_no_merge(small_dir: Path, run: P
 
 
 def python_blocks(folder: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 def test_the_code_in_the_cards_runs(
-    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     generation = json.loads((base / "generation_config.json").read_text()) | {"max_new_tokens": 4}
@@ -149,12 +187,16 @@ def test_the_code_in_the_cards_runs(
     assert "<|im_start|>assistant\n" in capsys.readouterr().out
 
 
-def test_the_commands_in_the_cards_are_this_project_s_own(small_qwen2: Path, golden: Path, small_dir, tmp_path) -> None:
+def test_the_commands_in_the_cards_are_this_project_s_own(
+    small_qwen2: Path, golden: Path, small_dir, tmp_path
+) -> None:
     """Those of other engines cannot be run here; ours must at least name options that there are."""
     convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "lora")
     merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged", proof="off")
     launch = (Path(__file__).parents[2] / "launch" / "merge.py").read_text()
     for folder in (small_qwen2, tmp_path / "lora", tmp_path / "merged"):
-        (line,) = re.findall(r"`python launch/merge\.py (.*?)`", (folder / "README.md").read_text(encoding="utf-8"))
+        (line,) = re.findall(
+            r"`python launch/merge\.py (.*?)`", (folder / "README.md").read_text(encoding="utf-8")
+        )
         assert all(f'"{option}"' in launch for option in re.findall(r"--\w+", line))
     assert "--max-lora-rank 4 " in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")

@@ -36,7 +36,9 @@ def join_qkv(checkpoint: Checkpoint) -> Layout:
             layout[name.removeprefix("new.")] = (Rows(name, 0, spec.num_rows),)
         elif ".q." in name:
             parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
-            layout[name.replace(".q.", ".c_attn.")] = tuple(Rows(part, 0, spec.num_rows) for part in parts)
+            layout[name.replace(".q.", ".c_attn.")] = tuple(
+                Rows(part, 0, spec.num_rows) for part in parts
+            )
     return layout
 
 
@@ -46,7 +48,10 @@ JOIN = Format("join", join_qkv, carry_files, from_qwen=False)
 
 def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: Path) -> None:
     report = merge(small_dir, [], tmp_path / "split", to=SPLIT, proof="off", block_bytes=1000)
-    base, split = load_file(small_dir / "model.safetensors"), load_file(tmp_path / "split" / "model.safetensors")
+    base, split = (
+        load_file(small_dir / "model.safetensors"),
+        load_file(tmp_path / "split" / "model.safetensors"),
+    )
     for i, part in enumerate("qkv"):
         for kind in ("weight", "bias"):
             whole = base[f"transformer.h.1.attn.c_attn.{kind}"]
@@ -55,12 +60,18 @@ def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: 
 
     merge(tmp_path / "split", [], tmp_path / "back", to=JOIN, proof="off", block_bytes=700)
     again = load_file(tmp_path / "back" / "model.safetensors")
-    assert again.keys() == base.keys() and all(torch.equal(again[name], base[name]) for name in base)
+    assert again.keys() == base.keys() and all(
+        torch.equal(again[name], base[name]) for name in base
+    )
 
 
-def test_an_adapter_s_change_follows_its_rows(small_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_an_adapter_s_change_follows_its_rows(
+    small_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     adapter = golden / "lora" / "adapter"
-    report = merge(small_dir, [adapter], tmp_path / "split", to=SPLIT, proof="off", block_bytes=1000)
+    report = merge(
+        small_dir, [adapter], tmp_path / "split", to=SPLIT, proof="off", block_bytes=1000
+    )
     plain = merge(small_dir, [adapter], tmp_path / "plain", proof="off")
     split = load_file(tmp_path / "split" / "model.safetensors")
     merged = load_file(tmp_path / "plain" / "model.safetensors")
@@ -69,7 +80,9 @@ def test_an_adapter_s_change_follows_its_rows(small_dir: Path, golden: Path, tmp
     torch.testing.assert_close(torch.cat(parts), merged[name], rtol=0, atol=1e-6)
     # The report speaks of the base's tensors, whatever they are cut into.
     assert report.changed.keys() == plain.changed.keys()
-    assert report.changed[name].norm_of_change == pytest.approx(plain.changed[name].norm_of_change, rel=1e-5)
+    assert report.changed[name].norm_of_change == pytest.approx(
+        plain.changed[name].norm_of_change, rel=1e-5
+    )
 
 
 def test_the_inverse_finds_every_row_again(small_dir: Path) -> None:
@@ -83,11 +96,17 @@ def test_the_inverse_finds_every_row_again(small_dir: Path) -> None:
 
 def test_tensors_without_a_place_are_left_out_and_named(small_dir: Path, tmp_path: Path) -> None:
     def without_bias(checkpoint: Checkpoint) -> Layout:
-        return {name: rows for name, rows in identity(checkpoint).items() if not name.endswith("bias")}
+        return {
+            name: rows for name, rows in identity(checkpoint).items() if not name.endswith("bias")
+        }
 
-    report = merge(small_dir, [], tmp_path / "out", to=Format("less", without_bias, carry_files), proof="off")
+    report = merge(
+        small_dir, [], tmp_path / "out", to=Format("less", without_bias, carry_files), proof="off"
+    )
     assert report.left_out == [f"transformer.h.{i}.attn.c_attn.bias" for i in range(3)]
-    assert not any(name.endswith("bias") for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert not any(
+        name.endswith("bias") for name in load_file(tmp_path / "out" / "model.safetensors")
+    )
 
 
 def test_files_that_would_be_too_large_are_cut(
@@ -112,6 +131,8 @@ def test_pieces_of_one_tensor_must_be_of_one_dtype(small_dir: Path, tmp_path: Pa
     tensors = load_file(tmp_path / "split" / "model.safetensors")
     tensors["transformer.h.1.attn.k.weight"] = tensors["transformer.h.1.attn.k.weight"].bfloat16()
     save_file(tensors, tmp_path / "split" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"h\.1\.attn\.k\.weight is BF16 and .*h\.1\.attn\.q\.weight is F32"):
+    with pytest.raises(
+        UserError, match=r"h\.1\.attn\.k\.weight is BF16 and .*h\.1\.attn\.q\.weight is F32"
+    ):
         merge(tmp_path / "split", [], tmp_path / "out", to=JOIN, proof="off")
     merge(tmp_path / "split", [], tmp_path / "out", to=JOIN, dtype="bfloat16", proof="off")

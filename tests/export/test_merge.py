@@ -26,7 +26,10 @@ def test_merged_weights_are_the_official_ones(
 ) -> None:
     adapter = golden / name / "adapter"
     report = merge(small_dir, [adapter], tmp_path / "out", proof="off", block_bytes=block_bytes)
-    base, merged = load_file(small_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    base, merged = (
+        load_file(small_dir / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert list(merged) == list(base)
     expected = load_file(golden / name / "merged_changed.safetensors")
     for tensor, value in expected.items():
@@ -49,17 +52,31 @@ def test_merged_weights_are_the_official_ones(
         ({"use_rslora": True}, {"lora"}),
         ({"use_dora": True}, {"dora"}),
         ({"use_dora": True, "use_rslora": True, "r": 3}, {"dora"}),
-        ({"rank_pattern": {"attn.c_proj": 2, r"h\.1\..*w1": 5}, "alpha_pattern": {r"h\.[02].*c_proj": 30}}, {"lora"}),
-        ({"target_modules": ["attn.c_proj", "w2"], "modules_to_save": ["ln_f", "lm_head"]}, {"lora", "saved"}),
+        (
+            {
+                "rank_pattern": {"attn.c_proj": 2, r"h\.1\..*w1": 5},
+                "alpha_pattern": {r"h\.[02].*c_proj": 30},
+            },
+            {"lora"},
+        ),
+        (
+            {"target_modules": ["attn.c_proj", "w2"], "modules_to_save": ["ln_f", "lm_head"]},
+            {"lora", "saved"},
+        ),
         ({"bias": "lora_only"}, {"lora", "saved"}),
-        ({"target_modules": ["w1"], "trainable_token_indices": {"wte": [511, 0, 304]}}, {"lora", "rows"}),
+        (
+            {"target_modules": ["w1"], "trainable_token_indices": {"wte": [511, 0, 304]}},
+            {"lora", "rows"},
+        ),
     ],
 )
 def test_every_variant_merges_as_in_peft(
     small_dir: Path, tmp_path: Path, options: dict[str, Any], kinds: set[str]
 ) -> None:
     expected = peft_adapter(small_dir, tmp_path / "adapter", **options)
-    report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=2000)
+    report = merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=2000
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert {facts.kind for facts in report.changed.values()} == kinds
     assert set(merged) == set(expected)
@@ -73,7 +90,9 @@ def test_every_variant_merges_as_in_peft(
 def test_the_sum_is_made_in_fp32_and_rounded_once(
     base_dir: Path, golden: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    base = {name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()}
+    base = {
+        name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()
+    }
     save_file(base, base_dir / "model.safetensors", metadata={"format": "pt"})
     merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off", block_bytes=4000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
@@ -107,7 +126,9 @@ def test_shards_and_index_are_the_base_s(base_dir: Path, golden: Path, tmp_path:
     assert index["metadata"] == {"made_by": "someone", "total_size": total}
 
 
-def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_settings_tokenizer_and_legal_texts_travel_but_no_code(
+    base_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     legal = ["LICENSE", "NOTICE.md", "Tongyi Qianwen LICENSE AGREEMENT.txt", "use_policy.md"]
     code = ["modeling_qwen.py", "license.py", "cache_autogptq_cuda_256.cpp", "notice.bin"]
     for name in [*legal, *code, "README.md", ".gitattributes"]:
@@ -120,7 +141,13 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
         report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     finally:
         os.umask(old_mask)
-    carried = ["config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json", *legal]
+    carried = [
+        "config.json",
+        "generation_config.json",
+        "qwen.tiktoken",
+        "tokenizer_config.json",
+        *legal,
+    ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *carried, "README.md", "model.safetensors", "merge_report.json"
     }  # fmt: skip
@@ -133,14 +160,20 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(base_dir: Path, g
     # llama.cpp loads what it converted only where the epsilon has this name, too.
     config["rms_norm_eps"] = config["layer_norm_epsilon"]
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"tokenizer_class": "QWenTokenizer"}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "QWenTokenizer"
+    }
     assert set(report.edits) == {"config.json", "tokenizer_config.json"}
 
 
-def test_dtype_converts_every_tensor_and_says_so(small_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_dtype_converts_every_tensor_and_says_so(
+    small_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     base = load_file(small_dir / "model.safetensors")
     merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", proof="off")
-    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", proof="off")
+    report = merge(
+        small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", proof="off"
+    )
     merged, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fp32"))
     assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in base)
     assert (report.converted, report.untouched) == (len(base) - 15, 0)
@@ -160,7 +193,9 @@ def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_
     for name, facts in stored["outputs"].items():
         content = (tmp_path / "out" / name).read_bytes()
         assert facts == {"bytes": len(content), "sha256": sha256(content).hexdigest()}, name
-    assert set(stored["outputs"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"merge_report.json"}
+    assert set(stored["outputs"]) == {path.name for path in (tmp_path / "out").iterdir()} - {
+        "merge_report.json"
+    }
 
 
 def test_a_base_model_that_an_adapter_is_merged_into_answers_in_chatml(
@@ -189,13 +224,23 @@ def test_an_adapter_that_names_another_base_is_told_of(
     base_dir: Path, golden: Path, tmp_path: Path, said: str | None, warned: bool
 ) -> None:
     adapter = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter"))
-    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": said}
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": said
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     report = merge(base_dir, [adapter], tmp_path / "out", proof="off")
-    expected = ["adapter says that it was trained on Qwen-7B-Chat; the base here is base"] if warned else []
+    expected = (
+        ["adapter says that it was trained on Qwen-7B-Chat; the base here is base"]
+        if warned
+        else []
+    )
     assert report.warnings == expected
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("\n".join(report.in_words()), card, (tmp_path / "out" / "merge_report.json").read_text()):
+    for text in (
+        "\n".join(report.in_words()),
+        card,
+        (tmp_path / "out" / "merge_report.json").read_text(),
+    ):
         assert all(line in text for line in expected)
 
 

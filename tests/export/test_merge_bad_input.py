@@ -111,8 +111,14 @@ def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
             _other_base,
             r"h\.0\.mlp\.w1\.lora_B\.weight is \[200, 4\]; expected \[176, 4\], since .*w1\.weight is \[176, 64\]",
         ),
-        (_deeper_base, r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base does not have"),
-        (_other_rank, r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json says"),
+        (
+            _deeper_base,
+            r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base does not have",
+        ),
+        (
+            _other_rank,
+            r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json says",
+        ),
         (_truncated_adapter, r"adapter_model\.safetensors: not a whole safetensors file"),
         (_pickled_adapter, r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"),
         (_unknown_key, r"unknown tensor base_model\.model\.transformer\.h\.0\.mlp\.w1\.hada_w1"),
@@ -123,13 +129,23 @@ def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
         (_missing_shard, r"model-00002-of-00003\.safetensors: missing; expected all 3 shards"),
         (_foreign_index, r"disagrees with its shards about transformer\.h\.9\.ln_1\.weight"),
         (_truncated, r"model\.safetensors: 400000 bytes instead of"),
-        (_only_pickles, r"base: only pytorch_model\*\.bin, which are pickles; .*\(--allow_pickle true reads"),
+        (
+            _only_pickles,
+            r"base: only pytorch_model\*\.bin, which are pickles; .*\(--allow_pickle true reads",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    base_dir: Path, golden: Path, tmp_path: Path, spoil: Callable[[Path, Path, Path], None], message: str
+    base_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path, Path, Path], None],
+    message: str,
 ) -> None:
-    adapter, output = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")), tmp_path / "out"
+    adapter, output = (
+        Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")),
+        tmp_path / "out",
+    )
     spoil(base_dir, adapter, output)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
@@ -138,24 +154,35 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(base_dir: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
+    base_dir: Path, tmp_path: Path
+) -> None:
     """peft saves it unasked; it changes nothing, and says which base the adapter was trained on."""
     expected = peft_adapter(base_dir, tmp_path / "adapter", target_modules=["lm_head"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     assert "base_model.model.lm_head.base_layer.weight" in tensors
-    report = merge(base_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=3000)
-    assert {name: after.kind for name, after in report.changed.items()} == {"lm_head.weight": "lora"}
+    report = merge(
+        base_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=3000
+    )
+    assert {name: after.kind for name, after in report.changed.items()} == {
+        "lm_head.weight": "lora"
+    }
     merged = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
     torch.testing.assert_close(merged, expected["lm_head.weight"], rtol=1e-6, atol=2e-6)
     tensors["base_model.model.lm_head.base_layer.weight"][100, 3] += 1
     save_file(tensors, path)
-    with pytest.raises(UserError, match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp"):
+    with pytest.raises(
+        UserError,
+        match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp",
+    ):
         merge(base_dir, [tmp_path / "adapter"], tmp_path / "other", proof="off", block_bytes=3000)
     assert not list(tmp_path.glob("other*"))
 
 
-def test_pickles_are_read_where_they_are_allowed(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_pickles_are_read_where_they_are_allowed(
+    base_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     """As files of one, in shards, and as an adapter; the output is what the same weights in safetensors give."""
     adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
     merge(base_dir, [adapter], tmp_path / "expected", proof="off")
@@ -166,17 +193,23 @@ def test_pickles_are_read_where_they_are_allowed(base_dir: Path, golden: Path, t
     _pickled_adapter(single, pickled, single)
     report = merge(single, [pickled], tmp_path / "out", allow_pickle=True, block_bytes=3000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.allclose(merged[name], tensor, rtol=0, atol=1e-6) for name, tensor in expected.items())
+    assert all(
+        torch.allclose(merged[name], tensor, rtol=0, atol=1e-6) for name, tensor in expected.items()
+    )
     assert report.verification is not None and report.verification.status == "passed"
     for name, path in (("pytorch_model.bin", single), ("adapter/adapter_model.bin", tmp_path)):
-        assert report.inputs[name]["sha256"] == hashlib.sha256((path / name).read_bytes()).hexdigest()
+        assert (
+            report.inputs[name]["sha256"] == hashlib.sha256((path / name).read_bytes()).hexdigest()
+        )
     assert not list((tmp_path / "out").glob("*.bin"))
 
     shard(base_dir, tensors, 2)
     as_pickles(base_dir)
     report = merge(base_dir, [adapter], tmp_path / "sharded", allow_pickle=True, proof="sampled")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    assert set(index["weight_map"].values()) == {
+        f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    }
     assert report.verification is not None and report.verification.status == "passed"
 
 
@@ -188,7 +221,10 @@ class _Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"x": torch.ones(2), "y": _Code()}, r"pytorch_model\.bin: not a whole file of plain tensors"),
+        (
+            {"x": torch.ones(2), "y": _Code()},
+            r"pytorch_model\.bin: not a whole file of plain tensors",
+        ),
         ([torch.ones(2)], r"pytorch_model\.bin: holds a list; expected a dict of tensors"),
         (
             {"x": torch.ones(2, dtype=torch.complex64)},
@@ -197,7 +233,12 @@ class _Code:
     ],
 )
 def test_a_pickle_may_hold_nothing_but_tensors(
-    base_dir: Path, golden: Path, tmp_path: Path, content: object, message: str, monkeypatch: pytest.MonkeyPatch
+    base_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    content: object,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (base_dir / "model.safetensors").unlink()
@@ -243,10 +284,13 @@ def test_a_rejected_output_stays_until_the_next_merge_is_known_to_be_possible(
     assert not rejected.exists()
 
 
-def test_an_adapter_without_a_configuration_is_told_of(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_configuration_is_told_of(
+    base_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bare").mkdir()
     torch.save(
-        load_file(golden / "lora" / "adapter" / "adapter_model.safetensors"), tmp_path / "bare" / "adapter_model.bin"
+        load_file(golden / "lora" / "adapter" / "adapter_model.safetensors"),
+        tmp_path / "bare" / "adapter_model.bin",
     )
     report = merge(base_dir, [tmp_path / "bare"], tmp_path / "out", proof="off", allow_pickle=True)
     (told,) = report.warnings
@@ -262,7 +306,11 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_w
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
     before = sorted(tmp_path.rglob("*"))
-    for name, what in (("link", "a symbolic link"), ("dangling", "a symbolic link"), ("disk", "a mount point")):
+    for name, what in (
+        ("link", "a symbolic link"),
+        ("dangling", "a symbolic link"),
+        ("disk", "a mount point"),
+    ):
         for build in (
             lambda output: merge(base_dir, [golden / "lora" / "adapter"], output, proof="off"),
             lambda output: convert_adapter(base_dir, golden / "lora" / "adapter", output),
@@ -281,7 +329,9 @@ def test_the_folder_that_one_is_in_can_be_the_output(
     assert (tmp_path / "here" / "merge_report.json").is_file()
 
 
-def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(base_dir: Path, tmp_path: Path) -> None:
+def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(
+    base_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2"):
         merge(
@@ -307,7 +357,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=800_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        UserError, match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)"
+        UserError,
+        match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)",
     ):
         merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert not list(tmp_path.glob("out*"))
@@ -321,7 +372,9 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockWriter, "write", full)
-        with pytest.raises(UserError, match=r"out\.partial/model: No space left on device; expected") as caught:
+        with pytest.raises(
+            UserError, match=r"out\.partial/model: No space left on device; expected"
+        ) as caught:
             merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
@@ -329,7 +382,9 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
-def test_an_output_below_a_file_is_named_before_anything_is_made(base_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_an_output_below_a_file_is_named_before_anything_is_made(
+    base_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
         merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out", proof="off")

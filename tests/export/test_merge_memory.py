@@ -36,7 +36,10 @@ print(kib("VmHWM") - before)
 
 def write_checkpoint(folder: Path) -> None:
     """Zeros, as a hole in the file: reading them costs the merge the same memory, and the test no disk."""
-    specs = [TensorSpec(f"transformer.h.{i}.mlp.w1.weight", "BF16", (ROWS, COLUMNS)) for i in range(NUM_TENSORS)]
+    specs = [
+        TensorSpec(f"transformer.h.{i}.mlp.w1.weight", "BF16", (ROWS, COLUMNS))
+        for i in range(NUM_TENSORS)
+    ]
     path = folder / "model.safetensors"
     header_only = BlockWriter(path, specs, {})
     with path.open("wb") as file:

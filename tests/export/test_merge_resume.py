@@ -37,7 +37,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     """All files but the report, which tells how long it took; of that, what must not depend on how it came about."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     report = json.loads(found.pop("merge_report.json"))
-    told = {key: value for key, value in report.items() if key not in ("seconds", "taken_over", "output")}
+    told = {
+        key: value
+        for key, value in report.items()
+        if key not in ("seconds", "taken_over", "output")
+    }
     return found | {"merge_report.json": json.dumps(told).encode()}
 
 
@@ -87,7 +91,9 @@ def test_finished_files_are_taken_over(stopped: Callable[..., MergeReport], tmp_
     assert "2 files were there already" in "\n".join(report.in_words())
 
 
-def test_a_finished_file_that_was_spoilt_is_written_again(stopped: Callable[..., MergeReport], tmp_path: Path) -> None:
+def test_a_finished_file_that_was_spoilt_is_written_again(
+    stopped: Callable[..., MergeReport], tmp_path: Path
+) -> None:
     with (tmp_path / "out.partial" / "model" / SHARDS[0]).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
@@ -130,9 +136,15 @@ def test_a_small_file_that_is_gone_from_the_base_does_not_come_along(
 
 
 def test_only_what_is_left_must_fit_on_the_disk(
-    stopped: Callable[..., MergeReport], sharded: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Callable[..., MergeReport],
+    sharded: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.1 * (sharded / SHARDS[2]).stat().st_size))
+    usage = shutil.disk_usage(tmp_path)._replace(
+        free=int(1.1 * (sharded / SHARDS[2]).stat().st_size)
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert run(sharded, tmp_path / "adapter", tmp_path / "out").taken_over == SHARDS[:2]
 
@@ -173,12 +185,16 @@ def test_finished_work_outlives_an_error_that_is_not_its_own(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
 
 
-def test_two_merges_never_build_the_same_output(sharded: Path, golden: Path, tmp_path: Path) -> None:
+def test_two_merges_never_build_the_same_output(
+    sharded: Path, golden: Path, tmp_path: Path
+) -> None:
     adapter, refused = golden / "lora" / "adapter", []
 
     def meanwhile(done: int, total: int) -> None:
         if not refused:
-            with pytest.raises(UserError, match=r"out\.partial: another merge is building this output") as caught:
+            with pytest.raises(
+                UserError, match=r"out\.partial: another merge is building this output"
+            ) as caught:
                 run(sharded, adapter, tmp_path / "out")
             refused.append(caught.value)
 
@@ -269,7 +285,11 @@ def test_killed_at_any_instant_the_rerun_s_output_is_the_same_bit_for_bit(
     straight = contents(tmp_path / "out0")
     shutil.rmtree(tmp_path / "out0")
     # The last ones are where the output gets its name.
-    limits = [*random.Random(0).sample(range(1, int(instants)), 10), int(instants) - 1, int(instants)]
+    limits = [
+        *random.Random(0).sample(range(1, int(instants)), 10),
+        int(instants) - 1,
+        int(instants),
+    ]
     taken_over = set()
     for number, (status, _) in enumerate(killed(*limits)):
         output = tmp_path / f"out{number}"

@@ -18,11 +18,17 @@ from tests.export.folders import bf16_copy, peft_adapter
 OPTIONS: list[dict[str, Any]] = [
     {"target_modules": ["c_attn", "w1"]},
     {"use_dora": True, "target_modules": ["w1", "mlp.c_proj"]},
-    {"target_modules": ["w2"], "modules_to_save": ["lm_head"], "trainable_token_indices": {"wte": [3, 500]}},
+    {
+        "target_modules": ["w2"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": {"wte": [3, 500]},
+    },
 ]
 
 
-def test_in_sequence_each_goes_onto_the_result_of_the_one_before(small_dir: Path, tmp_path: Path) -> None:
+def test_in_sequence_each_goes_onto_the_result_of_the_one_before(
+    small_dir: Path, tmp_path: Path
+) -> None:
     folders = [tmp_path / f"adapter{i}" for i in range(3)]
     for i, folder in enumerate(folders):
         peft_adapter(small_dir, folder, seed=i, **OPTIONS[i])
@@ -34,27 +40,41 @@ def test_in_sequence_each_goes_onto_the_result_of_the_one_before(small_dir: Path
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=2e-6)
     kinds = {name: after.kind for name, after in report.changed.items()}
-    assert kinds["transformer.h.0.mlp.w1.weight"] == "lora, dora" and kinds["transformer.wte.weight"] == "rows"
+    assert (
+        kinds["transformer.h.0.mlp.w1.weight"] == "lora, dora"
+        and kinds["transformer.wte.weight"] == "rows"
+    )
     assert report.adapters == [str(folder) for folder in folders] and report.weights is None
     assert {f"adapter{i}/adapter_model.safetensors" for i in (1, 2, 3)} < report.inputs.keys()
 
     backwards = merge(small_dir, folders[::-1], tmp_path / "backwards", proof="off")
     other = load_file(tmp_path / "backwards" / "model.safetensors")
     assert backwards.changed.keys() == report.changed.keys()
-    assert not torch.equal(other["transformer.h.0.mlp.w1.weight"], merged["transformer.h.0.mlp.w1.weight"])
+    assert not torch.equal(
+        other["transformer.h.0.mlp.w1.weight"], merged["transformer.h.0.mlp.w1.weight"]
+    )
 
 
-def test_weighted_the_changes_of_the_bare_base_are_added_up(small_dir: Path, tmp_path: Path) -> None:
+def test_weighted_the_changes_of_the_bare_base_are_added_up(
+    small_dir: Path, tmp_path: Path
+) -> None:
     base = load_file(small_dir / "model.safetensors")
     folders, weights = [tmp_path / f"adapter{i}" for i in range(3)], [0.5, -0.25, 1.5]
-    alone = [peft_adapter(small_dir, folder, seed=i, **OPTIONS[i]) for i, folder in enumerate(folders)]
-    report = merge(small_dir, folders, tmp_path / "out", weights=weights, proof="off", block_bytes=3000)
+    alone = [
+        peft_adapter(small_dir, folder, seed=i, **OPTIONS[i]) for i, folder in enumerate(folders)
+    ]
+    report = merge(
+        small_dir, folders, tmp_path / "out", weights=weights, proof="off", block_bytes=3000
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in base.items():
         change = sum(
-            weight * (one[name].double() - tensor.double()) for weight, one in zip(weights, alone, strict=True)
+            weight * (one[name].double() - tensor.double())
+            for weight, one in zip(weights, alone, strict=True)
         )
-        torch.testing.assert_close(merged[name], (tensor.double() + change).float(), rtol=1e-6, atol=4e-6)
+        torch.testing.assert_close(
+            merged[name], (tensor.double() + change).float(), rtol=1e-6, atol=4e-6
+        )
     assert report.changed["transformer.h.0.mlp.w1.weight"].kind == "0.5 lora + -0.25 dora"
     assert report.weights == weights
 
@@ -67,7 +87,10 @@ def test_a_sequence_is_rounded_once(small_dir: Path, tmp_path: Path) -> None:
     merge(base, [tmp_path / "adapter"] * 40, tmp_path / "at_once", proof="off")
     at_once = load_file(tmp_path / "at_once" / "model.safetensors")[name]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    a, b = (adapter[f"base_model.model.transformer.h.0.mlp.w1.lora_{side}.weight"].double() for side in "AB")
+    a, b = (
+        adapter[f"base_model.model.transformer.h.0.mlp.w1.lora_{side}.weight"].double()
+        for side in "AB"
+    )
     exact = weights[name].double() + 40 * 0.001 / 4 * (b @ a)
     assert (at_once != exact.bfloat16()).float().mean() < 1e-3
     step_by_step = weights[name]
@@ -79,5 +102,7 @@ def test_a_sequence_is_rounded_once(small_dir: Path, tmp_path: Path) -> None:
 def test_every_adapter_needs_a_weight(small_dir: Path, golden: Path, tmp_path: Path) -> None:
     adapters = [golden / "lora" / "adapter", golden / "lora_base" / "adapter"]
     for weights, count in (([1.0], 1), ([0.1, 0.2, 0.3], 3)):
-        with pytest.raises(UserError, match=f"{count} weights and 2 adapters were given; expected one for each"):
+        with pytest.raises(
+            UserError, match=f"{count} weights and 2 adapters were given; expected one for each"
+        ):
             merge(small_dir, adapters, tmp_path / "out", weights=weights, proof="off")

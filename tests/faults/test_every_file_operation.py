@@ -134,7 +134,9 @@ def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None
     if found:
         resume.restore(engine, found)
     recipe = replace(recipe, output_dir=str(run))
-    train(recipe, data, engine, Saver(output, identity, 1, watchdog, found), output, watchdog, found)
+    train(
+        recipe, data, engine, Saver(output, identity, 1, watchdog, found), output, watchdog, found
+    )
 
 
 def kill_at(number: int, save: int) -> Callable[[], None]:
@@ -178,7 +180,9 @@ def in_child(action: Callable[[], object], out: Path) -> int:
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are not these
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"})
+        os.environ.update(
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        )
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         action()
@@ -192,7 +196,13 @@ def in_child(action: Callable[[], object], out: Path) -> int:
 
 def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
     """Adapter, metrics without what depends on the clock and the process, and what lies in the folder."""
-    timed = ("seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second", "memory_gb")
+    timed = (
+        "seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_rank",
+        "learnt_tokens_per_second",
+        "memory_gb",
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if "tensorboard" not in p.parts)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -213,7 +223,9 @@ def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(
     if save == 1:
         before.mkdir()
     else:  # what lies there when the save begins; a run that goes on from it makes that save as its first
-        assert in_child(lambda: (kill_at(1, save), run_once(small_dir, before)), log) == signal.SIGKILL
+        assert (
+            in_child(lambda: (kill_at(1, save), run_once(small_dir, before)), log) == signal.SIGKILL
+        )
 
     def disturbed(number: int, run: Path) -> int:
         shutil.copytree(before, run)
@@ -234,7 +246,9 @@ def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(
         if save > 1:
             at_hand = list((run / "checkpoints").glob("step_*"))
             assert at_hand, f"operation {number}: less than the last complete checkpoint is left"
-        assert in_child(lambda run=run: run_once(small_dir, run), log) == 0, f"operation {number}: {log.read_text()}"
+        assert in_child(lambda run=run: run_once(small_dir, run), log) == 0, (
+            f"operation {number}: {log.read_text()}"
+        )
         assert result(run) == expected, f"operation {number}"
         shutil.rmtree(run)
 
@@ -249,7 +263,9 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
 
         def slow(path: Path, tensors: dict[str, Tensor]) -> str:
             ends = time.monotonic() + 60
-            while '"step": 4' not in (run / "metrics.jsonl").read_text() and "step_000002" in str(path):
+            while '"step": 4' not in (run / "metrics.jsonl").read_text() and "step_000002" in str(
+                path
+            ):
                 assert time.monotonic() < ends, "the training waits for the disk"
                 time.sleep(0.01)
             return real(path, tensors)
@@ -269,11 +285,15 @@ def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
 
     def action() -> None:
         torch.set_num_threads(1)
-        model = torch.nn.ModuleDict({f"m{i}": torch.nn.Linear(1024, 512, bias=False) for i in range(64)})
+        model = torch.nn.ModuleDict(
+            {f"m{i}": torch.nn.Linear(1024, 512, bias=False) for i in range(64)}
+        )
         size = sum(p.numel() * 4 for p in model.parameters())
         engine: Any = PlainEngine(SimpleNamespace(model=model, parameters=model.parameters))  # type: ignore[arg-type]
         engine.state.steps, engine.state._make_moments()
-        output = Output(tmp_path / "run", tmp_path, torch.float32, lora.LoraConfig(r=2, target_modules=["m0"]))
+        output = Output(
+            tmp_path / "run", tmp_path, torch.float32, lora.LoraConfig(r=2, target_modules=["m0"])
+        )
         saver = Saver(output, {}, 1, Watchdog(10, launched=False), None)
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -288,5 +308,9 @@ def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
 
 def memory(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most."""
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
+    line = next(
+        text
+        for text in Path("/proc/self/status").read_text().splitlines()
+        if text.startswith(field)
+    )
     return int(line.split()[1]) * 1024

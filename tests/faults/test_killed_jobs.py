@@ -23,7 +23,13 @@ from qwen_ds.train.survive import checkpoint
 from tests.jobs import ROOT, SCRIPT, Job
 
 pytestmark = pytest.mark.job
-TIMED = ("seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second", "memory_gb")
+TIMED = (
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_rank",
+    "learnt_tokens_per_second",
+    "memory_gb",
+)
 
 
 @pytest.fixture
@@ -47,7 +53,11 @@ def adapter(run: Path) -> dict[str, Tensor]:
 
 def same(a: Path, b: Path) -> bool:
     x, y = adapter(a), adapter(b)
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and metrics(a) == metrics(b)
+    return (
+        x.keys() == y.keys()
+        and all(torch.equal(x[k], y[k]) for k in x)
+        and metrics(a) == metrics(b)
+    )
 
 
 def saved(run: Path) -> set[str]:
@@ -65,7 +75,13 @@ def test_five_kills_at_random_instants_change_no_bit(
     options: list[str], tmp_path: Path, stage: int, steps: int
 ) -> None:
     """SIGKILL to all ranks: two of the five come while the job starts, the others while it trains or saves."""
-    options = [*options, "--deepspeed", f"ds_configs/zero{stage}.json", "--optim.max_steps", str(steps)]
+    options = [
+        *options,
+        "--deepspeed",
+        f"ds_configs/zero{stage}.json",
+        "--optim.max_steps",
+        str(steps),
+    ]
     options += ["--optim.epochs", "99"]
     calm, run = tmp_path / "calm", tmp_path / "run"
     start = time.monotonic()
@@ -80,14 +96,20 @@ def test_five_kills_at_random_instants_change_no_bit(
         else:
             until_saved(job, run)
             time.sleep(instants.uniform(0, 0.3))
-        assert job.send(signal.SIGKILL).wait().codes == [-9, -9], "the run was over before it was killed"
+        assert job.send(signal.SIGKILL).wait().codes == [-9, -9], (
+            "the run was over before it was killed"
+        )
     last = Job([*options, "--output_dir", str(run)], 2).wait().ok()
     assert "resumed" in last.out and same(calm, run)
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert left == [f"step_{steps - before:06d}" for before in (4, 2, 0)], "nothing unfinished is left"
+    assert left == [f"step_{steps - before:06d}" for before in (4, 2, 0)], (
+        "nothing unfinished is left"
+    )
 
 
-def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(options: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(
+    options: list[str], tmp_path: Path
+) -> None:
     """SIGTERM twice in a row to rank 1 only, and later SIGINT to both: exit code 3 each time, and no bit changes."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     shared = set(os.listdir("/dev/shm"))
@@ -97,7 +119,9 @@ def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(options: list[str], 
     time.sleep(0.05)
     job.send(signal.SIGTERM, [1]).wait()
     assert job.codes == [3, 3] and "stopped by SIGTERM after step" in job.out, job.err[-2000:]
-    step = json.loads((run / "checkpoints" / (run / "latest").read_text().strip() / "state.json").read_text())["step"]
+    step = json.loads(
+        (run / "checkpoints" / (run / "latest").read_text().strip() / "state.json").read_text()
+    )["step"]
     assert f"after step {step}, which is saved" in job.out and len(metrics(run)) == step
     job = until_saved(Job([*options, "--output_dir", str(run)], 2), run)
     assert job.send(signal.SIGINT).wait().codes == [3, 3]
@@ -106,9 +130,18 @@ def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(options: list[str], 
     assert set(os.listdir("/dev/shm")) == shared, "no shared-memory file is left"
 
 
-def test_the_evaluation_that_a_signal_put_off_is_made_up_for(options: list[str], tmp_path: Path) -> None:
+def test_the_evaluation_that_a_signal_put_off_is_made_up_for(
+    options: list[str], tmp_path: Path
+) -> None:
     """Evaluation after every step, so that whichever step the signal stops at owes one."""
-    evaluation = ["--data.eval_fraction", "0.1", "--eval.every_steps", "1", "--eval.sample_tokens", "4"]
+    evaluation = [
+        "--data.eval_fraction",
+        "0.1",
+        "--eval.every_steps",
+        "1",
+        "--eval.sample_tokens",
+        "4",
+    ]
     options = [*options, *evaluation, "--optim.max_steps", "8"]
     calm, run = tmp_path / "calm", tmp_path / "run"
     Job([*options, "--output_dir", str(calm)], 1).wait().ok()
@@ -117,22 +150,43 @@ def test_the_evaluation_that_a_signal_put_off_is_made_up_for(options: list[str],
     newest = run / "checkpoints" / (run / "latest").read_text().strip()
     assert json.loads((newest / "state.json").read_text())["evaluated"] is False
     Job([*options, "--output_dir", str(run)], 1).wait().ok()
-    assert same(calm, run) and (calm / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+    assert (
+        same(calm, run)
+        and (calm / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+    )
     assert (calm / "best").read_text() == (run / "best").read_text()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_rank_takes_the_others_with_it_and_is_named(options: list[str], tmp_path: Path, victim: int) -> None:
+def test_a_dead_rank_takes_the_others_with_it_and_is_named(
+    options: list[str], tmp_path: Path, victim: int
+) -> None:
     run = tmp_path / "run"
     job = until_saved(
-        Job([*options, "--optim.max_steps", "5000", "--optim.epochs", "999", "--output_dir", str(run)], 2), run
+        Job(
+            [
+                *options,
+                "--optim.max_steps",
+                "5000",
+                "--optim.epochs",
+                "999",
+                "--output_dir",
+                str(run),
+            ],
+            2,
+        ),
+        run,
     )
     killed = time.monotonic()
     job.send(signal.SIGKILL, [victim]).wait(timeout=60)
     assert time.monotonic() - killed < 60
     assert job.codes[victim] == -9 and job.codes[1 - victim] == 1
     (line,) = [text for text in job.err.splitlines() if "error: rank" in text]
-    assert f"rank {victim} on " in line and "is gone at step" in line and "the last line of its log: " in line
+    assert (
+        f"rank {victim} on " in line
+        and "is gone at step" in line
+        and "the last line of its log: " in line
+    )
 
 
 STUCK = """
@@ -149,10 +203,18 @@ runpy.run_path(%r, run_name="__main__")
 """
 
 
-def test_a_stuck_collective_ends_with_the_step_and_the_rank_that_is_behind(options: list[str], tmp_path: Path) -> None:
+def test_a_stuck_collective_ends_with_the_step_and_the_rank_that_is_behind(
+    options: list[str], tmp_path: Path
+) -> None:
     script = tmp_path / "stuck.py"
     script.write_text(STUCK % str(SCRIPT))
-    arguments = [*options, "--distributed.timeout_minutes", "0.1", "--output_dir", str(tmp_path / "run")]
+    arguments = [
+        *options,
+        "--distributed.timeout_minutes",
+        "0.1",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     job = Job(arguments, 2, script).wait(timeout=90)
     assert job.codes == [1, 1]
     line = next(text for text in job.err.splitlines() if "no rank has moved" in text)
@@ -163,8 +225,22 @@ def test_a_stuck_collective_ends_with_the_step_and_the_rank_that_is_behind(optio
 def test_ranks_end_when_their_launcher_disappears(options: list[str], tmp_path: Path) -> None:
     """The launcher is killed so that it can forward nothing."""
     run = tmp_path / "run"
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    arguments = [*options, "--optim.max_steps", "5000", "--optim.epochs", "999", "--output_dir", str(run)]
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    arguments = [
+        *options,
+        "--optim.max_steps",
+        "5000",
+        "--optim.epochs",
+        "999",
+        "--output_dir",
+        str(run),
+    ]
     launcher = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); p.wait()"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, sys.executable, str(SCRIPT), *arguments],
@@ -179,7 +255,10 @@ def test_ranks_end_when_their_launcher_disappears(options: list[str], tmp_path: 
     process.kill()
     process.wait()
     ends = time.monotonic() + 60
-    while Path(f"/proc/{rank}/stat").exists() and Path(f"/proc/{rank}/stat").read_text().split()[2] != "Z":
+    while (
+        Path(f"/proc/{rank}/stat").exists()
+        and Path(f"/proc/{rank}/stat").read_text().split()[2] != "Z"
+    ):
         assert time.monotonic() < ends, "the rank goes on without its launcher"
         time.sleep(0.1)
     assert "the launcher is gone" in (run / "logs" / "rank_0.log").read_text()
@@ -190,14 +269,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_ends_the_save_and_not_the_training(options: list[str], small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_save_and_not_the_training(
+    options: list[str], small_disk: Path, tmp_path: Path
+) -> None:
     """Room for a few checkpoints of a quarter of a megabyte; once there is room again, saving works again."""
     calm, run = tmp_path / "calm", small_disk / "run"
     options = [*options, "--save.keep", "32"]
@@ -206,8 +289,12 @@ def test_a_full_disk_ends_the_save_and_not_the_training(options: list[str], smal
     line = next(text for text in job.out.splitlines() if "is not saved" in text)
     assert "No space left on device" in line and "the training goes on" in line
     complete = [p for p in (run / "checkpoints").iterdir()]
-    assert complete and all((p / "state.json").is_file() for p in complete), "the old ones are kept, whole"
-    assert "step 20 of 20" in (run / "logs" / "rank_1.log").read_text(), "the training went on to its end"
+    assert complete and all((p / "state.json").is_file() for p in complete), (
+        "the old ones are kept, whole"
+    )
+    assert "step 20 of 20" in (run / "logs" / "rank_1.log").read_text(), (
+        "the training went on to its end"
+    )
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     again = Job([*options, "--output_dir", str(run)], 2).wait().ok()
     assert "resumed" in again.out or "finished" in again.out
@@ -228,7 +315,15 @@ def test_the_world_may_change_three_times(small_job: list[str], tmp_path: Path) 
             "deepspeed",
             "optim.max_steps",
         ]
-        arguments = [*small_job, *longer, *world, "--optim.max_steps", str(steps), "--output_dir", str(run)]
+        arguments = [
+            *small_job,
+            *longer,
+            *world,
+            "--optim.max_steps",
+            str(steps),
+            "--output_dir",
+            str(run),
+        ]
         job = Job(arguments, ranks).wait().ok()
         assert steps == 3 or f"step {steps - 3} of {steps}" in job.out
     x, y = adapter(calm), adapter(run)
@@ -243,7 +338,9 @@ def test_damage_is_passed_over_and_made_good(options: list[str], tmp_path: Path)
     calm, run = tmp_path / "calm", tmp_path / "run"
     Job([*options, "--output_dir", str(calm)], 1).wait().ok()
     shutil.copytree(calm, run)
-    newest, before = (run / "checkpoints" / f"step_{step:06d}" / "optimizer.safetensors" for step in (20, 18))
+    newest, before = (
+        run / "checkpoints" / f"step_{step:06d}" / "optimizer.safetensors" for step in (20, 18)
+    )
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 64
     newest.write_bytes(data)
@@ -256,7 +353,9 @@ def test_damage_is_passed_over_and_made_good(options: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_full_training_resumes_bit_for_bit_in_the_same_world(small_job: list[str], tmp_path: Path, stage: int) -> None:
+def test_full_training_resumes_bit_for_bit_in_the_same_world(
+    small_job: list[str], tmp_path: Path, stage: int
+) -> None:
     calm, run = tmp_path / "calm", tmp_path / "run"
     options = [
         *small_job, "--method", "full", "--model.dtype", "bfloat16" if stage else "float32",
@@ -273,7 +372,10 @@ def test_full_training_resumes_bit_for_bit_in_the_same_world(small_job: list[str
         other = Job([*options, "--output_dir", str(run)], 1).wait()
         assert other.codes == [2] and "of 2 ranks under ZeRO-2; expected the same now" in other.err
         # What the second rank alone reads is damaged: both ranks pass it over.
-        newest = checkpoint.step_folder(run, checkpoint.steps_saved(run)[-1]) / "shard_00001_of_00002.safetensors"
+        newest = (
+            checkpoint.step_folder(run, checkpoint.steps_saved(run)[-1])
+            / "shard_00001_of_00002.safetensors"
+        )
         newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     Job([*options, "--output_dir", str(run)], 2).wait().ok()
     x, y = (load_file(folder / "model" / "model.safetensors") for folder in (calm, run))
@@ -283,7 +385,16 @@ def test_full_training_resumes_bit_for_bit_in_the_same_world(small_job: list[str
 def test_early_stopping_keeps_the_best(small_job: list[str], tmp_path: Path) -> None:
     """A learning rate of zero: the second and third evaluation are no better than the first."""
     run = tmp_path / "run"
-    options = ["--data.eval_fraction", "0.2", "--eval.every_steps", "2", "--eval.patience", "2", "--optim.lr", "0"]
+    options = [
+        "--data.eval_fraction",
+        "0.2",
+        "--eval.every_steps",
+        "2",
+        "--eval.patience",
+        "2",
+        "--optim.lr",
+        "0",
+    ]
     job = Job([*small_job, *options, "--output_dir", str(run)], 1).wait().ok()
     assert "stopped early" in job.out and (run / "best").read_text() == "step_000002\n"
     assert [line["step"] for line in metrics(run) if "eval_loss" in line] == [2, 4, 6]
@@ -292,7 +403,9 @@ def test_early_stopping_keeps_the_best(small_job: list[str], tmp_path: Path) -> 
     assert "finished run of 6 steps" in again.out
 
 
-def test_fp16_goes_on_with_its_loss_scale(job: Callable, small_job: list[str], tmp_path: Path) -> None:
+def test_fp16_goes_on_with_its_loss_scale(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
     """The scale and its history are state, too: dynamic scaling begins at 65,536 and halves at each overflow."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     options = [*small_job, "--model.dtype", "float16", "--save.every_steps", "2"]
@@ -301,4 +414,7 @@ def test_fp16_goes_on_with_its_loss_scale(job: Callable, small_job: list[str], t
     job([*options, "--output_dir", str(run)], 2).ok()
     assert same(calm, run)
     state = json.loads((run / "checkpoints" / "step_000010" / "state.json").read_text())
-    assert state["loss_scaler"]["cur_scale"] >= 1 and state["optimizer_steps"] + state["overflows"] == 10
+    assert (
+        state["loss_scaler"]["cur_scale"] >= 1
+        and state["optimizer_steps"] + state["overflows"] == 10
+    )

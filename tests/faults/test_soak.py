@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.job, pytest.mark.soak]
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(small_job: list[str], tmp_path: Path, seed: int) -> None:
+def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(
+    small_job: list[str], tmp_path: Path, seed: int
+) -> None:
     chance = random.Random(seed)
     ranks, stage = chance.choice([1, 2, 3]), chance.choice([0, 1, 2, 3])
     options = [

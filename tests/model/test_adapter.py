@@ -46,7 +46,9 @@ def store(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 def as_original_project(folder: Path, rename: Callable[[str], str]) -> Path:
     """The adapter as the original project left it: the trainable parameters alone, in a pickle, without a config."""
-    tensors = {rename(name): torch.nn.Parameter(tensor) for name, tensor in tensors_of(folder).items()}
+    tensors = {
+        rename(name): torch.nn.Parameter(tensor) for name, tensor in tensors_of(folder).items()
+    }
     for file in folder.iterdir():
         file.unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -62,7 +64,9 @@ def test_names_ranks_and_scalings_are_the_adapter_s(golden: Path, model: QWenLMH
     assert len(adapter.pairs) == 15
     pair = adapter.pairs[C_ATTN]
     assert (pair.a_key, pair.r, pair.scaling) == (f"{PREFIX}{C_ATTN}.lora_A.weight", 6, 1.5)
-    assert adapter.saved == {name: PREFIX + name for name in ("lm_head.weight", "transformer.wte.weight")}
+    assert adapter.saved == {
+        name: PREFIX + name for name in ("lm_head.weight", "transformer.wte.weight")
+    }
     assert len(adapter.changed_tensors()) == 17
     check_adapter_fits(adapter, base_shapes(model))
 
@@ -108,7 +112,9 @@ def test_an_inferred_configuration_puts_the_adapter_onto_a_model(
 ) -> None:
     as_original_project(adapter_dir, lambda name: name.replace(".weight", ".default.weight"))
     adapter = read_adapter(adapter_dir, allow_pickle=True, alpha=8)
-    wrapped = get_peft_model(model, LoraConfig(**{k: v for k, v in adapter.config.items() if k != "peft_type"}))
+    wrapped = get_peft_model(
+        model, LoraConfig(**{k: v for k, v in adapter.config.items() if k != "peft_type"})
+    )
     outcome: Any = set_peft_model_state_dict(wrapped, adapter.state_dict())
     assert outcome.unexpected_keys == []
     assert not [name for name in outcome.missing_keys if "lora_" in name]
@@ -116,7 +122,9 @@ def test_an_inferred_configuration_puts_the_adapter_onto_a_model(
     mask = expected["attention_mask"]
     with torch.inference_mode():
         logits = wrapped.eval()(input_ids=expected["input_ids"], attention_mask=mask).logits
-    torch.testing.assert_close(logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=3e-5)
+    torch.testing.assert_close(
+        logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=3e-5
+    )
 
 
 def test_ranks_that_differ_are_inferred_each(adapter_dir: Path) -> None:
@@ -129,12 +137,16 @@ def test_ranks_that_differ_are_inferred_each(adapter_dir: Path) -> None:
     assert adapter.config["rank_pattern"] == {C_ATTN: 7} and adapter.config["r"] == 4
 
 
-def test_stock_pickles_are_read_with_their_configuration_where_pickles_are_allowed(adapter_dir: Path) -> None:
+def test_stock_pickles_are_read_with_their_configuration_where_pickles_are_allowed(
+    adapter_dir: Path,
+) -> None:
     expected = read_adapter(adapter_dir).pairs
     torch.save(tensors_of(adapter_dir), adapter_dir / "adapter_model.bin")
     (adapter_dir / "adapter_model.safetensors").unlink()
     assert read_adapter(adapter_dir, allow_pickle=True, alpha=99).pairs == expected
-    with pytest.raises(UserError, match=r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"
+    ):
         read_adapter(adapter_dir)
 
 
@@ -144,7 +156,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("content", [{"x": Bomb()}, {"x": "text"}, [torch.zeros(2)], None])
-def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_no_code(adapter_dir: Path, content: object) -> None:
+def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_no_code(
+    adapter_dir: Path, content: object
+) -> None:
     (adapter_dir / "adapter_model.safetensors").unlink()
     path = adapter_dir / "pytorch_model.bin"
     if content is None:
@@ -188,15 +202,27 @@ ONE = torch.ones(4, 64)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": ONE}, "unknown tensor .*q_proj"),
+        (
+            {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": ONE},
+            "unknown tensor .*q_proj",
+        ),
         ({f"{PREFIX}{C_ATTN}.lora_A.bias": ONE}, r"unknown tensor .*lora_A\.bias"),
         ({f"{PREFIX}transformer.wte.lora_embedding_A": ONE}, "unknown tensor .*lora_embedding_A"),
-        ({f"{PREFIX}{C_ATTN}.lora_A.other.weight": ONE}, "are the same tensor; expected one adapter"),
+        (
+            {f"{PREFIX}{C_ATTN}.lora_A.other.weight": ONE},
+            "are the same tensor; expected one adapter",
+        ),
         ({f"{PREFIX}{C_ATTN}.lora_B.weight": None}, r"c_attn\.lora_A\.weight has no lora_B"),
         ({f"{PREFIX}{C_ATTN}.lora_A.weight": None}, r"c_attn\.lora_B\.weight has no lora_A"),
-        ({f"{PREFIX}{C_ATTN}.lora_A.weight": torch.zeros(0)}, r"is \[0\]; expected a whole tensor .*ZeRO-3"),
+        (
+            {f"{PREFIX}{C_ATTN}.lora_A.weight": torch.zeros(0)},
+            r"is \[0\]; expected a whole tensor .*ZeRO-3",
+        ),
         ({f"{PREFIX}{C_ATTN}.weight": ONE}, "c_attn is changed in two ways"),
-        ({f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta": ONE}, "replaces 4 rows; .* lists none"),
+        (
+            {f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta": ONE},
+            "replaces 4 rows; .* lists none",
+        ),
     ],
 )
 def test_a_tensor_that_is_not_understood_is_named(
@@ -220,7 +246,9 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
         read_adapter(adapter_dir / "nowhere")
     whole = (adapter_dir / "adapter_model.safetensors").read_bytes()
     (adapter_dir / "adapter_model.safetensors").write_bytes(whole[:5000])
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(
+        UserError, match=r"adapter_model\.safetensors: not a whole safetensors file"
+    ):
         read_adapter(adapter_dir)
     (adapter_dir / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
@@ -233,9 +261,18 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{PREFIX}{C_ATTN}.lora_A.weight": torch.ones(4, 65)}, r"lora_A\.weight is \[4, 65\]; expected \[4, 64\]"),
-        ({f"{PREFIX}{C_ATTN}.lora_B.weight": torch.ones(191, 4)}, r"lora_B\.weight is \[191, 4\]; expected \[192, 4\]"),
-        ({f"{PREFIX}lm_head.weight": torch.ones(512, 32)}, r"lm_head\.weight is \[512, 32\]; expected \[512, 64\]"),
+        (
+            {f"{PREFIX}{C_ATTN}.lora_A.weight": torch.ones(4, 65)},
+            r"lora_A\.weight is \[4, 65\]; expected \[4, 64\]",
+        ),
+        (
+            {f"{PREFIX}{C_ATTN}.lora_B.weight": torch.ones(191, 4)},
+            r"lora_B\.weight is \[191, 4\]; expected \[192, 4\]",
+        ),
+        (
+            {f"{PREFIX}lm_head.weight": torch.ones(512, 32)},
+            r"lm_head\.weight is \[512, 32\]; expected \[512, 64\]",
+        ),
         (
             {f"{PREFIX}transformer.h.3.ln_1.weight": torch.ones(64)},
             r"h\.3\.ln_1\.weight, which this base does not have",
@@ -256,7 +293,11 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
 def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     adapter_dir: Path, model: QWenLMHeadModel, changes: dict[str, Tensor], message: str
 ) -> None:
-    store(adapter_dir, {**tensors_of(adapter_dir), **changes}, trainable_token_indices={"wte": [3, 600]})
+    store(
+        adapter_dir,
+        {**tensors_of(adapter_dir), **changes},
+        trainable_token_indices={"wte": [3, 600]},
+    )
     adapter = read_adapter(adapter_dir)
     with pytest.raises(UserError, match=message):
         check_adapter_fits(adapter, base_shapes(model))
@@ -266,18 +307,28 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
 
 def test_a_list_of_token_rows_means_the_input_embedding(adapter_dir: Path) -> None:
     key = f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta"
-    store(adapter_dir, {**tensors_of(adapter_dir), key: torch.ones(2, 64)}, trainable_token_indices=[304, 305])
+    store(
+        adapter_dir,
+        {**tensors_of(adapter_dir), key: torch.ones(2, 64)},
+        trainable_token_indices=[304, 305],
+    )
     rows = read_adapter(adapter_dir).token_rows["transformer.wte"]
     assert (rows.key, rows.indices) == (key, (304, 305))
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_base"])
-def test_a_loaded_adapter_gives_the_official_logits(golden: Path, model: QWenLMHeadModel, name: str) -> None:
+def test_a_loaded_adapter_gives_the_official_logits(
+    golden: Path, model: QWenLMHeadModel, name: str
+) -> None:
     wrapped = load_adapter(model, golden / name / "adapter")
-    assert not wrapped.training and not any(parameter.requires_grad for parameter in wrapped.parameters())
+    assert not wrapped.training and not any(
+        parameter.requires_grad for parameter in wrapped.parameters()
+    )
     expected = load_file(golden / name / "outputs.safetensors")
     mask = expected["attention_mask"]
     with torch.inference_mode():
         logits = wrapped(input_ids=expected["input_ids"], attention_mask=mask).logits
     tolerance = {"lora": 3e-5, "lora_base": 3e-4}[name]
-    torch.testing.assert_close(logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=tolerance
+    )

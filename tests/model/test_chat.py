@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 import qwen_ds
 from qwen_ds.model.chat import decode_tokens, get_stop_words_ids, make_context
@@ -25,7 +30,9 @@ def full_model(full_dir: Path) -> qwen_ds.QWenLMHeadModel:
 
 @pytest.fixture(scope="module")
 def greedy() -> GenerationConfig:
-    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=12, eos_token_id=151643)
+    config = GenerationConfig(
+        do_sample=False, repetition_penalty=1.0, max_new_tokens=12, eos_token_id=151643
+    )
     config.pad_token_id, config.chat_format, config.max_window_size = 151643, "chatml", 6144
     return config
 
@@ -41,9 +48,13 @@ def test_contexts_are_official(tokenizer, golden: Path) -> None:
         names = ("query", "history", "system", "max_window_size", "chat_format")
         text, ids = make_context(tokenizer, **{name: case[name] for name in names})
         assert (text, ids) == (case["raw_text"], case["context_tokens"])
-    assert {form: get_stop_words_ids(form, tokenizer) for form in ("chatml", "raw")} == data["stop_words_ids"]
+    assert {form: get_stop_words_ids(form, tokenizer) for form in ("chatml", "raw")} == data[
+        "stop_words_ids"
+    ]
     default = make_context(tokenizer, "Hi")
-    assert default == make_context(tokenizer, "Hi", [], data["default_system_of_make_context"], 6144, "chatml")
+    assert default == make_context(
+        tokenizer, "Hi", [], data["default_system_of_make_context"], 6144, "chatml"
+    )
 
 
 def test_responses_are_cut_out_as_officially_but_for_its_accidents(tokenizer, golden: Path) -> None:
@@ -62,11 +73,15 @@ def test_responses_are_cut_out_as_officially_but_for_its_accidents(tokenizer, go
             response = "a time, there was"
         arguments = (case["raw_text_len"], case["context_length"], case["chat_format"])
         for tokens in (case["tokens"], torch.tensor(case["tokens"], dtype=torch.int64)):
-            found = decode_tokens(tokens, tokenizer, *arguments, return_end_reason=True, errors=case["errors"])
+            found = decode_tokens(
+                tokens, tokenizer, *arguments, return_end_reason=True, errors=case["errors"]
+            )
             assert found == (response, case["end_reason"]), case["case"]
 
 
-def test_decoding_can_show_what_was_generated(tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding_can_show_what_was_generated(
+    tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert decode_tokens([64, 65, 151645, 151643], tokenizer, 0, 1, "chatml", verbose=True) == "b"
     assert "'b<|im_end|><|endoftext|>'" in capsys.readouterr().out
 
@@ -77,10 +92,17 @@ def test_chat_gives_official_tokens_and_responses(full_model, tokenizer, greedy,
         assert context == case["context_tokens"]
         extra, history = case["extra_stop_words_ids"], [tuple(pair) for pair in case["history"]]
         response, longer = full_model.chat(
-            tokenizer, case["query"], history, system=case["system"], stop_words_ids=extra, generation_config=greedy
+            tokenizer,
+            case["query"],
+            history,
+            system=case["system"],
+            stop_words_ids=extra,
+            generation_config=greedy,
         )
         expected = case["response"]
-        if case["new_tokens"][-1] != 151643:  # the official code loses the last token of an unfinished answer
+        if (
+            case["new_tokens"][-1] != 151643
+        ):  # the official code loses the last token of an unfinished answer
             expected += tokenizer.decode(case["new_tokens"][-1:])
         assert response == expected
         assert longer == [*history, (case["query"], expected)]
@@ -88,7 +110,9 @@ def test_chat_gives_official_tokens_and_responses(full_model, tokenizer, greedy,
         assert extra is None or len(extra) == 1  # so are the caller's stop words
         words = [*(extra or []), *get_stop_words_ids("chatml", tokenizer)]
         ids = torch.tensor([context])
-        tokens = full_model.generate(ids, greedy, attention_mask=torch.ones_like(ids), stop_words_ids=words)
+        tokens = full_model.generate(
+            ids, greedy, attention_mask=torch.ones_like(ids), stop_words_ids=words
+        )
         assert tokens[0, len(context) :].tolist() == case["new_tokens"]
 
 
@@ -104,14 +128,18 @@ def test_the_stream_grows_to_the_response_and_never_shows_half_a_character(
         }
         texts = list(full_model.chat_stream(tokenizer, case["query"], history, **arguments))
         assert len(texts) == len(case["new_tokens"])
-        assert texts[-1] == tokenizer.decode(case["new_tokens"], skip_special_tokens=True, errors="ignore")
+        assert texts[-1] == tokenizer.decode(
+            case["new_tokens"], skip_special_tokens=True, errors="ignore"
+        )
         assert all("\ufffd" not in text for text in texts)
         for earlier, later in zip(texts, texts[1:], strict=False):
             assert later.startswith(earlier)
 
 
 def test_the_stream_samples_what_generate_samples(full_model, tokenizer) -> None:
-    config = GenerationConfig(do_sample=True, top_k=5, temperature=0.7, max_new_tokens=8, eos_token_id=151643)
+    config = GenerationConfig(
+        do_sample=True, top_k=5, temperature=0.7, max_new_tokens=8, eos_token_id=151643
+    )
     config.pad_token_id = 151643
     torch.manual_seed(3)
     response, _ = full_model.chat(tokenizer, "Hi", None, generation_config=config)
@@ -120,10 +148,16 @@ def test_the_stream_samples_what_generate_samples(full_model, tokenizer) -> None
     assert last.strip() == response
 
 
-def test_the_stream_works_without_a_cache_and_without_gradients(full_model, tokenizer, greedy, cases) -> None:
+def test_the_stream_works_without_a_cache_and_without_gradients(
+    full_model, tokenizer, greedy, cases
+) -> None:
     case, with_gradients = cases[0], []
-    hook = full_model.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
-    for text in full_model.chat_stream(tokenizer, case["query"], [], generation_config=greedy, use_cache=False):
+    hook = full_model.register_forward_hook(
+        lambda *_: with_gradients.append(torch.is_grad_enabled())
+    )
+    for text in full_model.chat_stream(
+        tokenizer, case["query"], [], generation_config=greedy, use_cache=False
+    ):
         assert torch.is_grad_enabled()  # between the tokens the caller's setting holds
         last = text
     hook.remove()
@@ -131,9 +165,13 @@ def test_the_stream_works_without_a_cache_and_without_gradients(full_model, toke
     assert with_gradients == [False] * len(case["new_tokens"])
 
 
-def test_window_size_comes_from_the_call_or_the_generation_config(full_model, tokenizer, monkeypatch, greedy) -> None:
+def test_window_size_comes_from_the_call_or_the_generation_config(
+    full_model, tokenizer, monkeypatch, greedy
+) -> None:
     seen = []
-    monkeypatch.setattr(full_model, "generate", lambda inputs, **_: seen.append(inputs.shape[1]) or inputs)
+    monkeypatch.setattr(
+        full_model, "generate", lambda inputs, **_: seen.append(inputs.shape[1]) or inputs
+    )
     history = [("a", "b")] * 3
     for config, call in ((6144, None), (6144, 30), (30, None)):
         monkeypatch.setattr(greedy, "max_window_size", config)
@@ -165,20 +203,28 @@ def test_calls_that_cannot_work_are_refused(full_model, tokenizer, greedy) -> No
             function()
 
 
-def test_rows_of_the_embedding_that_are_no_tokens_are_never_generated(full_model, tokenizer, greedy) -> None:
+def test_rows_of_the_embedding_that_are_no_tokens_are_never_generated(
+    full_model, tokenizer, greedy
+) -> None:
     class Favour(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             scores[:, 151851:] += 1000.0
             return scores
 
     stream = full_model.chat_stream(
-        tokenizer, "Hi", [], logits_processor=LogitsProcessorList([Favour()]), generation_config=greedy
+        tokenizer,
+        "Hi",
+        [],
+        logits_processor=LogitsProcessorList([Favour()]),
+        generation_config=greedy,
     )
     plain = full_model.chat_stream(tokenizer, "Hi", [], generation_config=greedy)
     assert list(stream) == list(plain)
 
 
-def test_what_the_tokenizer_returns_can_be_passed_on_as_it_is(full_model, tokenizer, greedy) -> None:
+def test_what_the_tokenizer_returns_can_be_passed_on_as_it_is(
+    full_model, tokenizer, greedy
+) -> None:
     inputs = tokenizer("Hi", return_tensors="pt")
     assert "token_type_ids" in inputs
     with torch.no_grad():

@@ -34,7 +34,9 @@ def folder(small_dir: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in drop})
+    )
 
 
 def shard(folder: Path) -> list[str]:
@@ -43,7 +45,10 @@ def shard(folder: Path) -> list[str]:
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     weight_map = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
     for name in names:
-        save_file({tensor: tensors[tensor] for tensor in tensors if weight_map[tensor] == name}, folder / name)
+        save_file(
+            {tensor: tensors[tensor] for tensor in tensors if weight_map[tensor] == name},
+            folder / name,
+        )
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
     return names
@@ -66,10 +71,18 @@ def test_a_single_weight_file_goes_before_an_index_as_where_they_are_loaded(fold
 
 
 def test_settings_tokenizer_and_legal_texts_are_carried_over_and_no_code(folder, tmp_path):
-    for name in ("Tongyi Qianwen LICENSE AGREEMENT.txt", "NOTICE", "use_policy.md", "README.md", "license.py"):
+    for name in (
+        "Tongyi Qianwen LICENSE AGREEMENT.txt",
+        "NOTICE",
+        "use_policy.md",
+        "README.md",
+        "license.py",
+    ):
         (folder / name).write_text(name)
     code = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64, "auto_map": code}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": 64, "auto_map": code})
+    )
     edit(folder, auto_map={"AutoConfig": "configuration_qwen.QWenConfig"})
     before, out = json.loads((folder / "config.json").read_text()), tmp_path / "out"
     (folder / "NOTICE").chmod(0o600)
@@ -77,9 +90,16 @@ def test_settings_tokenizer_and_legal_texts_are_carried_over_and_no_code(folder,
     names = carry_over(folder, out)
     assert names == sorted(path.name for path in out.iterdir())
     legal = {"Tongyi Qianwen LICENSE AGREEMENT.txt", "NOTICE", "use_policy.md"}
-    assert set(names) == legal | {"config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json"}
+    assert set(names) == legal | {
+        "config.json",
+        "generation_config.json",
+        "qwen.tiktoken",
+        "tokenizer_config.json",
+    }
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 64}
-    assert json.loads((out / "config.json").read_text()) == {k: v for k, v in before.items() if k != "auto_map"}
+    assert json.loads((out / "config.json").read_text()) == {
+        k: v for k, v in before.items() if k != "auto_map"
+    }
     for name in names:
         assert stat.S_IMODE((out / name).stat().st_mode) == 0o644
         if name not in ("config.json", "tokenizer_config.json"):
@@ -128,24 +148,44 @@ def cut_off(folder: Path) -> None:
     ("damage", "message"),
     [
         (without("config.json"), "no config.json; expected a checkpoint"),
-        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "an adapter, not a model"),
+        (
+            lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+            "an adapter, not a model",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON list; expected an object"),
+        (
+            lambda f: (f / "config.json").write_text("[]"),
+            "config.json: a JSON list; expected an object",
+        ),
         (lambda f: edit(f, model_type="qwen2"), "model_type is 'qwen2'; expected 'qwen'"),
         (lambda f: edit(f, drop=("model_type",)), "model_type is None; expected 'qwen'"),
         (lambda f: edit(f, visual={"layers": 48}), "visual input; expected a text-only Qwen"),
-        (lambda f: edit(f, vocab_size=511), "qwen.tiktoken has 512 tokens but config.json says vocab_size 511"),
+        (
+            lambda f: edit(f, vocab_size=511),
+            "qwen.tiktoken has 512 tokens but config.json says vocab_size 511",
+        ),
         (lambda f: edit(f, drop=("vocab_size",)), "says vocab_size None"),
-        (without("qwen.tiktoken"), "qwen.tiktoken: No such file or directory; expected the model's qwen.tiktoken"),
-        (lambda f: (f / "qwen.tiktoken").write_text("version https://git-lfs"), "qwen.tiktoken: line 1 is not"),
+        (
+            without("qwen.tiktoken"),
+            "qwen.tiktoken: No such file or directory; expected the model's qwen.tiktoken",
+        ),
+        (
+            lambda f: (f / "qwen.tiktoken").write_text("version https://git-lfs"),
+            "qwen.tiktoken: line 1 is not",
+        ),
         (without("model.safetensors"), "no weights; expected model.safetensors or"),
         (cut_off, "the file is cut off or damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
         (
-            lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+            lambda f: (f / "model.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1"
+            ),
             "Git LFS pointer",
         ),
-        (lambda f: (f / shard(f)[1]).unlink(), "00002.safetensors is missing (1 of 2 weight files are)"),
+        (
+            lambda f: (f / shard(f)[1]).unlink(),
+            "00002.safetensors is missing (1 of 2 weight files are)",
+        ),
         (lambda f: shard(f) and (f / INDEX).write_text("{}"), "no weight_map"),
     ],
 )
@@ -167,7 +207,9 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(folder, damage, message
         ("mine", {}, "the model it was made from"),
     ],
 )
-def test_a_quantised_folder_is_refused_with_the_name_of_the_bf16_model(small_dir, tmp_path, name, changes, expected):
+def test_a_quantised_folder_is_refused_with_the_name_of_the_bf16_model(
+    small_dir, tmp_path, name, changes, expected
+):
     folder = Path(shutil.copytree(small_dir, tmp_path / name))
     edit(folder, quantization_config={"bits": 4, "quant_method": "gptq"}, **changes)
     with pytest.raises(UserError, match=rf"quantised weights \(Int4/Int8\).*use {expected}$"):
@@ -177,7 +219,9 @@ def test_a_quantised_folder_is_refused_with_the_name_of_the_bf16_model(small_dir
 @pytest.mark.parametrize("path", ["/no/such/folder", "./model", "a/b/c", "", "models/*"])
 def test_a_path_to_nothing_is_never_looked_up_on_the_hub(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qwen_ds.model.folder.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "qwen_ds.model.folder.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
     with pytest.raises(UserError, match="no such folder|no config.json"):
         find_model(path)
 
@@ -206,11 +250,16 @@ class Hub(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.files:
             names = self.files["/".join(parts[2:4])]
             if parts[4:5] == ["tree"]:
-                listed = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in names.items()]
+                listed = [
+                    {"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
+                    for n, b in names.items()
+                ]
                 body = json.dumps(listed).encode()
             else:
                 siblings = [{"rfilename": name} for name in names]
-                body = json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}).encode()
+                body = json.dumps(
+                    {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}
+                ).encode()
         elif parts[2:3] == ["resolve"]:
             body = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
             if body is not None:
@@ -232,7 +281,11 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def hub(small_dir: Path) -> Iterator[str]:
     tiny = {path.name: path.read_bytes() for path in small_dir.iterdir()}
-    tiny |= {"modeling_qwen.py": b"raise SystemExit('ran')", "LICENSE": b"free", "pytorch_model.bin": b"pickle"}
+    tiny |= {
+        "modeling_qwen.py": b"raise SystemExit('ran')",
+        "LICENSE": b"free",
+        "pytorch_model.bin": b"pickle",
+    }
     old = {name: body for name, body in tiny.items() if not name.endswith(".safetensors")}
     Hub.files, Hub.asked = {"acme/tiny": tiny, "acme/old": old}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -250,17 +303,35 @@ def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[st
         "import sys\nfrom qwen_ds.model.folder import find_model\n"
         "for name in sys.argv[1:]:\n    try: print(find_model(name))\n    except ValueError as error: print(error)"
     )
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
-    env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1", **variables}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "HUGGINGFACE"))
+    }
+    env |= {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "no_proxy": "127.0.0.1",
+        **variables,
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *names],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offline(hub, tmp_path, monkeypatch):
-    tiny, old, absent = find_in_a_process(["acme/tiny", "acme/old", "acme/none"], tmp_path, HF_ENDPOINT=hub)
+def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offline(
+    hub, tmp_path, monkeypatch
+):
+    tiny, old, absent = find_in_a_process(
+        ["acme/tiny", "acme/old", "acme/none"], tmp_path, HF_ENDPOINT=hub
+    )
     wanted = {"config.json", "generation_config.json", "qwen.tiktoken", "LICENSE"}
     assert {path.name for path in Path(tiny).iterdir()} == wanted | {"model.safetensors"}
     assert {path.name for path in Path(old).iterdir()} == wanted | {"pytorch_model.bin"}
@@ -272,7 +343,11 @@ def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offlin
     # What HF_HOME and HF_HUB_OFFLINE=1 set when huggingface_hub is imported; a second process would take seconds.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network although offline"))
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("went to the network although offline")
+    )
     assert find_model("acme/tiny") == Path(tiny)
-    with pytest.raises(UserError, match="acme/none: no such folder, and fetching it from the hub failed: "):
+    with pytest.raises(
+        UserError, match="acme/none: no such folder, and fetching it from the hub failed: "
+    ):
         find_model("acme/none")

@@ -33,7 +33,9 @@ def bf16_model(small_dir: Path) -> qwen_ds.QWenLMHeadModel:
 
 
 @pytest.fixture(params=["sdpa", "eager"])
-def attention(request: pytest.FixtureRequest, model: qwen_ds.QWenLMHeadModel, monkeypatch: pytest.MonkeyPatch) -> str:
+def attention(
+    request: pytest.FixtureRequest, model: qwen_ds.QWenLMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> str:
     monkeypatch.setattr(model.config, "_attn_implementation", request.param)
     return request.param
 
@@ -47,12 +49,18 @@ def logits(model: torch.nn.Module, ids_BT: Tensor, **kwargs: object) -> Tensor:
 def test_right_padded_rows_have_official_logits(model, golden: Path) -> None:
     data = load_file(golden / "forward/right_pad.safetensors")
     ids, mask = data["input_ids"], data["attention_mask"]
-    masked, unmasked, real = logits(model, ids, attention_mask=mask), logits(model, ids), mask.bool()
+    masked, unmasked, real = (
+        logits(model, ids, attention_mask=mask),
+        logits(model, ids),
+        mask.bool(),
+    )
     assert_close(masked[real], data["logits_mask"][real], **TOLERANCE)
     assert_close(unmasked, data["logits_nomask"], **TOLERANCE)
     for row, length in enumerate(mask.sum(-1).tolist()):
         assert_close(unmasked[row, :length], data[f"single.{row}.logits"], **TOLERANCE)
-        assert_close(logits(model, ids[row : row + 1, :length])[0], data[f"single.{row}.logits"], **TOLERANCE)
+        assert_close(
+            logits(model, ids[row : row + 1, :length])[0], data[f"single.{row}.logits"], **TOLERANCE
+        )
 
 
 @pytest.mark.usefixtures("attention")
@@ -68,7 +76,9 @@ def test_left_padded_rows_have_official_logits(model, golden: Path) -> None:
 
 
 @pytest.mark.usefixtures("attention")
-def test_a_bool_mask_is_the_int_mask_and_an_additive_4d_mask_is_used_as_it_is(model, golden: Path) -> None:
+def test_a_bool_mask_is_the_int_mask_and_an_additive_4d_mask_is_used_as_it_is(
+    model, golden: Path
+) -> None:
     data = load_file(golden / "forward/left_pad.safetensors")
     ids, mask = data["input_ids"], data["attention_mask"]
     expected = logits(model, ids, attention_mask=mask)
@@ -97,7 +107,9 @@ def test_every_module_gives_official_activations(model, golden: Path) -> None:
     data = load_file(golden / "forward/debug.safetensors")
     found: dict[str, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(f"act.{name}", out[0]))
+        module.register_forward_hook(
+            lambda _, __, out, name=name: found.__setitem__(f"act.{name}", out[0])
+        )
         for name, module in model.named_modules()
     ]
     with torch.no_grad():
@@ -106,7 +118,9 @@ def test_every_module_gives_official_activations(model, golden: Path) -> None:
         hook.remove()
     for name in data:
         if name.startswith("act."):
-            assert_close(found[name], data[name], msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
+            assert_close(
+                found[name], data[name], msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE
+            )
     for i, state in enumerate(out.hidden_states):
         assert_close(state[0], data[f"hidden_states.{i}"], **TOLERANCE)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
@@ -125,12 +139,16 @@ def test_full_vocabulary_has_official_last_logits(full_dir: Path, golden: Path) 
     assert_close(last[:, 0].logsumexp(-1), data["last_logsumexp"], **TOLERANCE)
     values, indices = last[:, 0].topk(50)
     assert_close(values, data["last_top50_values"], **TOLERANCE)
-    assert_close(last[:, 0].gather(-1, data["last_top50_indices"]), data["last_top50_values"], **TOLERANCE)
+    assert_close(
+        last[:, 0].gather(-1, data["last_top50_indices"]), data["last_top50_values"], **TOLERANCE
+    )
     assert torch.equal(indices[:, 0], data["last_top50_indices"][:, 0])
     texts = json.loads((golden / "forward/full_vocab_texts.json").read_text())
     for row, text in enumerate(texts):  # a row alone, without padding
         single = logits(model, torch.tensor([text["ids"]]), logits_to_keep=1)
-        assert_close(single[0, 0, data["columns"]], data["last_logits_at_columns"][row], **TOLERANCE)
+        assert_close(
+            single[0, 0, data["columns"]], data["last_logits_at_columns"][row], **TOLERANCE
+        )
 
 
 def test_bf16_logits_are_as_close_as_bf16_gets(bf16_model, golden: Path) -> None:
@@ -138,7 +156,10 @@ def test_bf16_logits_are_as_close_as_bf16_gets(bf16_model, golden: Path) -> None
     real = data["attention_mask"].bool()
     long_ids = data["long.input_ids"].unsqueeze(0)
     pairs = (
-        (logits(bf16_model, data["input_ids"], attention_mask=data["attention_mask"])[real], data["logits"][real]),
+        (
+            logits(bf16_model, data["input_ids"], attention_mask=data["attention_mask"])[real],
+            data["logits"][real],
+        ),
         (logits(bf16_model, long_ids)[0, data["long.positions"]], data["long.logits"]),
     )
     for found, expected in pairs:
@@ -151,7 +172,9 @@ def test_bf16_loss_is_in_fp32_and_near_the_official_one(bf16_model, golden: Path
     data = load_file(golden / "forward/bf16_ops.safetensors")
     inputs = load_file(golden / "forward/bf16.safetensors")
     with torch.no_grad():
-        loss = bf16_model(inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=data["labels"]).loss
+        loss = bf16_model(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=data["labels"]
+        ).loss
     assert loss.dtype == torch.float32
     assert_close(loss, data["loss_bf16"].float(), atol=0.1, rtol=0.0)
 
@@ -167,7 +190,9 @@ def test_bf16_rotary_and_logn_are_bit_exact(golden: Path) -> None:
     data = load_file(golden / "forward/bf16_ops.safetensors")
     positions = torch.arange(192).unsqueeze(0)
     cos, sin = rotary_tables(positions, 16, 10000, torch.tensor([3]))
-    assert torch.equal(apply_rotary(data["rope.x"], cos[:, :, None], sin[:, :, None]), data["rope.out_alpha3"])
+    assert torch.equal(
+        apply_rotary(data["rope.x"], cos[:, :, None], sin[:, :, None]), data["rope.out_alpha3"]
+    )
     table = logn_factors(positions, 64).bfloat16()
     assert torch.equal(table[0], data["logn.table_bf16"])
     assert torch.equal(data["rope.out_alpha3"] * table[:, :, None, None], data["logn.out"])
@@ -177,7 +202,9 @@ def test_the_gradient_of_the_rotation_is_rounded_once() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 50, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn_like(x)
-    cos, sin = (table[:, :, None] for table in rotary_tables(torch.arange(50).unsqueeze(0), 16, 10000))
+    cos, sin = (
+        table[:, :, None] for table in rotary_tables(torch.arange(50).unsqueeze(0), 16, 10000)
+    )
     apply_rotary(x, cos, sin).backward(upstream)
     assert torch.equal(x.grad, apply_rotary(upstream, cos, -sin))
 
@@ -199,7 +226,9 @@ def test_position_ids_are_honoured(model) -> None:
     assert_close(packed[:, :5], logits(model, ids[:, :5]), **TOLERANCE)
     assert_close(packed[:, 5:], logits(model, ids[:, 5:]), **TOLERANCE)
     # Rotation is relative; only a gap between positions shows in the logits.
-    assert not torch.allclose(logits(model, ids, position_ids=torch.arange(0, 24, 2).unsqueeze(0)), logits(model, ids))
+    assert not torch.allclose(
+        logits(model, ids, position_ids=torch.arange(0, 24, 2).unsqueeze(0)), logits(model, ids)
+    )
 
 
 def test_logits_to_keep_gives_the_same_logits_for_fewer_tokens(model) -> None:
@@ -207,7 +236,9 @@ def test_logits_to_keep_gives_the_same_logits_for_fewer_tokens(model) -> None:
     everything = logits(model, ids)
     assert_close(logits(model, ids, logits_to_keep=2), everything[:, -2:], atol=1e-5, rtol=0.0)
     picked = torch.tensor([0, 4])
-    assert_close(logits(model, ids, logits_to_keep=picked), everything[:, picked], atol=1e-5, rtol=0.0)
+    assert_close(
+        logits(model, ids, logits_to_keep=picked), everything[:, picked], atol=1e-5, rtol=0.0
+    )
 
 
 def test_embeddings_can_take_the_place_of_ids(model) -> None:
@@ -221,8 +252,14 @@ def test_embeddings_can_take_the_place_of_ids(model) -> None:
     "arguments, complaint",
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 3)}, "expected one column"),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.int64), "output_attentions": True}, "not materialised"),
+        (
+            {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 3)},
+            "expected one column",
+        ),
+        (
+            {"input_ids": torch.ones(1, 4, dtype=torch.int64), "output_attentions": True},
+            "not materialised",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(model, arguments: dict, complaint: str) -> None:

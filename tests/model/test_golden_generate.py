@@ -37,7 +37,9 @@ def new_tokens(model: qwen_ds.QWenLMHeadModel, ids_BT: Tensor, n: int, **kwargs:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_greedy_batch_gives_official_tokens_and_scores(model, golden: Path, monkeypatch, implementation: str) -> None:
+def test_greedy_batch_gives_official_tokens_and_scores(
+    model, golden: Path, monkeypatch, implementation: str
+) -> None:
     monkeypatch.setattr(model.config, "_attn_implementation", implementation)
     data = load_file(golden / "generate/greedy.safetensors")
     out = model.generate(
@@ -52,7 +54,9 @@ def test_greedy_batch_gives_official_tokens_and_scores(model, golden: Path, monk
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_a_row_alone_gives_its_official_tokens_with_and_without_cache(model, golden: Path, row: int) -> None:
+def test_a_row_alone_gives_its_official_tokens_with_and_without_cache(
+    model, golden: Path, row: int
+) -> None:
     data = load_file(golden / "generate/greedy.safetensors")
     ids = data[f"single.{row}.input_ids"].unsqueeze(0)
     for use_cache in (True, False):
@@ -95,7 +99,9 @@ def test_stop_words_end_rows_as_in_the_official_generate(model, golden: Path) ->
 
 def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> None:
     ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
-    config = GenerationConfig(eos_token_id=304, pad_token_id=304, max_new_tokens=24, do_sample=False)
+    config = GenerationConfig(
+        eos_token_id=304, pad_token_id=304, max_new_tokens=24, do_sample=False
+    )
     config.stop_words_ids = [[224]]
     found = model.generate(ids, config, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
     assert found.tolist() == [454, 149, 224, 304]
@@ -103,16 +109,23 @@ def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> 
 
 def test_a_stop_word_that_is_the_eos_token_or_longer_than_the_prompt_changes_nothing(model) -> None:
     ids = torch.tensor([[7, 304]])  # what ends here is the prompt, not the answer
-    assert torch.equal(new_tokens(model, ids, 4, stop_words_ids=[[304], [1, 2, 3, 4, 5]]), new_tokens(model, ids, 4))
+    assert torch.equal(
+        new_tokens(model, ids, 4, stop_words_ids=[[304], [1, 2, 3, 4, 5]]),
+        new_tokens(model, ids, 4),
+    )
 
 
-def test_stop_words_end_with_the_eos_token_of_the_call_and_leave_other_processors_alone(model, golden: Path) -> None:
+def test_stop_words_end_with_the_eos_token_of_the_call_and_leave_other_processors_alone(
+    model, golden: Path
+) -> None:
     class Never(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             return scores.index_fill(1, torch.tensor([224]), -torch.inf)
 
     ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
-    assert new_tokens(model, ids, 6, stop_words_ids=[[149]], eos_token_id=[311, 304])[0].tolist() == [454, 149, 311]
+    assert new_tokens(model, ids, 6, stop_words_ids=[[149]], eos_token_id=[311, 304])[
+        0
+    ].tolist() == [454, 149, 311]
     options = {"stop_words_ids": [[224]], "logits_processor": LogitsProcessorList([Never()])}
     found = new_tokens(model, ids, 6, **options)[0].tolist()
     assert found[:2] == [454, 149] and len(found) == 6 and 224 not in found
@@ -143,13 +156,22 @@ def test_several_tokens_on_a_cache_are_causal(model, golden: Path, chunk: int) -
         assert_close(found, data["one_token.logits"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"prefill_chunk_size": 7}, {"cache_implementation": "static"}, {"num_beams": 2}])
-def test_other_ways_to_decode_give_each_row_what_it_gets_alone(model, golden: Path, options: dict) -> None:
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 7}, {"cache_implementation": "static"}, {"num_beams": 2}]
+)
+def test_other_ways_to_decode_give_each_row_what_it_gets_alone(
+    model, golden: Path, options: dict
+) -> None:
     data = load_file(golden / "generate/greedy.safetensors")
     options = options | {"disable_compile": True}
-    batch = new_tokens(model, data["input_ids"], 8, attention_mask=data["attention_mask"], **options)
+    batch = new_tokens(
+        model, data["input_ids"], 8, attention_mask=data["attention_mask"], **options
+    )
     for row in range(4):
-        assert torch.equal(batch[row], new_tokens(model, data[f"single.{row}.input_ids"].unsqueeze(0), 8, **options)[0])
+        assert torch.equal(
+            batch[row],
+            new_tokens(model, data[f"single.{row}.input_ids"].unsqueeze(0), 8, **options)[0],
+        )
     if "num_beams" not in options:
         assert torch.equal(batch, data["new_tokens"][:, :8])
 
@@ -175,7 +197,9 @@ def test_a_masked_cache_can_be_filled_in_pieces(model, golden: Path, kind: str) 
     pieces = []
     with torch.no_grad():
         for start, end in ((0, 6), (6, 13), (13, 14), (14, 21)):
-            pieces.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+            pieces.append(
+                model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            )
     real = mask.bool()
     assert_close(torch.cat(pieces, 1)[real], data["logits"][real], **TOLERANCE)
 

@@ -54,7 +54,9 @@ def test_alpha_is_official_at_every_length(golden: Path) -> None:
     table = json.loads((golden / "long/tables.json").read_text())["ntk_alpha"]
     for seq_length in {row[0] for row in table}:
         lens = torch.tensor([row[1] for row in table if row[0] == seq_length])
-        assert ntk_alpha(lens, seq_length).tolist() == [row[2] for row in table if row[0] == seq_length]
+        assert ntk_alpha(lens, seq_length).tolist() == [
+            row[2] for row in table if row[0] == seq_length
+        ]
 
 
 def test_logn_factors_are_official(golden: Path) -> None:
@@ -67,7 +69,8 @@ def test_logn_factors_are_official(golden: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, head_dim, base", [("small", 16, 10000), ("hd128", 128, 10000), ("hd128_base1e6", 128, 1e6)]
+    "shape, head_dim, base",
+    [("small", 16, 10000), ("hd128", 128, 10000), ("hd128_base1e6", 128, 1e6)],
 )
 def test_rotary_tables_are_official(golden: Path, shape: str, head_dim: int, base: float) -> None:
     data = load_file(golden / "long/rope_tables.safetensors")
@@ -78,26 +81,36 @@ def test_rotary_tables_are_official(golden: Path, shape: str, head_dim: int, bas
             expected = data[f"{shape}.alpha{alpha}.{name}"]
             assert_close(torch.cat((half, half), -1)[0], expected, atol=1e-6, rtol=1e-6)
     plain = rotary_tables(positions, head_dim, base)
-    assert_close(torch.cat((plain[0], plain[0]), -1)[0], data[f"{shape}.alpha1.cos"], atol=1e-6, rtol=1e-6)
+    assert_close(
+        torch.cat((plain[0], plain[0]), -1)[0], data[f"{shape}.alpha1.cos"], atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("ntk, logn", FLAGS)
 @pytest.mark.parametrize("length", [100, 150])
-def test_a_long_row_has_official_logits(model, golden: Path, length: int, ntk: bool, logn: bool) -> None:
+def test_a_long_row_has_official_logits(
+    model, golden: Path, length: int, ntk: bool, logn: bool
+) -> None:
     data = load_file(golden / "long/single.safetensors")
     model.config.use_dynamic_ntk, model.config.use_logn_attn = ntk, logn
     ids, positions = data[f"L{length}.input_ids"].unsqueeze(0), data[f"L{length}.positions"]
     found = logits(model, ids)[0, positions]
     assert_close(found, data[f"L{length}.ntk{ntk:d}_logn{logn:d}.logits"], **TOLERANCE)
     assert_close(
-        logits(model, ids, extend_context=False)[0, positions], data[f"L{length}.train_mode.logits"], **TOLERANCE
+        logits(model, ids, extend_context=False)[0, positions],
+        data[f"L{length}.train_mode.logits"],
+        **TOLERANCE,
     )
     model.train()
-    assert_close(logits(model, ids)[0, positions], data[f"L{length}.train_mode.logits"], **TOLERANCE)
+    assert_close(
+        logits(model, ids)[0, positions], data[f"L{length}.train_mode.logits"], **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("ntk, logn", FLAGS)
-def test_right_padded_long_rows_have_official_logits_each_with_its_own_alpha(model, batch, ntk, logn) -> None:
+def test_right_padded_long_rows_have_official_logits_each_with_its_own_alpha(
+    model, batch, ntk, logn
+) -> None:
     model.config.use_dynamic_ntk, model.config.use_logn_attn = ntk, logn
     ids, mask = batch["right.input_ids"], batch["right.attention_mask"]
     found = at(logits(model, ids, attention_mask=mask), batch["right.positions"])
@@ -115,7 +128,9 @@ def test_left_padded_long_rows_are_the_rows_alone(model, batch, ntk, logn) -> No
     if not logn:
         assert_close(found, batch[f"left.ntk{ntk:d}_logn0.logits_mask"], **TOLERANCE)
     for row, length in enumerate(mask.sum(-1).tolist()):
-        alone = logits(model, ids[row : row + 1, -length:])[0, batch["left.positions"][row] - (140 - length)]
+        alone = logits(model, ids[row : row + 1, -length:])[
+            0, batch["left.positions"][row] - (140 - length)
+        ]
         assert_close(alone, found[row], **TOLERANCE)
 
 
@@ -125,17 +140,26 @@ def test_without_a_mask_alpha_comes_from_the_padded_length(model, batch) -> None
         assert_close(found, batch[f"{side}.ntk1_logn1.logits_nomask"], **TOLERANCE)
 
 
-def test_right_padded_rows_without_a_mask_are_right_once_their_lengths_are_declared(model, batch) -> None:
+def test_right_padded_rows_without_a_mask_are_right_once_their_lengths_are_declared(
+    model, batch
+) -> None:
     cache = DynamicCache()
     declare_prompt_lens(cache, batch["right.attention_mask"].sum(-1))
-    found = at(logits(model, batch["right.input_ids"], past_key_values=cache), batch["right.positions"])
+    found = at(
+        logits(model, batch["right.input_ids"], past_key_values=cache), batch["right.positions"]
+    )
     assert_close(found, batch["right.ntk1_logn1.logits_mask"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("prompt", ["L58", "L120"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_decoding_across_a_doubling_gives_official_tokens_and_scores(model, generated, prompt, use_cache) -> None:
-    ids, name = generated[f"{prompt}.input_ids"].unsqueeze(0), f"{prompt}.{'cache' if use_cache else 'nocache'}"
+def test_decoding_across_a_doubling_gives_official_tokens_and_scores(
+    model, generated, prompt, use_cache
+) -> None:
+    ids, name = (
+        generated[f"{prompt}.input_ids"].unsqueeze(0),
+        f"{prompt}.{'cache' if use_cache else 'nocache'}",
+    )
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -157,13 +181,19 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_left_padded_long_batch_decodes_as_its_rows_alone(model, generated, options: dict) -> None:
+def test_a_left_padded_long_batch_decodes_as_its_rows_alone(
+    model, generated, options: dict
+) -> None:
     ids, mask = generated["batch.input_ids"], generated["batch.attention_mask"]
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=24, **options)[:, ids.shape[1] :]
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=24, **options)[
+        :, ids.shape[1] :
+    ]
     for row, length in enumerate(mask.sum(-1).tolist()):
         if "num_beams" in options:
             alone_ids = ids[row : row + 1, -length:]
-            alone = model.generate(alone_ids, attention_mask=torch.ones_like(alone_ids), max_new_tokens=24, **options)
+            alone = model.generate(
+                alone_ids, attention_mask=torch.ones_like(alone_ids), max_new_tokens=24, **options
+            )
             assert torch.equal(found[row], alone[0, length:])
         else:
             assert torch.equal(found[row], generated[f"batch.single.{row}.new_tokens"])
@@ -178,7 +208,9 @@ def test_a_long_prompt_in_chunks_is_the_prompt_at_once_when_its_length_is_declar
     cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=160)
     for _ in range(2):  # the second time on the same cache after a reset
         declare_prompt_lens(cache, 150)
-        chunks = [logits(model, ids[:, s : s + 40], past_key_values=cache) for s in range(0, 150, 40)]
+        chunks = [
+            logits(model, ids[:, s : s + 40], past_key_values=cache) for s in range(0, 150, 40)
+        ]
         found = torch.cat(chunks, 1)[0, data["L150.positions"]]
         assert_close(found, data["L150.ntk1_logn1.logits"], **TOLERANCE)
         cache.reset()
@@ -200,7 +232,12 @@ def test_alpha_is_frozen_by_the_first_forward_and_forgotten_by_a_reset(model, go
 
 def test_a_cache_with_other_rows_than_it_was_filled_with_is_refused(model, batch) -> None:
     cache = DynamicCache()
-    logits(model, batch["right.input_ids"], attention_mask=batch["right.attention_mask"], past_key_values=cache)
+    logits(
+        model,
+        batch["right.input_ids"],
+        attention_mask=batch["right.attention_mask"],
+        past_key_values=cache,
+    )
     cache.batch_select_indices(torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="filled with 4 rows and is used with 2"):
         logits(model, torch.tensor([[5], [6]]), past_key_values=cache)

@@ -25,12 +25,16 @@ def test_an_official_adapter_gives_official_outputs_and_gradients(
 ) -> None:
     model = tuned(small_dir, golden, name)
     data = load_file(golden / name / "outputs.safetensors")
-    out = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"], labels=data["labels"])
+    out = model(
+        input_ids=data["input_ids"], attention_mask=data["attention_mask"], labels=data["labels"]
+    )
     real = data["attention_mask"].bool()
     assert_close(out.logits[real], data["logits"][real], atol=tolerance, rtol=0.0)
     assert_close(out.loss, data["loss_eval"], atol=5e-6, rtol=0.0)
     out.loss.backward()
-    gradients = {key.removeprefix("grad."): value for key, value in data.items() if key.startswith("grad.")}
+    gradients = {
+        key.removeprefix("grad."): value for key, value in data.items() if key.startswith("grad.")
+    }
     assert len(gradients) == 5
     for key, expected in gradients.items():
         found = model.get_parameter(key.replace(".weight", ".default.weight")).grad
@@ -38,7 +42,9 @@ def test_an_official_adapter_gives_official_outputs_and_gradients(
 
 
 @pytest.mark.parametrize("name, tolerance", ADAPTERS)
-def test_merging_an_official_adapter_gives_official_weights(small_dir, golden, name: str, tolerance: float) -> None:
+def test_merging_an_official_adapter_gives_official_weights(
+    small_dir, golden, name: str, tolerance: float
+) -> None:
     merged = tuned(small_dir, golden, name).merge_and_unload()
     data = load_file(golden / name / "outputs.safetensors")
     weights = merged.state_dict()
@@ -51,4 +57,6 @@ def test_merging_an_official_adapter_gives_official_weights(small_dir, golden, n
     with torch.no_grad():
         logits = merged(data["input_ids"], attention_mask=data["attention_mask"]).logits
     last = data["attention_mask"].sum(-1) - 1
-    assert_close(logits[torch.arange(4), last], data["merged_last_logits"], atol=tolerance, rtol=0.0)
+    assert_close(
+        logits[torch.arange(4), last], data["merged_last_logits"], atol=tolerance, rtol=0.0
+    )

@@ -27,13 +27,17 @@ def assert_official_gradients(model: torch.nn.Module, data: dict[str, torch.Tens
         expected = data[name]
         found = model.get_parameter(name.removeprefix("grad.")).grad
         tolerance = 2e-5 * expected.abs().max().item()
-        assert_close(found, expected, atol=tolerance, rtol=0.0, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            found, expected, atol=tolerance, rtol=0.0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("file", ["loss_within", "loss_beyond"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_losses_and_gradients_are_official(model, golden: Path, file: str, implementation: str, masked: bool) -> None:
+def test_losses_and_gradients_are_official(
+    model, golden: Path, file: str, implementation: str, masked: bool
+) -> None:
     model.config._attn_implementation = implementation
     data = load_file(golden / f"train/{file}.safetensors")
     mask = data["attention_mask"] if masked else None
@@ -48,7 +52,9 @@ def test_losses_and_gradients_are_official(model, golden: Path, file: str, imple
         assert model(data["input_ids"], labels=torch.full_like(data["labels"], -100)).loss.isnan()
         model.eval()
         # Alpha comes from the rows' lengths, so beyond seq_length evaluation needs the mask.
-        loss = model(data["input_ids"], attention_mask=data["attention_mask"], labels=data["labels"]).loss
+        loss = model(
+            data["input_ids"], attention_mask=data["attention_mask"], labels=data["labels"]
+        ).loss
         assert_close(loss, data["loss_eval"], **LOSS)
 
 
@@ -75,7 +81,9 @@ def test_the_decoder_alone_needs_no_mask_and_gives_the_same_gradients(model, gol
 
 
 @pytest.mark.parametrize("every, calls", [(1, [2, 2, 2]), (2, [2, 1, 2])])
-def test_activation_checkpointing_changes_nothing_and_recomputes_blocks(model, golden: Path, every, calls) -> None:
+def test_activation_checkpointing_changes_nothing_and_recomputes_blocks(
+    model, golden: Path, every, calls
+) -> None:
     data = load_file(golden / "train/loss_within.safetensors")
     found = [0, 0, 0]
     for i, block in enumerate(model.transformer.h):
@@ -107,7 +115,9 @@ def test_checkpointing_works_where_only_inner_parameters_are_trained(model) -> N
     assert weight.grad is not None and weight.grad.abs().max() > 0
 
 
-def test_official_sft_rows_with_a_hole_in_the_mask_have_the_official_loss(full_dir: Path, golden: Path) -> None:
+def test_official_sft_rows_with_a_hole_in_the_mask_have_the_official_loss(
+    full_dir: Path, golden: Path
+) -> None:
     data = load_file(golden / "train/sft_loss_full.safetensors")
     model = AutoModelForCausalLM.from_pretrained(full_dir, dtype=torch.float32).train()
     mask = data["attention_mask"]

@@ -63,11 +63,16 @@ def with_config(source: Path, target: Path, **changes: object) -> Path:
 def test_importing_the_package_stays_cheap_and_opens_no_training_library() -> None:
     heavy = ["deepspeed", "peft", "datasets", "tensorboard", "matplotlib", "jieba", "rouge_score"]
     code = f"import sys, qwen_ds; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("trust", [None, False, True])
-def test_our_classes_win_over_code_in_the_folder(small_dir: Path, tmp_path: Path, trust: bool | None) -> None:
+def test_our_classes_win_over_code_in_the_folder(
+    small_dir: Path, tmp_path: Path, trust: bool | None
+) -> None:
     folder = with_config(
         small_dir,
         tmp_path / "hostile",
@@ -97,7 +102,9 @@ def test_our_classes_win_over_code_in_the_folder(small_dir: Path, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loading_changes_no_weight(small_dir: Path, dtype: torch.dtype) -> None:
     """transformers re-initialises modules whose buffers a checkpoint lacks: c_proj was lost that way."""
-    model, report = AutoModelForCausalLM.from_pretrained(small_dir, dtype=dtype, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        small_dir, dtype=dtype, output_loading_info=True
+    )
     assert not any(report.values())
     assert not list(model.buffers())
     stored, loaded = load_file(small_dir / "model.safetensors"), model.state_dict()
@@ -106,7 +113,9 @@ def test_loading_changes_no_weight(small_dir: Path, dtype: torch.dtype) -> None:
         assert torch.equal(loaded[name], tensor.to(dtype)), name
 
 
-def test_saving_and_loading_gives_the_same_weights_and_config(small_dir: Path, tmp_path: Path) -> None:
+def test_saving_and_loading_gives_the_same_weights_and_config(
+    small_dir: Path, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(small_dir)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -124,12 +133,17 @@ def test_saving_and_loading_gives_the_same_weights_and_config(small_dir: Path, t
     assert again.generation_config.max_window_size == 400
 
 
-def test_the_stored_dtype_is_kept_and_the_official_flags_choose_another(full_dir: Path, small_dir: Path) -> None:
+def test_the_stored_dtype_is_kept_and_the_official_flags_choose_another(
+    full_dir: Path, small_dir: Path
+) -> None:
     assert AutoModelForCausalLM.from_pretrained(full_dir).dtype == torch.bfloat16
     for flag, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for load in (AutoModelForCausalLM, qwen_ds.QWenLMHeadModel):
             assert load.from_pretrained(small_dir, **{flag: True}).dtype == dtype
-    assert AutoModelForCausalLM.from_pretrained(small_dir, bf16=True, dtype=torch.float16).dtype == torch.float16
+    assert (
+        AutoModelForCausalLM.from_pretrained(small_dir, bf16=True, dtype=torch.float16).dtype
+        == torch.float16
+    )
 
 
 def test_tables_that_early_checkpoints_stored_are_ignored(small_dir: Path, tmp_path: Path) -> None:
@@ -137,8 +151,15 @@ def test_tables_that_early_checkpoints_stored_are_ignored(small_dir: Path, tmp_p
 
     folder = tmp_path / "early"
     shutil.copytree(small_dir, folder)
-    extra = {"transformer.rotary_emb.inv_freq": torch.ones(8), "transformer.h.0.attn.masked_bias": torch.ones(1)}
-    save_file(load_file(small_dir / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
+    extra = {
+        "transformer.rotary_emb.inv_freq": torch.ones(8),
+        "transformer.h.0.attn.masked_bias": torch.ones(1),
+    }
+    save_file(
+        load_file(small_dir / "model.safetensors") | extra,
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
 
@@ -146,15 +167,23 @@ def test_tables_that_early_checkpoints_stored_are_ignored(small_dir: Path, tmp_p
 def test_august_and_september_files_are_the_same_model(small_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "august"
     shutil.copytree(small_dir, folder)
-    (folder / "config.json").write_text(json.dumps(AUGUST | {"use_dynamic_ntk": True, "use_logn_attn": True}))
-    august, september = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, small_dir))
-    assert august.config.vocab_size == 512  # padded_vocab_size, the rows of the embedding, whatever vocab_size says
+    (folder / "config.json").write_text(
+        json.dumps(AUGUST | {"use_dynamic_ntk": True, "use_logn_attn": True})
+    )
+    august, september = (
+        AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, small_dir)
+    )
+    assert (
+        august.config.vocab_size == 512
+    )  # padded_vocab_size, the rows of the embedding, whatever vocab_size says
     ids = torch.arange(100).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(august(ids).logits, september(ids).logits)
     august.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/config.json").read_text())
-    assert saved["hidden_size"] == 64 and saved["intermediate_size"] == 352 and "n_embd" not in saved
+    assert (
+        saved["hidden_size"] == 64 and saved["intermediate_size"] == 352 and "n_embd" not in saved
+    )
 
 
 def test_what_a_config_leaves_out_gets_the_default_of_its_time() -> None:
@@ -257,7 +286,11 @@ def test_a_missing_weight_is_drawn_and_the_others_stay(small_dir: Path, tmp_path
     shutil.copytree(small_dir, folder)
     weights = load_file(small_dir / "model.safetensors")
     gone = "transformer.h.1.mlp.c_proj.weight"
-    save_file({k: v for k, v in weights.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != gone},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert report["missing_keys"] == {gone}
     loaded = model.state_dict()
@@ -276,7 +309,11 @@ def test_biases_everywhere_when_no_bias_is_false() -> None:
             no_bias=False,
             intermediate_size=64,
         )
-        names = {name for name, _ in qwen_ds.QWenLMHeadModel(config).named_parameters() if name.endswith("bias")}
+        names = {
+            name
+            for name, _ in qwen_ds.QWenLMHeadModel(config).named_parameters()
+            if name.endswith("bias")
+        }
     assert {name.removeprefix("transformer.h.0.") for name in names} == {
         "attn.c_attn.bias", "attn.c_proj.bias", "mlp.w1.bias", "mlp.w2.bias", "mlp.c_proj.bias",
     }  # fmt: skip

@@ -18,7 +18,9 @@ def seen(mask: Tensor | None, queries: int, keys: int, past: int) -> Visibility:
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 4), RIGHT_PADDED, RIGHT_PADDED.bool()])
-def test_rows_without_padding_to_the_left_take_the_causal_path_without_a_mask(mask: Tensor | None) -> None:
+def test_rows_without_padding_to_the_left_take_the_causal_path_without_a_mask(
+    mask: Tensor | None,
+) -> None:
     assert seen(mask, 4, 4, 0) == Visibility(None, is_causal=True, left_pads_B=None)
 
 
@@ -45,7 +47,12 @@ def test_padding_to_the_left_is_hidden_from_real_tokens_and_every_query_sees_a_k
     assert found.left_pads_B.tolist() == [0, 2, 0]
     triangle = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert found.mask[0, 0].int().tolist() == triangle
-    assert found.mask[1, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert found.mask[1, 0].int().tolist() == [
+        [1, 0, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
     assert found.mask.any(-1).all()
 
 

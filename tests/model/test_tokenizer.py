@@ -17,7 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizer
 import qwen_ds  # noqa: F401  # registers the classes
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE
-from qwen_ds.model.tokenizer import LONGEST_BLANK, SPECIAL_TOKENS, Encoding, QWenTokenizer, load_encoding
+from qwen_ds.model.tokenizer import (
+    LONGEST_BLANK,
+    SPECIAL_TOKENS,
+    Encoding,
+    QWenTokenizer,
+    load_encoding,
+)
 
 SETS = {"set()": (), "all": "all", "im": {"<|im_start|>", "<|im_end|>"}, "eot": {"<|endoftext|>"}}
 HELLO = [{"role": "user", "content": "你好"}]
@@ -72,8 +78,13 @@ def test_tokens_and_decoded_texts_of_every_golden_string(golden, tok, enc):
         assert tok.decode(case["ids"]) == enc.decode(case["ids"]) == decoded, case
         assert tok.decode(case["ids"], skip_special_tokens=True) == skipped, case
         if "tokens_b64" in case:
-            tokens = [t["special"] if isinstance(t, dict) else base64.b64decode(t) for t in case["tokens_b64"]]
-            assert tok.tokenize(case["text"]) == tok.convert_ids_to_tokens(case["ids"]) == tokens, case
+            tokens = [
+                t["special"] if isinstance(t, dict) else base64.b64decode(t)
+                for t in case["tokens_b64"]
+            ]
+            assert tok.tokenize(case["text"]) == tok.convert_ids_to_tokens(case["ids"]) == tokens, (
+                case
+            )
             assert tok.convert_tokens_to_ids(tokens) == case["ids"], case
 
 
@@ -86,8 +97,14 @@ def test_tokens_and_decoded_texts_of_every_golden_string(golden, tok, enc):
         ("decode_strict", {"errors": "strict"}),
     ],
 )
-def test_decoding_of_cut_characters_specials_and_unknown_ids_is_the_official_one(golden, tok, key, kwargs):
-    errors = {"KeyError": KeyError, "OverflowError": OverflowError, "UnicodeDecodeError": UnicodeDecodeError}
+def test_decoding_of_cut_characters_specials_and_unknown_ids_is_the_official_one(
+    golden, tok, key, kwargs
+):
+    errors = {
+        "KeyError": KeyError,
+        "OverflowError": OverflowError,
+        "UnicodeDecodeError": UnicodeDecodeError,
+    }
     cases = load(golden, "decode.json")
     assert len(cases) == 92
     for case in cases:
@@ -104,7 +121,10 @@ def test_decoding_by_way_of_tokens_is_the_official_one(golden, tok):
             with pytest.raises(ValueError):
                 tok.convert_ids_to_tokens(case["ids"])
         else:
-            assert tok.convert_tokens_to_string(tok.convert_ids_to_tokens(case["ids"])) == case["via_tokens"], case
+            assert (
+                tok.convert_tokens_to_string(tok.convert_ids_to_tokens(case["ids"]))
+                == case["via_tokens"]
+            ), case
 
 
 def test_special_ids_follow_the_ranks_of_whatever_vocabulary(golden, tok):
@@ -124,7 +144,9 @@ def test_special_ids_follow_the_ranks_of_whatever_vocabulary(golden, tok):
         assert small(case["text"])["input_ids"] == case["ids"], case
         assert small.encoding.ordinary(case["text"]) == case["ids_no_special"], case
         assert small.decode(case["ids"]) == case["decode"], case
-        assert small.decode(case["ids"], skip_special_tokens=True) == case["decode_skip_special"], case
+        assert small.decode(case["ids"], skip_special_tokens=True) == case["decode_skip_special"], (
+            case
+        )
 
 
 def test_token_lookup_is_the_official_one(golden, tok):
@@ -143,7 +165,11 @@ def test_padding_and_truncation_give_the_official_batches(golden, vocab_path):
         if "extra_0" in call["name"]:
             tok = QWenTokenizer(str(vocab_path), pad_token="<|extra_0|>", padding_side="left")
         texts = call["texts"]
-        batch = tok(*texts, **call["kwargs"]) if call["name"] == "text pair" else tok(texts, **call["kwargs"])
+        batch = (
+            tok(*texts, **call["kwargs"])
+            if call["name"] == "text pair"
+            else tok(texts, **call["kwargs"])
+        )
         assert dict(batch) == {key: call[key] for key in facts["model_input_names"]}, call["name"]
         n_compared += 1
     assert n_compared == 6
@@ -156,8 +182,13 @@ def test_defaults_are_the_official_ones_but_for_padding_and_eos(golden, tok, voc
     assert tok.bos_token is None and tok.unk_token is None
     # A batch pads without further ado, with what training pads with.
     assert tok.pad_token_id == tok.eos_token_id == tok.eod_id == 151643
-    assert tok(["a", "a b"], padding=True, return_tensors="pt")["input_ids"].tolist() == [[64, 151643], [64, 293]]
-    as_in_readme = QWenTokenizer(str(vocab_path), pad_token="<|extra_0|>", eos_token="<|endoftext|>")
+    assert tok(["a", "a b"], padding=True, return_tensors="pt")["input_ids"].tolist() == [
+        [64, 151643],
+        [64, 293],
+    ]
+    as_in_readme = QWenTokenizer(
+        str(vocab_path), pad_token="<|extra_0|>", eos_token="<|endoftext|>"
+    )
     assert [as_in_readme.pad_token_id, as_in_readme.eos_token_id] == [151646, 151643]
     as_in_readme.pad_token_id = as_in_readme.eod_id
     assert (as_in_readme.pad_token, as_in_readme.pad_token_id) == ("<|endoftext|>", 151643)
@@ -194,7 +225,9 @@ def test_a_folder_with_nothing_but_the_vocabulary_is_enough(vocab_path, tmp_path
     tok = QWenTokenizer.from_pretrained(tmp_path)
     assert tok("<|im_end|>x")["input_ids"] == [151645, 87]
     with pytest.raises(UserError, match=r"has no qwen\.tiktoken"):
-        QWenTokenizer.from_pretrained(shutil.copytree(tmp_path, tmp_path / "b", ignore=lambda *_: ["qwen.tiktoken"]))
+        QWenTokenizer.from_pretrained(
+            shutil.copytree(tmp_path, tmp_path / "b", ignore=lambda *_: ["qwen.tiktoken"])
+        )
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
@@ -208,7 +241,9 @@ def test_auto_tokenizer_takes_ours_and_runs_no_code_of_the_folder(
         shutil.copy(full_dir / "tokenizer_config.json", tmp_path)
         assert "auto_map" in (tmp_path / "tokenizer_config.json").read_text()
     for name in ("tokenization_qwen.py", "configuration_qwen.py", "modeling_qwen.py"):
-        (tmp_path / name).write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+        (tmp_path / name).write_text(
+            f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        )
     tok = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
     assert type(tok) is QWenTokenizer
     assert not (tmp_path / "ran").exists()
@@ -218,7 +253,9 @@ def test_auto_tokenizer_takes_ours_and_runs_no_code_of_the_folder(
 
 
 def test_a_saved_folder_loads_again_and_names_no_code(full_dir, vocab_path, tmp_path):
-    tok = AutoTokenizer.from_pretrained(full_dir, errors="ignore", padding_side="left", pad_token="<|extra_0|>")
+    tok = AutoTokenizer.from_pretrained(
+        full_dir, errors="ignore", padding_side="left", pad_token="<|extra_0|>"
+    )
     saved = tok.save_pretrained(tmp_path)
     assert (tmp_path / "qwen.tiktoken").read_bytes() == vocab_path.read_bytes()
     assert str(tmp_path / "qwen.tiktoken") in saved
@@ -238,9 +275,15 @@ def test_chats_become_the_official_context(golden, tok):
             continue
         messages = [{"role": "system", "content": case["system"]}]
         for question, answer in case["history"]:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
         messages.append({"role": "user", "content": case["query"]})
-        assert tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == case["raw_text"]
+        assert (
+            tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            == case["raw_text"]
+        )
         ids = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == case["context_tokens"]
         n_compared += 1
@@ -280,7 +323,10 @@ def test_a_chat_may_go_on_with_its_last_message(tok):
     chat = [*HELLO, {"role": "assistant", "content": "我是"}]
     text = tok.apply_chat_template(chat, continue_final_message=True, tokenize=False)
     assert text.endswith("<|im_start|>assistant\n我是")
-    assert tok.apply_chat_template(chat, continue_final_message=True, return_dict=False) == tok(text)["input_ids"]
+    assert (
+        tok.apply_chat_template(chat, continue_final_message=True, return_dict=False)
+        == tok(text)["input_ids"]
+    )
     with pytest.raises(ValueError):
         tok.apply_chat_template(chat, continue_final_message=True, add_generation_prompt=True)
 
@@ -294,14 +340,28 @@ def test_what_chatml_does_not_have_is_refused(tok):
 def test_the_saved_jinja_template_writes_the_same_text(tok):
     chats = [
         HELLO,
-        [{"role": "system", "content": ""}, *HELLO, {"role": "assistant", "content": " \n{{x}}\n"}, *HELLO],
-        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+        [
+            {"role": "system", "content": ""},
+            *HELLO,
+            {"role": "assistant", "content": " \n{{x}}\n"},
+            *HELLO,
+        ],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            }
+        ],
     ]
     assert tok.chat_template == CHAT_TEMPLATE
     for chat in chats:
         for prompt in (False, True):
-            jinja = PreTrainedTokenizer.apply_chat_template(tok, chat, tokenize=False, add_generation_prompt=prompt)
-            assert jinja == tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            jinja = PreTrainedTokenizer.apply_chat_template(
+                tok, chat, tokenize=False, add_generation_prompt=prompt
+            )
+            assert jinja == tok.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=prompt
+            )
 
 
 def test_a_million_blanks_are_refused_instead_of_a_panic(enc):
@@ -315,7 +375,10 @@ def test_a_million_blanks_are_refused_instead_of_a_panic(enc):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-1].rsplit(b"\n", 1)[0] + b"\n", None),  # one merge less is a vocabulary, too
+        (
+            lambda data: data[:-1].rsplit(b"\n", 1)[0] + b"\n",
+            None,
+        ),  # one merge less is a vocabulary, too
         (lambda data: b"", "complete"),
         (lambda data: data.replace(b"\n", b" one\n", 1), "line 1 "),
         (lambda data: data.splitlines(True)[0] + b"version https://git-lfs\n", "line 2 "),

@@ -73,18 +73,30 @@ def test_auto_takes_the_least_recomputation_that_fits(small_dir: Path) -> None:
     recipe = Recipe(model=BF16)
     shape, how = Shape.of(QWenConfig.from_pretrained(small_dir)), Saving.of(recipe, on_gpu=False)
     batch = plan.largest_micro_batch(np.array(lens), BatchOptions(), 1)
-    zero = Zero.of(resolve(read_json(None), recipe, frozenset(), hidden_size=64, world=1).engine_json, 1)
-    peaks = {every: peak_memory(shape, how, zero, batch, every).total for every in plan.recomputations(shape.layers)}
-    assert list(peaks) == [0, 3, 2, 1] and list(peaks.values()) == sorted(peaks.values(), reverse=True)
+    zero = Zero.of(
+        resolve(read_json(None), recipe, frozenset(), hidden_size=64, world=1).engine_json, 1
+    )
+    peaks = {
+        every: peak_memory(shape, how, zero, batch, every).total
+        for every in plan.recomputations(shape.layers)
+    }
+    assert list(peaks) == [0, 3, 2, 1] and list(peaks.values()) == sorted(
+        peaks.values(), reverse=True
+    )
     for every, peak in peaks.items():
         enough = peak / (1 - plan.MARGIN) / 1e9
         assert chosen(small_dir, lens, memory_gb=1.0001 * enough)[0] == plan.in_recipe(every)
-        assert chosen(small_dir, lens, memory_gb=0.9999 * enough)[0] != plan.in_recipe(every) or every == 1
+        assert (
+            chosen(small_dir, lens, memory_gb=0.9999 * enough)[0] != plan.in_recipe(every)
+            or every == 1
+        )
 
 
 def test_auto_says_what_it_chose_and_why(small_dir: Path) -> None:
     choice, why = chosen(small_dir, [30] * 8)
-    assert choice == "none" and why.startswith("activation checkpointing auto is none: predicted peak 0.0")
+    assert choice == "none" and why.startswith(
+        "activation checkpointing auto is none: predicted peak 0.0"
+    )
     assert "of free memory for each rank" in why
     choice, why = chosen(small_dir, [30] * 8, memory_gb=1e-4)
     assert choice == "all" and why.endswith("GB that model.memory_gb allows, more than there is")
@@ -102,13 +114,20 @@ def test_the_start_screen_and_the_recipe_that_goes_on_hold_a_definite_value(
     small_job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--output_dir", str(tmp_path / "run"), "--dry_run", "true", "--model.memory_gb", "1"]
-    run_in_group(load_recipe([*small_job, *options]), torch.device("cpu"), Watchdog(10, launched=False))
-    assert "memory    activation checkpointing auto is none: predicted peak" in capsys.readouterr().out
+    run_in_group(
+        load_recipe([*small_job, *options]), torch.device("cpu"), Watchdog(10, launched=False)
+    )
+    assert (
+        "memory    activation checkpointing auto is none: predicted peak" in capsys.readouterr().out
+    )
 
 
 def test_a_run_is_taken_up_whatever_auto_chooses_then() -> None:
     """The memory that is free may have changed, the numbers have not."""
-    models = (ModelOptions(activation_checkpointing="none"), ModelOptions(activation_checkpointing=2, memory_gb=10.0))
+    models = (
+        ModelOptions(activation_checkpointing="none"),
+        ModelOptions(activation_checkpointing=2, memory_gb=10.0),
+    )
     first, second = (resume.identity(Recipe(model=model), {}, "") for model in models)
     assert first == second != resume.identity(Recipe(seed=1), {}, "")
 
@@ -129,7 +148,9 @@ def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> Non
         assert largest <= planned.tokens
 
 
-def table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> list[str]:
+def table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str
+) -> list[str]:
     spec = importlib.util.spec_from_file_location("launch_plan", ROOT / "launch" / "plan.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -178,9 +199,13 @@ def test_the_best_row_is_the_fastest_that_fits(
     assert all((float(row[gigabytes]) <= 0.92 * 20) == (row in fits) for row in rows)
 
 
-def test_what_fits_nowhere_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_nowhere_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = table(capsys, monkeypatch, *RECIPE, "--gpus", "1", "--gpu_memory", "12")
-    assert lines[-1].startswith("Nothing fits") and not any(line.startswith("deepspeed") for line in lines)
+    assert lines[-1].startswith("Nothing fits") and not any(
+        line.startswith("deepspeed") for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +219,10 @@ def test_what_fits_nowhere_is_said(capsys: pytest.CaptureFixture[str], monkeypat
     ],
 )
 def test_a_mistake_is_one_line(
-    options: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match=expected) as error:
         table(capsys, monkeypatch, *RECIPE, *options)
@@ -216,11 +244,16 @@ def test_time_grows_linearly_with_the_tokens() -> None:
 
 def test_collectives_move_what_ring_algorithms_move() -> None:
     """Hand-made: 100 bytes over 4 ranks, 75 received at a gather, 150 at an all-reduce; and the slower link counts."""
-    assert Collective("gather", 100, 1, 4).moved == 75 and Collective("reduce", 100, 1, 4, rounds=2).moved == 150
+    assert (
+        Collective("gather", 100, 1, 4).moved == 75
+        and Collective("reduce", 100, 1, 4, rounds=2).moved == 150
+    )
     links = Links(per_machine=4, inside=100e9, between=10e9)
     one, two = (links.seconds(Collective("gather", 1e12, 1, n)) for n in (4, 8))
     assert one == pytest.approx(7.5, rel=1e-4)  # 3/4 of it over 100 GB/s
-    assert two == pytest.approx(12.5, rel=1e-4)  # half of it comes from the other machine, over 4 adapters
+    assert two == pytest.approx(
+        12.5, rel=1e-4
+    )  # half of it comes from the other machine, over 4 adapters
 
 
 def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machine() -> None:
@@ -233,7 +266,9 @@ def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machi
     adapter, near, *_ = traffic(replace(zero, hpz=8), load)
     assert (adapter.ranks, near.ranks) == (16, 8) and adapter.size < 4 * 10_158_080
     assert adapter.size + near.size == pytest.approx(far.size)
-    full = plan.load(QWEN_7B, Saving.of(Recipe(method="full", model=BF16), on_gpu=True), zero, micro_batches=5)
+    full = plan.load(
+        QWEN_7B, Saving.of(Recipe(method="full", model=BF16), on_gpu=True), zero, micro_batches=5
+    )
     assert traffic(replace(zero, hpz=8), full)[0].size == pytest.approx(blocks + ends)
     assert traffic(Zero(3, 1), load) == []
 
@@ -241,7 +276,10 @@ def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machi
 def test_zero_2_averages_after_each_micro_batch_and_zero_1_once() -> None:
     load = plan.load(QWEN_7B, HOW, Zero(1, 8), micro_batches=5)
     once, often = (traffic(Zero(stage, 8), load)[0] for stage in (1, 2))
-    assert (once.size, often.size) == (4 * 10_158_080, 5 * 4 * 10_158_080) and often.count == 5 * once.count
+    assert (once.size, often.size) == (
+        4 * 10_158_080,
+        5 * 4 * 10_158_080,
+    ) and often.count == 5 * once.count
 
 
 def test_recomputations_go_from_none_to_all_without_repeating_a_count() -> None:

@@ -24,9 +24,16 @@ from tests.train.test_jobs import adapter, fresh_adapter, largest_difference
 RECIPE = Recipe()
 OURS = sorted((ROOT / "ds_configs").glob("*.json"))
 # The official project's two files, as its users have them.
-_AUTO_BATCH = {k: "auto" for k in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")}
+_AUTO_BATCH = {
+    k: "auto" for k in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
+}
 _OFFICIAL_COMMON: dict[str, Any] = {
-    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+    },
     "bf16": {"enabled": "auto"},
     "optimizer": {
         "type": "AdamW",
@@ -75,12 +82,16 @@ OFFICIAL = {
 }
 
 
-def settle(config: dict[str, Any], recipe: Recipe = RECIPE, keys: set[str] | None = None) -> ResolvedConfig:
+def settle(
+    config: dict[str, Any], recipe: Recipe = RECIPE, keys: set[str] | None = None
+) -> ResolvedConfig:
     return resolve(config, recipe, frozenset(keys or ()), hidden_size=4096, world=8)
 
 
 def flat(value: Any) -> list[Any]:
-    return [leaf for v in value.values() for leaf in flat(v)] if isinstance(value, dict) else [value]
+    return (
+        [leaf for v in value.values() for leaf in flat(v)] if isinstance(value, dict) else [value]
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -92,13 +103,19 @@ def test_the_official_files_resolve_without_any_auto_left(stage: int) -> None:
     assert result.engine_json["gradient_clipping"] == 1.0
     if stage == 3:
         zero = result.engine_json["zero_optimization"]
-        assert zero["reduce_bucket_size"] == 4096**2 and zero["stage3_param_persistence_threshold"] == 40960
+        assert (
+            zero["reduce_bucket_size"] == 4096**2
+            and zero["stage3_param_persistence_threshold"] == 40960
+        )
         assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
 
 
 def test_the_json_fills_what_the_user_left_unset() -> None:
     block = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        },
         "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 7}},
         "gradient_clipping": 0.5,
         "train_batch_size": 64,
@@ -106,21 +123,41 @@ def test_the_json_fills_what_the_user_left_unset() -> None:
     }
     result = settle(block)
     optim = result.recipe.optim
-    assert (optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm) == (1e-5, (0.9, 0.95), 0.1, 0.5)
-    assert (optim.schedule, optim.warmup_steps, result.recipe.batch.rows_per_step) == ("cosine", 7, 64)
+    assert (optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm) == (
+        1e-5,
+        (0.9, 0.95),
+        0.1,
+        0.5,
+    )
+    assert (optim.schedule, optim.warmup_steps, result.recipe.batch.rows_per_step) == (
+        "cosine",
+        7,
+        64,
+    )
     assert result.recipe.model.dtype == "float16"
     assert result.engine_json["fp16"] == {"enabled": True, "initial_scale_power": 8}
-    assert result.engine_json["train_batch_size"] == 8 and result.engine_json["gradient_accumulation_steps"] == 1
+    assert (
+        result.engine_json["train_batch_size"] == 8
+        and result.engine_json["gradient_accumulation_steps"] == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "key", "named"),
     [
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optim.lr", "optimizer.params.lr"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}},
+            "optim.lr",
+            "optimizer.params.lr",
+        ),
         ({"gradient_clipping": 9.0}, "optim.max_grad_norm", "gradient_clipping"),
         ({"train_batch_size": 100}, "batch.rows_per_step", "train_batch_size"),
         ({"fp16": {"enabled": True}}, "model.dtype", "fp16.enabled"),
-        ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 1}}}, "optim.schedule", "scheduler"),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 1}}},
+            "optim.schedule",
+            "scheduler",
+        ),
     ],
 )
 def test_a_contradiction_names_both_keys(config: dict[str, Any], key: str, named: str) -> None:
@@ -148,7 +185,12 @@ def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
         {"optimizer": {"type": "Lion"}},
         {"optimizer": {"type": "AdamW", "params": {"lrr": 1}}},
         {"scheduler": {"type": "OneCycle"}},
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_type": "log"}}},
+        {
+            "scheduler": {
+                "type": "WarmupLR",
+                "params": {"warmup_num_steps": 3, "warmup_type": "log"},
+            }
+        },
         {"zero_optimization": {"stage": 4}},
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         {"gradient_clipping": "one"},
@@ -168,8 +210,13 @@ def test_precision_sections_follow_what_is_trained() -> None:
     assert "bf16" not in settle(bf16).engine_json and "data_types" not in settle(bf16).engine_json
     full = settle(bf16, replace(RECIPE, method="full")).engine_json
     assert full["bf16"] == {"enabled": True}
-    assert full["data_types"] == {"grad_accum_dtype": "fp32"} and full["communication_data_type"] == "fp32"
-    fp32 = settle({}, replace(RECIPE, method="full", model=ModelOptions(dtype="float32"))).engine_json
+    assert (
+        full["data_types"] == {"grad_accum_dtype": "fp32"}
+        and full["communication_data_type"] == "fp32"
+    )
+    fp32 = settle(
+        {}, replace(RECIPE, method="full", model=ModelOptions(dtype="float32"))
+    ).engine_json
     assert not {"bf16", "fp16"} & fp32.keys()
 
 
@@ -193,7 +240,9 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         read_json(str(tmp_path / "absent.json"))
 
 
-def test_our_own_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_files_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_json("ds_configs/zero3.json")["zero_optimization"]["stage"] == 3
 
@@ -203,7 +252,9 @@ def test_every_file_of_ours_resolves() -> None:
     for file in OURS:
         result = settle(json.loads(file.read_text()))
         zero = result.engine_json["zero_optimization"]
-        assert result.stage == int(file.stem[4]) and result.offload_optimizer == ("offload" in file.stem), file
+        assert result.stage == int(file.stem[4]) and result.offload_optimizer == (
+            "offload" in file.stem
+        ), file
         assert ("offload_param" in zero) == (file.stem == "zero3_offload")
         assert ("zero_hpz_partition_size" in zero) == ("hpz" in file.stem)
 
@@ -219,9 +270,23 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
         files[-1].write_text(json.dumps(content))
     for file in files:
         out = tmp_path / file.stem
-        job([*small_job, "--deepspeed", str(file), "--optim.max_steps", "2", "--output_dir", str(out)], 2).ok()
+        job(
+            [
+                *small_job,
+                "--deepspeed",
+                str(file),
+                "--optim.max_steps",
+                "2",
+                "--output_dir",
+                str(out),
+            ],
+            2,
+        ).ok()
     start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero2")
-    off = {file.stem: largest_difference(reference, adapter(tmp_path / file.stem), start) for file in files}
+    off = {
+        file.stem: largest_difference(reference, adapter(tmp_path / file.stem), start)
+        for file in files
+    }
     assert max(off.values()) < 1e-4, off
 
 
@@ -237,7 +302,9 @@ def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
     adapter_size = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert (base, adapter_size) == (7_721_324_544, 10_158_080)
     rows = re.findall(
-        r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$", (ROOT / name).read_text(), re.MULTILINE
+        r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$",
+        (ROOT / name).read_text(),
+        re.MULTILINE,
     )
     assert len(rows) == len(OURS)
     for path, lora_gb, full_gb in rows:
@@ -246,7 +313,9 @@ def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
         share = [1 / world if zero["stage"] >= stage else 1.0 for stage in range(4)]
         on_gpu = "offload_optimizer" not in zero
         weights = 2 * base * share[3] * ("offload_param" not in zero) + 2 * base / 8 * (world == 16)
-        trained = 4 * share[3] * ("offload_param" not in zero) + (4 * share[2] + 8 * share[1]) * on_gpu
+        trained = (
+            4 * share[3] * ("offload_param" not in zero) + (4 * share[2] + 8 * share[1]) * on_gpu
+        )
         assert lora_gb == f"{(weights + trained * adapter_size) / 1e9:.1f}", path
         if zero["stage"]:
             state = (4 * share[2] + 12 * share[1]) * base * on_gpu
@@ -270,7 +339,10 @@ def test_hpz_takes_its_size_from_the_machines() -> None:
 
 def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
     """ "auto": in full training on a machine with the quantiser. What the user asks for is done or refused."""
-    hpz, key = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()), "zero_quantized_weights"
+    hpz, key = (
+        json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()),
+        "zero_quantized_weights",
+    )
     full = replace(RECIPE, method="full")
     for recipe, able, expected in ((full, True, True), (full, False, False), (RECIPE, True, False)):
         found = resolve(hpz, recipe, frozenset(), hidden_size=64, world=2, can_quantise=able)
@@ -283,19 +355,26 @@ def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))])
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))]
+)
 def test_what_is_stored_resolves_to_the_same_again(stage: int, recipe: Recipe) -> None:
     """Also with every key set, as a stored recipe.yaml sets them, and on another number of ranks."""
     first = settle(OFFICIAL[stage], recipe)
-    every_key = frozenset(f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s)))
+    every_key = frozenset(
+        f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s))
+    )
     again = resolve(first.stored_json(), first.recipe, every_key, hidden_size=4096, world=2)
     assert again.stored_json() == first.stored_json() and again.recipe == first.recipe
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype", "stage"), [("lora", "bfloat16", 0), ("lora", "float16", 1), ("full", "bfloat16", 1)]
+    ("method", "dtype", "stage"),
+    [("lora", "bfloat16", 0), ("lora", "float16", 1), ("full", "bfloat16", 1)],
 )
-def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(method: str, dtype: str, stage: int) -> None:
+def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(
+    method: str, dtype: str, stage: int
+) -> None:
     recipe = replace(RECIPE, method=method, model=ModelOptions(dtype=dtype))  # type: ignore[arg-type]
     result = settle({"zero_optimization": {"stage": 0}}, recipe)
     assert result.stage == result.engine_json["zero_optimization"]["stage"] == stage

@@ -23,7 +23,12 @@ from qwen_ds.train.setup import recompute_blocks
 
 # The 7B's proportions: the head is a tenth of the blocks, w1 and w2 are 2.7 times the hidden width.
 CONFIG = QWenConfig(
-    vocab_size=608, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, kv_channels=64, intermediate_size=1376
+    vocab_size=608,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    kv_channels=64,
+    intermediate_size=1376,
 )
 SHAPE = Shape.of(CONFIG)
 aten = torch.ops.aten
@@ -67,7 +72,9 @@ class Rows:
         return ids, labels
 
 
-def counted(recipe: Recipe, *, padding: bool = False, rows: int = 48) -> tuple[int, dict[str, float]]:
+def counted(
+    recipe: Recipe, *, padding: bool = False, rows: int = 48
+) -> tuple[int, dict[str, float]]:
     """What torch counts over the micro-batches of one step, and the step's real tokens; or all, with the padding."""
     model = QWenLMHeadModel._from_config(CONFIG, dtype=torch.bfloat16)
     recompute_blocks(model, recipe.model.activation_checkpointing)
@@ -80,7 +87,9 @@ def counted(recipe: Recipe, *, padding: bool = False, rows: int = 48) -> tuple[i
             training(batch.ids_BT, batch.labels_BT).backward()
     lens = torch.cat([batch.lens_B for batch in window]).double()
     if padding:
-        lens = torch.tensor([batch.ids_BT.shape[1] for batch in window for _ in batch.row_ids]).double()
+        lens = torch.tensor(
+            [batch.ids_BT.shape[1] for batch in window for _ in batch.row_ids]
+        ).double()
     return counter.get_total_flops(), {
         "tokens": float(lens.sum()),
         "targets": sum(batch.num_targets for batch in window),
@@ -88,7 +97,9 @@ def counted(recipe: Recipe, *, padding: bool = False, rows: int = 48) -> tuple[i
     }
 
 
-LORA = Recipe(model=ModelOptions(activation_checkpointing="none"), lora=LoraOptions(r=1, dropout=0.05))
+LORA = Recipe(
+    model=ModelOptions(activation_checkpointing="none"), lora=LoraOptions(r=1, dropout=0.05)
+)
 
 
 def test_a_lora_step_does_little_more_than_the_model_needs() -> None:
@@ -102,9 +113,16 @@ def test_a_lora_step_does_little_more_than_the_model_needs() -> None:
 def test_recomputation_and_full_training_cost_what_the_convention_says() -> None:
     """Of the tokens that are really computed, padding included."""
     lora, of_step = counted(LORA, padding=True, rows=16)
-    forward = 2 * SHAPE.block_matrices * of_step["tokens"] + attention_flops(SHAPE, of_step["squared_tokens"]) / 3
-    again, _ = counted(Recipe(model=ModelOptions(activation_checkpointing="all"), lora=LORA.lora), rows=16)
-    assert 0.98 * forward < again - lora < 1.15 * forward  # peft lets the gradient flow on to the embedding then
+    forward = (
+        2 * SHAPE.block_matrices * of_step["tokens"]
+        + attention_flops(SHAPE, of_step["squared_tokens"]) / 3
+    )
+    again, _ = counted(
+        Recipe(model=ModelOptions(activation_checkpointing="all"), lora=LORA.lora), rows=16
+    )
+    assert (
+        0.98 * forward < again - lora < 1.15 * forward
+    )  # peft lets the gradient flow on to the embedding then
     full, _ = counted(Recipe(method="full", model=LORA.model), rows=16)
     assert full == pytest.approx(step_flops(SHAPE, method="full", **of_step), rel=0.03)
 
@@ -114,7 +132,9 @@ def test_utilisation_is_needed_over_possible_operations() -> None:
     a100, shape = gpu_named("a100"), Shape.of(QWenConfig())
     assert a100 is not None
     tokens = 8 * 2048
-    flops = step_flops(shape, method="lora", tokens=tokens, targets=tokens, squared_tokens=8 * 2048**2)
+    flops = step_flops(
+        shape, method="lora", tokens=tokens, targets=tokens, squared_tokens=8 * 2048**2
+    )
     assert utilisation(flops, 5.2, 1, a100) == pytest.approx(0.31, abs=0.015)
     assert utilisation(flops, 5.2, 8, a100) == pytest.approx(utilisation(flops, 5.2, 1, a100) / 8)
 

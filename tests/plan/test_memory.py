@@ -20,7 +20,12 @@ from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.setup import DTYPES, recompute_blocks
 
 TINY = QWenConfig(
-    vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, kv_channels=16, intermediate_size=176
+    vocab_size=256,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    kv_channels=16,
+    intermediate_size=176,
 )
 QWEN_7B = Shape.of(QWenConfig())
 ALL_FOUR = ["c_attn", "c_proj", "w1", "w2"]
@@ -46,7 +51,10 @@ def saved_bytes(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be used again
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # held, or its address would be used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -119,7 +127,9 @@ def test_the_same_lora_is_predicted_to_need_less_here(length: int) -> None:
 
 def test_parameters_are_counted_as_the_model_has_them() -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in QWenLMHeadModel(TINY).parameters()) == Shape.of(TINY).parameters
+        assert (
+            sum(p.numel() for p in QWenLMHeadModel(TINY).parameters()) == Shape.of(TINY).parameters
+        )
     assert QWEN_7B.parameters == 7_721_324_544
     assert QWEN_7B.lora_parameters(8, ["c_attn", "c_proj"]) == 10_158_080
     for more in ({}, {"special_rows": "on"}, {"modules_to_save": ["wte"]}):
@@ -133,7 +143,9 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
     [(1, ("adapter_and_optimizer",)), (2, ("adapter_and_optimizer", "gradients")),
      (3, ("adapter_and_optimizer", "gradients", "weights"))],
 )  # fmt: skip
-def test_each_zero_stage_spreads_its_part_over_the_ranks(stage: int, spread: tuple[str, ...]) -> None:
+def test_each_zero_stage_spreads_its_part_over_the_ranks(
+    stage: int, spread: tuple[str, ...]
+) -> None:
     """Full training in bf16: 2 bytes a weight, 4 a gradient, 12 of fp32 master and two moments."""
     how = Saving.of(Recipe(method="full", model=ModelOptions(dtype="bfloat16")), on_gpu=False)
     parts = peak_memory(QWEN_7B, how, Zero(stage, 8), MicroBatch(1, 8192, 8192), every=1)

@@ -24,14 +24,18 @@ def test_defaults_are_the_original_projects() -> None:
 def test_the_command_line_wins_over_the_file_and_lists_take_several_values(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("optim: {lr: 1e-4, betas: [0.9, 0.95]}\nlora: {r: 64}\n")
-    loaded = load_recipe(["--config", str(file), "--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"])
+    loaded = load_recipe(
+        ["--config", str(file), "--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
+    )
     assert loaded.recipe.optim.lr == 1e-4 and loaded.recipe.optim.betas == (0.9, 0.95)
     assert loaded.recipe.lora.r == 4 and loaded.recipe.data.train == ["a b.json", "c"]
     assert loaded.set_keys == {"optim.lr", "optim.betas", "lora.r", "data.train"}
 
 
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
-    recipe = load_recipe(["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]).recipe
+    recipe = load_recipe(
+        ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
+    ).recipe
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert "数据" in (tmp_path / "recipe.yaml").read_text()
     assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
@@ -47,7 +51,10 @@ def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--log.every_steps", "0"], "log.every_steps is 0; expected a positive number"),
         (["--lora.dropout", "2"], "lora.dropout is 2"),
-        (["--data.train", "a", "--data.train", "b"], "--data.train was given twice; expected all of its values after"),
+        (
+            ["--data.train", "a", "--data.train", "b"],
+            "--data.train was given twice; expected all of its values after",
+        ),
         (["--data.train=[a]", "--data.train", "b"], "--data.train was given twice"),
         (["--optim.betas", "0.9", "1"], "optim.betas"),
         (["--save.keep", "-1"], "save.keep is -1"),
@@ -65,7 +72,9 @@ def test_a_recipe_that_is_not_utf8_is_said_so(tmp_path: Path) -> None:
         load_recipe(["--config", str(tmp_path / "recipe.yaml")])
 
 
-@pytest.mark.parametrize(("text", "key"), [("optm: {lr: 1}", "optm.lr"), ("optim: {lrr: 1}", "optim.lrr")])
+@pytest.mark.parametrize(
+    ("text", "key"), [("optm: {lr: 1}", "optm.lr"), ("optim: {lrr: 1}", "optim.lrr")]
+)
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, key: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
@@ -75,7 +84,11 @@ def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, k
 
 @pytest.mark.parametrize(
     ("ended", "code", "line"),
-    [(UserError("no rows"), 2, "error: no rows\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")],
+    [
+        (UserError("no rows"), 2, "error: no rows\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
 )
 def test_exit_codes(
     ended: BaseException | None,

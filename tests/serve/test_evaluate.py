@@ -17,31 +17,47 @@ ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约�
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def options_for(output_dir: Path, *more: str) -> EvaluateOptions:
-    return parse(EvaluateOptions, "", ["--output_dir", str(output_dir), "--max_new_tokens", "6", *more])
+    return parse(
+        EvaluateOptions, "", ["--output_dir", str(output_dir), "--max_new_tokens", "6", *more]
+    )
 
 
 def test_a_model_is_scored_on_its_answers(
-    small_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    report = evaluate(options_for(tmp_path / "eval", "--model", str(small_dir), "--data", str(data)))
+    report = evaluate(
+        options_for(tmp_path / "eval", "--model", str(small_dir), "--data", str(data))
+    )
     assert report == json.loads((tmp_path / "eval" / "metrics.json").read_text(encoding="utf-8"))
     assert report is not None
-    lines = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text("utf-8").split("\n")[:-1]]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "eval" / "predictions.jsonl").read_text("utf-8").split("\n")[:-1]
+    ]
     assert [line["reference"] for line in lines] == [row["summary"] for row in ROWS]
-    scores = metrics.score_all([line["prediction"] for line in lines], [line["reference"] for line in lines])
+    scores = metrics.score_all(
+        [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    )
     assert report["seed"] == scores["seed"].as_dict()
     assert report["rouge_score"] == scores["rouge_score"].as_dict()
     assert report["rows"] == sum(report["finish_reasons"].values()) == 5
     assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
     assert report["empty_predictions"] == sum(line["prediction"].strip() == "" for line in lines)
-    assert report["tokens_per_second"] == pytest.approx(report["completion_tokens"] / report["seconds"], rel=0.01)
+    assert report["tokens_per_second"] == pytest.approx(
+        report["completion_tokens"] / report["seconds"], rel=0.01
+    )
     assert report["sampling"]["do_sample"] is False
 
     printed = capsys.readouterr().out
@@ -53,7 +69,11 @@ def test_a_model_is_scored_on_its_answers(
         )
     assert ROWS[1]["summary"] not in printed
 
-    again = evaluate(options_for(tmp_path / "again", "--predictions", str(tmp_path / "eval" / "predictions.jsonl")))
+    again = evaluate(
+        options_for(
+            tmp_path / "again", "--predictions", str(tmp_path / "eval" / "predictions.jsonl")
+        )
+    )
     assert again is not None
     assert {p: again[p] for p in scores} == {p: report[p] for p in scores}
     assert "seconds" not in again
@@ -67,14 +87,25 @@ def test_a_model_is_scored_on_its_answers(
 def test_references_may_come_from_the_data(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     predictions = write_rows(
-        tmp_path / "p.jsonl", [{"prediction": row["summary"]} for row in ROWS[:4]] + [{"prediction": ""}]
+        tmp_path / "p.jsonl",
+        [{"prediction": row["summary"]} for row in ROWS[:4]] + [{"prediction": ""}],
     )
-    report = evaluate(options_for(tmp_path / "eval", "--predictions", str(predictions), "--data", str(data)))
+    report = evaluate(
+        options_for(tmp_path / "eval", "--predictions", str(predictions), "--data", str(data))
+    )
     assert report is not None
     assert report["empty_predictions"] == 1
     assert report["seed"]["rouge-l"]["r"] == pytest.approx(0.8)
     report = evaluate(
-        options_for(tmp_path / "front", "--predictions", str(predictions), "--data", str(data), "--limit", "2")
+        options_for(
+            tmp_path / "front",
+            "--predictions",
+            str(predictions),
+            "--data",
+            str(data),
+            "--limit",
+            "2",
+        )
     )
     assert report is not None
     assert (report["rows"], report["seed"]["rouge-l"]["r"]) == (2, 1.0)
@@ -83,14 +114,23 @@ def test_references_may_come_from_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prediction": "a", "reference": "b"}, {"predict": "a"}], r"p\.jsonl:2: found predict; expected"),
+        (
+            [{"prediction": "a", "reference": "b"}, {"predict": "a"}],
+            r"p\.jsonl:2: found predict; expected",
+        ),
         ([{"prediction": "a", "reference": "b"}, {"prediction": "a"}], r"p\.jsonl:2: no reference"),
         ([{"prediction": "a", "reference": " "}], r"p\.jsonl:1: no reference"),
     ],
 )
-def test_predictions_that_cannot_be_scored_are_named(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+def test_predictions_that_cannot_be_scored_are_named(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        evaluate(options_for(tmp_path / "e", "--predictions", str(write_rows(tmp_path / "p.jsonl", rows))))
+        evaluate(
+            options_for(
+                tmp_path / "e", "--predictions", str(write_rows(tmp_path / "p.jsonl", rows))
+            )
+        )
     assert not (tmp_path / "e").exists()
 
 
@@ -124,7 +164,9 @@ def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(
 def test_chinese_text_is_wrapped_by_the_columns_it_takes() -> None:
     assert list(wrap("裙子abc裙", 5)) == ["裙子a", "bc裙"]
     assert list(wrap("", 5)) == [""]
-    text = sample({"source": "f:1", "prompt": "问", "reference": "裙" * 20, "prediction": ""}, columns=44)
+    text = sample(
+        {"source": "f:1", "prompt": "问", "reference": "裙" * 20, "prediction": ""}, columns=44
+    )
     assert text.splitlines() == [
         "f:1",
         "  prompt      问",

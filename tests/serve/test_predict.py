@@ -21,12 +21,17 @@ from serve.files.parts import Parts, Settings, file_state
 from serve.options import PredictOptions, parse
 from serve.predict import PromptReader, predict, settings_of
 
-ROWS = [{"content": f"类型#裙*裙长#{'长' * (i * 7 % 11)}裙*第{i}", "summary": f"裙子{i}很好看。"} for i in range(11)]
+ROWS = [
+    {"content": f"类型#裙*裙长#{'长' * (i * 7 % 11)}裙*第{i}", "summary": f"裙子{i}很好看。"}
+    for i in range(11)
+]
 FAST = ("--max_new_tokens", "6", "--batch_size", "3")
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -36,12 +41,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def chat(*texts: str) -> list[dict[str, str]]:
     """Messages, the user's first."""
-    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
 
 
 def options_for(model: Path, rows: Path, output: Path, *more: str) -> PredictOptions:
     return parse(
-        PredictOptions, "", ["--model", str(model), "--input", str(rows), "--output", str(output), *FAST, *more]
+        PredictOptions,
+        "",
+        ["--model", str(model), "--input", str(rows), "--output", str(output), *FAST, *more],
     )
 
 
@@ -78,8 +87,16 @@ def test_each_row_gives_one_line_in_order(small_dir: Path, tmp_path: Path) -> No
     lines = read_lines(output)
     assert [line["id"] for line in lines] == list(range(6))
     assert [line["source"].rpartition(":")[2] for line in lines] == ["1", "2", "3", "4", "5", "6"]
-    assert [line["reference"] for line in lines] == [*(row["summary"] for row in ROWS[:4]), None, None]
-    assert [line["prompt"] for line in lines[3:]] == [ROWS[3]["content"], "写一句话\t关于裙子", "再见"]
+    assert [line["reference"] for line in lines] == [
+        *(row["summary"] for row in ROWS[:4]),
+        None,
+        None,
+    ]
+    assert [line["prompt"] for line in lines[3:]] == [
+        ROWS[3]["content"],
+        "写一句话\t关于裙子",
+        "再见",
+    ]
 
     engine = Engine.load(small_dir)
     history = (Turn("user", "你好"), Turn("assistant", "您好"), Turn("user", "再见"))
@@ -100,12 +117,18 @@ def test_each_row_gives_one_line_in_order(small_dir: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("sampling", [(), ("--do_sample", "--seed", "7")], ids=["greedy", "drawn"])
 def test_two_ranks_write_what_one_writes(
-    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: tuple[str, ...]
+    small_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: tuple[str, ...],
 ) -> None:
     run(options_for(small_dir, rows, tmp_path / "one.jsonl", *sampling))
     options = options_for(small_dir, rows, tmp_path / "two.jsonl", *sampling)
     settings = settings_of(small_dir, options.input, options)
-    Parts.prepare(Path(options.output), settings, len(ROWS), overwrite=False).close()  # as rank 0 does at its start
+    Parts.prepare(
+        Path(options.output), settings, len(ROWS), overwrite=False
+    ).close()  # as rank 0 does at its start
     for rank in (1, 0):
         as_rank(monkeypatch, rank, 2)
         run(options)
@@ -114,14 +137,31 @@ def test_two_ranks_write_what_one_writes(
 
 
 @pytest.mark.job
-def test_two_processes_share_the_rows(small_dir: Path, rows: Path, expected: bytes, tmp_path: Path) -> None:
+def test_two_processes_share_the_rows(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
     output = tmp_path / "shared.jsonl"
-    command = [sys.executable, "-m", "serve.predict", "--model", str(small_dir), "--input", str(rows), *FAST]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        "--model",
+        str(small_dir),
+        "--input",
+        str(rows),
+        *FAST,
+    ]
     processes = [
         subprocess.Popen(
             [*command, f"--output={output}", f"--local_rank={rank}"],
             cwd=Path(__file__).parents[2],
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -139,7 +179,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """Let the engine die after so many answers; returns the list that their row ids go to."""
     stream, answered = Engine.stream, []
 
-    def dying(self: Engine, prompts: Any, sampling: Any, **kwargs: Any) -> Iterator[tuple[int, Completion]]:
+    def dying(
+        self: Engine, prompts: Any, sampling: Any, **kwargs: Any
+    ) -> Iterator[tuple[int, Completion]]:
         for i, completion in stream(self, prompts, sampling, **kwargs):
             if len(answered) == after:
                 raise KeyboardInterrupt
@@ -152,7 +194,12 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
 
 @pytest.mark.parametrize("killed_rank", [0, 5])  # with 5 the run goes on with fewer ranks
 def test_a_killed_run_goes_on_where_it_stopped(
-    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_rank: int
+    small_dir: Path,
+    rows: Path,
+    expected: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_rank: int,
 ) -> None:
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
@@ -180,7 +227,9 @@ def test_rows_of_another_run_are_not_mixed_in(
         interrupted(patch, after=4)
         with pytest.raises(KeyboardInterrupt):
             run(options_for(small_dir, rows, output))
-    with pytest.raises(UserError, match=r"interrupted run with top_k 50 instead of 9; .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"interrupted run with top_k 50 instead of 9; .*--overwrite"
+    ):
         run(options_for(small_dir, rows, output, "--top_k", "9"))
     write_rows(rows, ROWS[::-1])
     with pytest.raises(UserError, match="interrupted run with input"):
@@ -189,7 +238,9 @@ def test_rows_of_another_run_are_not_mixed_in(
     assert [line["prompt"] for line in read_lines(output)] == [row["content"] for row in ROWS[::-1]]
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_ours_is_left_alone(
+    small_dir: Path, rows: Path, tmp_path: Path
+) -> None:
     precious = tmp_path / "out.jsonl.parts" / "thesis.txt"
     precious.parent.mkdir()
     precious.write_text("years")
@@ -227,7 +278,10 @@ def test_a_rank_that_never_comes_ends_the_wait(
     ("text", "message"),
     [
         ('{"content": "a", "summary": "b"}\n{"content": "a", "summ\n', r"rows\.jsonl:2: "),
-        ('{"content": "a", "summary": "b"}\n{"content": " ", "summary": "b"}\n', r"rows\.jsonl:2: .*question"),
+        (
+            '{"content": "a", "summary": "b"}\n{"content": " ", "summary": "b"}\n',
+            r"rows\.jsonl:2: .*question",
+        ),
         ('{"content": "a"}\n{"colour": "red"}\n', r"rows\.jsonl:2: .*colour"),
         ("", "no rows|empty"),
     ],
@@ -252,7 +306,9 @@ def test_what_is_not_there_is_named(small_dir: Path, rows: Path, tmp_path: Path)
         run(options_for(tmp_path, rows, output))
     with pytest.raises(UserError, match=r"adapter_config\.json|adapter"):
         run(options_for(small_dir, rows, output, "--adapter", str(tmp_path)))
-    run(options_for(small_dir, rows, output))  # what that left answers no row, and is in nobody's way
+    run(
+        options_for(small_dir, rows, output)
+    )  # what that left answers no row, and is in nobody's way
     assert len(read_lines(output)) == len(ROWS)
 
 
@@ -284,7 +340,9 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(tmp_path: Path) -> None:
+def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("of an earlier run")
     settings, old = Settings({"seed": 1}), file_state(output)
@@ -319,7 +377,9 @@ def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Pa
     long = {"messages": chat("x" * 90, "好" * 9, "y" * 60)}
     rows = write_rows(tmp_path / "rows.jsonl", [long, {"content": "z" * 300}, {"content": "短"}])
     options = options_for(small_dir, rows, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the prompt has \d+ tokens; expected at most 194"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: the prompt has \d+ tokens; expected at most 194"
+    ):
         PromptReader(options.input, options, encoding, context=200).survey()
     options = options_for(small_dir, rows, tmp_path / "out.jsonl", "--long_prompts", "cut")
     reader = PromptReader(options.input, options, encoding, context=200)
@@ -327,7 +387,12 @@ def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Pa
     assert reader.survey().cut == 2
     assert list(turns.ids) == encode_prompt(encoding, Conversation(None, (Turn("user", "y" * 60),)))
     whole = encode_prompt(encoding, Conversation(None, (Turn("user", "z" * 300),)))
-    tail = [encoding.im_end_id, *encoding.ordinary("\n"), encoding.im_start_id, *encoding.ordinary("assistant\n")]
+    tail = [
+        encoding.im_end_id,
+        *encoding.ordinary("\n"),
+        encoding.im_start_id,
+        *encoding.ordinary("assistant\n"),
+    ]
     assert list(question.ids) == whole[: 194 - len(tail)] + tail
     assert question.tokens_cut == len(whole) - 194
     assert short.tokens_cut == 0
@@ -342,12 +407,16 @@ def test_control_tokens_spelled_in_a_question_stay_text(small_dir: Path, tmp_pat
         assert row.ids.count(encoding.im_end_id) == count
 
 
-def test_memory_holds_a_window_of_rows(small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_a_window_of_rows(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.setattr("serve.predict.WINDOW", 2)
     sizes, stream = [], Engine.stream
 
-    def counting(self: Engine, prompts: Any, sampling: Any, **kwargs: Any) -> Iterator[tuple[int, Completion]]:
+    def counting(
+        self: Engine, prompts: Any, sampling: Any, **kwargs: Any
+    ) -> Iterator[tuple[int, Completion]]:
         sizes.append(len(prompts))
         return stream(self, prompts, sampling, **kwargs)
 
@@ -357,15 +426,24 @@ def test_memory_holds_a_window_of_rows(small_dir: Path, tmp_path: Path, monkeypa
     assert [line["id"] for line in read_lines(tmp_path / "out.jsonl")] == list(range(11))
 
 
-def test_limit_takes_rows_from_the_front(small_dir: Path, rows: Path, expected: bytes, tmp_path: Path) -> None:
+def test_limit_takes_rows_from_the_front(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
     run(options_for(small_dir, rows, tmp_path / "out.jsonl", "--limit", "4"))
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(expected.splitlines(keepends=True)[:4])
 
 
 def test_options_are_checked_and_the_launchers_rank_is_accepted(tmp_path: Path) -> None:
     given = ["--local_rank=3", "--model", "m", "--input", "a", "b", "--output", "o"]
-    options = parse(PredictOptions, "", [*given, "--data.format", "adgen", "--overwrite", "--do_sample=true"])
-    assert (options.input, options.format, options.overwrite, options.do_sample) == (["a", "b"], "adgen", True, True)
+    options = parse(
+        PredictOptions, "", [*given, "--data.format", "adgen", "--overwrite", "--do_sample=true"]
+    )
+    assert (options.input, options.format, options.overwrite, options.do_sample) == (
+        ["a", "b"],
+        "adgen",
+        True,
+        True,
+    )
     for wrong, message in (
         (["--bach_size", "3"], "unknown option bach_size; the nearest is batch_size"),
         (["--batch_size", "0"], "batch_size is 0"),

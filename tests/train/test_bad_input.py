@@ -57,7 +57,9 @@ def edited(folder: Path, target: Path, change: Callable[[dict], object]) -> list
         ('{"content": "a", "summary": "b"}\n' * 35, "identical"),
     ],
 )
-def test_data_that_cannot_be_trained_on(small_job: list[str], tmp_path: Path, text: str, expected: str) -> None:
+def test_data_that_cannot_be_trained_on(
+    small_job: list[str], tmp_path: Path, text: str, expected: str
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     out = ["--output_dir", str(tmp_path / "run")]
@@ -69,16 +71,22 @@ def trained_on(file: Path, job: list[str]) -> list[str]:
     return [*job[:at], str(file), *job[at + 1 :]]
 
 
-def test_machines_that_hold_other_rows(small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_hold_other_rows(
+    small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a shared disk each machine reads its own copy of the data: rank 2 has another."""
     monkeypatch.setattr(dist, "gather_texts", lambda text: [text, text, "another hash"])
     recipe = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")]).recipe
-    with pytest.raises(UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"):
+    with pytest.raises(
+        UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"
+    ):
         setup.load_data(recipe)
 
 
 def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
-    message = mistake([*trained_on(tmp_path / "no.jsonl", small_job), "--output_dir", str(tmp_path / "run")])
+    message = mistake(
+        [*trained_on(tmp_path / "no.jsonl", small_job), "--output_dir", str(tmp_path / "run")]
+    )
     assert "no.jsonl" in message
 
 
@@ -91,7 +99,11 @@ def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_a_model_that_is_none_of_ours(
-    small_job: list[str], small_dir: Path, tmp_path: Path, change: Callable[[dict], object], expected: str
+    small_job: list[str],
+    small_dir: Path,
+    tmp_path: Path,
+    change: Callable[[dict], object],
+    expected: str,
 ) -> None:
     model = edited(small_dir, tmp_path / "model", change)
     assert expected in mistake([*small_job, *model, "--output_dir", str(tmp_path / "run")])
@@ -99,7 +111,9 @@ def test_a_model_that_is_none_of_ours(
 
 def test_a_folder_without_a_configuration(small_job: list[str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    message = mistake([*small_job, "--model.path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "run")])
+    message = mistake(
+        [*small_job, "--model.path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "run")]
+    )
     assert "config.json" in message
 
 
@@ -111,32 +125,51 @@ def test_an_adapter_of_another_base_is_named_by_its_shape(
     config.hidden_size, config.num_attention_heads = 32, 2
     shutil.copytree(small_dir, tmp_path / "model")
     QWenLMHeadModel(config).save_pretrained(tmp_path / "model")
-    options = ["--model.path", str(tmp_path / "model"), "--lora.init_from", str(golden / "lora" / "adapter")]
+    options = [
+        "--model.path",
+        str(tmp_path / "model"),
+        "--lora.init_from",
+        str(golden / "lora" / "adapter"),
+    ]
     options += ["--lora.r", "4", "--lora.alpha", "8", "--output_dir", str(tmp_path / "run")]
     message = mistake([*small_job, *options])
     assert "[4, 64]" in message and "[4, 32]" in message and "another base" in message
 
 
-def test_an_adapter_with_whole_matrices_names_the_way_out(small_job: list[str], tmp_path: Path, golden: Path) -> None:
+def test_an_adapter_with_whole_matrices_names_the_way_out(
+    small_job: list[str], tmp_path: Path, golden: Path
+) -> None:
     """The official finetune.py on a base model saves wte and lm_head whole."""
-    options = ["--lora.init_from", str(golden / "lora_base" / "adapter"), "--output_dir", str(tmp_path / "run")]
+    options = [
+        "--lora.init_from",
+        str(golden / "lora_base" / "adapter"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     message = mistake([*small_job, *options])
     assert "launch/merge.py" in message and "lora.modules_to_save" in message
 
 
 def test_a_target_without_module(small_job: list[str], tmp_path: Path) -> None:
-    message = mistake([*small_job, "--output_dir", str(tmp_path / "run"), "--lora.targets", "q_proj"])
+    message = mistake(
+        [*small_job, "--output_dir", str(tmp_path / "run"), "--lora.targets", "q_proj"]
+    )
     assert "'q_proj' matches no module" in message
 
 
 def test_a_run_folder_that_cannot_be_made(small_job: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "expected a folder" in mistake([*small_job, "--output_dir", str(tmp_path / "file" / "run")])
+    assert "expected a folder" in mistake(
+        [*small_job, "--output_dir", str(tmp_path / "file" / "run")]
+    )
 
 
 @pytest.mark.parametrize(
     ("zero", "expected"),
-    [({"stage": 2, "overlap_com": True}, "overlap_com"), ({"stage": 3, "sub_group_size": "x"}, "sub")],
+    [
+        ({"stage": 2, "overlap_com": True}, "overlap_com"),
+        ({"stage": 3, "sub_group_size": "x"}, "sub"),
+    ],
 )
 def test_a_typo_inside_a_section_of_the_deepspeed_json(
     small_job: list[str], tmp_path: Path, zero: dict, expected: str
@@ -144,7 +177,9 @@ def test_a_typo_inside_a_section_of_the_deepspeed_json(
     """Found before the model is loaded, so the run folder stays free for the corrected command."""
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     run = tmp_path / "run"
-    assert expected in mistake([*small_job, "--deepspeed", str(tmp_path / "ds.json"), "--output_dir", str(run)])
+    assert expected in mistake(
+        [*small_job, "--deepspeed", str(tmp_path / "ds.json"), "--output_dir", str(run)]
+    )
     assert not (run / "recipe.yaml").exists()
 
 
@@ -153,14 +188,18 @@ def test_rows_without_a_model_do_not_train_the_demos(tmp_path: Path) -> None:
         setup.find_sources(load_recipe(["--data.train", "mine.jsonl"]))
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_holds_another_run_is_left_alone(
+    small_job: list[str], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     write_recipe(replace(Recipe(), seed=1), run / "recipe.yaml")
     (run / "ds_config.json").write_text("{}")
     before = (run / "recipe.yaml").read_text()
     assert "was None when the run began" in mistake([*small_job, "--output_dir", str(run)])
-    assert (run / "recipe.yaml").read_text() == before and (run / "ds_config.json").read_text() == "{}"
+    assert (run / "recipe.yaml").read_text() == before and (
+        run / "ds_config.json"
+    ).read_text() == "{}"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     assert "no run folder" in mistake([*small_job, "--output_dir", str(tmp_path / "photos")])
@@ -168,7 +207,12 @@ def test_a_folder_that_holds_another_run_is_left_alone(small_job: list[str], tmp
 
 def test_a_folder_whose_first_start_was_killed_is_a_new_one(tmp_path: Path) -> None:
     """recipe.yaml comes last: without it nothing has begun."""
-    for name in ("logs/rank_0.log", "ds_config.json", "environment.json", ".recipe.yaml.unfinished"):
+    for name in (
+        "logs/rank_0.log",
+        "ds_config.json",
+        "environment.json",
+        ".recipe.yaml.unfinished",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     runfolder.claim(tmp_path)
@@ -177,8 +221,15 @@ def test_a_folder_whose_first_start_was_killed_is_a_new_one(tmp_path: Path) -> N
 
 def test_a_large_model_on_a_cpu_must_be_asked_for(tmp_path: Path) -> None:
     """7.7 billion parameters, counted without making one."""
-    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 22016}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen", "vocab_size": 151936, **sizes}))
+    sizes = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 22016,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen", "vocab_size": 151936, **sizes})
+    )
     arguments = ["--model.path", str(tmp_path)]
     with pytest.raises(UserError, match=r"7.7 billion parameters.*--device cpu"):
         setup.check_device(load_recipe(arguments).recipe, torch.device("cpu"))
@@ -199,7 +250,9 @@ def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.M
 
 
 @pytest.mark.job
-def test_the_command_itself_prints_one_line_and_exits_with_2(small_job: list[str], tmp_path: Path) -> None:
+def test_the_command_itself_prints_one_line_and_exits_with_2(
+    small_job: list[str], tmp_path: Path
+) -> None:
     typo = tmp_path / "ds.json"
     typo.write_text('{"zero_optimisation": {"stage": 2}}')
     command = [

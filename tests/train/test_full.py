@@ -45,7 +45,9 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.job
-def test_every_stage_trains_all_parameters_alike(folders: dict[tuple[str, str], Path], small_dir: Path) -> None:
+def test_every_stage_trains_all_parameters_alike(
+    folders: dict[tuple[str, str], Path], small_dir: Path
+) -> None:
     """In fp32, where rounding hides nothing: within 1e-4 of the change that training made, for each tensor."""
     start = load_file(small_dir / "model.safetensors")
     reference = weights(folders["zero2", "float32"])
@@ -53,7 +55,10 @@ def test_every_stage_trains_all_parameters_alike(folders: dict[tuple[str, str], 
     for (config, dtype), folder in folders.items():
         if dtype == "float32":
             own = weights(folder)
-            off = {k: float((own[k] - reference[k]).norm() / (reference[k] - start[k]).norm()) for k in start}
+            off = {
+                k: float((own[k] - reference[k]).norm() / (reference[k] - start[k]).norm())
+                for k in start
+            }
             assert max(off.values()) < 1e-4, (config, off)
 
 
@@ -78,15 +83,21 @@ def test_the_result_is_a_model_folder_like_the_base(
     find_model(str(model))  # what every command of ours asks of a model
     loaded = QWenLMHeadModel.from_pretrained(model)
     assert loaded.dtype == kind and len(QWenTokenizer.from_pretrained(model)("abc").input_ids) > 0
-    first, last = (json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    first, last = (
+        json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    )
     assert last < first
 
 
-def test_a_large_model_lies_in_several_files(small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_lies_in_several_files(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What 4 GB are to a 7B: files with the usual names, an index, and the whole loads."""
     monkeypatch.setattr(output, "SHARD_BYTES", 200_000)
     tensors = load_file(small_dir / "model.safetensors")
-    written = output.Output(tmp_path, small_dir, torch.float32, None).write_values(tmp_path, tensors)
+    written = output.Output(tmp_path, small_dir, torch.float32, None).write_values(
+        tmp_path, tensors
+    )
     model = tmp_path / "model"
     index = json.loads((model / "model.safetensors.index.json").read_text())
     files = sorted(model.glob("model-*.safetensors"))
@@ -95,6 +106,10 @@ def test_a_large_model_lies_in_several_files(small_dir: Path, tmp_path: Path, mo
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            assert {k for k, place in index["weight_map"].items() if place == file.name} == set(opened.keys())
+            assert {k for k, place in index["weight_map"].items() if place == file.name} == set(
+                opened.keys()
+            )
     loaded = dict(QWenLMHeadModel.from_pretrained(model).named_parameters())
-    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert loaded.keys() == tensors.keys() and all(
+        torch.equal(loaded[k], tensors[k]) for k in tensors
+    )

@@ -90,11 +90,15 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
     """Two hosts that reach each other by name and share the code and the model, but neither data nor home nor runs."""
     if os.geteuid() or not all(shutil.which(name) for name in ("unshare", "nsenter", "ip")):
         pytest.skip("making two hosts of one needs root, unshare, nsenter and ip")
-    if subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]
+    ).returncode:
         pytest.skip("this machine permits no namespaces")
     places = {"host1": "10.77.0.1", "host2": "10.77.0.2"}
     (tmp_path / "disk").mkdir()
-    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in places.items()))
+    (tmp_path / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in places.items())
+    )
     made: list[Host] = []
     try:
         for name, address in places.items():
@@ -102,12 +106,27 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
             (disk / "work").mkdir(parents=True), (disk / "home").mkdir()
             shutil.copy(rows_file, disk / "work" / "rows.jsonl")
             script = HOST.format(name=name, address=address, folder=tmp_path)
-            unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            unshare = [
+                "unshare",
+                "--net",
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+            ]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            made.append(Host(name, address, disk, subprocess.Popen([*unshare, "sh", "-ec", script], **pipes)))
+            made.append(
+                Host(
+                    name, address, disk, subprocess.Popen([*unshare, "sh", "-ec", script], **pipes)
+                )
+            )
         assert all(host.says() == "disks" for host in made)
         ends = [["cable", "netns", str(host.process.pid)] for host in made]
-        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True)
+        subprocess.run(
+            ["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True
+        )
         for host in made:
             assert host.process.stdin is not None
             print(file=host.process.stdin, flush=True)
@@ -137,19 +156,33 @@ def same_adapter(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_host(
-    job: Callable[..., Job], small_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+    job: Callable[..., Job],
+    small_dir: Path,
+    rows_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The run folder of the same job on one host: two ranks, ZeRO-2."""
     folder = tmp_path_factory.mktemp("one_host")
-    job([*options(small_dir, rows_file, folder / "cache"), "--output_dir", str(folder / "run")], 2).ok()
+    job(
+        [*options(small_dir, rows_file, folder / "cache"), "--output_dir", str(folder / "run")], 2
+    ).ok()
     return folder / "run"
 
 
-def test_two_hosts_train_what_one_does(hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path) -> None:
+def test_two_hosts_train_what_one_does(
+    hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path
+) -> None:
     """The deepspeed command on each of two hosts with two ranks each, ZeRO-3 with hpZ, and no disk in common. Rank 0's
     host has the whole run folder, the other no more than its own logs; each has its own cache of token rows."""
     (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=2\n" for host in hosts))
-    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", hosts[0].name]
+    launcher = [
+        "deepspeed",
+        "--hostfile",
+        str(tmp_path / "hostfile"),
+        "--no_ssh",
+        "--master_addr",
+        hosts[0].name,
+    ]
     script = [
         TRAIN,
         *options(small_dir, Path("rows.jsonl")),
@@ -160,32 +193,53 @@ def test_two_hosts_train_what_one_does(hosts: list[Host], one_host: Path, small_
         "--save.every_steps",
         "2",
     ]
-    running = [host.start([*launcher, "--node_rank", str(i), *script]) for i, host in enumerate(hosts)]
+    running = [
+        host.start([*launcher, "--node_rank", str(i), *script]) for i, host in enumerate(hosts)
+    ]
     for process in running:
         finish(process)
     first, second = (host.disk / "work" for host in hosts)
-    files = [sorted(p.relative_to(w).as_posix() for p in w.rglob("run/**/*") if p.is_file()) for w in (first, second)]
+    files = [
+        sorted(p.relative_to(w).as_posix() for p in w.rglob("run/**/*") if p.is_file())
+        for w in (first, second)
+    ]
     assert files[1] == ["run/logs/rank_2.log", "run/logs/rank_3.log"]
     assert "run/adapter/adapter_model.safetensors" in files[0] and files[1][0] not in files[0]
-    caches = [[p.name for p in (host.disk / "home/.cache/qwen_ds/rows").iterdir() if p.is_dir()] for host in hosts]
+    caches = [
+        [p.name for p in (host.disk / "home/.cache/qwen_ds/rows").iterdir() if p.is_dir()]
+        for host in hosts
+    ]
     assert caches[0] == caches[1] and len(caches[0]) == 1
     stored = json.loads((first / "run" / "ds_config.json").read_text())["zero_optimization"]
     assert (stored["zero_hpz_partition_size"], stored["zero_quantized_weights"]) == (2, False)
     same_adapter(one_host, first / "run")
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("pdsh", "ssh-keygen", SSHD))), reason="needs pdsh, ssh and sshd")
-def test_pdsh_starts_both_hosts(hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("pdsh", "ssh-keygen", SSHD))), reason="needs pdsh, ssh and sshd"
+)
+def test_pdsh_starts_both_hosts(
+    hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path
+) -> None:
     """The launcher as its users call it, once, on the first host; sshd runs on both."""
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     for host in hosts:
         settings = ("StrictModes=no", "UsePAM=no", "PidFile=none", f"AuthorizedKeysFile={key}.pub")
-        host.run([SSHD, "-f", "/dev/null", "-h", str(key), *(f"-o{setting}" for setting in settings)])
+        host.run(
+            [SSHD, "-f", "/dev/null", "-h", str(key), *(f"-o{setting}" for setting in settings)]
+        )
         # What pdsh does not carry over goes into this file.
         (host.disk / "work" / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
-    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--master_addr", hosts[0].name, "--no_ssh_check"]
+    launcher = [
+        "deepspeed",
+        "--hostfile",
+        str(tmp_path / "hostfile"),
+        "--master_addr",
+        hosts[0].name,
+        "--no_ssh_check",
+    ]
     login = f"-i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
     script = [TRAIN, *options(small_dir, Path("rows.jsonl"), Path("cache")), "--output_dir", "run"]
     hosts[0].run([*launcher, *script], PDSH_SSH_ARGS_APPEND=login)
@@ -221,7 +275,14 @@ def start_slurm(hosts: list[Host], folder: Path) -> dict[str, str]:
     for host in hosts:
         for name in ("state", "spool"):
             (host.disk / name).mkdir()
-        host.run(["munged", "--force", "--pid-file=/run/munged.pid", *(f"--{n}-file={d}/munge.{n}" for n, d in files)])
+        host.run(
+            [
+                "munged",
+                "--force",
+                "--pid-file=/run/munged.pid",
+                *(f"--{n}-file={d}/munge.{n}" for n, d in files),
+            ]
+        )
     hosts[0].run(["slurmctld", "-L", str(folder / "slurmctld.log")], **conf)
     for host in hosts:
         host.run(["slurmd", "-N", host.name, "-L", str(folder / f"{host.name}.log")], **conf)
@@ -238,13 +299,25 @@ def test_slurm_requeues_a_job_that_stops_before_its_time_limit(
     conf = start_slurm(hosts, tmp_path)
     for host in hosts:
         (host.disk / "work" / "launch").symlink_to(ROOT / "launch")
-    size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5"]
+    size = [
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--time=5",
+    ]
     own = [*options(small_dir, Path("rows.jsonl"), Path("cache")), "--output_dir", "run"]
-    job_id = hosts[0].run(["sbatch", "--parsable", *size, "launch/cluster/train.sbatch", *own], **conf).strip()
+    job_id = (
+        hosts[0]
+        .run(["sbatch", "--parsable", *size, "launch/cluster/train.sbatch", *own], **conf)
+        .strip()
+    )
 
     def wait_for(*states: str) -> None:
         ends = time.monotonic() + 200
-        while (state := hosts[0].run(["squeue", "-h", "-j", job_id, "-o", "%T %r"], **conf).strip()) not in states:
+        while (
+            state := hosts[0].run(["squeue", "-h", "-j", job_id, "-o", "%T %r"], **conf).strip()
+        ) not in states:
             log = work / f"slurm-{job_id}.log"
             assert time.monotonic() < ends, f"{state}\n{log.read_text() if log.exists() else ''}"
             time.sleep(1)

@@ -31,11 +31,19 @@ def fresh_adapter(small_dir: Path) -> dict[str, Tensor]:
     from qwen_ds.recipe.options import LoraOptions
     from qwen_ds.train.lora import plain_name
 
-    model = add_lora(QWenLMHeadModel.from_pretrained(small_dir), LoraOptions(dropout=0.0), base="", seed=42)
-    return {plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model = add_lora(
+        QWenLMHeadModel.from_pretrained(small_dir), LoraOptions(dropout=0.0), base="", seed=42
+    )
+    return {
+        plain_name(name): p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
-def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+def largest_difference(
+    a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]
+) -> float:
     """Largest relative Frobenius norm over the tensors, of the change that training made."""
     assert a.keys() == b.keys() == start.keys()
     return max(float((a[k] - b[k]).norm() / (a[k] - start[k]).norm()) for k in a)
@@ -53,7 +61,10 @@ def test_gradient_does_not_depend_on_the_split(
         "compiled3": (2, ["--deepspeed", "ds_configs/zero3.json", "--model.compile", "true"]),
         "zero2": (2, ["--deepspeed", "ds_configs/zero2.json"]),
         "zero3": (2, ["--deepspeed", "ds_configs/zero3.json"]),
-        "one_batch": (1, ["--deepspeed", "ds_configs/zero1.json", "--batch.tokens_per_micro_batch", "9999"]),
+        "one_batch": (
+            1,
+            ["--deepspeed", "ds_configs/zero1.json", "--batch.tokens_per_micro_batch", "9999"],
+        ),
     }
     for name, (ranks, options) in runs.items():
         job([*small_job, *options, "--output_dir", str(tmp_path / name)], ranks).ok()
@@ -72,16 +83,28 @@ def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path:
     assert all(torch.equal(first[k], second[k]) for k in first)
     exact = ("step", "epoch", "loss", "lr", "grad_norm", "padding_share")
     lines = [
-        [[json.loads(line)[k] for k in exact] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        [
+            [json.loads(line)[k] for k in exact]
+            for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()
+        ]
         for n in ("first", "second")
     ]
     assert len(lines[0]) == 10 and lines[0] == lines[1]
 
 
-def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[str], tmp_path: Path) -> None:
+def test_the_command_of_the_readme_leaves_a_complete_run_folder(
+    small_job: list[str], tmp_path: Path
+) -> None:
     """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
     out = tmp_path / "run"
-    options = ["--deepspeed", "ds_configs/zero3.json", "--data.eval_fraction", "0.2", "--output_dir", str(out)]
+    options = [
+        "--deepspeed",
+        "ds_configs/zero3.json",
+        "--data.eval_fraction",
+        "0.2",
+        "--output_dir",
+        str(out),
+    ]
     options += ["--save.every_steps", "4", "--save.keep", "1", "--eval.sample_tokens", "4"]
     command = [
         "deepspeed",
@@ -95,7 +118,9 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     for name in (
         "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl", "loss.png",
@@ -104,9 +129,15 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(small_job: list[
     ):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
     assert list((out / "tensorboard").iterdir())
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], "save.keep is 1, and it is the best"
-    assert "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
-    assert "activation_checkpointing: none\n" in (out / "recipe.yaml").read_text(), "what auto became"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000010"], (
+        "save.keep is 1, and it is the best"
+    )
+    assert (
+        "auto" not in json.loads((out / "ds_config.json").read_text())["zero_optimization"].values()
+    )
+    assert "activation_checkpointing: none\n" in (out / "recipe.yaml").read_text(), (
+        "what auto became"
+    )
     assert "eval_loss" in (out / "metrics.jsonl").read_text()
     assert "10 steps in" in run.stdout and "trainable of" in run.stdout
     from peft import PeftModel
@@ -141,7 +172,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(rows))
     out = tmp_path / "run"
-    options = ["--model.path", str(model), "--deepspeed", f"ds_configs/zero{stage}.json", "--output_dir", str(out)]
+    options = [
+        "--model.path",
+        str(model),
+        "--deepspeed",
+        f"ds_configs/zero{stage}.json",
+        "--output_dir",
+        str(out),
+    ]
     result = job([str(data) if word == small_job[3] else word for word in small_job] + options, 2)
     assert result.codes[0] == 2
     line = next(text for text in result.err.splitlines() if text.startswith("error:"))
@@ -151,16 +189,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
 
 
 @pytest.mark.parametrize("kind", ["dora", "float16"])
-def test_zero_3_computes_what_zero_2_computes(job: Callable, small_job: list[str], tmp_path: Path, kind: str) -> None:
+def test_zero_3_computes_what_zero_2_computes(
+    job: Callable, small_job: list[str], tmp_path: Path, kind: str
+) -> None:
     """DoRA reads the base's weights in passing, which ZeRO-3 has taken apart; fp16 has DeepSpeed's loss scale."""
     options = ["--lora.variant", "dora"] if kind == "dora" else ["--model.dtype", "float16"]
     for stage in (2, 3):
-        out = ["--output_dir", str(tmp_path / str(stage)), "--deepspeed", f"ds_configs/zero{stage}.json"]
+        out = [
+            "--output_dir",
+            str(tmp_path / str(stage)),
+            "--deepspeed",
+            f"ds_configs/zero{stage}.json",
+        ]
         job([*small_job, *options, *out, "--optim.max_steps", "3"], 2).ok()
     a, b = adapter(tmp_path / "2"), adapter(tmp_path / "3")
     changed = [k for k in a if "lora_B" in k or "magnitude" in k]
     assert {t.dtype for t in a.values()} == {torch.float32}
-    assert max(float((a[k] - b[k]).norm() / a[k].norm()) for k in changed) < (1e-4 if kind == "dora" else 0.05)
+    assert max(float((a[k] - b[k]).norm() / a[k].norm()) for k in changed) < (
+        1e-4 if kind == "dora" else 0.05
+    )
 
 
 def test_eight_ranks_with_fewer_rows_than_ranks_in_the_last_step(
@@ -168,18 +215,39 @@ def test_eight_ranks_with_fewer_rows_than_ranks_in_the_last_step(
 ) -> None:
     """100 rows in steps of 16 leave 4 for the seventh: half of the ranks run the dummy row, and all stay in step."""
     out = tmp_path / "run"
-    options = ["--deepspeed", "ds_configs/zero3.json", "--optim.epochs", "1", "--optim.max_steps", "7"]
+    options = [
+        "--deepspeed",
+        "ds_configs/zero3.json",
+        "--optim.epochs",
+        "1",
+        "--optim.max_steps",
+        "7",
+    ]
     job([*small_job, *options, "--output_dir", str(out)], 8).ok()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 8)) and all(t.numel() for t in adapter(out).values())
+    assert [line["step"] for line in lines] == list(range(1, 8)) and all(
+        t.numel() for t in adapter(out).values()
+    )
 
 
 def test_mpirun_finds_its_ranks(small_job: list[str], tmp_path: Path) -> None:
     """Open MPI's variables are read and DeepSpeed's mpi4py discovery fills in the rest."""
     mpirun = Path(sys.executable).parent / "mpirun"
-    command = [str(mpirun), "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "launch/train.py"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    command = [
+        str(mpirun),
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-np",
+        "2",
+        sys.executable,
+        "launch/train.py",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     options = [*small_job, "--optim.max_steps", "2", "--output_dir", str(tmp_path / "run")]
-    run = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2

@@ -19,7 +19,9 @@ from qwen_ds.train.loss import LossHead, TrainingModel
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def error(came: Tensor, exact: Tensor) -> float:
@@ -31,7 +33,9 @@ def training_model(folder: Path, dropout: float, dtype: torch.dtype) -> Training
     wrapped = add_lora(model, LoraOptions(dropout=dropout), base="", seed=3)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:  # as if trained
-            parameter.data.copy_(0.05 * normal(*parameter.shape, dtype=torch.float32, seed=len(name)))
+            parameter.data.copy_(
+                0.05 * normal(*parameter.shape, dtype=torch.float32, seed=len(name))
+            )
     return TrainingModel(wrapped, model.transformer, model.lm_head).train()
 
 
@@ -54,7 +58,9 @@ def test_the_loss_head_in_bf16() -> None:
         head.weight.detach().double().requires_grad_(),
     )
     exact = F.cross_entropy(
-        (exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        (exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1),
+        labels[:, 1:].flatten(),
+        reduction="sum",
     )
     exact.backward()
     assert error(loss.detach(), exact.detach()) < 1e-3
@@ -86,12 +92,21 @@ def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
         (True, "cuda", Recipe(), ("bfloat16", "sdpa")),
         (False, "cuda", Recipe(), ("bfloat16", "sdpa")),
         (False, "cpu", Recipe(method="full"), ("bfloat16", "eager")),
-        (False, "cpu", Recipe(model=ModelOptions(dtype="bfloat16", attention="sdpa")), ("bfloat16", "sdpa")),
+        (
+            False,
+            "cpu",
+            Recipe(model=ModelOptions(dtype="bfloat16", attention="sdpa")),
+            ("bfloat16", "sdpa"),
+        ),
         (True, "cpu", Recipe(model=ModelOptions(dtype="float32")), ("float32", "sdpa")),
     ],
 )
 def test_the_choice_of_dtype_and_attention(
-    monkeypatch: pytest.MonkeyPatch, fast_bf16: bool, device: str, recipe: Recipe, chosen: tuple[str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    fast_bf16: bool,
+    device: str,
+    recipe: Recipe,
+    chosen: tuple[str, str],
 ) -> None:
     monkeypatch.setattr(setup, "has_fast_bf16", lambda: fast_bf16)
     where = torch.device(device)
@@ -101,12 +116,16 @@ def test_the_choice_of_dtype_and_attention(
 
 
 @pytest.mark.parametrize(("section", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
-def test_a_json_s_precision_overrules_auto(monkeypatch: pytest.MonkeyPatch, section: str, dtype: str) -> None:
+def test_a_json_s_precision_overrules_auto(
+    monkeypatch: pytest.MonkeyPatch, section: str, dtype: str
+) -> None:
     """Also where the user wrote auto, and where the CPU would choose float32."""
     monkeypatch.setattr(setup, "has_fast_bf16", lambda: False)
     wrote_auto = LoadedRecipe(Recipe(), frozenset({"model.dtype"}))
     loaded = setup.choose_dtype(wrote_auto, torch.device("cpu"))
-    resolved = resolve({section: {"enabled": True}}, loaded.recipe, loaded.set_keys, hidden_size=64, world=1)
+    resolved = resolve(
+        {section: {"enabled": True}}, loaded.recipe, loaded.set_keys, hidden_size=64, world=1
+    )
     assert resolved.recipe.model.dtype == dtype
 
 
@@ -129,7 +148,9 @@ def test_x86_multiplies_bf16_fast_with_amx_only(
 @pytest.mark.parametrize(
     ("recompute", "dtype", "bound"), [("none", torch.bfloat16, 0.03), ("all", torch.float32, 1e-5)]
 )
-def test_compiled_blocks_train_alike(small_dir: Path, recompute: str, dtype: torch.dtype, bound: float) -> None:
+def test_compiled_blocks_train_alike(
+    small_dir: Path, recompute: str, dtype: torch.dtype, bound: float
+) -> None:
     """With dropout, which draws the same numbers, and with activation checkpointing."""
     plain, compiled = (training_model(small_dir, 0.1, dtype) for _ in range(2))
     transformer = compiled.model.get_base_model().transformer

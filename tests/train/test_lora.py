@@ -16,7 +16,14 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora
-from qwen_ds.train.lora import add_lora, config_of, count_parameters, init_from, plain_name, write_adapter
+from qwen_ds.train.lora import (
+    add_lora,
+    config_of,
+    count_parameters,
+    init_from,
+    plain_name,
+    write_adapter,
+)
 
 ALL = ["c_attn", "c_proj", "w1", "w2"]
 IDS = torch.arange(24).reshape(2, 12)
@@ -26,7 +33,9 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def wrapped(small_dir: Path, dtype: torch.dtype = torch.float32, **options: object) -> peft.PeftModel:
+def wrapped(
+    small_dir: Path, dtype: torch.dtype = torch.float32, **options: object
+) -> peft.PeftModel:
     """`small` with an adapter whose B is not zero."""
     model = QWenLMHeadModel.from_pretrained(small_dir, dtype=dtype)
     settings = LoraOptions(**{"dropout": 0.0, "targets": ALL, "r": 4, "alpha": 6, **options})  # type: ignore[arg-type]
@@ -40,7 +49,11 @@ def wrapped(small_dir: Path, dtype: torch.dtype = torch.float32, **options: obje
 
 def test_the_default_adapter_of_the_7b_has_the_original_projects_size() -> None:
     config = QWenConfig(
-        vocab_size=151_936, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=22_016
+        vocab_size=151_936,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=22_016,
     )
     with torch.device("meta"):
         model = QWenLMHeadModel(config)
@@ -55,7 +68,9 @@ def test_our_branch_equals_pefts(small_dir: Path, tmp_path: Path, variant: str) 
     """Outputs and every gradient in fp32, and the folder loads into stock peft."""
     ours = wrapped(small_dir, variant=variant)
     write_adapter(tmp_path, config_of(ours), trained(ours))
-    stock = peft.PeftModel.from_pretrained(QWenLMHeadModel.from_pretrained(small_dir), str(tmp_path), is_trainable=True)
+    stock = peft.PeftModel.from_pretrained(
+        QWenLMHeadModel.from_pretrained(small_dir), str(tmp_path), is_trainable=True
+    )
     logits = [model(IDS, labels=IDS) for model in (ours, stock)]
     torch.testing.assert_close(logits[0].logits, logits[1].logits, rtol=1e-5, atol=1e-5)
     for out in logits:
@@ -63,7 +78,9 @@ def test_our_branch_equals_pefts(small_dir: Path, tmp_path: Path, variant: str) 
     theirs = trained(stock)
     assert theirs.keys() == trained(ours).keys() and len(theirs) >= 30
     for name, parameter in trained(ours).items():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 def test_the_branch_computes_in_the_activations_dtype(small_dir: Path) -> None:
@@ -71,7 +88,9 @@ def test_the_branch_computes_in_the_activations_dtype(small_dir: Path) -> None:
     seen: set[torch.dtype] = set()
     for module in model.modules():
         if isinstance(module, lora.CastLinear):
-            module.register_forward_hook(lambda _m, args, out: seen.update((args[0].dtype, out.dtype)))
+            module.register_forward_hook(
+                lambda _m, args, out: seen.update((args[0].dtype, out.dtype))
+            )
     model(IDS, labels=IDS).loss.backward()
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -100,7 +119,8 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
     write_adapter(tmp_path / "ours", config_of(first), trained(first))
     (tmp_path / "bin").mkdir()
     torch.save(
-        {k.replace("base_model.model.", ""): v for k, v in values.items()}, tmp_path / "bin" / "pytorch_model.bin"
+        {k.replace("base_model.model.", ""): v for k, v in values.items()},
+        tmp_path / "bin" / "pytorch_model.bin",
     )
     options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6)
     for folder in ("ours", "bin"):
@@ -113,19 +133,28 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
         write_adapter(tmp_path / variant, config_of(first), trained(first))
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
         init_from(again, str(tmp_path / variant), options)
-        assert all(torch.equal(p, q) for p, q in zip(trained(first).values(), trained(again).values(), strict=True))
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(trained(first).values(), trained(again).values(), strict=True)
+        )
     official = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=8)
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), official, base="", seed=8)
     init_from(again, str(golden / "lora" / "adapter"), official)
     outputs = load_file(golden / "lora" / "outputs.safetensors")
     again.eval()
-    loss = again(outputs["input_ids"], attention_mask=outputs["attention_mask"], labels=outputs["labels"]).loss
+    loss = again(
+        outputs["input_ids"], attention_mask=outputs["attention_mask"], labels=outputs["labels"]
+    ).loss
     torch.testing.assert_close(loss, outputs["loss_eval"], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [({"r": 8}, "scaled by|lora.r"), ({"alpha": 7}, "scaled by 1.5"), ({"targets": ["w1"]}, "does not train it")],
+    [
+        ({"r": 8}, "scaled by|lora.r"),
+        ({"alpha": 7}, "scaled by 1.5"),
+        ({"targets": ["w1"]}, "does not train it"),
+    ],
 )
 def test_an_adapter_that_does_not_fit_the_recipe_is_refused(
     small_dir: Path, tmp_path: Path, change: dict[str, object], expected: str
@@ -142,11 +171,16 @@ def test_an_adapter_that_does_not_fit_the_recipe_is_refused(
 def test_the_written_folder_is_plain_and_readable_by_all(small_dir: Path, tmp_path: Path) -> None:
     model = wrapped(small_dir)
     write_adapter(tmp_path, config_of(model), trained(model))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["target_modules"] == ALL and config["inference_mode"] is True
     with pytest.raises(AssertionError, match="empty"):
         write_adapter(
-            tmp_path / "empty", config_of(model), {"base_model.model.x.lora_A.default.weight": torch.empty(0)}
+            tmp_path / "empty",
+            config_of(model),
+            {"base_model.model.x.lora_A.default.weight": torch.empty(0)},
         )

@@ -33,7 +33,9 @@ def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "chunk_tokens", lambda rows: 16)  # 50 tokens: three whole chunks and a short one
+    monkeypatch.setattr(
+        loss, "chunk_tokens", lambda rows: 16
+    )  # 50 tokens: three whole chunks and a short one
 
 
 def test_loss_and_both_gradients_equal_plain_cross_entropy_in_fp64() -> None:
@@ -69,7 +71,9 @@ def test_the_loss_shifts_once_and_ignores_what_is_not_learnt() -> None:
     labels = torch.tensor([[IGNORE, IGNORE, 7, 8, IGNORE], [3, 4, IGNORE, IGNORE, 9]])
     # By hand: (row, position of the hidden state) -> target; labels[1, 0] has nothing before it that could predict it.
     pairs = {(0, 1): 7, (0, 2): 8, (1, 0): 4, (1, 3): 9}
-    expected = sum(F.cross_entropy(head(hidden[at]), torch.tensor(target)) for at, target in pairs.items())
+    expected = sum(
+        F.cross_entropy(head(hidden[at]), torch.tensor(target)) for at, target in pairs.items()
+    )
     torch.testing.assert_close(LossHead(head)(hidden, labels), expected)
 
 

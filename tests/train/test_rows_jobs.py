@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.job
 
 # A parameter of any size is taken apart, and none is brought in before its module asks for it.
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}}
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
 RUNS = {
     "rows": {"zero0": 1, "zero2": 2, "zero3": 2},
     "whole": {"zero2": 1, "zero3": 2},
@@ -35,7 +41,9 @@ def test_what_is_trained_of_the_vocabulary_does_not_depend_on_the_stage(
     for stage, ranks in RUNS[kind].items():
         out = tmp_path / stage
         config = str(tmp_path / "zero3.json") if stage == "zero3" else f"ds_configs/{stage}.json"
-        run = job([*small_job, *options, "--deepspeed", config, "--output_dir", str(out)], ranks).ok()
+        run = job(
+            [*small_job, *options, "--deepspeed", config, "--output_dir", str(out)], ranks
+        ).ok()
         assert ("lora.special_rows is on" in run.out) == (kind == "rows")
         recipe = yaml.safe_load((out / "recipe.yaml").read_text())
         assert recipe["lora"]["special_rows"] == ("on" if kind == "rows" else "off")
@@ -52,4 +60,7 @@ def test_what_is_trained_of_the_vocabulary_does_not_depend_on_the_stage(
             assert (adapter[name] - reference[name]).norm() / change.norm() < 1e-4, (stage, name)
     for stage, adapter in adapters.items():
         for name in (n for n in reference if "lora_B" in n):  # zero at the start
-            assert (adapter[name] - reference[name]).norm() / reference[name].norm() < 1e-4, (stage, name)
+            assert (adapter[name] - reference[name]).norm() / reference[name].norm() < 1e-4, (
+                stage,
+                name,
+            )

@@ -23,7 +23,8 @@ def test_two_steps_of_warm_up_then_the_schedule(schedule: str, expected: list[fl
 
 
 @pytest.mark.parametrize(
-    ("epochs", "max_steps", "expected"), [(3.0, None, 27), (0.5, None, 5), (0.01, None, 1), (3.0, 4, 4), (1.0, 99, 9)]
+    ("epochs", "max_steps", "expected"),
+    [(3.0, None, 27), (0.5, None, 5), (0.01, None, 1), (3.0, 4, 4), (1.0, 99, 9)],
 )
 def test_steps_of_a_run(epochs: float, max_steps: int | None, expected: int) -> None:
     recipe = Recipe(optim=OptimOptions(epochs=epochs, max_steps=max_steps))

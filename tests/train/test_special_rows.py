@@ -26,7 +26,14 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions, Recipe
 from qwen_ds.train import special_rows
-from qwen_ds.train.lora import add_lora, config_of, count_parameters, init_from, plain_name, write_adapter
+from qwen_ds.train.lora import (
+    add_lora,
+    config_of,
+    count_parameters,
+    init_from,
+    plain_name,
+    write_adapter,
+)
 from qwen_ds.train.loss import TrainingModel, cross_entropy_sum
 
 SPECIAL = [304, 305, 306]  # <|endoftext|>, <|im_start|>, <|im_end|> of the mini vocabulary
@@ -41,11 +48,16 @@ def base_model(small_dir: Path, dtype: torch.dtype = torch.float32) -> QWenLMHea
 
 
 def wrapped(
-    small_dir: Path, options: LoraOptions = OPTIONS, ids: list[int] | None = None, dtype: torch.dtype = torch.float32
+    small_dir: Path,
+    options: LoraOptions = OPTIONS,
+    ids: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[QWenLMHeadModel, peft.PeftModel]:
     """`small` with everything trained moved off its start."""
     model = base_model(small_dir, dtype)
-    result = add_lora(model, options, base=str(small_dir), seed=3, row_ids=SPECIAL if ids is None else ids)
+    result = add_lora(
+        model, options, base=str(small_dir), seed=3, row_ids=SPECIAL if ids is None else ids
+    )
     generator = torch.Generator().manual_seed(9)
     for parameter in trained(result).values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -70,13 +82,21 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_the_rows_of_the_7b_are_24576_parameters_and_the_matrices_1_2_billion() -> None:
     """Whatever the layers: one stands for the 32."""
     config = QWenConfig(
-        vocab_size=151_936, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=22_016
+        vocab_size=151_936,
+        hidden_size=4096,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        intermediate_size=22_016,
     )
     counts = []
     for saved, ids in (([], []), ([], [151643, 151644, 151645]), (["wte", "lm_head"], [])):
         options = LoraOptions(modules_to_save=saved)
         with torch.device("meta"):
-            counts.append(count_parameters(add_lora(QWenLMHeadModel(config), options, base="", seed=0, row_ids=ids)))
+            counts.append(
+                count_parameters(
+                    add_lora(QWenLMHeadModel(config), options, base="", seed=0, row_ids=ids)
+                )
+            )
     plain, rows, whole = counts
     assert rows.trainable - plain.trainable == rows.total - plain.total == 24_576
     assert whole.trainable - plain.trainable == 2 * 151_936 * 4096 and whole.total == plain.total
@@ -85,7 +105,10 @@ def test_the_rows_of_the_7b_are_24576_parameters_and_the_matrices_1_2_billion() 
 def test_loss_and_gradients_equal_a_head_with_those_rows_in_fp64() -> None:
     g = torch.Generator().manual_seed(5)
     hidden = torch.randn(50, 12, generator=g, requires_grad=True)
-    weight, rows = torch.randn(97, 12, generator=g), torch.randn(3, 12, generator=g, requires_grad=True)
+    weight, rows = (
+        torch.randn(97, 12, generator=g),
+        torch.randn(3, 12, generator=g, requires_grad=True),
+    )
     ids, targets = torch.tensor([96, 4, 50]), torch.randint(0, 97, (50,), generator=g)
     targets[::5] = ids[torch.arange(10) % 3]
     weight[ids] = 1e3  # what the rows replace has no say
@@ -101,11 +124,15 @@ def test_loss_and_gradients_equal_a_head_with_those_rows_in_fp64() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["rows", "whole"])
-def test_gradients_equal_those_of_a_model_trained_whole(small_dir: Path, kind: str, recompute: bool) -> None:
+def test_gradients_equal_those_of_a_model_trained_whole(
+    small_dir: Path, kind: str, recompute: bool
+) -> None:
     """Plain autograd through the plain model, with what is trained put into its matrices."""
     model, ours = wrapped(small_dir) if kind == "rows" else wrapped(small_dir, WHOLE, [])
     if recompute:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
     ids, labels = batch()
     loss = TrainingModel(ours, model.transformer, model.lm_head).train()(ids, labels)
     loss.backward()
@@ -171,7 +198,9 @@ def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> N
     with LargestNewTensor(training.parameters()) as seen_plain, torch.no_grad():
         ours(ids)
     matrix = model.lm_head.weight.numel()
-    assert max(seen.numel, seen_plain.numel) == ids.numel() * 512 < matrix  # the logits of the plain forward
+    assert (
+        max(seen.numel, seen_plain.numel) == ids.numel() * 512 < matrix
+    )  # the logits of the plain forward
     write_adapter(tmp_path, config_of(ours), trained(ours))
     stock = peft.PeftModel.from_pretrained(base_model(small_dir), str(tmp_path))
     with LargestNewTensor(stock.parameters()) as theirs, torch.no_grad():
@@ -184,14 +213,19 @@ def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> N
 def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
     small_dir: Path, tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    _, ours = wrapped(small_dir, dtype=dtype) if kind == "rows" else wrapped(small_dir, WHOLE, [], dtype)
+    _, ours = (
+        wrapped(small_dir, dtype=dtype) if kind == "rows" else wrapped(small_dir, WHOLE, [], dtype)
+    )
     write_adapter(tmp_path / "adapter", config_of(ours), trained(ours))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     if kind == "rows":
         assert settings["trainable_token_indices"] == {"wte": SPECIAL, "lm_head": SPECIAL}
         assert settings["modules_to_save"] is None
     else:
-        assert settings["modules_to_save"] == ["wte", "lm_head"] and settings["trainable_token_indices"] is None
+        assert (
+            settings["modules_to_save"] == ["wte", "lm_head"]
+            and settings["trainable_token_indices"] is None
+        )
     in_file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     suffix = DELTA if kind == "rows" else ".weight"
     assert {WTE + suffix, HEAD + suffix} == {name for name in in_file if ".lora_" not in name}
@@ -201,7 +235,9 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
         expected = ours.eval()(ids).logits
         before = base_model(small_dir, dtype).eval()(ids).logits
         assert (expected - before).abs().max() > 1
-        stock = peft.PeftModel.from_pretrained(base_model(small_dir, dtype), str(tmp_path / "adapter")).eval()
+        stock = peft.PeftModel.from_pretrained(
+            base_model(small_dir, dtype), str(tmp_path / "adapter")
+        ).eval()
         torch.testing.assert_close(stock(ids).logits, expected, rtol=0, atol=tolerance)
         loaded = load_adapter(base_model(small_dir, dtype), tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=tolerance)
@@ -222,14 +258,21 @@ def test_the_official_base_model_adapter_gives_the_official_numbers(
     expected = load_file(golden / "lora_base" / "outputs.safetensors")
     labels = expected["labels"].masked_fill(expected["attention_mask"] == 0, IGNORE)
     count = int((labels[:, 1:] != IGNORE).sum())
-    loss = TrainingModel(ours, model.transformer, model.lm_head).eval()(expected["input_ids"], labels) / count
+    loss = (
+        TrainingModel(ours, model.transformer, model.lm_head).eval()(expected["input_ids"], labels)
+        / count
+    )
     torch.testing.assert_close(loss, expected["loss_eval"], atol=5e-6, rtol=0)
     loss.backward()
     found = trained(ours)
-    gradients = {name.removeprefix("grad."): t for name, t in expected.items() if name.startswith("grad.")}
+    gradients = {
+        name.removeprefix("grad."): t for name, t in expected.items() if name.startswith("grad.")
+    }
     assert len(gradients) == 5
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name].grad, gradient, atol=2e-5 * gradient.abs().max().item(), rtol=0)
+        torch.testing.assert_close(
+            found[name].grad, gradient, atol=2e-5 * gradient.abs().max().item(), rtol=0
+        )
     write_adapter(tmp_path / "adapter", config_of(ours), found)
     merge(small_dir, [tmp_path / "adapter"], tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -241,7 +284,9 @@ def test_the_official_base_model_adapter_gives_the_official_numbers(
 
 
 @pytest.mark.parametrize("kind", ["rows", "whole"])
-def test_training_continues_from_rows_and_matrices(small_dir: Path, tmp_path: Path, kind: str) -> None:
+def test_training_continues_from_rows_and_matrices(
+    small_dir: Path, tmp_path: Path, kind: str
+) -> None:
     """Whatever their order in the file; what an adapter lacks starts from the base."""
     options, ids = (OPTIONS, SPECIAL) if kind == "rows" else (WHOLE, [])
     _, first = wrapped(small_dir, options, ids)
@@ -250,19 +295,28 @@ def test_training_continues_from_rows_and_matrices(small_dir: Path, tmp_path: Pa
     init_from(again, str(tmp_path / "same"), options)
     for name, parameter in trained(again).items():
         expected = trained(first)[name]
-        torch.testing.assert_close(parameter, expected.flip(0) if name.endswith(DELTA) else expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            parameter, expected.flip(0) if name.endswith(DELTA) else expected, rtol=0, atol=0
+        )
     _, plain = wrapped(small_dir, ids=[])
     write_adapter(tmp_path / "without", config_of(plain), trained(plain))
     model = base_model(small_dir)
     fresh = add_lora(model, options, base="", seed=1, row_ids=ids)
     init_from(fresh, str(tmp_path / "without"), options)
     tokens, _ = batch()
-    torch.testing.assert_close(model.eval()(tokens).logits, plain.eval()(tokens).logits, rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match=r"the recipe does not train it; make lora\.modules_to_save and lora\.special"):
+    torch.testing.assert_close(
+        model.eval()(tokens).logits, plain.eval()(tokens).logits, rtol=0, atol=1e-4
+    )
+    with pytest.raises(
+        UserError,
+        match=r"the recipe does not train it; make lora\.modules_to_save and lora\.special",
+    ):
         init_from(plain, str(tmp_path / "same"), OPTIONS)
     if kind == "rows":
         _, other = wrapped(small_dir, ids=[304, 305, 7])
-        with pytest.raises(UserError, match=r"trains the rows \[304, 305, 306\] of .*; expected \[7, 304, 305\]"):
+        with pytest.raises(
+            UserError, match=r"trains the rows \[304, 305, 306\] of .*; expected \[7, 304, 305\]"
+        ):
             init_from(other, str(tmp_path / "same"), OPTIONS)
 
 
@@ -282,9 +336,14 @@ def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
     prompts = torch.tensor([[start, 10 + i, 20 + i, end, start, 50] for i in range(4)])
     answers = torch.tensor([[100 + 7 * i + 3 * j for j in range(4)] for i in range(4)])
     tail = torch.tensor([[end, SPECIAL[0]]]).expand(4, 2)
-    ids, labels = torch.cat([prompts, answers, tail], 1), torch.cat([prompts * 0 + IGNORE, answers, tail], 1)
+    ids, labels = (
+        torch.cat([prompts, answers, tail], 1),
+        torch.cat([prompts * 0 + IGNORE, answers, tail], 1),
+    )
     model = base_model(base)
-    ours = add_lora(model, replace(OPTIONS, r=8), base="", seed=0, row_ids=SPECIAL if with_rows else [])
+    ours = add_lora(
+        model, replace(OPTIONS, r=8), base="", seed=0, row_ids=SPECIAL if with_rows else []
+    )
     training = TrainingModel(ours, model.transformer, model.lm_head).train()
     optimizer = torch.optim.AdamW(list(trained(ours).values()), lr=1e-2, weight_decay=0.0)
     for _ in range(60):
@@ -303,18 +362,24 @@ def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
 
 @pytest.fixture
 def choose(tmp_path: Path) -> Callable[..., tuple[str | bool, str]]:
-    def resolved(generation: dict[str, str] | None, method: str = "lora", **options: Any) -> tuple[str | bool, str]:
+    def resolved(
+        generation: dict[str, str] | None, method: str = "lora", **options: Any
+    ) -> tuple[str | bool, str]:
         (tmp_path / "generation_config.json").unlink(missing_ok=True)
         if generation is not None:
             (tmp_path / "generation_config.json").write_text(json.dumps(generation))
         recipe = Recipe(method=method, lora=LoraOptions(**options))  # type: ignore[arg-type]
-        recipe, note = special_rows.resolve(replace(recipe, model=replace(recipe.model, path=str(tmp_path))))
+        recipe, note = special_rows.resolve(
+            replace(recipe, model=replace(recipe.model, path=str(tmp_path)))
+        )
         return recipe.lora.special_rows, note
 
     return resolved
 
 
-def test_auto_is_on_for_base_models_and_says_so(choose: Callable[..., tuple[str | bool, str]]) -> None:
+def test_auto_is_on_for_base_models_and_says_so(
+    choose: Callable[..., tuple[str | bool, str]],
+) -> None:
     value, note = choose({"chat_format": "raw"})
     assert value == "on" and "special_rows is on" in note and "chat_format 'raw'" in note
     value, note = choose(None)
@@ -324,10 +389,14 @@ def test_auto_is_on_for_base_models_and_says_so(choose: Callable[..., tuple[str 
     assert choose({"chat_format": "raw"}, method="full") == ("off", "")
     for given, resolved in ((True, "on"), ("on", "on"), (False, "off"), ("off", "off")):
         assert choose({"chat_format": "raw"}, special_rows=given) == (resolved, "")
-    with pytest.raises(UserError, match=r"special_rows is on and lora\.modules_to_save is wte; expected one"):
+    with pytest.raises(
+        UserError, match=r"special_rows is on and lora\.modules_to_save is wte; expected one"
+    ):
         choose(None, special_rows="on", modules_to_save=["wte"])
 
 
 def test_only_the_embedding_and_the_head_can_be_saved_whole(small_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"modules_to_save: 'ln_f' came; expected some of wte, lm_head"):
+    with pytest.raises(
+        UserError, match=r"modules_to_save: 'ln_f' came; expected some of wte, lm_head"
+    ):
         wrapped(small_dir, replace(OPTIONS, modules_to_save=["wte", "ln_f"]), [])

@@ -54,7 +54,9 @@ class Dialogue:
 Outcome = Dialogue | Dropped
 
 
-def as_conversation(dialogue: Dialogue, default_system: str | None = None) -> Conversation | Dropped:
+def as_conversation(
+    dialogue: Dialogue, default_system: str | None = None
+) -> Conversation | Dropped:
     """The conversation to train on: complete pairs only, up to the first that lacks a side."""
     turns: list[Turn] = []
     for question, answer in dialogue.pairs:
@@ -69,7 +71,9 @@ def as_conversation(dialogue: Dialogue, default_system: str | None = None) -> Co
     return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION)
 
 
-def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Conversation | Dropped, str | None]:
+def as_prompt(
+    dialogue: Dialogue, default_system: str | None = None
+) -> tuple[Conversation | Dropped, str | None]:
     """The conversation up to its last question, and the answer that the row gives to it, None when it gives none."""
     turns: list[Turn] = []
     reference: str | None = None
@@ -140,7 +144,14 @@ def json_name(value: object) -> str:
     """What a user calls a value of this type: JSON's own terms."""
     if value is None:
         return "null"
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
@@ -153,4 +164,6 @@ def quoted(value: object, longest: int = 60) -> str:
 def names(keys: Iterable[str], most: int = 12) -> str:
     """Keys for an error message, at most `most` of them."""
     listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(listed[:most]) + (
+        f" and {len(listed) - most} more" if len(listed) > most else ""
+    )

@@ -33,7 +33,18 @@ from qwen_ds.data.read.files_json import (
 from qwen_ds.errors import UserError
 
 KINDS = ("auto", "json", "csv", "parquet")
-DATA_SUFFIXES = (".json", ".jsonl", ".jsonlines", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".tgz", ".tar")
+DATA_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".jsonlines",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".tgz",
+    ".tar",
+)
 
 _HEAD_BYTES = 1 << 22
 _CHUNK_BYTES = 1 << 20
@@ -75,7 +86,9 @@ def read_rows(path: str | Path, kind: str = "auto") -> Iterator[SourceRow | BadR
         raise UserError(f"the kind of file is {kind!r}; expected one of {', '.join(KINDS)}")
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file")
+        raise UserError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file"
+        )
     try:
         yield from _rows(_Content(str(path), lambda: path.open("rb")), kind)
     except OSError as error:  # includes damaged gzip data
@@ -88,7 +101,11 @@ def chosen_names(names: Iterable[str]) -> list[str]:
     """The data files among the names of a folder or an archive, sorted: by suffix, or all when no suffix is known."""
     seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    data = [name for name in data if Path(name).name not in ("dataset_infos.json", "dataset_info.json", "state.json")]
+    data = [
+        name
+        for name in data
+        if Path(name).name not in ("dataset_infos.json", "dataset_info.json", "state.json")
+    ]
     return sorted(data or seen)
 
 
@@ -105,7 +122,9 @@ def _rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
         if head.startswith(_PARQUET) or _is_tar(head):  # these are read back and forth
             with tempfile.TemporaryFile() as unpacked, content.open() as stream:
                 shutil.copyfileobj(stream, unpacked)
-                yield from _unpacked_rows(_Content(content.name, lambda: unpacked, content.is_member), head, kind)
+                yield from _unpacked_rows(
+                    _Content(content.name, lambda: unpacked, content.is_member), head, kind
+                )
             return
     yield from _unpacked_rows(content, head, kind)
 
@@ -139,12 +158,16 @@ def _text_rows(content: _Content, head: bytes, kind: str) -> Iterator[SourceRow 
     elif header is not None:
         with content.open() as stream:
             yield from _csv_rows(stream, content.name, encoding, *header)
-    elif kind != "csv" and (opens == "{" or kind == "json" or any(line.startswith("{") for line in lines[:10])):
+    elif kind != "csv" and (
+        opens == "{" or kind == "json" or any(line.startswith("{") for line in lines[:10])
+    ):
         with content.open() as stream:
             yield from iter_lines(stream, content.name, encoding)
     else:
         number = lines.index(first) + 1
-        raise UserError(f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; expected {_EXPECTED}")
+        raise UserError(
+            f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; expected {_EXPECTED}"
+        )
 
 
 def encoding_of(head: bytes) -> str:
@@ -175,7 +198,9 @@ def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
             fault = undecodable(f"{name}:{line}", encoding, error)
-            raise UserError(f"{fault.source}: {fault.detail}; what follows in the array cannot be read") from error
+            raise UserError(
+                f"{fault.source}: {fault.detail}; what follows in the array cannot be read"
+            ) from error
         if text:
             yield text
         if not raw:
@@ -188,7 +213,9 @@ def _csv_header(line: str) -> tuple[str, list[str]] | None:
     best: tuple[str, list[str]] | None = None
     for delimiter in _DELIMITERS:
         try:
-            names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
+            names = [
+                name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))
+            ]
         except csv.Error:
             continue
         if best is None or len(names) > len(best[1]):
@@ -196,7 +223,11 @@ def _csv_header(line: str) -> tuple[str, list[str]] | None:
     if best is None:
         return None
     named = [name for name in best[1] if name]  # pandas leaves the name of its index column empty
-    if len(set(named)) < len(named) or not named or any(len(name) > 64 or set('{}[]":') & set(name) for name in named):
+    if (
+        len(set(named)) < len(named)
+        or not named
+        or any(len(name) > 64 or set('{}[]":') & set(name) for name in named)
+    ):
         return None
     return best if len(named) > 1 or _ONE_COLUMN.fullmatch(named[0]) else None
 
@@ -233,7 +264,9 @@ def _csv_rows(
             yield undecodable(source, encoding, error)
             continue
         except csv.Error as error:
-            yield BadRow(source, "not valid CSV", f"not valid CSV: {error}; expected {len(header)} cells")
+            yield BadRow(
+                source, "not valid CSV", f"not valid CSV: {error}; expected {len(header)} cells"
+            )
             continue
         if not cells:
             continue
@@ -243,7 +276,9 @@ def _csv_rows(
             detail = f"{len(cells)} cells; expected {len(header)}, as in the header line"
             yield BadRow(source, "wrong number of cells", detail)
         else:
-            yield SourceRow({key: cell for key, cell in zip(header, cells, strict=True) if key}, source)
+            yield SourceRow(
+                {key: cell for key, cell in zip(header, cells, strict=True) if key}, source
+            )
 
 
 def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
@@ -260,7 +295,9 @@ def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
                     index += 1
         except pyarrow.ArrowException as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{content.name}: damaged parquet file ({first}); expected parquet") from error
+            raise UserError(
+                f"{content.name}: damaged parquet file ({first}); expected parquet"
+            ) from error
 
 
 def _tar_rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:

@@ -75,7 +75,9 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            fault = undecodable(f"{name}:{number}", encoding, error)  # told in place of the object, once that closes
+            fault = undecodable(
+                f"{name}:{number}", encoding, error
+            )  # told in place of the object, once that closes
             line = raw.decode(encoding, "replace")
         if number == 1:
             line = line.lstrip("\ufeff")
@@ -85,7 +87,11 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
         if margin is None and body[0] == "{":
             margin = line[: line.index("{")]
         if parts and line.startswith(f"{margin}{{") and not last.endswith(_MORE_MUST_FOLLOW):
-            yield BadRow(f"{name}:{start}", NOT_JSON, "not valid JSON: the object is not closed before the next one")
+            yield BadRow(
+                f"{name}:{start}",
+                NOT_JSON,
+                "not valid JSON: the object is not closed before the next one",
+            )
             parts, depth = [], 0
         last = body
         pieces, depth = _cut_behind_objects(line, depth)
@@ -96,7 +102,11 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
                 yield fault or _parsed("".join(parts), f"{name}:{start}")
                 parts, fault = [], None
     if parts:
-        yield BadRow(f"{name}:{start}", NOT_JSON, "not valid JSON: the file ends inside the object that begins here")
+        yield BadRow(
+            f"{name}:{start}",
+            NOT_JSON,
+            "not valid JSON: the file ends inside the object that begins here",
+        )
 
 
 def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
@@ -120,13 +130,19 @@ def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]
         raise UserError(f"{name}:{text.line}: {came} inside a JSON array; expected ',' or ']'")
     text.skip("]")
     if text.here() != "the end of the file":
-        raise UserError(f"{name}:{text.line}: {text.here()} after the end of the JSON array; expected nothing more")
+        raise UserError(
+            f"{name}:{text.line}: {text.here()} after the end of the JSON array; expected nothing more"
+        )
 
 
 def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
     shown = "UTF-8" if encoding == "utf-8" else encoding.upper()
     byte = error.object[error.start]
-    return BadRow(source, f"not {shown} text", f"byte 0x{byte:02x} is not {shown}; expected text in one encoding")
+    return BadRow(
+        source,
+        f"not {shown} text",
+        f"byte 0x{byte:02x} is not {shown}; expected text in one encoding",
+    )
 
 
 class _Arriving:
@@ -284,7 +300,9 @@ def _fault(error: Exception, start: int = 0) -> str:
     """What is wrong with a JSON text, in one line; its own place counts from the row's beginning."""
     if isinstance(error, json.JSONDecodeError):
         what = error.msg.removesuffix(" at")
-        return f"not valid JSON: {what} at character {error.pos - start + 1}; expected one JSON object"
+        return (
+            f"not valid JSON: {what} at character {error.pos - start + 1}; expected one JSON object"
+        )
     if isinstance(error, RecursionError):
         return "not valid JSON: nested too deep; expected one JSON object"
     return f"not valid JSON: {error}; expected one JSON object"

@@ -116,7 +116,9 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     keys = tuple(row)
     candidates = _fitting(keys, for_prompts)
     if not candidates:
-        raise RowError("unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}")
+        raise RowError(
+            "unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}"
+        )
     for reader in candidates[:-1]:
         # Arrow files carry every column in every row: a column that is null is no sign of a shape.
         if all(row[key] is not None for key in reader.keys):
@@ -130,7 +132,9 @@ def check_fits(reader: Reader, row: object, for_prompts: bool = False) -> Row:
     row = as_row(row)
     if not _fits(reader, tuple(row), for_prompts):
         expected = f"{reader.expected} (format {reader.name})"
-        raise RowError("missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}")
+        raise RowError(
+            "missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}"
+        )
     return row
 
 
@@ -146,12 +150,18 @@ def nearest(keys: tuple[str, ...], most: int = 3) -> str:
     keys = keys[:50]
 
     def likeness(reader: Reader) -> tuple[int, float, bool]:
-        needed = [(key,) for key in reader.keys or ("round_0",)] + ([reader.answers] if reader.answers else [])
+        needed = [(key,) for key in reader.keys or ("round_0",)] + (
+            [reader.answers] if reader.answers else []
+        )
         ratios = [
             max(difflib.SequenceMatcher(None, key, want).ratio() for key in keys for want in wanted)
             for wanted in needed
         ]
-        return sum(ratio == 1 for ratio in ratios), round(sum(ratios) / len(ratios), 3), reader.name in usual
+        return (
+            sum(ratio == 1 for ratio in ratios),
+            round(sum(ratios) / len(ratios), 3),
+            reader.name in usual,
+        )
 
     usual = ("messages", "sharegpt", "alpaca", "adgen")
     ranked = sorted(TABLE, key=likeness, reverse=True) if keys else []
@@ -162,7 +172,9 @@ def nearest(keys: tuple[str, ...], most: int = 3) -> str:
 @lru_cache(maxsize=1024)
 def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
-    return complete or tuple(reader for reader in TABLE if for_prompts and reader.fits(keys, for_prompts=True))
+    return complete or tuple(
+        reader for reader in TABLE if for_prompts and reader.fits(keys, for_prompts=True)
+    )
 
 
 @lru_cache(maxsize=1024)

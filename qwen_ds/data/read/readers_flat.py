@@ -49,7 +49,11 @@ def read_alpaca(row: Row) -> list[Outcome]:
 
     Instruction and input are joined by a tab, as the original project joined them.
     """
-    instruction, extra, answer = text_of(row, "instruction"), text_of(row, "input"), text_of(row, "output")
+    instruction, extra, answer = (
+        text_of(row, "instruction"),
+        text_of(row, "input"),
+        text_of(row, "output"),
+    )
     history = _history(row)
     if not history:
         marked = dialogue_in_instruction(instruction, extra, answer, system_of(row))
@@ -66,7 +70,10 @@ def read_coig_translated(row: Row) -> list[Outcome]:
 
 def read_coig_exam(row: Row) -> list[Outcome]:
     """COIG's exams and value alignment: the analysis is the answer where there is one, as in COIG's own script."""
-    context, question = text_of(row, "textbox_q_context").strip(), text_of(row, "textbox_question").strip()
+    context, question = (
+        text_of(row, "textbox_q_context").strip(),
+        text_of(row, "textbox_question").strip(),
+    )
     if question and context:
         question = f"{context}\n{question}"
     if question:
@@ -92,7 +99,9 @@ def read_coig_rounds(row: Row) -> list[Outcome]:
             said = json.loads(response) if isinstance(response, str) else response
         except (ValueError, RecursionError):
             return [Dropped("response is not valid JSON")]
-        question, answer = (said.get("Q"), said.get("A")) if isinstance(said, dict) else (None, None)
+        question, answer = (
+            (said.get("Q"), said.get("A")) if isinstance(said, dict) else (None, None)
+        )
         if not isinstance(question, str) or not isinstance(answer, str):
             return [Dropped("Q or A is not text")]
         pairs.append((question.strip(), answer))
@@ -102,9 +111,13 @@ def read_coig_rounds(row: Row) -> list[Outcome]:
 def read_hc3(row: Row) -> list[Outcome]:
     """HC3: the first ChatGPT answer that is not blank."""
     answers = list_of(row, "chatgpt_answers")
-    wrong = next((answer for answer in answers if answer is not None and not isinstance(answer, str)), None)
+    wrong = next(
+        (answer for answer in answers if answer is not None and not isinstance(answer, str)), None
+    )
     if wrong is not None:
-        raise RowError("wrong type", f"chatgpt_answers holds {json_name(wrong)}; expected a list of texts")
+        raise RowError(
+            "wrong type", f"chatgpt_answers holds {json_name(wrong)}; expected a list of texts"
+        )
     answer = next((text for text in answers if isinstance(text, str) and not is_blank(text)), "")
     return [Dialogue(system_of(row), ((text_of(row, "question").strip(), answer),))]
 
@@ -127,7 +140,14 @@ def _history(row: Row) -> tuple[Pair, ...]:
         return ()
     pairs: list[Pair] = []
     for place, pair in enumerate(list_of(row, "history")):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(side is None or type(side) is str for side in pair):
-            raise RowError("wrong type", f"history[{place}] is not a pair of texts; expected [question, answer]")
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(side is None or type(side) is str for side in pair)
+        ):
+            raise RowError(
+                "wrong type",
+                f"history[{place}] is not a pair of texts; expected [question, answer]",
+            )
         pairs.append(((pair[0] or "").strip(), pair[1] or ""))
     return tuple(pairs)

@@ -27,7 +27,8 @@ BAD_HISTORY = "history is not question and answer pairs"
 # BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both kinds of colon.
 _BELLE = re.compile(r"^(?:(?P<user>Human)|(?P<assistant>Assistant))[:：]", re.MULTILINE)
 _GUANACO = re.compile(
-    r"^(?:(?P<user>User)|(?P<assistant>Assistant|Asssistent|Assistent|Assistenz)|(?P<system>System))[:：]", re.MULTILINE
+    r"^(?:(?P<user>User)|(?P<assistant>Assistant|Asssistent|Assistent|Assistenz)|(?P<system>System))[:：]",
+    re.MULTILINE,
 )
 _REFGPT = re.compile(r"(?P<user><user>)|(?P<assistant><assistant>)")
 _SHAREGPT_CN = re.compile(r"(?P<user><\|user\|>[:：])|(?P<assistant><\|bot\|>[:：])")
@@ -50,16 +51,23 @@ def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
     """(role, stripped text) for each mark, the role being the mark's group name. Text before the first is left out."""
     found = list(marks.finditer(text))
     ends = [*(mark.start() for mark in found[1:]), len(text)]
-    return [(str(mark.lastgroup), text[mark.end() : end].strip()) for mark, end in zip(found, ends, strict=False)]
+    return [
+        (str(mark.lastgroup), text[mark.end() : end].strip())
+        for mark, end in zip(found, ends, strict=False)
+    ]
 
 
-def dialogue_in_instruction(instruction: str, extra: str, answer: str, system: str | None) -> Outcome | None:
+def dialogue_in_instruction(
+    instruction: str, extra: str, answer: str, system: str | None
+) -> Outcome | None:
     """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns; None for any other row.
 
     The text must open with a mark: a text that only quotes a dialogue further down is an ordinary instruction, and so
     is a marked instruction whose input is not marked.
     """
-    if not ("Human" in instruction or "User" in instruction or "User" in extra or "System" in extra):
+    if not (
+        "Human" in instruction or "User" in instruction or "User" in extra or "System" in extra
+    ):
         return None
     history, question = instruction.strip(), extra.strip()
     if _BELLE.match(history) and not question:
@@ -83,7 +91,9 @@ def dialogue_in_instruction(instruction: str, extra: str, answer: str, system: s
 def read_refgpt(row: Row) -> list[Outcome]:
     """RefGPT: `<user>` and `<assistant>` cut the text; lines with `Human:` and `Assistant:` in its first edition."""
     text = text_of(row, "dialogue").strip()
-    return [_dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))]
+    return [
+        _dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))
+    ]
 
 
 def read_sharegpt_translation(row: Row) -> list[Outcome]:
@@ -111,9 +121,15 @@ def read_moss_003(row: Row) -> list[Outcome]:
     chat = object_of(chat, "chat")
     numbered = sorted((int(found[1]), key) for key in chat if (found := _TURN.fullmatch(key)))
     if chat and not numbered:
-        raise RowError("missing key", f"chat has the keys {', '.join(map(str, chat))}; expected turn_1, turn_2 ..")
+        raise RowError(
+            "missing key",
+            f"chat has the keys {', '.join(map(str, chat))}; expected turn_1, turn_2 ..",
+        )
     turns = [object_of(chat[key], f"chat.{key}") for _, key in numbered if chat[key] is not None]
-    has_tools = any(_MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() not in ("", "None") for turn in turns)
+    has_tools = any(
+        _MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() not in ("", "None")
+        for turn in turns
+    )
     citation = _CITATION if has_tools else _NUMBERED_CITATION
     pairs = []
     for turn in turns:

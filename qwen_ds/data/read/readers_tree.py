@@ -103,12 +103,16 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
     if root.deleted:
         yield Dropped(NO_QUESTION), root.source
         return
-    paths: list[tuple[tuple[Message, ...], bool]] = [((root,), True)]  # path, and is its end a first sibling
+    paths: list[tuple[tuple[Message, ...], bool]] = [
+        ((root,), True)
+    ]  # path, and is its end a first sibling
     while paths:
         path, is_first = paths.pop()
         replies = [reply for reply in path[-1].replies if not reply.deleted]
         if replies:
-            paths += [((*path, reply), place == 0) for place, reply in reversed(list(enumerate(replies)))]
+            paths += [
+                ((*path, reply), place == 0) for place, reply in reversed(list(enumerate(replies)))
+            ]
         elif path[-1].role == "assistant" or is_first:
             pairs = pair_up((message.role, message.text) for message in path)
             yield (pairs if isinstance(pairs, Dropped) else Dialogue(None, pairs)), path[-1].source

@@ -27,7 +27,13 @@ from qwen_ds.data.read.dialogue import (
 
 TOOL = "tool"
 # OpenAI's roles are a closed set, so "bot" there is a mistake. ShareGPT's `from` is whatever its exporters wrote.
-OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": TOOL, "function": TOOL}
+OPENAI_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": TOOL,
+    "function": TOOL,
+}
 SHAREGPT_ROLES = {
     **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "MOSS"), "assistant"),
@@ -85,7 +91,9 @@ def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
     if "human" in turn or "assistant" in turn:
         return [("user", text_of(turn, "human")), ("assistant", text_of(turn, "assistant"))]
     expected = "role and content, from and value, or human and assistant"
-    raise RowError("missing key", f"{where} has the keys {names(turn) or 'none'}; expected {expected}")
+    raise RowError(
+        "missing key", f"{where} has the keys {names(turn) or 'none'}; expected {expected}"
+    )
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:
@@ -98,7 +106,9 @@ def _text_of_turn(turn: Row, key: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, list):
-        raise RowError("wrong type", f"{where}.{key} is {json_name(value)}; expected text or a list of parts")
+        raise RowError(
+            "wrong type", f"{where}.{key} is {json_name(value)}; expected text or a list of parts"
+        )
     texts: list[str] = []
     for part in value:
         if isinstance(part, str):

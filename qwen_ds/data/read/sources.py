@@ -16,9 +16,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_ds.data.read.dialogue import Dropped, Outcome, Row, RowError, as_conversation, as_prompt, names
+from qwen_ds.data.read.dialogue import (
+    Dropped,
+    Outcome,
+    Row,
+    RowError,
+    as_conversation,
+    as_prompt,
+    names,
+)
 from qwen_ds.data.read.files import DATA_SUFFIXES, BadRow, SourceRow, chosen_names, read_rows
-from qwen_ds.data.read.readers import TABLE, Reader, as_row, check_fits, find_reader, nearest, reader_named
+from qwen_ds.data.read.readers import (
+    TABLE,
+    Reader,
+    as_row,
+    check_fits,
+    find_reader,
+    nearest,
+    reader_named,
+)
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation
@@ -66,7 +82,9 @@ def iter_conversations(
     def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
         for place in places:
             for outcome, source, row in _outcomes(place, plan):
-                result = outcome if isinstance(outcome, Dropped) else as_conversation(outcome, system)
+                result = (
+                    outcome if isinstance(outcome, Dropped) else as_conversation(outcome, system)
+                )
                 yield _counted(result, row, plan), source
 
     return conversations()
@@ -117,7 +135,9 @@ def locate(path: str | Path) -> Place:
         if not owner.exists():
             config = rest[0] if len(rest) == 2 else None
             return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
-    raise UserError(f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id org/name")
+    raise UserError(
+        f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id org/name"
+    )
 
 
 def _places(paths: Sequence[str | Path]) -> list[Place]:
@@ -140,15 +160,21 @@ def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
 def _folder(path: str, folder: Path, split: str | None) -> Place:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return Place(path, saved=folder, split=split)
-    found = chosen_names(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    found = chosen_names(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
     if not found:
-        raise UserError(f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, *.csv")
+        raise UserError(
+            f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, *.csv"
+        )
     of_split = {name: _split_of(name) for name in found}
     if split is not None:
         wanted = [name for name in found if of_split[name] == split]
         if not wanted:
             known = names(sorted({of for of in of_split.values() if of})) or "none"
-            raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
+            raise UserError(
+                f"{path}: no file is named for the split {split!r}; splits found: {known}"
+            )
     else:
         wanted = [name for name in found if of_split[name] in ("train", None)] or found
     return Place(path, files=tuple(folder / name for name in wanted), split=split)
@@ -171,9 +197,17 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
             data = datasets.load_from_disk(str(place.saved))
         else:
             data = datasets.load_dataset(place.hub_id, place.config, split=place.split)
-    except Exception as error:  # whatever the network, the hub or the library raise: the user's path did not load
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        known = "the folder" if place.saved else "no such file or folder, and as a data set of the hub it"
+    except (
+        Exception
+    ) as error:  # whatever the network, the hub or the library raise: the user's path did not load
+        first = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), "no reason given"
+        )
+        known = (
+            "the folder"
+            if place.saved
+            else "no such file or folder, and as a data set of the hub it"
+        )
         raise UserError(
             f"{place.path}: {known} could not be loaded ({type(error).__name__}: {first}); expected a data file, a "
             "folder of data files, or the id of a data set that can be reached"
@@ -184,7 +218,9 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
             raise UserError(f"{place.path}: no split {split!r}; splits found: {names(data)}")
         data = data[split]
     elif place.saved is not None and place.split is not None:
-        raise UserError(f"{place.path}: the folder holds one data set without splits; expected {place.saved}")
+        raise UserError(
+            f"{place.path}: the folder holds one data set without splits; expected {place.saved}"
+        )
     index = 0
     for table in data.with_format("arrow").iter(batch_size=_ARROW_ROWS):
         for row in table.to_pylist():
@@ -206,17 +242,29 @@ class _Plan:
 
     @staticmethod
     def of(
-        fmt: str, columns: Mapping[str, str] | None, bad_rows: str, for_prompts: bool, counts: Counter[str] | None
+        fmt: str,
+        columns: Mapping[str, str] | None,
+        bad_rows: str,
+        for_prompts: bool,
+        counts: Counter[str] | None,
     ) -> _Plan:
         if bad_rows not in ("stop", "skip"):
             raise UserError(f"data.bad_rows is {bad_rows!r}; expected stop or skip")
         reader = None if fmt == "auto" else reader_named(fmt)
         if columns:
             reader = _reader_of_columns(columns, reader, for_prompts)
-        return _Plan(reader, columns or {}, bad_rows == "skip", for_prompts, Counter() if counts is None else counts)
+        return _Plan(
+            reader,
+            columns or {},
+            bad_rows == "skip",
+            for_prompts,
+            Counter() if counts is None else counts,
+        )
 
 
-def _reader_of_columns(columns: Mapping[str, str], reader: Reader | None, for_prompts: bool) -> Reader:
+def _reader_of_columns(
+    columns: Mapping[str, str], reader: Reader | None, for_prompts: bool
+) -> Reader:
     readers = [reader] if reader else list(TABLE)
     known = {key for each in readers for key in each.all_keys}
     unknown = [key for key in columns if key not in known]
@@ -224,10 +272,16 @@ def _reader_of_columns(columns: Mapping[str, str], reader: Reader | None, for_pr
         raise UserError(
             f"data.columns has the key {unknown[0]!r}; expected keys of a format: {names(sorted(known), 40)}"
         )
-    fitting = [each for each in readers if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys)]
+    fitting = [
+        each
+        for each in readers
+        if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys)
+    ]
     if not fitting:
         expected = reader.expected if reader else nearest(tuple(columns))
-        raise UserError(f"data.columns names {names(columns)}; expected all keys of a format: {expected}")
+        raise UserError(
+            f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
+        )
     return fitting[0]
 
 

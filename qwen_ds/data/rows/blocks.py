@@ -50,7 +50,15 @@ class Block:
 
     def to_bytes(self) -> bytes:
         """All of it as bytes, for the way between processes."""
-        arrays = (self.ids_N, self.runs_R2, self.place_K, self.length_K, self.n_runs_K, self.learnt_K, self.content_K)
+        arrays = (
+            self.ids_N,
+            self.runs_R2,
+            self.place_K,
+            self.length_K,
+            self.n_runs_K,
+            self.learnt_K,
+            self.content_K,
+        )
         raw = [array.tobytes() for array in (*arrays, self.prompt_K)]
         header = json.dumps([[len(part) for part in raw], self.dropped, self.cuts]).encode()
         return b"".join([struct.pack("<I", len(header)), header, *raw])
@@ -78,7 +86,9 @@ class Block:
         )
 
 
-def encode_block(encoding: Encoding, conversations: Sequence[Conversation], options: EncodeOptions) -> Block:
+def encode_block(
+    encoding: Encoding, conversations: Sequence[Conversation], options: EncodeOptions
+) -> Block:
     """Encode conversations one by one; what gives no row of two tokens or nothing to learn is dropped with a reason."""
     ids: list[int] = []
     labels: list[int] = []
@@ -92,7 +102,9 @@ def encode_block(encoding: Encoding, conversations: Sequence[Conversation], opti
         reason = row.dropped
         if reason is None and len(row.ids) < 2:
             reason = TOO_SHORT
-        if reason is None and row.labels.count(IGNORE) == len(row.labels) - (row.labels[0] != IGNORE):
+        if reason is None and row.labels.count(IGNORE) == len(row.labels) - (
+            row.labels[0] != IGNORE
+        ):
             reason = NOTHING_TO_LEARN  # the first label never counts: nothing predicts it
         if reason is not None:
             dropped.append((place, reason))
@@ -154,7 +166,11 @@ def _content_hashes(ids_N: np.ndarray, labels_N: np.ndarray, length_K: np.ndarra
     hashes, start = [], 0
     for length in length_K.tolist():
         end = start + length
-        hashes.append(blake2b(ids_N[start:end].tobytes() + labels_N[start:end].tobytes(), digest_size=8).digest())
+        hashes.append(
+            blake2b(
+                ids_N[start:end].tobytes() + labels_N[start:end].tobytes(), digest_size=8
+            ).digest()
+        )
         start = end
     return np.frombuffer(b"".join(hashes), "<u8")
 

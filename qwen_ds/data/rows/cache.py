@@ -40,7 +40,11 @@ DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 
 
 def make_or_find(
-    data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions, n_workers: int | None = None
+    data: DataOptions,
+    paths: Sequence[str],
+    model_dir: Path,
+    options: EncodeOptions,
+    n_workers: int | None = None,
 ) -> Path:
     """The cache folder with the token rows of some paths, made first where it is missing or damaged.
 
@@ -101,7 +105,9 @@ class _CacheWriter(RowWriter):
             super().close()
 
 
-def _key(data: DataOptions, parts: Sequence[Place], options: EncodeOptions, vocabulary_sha256: str) -> str:
+def _key(
+    data: DataOptions, parts: Sequence[Place], options: EncodeOptions, vocabulary_sha256: str
+) -> str:
     decisive = {
         "format_version": FORMAT_VERSION,
         "code": _code_sha256(),
@@ -116,7 +122,10 @@ def _key(data: DataOptions, parts: Sequence[Place], options: EncodeOptions, voca
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
     """Of the modules that turn files into rows: a mended reader must not be hidden by the rows of the broken one."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py")) + [Path(chatml.__file__), Path(tokenizer.__file__)]
+    files = sorted(Path(__file__).parents[1].rglob("*.py")) + [
+        Path(chatml.__file__),
+        Path(tokenizer.__file__),
+    ]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -136,7 +145,9 @@ def _input_sha256(part: Place) -> list[Any]:
             stat = file.stat()
             found += [str(file), _file_sha256(file, stat.st_size, stat.st_mtime_ns)]
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}; expected a readable file") from error
+            raise UserError(
+                f"{file}: {error.strerror or error}; expected a readable file"
+            ) from error
     return found
 
 
@@ -227,7 +238,11 @@ def _fill(
         {
             "pad_id": encoding.eod_id,
             "vocabulary_sha256": encoding.sha256,
-            "options": {**dataclasses.asdict(options), "format": data.format, "columns": data.columns},
+            "options": {
+                **dataclasses.asdict(options),
+                "format": data.format,
+                "columns": data.columns,
+            },
             "data_sets": [report.to_dict() for report in reports],
             "duplicates": len(contents) - len(np.unique(contents)),
         }

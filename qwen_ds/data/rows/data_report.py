@@ -57,7 +57,9 @@ class PartReport:
     all_identical: bool = True
 
     def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
-        (self.skipped if unreadable else self.dropped).setdefault(reason, Tally()).add(source, detail)
+        (self.skipped if unreadable else self.dropped).setdefault(reason, Tally()).add(
+            source, detail
+        )
 
     def cut(self, what: str, source: str) -> None:
         self.truncated.setdefault(what, Tally()).add(source)

@@ -23,7 +23,15 @@ from functools import lru_cache
 from typing import Literal
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.chatml import DEFAULT_SYSTEM, IGNORE, Conversation, Turn, footer_ids, header_ids, text_ids
+from qwen_ds.model.chatml import (
+    DEFAULT_SYSTEM,
+    IGNORE,
+    Conversation,
+    Turn,
+    footer_ids,
+    header_ids,
+    text_ids,
+)
 from qwen_ds.model.tokenizer import Encoding
 
 LearnOn = Literal["original", "answer", "official"]
@@ -50,9 +58,15 @@ class EncodeOptions:
 
     def __post_init__(self) -> None:
         if self.learn_on not in LEARN_ON:
-            raise UserError(f"data.learn_on is {self.learn_on!r}; expected one of {', '.join(LEARN_ON)}")
+            raise UserError(
+                f"data.learn_on is {self.learn_on!r}; expected one of {', '.join(LEARN_ON)}"
+            )
         for name, value, least in (
-            ("max_prompt_tokens", self.max_prompt_tokens, 3),  # the tails that a cut restores must fit
+            (
+                "max_prompt_tokens",
+                self.max_prompt_tokens,
+                3,
+            ),  # the tails that a cut restores must fit
             ("max_answer_tokens", self.max_answer_tokens, 2),
             ("max_tokens", self.max_tokens, LEAST_ROOM),
         ):
@@ -93,7 +107,10 @@ class _Segment:
         end = len(self.ids) - self.n_tail
         keep = min(self.n_head + n_text, end)
         return _Segment(
-            self.ids[:keep] + self.ids[end:], self.labels[:keep] + self.labels[end:], self.n_head, self.n_tail
+            self.ids[:keep] + self.ids[end:],
+            self.labels[:keep] + self.labels[end:],
+            self.n_head,
+            self.n_tail,
         )
 
     @property
@@ -124,11 +141,15 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
         turns = turns[:-1]
     if not turns:
         return Encoded([], [], dropped="no answer" if conversation.turns else "no turns")
-    if not official and any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+    if not official and any(
+        turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)
+    ):
         return Encoded([], [], dropped="roles do not alternate")
     try:
         system = _system(enc, conversation, options)
-        segments = [_segment(enc, turn, options, is_last=i == len(turns)) for i, turn in enumerate(turns, 1)]
+        segments = [
+            _segment(enc, turn, options, is_last=i == len(turns)) for i, turn in enumerate(turns, 1)
+        ]
     except UserError as error:  # an unknown role, a text that cannot be encoded
         return Encoded([], [], dropped=str(error))
     turns_dropped = len(conversation.turns) - len(turns)
@@ -204,7 +225,11 @@ def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -
 
 
 def _original_single(
-    enc: Encoding, system: _Segment, segments: list[_Segment], turns_dropped: int, options: EncodeOptions
+    enc: Encoding,
+    system: _Segment,
+    segments: list[_Segment],
+    turns_dropped: int,
+    options: EncodeOptions,
 ) -> Encoded:
     question, answer = segments
     x = [*system.ids, *question.ids, enc.im_start_id]
@@ -221,7 +246,11 @@ def _original_single(
 
 
 def _bounded(
-    enc: Encoding, system: _Segment, segments: list[_Segment], turns_dropped: int, options: EncodeOptions
+    enc: Encoding,
+    system: _Segment,
+    segments: list[_Segment],
+    turns_dropped: int,
+    options: EncodeOptions,
 ) -> Encoded:
     """The row within max_tokens: without its oldest turns, and if that is not enough with its last ones cut."""
     prompt_cut = answer_cut = False
@@ -232,9 +261,13 @@ def _bounded(
         if _n_tokens(segments) > room:
             room -= sum(segment.n_head + segment.n_tail for segment in segments)
             if room < LEAST_ROOM:
-                return Encoded([], [], dropped="the system text leaves no room within data.max_tokens")
+                return Encoded(
+                    [], [], dropped="the system text leaves no room within data.max_tokens"
+                )
             shares = _share(room, [segment.n_text for segment in segments])
-            is_cut = [segment.n_text > share for segment, share in zip(segments, shares, strict=True)]
+            is_cut = [
+                segment.n_text > share for segment, share in zip(segments, shares, strict=True)
+            ]
             segments = [segment.cut(share) for segment, share in zip(segments, shares, strict=True)]
             prompt_cut, answer_cut = is_cut[0], len(is_cut) == 2 and is_cut[1]
             if answer_cut and options.learn_on == "original":

@@ -35,7 +35,9 @@ class TokenRows:
         report: what became of the source rows (of the whole cache), for data_report.json.
     """
 
-    def __init__(self, folder: Path, weights: Sequence[float] | None = None, chosen: np.ndarray | None = None) -> None:
+    def __init__(
+        self, folder: Path, weights: Sequence[float] | None = None, chosen: np.ndarray | None = None
+    ) -> None:
         self._folder = folder
         self._meta = read_meta(folder)
         self._ids = np.memmap(folder / IDS_FILE, "<i4", "r")
@@ -71,7 +73,9 @@ class TokenRows:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         counts = np.bincount(self._column("part"), minlength=len(self._weights)).tolist()
-        return tuple(Part(count, weight) for count, weight in zip(counts, self._weights, strict=True))
+        return tuple(
+            Part(count, weight) for count, weight in zip(counts, self._weights, strict=True)
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -84,7 +88,9 @@ class TokenRows:
     def report(self) -> dict[str, Any]:
         data_sets = [
             {**found, "weight": weight, "rows": part.rows}
-            for found, weight, part in zip(self._meta["data_sets"], self._weights, self.parts, strict=True)
+            for found, weight, part in zip(
+                self._meta["data_sets"], self._weights, self.parts, strict=True
+            )
         ]
         summed = total(self._meta["data_sets"])
         return {
@@ -120,7 +126,9 @@ class TokenRows:
                 "(rows with the same first user text stay together); expected more rows, or data.eval"
             )
         every = np.arange(len(self)) if self._chosen is None else self._chosen
-        return tuple(TokenRows(self._folder, self._weights, every[side]) for side in (~aside, aside))  # type: ignore
+        return tuple(
+            TokenRows(self._folder, self._weights, every[side]) for side in (~aside, aside)
+        )  # type: ignore
 
     def _at(self, row: int) -> int:
         if not 0 <= row < len(self):
@@ -140,7 +148,9 @@ class Prepared:
     eval: TokenRows | None
 
 
-def prepare(data: DataOptions, model_dir: Path, seed: int = 0, n_workers: int | None = None) -> Prepared:
+def prepare(
+    data: DataOptions, model_dir: Path, seed: int = 0, n_workers: int | None = None
+) -> Prepared:
     """Make or open the token rows of data.train, and of data.eval or a share of data.train.
 
     Any number of processes may call this at once: the first on a machine makes the rows, the others wait for it.
@@ -157,7 +167,9 @@ def prepare(data: DataOptions, model_dir: Path, seed: int = 0, n_workers: int | 
     options = encode_options(data, model_dir)
     train = TokenRows(make_or_find(data, data.train, model_dir, options, n_workers), data.weights)
     if data.eval:
-        return Prepared(train, TokenRows(make_or_find(data, data.eval, model_dir, options, n_workers)))
+        return Prepared(
+            train, TokenRows(make_or_find(data, data.eval, model_dir, options, n_workers))
+        )
     if data.eval_fraction:
         return Prepared(*train.split(data.eval_fraction, seed))
     return Prepared(train, None)
@@ -189,7 +201,9 @@ def _check(data: DataOptions) -> None:
             )
         wrong = [weight for weight in data.weights if not (weight > 0 and math.isfinite(weight))]
         if wrong:
-            raise UserError(f"data.weights has {wrong[0]}; expected positive numbers (leave a data set out instead)")
+            raise UserError(
+                f"data.weights has {wrong[0]}; expected positive numbers (leave a data set out instead)"
+            )
     if not 0 <= data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction is {data.eval_fraction}; expected 0 to 1, 1 excluded")
     if data.eval and data.eval_fraction:

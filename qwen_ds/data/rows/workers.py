@@ -45,7 +45,13 @@ class Workers:
     def __init__(self, vocabulary: Path, options: EncodeOptions, count: int) -> None:
         ends = [socket.socketpair() for _ in range(count)]
         theirs = [their.fileno() for _, their in ends]
-        start = json.dumps({"vocabulary": str(vocabulary), "options": dataclasses.asdict(options), "sockets": theirs})
+        start = json.dumps(
+            {
+                "vocabulary": str(vocabulary),
+                "options": dataclasses.asdict(options),
+                "sockets": theirs,
+            }
+        )
         self._program = subprocess.Popen(
             [sys.executable, "-m", "qwen_ds.data.rows.workers", start],
             pass_fds=theirs,
@@ -74,7 +80,9 @@ class Workers:
             answer = None
         if answer is None:
             self._idle.put(worker)
-            raise RuntimeError("a process that encodes rows has died; its message stands above, if it left one")
+            raise RuntimeError(
+                "a process that encodes rows has died; its message stands above, if it left one"
+            )
         self._idle.put(worker)
         return Block.from_bytes(answer)
 
@@ -89,13 +97,19 @@ class Workers:
 
 
 def _to_wire(conversations: Sequence[Conversation]) -> bytes:
-    flat = [[c.system, *(part for turn in c.turns for part in (turn.role, turn.text))] for c in conversations]
+    flat = [
+        [c.system, *(part for turn in c.turns for part in (turn.role, turn.text))]
+        for c in conversations
+    ]
     return json.dumps(flat, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _from_wire(request: bytes) -> list[Conversation]:
     return [
-        Conversation(flat[0], tuple(Turn(role, text) for role, text in zip(flat[1::2], flat[2::2], strict=True)))
+        Conversation(
+            flat[0],
+            tuple(Turn(role, text) for role, text in zip(flat[1::2], flat[2::2], strict=True)),
+        )
         for flat in json.loads(request.decode("utf-8", "surrogatepass"))
     ]
 
@@ -129,7 +143,9 @@ def _serve(encoding: Encoding, options: EncodeOptions, parent: socket.socket) ->
 
 def main() -> None:
     start = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; workers end when the parent does
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; workers end when the parent does
     encoding = load_encoding(start["vocabulary"])
     options = EncodeOptions(**start["options"])
     gc.freeze()  # a collection would touch, and so copy, every page that the forks share

@@ -73,7 +73,9 @@ class RowWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: (folder / name).open("xb") for name in (IDS_FILE, RUNS_FILE, ROWS_FILE)}
+        self._files = {
+            name: (folder / name).open("xb") for name in (IDS_FILE, RUNS_FILE, ROWS_FILE)
+        }
         self._names = _Names()
         self._sha256 = hashlib.sha256()
         self._n_ids = self._n_runs = self.n_rows = 0
@@ -89,8 +91,14 @@ class RowWriter:
             return
         rows = np.empty(n_rows, ROW)
         rows["start"] = self._n_ids + np.cumsum(block.length_K, dtype=np.int64) - block.length_K
-        rows["first_run"] = self._n_runs + np.cumsum(block.n_runs_K, dtype=np.int64) - block.n_runs_K
-        rows["length"], rows["n_runs"], rows["learnt"] = block.length_K, block.n_runs_K, block.learnt_K
+        rows["first_run"] = (
+            self._n_runs + np.cumsum(block.n_runs_K, dtype=np.int64) - block.n_runs_K
+        )
+        rows["length"], rows["n_runs"], rows["learnt"] = (
+            block.length_K,
+            block.n_runs_K,
+            block.learnt_K,
+        )
         rows["content"], rows["prompt"], rows["part"] = block.content_K, block.prompt_K, part
         kept = [sources[place] for place in block.place_K.tolist()]
         rows["name"], rows["number"] = zip(*map(self._names.split, kept), strict=True)
@@ -105,7 +113,11 @@ class RowWriter:
     def finish(self, meta: dict[str, Any]) -> None:
         """Close the files and write meta.json. sha256 is that of all rows' content hashes: of tokens and labels."""
         self.close()
-        sizes = {IDS_FILE: self._n_ids * 4, RUNS_FILE: self._n_runs * 8, ROWS_FILE: self.n_rows * ROW.itemsize}
+        sizes = {
+            IDS_FILE: self._n_ids * 4,
+            RUNS_FILE: self._n_runs * 8,
+            ROWS_FILE: self.n_rows * ROW.itemsize,
+        }
         found = {
             "format_version": FORMAT_VERSION,
             "bytes": sizes,
@@ -182,10 +194,15 @@ def encode_all(
                 if workers is None and n_workers and seen >= INLINE_ROWS:
                     workers = Workers(vocabulary, options, n_workers)
                 seen += len(sources)
-                if workers is not None and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers:
+                if (
+                    workers is not None
+                    and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers
+                ):
                     pending.append((workers.submit(conversations), sources, part, report))
                 else:
-                    pending.append((encode_block(encoding, conversations, options), sources, part, report))
+                    pending.append(
+                        (encode_block(encoding, conversations, options), sources, part, report)
+                    )
                 while pending and (not _is_open(pending[0][0]) or len(pending) > 4 * n_workers):
                     write_next()
         while pending:

@@ -52,7 +52,9 @@ class Weights:
         for rows in self._layout[name]:
             start, end = max(first - passed, 0), min(last - passed, rows.num_rows)
             spec = self._stored[rows.tensor]
-            for piece in row_ranges(spec, rows.first + start, rows.first + max(start, end), _READ_BYTES):
+            for piece in row_ranges(
+                spec, rows.first + start, rows.first + max(start, end), _READ_BYTES
+            ):
                 at = passed + piece.first - rows.first - first
                 stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
@@ -71,10 +73,16 @@ class Weights:
 def layered_outputs(plan: Plan, merged: Path, rows: Sequence[Row]) -> Outputs:
     """Logits of both sides; texts must not be longer than the model's seq_length."""
     with ExitStack() as stack:
-        base = _open(plan.base, identity(plan.base) if plan.format.from_qwen else plan.layout, stack)
+        base = _open(
+            plan.base, identity(plan.base) if plan.format.from_qwen else plan.layout, stack
+        )
         written = open_checkpoint(merged)
-        output = _open(written, inverse(plan.layout) if plan.format.from_qwen else identity(written), stack)
-        config = QWenConfig.from_pretrained(str(plan.base.folder if plan.format.from_qwen else merged))
+        output = _open(
+            written, inverse(plan.layout) if plan.format.from_qwen else identity(written), stack
+        )
+        config = QWenConfig.from_pretrained(
+            str(plan.base.folder if plan.format.from_qwen else merged)
+        )
         return _Comparison(plan, config, base, output).run(rows)
 
 
@@ -104,7 +112,9 @@ class _Comparison:
         ids_BT = nn.utils.rnn.pad_sequence([row.ids_T for row in rows], batch_first=True)
         states = self._embed(ids_BT)
         config = self._config
-        angles = rotary_tables(torch.arange(ids_BT.shape[1])[None], config.kv_channels, config.rotary_emb_base)
+        angles = rotary_tables(
+            torch.arange(ids_BT.shape[1])[None], config.kv_channels, config.rotary_emb_base
+        )
         cos, sin = (table[:, :, None, None] for table in angles)
         for i in range(config.num_hidden_layers):
             states = self._through_block(i, states, cos, sin)
@@ -112,7 +122,9 @@ class _Comparison:
         token_P = torch.cat([row.positions for row in rows])
         return self._head([x_BTD[batch_P, token_P] for x_BTD in states])
 
-    def _through_rows(self, name: str, layer: nn.Module, indices: Sequence[int], inputs: list[Tensor]) -> list[Tensor]:
+    def _through_rows(
+        self, name: str, layer: nn.Module, indices: Sequence[int], inputs: list[Tensor]
+    ) -> list[Tensor]:
         """The four ways through a `layer` whose weight is some rows of the tensor `name`."""
         _set_weight(layer, self._base.chosen_rows(name, indices))
         # In its place in the model, so that adapters and noise find it by name.
@@ -124,7 +136,9 @@ class _Comparison:
         parent.add_module(own, layer)
         base = layer(inputs[0])
         members, weights = self._plan.adapters.members, self._plan.adapters.weights
-        put_adapters(whole, Adapters(tuple(adapter.of_rows(name, indices) for adapter in members), weights))
+        put_adapters(
+            whole, Adapters(tuple(adapter.of_rows(name, indices) for adapter in members), weights)
+        )
         adapted = parent.get_submodule(own)  # in peft's wrapper, where LoRA is on it
         expected = adapted(inputs[1])
         spoil(whole, self._rounded, self._noise)
@@ -137,7 +151,9 @@ class _Comparison:
         layer = nn.Embedding(len(ids_U), self._config.hidden_size, device="meta")
         return self._through_rows("transformer.wte.weight", layer, ids_U.tolist(), [index_BT] * 4)
 
-    def _through_block(self, i: int, states: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    def _through_block(
+        self, i: int, states: list[Tensor], cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
         base_BTD, expected_BTD, noisy_BTD, merged_BTD = states
         block = self._block(i, self._base)
         # In its place in the model, so that adapters and noise find it by name.
@@ -150,9 +166,16 @@ class _Comparison:
         spoil(whole, self._rounded, self._noise)
         noisy_BTD = block(noisy_BTD, cos, sin)
         del block, whole
-        gc.collect(1)  # peft's wrappers refer to each other; what is older need not be looked through
+        gc.collect(
+            1
+        )  # peft's wrappers refer to each other; what is older need not be looked through
         merged_BTD = self._block(i, self._output)(merged_BTD, cos, sin)
-        return [base_BTD if self._plan.adapters.members else expected_BTD, expected_BTD, noisy_BTD, merged_BTD]
+        return [
+            base_BTD if self._plan.adapters.members else expected_BTD,
+            expected_BTD,
+            noisy_BTD,
+            merged_BTD,
+        ]
 
     def _block(self, i: int, weights: Weights) -> QWenBlock:
         with torch.device("meta"):

@@ -35,5 +35,7 @@ class RoundingNoise:
             step = self._step[: part.numel()]
             torch.bitwise_and(part.view(torch.int32), _EXPONENT, out=step.view(torch.int32))
             step.mul_(factor).clamp_(min=smallest)
-            first = int(torch.randint(_TABLE_SIZE - part.numel() + 1, (), generator=self._generator))
+            first = int(
+                torch.randint(_TABLE_SIZE - part.numel() + 1, (), generator=self._generator)
+            )
             part.addcmul_(step, self._table_N[first : first + part.numel()])

@@ -43,7 +43,11 @@ def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[R
     count = min(count, len(places))
     chosen = [places[j * len(places) // count] for j in range(count)]
     at = [[t for i, t in chosen if i == row] for row in range(len(rows_T))]
-    return [Row(ids_T, torch.tensor(positions)) for ids_T, positions in zip(rows_T, at, strict=True) if positions]
+    return [
+        Row(ids_T, torch.tensor(positions))
+        for ids_T, positions in zip(rows_T, at, strict=True)
+        if positions
+    ]
 
 
 def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
@@ -62,7 +66,12 @@ def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Ro
 
 def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
     """A text of the tokens whose rows adapters replace, which no other text need hold; of many, 64 spread evenly."""
-    indices = {i for adapter in adapters.members for rows in adapter.token_rows.values() for i in rows.indices}
+    indices = {
+        i
+        for adapter in adapters.members
+        for rows in adapter.token_rows.values()
+        for i in rows.indices
+    }
     ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
     chosen = [ids[j * len(ids) // count] for j in range(count)]
     return [Row(torch.tensor(chosen), torch.arange(count))] if chosen else []
@@ -88,7 +97,11 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
             put_adapter(module, members[-1])
         return
     weights = dict(zip(map(id, adapters.members), adapters.weights, strict=True))
-    base = {name: value.clone() for name, value in module.named_parameters() if name in set(adapters.changed_tensors())}
+    base = {
+        name: value.clone()
+        for name, value in module.named_parameters()
+        if name in set(adapters.changed_tensors())
+    }
     total = {name: value.clone() for name, value in base.items()}
     for adapter in members:
         _fold(module, adapter)

@@ -23,7 +23,14 @@ from torch import Tensor
 from qwen_ds.errors import UserError
 from qwen_ds.export.merge_plan import Plan, Shard
 from qwen_ds.export.proof.layered import layered_outputs
-from qwen_ds.export.proof.sides import POSITIONS, Outputs, Row, first_positions, replaced_rows, spread_positions
+from qwen_ds.export.proof.sides import (
+    POSITIONS,
+    Outputs,
+    Row,
+    first_positions,
+    replaced_rows,
+    spread_positions,
+)
 from qwen_ds.export.proof.whole import memory_needed, whole_outputs
 from qwen_ds.machine import available_memory
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
@@ -98,8 +105,12 @@ def check_files(folder: Path, shards: Sequence[Shard]) -> None:
         with safe_open(folder / shard.name, framework="pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
-            read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
-            assert read == wanted, f"{folder / shard.name}: safetensors reads another header than was written"
+            read = {
+                key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()
+            }
+            assert read == wanted, (
+                f"{folder / shard.name}: safetensors reads another header than was written"
+            )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -109,9 +120,13 @@ def read_prompts(path: Path) -> list[str]:
         UserError: no such file, not UTF-8, or nothing in it.
     """
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; expected a text file in UTF-8, a prompt a line") from error
+        raise UserError(
+            f"{path}: {error}; expected a text file in UTF-8, a prompt a line"
+        ) from error
     if not prompts:
         raise UserError(f"{path}: holds no text; expected a prompt a line")
     return prompts
@@ -148,7 +163,9 @@ def verify_merge(
 
         def bare(texts: Sequence[str], count: int) -> list[Row]:
             # Bare text: of the few tokens that there are, none goes to a system message.
-            return first_positions([torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count)
+            return first_positions(
+                [torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count
+            )
 
         outputs = layered_outputs(plan, merged, [*_filled_up(bare, prompts), *special])
     else:
@@ -162,7 +179,9 @@ def verify_merge(
     return judge(outputs, kind, time.monotonic() - started)
 
 
-def _filled_up(rows_of: Callable[[Sequence[str], int], list[Row]], prompts: Sequence[str] | None) -> list[Row]:
+def _filled_up(
+    rows_of: Callable[[Sequence[str], int], list[Row]], prompts: Sequence[str] | None
+) -> list[Row]:
     """Rows of the prompts, and of the built-in ones as far as those given have no 64 positions."""
     rows = rows_of(prompts or (), POSITIONS)
     left = POSITIONS - sum(len(row.positions) for row in rows)

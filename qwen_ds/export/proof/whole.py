@@ -33,21 +33,34 @@ def memory_needed(plan: Plan) -> int:
     """Bytes of memory that `whole_outputs` takes on CPUs."""
     specs = plan.base.tensors.values()
     items = sum(spec.num_rows * spec.items_per_row for spec in specs)
-    added = sum(torch.Size(shape).numel() for adapter in plan.adapters.members for shape in adapter.shapes.values())
+    added = sum(
+        torch.Size(shape).numel()
+        for adapter in plan.adapters.members
+        for shape in adapter.shapes.values()
+    )
     copies = 3 if plan.adapters.weights is not None else 1
     # fp32; loading holds the largest tensor twice; four sets of logits; half a GB of activations.
     largest = max(spec.num_rows * spec.items_per_row for spec in specs)
-    replaced = sum(len(rows.indices) for adapter in plan.adapters.members for rows in adapter.token_rows.values())
+    replaced = sum(
+        len(rows.indices)
+        for adapter in plan.adapters.members
+        for rows in adapter.token_rows.values()
+    )
     logits = 4 * (POSITIONS + min(POSITIONS, replaced)) * max(spec.num_rows for spec in specs)
     return 4 * (copies * items + 2 * added + largest + logits) + 2**29
 
 
 def _load(folder: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=False
+    )
     return model.eval()
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
-    found = [model(input_ids=row.ids_T[None], use_cache=False, logits_to_keep=row.positions) for row in rows]
+    found = [
+        model(input_ids=row.ids_T[None], use_cache=False, logits_to_keep=row.positions)
+        for row in rows
+    ]
     return torch.cat([outputs.logits[0].float() for outputs in found])

@@ -55,10 +55,14 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
     source = read_adapter(adapter, allow_pickle=allow_pickle)
     check_adapter_fits(source, qwen_shapes(config))
     if replaced := sorted((*source.saved, *(f"{module}.weight" for module in source.token_rows))):
-        raise UserError(f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge instead")
+        raise UserError(
+            f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge instead"
+        )
     output = Path(os.path.abspath(output))
     require_new_folder(output)
-    pairs = {target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)}
+    pairs = {
+        target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)
+    }
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
             partial = Path(beside) / output.name
@@ -67,14 +71,20 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
             (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
             # The Qwen2 has no id of its own: named so that its Qwen can be told.
             name = f"{base_name(base).rpartition('/')[2]}-qwen2"
-            write_json(partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
+            write_json(
+                partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name)
+            )
             carry_over(base, partial, legal_only=True)
-            write_card(partial, Origin(base, (adapter,), "qwen2", notes=tuple(doubts(base, [source]))))
+            write_card(
+                partial, Origin(base, (adapter,), "qwen2", notes=tuple(doubts(base, [source])))
+            )
             publish(partial, output)
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"{error.filename or output}: {error.strerror}; expected a disk that takes {output}") from error
+        raise UserError(
+            f"{error.filename or output}: {error.strerror}; expected a disk that takes {output}"
+        ) from error
     return len(pairs)
 
 
@@ -94,11 +104,15 @@ def _tensors(source: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, base: str) -> dict[str, Any]:
+def _config(
+    source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, base: str
+) -> dict[str, Any]:
     """adapter_config.json: the targets, and each rank and alpha that is not the usual one, under the new names."""
     layers = Counter(target.rpartition(".")[2] for target in pairs)
     # A short name, which is what other engines know, means the module in every layer.
-    in_every_layer = all(count == (1 if name == "lm_head" else num_layers) for name, count in layers.items())
+    in_every_layer = all(
+        count == (1 if name == "lm_head" else num_layers) for name, count in layers.items()
+    )
     usual = source.config["lora_alpha"]
     alphas = {
         # The twelfth digit: alpha came through a division, and 16 should stay 16.
@@ -116,7 +130,9 @@ def _config(source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, bas
         "init_lora_weights": True,
         "target_modules": sorted(layers if in_every_layer else pairs),
         "modules_to_save": None,
-        "rank_pattern": {target: pair.r for target, pair in pairs.items() if pair.r != source.config["r"]},
+        "rank_pattern": {
+            target: pair.r for target, pair in pairs.items() if pair.r != source.config["r"]
+        },
         "alpha_pattern": alphas,
     }
 

@@ -20,7 +20,11 @@ _IN_BLOCK = {
     "mlp.w2": ("mlp.gate_proj",),
     "mlp.c_proj": ("mlp.down_proj",),
 }
-_OUTSIDE = {"transformer.wte": ("model.embed_tokens",), "transformer.ln_f": ("model.norm",), "lm_head": ("lm_head",)}
+_OUTSIDE = {
+    "transformer.wte": ("model.embed_tokens",),
+    "transformer.ln_f": ("model.norm",),
+    "lm_head": ("lm_head",),
+}
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 # Tables that early releases stored; both architectures compute them.
 _COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
@@ -45,7 +49,9 @@ def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -
     for name, shape in shapes.items():
         targets = _qwen2_tensors(name)
         size = shape[0] // len(targets)
-        layout |= {target: (Rows(name, i * size, (i + 1) * size),) for i, target in enumerate(targets)}
+        layout |= {
+            target: (Rows(name, i * size, (i + 1) * size),) for i, target in enumerate(targets)
+        }
     return layout
 
 
@@ -58,11 +64,16 @@ def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig)
     expected = qwen_shapes(config)
     parts = {name: _qwen2_tensors(name) for name in expected}
     cut = {
-        target: (shape[0] // len(parts[name]), *shape[1:]) for name, shape in expected.items() for target in parts[name]
+        target: (shape[0] // len(parts[name]), *shape[1:])
+        for name, shape in expected.items()
+        for target in parts[name]
     }
     shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
     _check_shapes(shapes, cut)
-    return {name: tuple(Rows(target, 0, shapes[target][0]) for target in targets) for name, targets in parts.items()}
+    return {
+        name: tuple(Rows(target, 0, shapes[target][0]) for target in targets)
+        for name, targets in parts.items()
+    }
 
 
 def _qwen2_tensors(name: str) -> tuple[str, ...]:
@@ -83,15 +94,27 @@ def qwen_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
         "mlp.w2.weight": (inner, hidden),
         "mlp.c_proj.weight": (hidden, inner),
     }
-    blocks = {f"transformer.h.{i}.{name}": block[name] for i in range(config.num_hidden_layers) for name in block}
+    blocks = {
+        f"transformer.h.{i}.{name}": block[name]
+        for i in range(config.num_hidden_layers)
+        for name in block
+    }
     ends = {"transformer.ln_f.weight": (hidden,), "lm_head.weight": (rows, hidden)}
     return {"transformer.wte.weight": (rows, hidden), **blocks, **ends}
 
 
-def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     for name in sorted(found.keys() ^ expected.keys()):
-        where = "the weights and not in the model that config.json describes" if name in found else "none of the shards"
+        where = (
+            "the weights and not in the model that config.json describes"
+            if name in found
+            else "none of the shards"
+        )
         raise UserError(f"{name}: in {where}; expected the {len(expected)} tensors of that model")
     for name, shape in found.items():
         if shape != expected[name]:
-            raise UserError(f"{name} is {list(shape)}; expected {list(expected[name])}, as config.json says")
+            raise UserError(
+                f"{name} is {list(shape)}; expected {list(expected[name])}, as config.json says"
+            )

@@ -20,7 +20,11 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import read_json
 
 Settings = dict[str, Any]  # a JSON object of settings
-CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+)
 _ORIGINAL = "qwen"
 _ONLY_QWEN = ("chat_format", "max_window_size", "stop_words_ids")  # in generation_config.json
 _SIZES = (
@@ -42,9 +46,13 @@ def _checked(settings: Settings, path: Path) -> QWenConfig:
     try:
         config = QWenConfig.from_dict(settings)
     except (UserError, StrictDataclassError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).removeprefix('config: ').split())}") from None
+        raise UserError(
+            f"{path}: {' '.join(str(error).removeprefix('config: ').split())}"
+        ) from None
     if not config.no_bias:
-        raise UserError(f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have a bias")
+        raise UserError(
+            f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have a bias"
+        )
     if config.intermediate_size % 2:
         raise UserError(
             f"{path}: intermediate_size is {config.intermediate_size}; expected twice the width of w1 and w2"
@@ -72,13 +80,17 @@ def _function(config: QWenConfig) -> Settings:
     }
 
 
-def to_qwen2(base: Path, generation: Settings, torch_dtype: str, end_of_text: int, end_of_reply: int) -> Settings:
+def to_qwen2(
+    base: Path, generation: Settings, torch_dtype: str, end_of_text: int, end_of_reply: int
+) -> Settings:
     """config.json of the Qwen2 that the Qwen in `base` is. UserError where there is none (see `read_qwen_config`).
 
     `generation` is the Qwen's generation_config.json, kept with the other original settings.
     """
     config = read_qwen_config(base)
-    original = {name.removesuffix(".json"): _settings(base / name) for name in (CONFIG, TOKENIZER_CONFIG)}
+    original = {
+        name.removesuffix(".json"): _settings(base / name) for name in (CONFIG, TOKENIZER_CONFIG)
+    }
     original["generation_config"] = generation
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -110,7 +122,9 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
     if isinstance(original, dict) and isinstance(original.get("config"), dict):
         config = _checked(original["config"], base / CONFIG)
         if _function(config) == function:
-            return original["config"], original.get("tokenizer_config") or _tokenizer_config(function)
+            return original["config"], original.get("tokenizer_config") or _tokenizer_config(
+                function
+            )
     made = {
         "architectures": ["QWenLMHeadModel"],
         "model_type": "qwen",
@@ -134,7 +148,10 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
 
 
 def _tokenizer_config(function: Settings) -> Settings:
-    return {"model_max_length": function["max_position_embeddings"], "tokenizer_class": "QWenTokenizer"}
+    return {
+        "model_max_length": function["max_position_embeddings"],
+        "tokenizer_class": "QWenTokenizer",
+    }
 
 
 def _function_of_qwen2(found: Settings, path: Path) -> Settings:
@@ -151,9 +168,15 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     }
-    for key, value in {**expected, "rope_type": "default", "head_dim": found["hidden_size"] // heads}.items():
+    for key, value in {
+        **expected,
+        "rope_type": "default",
+        "head_dim": found["hidden_size"] // heads,
+    }.items():
         if says.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {says[key]!r}; expected {value!r}, the only one that Qwen has")
+            raise UserError(
+                f"{path}: {key} is {says[key]!r}; expected {value!r}, the only one that Qwen has"
+            )
     theta = rope.get("rope_theta", found.get("rope_theta", 10000))
     return {
         **{key: found[key] for key in _SIZES},
@@ -170,7 +193,9 @@ def generation_of_qwen(base: Path, merges_adapter: bool) -> Settings:
     An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a chat model does.
     """
     found = _settings(base / GENERATION_CONFIG)
-    return {**found, "chat_format": "chatml"} if merges_adapter and not speaks_chatml(found) else found
+    return (
+        {**found, "chat_format": "chatml"} if merges_adapter and not speaks_chatml(found) else found
+    )
 
 
 def speaks_chatml(generation: Settings) -> bool:
@@ -206,7 +231,13 @@ def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
             return original
         kept = {key: original[key] for key in _ONLY_QWEN if key in original}
     chat_format = "chatml" if chatml else "raw"
-    return {**kept, **found, "chat_format": chat_format, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    return {
+        **kept,
+        **found,
+        "chat_format": chat_format,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+    }
 
 
 def _without(settings: Settings, keys: Sequence[str]) -> Settings:

@@ -81,7 +81,9 @@ class TokenizerCheck:
 
     def in_words(self) -> list[str]:
         """A line for the screen, and one for each of the first differences."""
-        compared = f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
+        compared = (
+            f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
+        )
         shown = [
             f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen,"
             f" {one.qwen2!r} for Qwen2"
@@ -90,7 +92,9 @@ class TokenizerCheck:
         return [f"{compared} ({self.characters:,} characters)", *shown]
 
 
-def check_tokenizer(encoding: Encoding, folder: Path, texts_files: Sequence[Path | str] = ()) -> TokenizerCheck:
+def check_tokenizer(
+    encoding: Encoding, folder: Path, texts_files: Sequence[Path | str] = ()
+) -> TokenizerCheck:
     """Encode and decode the built-in texts and all texts of the files with `encoding` and the folder's tokenizer.json.
 
     Control tokens spelled in a text are compared both as such and as plain text. Of a file of rows every string counts,
@@ -113,20 +117,28 @@ def check_tokenizer(encoding: Encoding, folder: Path, texts_files: Sequence[Path
     return TokenizerCheck(num_texts, num_characters, num_differences, kept)
 
 
-def _compare(encoding: Encoding, tokenizer: Tokenizer, batch: list[tuple[str, str]]) -> Iterator[Difference]:
+def _compare(
+    encoding: Encoding, tokenizer: Tokenizer, batch: list[tuple[str, str]]
+) -> Iterator[Difference]:
     """The first thing that differs, for each (source, text) where one does."""
     tokenizer.encode_special_tokens = False
     parsed = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
     tokenizer.encode_special_tokens = True
     for (source, text), found in zip(batch, parsed, strict=True):
         expected = encoding.with_specials(text)
-        before, after = encoding.decode(expected), tokenizer.decode(found.ids, skip_special_tokens=False)
+        before, after = (
+            encoding.decode(expected),
+            tokenizer.decode(found.ids, skip_special_tokens=False),
+        )
         if found.ids != expected:
             yield _first_difference(source, text, "ids", expected, found.ids)
         elif before != after:
             yield _first_difference(source, text, "decoded text", before, after)
         elif "<|" in text:  # all others are the same as plain text
-            plain, ordinary = tokenizer.encode(text, add_special_tokens=False).ids, encoding.ordinary(text)
+            plain, ordinary = (
+                tokenizer.encode(text, add_special_tokens=False).ids,
+                encoding.ordinary(text),
+            )
             if plain != ordinary:
                 yield _first_difference(source, text, "ids of plain text", ordinary, plain)
 

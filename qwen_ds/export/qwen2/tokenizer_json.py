@@ -24,14 +24,31 @@ from tokenizers.models import BPE
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE
 from qwen_ds.model.folder import read_json, write_json
-from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, PIECES, SPECIAL_TOKENS, VOCABULARY_FILE, Encoding, encoding_of
+from qwen_ds.model.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    PIECES,
+    SPECIAL_TOKENS,
+    VOCABULARY_FILE,
+    Encoding,
+    encoding_of,
+)
 
-TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES = "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"
+TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def _alphabet() -> list[str]:
     """Character of each byte: itself where it is printable, else the next of those from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
@@ -68,7 +85,9 @@ def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     """What tiktoken makes of a token's bytes with the ranks below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        unions = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        unions = [
+            ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)
+        ]
         best = min(unions)
         if best >= limit:
             break
@@ -77,25 +96,36 @@ def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     return parts
 
 
-def write_qwen2_tokenizer(encoding: Encoding, folder: Path, *, chatml: bool, model_max_length: int) -> None:
+def write_qwen2_tokenizer(
+    encoding: Encoding, folder: Path, *, chatml: bool, model_max_length: int
+) -> None:
     """Write tokenizer.json, tokenizer_config.json with the ChatML template, vocab.json and merges.txt.
 
     Args:
         chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
         model_max_length: longest text in tokens.
     """
-    vocab = {_spelled(token): rank for token, rank in sorted(encoding.ranks.items(), key=lambda item: item[1])}
+    vocab = {
+        _spelled(token): rank
+        for token, rank in sorted(encoding.ranks.items(), key=lambda item: item[1])
+    }
     merges = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     tokenizer.save(str(folder / TOKENIZER))
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(encoding, chatml, model_max_length))
-    (folder / VOCAB).write_text(json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    (folder / VOCAB).write_text(
+        json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+    )
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name in (TOKENIZER, VOCAB, MERGES):
@@ -103,10 +133,18 @@ def write_qwen2_tokenizer(encoding: Encoding, folder: Path, *, chatml: bool, mod
 
 
 def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     return {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(index): {"content": token, **flags} for token, index in encoding.special.items()},
+        "added_tokens_decoder": {
+            str(index): {"content": token, **flags} for token, index in encoding.special.items()
+        },
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
@@ -133,22 +171,38 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
     found = read_json(path)
     try:
         vocab: dict[str, int] = found["model"]["vocab"]
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in found["model"]["merges"]]
+        merges = [
+            tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
+            for pair in found["model"]["merges"]
+        ]
         special = {(token["content"], token["id"]) for token in found.get("added_tokens", ())}
-        ranks = {bytes(_BYTES[c] for c in token): rank for token, rank in vocab.items() if (token, rank) not in special}
+        ranks = {
+            bytes(_BYTES[c] for c in token): rank
+            for token, rank in vocab.items()
+            if (token, rank) not in special
+        }
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not byte-level BPE ({type(error).__name__}: {error}); expected a Qwen2's") from None
-    lines = (base64.b64encode(token) + f" {rank}\n".encode() for token, rank in sorted(ranks.items(), key=_by_rank))
+        raise UserError(
+            f"{path}: not byte-level BPE ({type(error).__name__}: {error}); expected a Qwen2's"
+        ) from None
+    lines = (
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for token, rank in sorted(ranks.items(), key=_by_rank)
+    )
     try:
         encoding = encoding_of(b"".join(lines))
         pairs = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if pairs != merges:
-        raise UserError(f"{path}: its merges are not those that its ranks give; expected a tokenizer made from Qwen's")
+        raise UserError(
+            f"{path}: its merges are not those that its ranks give; expected a tokenizer made from Qwen's"
+        )
     for token, index in sorted(special):
         if encoding.special.get(token) != index:
-            raise UserError(f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens under its id")
+            raise UserError(
+                f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens under its id"
+            )
     return encoding
 
 

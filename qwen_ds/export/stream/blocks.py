@@ -101,7 +101,9 @@ def read_header(path: Path) -> Header:
         if spec.dtype not in BYTES_PER_ITEM:
             raise bad(f"{spec.name} has dtype {spec.dtype}")
         if first != position or last - first != spec.num_bytes:
-            raise bad(f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)} puts it")
+            raise bad(
+                f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)} puts it"
+            )
         position = last
     if size != 8 + length + position:
         raise bad(f"{size} bytes instead of {8 + length + position}")
@@ -125,7 +127,10 @@ class BlockWriter:
         self._written = 0
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         # One thread each, so that the checksum does not wait for the disk, nor the disk for the checksum.
-        self._writing, self._hashing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self._writing, self._hashing = (
+            ThreadPoolExecutor(max_workers=1),
+            ThreadPoolExecutor(max_workers=1),
+        )
         self._file = self.path.open("wb", buffering=0)
         self._submit(memoryview(self.header))
         return self
@@ -136,7 +141,10 @@ class BlockWriter:
 
     def _submit(self, block: memoryview) -> None:
         self._pending.append(
-            (self._writing.submit(self._write, block), self._hashing.submit(self._sha256.update, block))
+            (
+                self._writing.submit(self._write, block),
+                self._hashing.submit(self._sha256.update, block),
+            )
         )
 
     def write(self, block: memoryview) -> None:
@@ -151,7 +159,10 @@ class BlockWriter:
             done.result()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             while self._pending and error is None:
@@ -161,7 +172,9 @@ class BlockWriter:
             self._hashing.shutdown(cancel_futures=True)
             self._file.close()
         if error is None:
-            assert self._written == self._expected, f"{self.path}: {self._written} bytes, header says {self._expected}"
+            assert self._written == self._expected, (
+                f"{self.path}: {self._written} bytes, header says {self._expected}"
+            )
             # The library leaves 0600, which a server under another user cannot read.
             os.chmod(self.path, 0o644)
 

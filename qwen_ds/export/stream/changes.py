@@ -110,7 +110,8 @@ class WeightedSum:
     @property
     def kind(self) -> str:
         return " + ".join(
-            f"{weight:g} {change.kind}" for weight, change in zip(self.weights, self.changes, strict=True)
+            f"{weight:g} {change.kind}"
+            for weight, change in zip(self.weights, self.changes, strict=True)
         )
 
     def apply(self, block: Tensor, first: int) -> Tensor:
@@ -135,7 +136,9 @@ class Adapters:
 
 def load_changes(adapters: Adapters, name: str) -> Change:
     """What all adapters do to the base's tensor `name`, which must be among `changed_tensors()`."""
-    changing = [i for i, adapter in enumerate(adapters.members) if name in adapter.changed_tensors()]
+    changing = [
+        i for i, adapter in enumerate(adapters.members) if name in adapter.changed_tensors()
+    ]
     changes = tuple(load_change(adapters.members[i], name) for i in changing)
     if adapters.weights is not None:
         return WeightedSum(changes, tuple(adapters.weights[i] for i in changing))
@@ -155,4 +158,9 @@ def load_change(adapter: Adapter, name: str) -> Change:
         return Rows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
     pair = adapter.pairs[module]
     magnitude = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()
-    return LowRank(adapter.tensor(pair.a_key).float(), adapter.tensor(pair.b_key).float(), pair.scaling, magnitude)
+    return LowRank(
+        adapter.tensor(pair.a_key).float(),
+        adapter.tensor(pair.b_key).float(),
+        pair.scaling,
+        magnitude,
+    )

@@ -47,7 +47,12 @@ class WrittenShard:
 
 
 def write_shard(
-    plan: Plan, shard: Shard, source: Source, target: Path, block_bytes: int, advance: Callable[[int], None]
+    plan: Plan,
+    shard: Shard,
+    source: Source,
+    target: Path,
+    block_bytes: int,
+    advance: Callable[[int], None],
 ) -> WrittenShard:
     """Write `shard` to the file `target`. `advance` is called with the bytes read of each block.
 
@@ -99,8 +104,13 @@ def _changed_block(
     raw = block.view(FLOAT_DTYPES[rows.spec.dtype])
     shape = (rows.last - rows.first, *rows.spec.shape[1:]) if rows.spec.shape else ()
     base = raw.reshape(shape).float()
-    stored = (base if change is None else change.apply(base, rows.first)).to(FLOAT_DTYPES[dtype], copy=True)
-    norms = float(torch.linalg.vector_norm(base)), float(torch.linalg.vector_norm(base.sub_(stored)))
+    stored = (base if change is None else change.apply(base, rows.first)).to(
+        FLOAT_DTYPES[dtype], copy=True
+    )
+    norms = (
+        float(torch.linalg.vector_norm(base)),
+        float(torch.linalg.vector_norm(base.sub_(stored))),
+    )
     if not math.isfinite(norms[1]):
         raise UserError(
             f"{rows.spec.name}: rows {rows.first} to {rows.last} hold NaN or infinity after the merge as {dtype};"

@@ -32,12 +32,16 @@ class _File:
         self.num_bytes = header.path.stat().st_size
 
     def _pread(self, num_bytes: int, offset: int) -> Tensor:
-        block = torch.empty(num_bytes, dtype=torch.uint8)  # unlike a bytearray, not filled with zeros first
+        block = torch.empty(
+            num_bytes, dtype=torch.uint8
+        )  # unlike a bytearray, not filled with zeros first
         view = block.numpy().data
         while view:
             count = os.preadv(self._file.fileno(), [view], offset)
             if not count:
-                raise UserError(f"{self._header.path}: ended while it was read; expected it to stay as it is")
+                raise UserError(
+                    f"{self._header.path}: ended while it was read; expected it to stay as it is"
+                )
             view, offset = view[count:], offset + count
         return block
 
@@ -79,14 +83,19 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._shards = checkpoint.shards
-        self._shard_of = {spec.name: shard.path.name for shard in checkpoint.shards for spec in shard.tensors}
+        self._shard_of = {
+            spec.name: shard.path.name for shard in checkpoint.shards for spec in shard.tensors
+        }
 
     def __enter__(self) -> Source:
         self._files = {shard.path.name: _File(shard) for shard in self._shards}
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for file in self._files.values():
             file.close()

@@ -70,7 +70,9 @@ def check_config(engine_json: Json) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key, came = ".".join(map(str, first["loc"])), first.get("input")
-        raise UserError(f"DeepSpeed JSON: {error.title}: {key} is {came!r}: {first['msg']}") from None
+        raise UserError(
+            f"DeepSpeed JSON: {error.title}: {key} is {came!r}: {first['msg']}"
+        ) from None
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
 
@@ -193,7 +195,9 @@ class Engine:
 
     def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Sum of the cross-entropy over the micro-batch's targets, fp32. Under ZeRO-3 a collective."""
-        return self._ds(ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True))
+        return self._ds(
+            ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True)
+        )
 
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         """Accumulate the gradient; `last_of_step` lets DeepSpeed average it over the ranks (a collective)."""
@@ -224,7 +228,10 @@ class Engine:
         applied = self._ds.skipped_steps == skipped
         if self.uses_loss_scale and not applied:
             self.overflows += 1
-            log.info("fp16 overflow: the step is skipped, the loss scale is now %g", self._ds.optimizer.cur_scale)
+            log.info(
+                "fp16 overflow: the step is skipped, the loss scale is now %g",
+                self._ds.optimizer.cur_scale,
+            )
         return StepResult(norm, applied)
 
     def trainable_tensors(self) -> dict[str, Tensor]:
@@ -243,5 +250,7 @@ class Engine:
         for name, parameter in self.model.model.named_parameters():
             if name not in trained:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                    value = parameter.detach().to(dtype).cpu() if dist.rank() == 0 else torch.empty(0)
+                    value = (
+                        parameter.detach().to(dtype).cpu() if dist.rank() == 0 else torch.empty(0)
+                    )
                 yield name, value

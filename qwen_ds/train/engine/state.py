@@ -36,7 +36,9 @@ class TrainableState:
         self._zero, self._stage, self._device = optimizer, stage, device
         self._adamw: torch.optim.Optimizer = optimizer.optimizer if stage else optimizer
         # Any: ZeRO gives them attributes and methods of its own (ds_*, *_hp_param).
-        self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: dict[str, Any] = {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }
 
     def names(self) -> list[str]:
         return list(self._parameters)
@@ -123,7 +125,9 @@ class TrainableState:
 
     def _make_moments(self, steps: int | None = None) -> None:
         """AdamW makes its state in its first step; zeros are what it would start from. `steps` sets its count."""
-        in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's CPU optimizer counts in an int
+        in_tensor = isinstance(
+            self._adamw, torch.optim.AdamW
+        )  # DeepSpeed's CPU optimizer counts in an int
         for master in self._masters():
             state = self._adamw.state[master]
             for kind in MOMENTS:
@@ -137,7 +141,9 @@ class TrainableState:
     def _full(self, parameter: Any, kind: str) -> Tensor:
         key = None if kind == VALUE else kind
         if self._stage == 0:
-            return (parameter.detach() if key is None else self._adamw.state[parameter][key]).clone()
+            return (
+                parameter.detach() if key is None else self._adamw.state[parameter][key]
+            ).clone()
         if self._stage == 3:
             return self._zero.get_full_hp_param(parameter, key)
         return parameter.get_full_hp_param(key)

@@ -53,7 +53,12 @@ class Evaluator:
     """Loss and sampled answers on `rows`; every method is a collective that all ranks enter alike."""
 
     def __init__(
-        self, rows: TokenRows, model: Path, options: EvalOptions, tokens_per_micro_batch: int, watchdog: Watchdog
+        self,
+        rows: TokenRows,
+        model: Path,
+        options: EvalOptions,
+        tokens_per_micro_batch: int,
+        watchdog: Watchdog,
     ) -> None:
         self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
         self._encoding = load_encoding(model)
@@ -69,7 +74,9 @@ class Evaluator:
         """Nats per learnt token over all rows, by the training formula, dropout off."""
         engine.train(False)
         loss = targets = 0.0
-        for i, batch in enumerate(evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)):
+        for i, batch in enumerate(
+            evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
+        ):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
             loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
             targets += batch.num_targets
@@ -93,7 +100,9 @@ class Evaluator:
         for b, (prompt, _) in enumerate(rows):  # on the right, as transformers' generate wants them
             ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
             real_BT[b, width - len(prompt) :] = 1
-        generate: Any = engine.model.model.generate  # transformers', of the model or through PEFT's wrapper
+        generate: Any = (
+            engine.model.model.generate
+        )  # transformers', of the model or through PEFT's wrapper
         # Decoding meets the blocks with a cache, for which compiled ones would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             answers = generate(

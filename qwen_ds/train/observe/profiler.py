@@ -33,7 +33,9 @@ class TimeSplit:
     communication: float
 
     def __str__(self) -> str:
-        shares = [f"{name} {100 * value / self.seconds:.1f} %" for name, value in self.parts.items()]
+        shares = [
+            f"{name} {100 * value / self.seconds:.1f} %" for name, value in self.parts.items()
+        ]
         return (
             f"steps {self.first_step} to {self.last_step}, {self.seconds:.2f} s: {', '.join(shares)}; "
             f"communication under way {100 * self.communication / self.seconds:.1f} %"
@@ -57,7 +59,9 @@ class StepProfiler:
 
     def begin_step(self, number: int) -> None:
         if self.steps and number == self.steps[0]:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (
+                self.device.type == "cuda"
+            )
             self._profile = profile(activities=activities)
             self._profile.start()
             self._parts = dict.fromkeys(PARTS, 0.0)
@@ -82,8 +86,13 @@ class StepProfiler:
             tensorboard_trace_handler(str(self.folder), worker_name="rank0")(profiled)
             parts = self._parts | {"other": seconds - sum(self._parts.values())}
             split = TimeSplit(*self.steps, seconds, parts, _under_way(profiled.events()))
-            write_json(self.folder / "profile.json", {name: getattr(split, name) for name in TimeSplit.__slots__})
-            say(f"profiled {split}; {self.folder} holds the trace (tensorboard --logdir {self.folder})")
+            write_json(
+                self.folder / "profile.json",
+                {name: getattr(split, name) for name in TimeSplit.__slots__},
+            )
+            say(
+                f"profiled {split}; {self.folder} holds the trace (tensorboard --logdir {self.folder})"
+            )
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -95,7 +95,9 @@ class Outcome:
         if self.first_loss is not None and self.last_loss is not None:
             text += f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}"
         if self.eval_losses:
-            text += f"; evaluation loss {self.eval_losses[0][1]:.3f} -> {self.eval_losses[-1][1]:.3f}"
+            text += (
+                f"; evaluation loss {self.eval_losses[0][1]:.3f} -> {self.eval_losses[-1][1]:.3f}"
+            )
         if self.out_of_patience:
             text += " (stopped early: eval.patience)"
         if self.skipped:
@@ -130,7 +132,9 @@ class Progress:
         if self._writes:
             self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
             self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
-            self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._board: SummaryWriter | None = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1
+            )
         redraw_seconds = 0.2 if is_terminal() else 15.0
         self._bar = tqdm(
             total=steps,
@@ -161,7 +165,13 @@ class Progress:
 
     def end_step(self, step: Step) -> None:
         """Take in a finished step; a step without targets is counted and not averaged."""
-        log.info("step %d of %d: loss sum %.6g over %d targets", step.number, self._steps, step.loss, step.targets)
+        log.info(
+            "step %d of %d: loss sum %.6g over %d targets",
+            step.number,
+            self._steps,
+            step.loss,
+            step.targets,
+        )
         outcome = self._outcome
         outcome.steps, outcome.overflows = step.number, step.overflows
         outcome.tokens += step.window.tokens
@@ -173,10 +183,16 @@ class Progress:
             self.flush()
         self._bar.update()
         if step.number == self._first_step + STEPS_UNTIL_ESTIMATE and step.number < self._steps:
-            left = (time.perf_counter() - self._started) / STEPS_UNTIL_ESTIMATE * (self._steps - step.number)
+            left = (
+                (time.perf_counter() - self._started)
+                / STEPS_UNTIL_ESTIMATE
+                * (self._steps - step.number)
+            )
             ends = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=left)
             self._bar.clear()
-            say(f"step {step.number} of {self._steps}; ends about {ends:%Y-%m-%d %H:%M %Z} ({_duration(left)} left)")
+            say(
+                f"step {step.number} of {self._steps}; ends about {ends:%Y-%m-%d %H:%M %Z} ({_duration(left)} left)"
+            )
 
     def flush(self) -> None:
         """Write what the steps since the last line add up to."""
@@ -194,7 +210,11 @@ class Progress:
         """Take in an evaluation loss (nats per learnt token)."""
         self._outcome.eval_losses.append((step, loss))
         perplexity = math.exp(loss) if loss < 700 else None  # NaN and what overflows are no JSON
-        self._write(step, {"eval_loss": loss if math.isfinite(loss) else None, "eval_perplexity": perplexity}, "eval")
+        self._write(
+            step,
+            {"eval_loss": loss if math.isfinite(loss) else None, "eval_perplexity": perplexity},
+            "eval",
+        )
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Take in the answers to a few rows."""
@@ -257,12 +277,17 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
     real ones of all ranks, never padding; a rank is a GPU where there are any; rank_imbalance is the worst step's."""
     last = steps[-1][0]
     seconds = max(sum(s for _, s in steps), 1e-9)
-    tokens, targets = sum(step.window.tokens for step, _ in steps), sum(step.targets for step, _ in steps)
+    tokens, targets = (
+        sum(step.window.tokens for step, _ in steps),
+        sum(step.targets for step, _ in steps),
+    )
     row = {
         "epoch": last.epoch,
         "loss": sum(step.loss for step, _ in steps) / targets,
         "lr": last.lr,
-        "grad_norm": last.grad_norm if math.isfinite(last.grad_norm) else None,  # fp16's overflow: inf is no JSON
+        "grad_norm": last.grad_norm
+        if math.isfinite(last.grad_norm)
+        else None,  # fp16's overflow: inf is no JSON
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_rank": tokens / seconds / hardware.ranks,
         "learnt_tokens_per_second": targets / seconds,

@@ -39,11 +39,15 @@ def step_folder(run: Path, step: int) -> Path:
 
 def steps_saved(run: Path) -> list[int]:
     """The steps that have a checkpoint folder, whole or not, ascending. Folders with other names are the user's."""
-    found = (re.fullmatch(r"step_(\d{6,})", path.name) for path in (run / "checkpoints").glob("step_*"))
+    found = (
+        re.fullmatch(r"step_(\d{6,})", path.name) for path in (run / "checkpoints").glob("step_*")
+    )
     return sorted(int(match[1]) for match in found if match)
 
 
-def write_file(path: Path, blocks: Iterable[memoryview], getting_on: Callable[[], object] = lambda: None) -> str:
+def write_file(
+    path: Path, blocks: Iterable[memoryview], getting_on: Callable[[], object] = lambda: None
+) -> str:
     """Write a file and wait until the disk has it; returns its sha256, taken while writing. Mode 0644.
 
     Args:
@@ -72,14 +76,19 @@ def write_text(path: Path, text: str) -> str:
     return write_file(path, [memoryview(text.encode())])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], getting_on: Callable[[], object] = lambda: None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], getting_on: Callable[[], object] = lambda: None
+) -> str:
     """Write a safetensors file straight from the tensors' own memory (the library's writer copies all of them first);
     returns its sha256.
 
     Args:
         tensors: a contiguous one on the CPU is not copied.
     """
-    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
     def blocks() -> Iterator[memoryview]:
         yield memoryview(header_bytes(specs, {}))
@@ -105,9 +114,16 @@ def clear_unfinished(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-def finish(run: Path, folder: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[str, str]) -> Path:
+def finish(
+    run: Path, folder: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[str, str]
+) -> Path:
     """Give an unfinished checkpoint its name, after state.json and the disk's confirmation."""
-    text = json.dumps({"format": FORMAT, **state, "files": dict(sha256_of)}, indent=2, ensure_ascii=False) + "\n"
+    text = (
+        json.dumps(
+            {"format": FORMAT, **state, "files": dict(sha256_of)}, indent=2, ensure_ascii=False
+        )
+        + "\n"
+    )
     write_text(folder / STATE, text)
     for inner in {(folder / name).parent for name in sha256_of} | {folder}:
         sync(inner)
@@ -218,7 +234,11 @@ def _read_state(folder: Path) -> dict[str, Any] | str:
         return f"it has no {STATE}"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or state["format"] != FORMAT or not isinstance(state["files"], dict):
+        if (
+            not isinstance(state, dict)
+            or state["format"] != FORMAT
+            or not isinstance(state["files"], dict)
+        ):
             return f"{STATE} is of format {state.get('format') if isinstance(state, dict) else state!r}; not {FORMAT}"
     except (ValueError, KeyError) as error:
         return f"{STATE} is damaged ({type(error).__name__})"

@@ -79,7 +79,9 @@ class Output:
         if self.adapter_config is not None:
             files = lora.write_adapter(parent / self.name, self.adapter_config, tensors)
             return {f"{self.name}/{name}": sha256 for name, sha256 in files.items()}
-        return self._write_model(parent, ((name, tensor.to(self.dtype)) for name, tensor in tensors.items()))
+        return self._write_model(
+            parent, ((name, tensor.to(self.dtype)) for name, tensor in tensors.items())
+        )
 
     def write_model(self, engine: Engine, parent: Path, watchdog: Watchdog) -> Files:
         """Write model/ below `parent`: a complete folder in the official layout (a collective; rank 0 writes)."""
@@ -97,7 +99,10 @@ class Output:
                 pass
 
     def _write_model(
-        self, parent: Path, tensors: Iterable[tuple[str, Tensor]], getting_on: Callable[[], object] = lambda: None
+        self,
+        parent: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        getting_on: Callable[[], object] = lambda: None,
     ) -> Files:
         target = parent / self.name
         shutil.rmtree(target, ignore_errors=True)

@@ -42,7 +42,14 @@ _FREE = (
 )  # fmt: skip
 
 # What decides which parameters are trained, and of which shape: a checkpoint fits no other choice.
-_FIXED = ("method", "lora.r", "lora.targets", "lora.variant", "lora.special_rows", "lora.modules_to_save")
+_FIXED = (
+    "method",
+    "lora.r",
+    "lora.targets",
+    "lora.variant",
+    "lora.special_rows",
+    "lora.modules_to_save",
+)
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
@@ -68,7 +75,9 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
         ) from None
     old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
     defaults = _comparable(to_dict(Recipe()), {})
-    for key in sorted({*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)):
+    for key in sorted(
+        {*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)
+    ):
         was, now = old.get(key, defaults.get(key)), new.get(key)
         if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
             continue
@@ -140,7 +149,9 @@ def _search(run: Path, before: int | None) -> checkpoint.Search:
 
 def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> bool:
     """Whether nothing is left to do (a collective: rank 0 looks into the folder)."""
-    through = found.step >= steps or BestLoss(**found.state["best"]).out_of_patience(recipe.eval.patience)
+    through = found.step >= steps or BestLoss(**found.state["best"]).out_of_patience(
+        recipe.eval.patience
+    )
     return dist.broadcast_text("yes" if through and runfolder.is_finished(run) else "") == "yes"
 
 
@@ -158,7 +169,9 @@ def restore(engine: Engine, found: Checkpoint) -> None:
     """Weights, moments, loss scale and random states of the checkpoint into the engine (a collective)."""
     state = found.state
     if state["sharded"]:
-        with safe_open(found.file(shard_name(dist.rank(), dist.world_size())), framework="pt") as shard:
+        with safe_open(
+            found.file(shard_name(dist.rank(), dist.world_size())), framework="pt"
+        ) as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
         with ExitStack() as opened:
@@ -187,12 +200,18 @@ def _restore_rng(found: Checkpoint) -> None:
     if dist.rank() == 0:
         with safe_open(found.file(RNG), framework="pt") as file:
             names = list(file.keys())
-            own = json.dumps({n: base64.b64encode(file.get_tensor(n).numpy().tobytes()).decode() for n in names})
+            own = json.dumps(
+                {n: base64.b64encode(file.get_tensor(n).numpy().tobytes()).decode() for n in names}
+            )
     states: dict[str, str] = json.loads(dist.broadcast_text(own))
 
     def tensor(kind: str) -> Tensor | None:
         text = states.get(f"rank_{dist.rank()}.{kind}")
-        return None if text is None else torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        return (
+            None
+            if text is None
+            else torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        )
 
     if (cpu := tensor("cpu")) is not None:
         torch.set_rng_state(cpu)

@@ -16,7 +16,16 @@ from qwen_ds.model.folder import require_folder, write_json
 from qwen_ds.recipe.options import Recipe, write_recipe
 from qwen_ds.train.lora import ParameterCount
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "datasets",
+    "tiktoken",
+    "safetensors",
+    "numpy",
+)
 # What a start that was killed may leave before recipe.yaml, which is written last and makes the folder a run's.
 BEFORE_THE_RECIPE = ("logs", "ds_config.json", "environment.json", ".recipe.yaml.unfinished",
                      ".ds_config.json.unfinished", ".environment.json.unfinished")  # fmt: skip
@@ -46,11 +55,17 @@ def holds_run(folder: Path) -> bool:
 
 def is_finished(folder: Path) -> bool:
     """Whether the result and the report, which is written last, are there."""
-    return (folder / REPORT).is_file() and any((folder / name).is_dir() for name in ("adapter", "model"))
+    return (folder / REPORT).is_file() and any(
+        (folder / name).is_dir() for name in ("adapter", "model")
+    )
 
 
 def write_resolved(
-    folder: Path, recipe: Recipe, ds_json: dict[str, Any], device: torch.device, count: ParameterCount
+    folder: Path,
+    recipe: Recipe,
+    ds_json: dict[str, Any],
+    device: torch.device,
+    count: ParameterCount,
 ) -> None:
     """recipe.yaml, ds_config.json, environment.json: running them again reproduces the run."""
     write_json(folder / DS_CONFIG, ds_json)
@@ -61,7 +76,9 @@ def write_resolved(
             "ranks": dist.world_size(),
             "trainable_parameters": count.trainable,
             "total_parameters": count.total,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),
             "cuda": torch.version.cuda,

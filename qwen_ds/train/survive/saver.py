@@ -61,7 +61,12 @@ class Saver:
     """
 
     def __init__(
-        self, output: Output, identity: dict[str, Any], keep: int, watchdog: Watchdog, found: Checkpoint | None
+        self,
+        output: Output,
+        identity: dict[str, Any],
+        keep: int,
+        watchdog: Watchdog,
+        found: Checkpoint | None,
     ) -> None:
         self._output, self._identity, self._keep, self._watchdog = output, identity, keep, watchdog
         self._saved_step = found.step if found else None
@@ -92,7 +97,10 @@ class Saver:
                 tensors[kind][name] = tensor
         if dist.rank() == 0:
             self._thread = threading.Thread(
-                target=self._write_whole, args=(state, described, rng, tensors), name="saver", daemon=True
+                target=self._write_whole,
+                args=(state, described, rng, tensors),
+                name="saver",
+                daemon=True,
             )
             self._thread.start()
         return target
@@ -132,7 +140,11 @@ class Saver:
         }
 
     def _write_whole(
-        self, state: RunState, described: dict[str, Any], rng: list[str], tensors: dict[str, dict[str, Tensor]]
+        self,
+        state: RunState,
+        described: dict[str, Any],
+        rng: list[str],
+        tensors: dict[str, dict[str, Tensor]],
     ) -> None:
         """In the thread of rank 0."""
         try:
@@ -140,14 +152,20 @@ class Saver:
             files = self._output.write_values(folder, tensors[VALUE])
             # An adapter holds the fp32 values themselves, a model what they are in its dtype.
             kinds = MOMENTS if self._output.adapter_config is not None else (VALUE, *MOMENTS)
-            held = {f"{name}.{kind}": tensor for kind in kinds for name, tensor in tensors[kind].items()}
+            held = {
+                f"{name}.{kind}": tensor for kind in kinds for name, tensor in tensors[kind].items()
+            }
             files[OPTIMIZER] = checkpoint.write_tensors(folder / OPTIMIZER, held)
             self._finish(folder, state, described, rng, files)
-        except Exception as error:  # of the disk; or ours, and then no reason to lose a day's training
+        except (
+            Exception
+        ) as error:  # of the disk; or ours, and then no reason to lose a day's training
             log.exception("saving step %d has failed", state.step)
             self._give_up(state.step, error)
 
-    def _save_shards(self, engine: Engine, state: RunState, described: dict[str, Any], rng: list[str]) -> None:
+    def _save_shards(
+        self, engine: Engine, state: RunState, described: dict[str, Any], rng: list[str]
+    ) -> None:
         """All ranks: each writes its pieces, rank 0 also the model."""
         folder = checkpoint.step_folder(self._run, state.step)
         folder = folder.with_name(f".{folder.name}.unfinished")
@@ -160,14 +178,23 @@ class Saver:
         if not failures and not folder.is_dir():
             failures.append(
                 OSError(
-                    0, f"rank {dist.rank()} does not see it; full training needs output_dir on a shared disk", folder
+                    0,
+                    f"rank {dist.rank()} does not see it; full training needs output_dir on a shared disk",
+                    folder,
                 )
             )
         if not failures:
             pieces, touch = engine.state.pieces(), self._watchdog.touch
-            _catch(failures, lambda: files.update({name: checkpoint.write_tensors(folder / name, pieces, touch)}))
+            _catch(
+                failures,
+                lambda: files.update(
+                    {name: checkpoint.write_tensors(folder / name, pieces, touch)}
+                ),
+            )
         dist.meet("shards written")  # disks differ, and a collective has a time-out
-        _catch(failures, lambda: files.update(self._output.write_model(engine, folder, self._watchdog)))
+        _catch(
+            failures, lambda: files.update(self._output.write_model(engine, folder, self._watchdog))
+        )
         told = dist.gather_texts(json.dumps([files, str(failures[0]) if failures else ""]))
         parts = [json.loads(text) for text in told]
         failure = next((text for _, text in parts if text), "")
@@ -176,16 +203,31 @@ class Saver:
             try:
                 if failure:
                     raise OSError(failure)
-                self._finish(folder, state, described, rng, {k: v for part, _ in parts for k, v in part.items()})
+                self._finish(
+                    folder,
+                    state,
+                    described,
+                    rng,
+                    {k: v for part, _ in parts for k, v in part.items()},
+                )
             except OSError as error:
                 self._give_up(state.step, error)
 
         dist.once(finish, "the checkpoint")
 
     def _finish(
-        self, folder: Path, state: RunState, described: dict[str, Any], rng: list[str], files: dict[str, str]
+        self,
+        folder: Path,
+        state: RunState,
+        described: dict[str, Any],
+        rng: list[str],
+        files: dict[str, str],
     ) -> None:
-        states = {f"rank_{rank}.{kind}": t for rank, text in enumerate(rng) for kind, t in _rng_tensors(text).items()}
+        states = {
+            f"rank_{rank}.{kind}": t
+            for rank, text in enumerate(rng)
+            for kind, t in _rng_tensors(text).items()
+        }
         files[RNG] = checkpoint.write_tensors(folder / RNG, states)
         target = checkpoint.finish(self._run, folder, state.step, described, files)
         self._failure, self._saved_step = None, state.step
@@ -196,9 +238,13 @@ class Saver:
             say(f"step {state.step} is saved, but {error}")
 
     def _give_up(self, step: int, error: Exception) -> None:
-        shutil.rmtree(checkpoint.step_folder(self._run, step).with_name(f".step_{step:06d}.unfinished"), True)
+        shutil.rmtree(
+            checkpoint.step_folder(self._run, step).with_name(f".step_{step:06d}.unfinished"), True
+        )
         self._failure = f"{error}"
-        say(f"step {step} is not saved: {error}; the checkpoints before it are kept and the training goes on")
+        say(
+            f"step {step} is not saved: {error}; the checkpoints before it are kept and the training goes on"
+        )
 
 
 def _catch(failures: list[OSError], action: Callable[[], object]) -> None:
@@ -214,9 +260,14 @@ def _rng_state() -> str:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
-    return json.dumps({kind: base64.b64encode(t.numpy().tobytes()).decode() for kind, t in states.items()})
+    return json.dumps(
+        {kind: base64.b64encode(t.numpy().tobytes()).decode() for kind, t in states.items()}
+    )
 
 
 def _rng_tensors(text: str) -> dict[str, Tensor]:
     states = json.loads(text)
-    return {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8) for k, v in states.items()}
+    return {
+        k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8)
+        for k, v in states.items()
+    }

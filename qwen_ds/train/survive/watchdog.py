@@ -64,7 +64,9 @@ class Watchdog:
         self._world, self._rank = dist.world_size(), dist.rank()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._seen: dict[int, tuple[Beat, float, float]] = {}  # beat; when it last came; when it last moved
+        self._seen: dict[
+            int, tuple[Beat, float, float]
+        ] = {}  # beat; when it last came; when it last moved
         self._store: Any = None
         self._answered = time.monotonic()  # when the store last did
         self._thread: threading.Thread | None = None
@@ -80,7 +82,9 @@ class Watchdog:
 
     def at(self, step: int, doing: str) -> None:
         """The training is about to do something that all ranks do next, in the same order."""
-        self._own = replace(self._own, moves=self._own.moves + 1, step=step, doing=doing, waits=True)
+        self._own = replace(
+            self._own, moves=self._own.moves + 1, step=step, doing=doing, waits=True
+        )
 
     def touch(self) -> None:
         """Still at the same place, and getting on."""
@@ -98,13 +102,19 @@ class Watchdog:
         if self._store is not None:
             self._store.add("stopped", 1)
             ends = time.monotonic() + 10
-            while self._rank == 0 and self._store.add("stopped", 0) < self._world and time.monotonic() < ends:
+            while (
+                self._rank == 0
+                and self._store.add("stopped", 0) < self._world
+                and time.monotonic() < ends
+            ):
                 time.sleep(0.02)
 
     def tell(self, error: BaseException) -> None:
         """This rank ends with an error that it reports itself; ranks that do not share it hear of it."""
         if self._store is not None:
-            self._own = replace(self._own, failed=f"{type(error).__name__}: {error}".splitlines()[0])
+            self._own = replace(
+                self._own, failed=f"{type(error).__name__}: {error}".splitlines()[0]
+            )
             self._post_quietly()
 
     def blame(self, error: BaseException) -> str | None:
@@ -131,7 +141,9 @@ class Watchdog:
         last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
-            if now - last > SILENT_SECONDS / 3:  # this whole process stood still (suspended?): nobody else is to blame
+            if (
+                now - last > SILENT_SECONDS / 3
+            ):  # this whole process stood still (suspended?): nobody else is to blame
                 self._seen, self._answered = {}, now
             last = now
             if self._launcher is not None and os.getppid() != self._launcher:
@@ -212,7 +224,9 @@ class Watchdog:
 
     def _stuck(self) -> str | None:
         now = time.monotonic()
-        if len(self._seen) < self._world or not all(beat.waits for beat, _, _ in self._seen.values()):
+        if len(self._seen) < self._world or not all(
+            beat.waits for beat, _, _ in self._seen.values()
+        ):
             return None
         if any(now - moved < self._timeout_seconds for _, _, moved in self._seen.values()):
             return None
@@ -232,11 +246,23 @@ class Watchdog:
         log.error("%s", why)
         prefix = "" if self._rank == 0 else f"[rank {self._rank}] "
         print(f"{prefix}error: {why}", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILURE)  # the main thread may be deep in a collective, where no exception reaches it
+        os._exit(
+            EXIT_FAILURE
+        )  # the main thread may be deep in a collective, where no exception reaches it
 
 
 def _of_the_network(error: BaseException) -> bool:
     """Whether an error is what a collective raises when a peer has gone."""
     text = f"{type(error).__name__} {error}".lower()
-    signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "distbackend", "distnetwork")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in (*signs, "timed out", "timeout"))
+    signs = (
+        "connection closed",
+        "connection reset",
+        "broken pipe",
+        "gloo",
+        "nccl",
+        "distbackend",
+        "distnetwork",
+    )
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in (*signs, "timed out", "timeout")
+    )

@@ -23,7 +23,11 @@ ROWS = [
     {"q": "a\nb\\", "a": "\u2028 }{ ]"},
     {"q": "末", "a": {"b": [1, {"c": "]"}]}},
 ]
-TEXTS = [{"q": "一加一？", "a": "二"}, {"q": 'two, "lines"\nof it', "a": "三;四"}, {"q": "", "a": "五"}]
+TEXTS = [
+    {"q": "一加一？", "a": "二"},
+    {"q": 'two, "lines"\nof it', "a": "三;四"},
+    {"q": "", "a": "五"},
+]
 
 
 def dumped(row: object, indent: int | None = None) -> str:
@@ -33,12 +37,18 @@ def dumped(row: object, indent: int | None = None) -> str:
 ARRANGEMENTS: dict[str, tuple[str, list[int]]] = {
     "lines": ("\n".join(dumped(row) for row in ROWS), [1, 2, 3]),
     "lines with blanks": ("\n" + "\r\n\n".join(dumped(row) for row in ROWS) + "\n\n", [2, 4, 6]),
-    "several on a line": (dumped(ROWS[0]) + "\n" + dumped(ROWS[1]) + dumped(ROWS[2]) + "\n", [1, 2, 2]),
+    "several on a line": (
+        dumped(ROWS[0]) + "\n" + dumped(ROWS[1]) + dumped(ROWS[2]) + "\n",
+        [1, 2, 2],
+    ),
     "array on one line": (dumped(ROWS), [1, 1, 1]),
     "array, a row a line": ("[\n" + ",\n".join(dumped(row) for row in ROWS) + "\n]\n", [2, 3, 4]),
     "array, indented": (dumped(ROWS, 2), [2, 6, 10]),
     "objects": ("\n".join(dumped(row, 1) for row in ROWS), [1, 5, 9]),
-    "objects, a key beside the brace": ("\n".join(dumped(row, 1).replace("{\n ", "{") for row in ROWS), [1, 4, 7]),
+    "objects, a key beside the brace": (
+        "\n".join(dumped(row, 1).replace("{\n ", "{") for row in ROWS),
+        [1, 4, 7],
+    ),
     "objects, closed and opened on a line": ("".join(dumped(row, 0) for row in ROWS), [1, 4, 7]),
 }
 
@@ -68,7 +78,9 @@ def test_every_arrangement_of_json_is_found_by_content(
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
 @pytest.mark.parametrize("arrangement", ["lines", "array, indented", "objects"])
-def test_text_is_utf8_with_or_without_mark_or_gb18030(arrangement: str, encoding: str, tmp_path: Path) -> None:
+def test_text_is_utf8_with_or_without_mark_or_gb18030(
+    arrangement: str, encoding: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(ARRANGEMENTS[arrangement][0].encode(encoding))
     assert rows_in(path) == ROWS
@@ -76,7 +88,9 @@ def test_text_is_utf8_with_or_without_mark_or_gb18030(arrangement: str, encoding
 
 def test_one_damaged_byte_does_not_turn_utf8_into_other_characters(tmp_path: Path) -> None:
     good = dumped({"q": "问题", "a": "这是一个完整的回答。"}).encode()
-    damaged = good.replace("完".encode(), b"\xc5\xea\x8c")  # three bytes that GB18030 would take with what follows
+    damaged = good.replace(
+        "完".encode(), b"\xc5\xea\x8c"
+    )  # three bytes that GB18030 would take with what follows
     assert encoding_of(good) == encoding_of(good + b"\n" + damaged) == "utf-8"
     path = tmp_path / "rows.jsonl"
     path.write_bytes(good + b"\n" + damaged + b"\n" + good)
@@ -110,7 +124,9 @@ def test_a_head_that_ends_inside_a_character_is_still_utf8(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
-def test_csv_with_any_usual_delimiter_and_quoting(delimiter: str, encoding: str, tmp_path: Path) -> None:
+def test_csv_with_any_usual_delimiter_and_quoting(
+    delimiter: str, encoding: str, tmp_path: Path
+) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, ["q", "a"], delimiter=delimiter)
     writer.writeheader()
@@ -124,7 +140,9 @@ def test_csv_with_any_usual_delimiter_and_quoting(delimiter: str, encoding: str,
 def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b', q,a \r\n0,one,1\r\n1,two\r\n2,"x"y,3\r\n3,\xff,3\r\n\r\n4,four,4\r\n')
-    kinds = [(row.source.rpartition(":")[2], getattr(row, "reason", None)) for row in read_rows(path)]
+    kinds = [
+        (row.source.rpartition(":")[2], getattr(row, "reason", None)) for row in read_rows(path)
+    ]
     assert kinds == [
         ("2", None),
         ("3", "wrong number of cells"),
@@ -132,7 +150,9 @@ def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path:
         ("5", "not UTF-8 text"),
         ("7", None),
     ]
-    assert next(read_rows(path)) == SourceRow({"q": "one", "a": "1"}, f"{path}:2"), "the unnamed index column is no key"
+    assert next(read_rows(path)) == SourceRow({"q": "one", "a": "1"}, f"{path}:2"), (
+        "the unnamed index column is no key"
+    )
 
 
 def test_parquet_rows_are_numbered_from_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +177,22 @@ def test_gzip_is_seen_through(inside: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_archives_give_their_data_files_by_name(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    members = {"./d/b.json": dumped(ROWS[1], 1), "./d/a.json": dumped(ROWS[0]), "d/._a.json": "x", "README.md": "# x"}
+    members = {
+        "./d/b.json": dumped(ROWS[1], 1),
+        "./d/a.json": dumped(ROWS[0]),
+        "d/._a.json": "x",
+        "README.md": "# x",
+    }
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, text in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
     assert rows_in(path) == ROWS[:2]
-    assert [row.source for row in read_rows(path)] == [f"{path}:./d/a.json:1", f"{path}:./d/b.json:1"]
+    assert [row.source for row in read_rows(path)] == [
+        f"{path}:./d/a.json:1",
+        f"{path}:./d/b.json:1",
+    ]
 
 
 def test_an_archive_inside_an_archive_is_refused(tmp_path: Path) -> None:
@@ -183,17 +211,25 @@ def test_a_broken_line_is_bad_alone(tmp_path: Path) -> None:
     found = list(read_rows(path))
     assert [isinstance(row, BadRow) for row in found] == [True, False, True, True, False]
     assert found[0] == BadRow(
-        f"{path}:1", "not valid JSON", "not valid JSON: Invalid \\escape at character 8; expected one JSON object"
+        f"{path}:1",
+        "not valid JSON",
+        "not valid JSON: Invalid \\escape at character 8; expected one JSON object",
     )
 
 
-@pytest.mark.parametrize("first", ['{"q": {"cut": ["}\n', '{"q": "]}{"}\n', '"q": 1}\n', '{"q": "\\"{"}\n'])
+@pytest.mark.parametrize(
+    "first", ['{"q": {"cut": ["}\n', '{"q": "]}{"}\n', '"q": 1}\n', '{"q": "\\"{"}\n']
+)
 def test_the_first_line_decides_by_what_it_leaves_open(first: str, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_text(first + '{"q": 2}\n{"q": 3}\n', encoding="utf-8")
     found = list(read_rows(path))
     assert [row.source for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert [isinstance(row, SourceRow) for row in found] == [first.startswith('{"q": "'), True, True]
+    assert [isinstance(row, SourceRow) for row in found] == [
+        first.startswith('{"q": "'),
+        True,
+        True,
+    ]
 
 
 def test_a_row_in_another_encoding_than_its_gb18030_file_is_bad(tmp_path: Path) -> None:
@@ -202,7 +238,10 @@ def test_a_row_in_another_encoding_than_its_gb18030_file_is_bad(tmp_path: Path) 
     path.write_bytes(good + b'\n{"q": "\xff"}\n')
     first, second = read_rows(path)
     assert first == SourceRow({"q": "问题", "a": "这是一个完整的回答。"}, f"{path}:1")
-    assert isinstance(second, BadRow) and second.detail == "byte 0xff is not GB18030; expected text in one encoding"
+    assert (
+        isinstance(second, BadRow)
+        and second.detail == "byte 0xff is not GB18030; expected text in one encoding"
+    )
 
 
 def test_nesting_without_end_is_a_bad_row(tmp_path: Path) -> None:
@@ -226,7 +265,9 @@ def test_a_comma_missing_inside_an_object_costs_that_object_only(tmp_path: Path)
     assert found == [("1", False), ("9", True)]
 
 
-def test_a_number_that_arrives_in_two_parts_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_arrives_in_two_parts_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", 2)
     path = tmp_path / "rows.json"
     path.write_text("[123, 4567]", encoding="utf-8")
@@ -246,7 +287,9 @@ def test_an_object_that_is_never_closed_does_not_take_the_file_with_it(tmp_path:
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_a_broken_element_of_an_array_is_bad_alone(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_element_of_an_array_is_bad_alone(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
     path = tmp_path / "rows.json"
     path.write_text('[{"q": 1},\n{"q": "\\d}", "r": [[]]},\n{"q": 3}]', encoding="utf-8")
@@ -266,7 +309,9 @@ def test_a_broken_element_of_an_array_is_bad_alone(chunk: int, tmp_path: Path, m
         ('[{"q": "a},\n{"q": "b"}]', ":1: .*what follows"),
     ],
 )
-def test_an_array_that_cannot_be_followed_stops_the_reading(text: str, message: str, tmp_path: Path) -> None:
+def test_an_array_that_cannot_be_followed_stops_the_reading(
+    text: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
@@ -278,7 +323,10 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(text: str, message: 
     [
         (b"", "the file is empty"),
         (b"\xef\xbb\xbf \n\n", "the file is empty"),
-        (b"<!DOCTYPE html>\n<p>404, sorry</p>", ":1: the text begins with '<!DOCTYPE html>'; expected JSON"),
+        (
+            b"<!DOCTYPE html>\n<p>404, sorry</p>",
+            ":1: the text begins with '<!DOCTYPE html>'; expected JSON",
+        ),
         ("\n\n从前有一座山。".encode(), ":3: the text begins with '从前有一座山。'"),
         (b"q,q\n1,2\n", ":1: the text begins with 'q,q'"),
         (b",\n1,2\n", ":1: the text begins with ','"),
@@ -288,7 +336,9 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(text: str, message: 
         (gzip.compress(b'{"q": 1}\n' * 100)[:-20], "damaged archive|gzip"),
     ],
 )
-def test_a_file_that_is_no_data_is_refused_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_data_is_refused_in_one_line(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -328,7 +378,9 @@ def test_a_file_is_never_in_memory_as_a_whole(
         "csv": "q,a\n" + f"{cell},a\n" * count,
     }[arrangement.removesuffix(".gz")]
     path = tmp_path / "rows"
-    path.write_bytes(gzip.compress(text.encode(), 1) if arrangement.endswith(".gz") else text.encode())
+    path.write_bytes(
+        gzip.compress(text.encode(), 1) if arrangement.endswith(".gz") else text.encode()
+    )
     del text
     tracemalloc.start()
     try:

@@ -54,7 +54,11 @@ SAMPLES = sorted(path for path in FORMATS.iterdir() if ".expected." not in path.
 
 
 def stem_of(sample: Path) -> str:
-    return next(name for name in sorted(READER_OF_SAMPLE, key=len, reverse=True) if sample.name.startswith(f"{name}."))
+    return next(
+        name
+        for name in sorted(READER_OF_SAMPLE, key=len, reverse=True)
+        if sample.name.startswith(f"{name}.")
+    )
 
 
 def shown(result: object) -> dict[str, object]:
@@ -72,7 +76,9 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
     fmt = READER_OF_SAMPLE[stem] if named else "auto"
     # Broken lines are part of one sample's expectation: they are counted when the user lets them pass.
     bad_rows = "skip" if stem.endswith("_broken") else "stop"
-    assert [shown(result) for result, _ in iter_conversations([sample], fmt, bad_rows=bad_rows)] == expected
+    assert [
+        shown(result) for result, _ in iter_conversations([sample], fmt, bad_rows=bad_rows)
+    ] == expected
 
 
 def test_every_expected_file_has_its_sample() -> None:

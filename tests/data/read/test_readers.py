@@ -26,14 +26,28 @@ def read(row: dict[str, object]) -> list[dict[str, object]]:
 
 def conversation(*texts: str, system: str | None = None) -> list[dict[str, object]]:
     roles = ["user", "assistant"] * len(texts)
-    return [{"system": system, "turns": [[role, text] for role, text in zip(roles, texts, strict=False)]}]
+    return [
+        {
+            "system": system,
+            "turns": [[role, text] for role, text in zip(roles, texts, strict=False)],
+        }
+    ]
 
 
 def dropped(reason: str) -> list[dict[str, object]]:
     return [{"dropped": reason}]
 
 
-ORDER = ["messages", "conversations", "conversation", "chat", "message_tree_id", "message_id", "plain_text", "dialogue"]
+ORDER = [
+    "messages",
+    "conversations",
+    "conversation",
+    "chat",
+    "message_tree_id",
+    "message_id",
+    "plain_text",
+    "dialogue",
+]
 ORDER += ["textbox_question", "trans_instruction", "instruction"]
 
 
@@ -58,13 +72,25 @@ def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
             "unknown keys",
             "found: instuction, output.*instruction [+] output .alpaca",
         ),
-        ({"content": "q"}, "unknown keys", "found: content; keys expected: content [+] summary .adgen"),
+        (
+            {"content": "q"},
+            "unknown keys",
+            "found: content; keys expected: content [+] summary .adgen",
+        ),
         ({}, "unknown keys", "keys found: none; keys expected: messages"),
         (["q", "a"], "wrong type", "the row is a list; expected an object"),
         ({"instruction": 5, "output": "a"}, "wrong type", "instruction is a number; expected text"),
         ({"instruction": "q", "output": ["a"]}, "wrong type", "output is a list; expected text"),
-        ({"instruction": "q", "output": "a", "history": [["q"]]}, "wrong type", r"history\[0\] is not a pair"),
-        ({"instruction": "q", "output": "a", "system": {}}, "wrong type", "system is an object; expected text"),
+        (
+            {"instruction": "q", "output": "a", "history": [["q"]]},
+            "wrong type",
+            r"history\[0\] is not a pair",
+        ),
+        (
+            {"instruction": "q", "output": "a", "system": {}},
+            "wrong type",
+            "system is an object; expected text",
+        ),
         (
             {"messages": [{"role": "bot", "content": "x"}]},
             "unknown role",
@@ -76,7 +102,11 @@ def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
             "missing key",
             r"messages\[0\] has the keys role, text; .*content",
         ),
-        ({"messages": [{"role": "user", "content": 5}]}, "wrong type", r"messages\[0\].content is a number"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "wrong type",
+            r"messages\[0\].content is a number",
+        ),
         ({"messages": ["hello"]}, "wrong type", r"messages\[0\] is text; expected an object"),
         ({"messages": "hello"}, "wrong type", "messages is text; expected a list"),
         (
@@ -84,20 +114,28 @@ def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
             "unknown role",
             "from is 'alien'; expected one of system",
         ),
-        ({"conversation": [{"question": "x"}]}, "missing key", "keys question; expected role and content"),
+        (
+            {"conversation": [{"question": "x"}]},
+            "missing key",
+            "keys question; expected role and content",
+        ),
         ({"chat": {"first": {}}}, "missing key", "chat has the keys first; expected turn_1"),
         ({"question": "q", "chatgpt_answers": [1]}, "wrong type", "chatgpt_answers holds a number"),
         ({"round_0": "x"}, "wrong type", "round_0 is text; expected an object"),
     ],
 )
-def test_a_row_that_cannot_be_read_says_what_came_and_what_was_expected(row: object, reason: str, detail: str) -> None:
+def test_a_row_that_cannot_be_read_says_what_came_and_what_was_expected(
+    row: object, reason: str, detail: str
+) -> None:
     with pytest.raises(RowError, match=detail) as error:
         find_reader(row).read(row)  # type: ignore[arg-type]
     assert error.value.reason == reason
 
 
 def test_an_unknown_format_names_the_formats_and_the_nearest() -> None:
-    with pytest.raises(UserError, match="'alpacca'; expected auto or one of messages, .*did you mean alpaca"):
+    with pytest.raises(
+        UserError, match="'alpacca'; expected auto or one of messages, .*did you mean alpaca"
+    ):
         reader_named("alpacca")
     assert {"adgen", "alpaca", "sharegpt", "messages"} <= set(READERS)
 
@@ -115,7 +153,10 @@ def test_sharegpt_has_many_names_for_two_roles(user: str, assistant: str) -> Non
 def test_the_kind_of_turn_does_not_depend_on_the_name_of_the_list(key: str) -> None:
     openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    through_arrow = [{"role": None, "content": None, "human": None, "assistant": None, **turn} for turn in sharegpt]
+    through_arrow = [
+        {"role": None, "content": None, "human": None, "assistant": None, **turn}
+        for turn in sharegpt
+    ]
     for turns in (openai, sharegpt, through_arrow, [{"human": "q", "assistant": "a"}]):
         assert read({key: turns}) == conversation("q", "a")
 
@@ -132,12 +173,24 @@ def messages(*turns: tuple[str, object]) -> dict[str, object]:
         (messages(("user", " ")), dropped("no question")),
         (messages(("user", "q"), ("assistant", None)), dropped("no answer")),
         (messages(("assistant", "a")), dropped("roles do not alternate")),
-        (messages(("user", "q"), ("system", "s"), ("assistant", "a")), dropped("roles do not alternate")),
-        (messages(("user", "q"), ("assistant", "a"), ("assistant", "b")), dropped("roles do not alternate")),
+        (
+            messages(("user", "q"), ("system", "s"), ("assistant", "a")),
+            dropped("roles do not alternate"),
+        ),
+        (
+            messages(("user", "q"), ("assistant", "a"), ("assistant", "b")),
+            dropped("roles do not alternate"),
+        ),
         (messages(("user", "q"), ("tool", "t"), ("assistant", "a")), dropped("tool turns")),
-        (messages(("user", [{"type": "image_url"}]), ("assistant", "a")), dropped("content is not text")),
+        (
+            messages(("user", [{"type": "image_url"}]), ("assistant", "a")),
+            dropped("content is not text"),
+        ),
         (messages(("user", "q"), ("assistant", "a"), ("user", "r")), conversation("q", "a")),
-        (messages(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", " ")), conversation("q", "a")),
+        (
+            messages(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", " ")),
+            conversation("q", "a"),
+        ),
         (
             messages(("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "b")),
             dropped("no answer"),  # the conversation ends at the first pair with an empty side
@@ -148,13 +201,21 @@ def messages(*turns: tuple[str, object]) -> dict[str, object]:
         ),
         (messages(("system", ""), ("user", "q"), ("assistant", "a")), conversation("q", "a")),
         (
-            messages(("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]), ("assistant", "a")),
+            messages(
+                ("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]),
+                ("assistant", "a"),
+            ),
             conversation("qr", "a"),
         ),
-        ({**messages(("user", "q"), ("assistant", "a")), "system": "column"}, conversation("q", "a", system="column")),
+        (
+            {**messages(("user", "q"), ("assistant", "a")), "system": "column"},
+            conversation("q", "a", system="column"),
+        ),
     ],
 )
-def test_turns_that_are_incomplete_or_not_in_order(row: dict[str, object], expected: object) -> None:
+def test_turns_that_are_incomplete_or_not_in_order(
+    row: dict[str, object], expected: object
+) -> None:
     assert read(row) == expected
 
 
@@ -164,7 +225,9 @@ def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
     assert read(row) == dropped("tool turns")
 
 
-def alpaca(instruction: str, extra: str | None = None, output: str | None = "a", **more: object) -> dict[str, object]:
+def alpaca(
+    instruction: str, extra: str | None = None, output: str | None = "a", **more: object
+) -> dict[str, object]:
     return {"instruction": instruction, "input": extra, "output": output, **more}
 
 
@@ -192,20 +255,34 @@ def test_alpaca_columns(row: dict[str, object], expected: object) -> None:
         # A dialogue, and what only looks like one.
         (alpaca("Human: q\nAssistant: b\nHuman: r\nAssistant:"), conversation("q", "b", "r", "a")),
         (alpaca("Human：q\nAssistant："), conversation("q", "a")),
-        (alpaca("请续写：\nHuman: q\nAssistant:"), conversation("请续写：\nHuman: q\nAssistant:", "a")),
+        (
+            alpaca("请续写：\nHuman: q\nAssistant:"),
+            conversation("请续写：\nHuman: q\nAssistant:", "a"),
+        ),
         (alpaca("Human: q", "输入"), conversation("Human: q\t输入", "a")),
-        (alpaca("翻译", "User: hi\nAssistant: hello"), conversation("翻译\tUser: hi\nAssistant: hello", "a")),
+        (
+            alpaca("翻译", "User: hi\nAssistant: hello"),
+            conversation("翻译\tUser: hi\nAssistant: hello", "a"),
+        ),
         (alpaca("System: q"), conversation("System: q", "a")),
         (alpaca("Assistant: q", "User: r"), conversation("Assistant: q\tUser: r", "a")),
-        (alpaca("User:q\nAssistant:b", "System:s\nt\nUser:r"), conversation("q", "b", "r", "a", system="s\nt")),
-        (alpaca("User:q\nAsssistent：b\nUser:c\nAssistenz:d", "User:r"), conversation("q", "b", "c", "d", "r", "a")),
+        (
+            alpaca("User:q\nAssistant:b", "System:s\nt\nUser:r"),
+            conversation("q", "b", "r", "a", system="s\nt"),
+        ),
+        (
+            alpaca("User:q\nAsssistent：b\nUser:c\nAssistenz:d", "User:r"),
+            conversation("q", "b", "c", "d", "r", "a"),
+        ),
         (alpaca("User:q, User:r", "User:s"), dropped("history is not question and answer pairs")),
         (alpaca("User:q\nAssistant:b"), dropped("history is not question and answer pairs")),
         (alpaca("User:q\nAssistant:b", "User:r", None), conversation("q", "b")),
         (alpaca("User:q\nAssistant:", "User:r"), dropped("no answer")),
     ],
 )
-def test_marks_of_belle_and_guanaco_count_only_where_a_line_begins(row: dict[str, object], expected: object) -> None:
+def test_marks_of_belle_and_guanaco_count_only_where_a_line_begins(
+    row: dict[str, object], expected: object
+) -> None:
     assert read(row) == expected
 
 
@@ -226,7 +303,9 @@ def test_refgpt_is_cut_at_its_marks_anywhere(text: str, expected: object) -> Non
 
 
 def test_the_first_sharegpt_cn_is_cut_at_its_own_marks() -> None:
-    assert read({"key": "1", "translation": "<|user|>: q\n<|bot|>：a\n<|user|>: r"}) == conversation("q", "a")
+    assert read(
+        {"key": "1", "translation": "<|user|>: q\n<|bot|>：a\n<|user|>: r"}
+    ) == conversation("q", "a")
 
 
 def test_moss_002_is_cut_only_behind_closing_marks() -> None:
@@ -246,13 +325,17 @@ def test_citations_of_moss_003_are_removed_and_exponents_stay() -> None:
     )
     assert read(moss_003("雨<sup>1</sup>。", "Search(x)")) == conversation("q", "雨。")
     assert read({"chat": {}}) == read({"chat": None}) == dropped("no turns")
-    assert read({"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) == conversation(
-        "q", "a"
-    )
+    assert read(
+        {"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    ) == conversation("q", "a")
 
 
 def test_coig_exam_takes_the_analysis_only_when_it_is_text() -> None:
-    row: dict[str, object] = {"textbox_q_instruction": "i", "textbox_question": " q ", "textbox_answer": "A"}
+    row: dict[str, object] = {
+        "textbox_q_instruction": "i",
+        "textbox_question": " q ",
+        "textbox_answer": "A",
+    }
     for analysis in (None, "", " ", ["x"], {}):
         assert read({**row, "textbox_answer_analysis": analysis}) == conversation("i\tq", "A")
     assert read({**row, "textbox_q_context": " c\n"}) == conversation("i\tc\nq", "A")
@@ -284,7 +367,9 @@ def test_math23k_needs_equation_and_value() -> None:
     assert read({**row, "original_text": " q\n", "ans": "1"}) == conversation("q", "x=1\n1")
 
 
-def node(role: str, text: str, *replies: dict[str, object], deleted: bool = False) -> dict[str, object]:
+def node(
+    role: str, text: str, *replies: dict[str, object], deleted: bool = False
+) -> dict[str, object]:
     return {"role": role, "text": text, "deleted": deleted, "replies": list(replies)}
 
 
@@ -305,16 +390,28 @@ def test_trees_that_give_nothing() -> None:
     assert read(tree(node("prompter", "q"))) == dropped("no answer")
     assert read(tree(node("prompter", "q", deleted=True))) == dropped("no question")
     assert read(tree(node("prompter", "q"), "growing")) == dropped("tree is not ready for export")
-    assert read(tree(node("assistant", "q", node("assistant", "a")))) == dropped("roles do not alternate")
+    assert read(tree(node("assistant", "q", node("assistant", "a")))) == dropped(
+        "roles do not alternate"
+    )
     assert read(tree(node("prompter", "q", node("assistant", "a")), None)) == conversation("q", "a")
 
 
 def test_single_messages_find_their_tree_in_any_order() -> None:
     def message(key: str, parent: str | None, role: str) -> dict[str, object]:
-        return {"message_id": key, "parent_id": parent, "role": role, "text": key, "tree_state": "ready_for_export"}
+        return {
+            "message_id": key,
+            "parent_id": parent,
+            "role": role,
+            "text": key,
+            "tree_state": "ready_for_export",
+        }
 
     trees = MessageTrees()
-    rows = [message("a1", "q1", "assistant"), message("q2", None, "prompter"), message("q1", None, "prompter")]
+    rows = [
+        message("a1", "q1", "assistant"),
+        message("q2", None, "prompter"),
+        message("q1", None, "prompter"),
+    ]
     rows += [message("a2", "q2", "assistant"), message("stray", "nowhere", "assistant")]
     for place, row in enumerate(rows):
         trees.add(row, f"f:{place}")
@@ -336,7 +433,9 @@ def test_single_messages_find_their_tree_in_any_order() -> None:
         ([("q", "a"), ("", "b")], ["q"], "a"),
     ],
 )
-def test_a_prompt_ends_with_the_last_question(pairs: list[tuple[str, str]], turns: list[str], reference: str) -> None:
+def test_a_prompt_ends_with_the_last_question(
+    pairs: list[tuple[str, str]], turns: list[str], reference: str
+) -> None:
     prompt, found = as_prompt(Dialogue(None, tuple(pairs)), "s")
     assert shown(prompt) == conversation(*turns, system="s")[0]
     assert found == reference

@@ -23,13 +23,17 @@ AD = {"content": "q", "summary": "a"}
 
 def write(path: Path, *rows: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def talk(*texts: str, system: str | None = None) -> Conversation:
     roles = ["user", "assistant"] * len(texts)
-    return Conversation(system, tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False)))
+    return Conversation(
+        system, tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
+    )
 
 
 def said_in(paths: list[Path | str], **options: object) -> list[str]:
@@ -39,18 +43,28 @@ def said_in(paths: list[Path | str], **options: object) -> list[str]:
 
 
 def test_one_file_may_mix_shapes(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows", AD, {"instruction": "i", "output": "b"}, {"conversation": [{"human": "h"}]})
+    path = write(
+        tmp_path / "rows",
+        AD,
+        {"instruction": "i", "output": "b"},
+        {"conversation": [{"human": "h"}]},
+    )
     assert list(iter_conversations([path])) == [
         (talk("q", "a"), f"{path}:1"),
         (talk("i", "b"), f"{path}:2"),
-        (Dropped("no answer", "keys found: conversation; keys expected: conversation"), f"{path}:3"),
+        (
+            Dropped("no answer", "keys found: conversation; keys expected: conversation"),
+            f"{path}:3",
+        ),
     ]
 
 
 def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "system": "own"}, {**AD, "system": " "})
     systems = [
-        result.system for result, _ in iter_conversations([path], system="s") if isinstance(result, Conversation)
+        result.system
+        for result, _ in iter_conversations([path], system="s")
+        if isinstance(result, Conversation)
     ]
     assert systems == ["s", "own", "s"]
 
@@ -66,14 +80,22 @@ def test_counts_tell_rows_read_kept_and_dropped(tmp_path: Path) -> None:
 def test_a_row_that_gives_nothing_names_its_keys_and_the_expected_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", {"instruction": "q", "Output": "a"})
     ((result, _),) = iter_conversations([path])
-    assert result == Dropped("no answer", "keys found: instruction, Output; keys expected: instruction")
+    assert result == Dropped(
+        "no answer", "keys found: instruction, Output; keys expected: instruction"
+    )
     ((result, _),) = iter_conversations([write(path, {**AD, "summary": None})], fmt="adgen")
-    assert result == Dropped("no answer", "keys found: content, summary; keys expected: content + summary")
+    assert result == Dropped(
+        "no answer", "keys found: content, summary; keys expected: content + summary"
+    )
 
 
 UNREADABLE = [
     ('{"content": "q"', "not valid JSON", "not valid JSON: Expecting ',' delimiter"),
-    (json.dumps({"content": 5, "summary": "a"}), "wrong type", "content is a number; expected text"),
+    (
+        json.dumps({"content": 5, "summary": "a"}),
+        "wrong type",
+        "content is a number; expected text",
+    ),
     (json.dumps({"contents": "q"}), "unknown keys", "keys found: contents; keys expected: "),
     (
         json.dumps({"messages": [{"role": "bot", "content": "x"}]}),
@@ -84,7 +106,9 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("line", "reason", "detail"), UNREADABLE)
-def test_an_unreadable_row_stops_the_run_with_its_line(line: str, reason: str, detail: str, tmp_path: Path) -> None:
+def test_an_unreadable_row_stops_the_run_with_its_line(
+    line: str, reason: str, detail: str, tmp_path: Path
+) -> None:
     path = write(tmp_path / "train.jsonl", AD, {**AD, "summary": " "})
     with path.open("a", encoding="utf-8") as file:
         file.write(f"\n{line}\n{json.dumps(AD)}\n")
@@ -105,16 +129,26 @@ def test_an_unreadable_row_is_skipped_and_counted_when_asked(
         file.write(f"{line}\n{json.dumps(AD)}\n")
     first, (bad, source), last = iter_conversations([path], bad_rows="skip")
     assert first[0] == last[0] == talk("q", "a")
-    assert isinstance(bad, Dropped) and bad.reason == reason and bad.unreadable and bad.detail.startswith(detail)
+    assert (
+        isinstance(bad, Dropped)
+        and bad.reason == reason
+        and bad.unreadable
+        and bad.detail.startswith(detail)
+    )
     assert source == f"{path}:2"
 
 
 def test_a_named_format_reads_only_its_own_keys(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows", {**AD, "instruction": "i", "output": "b"}, {"instruction": "i", "output": "b"})
+    path = write(
+        tmp_path / "rows",
+        {**AD, "instruction": "i", "output": "b"},
+        {"instruction": "i", "output": "b"},
+    )
     rows = iter_conversations([path], fmt="adgen")
     assert next(rows)[0] == talk("q", "a")
     with pytest.raises(
-        UserError, match=r":2: keys found: instruction, output; keys expected: content [+] summary .format"
+        UserError,
+        match=r":2: keys found: instruction, output; keys expected: content [+] summary .format",
     ):
         next(rows)
 
@@ -143,14 +177,21 @@ COLUMNS = {"prompt": "q", "answer": "a", "system": "s"}
 
 
 def test_columns_map_the_keys_that_a_format_expects_to_the_files_own(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows", {"q": "1", "a": "2", "s": "3", **AD}, {"q": "1", "a": "2", "system": "not mapped"})
+    path = write(
+        tmp_path / "rows",
+        {"q": "1", "a": "2", "s": "3", **AD},
+        {"q": "1", "a": "2", "system": "not mapped"},
+    )
     assert [result for result, _ in iter_conversations([path], columns=COLUMNS)] == [
         talk("1", "2", system="3"),
         talk("1", "2"),
     ]
     alpaca = {"instruction": "q", "input": "s", "output": "a"}
     assert next(iter_conversations([path], columns=alpaca))[0] == talk("1\t3", "2")
-    turns = write(tmp_path / "turns", {"talk": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]})
+    turns = write(
+        tmp_path / "turns",
+        {"talk": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]},
+    )
     assert next(iter_conversations([turns], columns={"messages": "talk"}))[0] == talk("1", "2")
 
 
@@ -162,8 +203,14 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
             list(iter_conversations([path], columns=COLUMNS, bad_rows=bad_rows))
     write(path, {"q": "1", "a": "2", "s": "3"}, {"q": "1"}, {"q": "1", "a": "2"})
     results = [result for result, _ in iter_conversations([path], columns=COLUMNS, bad_rows="skip")]
-    assert isinstance(results[1], Dropped) and results[1].reason == "missing key" and results[1].unreadable
-    assert results[2] == talk("1", "2"), "a column that its format can do without may be absent further on"
+    assert (
+        isinstance(results[1], Dropped)
+        and results[1].reason == "missing key"
+        and results[1].unreadable
+    )
+    assert results[2] == talk("1", "2"), (
+        "a column that its format can do without may be absent further on"
+    )
 
 
 def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
@@ -171,7 +218,8 @@ def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.columns has the key 'q'; expected keys of a format"):
         iter_conversations([path], columns={"q": "prompt"})
     with pytest.raises(
-        UserError, match="data.columns names prompt; expected all keys of a format: .*prompt [+] response"
+        UserError,
+        match="data.columns names prompt; expected all keys of a format: .*prompt [+] response",
     ):
         iter_conversations([path], columns={"prompt": "q"})
     with pytest.raises(UserError, match="data.columns has the key 'prompt'"):
@@ -180,9 +228,16 @@ def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
 
 def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps({"x": [AD], "y": [], "z": [AD, {**AD, "summary": 5}]}, indent=1), encoding="utf-8")
+    path.write_text(
+        json.dumps({"x": [AD], "y": [], "z": [AD, {**AD, "summary": 5}]}, indent=1),
+        encoding="utf-8",
+    )
     results = list(iter_conversations([path], bad_rows="skip"))
-    assert [source for _, source in results] == [f"{path}:1 x[0]", f"{path}:1 z[0]", f"{path}:1 z[1]"]
+    assert [source for _, source in results] == [
+        f"{path}:1 x[0]",
+        f"{path}:1 z[0]",
+        f"{path}:1 z[1]",
+    ]
     assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
     mapped = {"prompt": "content", "answer": "summary"}
     sources = [source for _, source in iter_conversations([path], columns=mapped, bad_rows="skip")]
@@ -199,15 +254,22 @@ def test_a_folder_gives_its_data_files_by_name(tmp_path: Path) -> None:
     assert said_in([tmp_path / "b.jsonl", tmp_path / "a.json"]) == ["b.jsonl", "a.json"]
 
 
-def test_a_folder_with_splits_gives_the_one_for_training_unless_another_is_named(tmp_path: Path) -> None:
+def test_a_folder_with_splits_gives_the_one_for_training_unless_another_is_named(
+    tmp_path: Path,
+) -> None:
     for name in ("train.json", "dev.json", "extra.json", "test/part-0.json"):
         write(tmp_path / name, {**AD, "summary": name})
     assert said_in([tmp_path]) == ["extra.json", "train.json"]
     assert said_in([f"{tmp_path}:validation"]) == ["dev.json"]
     assert said_in([f"{tmp_path}:test"]) == ["test/part-0.json"]
-    with pytest.raises(UserError, match="no file is named for the split 'eval'; splits found: test, train, validation"):
+    with pytest.raises(
+        UserError,
+        match="no file is named for the split 'eval'; splits found: test, train, validation",
+    ):
         locate(f"{tmp_path}:eval")
-    assert said_in([tmp_path / "test"]) == ["test/part-0.json"], "a folder that holds nothing else is what was meant"
+    assert said_in([tmp_path / "test"]) == ["test/part-0.json"], (
+        "a folder that holds nothing else is what was meant"
+    )
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
@@ -218,10 +280,15 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([AD, {"content": "r", "summary": "b"}])
     data.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(str(tmp_path / "more"))
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(
+        str(tmp_path / "more")
+    )
     datasets.DatasetDict({"test": data.select([1])}).save_to_disk(str(tmp_path / "only"))
     one = tmp_path / "one"
-    assert list(iter_conversations([one])) == [(talk("q", "a"), f"{one}#0"), (talk("r", "b"), f"{one}#1")]
+    assert list(iter_conversations([one])) == [
+        (talk("q", "a"), f"{one}#0"),
+        (talk("r", "b"), f"{one}#1"),
+    ]
     assert said_in([tmp_path / "more"]) == ["a", "b"]
     assert said_in([f"{tmp_path / 'more'}:test"]) == said_in([tmp_path / "only"]) == ["b"]
     with pytest.raises(UserError, match="no split 'dev'; splits found: train, test"):
@@ -257,12 +324,16 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("\nno route to host\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(UserError, match=r"org/name: no such file.*\(ConnectionError: no route to host\)") as error:
+    with pytest.raises(
+        UserError, match=r"org/name: no such file.*\(ConnectionError: no route to host\)"
+    ) as error:
         list(iter_conversations(["org/name"]))
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_not_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for path in ("data/train", "other/train.jsonl", "train", "a/b/c", "org/name:a:b:c"):
@@ -272,7 +343,9 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("module", [files, sources])
 def test_datasets_and_pyarrow_are_imported_only_when_needed(module: ModuleType) -> None:
-    at_import = {node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import)}
+    at_import = {
+        node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import)
+    }
     assert not {name.name for node in at_import for name in node.names} & {"datasets", "pyarrow"}
 
 
@@ -307,7 +380,9 @@ def test_a_row_to_answer_needs_no_answer(
 
 
 def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows", AD, {"content": " "}, {"content": 5}, {"messages": [{"role": "tool"}]})
+    path = write(
+        tmp_path / "rows", AD, {"content": " "}, {"content": 5}, {"messages": [{"role": "tool"}]}
+    )
     counts: Counter[str] = Counter()
     found = list(iter_prompts([path], bad_rows="skip", system="s", counts=counts))
     assert [source for _, _, source in found] == [f"{path}:{line}" for line in (1, 2, 3, 4)]

@@ -33,8 +33,19 @@ def test_every_row_is_accounted_for(tmp_path: Path, small_dir: Path) -> None:
     rows = rows_of(
         tmp_path,
         small_dir,
-        [good, "{broken", {"content": "q", "summary": " "}, {"content": "r", "summary": "a"}, {"summary": "b"}, good],
-        [{"content": "q" * 400, "summary": "a" * 300}, {"content": "q", "summary": "a" * 600}, good],
+        [
+            good,
+            "{broken",
+            {"content": "q", "summary": " "},
+            {"content": "r", "summary": "a"},
+            {"summary": "b"},
+            good,
+        ],
+        [
+            {"content": "q" * 400, "summary": "a" * 300},
+            {"content": "q", "summary": "a" * 600},
+            good,
+        ],
         bad_rows="skip",
         weights=[1.0, 0.5],
     )
@@ -65,7 +76,9 @@ def test_every_row_is_accounted_for(tmp_path: Path, small_dir: Path) -> None:
 
 def test_a_conversation_that_lost_turns_is_counted(tmp_path: Path, small_dir: Path) -> None:
     talk = [{"role": ("user", "assistant")[t % 2], "content": f"word {t}"} for t in range(20)]
-    rows = rows_of(tmp_path, small_dir, [{"messages": talk}, {"messages": talk[:2]}], max_tokens=150)
+    rows = rows_of(
+        tmp_path, small_dir, [{"messages": talk}, {"messages": talk[:2]}], max_tokens=150
+    )
     assert rows.report["total"]["truncated"]["oldest turns dropped"]["rows"] == 1
     assert rows.lens.max() <= 150
 
@@ -90,20 +103,28 @@ def test_the_start_screen_names_what_was_lost(tmp_path: Path, small_dir: Path) -
 
 
 def test_identical_rows_stop_the_run(tmp_path: Path, small_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"0\.jsonl: all its 35 rows come out identical .*the first .*0\.jsonl:1"):
+    with pytest.raises(
+        UserError, match=r"0\.jsonl: all its 35 rows come out identical .*the first .*0\.jsonl:1"
+    ):
         rows_of(tmp_path, small_dir, [{"content": "q", "summary": "a"}] * 35)
 
 
-def test_identical_rows_in_one_of_two_data_sets_stop_the_run(tmp_path: Path, small_dir: Path) -> None:
+def test_identical_rows_in_one_of_two_data_sets_stop_the_run(
+    tmp_path: Path, small_dir: Path
+) -> None:
     with pytest.raises(UserError, match=r"1\.jsonl: all its 2 rows come out identical"):
         rows_of(tmp_path, small_dir, [ALPACA[0], ALPACA[1]], [ALPACA[0]] * 2)
 
 
-def test_a_single_row_or_a_last_row_that_differs_is_no_mistake(tmp_path: Path, small_dir: Path) -> None:
+def test_a_single_row_or_a_last_row_that_differs_is_no_mistake(
+    tmp_path: Path, small_dir: Path
+) -> None:
     assert len(rows_of(tmp_path, small_dir, [ALPACA[0]], [*[ALPACA[0]] * 9, ALPACA[1]])) == 11
 
 
-def test_rows_under_other_keys_stop_the_run_and_both_are_named(tmp_path: Path, small_dir: Path) -> None:
+def test_rows_under_other_keys_stop_the_run_and_both_are_named(
+    tmp_path: Path, small_dir: Path
+) -> None:
     named = r"keys found: instruction, input, output; keys expected: content \+ summary"
     with pytest.raises(UserError, match=named):
         rows_of(tmp_path, small_dir, ALPACA, format="adgen")
@@ -111,7 +132,9 @@ def test_rows_under_other_keys_stop_the_run_and_both_are_named(tmp_path: Path, s
         rows_of(tmp_path, small_dir, ALPACA, format="adgen", bad_rows="skip")
 
 
-def test_rows_without_answers_stop_the_run_and_their_keys_are_named(tmp_path: Path, small_dir: Path) -> None:
+def test_rows_without_answers_stop_the_run_and_their_keys_are_named(
+    tmp_path: Path, small_dir: Path
+) -> None:
     empty = [{"content": f"q{i}", "summary": ""} for i in range(35)]
     with pytest.raises(UserError) as caught:
         rows_of(tmp_path, small_dir, empty)
@@ -133,7 +156,9 @@ def test_the_commonest_reason_is_the_one_that_is_named() -> None:
     report.drop("no question", "x:1")
     report.drop("no answer", "x:2", "keys found: a; keys expected: b")
     report.drop("no answer", "x:3", "another detail")
-    with pytest.raises(UserError, match=r"no answer \(2 rows, the first x:2, 1 other reasons\); keys found: a"):
+    with pytest.raises(
+        UserError, match=r"no answer \(2 rows, the first x:2, 1 other reasons\); keys found: a"
+    ):
         report.check()
 
 

@@ -38,14 +38,21 @@ def enc(vocab_path: Path) -> Encoding:
 
 
 def talk(*texts: str, system: str | None = None) -> Conversation:
-    return Conversation(system, tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
+    return Conversation(
+        system, tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+    )
 
 
-def oracle(enc: Encoding, question: str, answer: str, n_x: int, n_y: int) -> tuple[list[int], list[int]]:
+def oracle(
+    enc: Encoding, question: str, answer: str, n_x: int, n_y: int
+) -> tuple[list[int], list[int]]:
     """A single-turn row of the original project."""
     system = "You are a helpful assistant."
     before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question.strip()}<|im_end|>\n<|im_start|>"
-    x, y = enc.with_specials(before), enc.with_specials(f"assistant\n{answer}<|im_end|><|endoftext|>")
+    x, y = (
+        enc.with_specials(before),
+        enc.with_specials(f"assistant\n{answer}<|im_end|><|endoftext|>"),
+    )
     if len(x) + len(y) > n_x + n_y:
         x, y = x[:n_x], y[:n_y]
         x[-3:], y[-2:] = [IM_END, NEWLINE, IM_START], [IM_END, EOD]
@@ -88,7 +95,9 @@ def marked(enc: Encoding, row: object) -> str:
             text, learnt = text + ("[" if label != IGNORE else "]"), not learnt
         text += enc.decode([token])
     text += "]" if learnt else ""
-    return text.replace("<|im_start|>", "#").replace("<|im_end|>", "/").replace("<|endoftext|>", "$")
+    return (
+        text.replace("<|im_start|>", "#").replace("<|im_end|>", "/").replace("<|endoftext|>", "$")
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,10 @@ def marked(enc: Encoding, row: object) -> str:
     [
         ("original", "#system\nS/\n#user\nQ/\n#[assistant\nA/]\n#user\nR/\n#[assistant\nB/$]"),
         ("answer", "#system\nS/\n#user\nQ/\n#assistant\n[A/]\n#user\nR/\n#assistant\n[B/$]"),
-        ("official", "[#]system\nS[/\n#]user\nQ[/\n#]assistant\n[A/\n#]user\nR[/\n#]assistant\n[B/\n]"),
+        (
+            "official",
+            "[#]system\nS[/\n#]user\nQ[/\n#]assistant\n[A/\n#]user\nR[/\n#]assistant\n[B/\n]",
+        ),
     ],
 )
 def test_what_is_learnt_of_several_turns(enc, learn_on, expected):
@@ -106,7 +118,11 @@ def test_what_is_learnt_of_several_turns(enc, learn_on, expected):
 
 def test_one_turn_of_several_is_learnt_as_in_a_row_of_its_own(enc):
     options = EncodeOptions()
-    for question, answer in (CASES["short"], CASES["line breaks before the answer"], CASES["surrounding blanks"]):
+    for question, answer in (
+        CASES["short"],
+        CASES["line breaks before the answer"],
+        CASES["surrounding blanks"],
+    ):
         alone = encode_row(enc, talk(question, answer), options)
         twice = encode_row(enc, talk(question, answer, question, answer), options)
         learnt = [label for label in alone.labels if label != IGNORE]
@@ -138,7 +154,8 @@ def test_no_text_yields_a_control_token_unless_asked(enc, learn_on):
     for conversation in talks:
         harmless = Conversation("x", tuple(Turn(turn.role, "x") for turn in conversation.turns))
         controls = [
-            [i for i in encode_row(enc, c, EncodeOptions(learn_on)).ids if i >= EOD] for c in (conversation, harmless)
+            [i for i in encode_row(enc, c, EncodeOptions(learn_on)).ids if i >= EOD]
+            for c in (conversation, harmless)
         ]
         assert controls[0] == controls[1]
         parsed = encode_row(enc, conversation, EncodeOptions(learn_on, parse_specials=True))
@@ -156,7 +173,9 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_turn(en
     rest = encode_row(enc, talk("二", "two", "三", "three", system="诗人"), EncodeOptions(learn_on))
     assert (shorter.ids, shorter.labels) == (rest.ids, rest.labels)
     last = encode_row(enc, conversation, EncodeOptions(learn_on, max_tokens=len(rest.ids) - 1))
-    assert last.turns_dropped == 4 and "三" in enc.decode(last.ids) and "诗人" in enc.decode(last.ids)
+    assert (
+        last.turns_dropped == 4 and "三" in enc.decode(last.ids) and "诗人" in enc.decode(last.ids)
+    )
 
 
 @pytest.mark.parametrize("learn_on", LEARN_ON)
@@ -170,11 +189,18 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_turn(en
     ],
     ids=["long answer", "long question", "both", "long answer to nothing"],
 )
-def test_a_last_pair_too_long_is_cut_to_the_bound_exactly(enc, learn_on, question, answer, prompt_cut, answer_cut):
+def test_a_last_pair_too_long_is_cut_to_the_bound_exactly(
+    enc, learn_on, question, answer, prompt_cut, answer_cut
+):
     conversation = talk("早的问题", "早的回答", question, answer)
     row = encode_row(enc, conversation, EncodeOptions(learn_on, max_tokens=200))
     assert len(row.ids) == len(row.labels) == 200
-    assert (row.prompt_cut, row.answer_cut, row.turns_dropped, row.dropped) == (prompt_cut, answer_cut, 2, None)
+    assert (row.prompt_cut, row.answer_cut, row.turns_dropped, row.dropped) == (
+        prompt_cut,
+        answer_cut,
+        2,
+        None,
+    )
     text = marked(enc, row)
     # The question keeps its footer and the answer its header, so the row is still ChatML.
     assert text.replace("[", "").replace("]", "").count("/\n#assistant\n") == 1
@@ -189,7 +215,11 @@ def test_a_last_pair_too_long_is_cut_to_the_bound_exactly(enc, learn_on, questio
 
 def test_a_system_text_that_leaves_no_room_drops_the_row(enc):
     for learn_on in LEARN_ON:
-        row = encode_row(enc, talk("a", "b" * 99, "c", LONG, system=LONG * 9), EncodeOptions(learn_on, max_tokens=100))
+        row = encode_row(
+            enc,
+            talk("a", "b" * 99, "c", LONG, system=LONG * 9),
+            EncodeOptions(learn_on, max_tokens=100),
+        )
         assert "system text" in str(row.dropped) and row.ids == row.labels == []
 
 
@@ -208,10 +238,18 @@ def test_what_cannot_be_a_row_says_why_and_never_raises(enc, learn_on):
 
     assert reason() == "no turns"
     assert reason(Turn("user", "x"), Turn("tool", "y")) is not None
-    assert "blanks" in str(reason(Turn("user", "x" + " " * 1_000_000 + "y"), Turn("assistant", "z")))
+    assert "blanks" in str(
+        reason(Turn("user", "x" + " " * 1_000_000 + "y"), Turn("assistant", "z"))
+    )
     if learn_on != "official":
-        assert reason(Turn("user", "x"), Turn("user", "y"), Turn("assistant", "z")) == "roles do not alternate"
-        assert reason(Turn("assistant", "x"), Turn("user", "y"), Turn("assistant", "z")) == "roles do not alternate"
+        assert (
+            reason(Turn("user", "x"), Turn("user", "y"), Turn("assistant", "z"))
+            == "roles do not alternate"
+        )
+        assert (
+            reason(Turn("assistant", "x"), Turn("user", "y"), Turn("assistant", "z"))
+            == "roles do not alternate"
+        )
 
 
 @pytest.mark.parametrize("learn_on", LEARN_ON)
@@ -236,7 +274,11 @@ def test_rows_do_not_share_their_lists(enc):
 @pytest.mark.parametrize("learn_on", LEARN_ON)
 def test_the_prompt_is_how_a_trained_row_begins(enc, learn_on):
     options = EncodeOptions(learn_on, 10_000, 10_000)
-    for texts in (CASES["short"], CASES["surrounding blanks"], (*CASES["short"], *CASES["surrounding blanks"])):
+    for texts in (
+        CASES["short"],
+        CASES["surrounding blanks"],
+        (*CASES["short"], *CASES["surrounding blanks"]),
+    ):
         prompt = prompt_ids(enc, talk(*texts[:-1]), options)
         assert prompt[-3:] == [IM_START, ASSISTANT, NEWLINE]
         assert encode_row(enc, talk(*texts), options).ids[: len(prompt)] == prompt
@@ -259,7 +301,13 @@ def test_the_prompt_is_the_chats_and_no_bound_cuts_it(enc):
 
 @pytest.mark.parametrize(
     "options",
-    [{"learn_on": "all"}, {"max_prompt_tokens": 2}, {"max_answer_tokens": 1}, {"max_tokens": 15}, {"max_tokens": 0}],
+    [
+        {"learn_on": "all"},
+        {"max_prompt_tokens": 2},
+        {"max_answer_tokens": 1},
+        {"max_tokens": 15},
+        {"max_tokens": 0},
+    ],
 )
 def test_options_that_no_row_fits_are_refused_by_name(options):
     with pytest.raises(UserError, match=f"data.{next(iter(options))} is"):

@@ -28,17 +28,27 @@ from qwen_ds.recipe.options import DataOptions
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def adgen(n: int, start: int = 0) -> list[dict[str, object]]:
-    return [{"content": f"类型#裙*{i}", "summary": "好看" * (1 + i % 5) + str(i)} for i in range(start, start + n)]
+    return [
+        {"content": f"类型#裙*{i}", "summary": "好看" * (1 + i % 5) + str(i)}
+        for i in range(start, start + n)
+    ]
 
 
 def chats(n: int) -> list[dict[str, object]]:
     return [
-        {"messages": [{"role": ("user", "assistant")[t % 2], "content": f"{i}.{t}"} for t in range(2 + 2 * (i % 3))]}
+        {
+            "messages": [
+                {"role": ("user", "assistant")[t % 2], "content": f"{i}.{t}"}
+                for t in range(2 + 2 * (i % 3))
+            ]
+        }
         for i in range(n)
     ]
 
@@ -65,11 +75,15 @@ def times_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("learn_on", ["original", "answer", "official"])
-def test_rows_are_what_encoding_each_conversation_gives(data: DataOptions, small_dir: Path, learn_on: str) -> None:
+def test_rows_are_what_encoding_each_conversation_gives(
+    data: DataOptions, small_dir: Path, learn_on: str
+) -> None:
     data = replace(data, learn_on=learn_on)  # type: ignore[arg-type]
     rows = prepare(data, small_dir, n_workers=0).train
     encoding, options = load_encoding(small_dir), encode_options(data, small_dir)
-    expected = [(encode_row(encoding, c, options), source) for c, source in iter_conversations(data.train)]  # type: ignore[arg-type]
+    expected = [
+        (encode_row(encoding, c, options), source) for c, source in iter_conversations(data.train)
+    ]  # type: ignore[arg-type]
     assert len(rows) == len(expected) == 12
     for i, (row, source) in enumerate(expected):
         ids, labels = rows[i]
@@ -91,10 +105,13 @@ def test_workers_give_the_same_rows_in_the_same_order(
 ) -> None:
     monkeypatch.setattr(writer, "CHUNK_ROWS", 16)
     monkeypatch.setattr(writer, "INLINE_ROWS", 32)
-    path = write(tmp_path / "rows.jsonl", [*adgen(150), {"content": "x", "summary": ""}, *adgen(150, 150)])
+    path = write(
+        tmp_path / "rows.jsonl", [*adgen(150), {"content": "x", "summary": ""}, *adgen(150, 150)]
+    )
     data = DataOptions(train=[path], max_answer_tokens=20, max_prompt_tokens=30)
     alone, together = (
-        prepare(replace(data, cache_dir=str(tmp_path / f"cache{n}")), small_dir, n_workers=n).train for n in (0, 2)
+        prepare(replace(data, cache_dir=str(tmp_path / f"cache{n}")), small_dir, n_workers=n).train
+        for n in (0, 2)
     )
     assert together.sha256 == alone.sha256
     assert [together.source(i) for i in range(300)] == [alone.source(i) for i in range(300)]
@@ -104,12 +121,16 @@ def test_workers_give_the_same_rows_in_the_same_order(
     assert together.report["answers_cut"] > 0
 
 
-def test_a_dead_worker_is_an_error_and_not_a_hang(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_an_error_and_not_a_hang(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers.sys, "executable", "/bin/false")
     dying = workers.Workers(small_dir / "qwen.tiktoken", EncodeOptions(), 2)
     try:
         with pytest.raises(RuntimeError, match="has died"):
-            dying.submit([Conversation(None, (Turn("user", "q"), Turn("assistant", "a")))]).result(timeout=60)
+            dying.submit([Conversation(None, (Turn("user", "q"), Turn("assistant", "a")))]).result(
+                timeout=60
+            )
     finally:
         dying.close()
 
@@ -117,7 +138,15 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(small_dir: Path, monkeypatch: 
 def test_conversations_survive_the_way_between_processes() -> None:
     talks = [
         Conversation(None, (Turn("user", "a\ud800"), Turn("assistant", "b\x1b\n"))),
-        Conversation("", (Turn("user", "行"), Turn("assistant", "\x00"), Turn("user", "c"), Turn("assistant", ""))),
+        Conversation(
+            "",
+            (
+                Turn("user", "行"),
+                Turn("assistant", "\x00"),
+                Turn("user", "c"),
+                Turn("assistant", ""),
+            ),
+        ),
         Conversation("s", ()),
     ]
     assert workers._from_wire(workers._to_wire(talks)) == talks
@@ -160,7 +189,9 @@ def test_changed_code_makes_new_rows(
     assert len(times_made) == 2
 
 
-def test_a_changed_file_makes_new_rows(data: DataOptions, small_dir: Path, times_made: list[int]) -> None:
+def test_a_changed_file_makes_new_rows(
+    data: DataOptions, small_dir: Path, times_made: list[int]
+) -> None:
     before = prepare(data, small_dir).train
     write(Path(data.train[0]), [*adgen(5), {"content": "类型#裙*5", "summary": "好看五"}])
     after = prepare(data, small_dir).train
@@ -168,14 +199,18 @@ def test_a_changed_file_makes_new_rows(data: DataOptions, small_dir: Path, times
     assert before.sha256 != after.sha256
 
 
-def test_another_vocabulary_makes_new_rows(data: DataOptions, small_dir: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_makes_new_rows(
+    data: DataOptions, small_dir: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(small_dir, tmp_path / "other"))
     lines = (other / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
     (other / "qwen.tiktoken").write_bytes(b"".join(lines[:-20]))
     assert prepare(data, small_dir).train.pad_id - 20 == prepare(data, other).train.pad_id
 
 
-def test_damaged_rows_are_made_again(data: DataOptions, small_dir: Path, times_made: list[int]) -> None:
+def test_damaged_rows_are_made_again(
+    data: DataOptions, small_dir: Path, times_made: list[int]
+) -> None:
     rows = prepare(data, small_dir).train
     good = rows[3][0].tolist()
     (folder,) = [path for path in Path(str(data.cache_dir)).iterdir() if path.is_dir()]
@@ -190,7 +225,9 @@ def test_a_run_that_broke_off_leaves_nothing_that_counts(
 ) -> None:
     cache = Path(str(data.cache_dir))
     with monkeypatch.context() as patch:
-        patch.setattr(row_cache.RowWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            row_cache.RowWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare(data, small_dir)
     (lock,) = cache.iterdir()
@@ -201,10 +238,14 @@ def test_a_run_that_broke_off_leaves_nothing_that_counts(
     assert sorted(path.name for path in cache.iterdir()) == sorted([lock.stem, lock.name])
 
 
-def test_one_of_many_at_once_makes_the_rows(data: DataOptions, small_dir: Path, times_made: list[int]) -> None:
+def test_one_of_many_at_once_makes_the_rows(
+    data: DataOptions, small_dir: Path, times_made: list[int]
+) -> None:
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(prepare(data, small_dir, n_workers=0).train.sha256))
+        threading.Thread(
+            target=lambda: found.append(prepare(data, small_dir, n_workers=0).train.sha256)
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -215,7 +256,9 @@ def test_one_of_many_at_once_makes_the_rows(data: DataOptions, small_dir: Path, 
     assert len(times_made) == 1
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "CHUNK_ROWS", 10)
     asked, done, most = 0, 0, 0
 
@@ -232,7 +275,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, small_dir: Path, mon
 
     rows = writer.RowWriter(tmp_path)
     encoding = load_encoding(small_dir)
-    writer.encode_all([(PartReport("x"), stream())], rows, encoding, tmp_path, EncodeOptions(), 0, on_rows)
+    writer.encode_all(
+        [(PartReport("x"), stream())], rows, encoding, tmp_path, EncodeOptions(), 0, on_rows
+    )
     assert (rows.n_rows, done) == (500, 500)
     assert most <= 20, "rows under way"
 
@@ -247,7 +292,18 @@ def test_sources_come_back_as_they_were(tmp_path: Path) -> None:
     runs = np.tile(np.array([[0, 1]], "<i4"), (n, 1))
     hashes = np.arange(n, dtype="<u8")
     # The chunk's first conversation gave no row.
-    block = Block(ones, runs, np.arange(1, n + 1, dtype="<i4"), ones, ones, ones, hashes, hashes, [(0, "no turns")], [])
+    block = Block(
+        ones,
+        runs,
+        np.arange(1, n + 1, dtype="<i4"),
+        ones,
+        ones,
+        ones,
+        hashes,
+        hashes,
+        [(0, "no turns")],
+        [],
+    )
     out = writer.RowWriter(tmp_path)
     out.add(block, ["x.jsonl:0", *SOURCES], 0, PartReport("x"))
     out.finish({"pad_id": 0, "data_sets": [{}]})
@@ -256,7 +312,10 @@ def test_sources_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_block_survives_the_way_between_processes(small_dir: Path) -> None:
-    talks = [Conversation(None, (Turn("user", "q" * n), Turn("assistant", "a" * n))) for n in (3, 300, 0, 9)]
+    talks = [
+        Conversation(None, (Turn("user", "q" * n), Turn("assistant", "a" * n)))
+        for n in (3, 300, 0, 9)
+    ]
     options = EncodeOptions("answer", max_tokens=100)
     block = encode_block(load_encoding(small_dir), talks, options)
     back = Block.from_bytes(block.to_bytes())
@@ -270,7 +329,9 @@ def test_a_text_that_is_no_whole_unicode_is_a_row_like_any_other(small_dir: Path
     assert len(encode_block(load_encoding(small_dir), [talk], EncodeOptions()).length_K) == 1
 
 
-def test_rows_without_anything_to_learn_are_dropped(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_anything_to_learn_are_dropped(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = iter(
         [
             Encoded([5, 6, 7], [IGNORE, 6, IGNORE]),
@@ -297,7 +358,9 @@ def test_rows_without_anything_to_learn_are_dropped(small_dir: Path, monkeypatch
     assert block.learnt_K.tolist() == [1, 2]
 
 
-def test_runs_of_learnt_tokens_end_with_their_row(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_learnt_tokens_end_with_their_row(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = iter([Encoded([1, 2], [IGNORE, 2]), Encoded([3, 4], [3, 4])])
     monkeypatch.setattr(blocks, "encode_row", lambda *_: next(made))
     talk = Conversation(None, (Turn("user", "q"), Turn("assistant", "a")))
@@ -308,7 +371,9 @@ def test_runs_of_learnt_tokens_end_with_their_row(small_dir: Path, monkeypatch: 
 
 def test_evaluation_rows_are_set_aside_by_question(tmp_path: Path, small_dir: Path) -> None:
     questions = [{"content": f"q{i % 100}", "summary": f"answer {i}"} for i in range(200)]
-    data = DataOptions([write(tmp_path / "a.jsonl", questions)], cache_dir=str(tmp_path / "c"), eval_fraction=0.2)
+    data = DataOptions(
+        [write(tmp_path / "a.jsonl", questions)], cache_dir=str(tmp_path / "c"), eval_fraction=0.2
+    )
     both = prepare(data, small_dir, seed=1)
     assert both.eval is not None
     train, aside = ({rows.source(i) for i in range(len(rows))} for rows in (both.train, both.eval))
@@ -325,7 +390,9 @@ def test_evaluation_rows_are_set_aside_by_question(tmp_path: Path, small_dir: Pa
 def test_added_rows_leave_the_split_of_the_others(tmp_path: Path, small_dir: Path) -> None:
     def aside(n: int) -> set[str]:
         path = write(tmp_path / "a.jsonl", adgen(n))
-        rows = prepare(DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.2), small_dir).eval
+        rows = prepare(
+            DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.2), small_dir
+        ).eval
         assert rows is not None
         return {rows.source(i) for i in range(len(rows))}
 
@@ -340,7 +407,9 @@ def test_a_split_that_leaves_nothing_is_refused(tmp_path: Path, small_dir: Path)
 
 
 def test_evaluation_files_are_rows_of_their_own(data: DataOptions, small_dir: Path) -> None:
-    both = prepare(replace(data, train=data.train[:1], eval=data.train[1:], weights=[3.0]), small_dir)
+    both = prepare(
+        replace(data, train=data.train[:1], eval=data.train[1:], weights=[3.0]), small_dir
+    )
     assert both.eval is not None
     assert both.train.parts == (Part(6, 3.0),) and both.eval.parts == (Part(6, 1.0),)
     assert both.eval.source(0) == f"{data.train[1]}:1"
@@ -374,7 +443,9 @@ def raising(number: int) -> Callable[..., None]:
     return lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
 
 
-def test_an_unreadable_file_is_named(data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_named(
+    data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_cache, "_file_sha256", raising(errno.EACCES))
     with pytest.raises(UserError, match=r"a\.jsonl: Permission denied; expected a readable file"):
         prepare(data, small_dir)
@@ -389,7 +460,9 @@ def test_the_cache_is_blamed_for_what_it_does_not_take_and_for_nothing_else(
         patch.setattr(writer.RowWriter, blamed, full)
         with pytest.raises(UserError, match=r"cache: No space left on device; .*data\.cache_dir"):
             prepare(data, small_dir)
-    monkeypatch.setattr(row_cache, "encode_all", full)  # stands for all besides the writer, as starting the workers
+    monkeypatch.setattr(
+        row_cache, "encode_all", full
+    )  # stands for all besides the writer, as starting the workers
     with pytest.raises(OSError, match="No space left"):
         prepare(data, small_dir)
 

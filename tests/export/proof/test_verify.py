@@ -56,7 +56,9 @@ def test_an_fp32_merge_is_proven_to_fp32_noise(
 ) -> None:
     proof = merge(small_dir, [golden / name / "adapter"], tmp_path / "out", proof=kind).verification
     assert proof is not None and proof.status == "passed" and proof.kind == kind
-    assert proof.max_difference < 3e-5 < 2e-4 > proof.bound  # golden's own unmerged against merged: 7.9e-6
+    assert (
+        proof.max_difference < 3e-5 < 2e-4 > proof.bound
+    )  # golden's own unmerged against merged: 7.9e-6
     assert proof.adapter_effect > 1.0  # what is proven is there at all
     assert proof.top1_agreement == proof.top1_noise == 1.0
     assert proof.positions == 64
@@ -82,10 +84,16 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
 ) -> None:
     """Of a head and embeddings of its own in fp32: the base's weights beneath it say nothing about them."""
     rows = {"wte": list(range(300))}
-    peft_adapter(bf16_dir, tmp_path / "a", target_modules=["h.0.mlp.w1"], modules_to_save=["lm_head"])
-    peft_adapter(bf16_dir, tmp_path / "b", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows)
+    peft_adapter(
+        bf16_dir, tmp_path / "a", target_modules=["h.0.mlp.w1"], modules_to_save=["lm_head"]
+    )
+    peft_adapter(
+        bf16_dir, tmp_path / "b", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
+    )
     for name in "ab":
-        proof = merge(bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", proof=kind).verification
+        proof = merge(
+            bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", proof=kind
+        ).verification
         assert proof is not None and proof.status == "passed"
         assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
 
@@ -100,9 +108,16 @@ def test_a_conversion_is_proven_against_the_bare_base(
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
 
 
-@pytest.mark.parametrize(("factor", "kind"), [(0.0, "full"), (0.9, "full"), (1.1, "full"), (0.9, "sampled")])
+@pytest.mark.parametrize(
+    ("factor", "kind"), [(0.0, "full"), (0.9, "full"), (1.1, "full"), (0.9, "sampled")]
+)
 def test_a_wrong_bf16_merge_is_rejected(
-    bf16_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, kind: Proof
+    bf16_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    kind: Proof,
 ) -> None:
     monkeypatch.setattr(changes, "load_change", scaled(factor))
     report = merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof=kind)
@@ -113,7 +128,9 @@ def test_a_wrong_bf16_merge_is_rejected(
     assert report.folder == tmp_path / "out.rejected" and str(report.folder) in report.in_words()[0]
 
     monkeypatch.undo()
-    assert not merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off").rejected
+    assert not merge(
+        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off"
+    ).rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -125,16 +142,30 @@ def test_a_wrong_bf16_merge_is_rejected(
         ([{"rank_pattern": {"attn.c_proj": 2}, "alpha_pattern": {r"h\.[02].*c_proj": 30}}], None),
         ([{"target_modules": ["attn.c_proj", "w2"], "modules_to_save": ["ln_f", "lm_head"]}], None),
         ([{"bias": "lora_only"}], None),
-        ([{"target_modules": ["w1", "lm_head"], "trainable_token_indices": {"wte": [511, 0, 304]}}], None),
+        (
+            [
+                {
+                    "target_modules": ["w1", "lm_head"],
+                    "trainable_token_indices": {"wte": [511, 0, 304]},
+                }
+            ],
+            None,
+        ),
         ([{"target_modules": ["h.1.mlp.w1"]}], None),
         ([{}, {"use_dora": True, "target_modules": ["w1", "c_attn"]}], None),
         ([{"use_dora": True}, {"modules_to_save": ["wte"]}], None),
         ([{}, {"r": 2, "use_rslora": True}], (0.25, -1.5)),
-        ([{"use_dora": True}, {"target_modules": ["w2"], "modules_to_save": ["lm_head"]}], (0.5, 0.5)),
+        (
+            [{"use_dora": True}, {"target_modules": ["w2"], "modules_to_save": ["lm_head"]}],
+            (0.5, 0.5),
+        ),
     ],
 )
 def test_both_proofs_agree_and_pass_on_every_variant(
-    small_dir: Path, tmp_path: Path, options: list[dict[str, Any]], weights: tuple[float, ...] | None
+    small_dir: Path,
+    tmp_path: Path,
+    options: list[dict[str, Any]],
+    weights: tuple[float, ...] | None,
 ) -> None:
     folders = [tmp_path / f"adapter{i}" for i in range(len(options))]
     for seed, (folder, chosen) in enumerate(zip(folders, options, strict=True)):
@@ -142,8 +173,13 @@ def test_both_proofs_agree_and_pass_on_every_variant(
     merge(small_dir, folders, tmp_path / "out", weights=weights, proof="off")
     adapters = Adapters(tuple(map(read_adapter, folders)), weights)
     plan = make_plan(small_dir, adapters, QWEN, "keep", allow_pickle=False)
-    rows = first_positions([torch.arange(20) * 7, torch.arange(30) + 200, torch.tensor([511, 0, 304, 5])])
-    whole, layered = whole_outputs(plan, tmp_path / "out", rows), layered_outputs(plan, tmp_path / "out", rows)
+    rows = first_positions(
+        [torch.arange(20) * 7, torch.arange(30) + 200, torch.tensor([511, 0, 304, 5])]
+    )
+    whole, layered = (
+        whole_outputs(plan, tmp_path / "out", rows),
+        layered_outputs(plan, tmp_path / "out", rows),
+    )
     for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(layered), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert verify.judge(layered, "sampled", 0.0).status == "passed"
@@ -192,7 +228,9 @@ def test_every_row_that_an_adapter_brings_is_among_what_is_compared(
 ) -> None:
     """Control tokens are in no plain text: a merge that spoils one of their rows must not pass."""
     rows = {"wte": [304, 305, 306]}
-    peft_adapter(small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows)
+    peft_adapter(
+        small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
+    )
     proof = merge(small_dir, [tmp_path / "adapter"], tmp_path / "right", proof=kind).verification
     assert proof is not None and proof.status == "passed" and proof.positions == 67
 
@@ -214,17 +252,25 @@ def test_the_layered_proof_computes_the_head_by_itself(
 ) -> None:
     """Not by the merge's own arithmetic, whose faults it would share."""
     peft_adapter(small_dir, tmp_path / "adapter", **options)
-    assert not merge(small_dir, [tmp_path / "adapter"], tmp_path / "right", proof="sampled").rejected
+    assert not merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "right", proof="sampled"
+    ).rejected
     monkeypatch.setattr(changes, "load_change", scaled(3.0))
     assert merge(small_dir, [tmp_path / "adapter"], tmp_path / "wrong", proof="sampled").rejected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_nothing_but_rows_is_proven(small_dir: Path, tmp_path: Path, kind: Proof) -> None:
+def test_an_adapter_of_nothing_but_rows_is_proven(
+    small_dir: Path, tmp_path: Path, kind: Proof
+) -> None:
     rows = {"wte": [304, 306], "lm_head": [306]}
-    peft_adapter(small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows)
+    peft_adapter(
+        small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
+    )
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if "lora_" not in name}, path)
+    save_file(
+        {name: tensor for name, tensor in load_file(path).items() if "lora_" not in name}, path
+    )
     proof = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", proof=kind).verification
     assert proof is not None and proof.status == "passed" and proof.adapter_effect > 0
 
@@ -233,7 +279,9 @@ def test_an_error_that_is_spread_over_all_logits_does_not_pass_for_small() -> No
     expected_PV = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
     noise_PV = torch.randn(64, 100, generator=torch.Generator().manual_seed(1)) * 1e-3
     for factor, status in ((1.0, "passed"), (1.4, "passed"), (1.7, "failed")):
-        outputs = Outputs(expected_PV + 1, expected_PV, expected_PV + noise_PV, expected_PV - factor * noise_PV)
+        outputs = Outputs(
+            expected_PV + 1, expected_PV, expected_PV + noise_PV, expected_PV - factor * noise_PV
+        )
         proof = verify.judge(outputs, "full", 0.0)
         assert proof.status == status and proof.max_difference < proof.bound
 
@@ -254,7 +302,10 @@ def test_a_model_that_does_not_fit_in_memory_is_proven_layer_by_layer(
     report = merge(small_dir, [adapter], tmp_path / "out")
     assert report.verification is not None and report.verification.kind == "sampled"
     assert any("sampled proof passed" in line for line in report.in_words())
-    with pytest.raises(UserError, match=r"full, which needs 0\.5 GB of memory; 0\.1 GB are free; .*--verify sampled"):
+    with pytest.raises(
+        UserError,
+        match=r"full, which needs 0\.5 GB of memory; 0\.1 GB are free; .*--verify sampled",
+    ):
         merge(small_dir, [adapter], tmp_path / "other", proof="full")
     assert not list(tmp_path.glob("other*"))
 
@@ -270,11 +321,21 @@ def test_more_changes_of_the_most_probable_token_than_by_chance_do_not_pass() ->
         proof = verify.judge(outputs, "full", 0.0)
         assert proof.status == status and proof.top1_agreement == 1 - flips / 64
     assert "another most probable token at 6 of 64 positions, allowed 5" in proof.reason
-    few = Outputs(*(logits_PV[4:20] for logits_PV in (expected_PV, expected_PV, expected_PV + 1e-6, merged_PV)))
-    assert verify.judge(few, "full", 0.0).status == "failed"  # 2 of 16 positions, where 1.25 are allowed
+    few = Outputs(
+        *(
+            logits_PV[4:20]
+            for logits_PV in (expected_PV, expected_PV, expected_PV + 1e-6, merged_PV)
+        )
+    )
+    assert (
+        verify.judge(few, "full", 0.0).status == "failed"
+    )  # 2 of 16 positions, where 1.25 are allowed
     noisy_PV = expected_PV.clone()
     noisy_PV[:1, 2] = 1e-6
-    assert verify.judge(Outputs(expected_PV, expected_PV, noisy_PV, merged_PV), "full", 0.0).status == "passed"
+    assert (
+        verify.judge(Outputs(expected_PV, expected_PV, noisy_PV, merged_PV), "full", 0.0).status
+        == "passed"
+    )
 
 
 def test_the_tokens_of_a_sampled_proof_are_shared_out_among_the_prompts() -> None:
@@ -288,7 +349,9 @@ def test_the_tokens_of_a_sampled_proof_are_shared_out_among_the_prompts() -> Non
 
 def test_positions_of_a_full_proof_are_spread_over_as_many_rows_as_there_are_positions() -> None:
     rows = spread_positions([torch.arange(30)] * 200)
-    assert len(rows) == 64 and all(row.positions.dtype == torch.int64 and len(row.positions) == 1 for row in rows)
+    assert len(rows) == 64 and all(
+        row.positions.dtype == torch.int64 and len(row.positions) == 1 for row in rows
+    )
     (row,) = spread_positions([torch.arange(0), torch.arange(8)])
     assert row.positions.tolist() == [4, 5, 6, 7]
 
@@ -298,7 +361,9 @@ def test_prompts_are_lines_of_a_file(small_dir: Path, golden: Path, tmp_path: Pa
     prompts = verify.read_prompts(tmp_path / "prompts.txt")
     assert prompts == ["abc", "你好"]
     for kind in KINDS:
-        report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / kind, proof=kind, prompts=prompts)
+        report = merge(
+            small_dir, [golden / "lora" / "adapter"], tmp_path / kind, proof=kind, prompts=prompts
+        )
         assert report.verification is not None and report.verification.positions == 64
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(UserError, match=r"prompts\.txt: holds no text; expected a prompt a line"):
@@ -318,13 +383,16 @@ def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     wrapped = load_adapter(
-        QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32), golden / "lora" / "adapter"
+        QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32),
+        golden / "lora" / "adapter",
     )
     mask = expected["attention_mask"]
     for candidate in (model, wrapped):
         with torch.inference_mode():
             logits = candidate(input_ids=expected["input_ids"], attention_mask=mask).logits
-        torch.testing.assert_close(logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=3e-5)
+        torch.testing.assert_close(
+            logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=3e-5
+        )
 
 
 def run_launch(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
@@ -336,7 +404,11 @@ def run_launch(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 
 def test_the_command_merges_proves_and_reports(
-    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     paths = ["--base", str(small_dir), "--adapter", str(golden / "lora" / "adapter")]
     assert run_launch(monkeypatch, *paths, "--output", str(tmp_path / "out"), "--local_rank=0") == 0
@@ -344,29 +416,66 @@ def test_the_command_merges_proves_and_reports(
     assert "15 tensors changed, 0 converted, 12 untouched" in shown
     assert "auto_map removed" in shown and "proof passed" in shown
     assert (
-        run_launch(monkeypatch, *paths, "--output", str(tmp_path / "o2"), "--verify", "off", "--dtype", "float16") == 0
+        run_launch(
+            monkeypatch,
+            *paths,
+            "--output",
+            str(tmp_path / "o2"),
+            "--verify",
+            "off",
+            "--dtype",
+            "float16",
+        )
+        == 0
     )
     assert "not verified" in capsys.readouterr().out
 
 
 def test_the_command_takes_several_adapters_and_prompts(
-    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "prompts.txt").write_text("one prompt\nand another\n")
     adapters = [str(golden / name / "adapter") for name in ("lora", "lora_base")]
-    command = ["--base", str(small_dir), "--adapter", *adapters, "--weights", "0.7", "-0.3", "--verify", "sampled"]
+    command = [
+        "--base",
+        str(small_dir),
+        "--adapter",
+        *adapters,
+        "--weights",
+        "0.7",
+        "-0.3",
+        "--verify",
+        "sampled",
+    ]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
     assert run_launch(monkeypatch, *command) == 0
     assert "sampled proof passed" in capsys.readouterr().out
     stored = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert stored["adapters"] == adapters and stored["weights"] == [0.7, -0.3]
-    assert stored["verification"]["positions"] == 64  # the built-in prompts fill up what those two lack
+    assert (
+        stored["verification"]["positions"] == 64
+    )  # the built-in prompts fill up what those two lack
 
 
 def test_the_command_ends_with_1_when_the_proof_fails_and_2_on_bad_input(
-    small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    paths = ["--base", str(small_dir), "--adapter", str(golden / "lora" / "adapter"), "--output", str(tmp_path / "out")]
+    paths = [
+        "--base",
+        str(small_dir),
+        "--adapter",
+        str(golden / "lora" / "adapter"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(changes, "load_change", scaled(0.5))
     assert run_launch(monkeypatch, *paths) == 1
     assert "the proof failed: the output is left as" in capsys.readouterr().err
@@ -387,10 +496,19 @@ def test_only_one_of_many_ranks_merges(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    paths = ["--base", str(small_dir), "--adapter", str(golden / "lora" / "adapter"), "--output", str(tmp_path / "out")]
+    paths = [
+        "--base",
+        str(small_dir),
+        "--adapter",
+        str(golden / "lora" / "adapter"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert run_launch(monkeypatch, *paths) == 0
     assert not (tmp_path / "out").exists()
 
 
 def test_the_golden_adapter_scales_by_alpha_over_rank(golden: Path) -> None:
-    assert {pair.scaling for pair in read_adapter(golden / "lora" / "adapter").pairs.values()} == {2.0}
+    assert {pair.scaling for pair in read_adapter(golden / "lora" / "adapter").pairs.values()} == {
+        2.0
+    }

@@ -27,7 +27,9 @@ def trained(base: Path, folder: Path, **options: Any) -> Tensor:
     """Save an adapter of random values made by stock PEFT on the native model; returns its logits on IDS_BT."""
     torch.manual_seed(3)
     model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
-    wrapped = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ALL_TARGETS, **options}))
+    wrapped = get_peft_model(
+        model, LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ALL_TARGETS, **options})
+    )
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -42,7 +44,9 @@ def logits(model: torch.nn.Module, ids_BT: Tensor, **options: Tensor) -> Tensor:
 
 
 def on_stock(base: Path, adapter: Path) -> PeftModel:
-    return PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    return PeftModel.from_pretrained(
+        Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+    ).eval()
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -55,22 +59,34 @@ def test_the_golden_adapter_gives_the_official_logits(
     assert convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "out") == 3 * 7
     expected = load_file(golden / "lora" / "outputs.safetensors")
     mask_BT = expected["attention_mask"]
-    found_BTV = logits(on_stock(small_qwen2, tmp_path / "out"), expected["input_ids"], attention_mask=mask_BT)
+    found_BTV = logits(
+        on_stock(small_qwen2, tmp_path / "out"), expected["input_ids"], attention_mask=mask_BT
+    )
     assert_close(found_BTV[mask_BT.bool()], expected["logits"][mask_BT.bool()], atol=3e-5, rtol=0)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md"
     }  # fmt: skip
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "out").iterdir())
     config = config_of(tmp_path / "out")
-    assert config["target_modules"] == sorted("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 8, {}, {})
+    assert config["target_modules"] == sorted(
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    )
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+        4,
+        8,
+        {},
+        {},
+    )
 
 
 def test_a_is_shared_and_b_is_split_by_rows(small_dir: Path, golden: Path, tmp_path: Path) -> None:
     convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "out")
     old = load_file(golden / "lora" / "adapter" / "adapter_model.safetensors")
     new = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    fused, parts = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.model.layers.1.self_attn"
+    fused, parts = (
+        "base_model.model.transformer.h.1.attn.c_attn",
+        "base_model.model.model.layers.1.self_attn",
+    )
     rows_of_b = [new[f"{parts}.{name}.lora_B.weight"] for name in ("q_proj", "k_proj", "v_proj")]
     assert torch.equal(torch.cat(rows_of_b), old[f"{fused}.lora_B.weight"])
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -83,7 +99,10 @@ def test_a_is_shared_and_b_is_split_by_rows(small_dir: Path, golden: Path, tmp_p
         {"use_rslora": True, "lora_alpha": 7},
         {"use_dora": True},
         {"use_dora": True, "use_rslora": True, "r": 3},
-        {"rank_pattern": {"attn.c_proj": 2, r"h\.1\..*w1": 5}, "alpha_pattern": {r"h\.[02].*c_proj": 30}},
+        {
+            "rank_pattern": {"attn.c_proj": 2, r"h\.1\..*w1": 5},
+            "alpha_pattern": {r"h\.[02].*c_proj": 30},
+        },
         {"use_rslora": True, "rank_pattern": {"w2": 5}, "alpha_pattern": {"c_attn": 7}},
         {"target_modules": ["c_attn"]},
         {"target_modules": ["attn.c_proj", "lm_head"]},
@@ -96,15 +115,26 @@ def test_every_variant_computes_the_same_in_stock_peft(
 ) -> None:
     expected_BTV = trained(small_dir, tmp_path / "adapter", **options)
     convert_adapter(small_dir, tmp_path / "adapter", tmp_path / "out")
-    assert_close(logits(on_stock(small_qwen2, tmp_path / "out"), IDS_BT), expected_BTV, atol=2e-5, rtol=0)
+    assert_close(
+        logits(on_stock(small_qwen2, tmp_path / "out"), IDS_BT), expected_BTV, atol=2e-5, rtol=0
+    )
     bare_BTV = logits(Qwen2ForCausalLM.from_pretrained(small_qwen2, dtype=torch.float32), IDS_BT)
     assert (bare_BTV - expected_BTV).abs().max() > 0.1
     in_every_layer = "layers_to_transform" not in options
-    assert all(("." not in name) == in_every_layer for name in config_of(tmp_path / "out")["target_modules"])
+    assert all(
+        ("." not in name) == in_every_layer
+        for name in config_of(tmp_path / "out")["target_modules"]
+    )
 
 
 def test_alphas_come_back_as_they_were_written(small_dir: Path, tmp_path: Path) -> None:
-    options = {"use_rslora": True, "r": 3, "lora_alpha": 7, "rank_pattern": {"w2": 5}, "alpha_pattern": {"w2": 10}}
+    options = {
+        "use_rslora": True,
+        "r": 3,
+        "lora_alpha": 7,
+        "rank_pattern": {"w2": 5},
+        "alpha_pattern": {"w2": 10},
+    }
     trained(small_dir, tmp_path / "adapter", **options)
     convert_adapter(small_dir, tmp_path / "adapter", tmp_path / "out")
     config = config_of(tmp_path / "out")

@@ -44,13 +44,19 @@ def settings(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 def assert_same_weights(left: Path, right: Path) -> None:
     one, other = tensors(left), tensors(right)
     assert one.keys() == other.keys()
-    assert all(a.dtype == other[name].dtype and torch.equal(a, other[name]) for name, a in one.items())
+    assert all(
+        a.dtype == other[name].dtype and torch.equal(a, other[name]) for name, a in one.items()
+    )
 
 
 @pytest.mark.parametrize("name", ["small", "full"])
@@ -68,7 +74,11 @@ def test_stock_qwen2_computes_the_same_logits_up_to_seq_length(
             hidden_BTD = ours.transformer(ids_BT)[0], theirs.model(ids_BT).last_hidden_state
             assert_close(*hidden_BTD, **EXACT)
             step = max(1, length // 64)  # 2,048 positions of 151,936 logits would be 1.2 GB
-            assert_close(ours.lm_head(hidden_BTD[0][:, ::step]), theirs.lm_head(hidden_BTD[1][:, ::step]), **EXACT)
+            assert_close(
+                ours.lm_head(hidden_BTD[0][:, ::step]),
+                theirs.lm_head(hidden_BTD[1][:, ::step]),
+                **EXACT,
+            )
 
 
 def test_logits_and_greedy_tokens_are_the_official_ones(small_qwen2: Path, golden: Path) -> None:
@@ -86,14 +96,22 @@ def test_logits_and_greedy_tokens_are_the_official_ones(small_qwen2: Path, golde
     assert torch.equal(found_BT[:, ids_BT.shape[1] :], greedy["new_tokens"])
 
 
-def test_greedy_tokens_over_the_official_vocabulary_are_the_official_ones(full_qwen2: Path, golden: Path) -> None:
+def test_greedy_tokens_over_the_official_vocabulary_are_the_official_ones(
+    full_qwen2: Path, golden: Path
+) -> None:
     model = stock(full_qwen2)
-    model.generation_config.update(do_sample=False, eos_token_id=None, top_k=None, top_p=None, repetition_penalty=None)
+    model.generation_config.update(
+        do_sample=False, eos_token_id=None, top_k=None, top_p=None, repetition_penalty=None
+    )
     cases = json.loads((golden / "generate" / "chat.json").read_text())
     for case in cases:
         ids_BT, new = torch.tensor([case["context_tokens"]]), case["new_tokens"]
-        new = new[: new.index(151643)] if 151643 in new else new  # what the official code puts behind a stop word
-        found_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=len(new))
+        new = (
+            new[: new.index(151643)] if 151643 in new else new
+        )  # what the official code puts behind a stop word
+        found_BT = model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=len(new)
+        )
         assert found_BT[0, ids_BT.shape[1] :].tolist() == new
 
 
@@ -106,8 +124,15 @@ def test_a_merged_adapter_computes_the_official_logits(
     expected = load_file(golden / name / "outputs.safetensors")
     real_BT = expected["attention_mask"].bool()
     with torch.inference_mode():
-        logits_BTV = stock(tmp_path / "out")(expected["input_ids"], attention_mask=expected["attention_mask"]).logits
-    assert_close(logits_BTV[real_BT], expected["logits"][real_BT], atol={"lora": 3e-5, "lora_base": 3e-4}[name], rtol=0)
+        logits_BTV = stock(tmp_path / "out")(
+            expected["input_ids"], attention_mask=expected["attention_mask"]
+        ).logits
+    assert_close(
+        logits_BTV[real_BT],
+        expected["logits"][real_BT],
+        atol={"lora": 3e-5, "lora_base": 3e-4}[name],
+        rtol=0,
+    )
     merge(small_dir, [adapter], tmp_path / "merged", proof="off")
     merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert_same_weights(tmp_path / "merged", tmp_path / "back")
@@ -121,10 +146,14 @@ def test_the_way_there_and_back_is_bit_identical(
     report = merge(export, [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert not report.rejected and report.untouched == len(tensors(export))
     assert_same_weights(source, tmp_path / "back")
-    assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (source / "qwen.tiktoken").read_bytes()
+    assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (
+        source / "qwen.tiktoken"
+    ).read_bytes()
     original = settings(source)
     del original["auto_map"]
-    assert settings(tmp_path / "back") == original | {"rms_norm_eps": original["layer_norm_epsilon"]}
+    assert settings(tmp_path / "back") == original | {
+        "rms_norm_eps": original["layer_norm_epsilon"]
+    }
     generation = settings(source, "generation_config.json")
     assert settings(tmp_path / "back", "generation_config.json") == generation
     if name == "full":
@@ -140,30 +169,48 @@ def test_a_model_that_stock_transformers_saved_again_comes_back_with_all_its_set
     merge(tmp_path / "saved", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert_same_weights(small_dir, tmp_path / "back")
     assert (
-        settings(tmp_path / "back")["use_dynamic_ntk"] and settings(tmp_path / "back")["max_position_embeddings"] == 512
+        settings(tmp_path / "back")["use_dynamic_ntk"]
+        and settings(tmp_path / "back")["max_position_embeddings"] == 512
     )
 
 
-def test_the_settings_are_those_of_the_same_function(small_dir: Path, full_dir: Path, small_qwen2, full_qwen2) -> None:
+def test_the_settings_are_those_of_the_same_function(
+    small_dir: Path, full_dir: Path, small_qwen2, full_qwen2
+) -> None:
     for source, export in ((small_dir, small_qwen2), (full_dir, full_qwen2)):
         old, new = settings(source), settings(export)
         assert new["model_type"] == "qwen2" and new["architectures"] == ["Qwen2ForCausalLM"]
         assert new["intermediate_size"] * 2 == old["intermediate_size"]
         assert new["rms_norm_eps"] == old["layer_norm_epsilon"]
-        assert new["num_key_value_heads"] == new["num_attention_heads"] == old["num_attention_heads"]
+        assert (
+            new["num_key_value_heads"] == new["num_attention_heads"] == old["num_attention_heads"]
+        )
         assert new["rope_theta"] == new["rope_parameters"]["rope_theta"] == 10000
         assert new["max_position_embeddings"] == old["seq_length"] != old["max_position_embeddings"]
         assert new["use_sliding_window"] is False and new["tie_word_embeddings"] is False
         assert AutoConfig.from_pretrained(export).rope_parameters["rope_theta"] == 10000
-    assert settings(small_qwen2)["torch_dtype"] == "float32" and settings(full_qwen2)["torch_dtype"] == "bfloat16"
+    assert (
+        settings(small_qwen2)["torch_dtype"] == "float32"
+        and settings(full_qwen2)["torch_dtype"] == "bfloat16"
+    )
 
 
 @pytest.mark.parametrize(
     ("chat_format", "adapter", "eos"),
-    [("chatml", False, [306, 304]), (None, False, [306, 304]), ("raw", False, 304), ("raw", True, [306, 304])],
+    [
+        ("chatml", False, [306, 304]),
+        (None, False, [306, 304]),
+        ("raw", False, 304),
+        ("raw", True, [306, 304]),
+    ],
 )
 def test_a_reply_ends_as_the_model_s_format_says(
-    small_dir: Path, golden: Path, tmp_path: Path, chat_format: str | None, adapter: bool, eos: int | list[int]
+    small_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    chat_format: str | None,
+    adapter: bool,
+    eos: int | list[int],
 ) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     generation = settings(base, "generation_config.json")
@@ -172,7 +219,13 @@ def test_a_reply_ends_as_the_model_s_format_says(
         json.dumps(generation | ({"chat_format": chat_format} if chat_format else {}))
     )
     adapters = [golden / "lora" / "adapter"] if adapter else []
-    merge(base, adapters, tmp_path / "out", to=find_format("qwen", "qwen2", merges_adapter=adapter), proof="off")
+    merge(
+        base,
+        adapters,
+        tmp_path / "out",
+        to=find_format("qwen", "qwen2", merges_adapter=adapter),
+        proof="off",
+    )
     found = settings(tmp_path / "out", "generation_config.json")
     assert (found["eos_token_id"], found["pad_token_id"], found["top_p"]) == (eos, 304, 0.8)
     assert settings(tmp_path / "out")["eos_token_id"] == (eos[0] if isinstance(eos, list) else eos)
@@ -180,7 +233,10 @@ def test_a_reply_ends_as_the_model_s_format_says(
     assert settings(tmp_path / "out", "tokenizer_config.json")["eos_token"] == eos_token
     merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     back = settings(tmp_path / "back", "generation_config.json")
-    assert (back["eos_token_id"], back.get("chat_format")) == (304, "chatml" if adapter else chat_format)
+    assert (back["eos_token_id"], back.get("chat_format")) == (
+        304,
+        "chatml" if adapter else chat_format,
+    )
 
 
 def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alone(
@@ -196,7 +252,9 @@ def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alon
     merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert settings(tmp_path / "back", "generation_config.json") == generation
     # What was changed since is what holds.
-    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(found | {"top_p": 0.3, "eos_token_id": 304}))
+    (tmp_path / "out" / "generation_config.json").write_text(
+        json.dumps(found | {"top_p": 0.3, "eos_token_id": 304})
+    )
     merge(tmp_path / "out", [], tmp_path / "again", to=FROM_QWEN2, proof="off")
     expected = generation | {"top_p": 0.3, "chat_format": "raw"}
     assert settings(tmp_path / "again", "generation_config.json") == expected
@@ -229,7 +287,9 @@ def test_where_a_foreign_qwen2_ends_its_replies_tells_its_chat_format(
     assert (found["chat_format"], found["eos_token_id"]) == (chat_format, 304)
 
 
-def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(small_dir: Path, tmp_path: Path) -> None:
+def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(
+    small_dir: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     spoil(base, torch_dtype="float32", bf16=False)
     merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
@@ -240,7 +300,9 @@ def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(small_dir: Pat
         assert settings(tmp_path / f"back_{name}")["torch_dtype"] == dtype
 
 
-def test_the_report_has_the_checksum_of_every_file_that_was_read(small_dir: Path, tmp_path: Path) -> None:
+def test_the_report_has_the_checksum_of_every_file_that_was_read(
+    small_dir: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     for name in ("README.md", "vocab.json", "LICENSE"):
         (base / name).write_text(name)
@@ -250,7 +312,9 @@ def test_the_report_has_the_checksum_of_every_file_that_was_read(small_dir: Path
     read |= {path.name for path in base.glob("*.safetensors")}
     there = {path.name for path in base.iterdir()}
     there_and_read = (read | {"qwen.tiktoken", "tokenizer_config.json"}) & there
-    assert merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off").inputs.keys() == there_and_read
+    assert (
+        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off").inputs.keys() == there_and_read
+    )
     back = merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert back.inputs.keys() == weights | {
@@ -260,24 +324,34 @@ def test_the_report_has_the_checksum_of_every_file_that_was_read(small_dir: Path
     assert same.inputs.keys() == there - {"README.md"}
 
 
-def test_a_configuration_of_august_2023_converts_and_comes_back(small_dir: Path, tmp_path: Path) -> None:
+def test_a_configuration_of_august_2023_converts_and_comes_back(
+    small_dir: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     new_to_old = {
         "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
         "intermediate_size": "ffn_hidden_size", "max_position_embeddings": "n_positions",
     }  # fmt: skip
-    old = {new_to_old.get(key, key): value for key, value in settings(base).items() if key != "auto_map"}
+    old = {
+        new_to_old.get(key, key): value
+        for key, value in settings(base).items()
+        if key != "auto_map"
+    }
     old["padded_vocab_size"] = old["vocab_size"]
     (base / "config.json").write_text(json.dumps(old))
     merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off")
     ids_BT = torch.arange(64)[None]
     with torch.inference_mode():
-        assert_close(stock(tmp_path / "out")(ids_BT).logits, native(small_dir)(ids_BT).logits, **EXACT)
+        assert_close(
+            stock(tmp_path / "out")(ids_BT).logits, native(small_dir)(ids_BT).logits, **EXACT
+        )
     merge(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2, proof="off")
     assert settings(tmp_path / "back") == old | {"rms_norm_eps": 1e-4}
 
 
-def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(small_qwen2: Path, tmp_path: Path) -> None:
+def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(
+    small_qwen2: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(5)
     config = Qwen2Config(
         vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -296,13 +370,23 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(small_qwen2
         assert_close(native(tmp_path / "ours")(ids_BT).logits, model(ids_BT).logits, **EXACT)
 
 
-def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(small_qwen2: Path, tmp_path: Path) -> None:
+def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(
+    small_qwen2: Path, tmp_path: Path
+) -> None:
     """Its config.json still carries the original settings, which are no longer those of its function."""
     base = Path(shutil.copytree(small_qwen2, tmp_path / "base"))
-    spoil(base, max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 20000})
+    spoil(
+        base,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 20000},
+    )
     merge(base, [], tmp_path / "out", to=FROM_QWEN2, proof="off")
     found = settings(tmp_path / "out")
-    assert (found["seq_length"], found["rotary_emb_base"], found["use_dynamic_ntk"]) == (128, 20000, False)
+    assert (found["seq_length"], found["rotary_emb_base"], found["use_dynamic_ntk"]) == (
+        128,
+        20000,
+        False,
+    )
     ids_BT = torch.arange(100)[None]
     with torch.inference_mode():
         assert_close(native(tmp_path / "out")(ids_BT).logits, stock(base)(ids_BT).logits, **EXACT)
@@ -311,7 +395,9 @@ def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(small_qwen2: Path, 
 def spoil(folder: Path, **values: Any) -> None:
     """Overwrite keys of config.json; None takes one out."""
     changed = settings(folder) | values
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in changed.items() if v is not None})
+    )
 
 
 def drop_tensor(folder: Path, name: str) -> None:
@@ -321,10 +407,14 @@ def drop_tensor(folder: Path, name: str) -> None:
 
 
 def add_tensor(folder: Path, name: str, value: Tensor) -> None:
-    save_file({**tensors(folder), name: value}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors(folder), name: value}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
-def assert_refused(source: Path, change: Callable[[Path], None], to: Format, message: str, tmp_path: Path) -> None:
+def assert_refused(
+    source: Path, change: Callable[[Path], None], to: Format, message: str, tmp_path: Path
+) -> None:
     """A changed copy of `source` is refused in one line, and nothing is written."""
     base = Path(shutil.copytree(source, tmp_path / "base"))
     change(base)
@@ -421,5 +511,7 @@ def test_a_sharded_export_is_ready_for_the_hub(small_dir: Path, tmp_path: Path) 
 
 def test_the_formats_must_differ_and_an_adapter_goes_before() -> None:
     for target, adapter in (("qwen2", False), ("qwen", True)):
-        with pytest.raises(UserError, match="was given with --from qwen2; expected a conversion of the base to"):
+        with pytest.raises(
+            UserError, match="was given with --from qwen2; expected a conversion of the base to"
+        ):
             find_format("qwen2", target, merges_adapter=adapter)

@@ -51,7 +51,9 @@ def whole(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def test_stock_autotokenizer_gives_the_official_ids_and_texts(stock: Qwen2Tokenizer, golden: Path) -> None:
+def test_stock_autotokenizer_gives_the_official_ids_and_texts(
+    stock: Qwen2Tokenizer, golden: Path
+) -> None:
     golden_cases = [case for case in cases(golden, "encode.json") if whole(case["text"])]
     assert len(golden_cases) > 300
     for case in golden_cases:
@@ -70,7 +72,11 @@ def test_the_vocabulary_has_all_merges_and_special_tokens(
 ) -> None:
     assert len(merges_of(enc)) == 151_387 and len(stock) == enc.n_vocab == 151_851
     assert stock.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(enc.special.values())
-    assert (stock.eos_token, stock.pad_token, stock.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
+    assert (stock.eos_token, stock.pad_token, stock.bos_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        None,
+    )
     assert stock.model_max_length == 2048
     assert json.loads((full_qwen2 / "vocab.json").read_text(encoding="utf-8")) == {
         token: index for token, index in stock.get_vocab().items() if index < 151_643
@@ -105,19 +111,26 @@ CHATS = [
         {"role": "assistant", "content": "def f():\n\n    return 1\n"},
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "\u0301x"},
-        {"role": "user", "content": [{"type": "text", "text": "两"}, {"type": "text", "text": "段"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "两"}, {"type": "text", "text": "段"}],
+        },
     ],
 ]
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=range(3))
 @pytest.mark.parametrize("prompt", [False, True])
-def test_the_chat_template_encodes_as_our_chatml(stock, enc: Encoding, chat: Any, prompt: bool) -> None:
+def test_the_chat_template_encodes_as_our_chatml(
+    stock, enc: Encoding, chat: Any, prompt: bool
+) -> None:
     found = stock.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
     assert found == encode_turns(enc, turns_of(chat), add_generation_prompt=prompt)
 
 
-def test_a_message_that_begins_with_a_line_break_is_the_template_s_limit(stock, enc: Encoding) -> None:
+def test_a_message_that_begins_with_a_line_break_is_the_template_s_limit(
+    stock, enc: Encoding
+) -> None:
     """Ours encodes each message by itself; a template only writes text, in which two line breaks are one token."""
     chat = [{"role": "user", "content": "\nhi"}]
     assert stock.apply_chat_template(chat, tokenize=False).count("\n\nhi") == 1
@@ -155,7 +168,11 @@ def folder(small_qwen2: Path, tmp_path: Path) -> Path:
         (lambda t: t["added_tokens"].pop(2), "ids", "<|im_end|>"),
         (lambda t: t["added_tokens"][2].update(special=False), "ids of plain text", "<|im_end|>"),
         (lambda t: t.update(decoder=None), "decoded text", " "),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "ids", "你好"),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            "ids",
+            "你好",
+        ),
     ],
 )
 def test_a_conversion_gone_wrong_is_found_by_the_built_in_texts(
@@ -166,14 +183,23 @@ def test_a_conversion_gone_wrong_is_found_by_the_built_in_texts(
     check = check_tokenizer(mini, folder)
     assert check.num_differences == len(check.differences) > 0
     assert any(one.asked == asked and text in one.text for one in check.differences)
-    assert all(one.qwen != one.qwen2 and one.source.startswith("built-in ") for one in check.differences)
+    assert all(
+        one.qwen != one.qwen2 and one.source.startswith("built-in ") for one in check.differences
+    )
 
 
-def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(small_dir: Path, tmp_path: Path) -> None:
+def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(
+    small_dir: Path, tmp_path: Path
+) -> None:
     rows = [{"instruction": "fine"}, {"turns": [{"deep": "a<|im_end|>\u0338"}, 7, None]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = merge(
-        small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], proof="off"
+        small_dir,
+        [],
+        tmp_path / "out",
+        to=TO_QWEN2,
+        check_texts=[str(tmp_path / "rows.jsonl")],
+        proof="off",
     )
     assert report.rejected and not (tmp_path / "out").exists()
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())["tokenizer"]
@@ -184,8 +210,12 @@ def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(small_
     assert any("rows.jsonl:2: ids of 'a<|im_end|>" in line for line in report.in_words())
 
 
-def test_every_string_of_every_row_is_a_text_and_so_is_every_line_of_a_text_file(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"q": "one", "a": ["two", {"b": "three"}], "n": 4}, {"q": "five"}]))
+def test_every_string_of_every_row_is_a_text_and_so_is_every_line_of_a_text_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"q": "one", "a": ["two", {"b": "three"}], "n": 4}, {"q": "five"}])
+    )
     assert [text for _, text in texts_of(tmp_path / "a.json")] == ["one", "two", "three", "five"]
     (tmp_path / "b.txt").write_bytes(b"eins\r\n\nzwei")
     assert list(texts_of(tmp_path / "b.txt")) == [
@@ -193,20 +223,35 @@ def test_every_string_of_every_row_is_a_text_and_so_is_every_line_of_a_text_file
     ]
 
 
-def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(small_dir: Path, tmp_path: Path) -> None:
+def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(
+    small_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{broken\n')
     for file, message in (
         ("none.json", "no such file"), ("bad.txt", "expected a text file in UTF-8"), ("bad.jsonl", r"bad\.jsonl:2: ")
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off")
+            merge(
+                small_dir,
+                [],
+                tmp_path / "out",
+                to=TO_QWEN2,
+                check_texts=[str(tmp_path / file)],
+                proof="off",
+            )
         assert not list(tmp_path.glob("out*"))
     early = {"proof": "off", "progress": lambda *_: pytest.fail("a late check")}
     with pytest.raises(UserError, match="no such file"):
         merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=["none.json"], **early)
     with pytest.raises(UserError, match="check_texts was given, but the tokenizer stays as it is"):
-        merge(small_dir, [], tmp_path / "out", dtype="bfloat16", check_texts=[str(tmp_path / "bad.txt")])
+        merge(
+            small_dir,
+            [],
+            tmp_path / "out",
+            dtype="bfloat16",
+            check_texts=[str(tmp_path / "bad.txt")],
+        )
 
 
 def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_path: Path) -> None:
@@ -214,8 +259,17 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
     lines = (base / "qwen.tiktoken").read_bytes().splitlines()
     lines[-1] = b"eHl6dw== " + lines[-1].split()[1]  # "xyzw", of whose parts no two are tokens
     (base / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(UserError, match=r"b'xyzw' \(rank 303\) is not made of two tokens of lower rank"):
-        merge(base, [], tmp_path / "out", to=TO_QWEN2, proof="off", progress=lambda *_: pytest.fail("a late check"))
+    with pytest.raises(
+        UserError, match=r"b'xyzw' \(rank 303\) is not made of two tokens of lower rank"
+    ):
+        merge(
+            base,
+            [],
+            tmp_path / "out",
+            to=TO_QWEN2,
+            proof="off",
+            progress=lambda *_: pytest.fail("a late check"),
+        )
     assert not list(tmp_path.glob("out*"))
 
 
@@ -223,8 +277,14 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
     ("change", "message"),
     [
         (lambda t: t["model"]["merges"].pop(), "its merges are not those that its ranks give"),
-        (lambda t: t["added_tokens"][1].update(id=400), r"'<\|im_start\|>' has the id 400; expected one of Qwen's"),
-        (lambda t: t["added_tokens"][1].update(content="<s>"), r"'<s>' has the id 305; expected one of Qwen's"),
+        (
+            lambda t: t["added_tokens"][1].update(id=400),
+            r"'<\|im_start\|>' has the id 400; expected one of Qwen's",
+        ),
+        (
+            lambda t: t["added_tokens"][1].update(content="<s>"),
+            r"'<s>' has the id 305; expected one of Qwen's",
+        ),
         (lambda t: t["model"]["vocab"].update({"☃": 304}), r"not byte-level BPE"),
         (lambda t: t["model"]["vocab"].update(zz=700), r"tokens without the ranks 0 to"),
         (lambda t: t["model"].pop("merges"), r"not byte-level BPE"),

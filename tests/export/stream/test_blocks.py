@@ -36,7 +36,9 @@ def stored(tmp_path: Path) -> Path:
 
 def rewrite(source: Path, target: Path, block_bytes: int) -> tuple[str, str]:
     header = read_header(source)
-    ranges = [rows for spec in header.tensors for rows in row_ranges(spec, 0, spec.num_rows, block_bytes)]
+    ranges = [
+        rows for spec in header.tensors for rows in row_ranges(spec, 0, spec.num_rows, block_bytes)
+    ]
     with Source(Checkpoint(source.parent, (header,), None)) as reader:
         with BlockWriter(target, header.tensors, header.metadata) as writer:
             for block in reader.blocks(ranges):
@@ -45,7 +47,9 @@ def rewrite(source: Path, target: Path, block_bytes: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 13, 1 << 20])
-def test_the_library_reads_back_what_was_streamed(stored: Path, tmp_path: Path, block_bytes: int) -> None:
+def test_the_library_reads_back_what_was_streamed(
+    stored: Path, tmp_path: Path, block_bytes: int
+) -> None:
     copy = tmp_path / "b.safetensors"
     rewrite(stored, copy, block_bytes)
     read = load_file(copy)
@@ -59,7 +63,9 @@ def test_the_library_reads_back_what_was_streamed(stored: Path, tmp_path: Path, 
 def test_checksums_are_those_of_the_files(stored: Path, tmp_path: Path) -> None:
     copy = tmp_path / "b.safetensors"
     digests = rewrite(stored, copy, 8)
-    assert digests == tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (stored, copy))
+    assert digests == tuple(
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (stored, copy)
+    )
 
 
 def test_a_written_file_can_be_read_by_others(stored: Path, tmp_path: Path) -> None:
@@ -70,7 +76,9 @@ def test_a_written_file_can_be_read_by_others(stored: Path, tmp_path: Path) -> N
 
 def test_data_start_aligned_whatever_the_header_s_length(tmp_path: Path) -> None:
     for length in range(1, 9):
-        with BlockWriter(tmp_path / "a.safetensors", [TensorSpec("x" * length, "F32", (1,))], {}) as writer:
+        with BlockWriter(
+            tmp_path / "a.safetensors", [TensorSpec("x" * length, "F32", (1,))], {}
+        ) as writer:
             writer.write(memoryview(bytes(4)))
         assert read_header(tmp_path / "a.safetensors").data_start % 8 == 0
 
@@ -100,14 +108,19 @@ def test_a_truncated_file_is_refused(stored: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "x lies at 0..4, not where its shape"),
+        (
+            {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+            "x lies at 0..4, not where its shape",
+        ),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "x lies at 4..8"),
         ({"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}, "x has dtype Q4"),
         ({"dtype": "F32", "data_offsets": [0, 4]}, "a broken header"),
         ([], "a broken header"),
     ],
 )
-def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: object, reason: str) -> None:
+def test_a_header_that_contradicts_itself_is_refused(
+    tmp_path: Path, entry: object, reason: str
+) -> None:
     raw = json.dumps({"x": entry}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
     with pytest.raises(UserError, match=reason):
@@ -115,7 +128,9 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: obje
 
 
 def test_a_header_may_have_no_metadata(tmp_path: Path) -> None:
-    raw = json.dumps({"__metadata__": None, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    raw = json.dumps(
+        {"__metadata__": None, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
     assert read_header(tmp_path / "a.safetensors").metadata == {}
 
@@ -125,4 +140,6 @@ def test_ranges_cover_each_row_once() -> None:
     ranges = list(row_ranges(spec, 0, 10, 20))
     assert [(rows.first, rows.last) for rows in ranges] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert sum(rows.num_bytes for rows in ranges) == spec.num_bytes
-    assert [(rows.first, rows.last) for rows in row_ranges(spec, 2, 5, 1)] == [(i, i + 1) for i in range(2, 5)]
+    assert [(rows.first, rows.last) for rows in row_ranges(spec, 2, 5, 1)] == [
+        (i, i + 1) for i in range(2, 5)
+    ]

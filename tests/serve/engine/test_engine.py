@@ -21,9 +21,30 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import load_encoding
 from serve.engine import engine as engine_module
-from serve.engine.engine import Completion, Engine, Sampling, candidates, choose_dtype, draw, row_seed
+from serve.engine.engine import (
+    Completion,
+    Engine,
+    Sampling,
+    candidates,
+    choose_dtype,
+    draw,
+    row_seed,
+)
 
-LENS = (1, 5, 17, 3, 26, 40, 9, 70, 2, 100, 33, 12)  # beyond the small model's seq_length of 64, too
+LENS = (
+    1,
+    5,
+    17,
+    3,
+    26,
+    40,
+    9,
+    70,
+    2,
+    100,
+    33,
+    12,
+)  # beyond the small model's seq_length of 64, too
 DRAWN = Sampling(do_sample=True, max_new_tokens=12)
 
 
@@ -51,10 +72,18 @@ def test_greedy_gives_the_tokens_of_the_official_model(small_dir: Path, golden: 
     assert [list(c.ids) for c in found] == tensors["new_tokens"].tolist()
 
 
-def test_what_a_folder_recommends_for_generation_has_no_effect(small_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_what_a_folder_recommends_for_generation_has_no_effect(
+    small_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(small_dir, folder)
-    advice = {"repetition_penalty": 5.0, "do_sample": True, "eos_token_id": 149, "max_new_tokens": 2, "min_length": 90}
+    advice = {
+        "repetition_penalty": 5.0,
+        "do_sample": True,
+        "eos_token_id": 149,
+        "max_new_tokens": 2,
+        "min_length": 90,
+    }
     (folder / "generation_config.json").write_text(json.dumps(advice))
     prompts, tensors = golden_prompts(golden)
     engine = Engine.load(folder)
@@ -103,12 +132,17 @@ def test_stop_ids_are_the_three_of_the_tokenizer(small: Engine, full_dir: Path) 
 def test_padding_rows_of_the_head_are_never_chosen(full_dir: Path) -> None:
     engine = Engine.load(full_dir, dtype="float32")
     prompts = [[9707, 198], [785, 4143, 374]]
-    for sampling in (Sampling(max_new_tokens=6), Sampling(do_sample=True, temperature=5.0, max_new_tokens=6)):
+    for sampling in (
+        Sampling(max_new_tokens=6),
+        Sampling(do_sample=True, temperature=5.0, max_new_tokens=6),
+    ):
         before = engine.generate(prompts, sampling)
         head_VD = engine.model.lm_head.weight.data
         kept = head_VD[engine.encoding.n_vocab :].clone()
         with torch.inference_mode():
-            for i, completion in enumerate(before):  # ten times the winner's logit, at every padding id
+            for i, completion in enumerate(
+                before
+            ):  # ten times the winner's logit, at every padding id
                 head_VD[engine.encoding.n_vocab + i :: 2] = 10 * head_VD[completion.ids[0]]
             assert engine.generate(prompts, sampling) == before
             head_VD[engine.encoding.n_vocab :] = kept
@@ -126,7 +160,9 @@ def test_candidates_are_those_of_transformers(top_k: int, top_p: float, spread: 
     if top_p < 1:
         expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
     probs_BN, ids_BN = candidates(logits_BV, Sampling(True, 0.8, top_p, top_k))
-    found_BV = torch.zeros_like(logits_BV).scatter(1, ids_BN, probs_BN / probs_BN.sum(-1, keepdim=True))
+    found_BV = torch.zeros_like(logits_BV).scatter(
+        1, ids_BN, probs_BN / probs_BN.sum(-1, keepdim=True)
+    )
     torch.testing.assert_close(found_BV, expected_BV.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
@@ -134,7 +170,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     n = 4000
     logits_BV = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().repeat(n, 1)
     uniform_B = (torch.arange(n) + 0.5) / n
-    drawn_B = draw(logits_BV, Sampling(True, 1.0, 0.85, 0), uniform_B)  # 0.5 + 0.3 < 0.85: one token of 0.1 stays, too
+    drawn_B = draw(
+        logits_BV, Sampling(True, 1.0, 0.85, 0), uniform_B
+    )  # 0.5 + 0.3 < 0.85: one token of 0.1 stays, too
     counts = torch.bincount(drawn_B, minlength=4)
     assert counts[0].item() == pytest.approx(n * 0.5 / 0.9, abs=2)
     assert counts[2].item() == pytest.approx(n * 0.3 / 0.9, abs=2)
@@ -156,15 +194,23 @@ def test_random_numbers_depend_on_the_seed_and_the_row_alone(small: Engine) -> N
     assert len({row_seed(seed, row) for seed in range(20) for row in range(20)}) == 400
 
 
-def test_an_adapter_acts_with_its_dropout_off(small_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_an_adapter_acts_with_its_dropout_off(
+    small_dir: Path, golden: Path, tmp_path: Path
+) -> None:
     shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": 0.5}))
     outputs = load_file(golden / "lora" / "outputs.safetensors")
     mask_BT = outputs["attention_mask"].bool()
     prompts = [ids[mask].tolist() for ids, mask in zip(outputs["input_ids"], mask_BT, strict=True)]
-    last_BV = torch.stack([logits[mask][-1] for logits, mask in zip(outputs["logits"], mask_BT, strict=True)])
-    engine = Engine(Engine.load(small_dir, tmp_path / "adapter").model.train(), load_encoding(small_dir), stop_ids=())
+    last_BV = torch.stack(
+        [logits[mask][-1] for logits, mask in zip(outputs["logits"], mask_BT, strict=True)]
+    )
+    engine = Engine(
+        Engine.load(small_dir, tmp_path / "adapter").model.train(),
+        load_encoding(small_dir),
+        stop_ids=(),
+    )
     found = engine.generate(prompts, Sampling(max_new_tokens=8))
     assert [c.ids[0] for c in found] == last_BV.argmax(-1).tolist()
     assert engine.generate(prompts, Sampling(max_new_tokens=8)) == found
@@ -173,20 +219,26 @@ def test_an_adapter_acts_with_its_dropout_off(small_dir: Path, golden: Path, tmp
     assert bare.generate(prompts, Sampling(max_new_tokens=8)) != found
 
 
-def test_half_a_character_at_the_end_shows_as_replacement(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_character_at_the_end_shows_as_replacement(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = small.encoding.ordinary("裙子")
     for new, reason, text in (
         ([*answer[:-1]], "length", "裙\ufffd"),
         ([*answer, small.encoding.im_end_id, small.pad_id], "stop", "裙子"),
     ):
         ids = torch.tensor([new])
-        monkeypatch.setattr(small.model, "generate", lambda ids=ids, **kw: torch.cat([kw["input_ids"], ids], dim=1))
+        monkeypatch.setattr(
+            small.model, "generate", lambda ids=ids, **kw: torch.cat([kw["input_ids"], ids], dim=1)
+        )
         assert small.generate([[5]], Sampling(max_new_tokens=len(new))) == [
             Completion(tuple(t for t in new if t < 304), text, reason, 1)
         ]
 
 
-def test_a_batch_that_does_not_fit_is_halved(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_halved(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts, sampling = random_prompts(), Sampling(max_new_tokens=3)
     expected, batch, sizes = small.generate(prompts, sampling), small._batch, []
 
@@ -241,13 +293,16 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert engine_module.choose_device("cpu").type == "cpu"
     monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
     assert engine_module.choose_device("auto").type == "cpu"
-    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)  # and hidden, or its driver is too old
+    monkeypatch.setattr(
+        dist, "nvidia_card_present", lambda: True
+    )  # and hidden, or its driver is too old
     with pytest.raises(UserError, match="sees no usable GPU; .*CUDA_VISIBLE_DEVICES.*--device cpu"):
         engine_module.choose_device("auto")
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "wrong",
+    [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*; expected"):

@@ -47,7 +47,10 @@ def random_pairs(count: int, seed: int) -> list[tuple[str, str]]:
     for k in range(count):
         if k % 3:
             pairs.append(
-                ("".join(rng.choices(PIECES, k=rng.randint(0, 14))), "".join(rng.choices(PIECES, k=rng.randint(0, 14))))
+                (
+                    "".join(rng.choices(PIECES, k=rng.randint(0, 14))),
+                    "".join(rng.choices(PIECES, k=rng.randint(0, 14))),
+                )
             )
         else:
             pairs.append(
@@ -72,7 +75,11 @@ def test_rouge_of_the_seed_profile_is_that_of_rouge_1_0_1() -> None:
             continue
         assert ours is not None
         for name, score in zip(("rouge-1", "rouge-2", "rouge-l"), ours, strict=True):
-            assert {"p": score.p, "r": score.r, "f": score.f} == theirs[name], (predicted, expected, name)
+            assert {"p": score.p, "r": score.r, "f": score.f} == theirs[name], (
+                predicted,
+                expected,
+                name,
+            )
     assert 20 < undefined < 200
 
 
@@ -98,11 +105,23 @@ def test_rouge_l_unites_the_subsequences_of_the_sentences() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["这款裙子设计简约而大方，显瘦。", "the cat sat on the mat", "这款brand针织衫 3.5 厘米, it's nice"]
+    "text",
+    [
+        "这款裙子设计简约而大方，显瘦。",
+        "the cat sat on the mat",
+        "这款brand针织衫 3.5 厘米, it's nice",
+    ],
 )
 def test_equal_texts_score_one(text: str) -> None:
     seed, counted = metrics.score_seed(text, text), metrics.score_rouge_score(text, text)
-    for prf in (seed.rouge_1, seed.rouge_2, seed.rouge_l, counted.rouge_1, counted.rouge_2, counted.rouge_l):
+    for prf in (
+        seed.rouge_1,
+        seed.rouge_2,
+        seed.rouge_l,
+        counted.rouge_1,
+        counted.rouge_2,
+        counted.rouge_l,
+    ):
         assert (prf.p, prf.r) == (1.0, 1.0)
         assert prf.f == pytest.approx(1.0, abs=1e-8)
     assert seed.bleu_4 == pytest.approx(1.0)
@@ -134,8 +153,12 @@ def test_bleu_is_over_characters_with_four_orders_and_smoothing_method_1() -> No
     # By hand: prediction 甲乙丙丁戊, reference 甲乙丙己戊辛: 4 of 5 characters match, 2 of 4 pairs, 1 of 3 triples
     # and 0 of 2 quadruples, which method1 takes as 0.1 of 2; the prediction is shorter: brevity penalty exp(1 - 6/5).
     expected = math.exp(1 - 6 / 5) * (4 / 5 * 2 / 4 * 1 / 3 * 0.1 / 2) ** 0.25
-    assert metrics.score_seed("甲乙丙丁戊", "甲乙丙己戊辛").bleu_4 == pytest.approx(expected, rel=1e-12)
-    assert metrics.score_seed("甲 乙丙 丁戊", "甲乙丙 己戊辛").bleu_4 == pytest.approx(expected, rel=1e-12)
+    assert metrics.score_seed("甲乙丙丁戊", "甲乙丙己戊辛").bleu_4 == pytest.approx(
+        expected, rel=1e-12
+    )
+    assert metrics.score_seed("甲 乙丙 丁戊", "甲乙丙 己戊辛").bleu_4 == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_only_the_prediction_is_lower_cased_in_the_seed_profile() -> None:
@@ -145,10 +168,13 @@ def test_only_the_prediction_is_lower_cased_in_the_seed_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "reference"), [("", "裙子"), (" \n", "裙子"), ("裙子", ""), ("...", "裙子"), ("", ""), (".", ".")]
+    ("prediction", "reference"),
+    [("", "裙子"), (" \n", "裙子"), ("裙子", ""), ("...", "裙子"), ("", ""), (".", ".")],
 )
 def test_a_row_with_an_empty_side_counts_zero(prediction: str, reference: str) -> None:
-    assert metrics.score_seed(prediction, reference) == metrics.Scores(metrics.ZERO, metrics.ZERO, metrics.ZERO, 0.0)
+    assert metrics.score_seed(prediction, reference) == metrics.Scores(
+        metrics.ZERO, metrics.ZERO, metrics.ZERO, 0.0
+    )
     assert metrics.score_rouge_score(prediction, reference).rouge_l == metrics.ZERO
 
 
@@ -172,7 +198,9 @@ def test_scoring_says_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     code = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
     code += "from serve import metrics; print(metrics.words('简约大方'))"
     root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "['简约', '大方']"
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []

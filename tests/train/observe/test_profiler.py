@@ -31,7 +31,11 @@ def test_utilisation_is_told_where_the_peak_is_known() -> None:
     steps = [(_step(1), 5.2), (_step(2), 5.2)]
     row = metrics(steps, Hardware(1, shape, "lora", gpu_named("a100")))
     assert row["mfu"] == pytest.approx(0.31, abs=0.015)
-    assert row["tokens_per_second"] == row["tokens_per_second_per_rank"] == pytest.approx(8 * 2048 / 5.2)
+    assert (
+        row["tokens_per_second"]
+        == row["tokens_per_second_per_rank"]
+        == pytest.approx(8 * 2048 / 5.2)
+    )
     both = metrics(steps, Hardware(2, shape, "lora", gpu_named("a100")))
     assert both["mfu"] == pytest.approx(row["mfu"] / 2)
     assert both["tokens_per_second_per_rank"] == pytest.approx(row["tokens_per_second"] / 2)
@@ -57,16 +61,23 @@ def test_collectives_that_overlap_count_once() -> None:
 
 
 @pytest.mark.job
-def test_profiled_steps_leave_a_trace_and_a_split(job: Callable, small_job: list[str], tmp_path: Path) -> None:
+def test_profiled_steps_leave_a_trace_and_a_split(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
     """Nor do they change any number: the same run without the profiler ends with the same adapter."""
     profiled = [*small_job, "--optim.max_steps", "4", "--log.profile_steps", "[2, 3]"]
     out = job([*profiled, "--output_dir", str(tmp_path / "a")], 2).ok().out
     split = json.loads((tmp_path / "a" / "profile" / "profile.json").read_text())
-    assert (split["first_step"], split["last_step"]) == (2, 3) and set(split["parts"]) == {*PARTS, "other"}
+    assert (split["first_step"], split["last_step"]) == (2, 3) and set(split["parts"]) == {
+        *PARTS,
+        "other",
+    }
     assert sum(split["parts"].values()) == pytest.approx(split["seconds"])
     assert all(split["parts"][name] > 0 for name in PARTS) and split["communication"] > 0
     assert len(list((tmp_path / "a" / "profile").glob("rank0.*.pt.trace.json"))) == 1
     assert "profiled steps 2 to 3" in out and "backward" in out
     job([*small_job, "--optim.max_steps", "4", "--output_dir", str(tmp_path / "b")], 2).ok()
-    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    weights = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "ab"
+    ]
     assert weights[0] == weights[1]

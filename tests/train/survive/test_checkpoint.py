@@ -14,7 +14,10 @@ from qwen_ds.train.survive import checkpoint
 
 def save(run: Path, step: int) -> Path:
     folder = checkpoint.unfinished_folder(run, step)
-    tensors = {"a": torch.arange(6.0).reshape(2, 3) + step, "b": torch.tensor([step], dtype=torch.uint8)}
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3) + step,
+        "b": torch.tensor([step], dtype=torch.uint8),
+    }
     files = {"x.safetensors": checkpoint.write_tensors(folder / "x.safetensors", tensors)}
     target = checkpoint.finish(run, folder, step, {"step": step}, files)
     checkpoint.tidy(run, step, None, 99)
@@ -44,7 +47,10 @@ DAMAGES = {
     "truncated": (lambda f: (f / "x.safetensors").write_bytes(b"12345"), "5 bytes"),
     "missing file": (lambda f: (f / "x.safetensors").unlink(), "x.safetensors is missing"),
     "no state": (lambda f: (f / "state.json").unlink(), "no state.json"),
-    "half a state": (lambda f: (f / "state.json").write_text('{"step": 2, "fi'), "state.json is damaged"),
+    "half a state": (
+        lambda f: (f / "state.json").write_text('{"step": 2, "fi'),
+        "state.json is damaged",
+    ),
     "another format": (lambda f: (f / "state.json").write_text('{"format": 99}'), "format 99"),
 }
 
@@ -75,7 +81,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         if step == 2:
             checkpoint.point(tmp_path, checkpoint.BEST, 2)
         checkpoint.keep_newest(tmp_path, 2, step)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000002",
+        "step_000004",
+        "step_000005",
+    ]
 
 
 def test_a_run_that_steps_back_keeps_what_it_goes_on_from(tmp_path: Path) -> None:
@@ -89,7 +99,11 @@ def test_a_run_that_steps_back_keeps_what_it_goes_on_from(tmp_path: Path) -> Non
     assert found is not None and found.step == 1
     checkpoint.tidy(tmp_path, 1, None, 1)
     found = checkpoint.newest(tmp_path).found
-    assert found is not None and found.step == 1 and (tmp_path / "checkpoints" / "step_000001_mine").is_dir()
+    assert (
+        found is not None
+        and found.step == 1
+        and (tmp_path / "checkpoints" / "step_000001_mine").is_dir()
+    )
 
 
 def test_a_save_of_the_same_step_replaces_a_damaged_one(tmp_path: Path) -> None:

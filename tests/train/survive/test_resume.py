@@ -10,10 +10,20 @@ import pytest
 
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import write_json
-from qwen_ds.recipe.options import LoraOptions, OptimOptions, Recipe, ResumeOptions, SaveOptions, write_recipe
+from qwen_ds.recipe.options import (
+    LoraOptions,
+    OptimOptions,
+    Recipe,
+    ResumeOptions,
+    SaveOptions,
+    write_recipe,
+)
 from qwen_ds.train.survive import resume
 
-DS_JSON: dict[str, Any] = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "train_batch_size": 128}
+DS_JSON: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "overlap_comm": True},
+    "train_batch_size": 128,
+}
 
 
 @pytest.fixture
@@ -31,17 +41,25 @@ def mistake(run: Path, recipe: Recipe, ds_json: dict[str, Any] = DS_JSON) -> str
 
 
 def test_the_same_recipe_goes_on_wherever_the_folder_lies(run: Path) -> None:
-    resume.check_same_run(run, Recipe(output_dir=str(run), dry_run=True, deepspeed="x.json"), DS_JSON)
+    resume.check_same_run(
+        run, Recipe(output_dir=str(run), dry_run=True, deepspeed="x.json"), DS_JSON
+    )
 
 
 def test_a_changed_key_is_named_and_may_be_allowed(run: Path) -> None:
-    changed = replace(Recipe(), optim=OptimOptions(lr=1e-5), save=SaveOptions(every_steps=2, keep=7))
+    changed = replace(
+        Recipe(), optim=OptimOptions(lr=1e-5), save=SaveOptions(every_steps=2, keep=7)
+    )
     assert "optim.lr was 0.0003 when the run began and is 1e-05 now" in mistake(run, changed)
     one = replace(changed, resume=ResumeOptions(["optim.lr"]))
     assert "--resume.allow_changes save.every_steps" in mistake(run, one)
     # How many checkpoints stay says nothing about the numbers.
-    resume.check_same_run(run, replace(changed, resume=ResumeOptions(["optim", "save.every_steps"])), DS_JSON)
-    assert "optim.lr" in mistake(run, replace(changed, resume=ResumeOptions(["opti", "save"]))), "no prefix of a word"
+    resume.check_same_run(
+        run, replace(changed, resume=ResumeOptions(["optim", "save.every_steps"])), DS_JSON
+    )
+    assert "optim.lr" in mistake(run, replace(changed, resume=ResumeOptions(["opti", "save"]))), (
+        "no prefix of a word"
+    )
 
 
 def test_what_is_trained_may_not_change_even_if_it_is_allowed(run: Path) -> None:
@@ -54,7 +72,10 @@ def test_what_is_trained_may_not_change_even_if_it_is_allowed(run: Path) -> None
 def test_another_stage_is_named_first_and_may_be_allowed(run: Path) -> None:
     other = {"zero_optimization": {"stage": 3, "allgather_bucket_size": 5}, "train_batch_size": 128}
     text = mistake(run, Recipe(), other)
-    assert "deepspeed.zero_optimization.stage was 2" in text and "--resume.allow_changes deepspeed," in text
+    assert (
+        "deepspeed.zero_optimization.stage was 2" in text
+        and "--resume.allow_changes deepspeed," in text
+    )
     resume.check_same_run(run, Recipe(resume=ResumeOptions(["deepspeed"])), other)
 
 
@@ -63,7 +84,9 @@ def test_other_rows_are_refused_unless_allowed() -> None:
     resume.check_same_data({"data_sha256": "a"}, recipe, "a")
     with pytest.raises(UserError, match="the rows are not those"):
         resume.check_same_data({"data_sha256": "a"}, recipe, "b")
-    resume.check_same_data({"data_sha256": "a"}, replace(recipe, resume=ResumeOptions(["data"])), "b")
+    resume.check_same_data(
+        {"data_sha256": "a"}, replace(recipe, resume=ResumeOptions(["data"])), "b"
+    )
 
 
 def test_a_recipe_of_an_older_release_lacks_keys_that_have_defaults_now(run: Path) -> None:

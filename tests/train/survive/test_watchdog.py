@@ -62,7 +62,9 @@ def ranks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Watchdog]:
     return made
 
 
-def test_ranks_that_move_are_left_alone(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+def test_ranks_that_move_are_left_alone(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
     for step in range(100):
         for one in ranks:
             one.at(step, "micro-batch 1")
@@ -71,7 +73,9 @@ def test_ranks_that_move_are_left_alone(ranks: list[Watchdog], clock: Callable[[
         assert ranks[0]._judge() is None
 
 
-def test_a_silent_rank_is_dead_and_the_others_hear_of_it(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+def test_a_silent_rank_is_dead_and_the_others_hear_of_it(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
     ranks[2].at(7, "micro-batch 3 of 4")
     ranks[2]._post()
     assert ranks[0]._judge() is None
@@ -80,11 +84,17 @@ def test_a_silent_rank_is_dead_and_the_others_hear_of_it(ranks: list[Watchdog], 
         for one in ranks[:2]:
             one._post()
     verdict = ranks[0]._judge()
-    assert verdict is not None and verdict.startswith("rank 2 on ") and "step 7 (micro-batch 3 of 4)" in verdict
+    assert (
+        verdict is not None
+        and verdict.startswith("rank 2 on ")
+        and "step 7 (micro-batch 3 of 4)" in verdict
+    )
     assert ranks[1]._verdict() == verdict
 
 
-def test_a_stuck_step_names_the_rank_that_is_behind(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+def test_a_stuck_step_names_the_rank_that_is_behind(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
     for one in ranks:
         one.at(5, "reading the batch")
     for one in (ranks[0], ranks[2]):
@@ -98,10 +108,16 @@ def test_a_stuck_step_names_the_rank_that_is_behind(ranks: list[Watchdog], clock
             assert second >= 600, "distributed.timeout_minutes is 10"
             break
         clock(1)
-    assert verdict is not None and "rank 1 on " in verdict and "is behind, at step 5 (reading the batch)" in verdict
+    assert (
+        verdict is not None
+        and "rank 1 on " in verdict
+        and "is behind, at step 5 (reading the batch)" in verdict
+    )
 
 
-def test_standing_still_outside_the_steps_is_no_fault(ranks: list[Watchdog], clock: Callable[[float], None]) -> None:
+def test_standing_still_outside_the_steps_is_no_fault(
+    ranks: list[Watchdog], clock: Callable[[float], None]
+) -> None:
     for one in ranks:
         one.at(5, "saving")
         one.idle()
