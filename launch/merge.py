@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from qwen_ds.recipe.options import Parser
+from qwen_ds.recipe.parser import Parser
 
 
 def command_line() -> Parser:

@@ -14,7 +14,7 @@ import sys
 def main() -> int:
     from qwen_ds.errors import EXIT_DONE
     from qwen_ds.plan.table import PlanOptions, plan_text
-    from qwen_ds.recipe.options import load_recipe_with, recipe_parser
+    from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
 
     parser = recipe_parser()
     parser.description = (

@@ -21,8 +21,8 @@ from typing import Any
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError, run_command
-from qwen_ds.model.folder import require_folder
 from serve.engine.engine import silence_libraries
 from serve.files.parts import check_output
 from serve.options import EvaluateOptions, parse

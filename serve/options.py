@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.options import Parser
+from qwen_ds.recipe.parser import Parser
 from serve.engine.engine import Sampling
 
 

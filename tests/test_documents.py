@@ -21,7 +21,9 @@ from qwen_ds.data.read.readers import READERS
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import read_json
-from qwen_ds.recipe.options import Parser, Recipe, load_recipe, to_dict
+from qwen_ds.recipe.loading import load_recipe, to_dict
+from qwen_ds.recipe.options import Recipe
+from qwen_ds.recipe.parser import Parser
 from serve.options import EvaluateOptions, PredictOptions
 from serve.options import parse as parse_serving
 

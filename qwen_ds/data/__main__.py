@@ -18,7 +18,8 @@ from pathlib import Path
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError, run_command
-from qwen_ds.recipe.options import DataOptions, Parser
+from qwen_ds.recipe.options import DataOptions
+from qwen_ds.recipe.parser import Parser
 
 COMMANDS = ("encode", "inspect")
 

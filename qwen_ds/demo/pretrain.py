@@ -77,9 +77,8 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
         if isinstance(token, bytes):
             tokens |= merged_from(token, encoding.ranks)
     official = sorted(encoding.ranks[token] for token in tokens)
-    lines = [
-        b"%s %d\n" % (base64.b64encode(bytes(encoding.token(o))), i) for i, o in enumerate(official)
-    ]  # type: ignore
+    spelled = {rank: token for token, rank in encoding.ranks.items()}
+    lines = [b"%s %d\n" % (base64.b64encode(spelled[o]), i) for i, o in enumerate(official)]
     return b"".join(lines), official + sorted(encoding.special.values())
 
 
@@ -162,7 +161,7 @@ def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
 
 
 def main() -> None:
-    from qwen_ds.recipe.options import Parser
+    from qwen_ds.recipe.parser import Parser
 
     parser = Parser(
         description="Pre-train the demo's base model from scratch and pack it into the package."

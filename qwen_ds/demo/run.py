@@ -222,7 +222,7 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
 
 def main() -> int:
     """Parse, run, and say where the log lies when a command fails."""
-    from qwen_ds.recipe.options import Parser
+    from qwen_ds.recipe.parser import Parser
 
     parser = Parser(description="The embedded demo: fine-tune, merge and evaluate a tiny Qwen.")
     parser.add_argument(

@@ -10,13 +10,17 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen_ds.disk.write import sync
 from qwen_ds.errors import UserError
 
 BYTES_PER_ITEM = {
@@ -77,6 +81,29 @@ def header_bytes(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
     return len(raw).to_bytes(8, "little") + raw
 
 
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file and wait until the disk has it; returns its sha256 in hex.
+
+    The file gets its own name at once: it belongs into a folder that is not published yet (see
+    qwen_ds/disk/write.py). Tensors that are contiguous and on the CPU are not copied.
+
+    Raises:
+        OSError: of the disk.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # the library's word for what the system refused
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+    path.chmod(0o644)  # the library leaves 0600, which a server under another user cannot read
+    sync(path)
+    return file_sha256(path)
+
+
 def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     """The tensors of a pickle that holds nothing else; with `mmap` mapped into memory, not read.
 
@@ -103,12 +130,3 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk has a file's bytes, or a folder's names: without it a power cut may undo a rename."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

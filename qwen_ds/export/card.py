@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from qwen_ds.data.rows.data_report import summary
+from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, hub_id
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import legal_texts, read_json
+from qwen_ds.model.folder import legal_texts
 
 CARD_NAME = "README.md"
 RECIPE, DATA_REPORT = "recipe.yaml", "data_report.json"

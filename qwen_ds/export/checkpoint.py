@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import DTYPE_NAMES, TensorSpec, file_sha256, read_pickle
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.stream.blocks import Header, read_header
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over, read_json, write_json
+from qwen_ds.model.folder import INDEX_FILES, SINGLE_FILES, carry_over
 
 SINGLE_NAME, INDEX_NAME = SINGLE_FILES[0], INDEX_FILES[0]
 GENERATION_CONFIG = "generation_config.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_ds.disk.weights import FLOAT_DTYPES
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.checkpoint import Checkpoint, with_rms_norm_eps
 from qwen_ds.export.layout import QWEN, Format, Layout
@@ -21,7 +22,7 @@ from qwen_ds.export.qwen2.tokenizer_json import (
 )
 from qwen_ds.export.stream.blocks import read_header
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import carry_over, write_json
+from qwen_ds.model.folder import carry_over
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 
 FormatName = Literal["qwen", "qwen2"]

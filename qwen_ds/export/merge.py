@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.disk.output_folder import require_new_folder
-from qwen_ds.disk.weights import sync
+from qwen_ds.disk.place import require_new_folder
+from qwen_ds.disk.write import sync, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import check_copies, doubts
 from qwen_ds.export.card import CARD_NAME, Origin, write_card
@@ -32,7 +32,7 @@ from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import BLOCK_BYTES, write_shard
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.adapter import read_adapter
-from qwen_ds.model.folder import legal_texts, write_json
+from qwen_ds.model.folder import legal_texts
 
 Facts = dict[str, dict[str, Any]]  # file name -> bytes and sha256
 ShowProgress = Callable[[int, int], None]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_ds.disk.weights import FLOAT_DTYPES, TensorSpec
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from qwen_ds.export.layout import Format, Layout
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import check_adapter_fits
-from qwen_ds.model.folder import write_json
 
 MergeDtype = Literal["keep", "bfloat16", "float16", "float32"]
 _FILE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

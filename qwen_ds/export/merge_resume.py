@@ -17,13 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qwen_ds.disk.output_folder import publish
+from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.checkpoint import file_facts
 from qwen_ds.export.merge_plan import Plan
 from qwen_ds.export.stream.shard import ChangedTensor, WrittenShard
 from qwen_ds.export.stream.source import Source
-from qwen_ds.model.folder import require_folder, write_json
 
 NOTE_NAME = "merge_state.json"
 _UNFINISHED_NOTE = NOTE_NAME + ".tmp"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 
@@ -149,17 +150,6 @@ def _unquantised(folder: Path, config: dict[str, Any]) -> str:
     return f"Qwen/{CHAT_MODELS[hidden]}" if hidden in CHAT_MODELS else "the model it was made from"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of settings: one JSON object. UserError for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); expected an object") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON {type(found).__name__}; expected an object")
-    return found
-
-
 def _check_weights(folder: Path) -> None:
     """Every weight file is there and whole; an index says which they are, unless there is a single file.
 
@@ -255,31 +245,3 @@ def legal_texts(folder: Path) -> list[str]:
         if path.is_file() and _LEGAL_TEXT.fullmatch(path.name)
     )
     return sorted(name for name in names if not _NEVER.fullmatch(name))
-
-
-def require_folder(folder: Path, make: bool = False) -> None:
-    """Raise UserError unless `folder` is, or may be made, a folder to write in; with `make`, make it."""
-    above = folder
-    while (
-        not os.path.exists(above) and above != above.parent
-    ):  # Path.exists raises where it may not look
-        above = above.parent
-    if not os.path.isdir(above):
-        raise UserError(f"{above}: a file; expected a folder to write in")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{above}: no permission to write; expected a folder to write in")
-    if make:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}; expected a folder to write in"
-            ) from error
-
-
-def write_json(path: Path, value: object) -> None:
-    """Indented, UTF-8 as it is, readable by everybody; the old file or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.chmod(0o644)
-    unfinished.replace(path)

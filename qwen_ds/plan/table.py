@@ -22,7 +22,7 @@ from qwen_ds.plan.gpus import GPUS, Gpu, gpu_named
 from qwen_ds.plan.memory import official_memory, trained_parameters
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Links, Zero
-from qwen_ds.recipe.options import LoadedRecipe
+from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.train import setup
 
 COLUMNS = "ZeRO  micro-batch  recomputed   weights  trained  gradients  activations   head  buffers  context"

@@ -17,10 +17,11 @@ from transformers import AutoConfig
 
 from qwen_ds import dist
 from qwen_ds.data.rows.data_report import data_report, summary
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
-from qwen_ds.model.folder import write_json
 from qwen_ds.plan import deepspeed_json as ds_config
-from qwen_ds.recipe.options import LoadedRecipe, Recipe
+from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import setup, special_rows
 from qwen_ds.train.engine import engine

@@ -27,7 +27,8 @@ from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.memory import peak_memory
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
-from qwen_ds.recipe.options import LoadedRecipe, Recipe
+from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import lora, special_rows
 from qwen_ds.train.engine import engine
 from qwen_ds.train.loss import TrainingModel

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import require_folder
 
 POLL_SECONDS = 0.2
 

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.merge import merge
 from qwen_ds.export.qwen2.adapter import convert_adapter
-from qwen_ds.recipe.options import Recipe, write_recipe
+from qwen_ds.recipe.loading import write_recipe
+from qwen_ds.recipe.options import Recipe
 from tests.export.folders import peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}

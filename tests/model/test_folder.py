@@ -20,8 +20,9 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import carry_over, check_folder, find_model, require_folder
+from qwen_ds.model.folder import carry_over, check_folder, find_model
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"

@@ -26,7 +26,8 @@ from qwen_ds.plan.gpus import gpu_named
 from qwen_ds.plan.memory import peak_memory
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
-from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe, load_recipe
+from qwen_ds.recipe.loading import load_recipe
+from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.run import run_in_group
 from qwen_ds.train.survive import resume

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from qwen_ds.errors import UserError, run_command
-from qwen_ds.recipe.options import Recipe, load_recipe, write_recipe
+from qwen_ds.recipe.loading import load_recipe, write_recipe
+from qwen_ds.recipe.options import Recipe
 
 
 def test_defaults_are_the_original_projects() -> None:

@@ -17,7 +17,8 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.recipe.options import Recipe, load_recipe, write_recipe
+from qwen_ds.recipe.loading import load_recipe, write_recipe
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.engine import engine
 from qwen_ds.train.run import run_in_group

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qwen_ds import machine
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.deepspeed_json import resolve
-from qwen_ds.recipe.options import LoadedRecipe, LoraOptions, ModelOptions, Recipe
+from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.lora import add_lora, drop
 from qwen_ds.train.loss import LossHead, TrainingModel

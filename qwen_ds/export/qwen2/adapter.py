@@ -19,7 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_ds.disk.output_folder import publish, require_new_folder
+from qwen_ds.disk.place import require_new_folder
+from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, doubts
 from qwen_ds.export.card import Origin, write_card
@@ -34,7 +35,7 @@ from qwen_ds.model.adapter import (
     check_adapter_fits,
     read_adapter,
 )
-from qwen_ds.model.folder import carry_over, write_json
+from qwen_ds.model.folder import carry_over
 
 # What a stock PEFT reads, beside what is decided here. Everything else in the source's configuration is about training.
 _KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora")

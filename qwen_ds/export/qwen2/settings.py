@@ -15,9 +15,9 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import read_json
 
 Settings = dict[str, Any]  # a JSON object of settings
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = (

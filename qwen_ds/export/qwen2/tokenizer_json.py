@@ -21,9 +21,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE
-from qwen_ds.model.folder import read_json, write_json
 from qwen_ds.model.tokenizer import (
     END_OF_TEXT,
     IM_END,

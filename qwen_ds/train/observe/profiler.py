@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, tensorboard_trace_handler
 
 from qwen_ds import dist
-from qwen_ds.model.folder import write_json
+from qwen_ds.disk.write import write_json
 from qwen_ds.runlog import say
 
 PARTS = ("data", "forward", "backward", "optimizer")

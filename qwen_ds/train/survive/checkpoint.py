@@ -24,7 +24,8 @@ from typing import Any
 from torch import Tensor
 from torch import uint8 as torch_uint8
 
-from qwen_ds.disk.weights import DTYPE_NAMES, TensorSpec, file_sha256, header_bytes, sync
+from qwen_ds.disk.weights import DTYPE_NAMES, TensorSpec, file_sha256, header_bytes
+from qwen_ds.disk.write import sync
 
 STATE = "state.json"
 LATEST, BEST = "latest", "best"

@@ -21,7 +21,8 @@ from torch import Tensor
 from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import Json
-from qwen_ds.recipe.options import Recipe, to_dict
+from qwen_ds.recipe.loading import to_dict
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import say
 from qwen_ds.train import lora
 from qwen_ds.train.engine.engine import Engine

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from qwen_ds import dist
+from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import require_folder, write_json
-from qwen_ds.recipe.options import Recipe, write_recipe
+from qwen_ds.recipe.loading import write_recipe
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = (

@@ -16,11 +16,12 @@ import pytest
 
 from qwen_ds.data.batches import Part
 from qwen_ds.data.read.sources import iter_conversations
+from qwen_ds.data.rows import blocks, workers, writer
+from qwen_ds.data.rows import cache as row_cache
 from qwen_ds.data.rows.blocks import Block, encode_block
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import Encoded, EncodeOptions, encode_row
-from qwen_ds.data.rows.token_rows import TokenRows, blocks, encode_options, prepare, workers, writer
-from qwen_ds.data.rows.token_rows import cache as row_cache
+from qwen_ds.data.rows.token_rows import TokenRows, encode_options, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn
 from qwen_ds.model.tokenizer import load_encoding

@@ -18,12 +18,13 @@ from qwen_ds.errors import UserError
 from qwen_ds.export.layout import QWEN
 from qwen_ds.export.merge import merge
 from qwen_ds.export.merge_plan import make_plan
+from qwen_ds.export.proof import verify
 from qwen_ds.export.proof.layered import layered_outputs
-from qwen_ds.export.proof.sides import Outputs, first_positions, spread_positions, verify
+from qwen_ds.export.proof.sides import Outputs, first_positions, spread_positions
 from qwen_ds.export.proof.verify import Proof
 from qwen_ds.export.proof.whole import whole_outputs
+from qwen_ds.export.stream import changes
 from qwen_ds.export.stream.changes import Adapters, Change, LowRank, Rows, load_change
-from qwen_ds.export.stream.shard import changes
 from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 from tests.export.folders import bf16_copy, peft_adapter

@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import write_json
-from qwen_ds.recipe.options import (
-    LoraOptions,
-    OptimOptions,
-    Recipe,
-    ResumeOptions,
-    SaveOptions,
-    write_recipe,
-)
+from qwen_ds.recipe.loading import write_recipe
+from qwen_ds.recipe.options import LoraOptions, OptimOptions, Recipe, ResumeOptions, SaveOptions
 from qwen_ds.train.survive import resume
 
 DS_JSON: dict[str, Any] = {

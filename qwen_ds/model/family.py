@@ -1,0 +1,126 @@
+"""What belongs to one family of Qwen, in one object: everything that spells its modules' names reads it.
+
+Symbols: D hidden, I width of the MLP's inner matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear map of a block. Its widths are functions of the configuration."""
+
+    name: str
+    """Below the block, as lora.targets gives it: attn.c_proj."""
+    width_in: Callable[[QWenConfig], int]
+    width_out: Callable[[QWenConfig], int]
+
+    @property
+    def last_name(self) -> str:
+        """Its own name without its parent's, which several linear maps may share: c_proj."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names, tokenizer, chat format and context rule of one family of models."""
+
+    model_type: str
+    """As in config.json."""
+    linears: tuple[Linear, ...]
+    """Of a block, in the order in which they run."""
+    blocks: str
+    """Path of the blocks in the model."""
+    embedding: str
+    head: str
+    block_norms: tuple[str, ...]
+    """Below the block."""
+    final_norm: str
+    stop_tokens: tuple[str, ...]
+    """Each of them ends a generated turn."""
+    load_encoding: Callable[[str | Path], Encoding]
+    """The tokenizer of a checkpoint folder."""
+    context: Callable[[QWenConfig], int]
+    """Tokens that prompt and answer may have together."""
+    extends_context: Callable[[QWenConfig], bool]
+    """Whether the model answers beyond the length that it was trained on."""
+
+    def matched(self, targets: tuple[str, ...] | list[str]) -> tuple[Linear, ...]:
+        """The linear maps that a recipe's lora.targets name, in running order.
+
+        A target is a full name below the block, or a last name, which means all maps that end so.
+        """
+        return tuple(
+            linear for linear in self.linears if {linear.name, linear.last_name} & set(targets)
+        )
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Every word that lora.targets may hold: last names first, then the full names of those
+        that share one."""
+        last = tuple(dict.fromkeys(linear.last_name for linear in self.linears))
+        full = tuple(linear.name for linear in self.linears if linear.name not in last)
+        return (*last, *full)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Last names of embedding and head: what lora.modules_to_save may hold."""
+        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
+
+    def stop_ids(self, encoding: Encoding) -> tuple[int, ...]:
+        """Ids of the tokens that end a generated turn."""
+        return tuple(encoding.special[token] for token in self.stop_tokens)
+
+    def chat_format(self, generation_config: dict[str, object]) -> Literal["chatml", "raw"]:
+        """How a model answers, by its generation_config.json.
+
+        The official base models say "raw". A folder that does not say counts as one that speaks ChatML
+        when it is exported; `lora.special_rows` is careful and asks for the word itself.
+        """
+        return "raw" if generation_config.get("chat_format", "chatml") == "raw" else "chatml"
+
+
+def _context(config: QWenConfig) -> int:
+    """Beyond seq_length only with dynamic NTK."""
+    trained = config.seq_length or config.max_position_embeddings
+    if not config.use_dynamic_ntk:
+        return trained
+    return max(trained, config.max_position_embeddings)
+
+
+def _hidden(config: QWenConfig) -> int:
+    return config.hidden_size
+
+
+def _inner(config: QWenConfig) -> int:
+    return config.intermediate_size // 2
+
+
+QWEN = Family(
+    model_type="qwen",
+    linears=(
+        Linear("attn.c_attn", _hidden, lambda config: 3 * config.hidden_size),
+        Linear("attn.c_proj", _hidden, _hidden),
+        Linear("mlp.w1", _hidden, _inner),
+        Linear("mlp.w2", _hidden, _inner),
+        Linear("mlp.c_proj", _inner, _hidden),
+    ),
+    blocks="transformer.h",
+    embedding="transformer.wte",
+    head="lm_head",
+    block_norms=("ln_1", "ln_2"),
+    final_norm="transformer.ln_f",
+    stop_tokens=(END_OF_TEXT, IM_START, IM_END),
+    load_encoding=load_encoding,
+    context=_context,
+    extends_context=lambda config: bool(config.use_dynamic_ntk),
+)
+FAMILIES = {QWEN.model_type: QWEN}
