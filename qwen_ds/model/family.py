@@ -14,12 +14,17 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 
+Role = Literal["qkv", "attention_out", "up", "gate", "down"]
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A linear map of a block. Its widths are functions of the configuration."""
 
     name: str
     """Below the block, as lora.targets gives it: attn.c_proj."""
+    role: Role
+    """Its part in the block: maps of one group read the same input."""
     width_in: Callable[[QWenConfig], int]
     width_out: Callable[[QWenConfig], int]
 
@@ -107,11 +112,11 @@ def _inner(config: QWenConfig) -> int:
 QWEN = Family(
     model_type="qwen",
     linears=(
-        Linear("attn.c_attn", _hidden, lambda config: 3 * config.hidden_size),
-        Linear("attn.c_proj", _hidden, _hidden),
-        Linear("mlp.w1", _hidden, _inner),
-        Linear("mlp.w2", _hidden, _inner),
-        Linear("mlp.c_proj", _inner, _hidden),
+        Linear("attn.c_attn", "qkv", _hidden, lambda config: 3 * config.hidden_size),
+        Linear("attn.c_proj", "attention_out", _hidden, _hidden),
+        Linear("mlp.w1", "up", _hidden, _inner),
+        Linear("mlp.w2", "gate", _hidden, _inner),
+        Linear("mlp.c_proj", "down", _inner, _hidden),
     ),
     blocks="transformer.h",
     embedding="transformer.wte",

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds.errors import UserError
-from qwen_ds.plan.deepspeed_json import ResolvedConfig, read_json, resolve
+from qwen_ds.plan.deepspeed_json import ResolvedConfig, resolve
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json as read_json
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.lora import add_lora
 from tests.jobs import ROOT
@@ -224,7 +225,7 @@ def test_precision_sections_follow_what_is_trained() -> None:
     ("text", "expected"),
     [
         ('{"zero_optimisation": {}}', "nearest is 'zero_optimization'"),
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[1]", "expected an object"),
         ('{"zero_optimization": 2}', "zero_optimization is 2; expected an object"),
         ('{"bf16": true}', "bf16 is True; expected an object"),

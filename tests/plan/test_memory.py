@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.plan.activations import Saving, blocks_bytes, head_bytes
-from qwen_ds.plan.memory import MicroBatch, official_memory, peak_memory, trained_parameters
-from qwen_ds.plan.shape import LINEARS, Shape
+from qwen_ds.plan.activations import MicroBatch, Saving, blocks_bytes, head_bytes
+from qwen_ds.plan.memory import official_memory, peak_memory, trained_parameters
+from qwen_ds.plan.recomputation import from_recipe
+from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.lora import add_lora
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.setup import DTYPES, recompute_blocks
+from qwen_ds.train.setup import recompute_blocks
 
 TINY = QWenConfig(
     vocab_size=256,
@@ -33,9 +36,9 @@ ALL_FOUR = ["c_attn", "c_proj", "w1", "w2"]
 
 def training_model(recipe: Recipe, config: QWenConfig = TINY) -> TrainingModel:
     model = QWenLMHeadModel._from_config(
-        config, dtype=DTYPES[recipe.model.dtype], attn_implementation=recipe.model.attention
+        config, dtype=TORCH_DTYPES[recipe.model.dtype], attn_implementation=recipe.model.attention
     )
-    recompute_blocks(model, recipe.model.activation_checkpointing)
+    recompute_blocks(model, from_recipe(recipe.model.activation_checkpointing))
     if recipe.method == "full":
         return TrainingModel(model, model.transformer, model.lm_head).train()
     rows = [3, 4, 5] if recipe.lora.special_rows == "on" else []
@@ -79,7 +82,7 @@ RECIPES = [
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
     lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
-    *(Recipe(method="full", model=ModelOptions(dtype="bfloat16", attention="sdpa", activation_checkpointing=every))
+    *(Recipe(method="full", lora=LoraOptions(special_rows="off"), model=ModelOptions(dtype="bfloat16", attention="sdpa", activation_checkpointing=every))
       for every in ("none", 2, "all")),
 ]  # fmt: skip
 
@@ -95,11 +98,11 @@ def test_saved_tensors_are_predicted(recipe: Recipe, rows: int, length: int) -> 
     ids_BT = torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(0))
     labels_BT = ids_BT.clone()
     labels_BT[:, :10] = -100
-    choice = recipe.model.activation_checkpointing
-    every = choice if isinstance(choice, int) else {"none": 0, "all": 1}[choice]
+    every = from_recipe(recipe.model.activation_checkpointing)
+    batch = MicroBatch(rows, length, rows * (length - 10))
     how, shape = Saving.of(recipe, on_gpu=False), Shape.of(TINY)
-    predicted = blocks_bytes(shape, how, rows, length, every)
-    predicted += head_bytes(shape, how, rows, length, rows * (length - 10))
+    predicted = blocks_bytes(shape, how, batch, every)
+    predicted += head_bytes(shape, how, batch)
     assert predicted == pytest.approx(saved_bytes(model, ids_BT, labels_BT), rel=0.02)
 
 
@@ -158,7 +161,10 @@ def test_each_zero_stage_spreads_its_part_over_the_ranks(
 
 
 def test_longer_rows_and_less_recomputation_never_need_less() -> None:
-    how = Saving.of(lora_recipe(list(LINEARS), 0.05, "bfloat16", "sdpa", "none"), on_gpu=True)
+    how = Saving.of(
+        lora_recipe([linear.name for linear in QWEN.linears], 0.05, "bfloat16", "sdpa", "none"),
+        on_gpu=True,
+    )
 
     def peak(length: int, every: int) -> float:
         return peak_memory(QWEN_7B, how, Zero(2, 8), MicroBatch(1, length, length), every).total

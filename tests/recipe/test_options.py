@@ -50,7 +50,7 @@ def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--optim.lr", "fast"], "optim.lr"),
         (["--lora.variant", "qlora"], "lora.variant"),
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--log.every_steps", "0"], "log.every_steps is 0; expected a positive number"),
+        (["--log.every_steps", "0"], "log.every_steps is 0; expected a positive whole number"),
         (["--lora.dropout", "2"], "lora.dropout is 2"),
         (
             ["--data.train", "a", "--data.train", "b"],

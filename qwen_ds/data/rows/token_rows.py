@@ -208,3 +208,7 @@ def _check(data: DataOptions) -> None:
         raise UserError(f"data.eval_fraction is {data.eval_fraction}; expected 0 to 1, 1 excluded")
     if data.eval and data.eval_fraction:
         raise UserError("data.eval and data.eval_fraction are both given; expected one of them")
+
+
+def check_data(data: DataOptions) -> None:
+    _check(data)
