@@ -6,6 +6,8 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.callback import on_compile_end, on_compile_start
@@ -15,15 +17,21 @@ from transformers.utils import logging as transformers_logging
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
+from qwen_ds.data.rows.data_report import data_report
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory, has_fast_bf16
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
-from qwen_ds.plan.run import Machine, Run
+from qwen_ds.plan.resolve import resolve
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.sources import find_sources
+from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.train import lora
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine import start
+from qwen_ds.train.engine.loading import partitioned_loading
 from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.survive.result import Output
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,11 @@ class Data:
         return self.train.sha256 + ("" if self.eval is None else f" {self.eval.sha256}")
 
 
+    def report(self) -> dict[str, Any]:
+        """The content of data_report.json."""
+        return data_report(self.train.report, None if self.eval is None else self.eval.report)
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """The model that DeepSpeed gets, the adapter's configuration, and the parameter count."""
@@ -50,6 +63,20 @@ class Model:
     adapter_config: lora.LoraConfig | None
     """None: full training."""
     count: lora.ParameterCount
+
+
+def decide(asked: LoadedRecipe, device: torch.device) -> Run:
+    """Find the base model and decide the run (a collective).
+
+    Raises:
+        UserError: an option, the DeepSpeed JSON or the base model is wrong.
+    """
+    # The first rank of each machine fetches a model or makes the demo's; then all find it there.
+    dist.once_per_machine(lambda: find_sources(asked), "model")
+    asked = find_sources(asked)
+    run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
+    start.check_config(run.deepspeed.engine_json)
+    return run
 
 
 def survey(device: torch.device) -> Machine:
@@ -67,7 +94,7 @@ def survey(device: torch.device) -> Machine:
         memory=min(dist.gather(free)),
         memory_source=source,
         fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),
-        can_quantise=engine.can_quantise_weights(device),
+        can_quantise=start.can_quantise_weights(device),
     )
 
 
@@ -106,7 +133,7 @@ def load_model(run: Run, device: torch.device) -> Model:
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, which
     # are gathered only there.
-    with engine.partitioned_loading(run.deepspeed, run.dtype):
+    with partitioned_loading(run.deepspeed, run.dtype):
         model = AutoModelForCausalLM.from_pretrained(
             run.base_folder,
             config=run.base.config,
@@ -128,6 +155,11 @@ def load_model(run: Run, device: torch.device) -> Model:
         lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
+
+
+def output_of(run: Run, model: Model) -> Output:
+    """Where the result goes, and in which form."""
+    return Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
 
 
 def recompute_blocks(model: QWenLMHeadModel, every: int) -> None:

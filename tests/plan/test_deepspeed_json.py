@@ -205,8 +205,8 @@ def test_what_we_cannot_honour_is_refused(config: dict[str, Any]) -> None:
 
 
 def test_precision_sections_follow_what_is_trained() -> None:
-    """LoRA on bf16: none, trainables are their own fp32 masters. Full bf16: both fp32 settings, either alone is not
-    enough."""
+    """LoRA on bf16: none, trainables are their own fp32 masters. Full bf16: both fp32 settings,
+    either alone is not enough."""
     bf16 = {"bf16": {"enabled": True}}
     assert "bf16" not in settle(bf16).engine_json and "data_types" not in settle(bf16).engine_json
     full = settle(bf16, replace(RECIPE, method="full")).engine_json
@@ -264,7 +264,8 @@ def test_every_file_of_ours_resolves() -> None:
 def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
-    """Each started on two ranks: within 1e-4 of the change that training made. The official files run as they are."""
+    """Each started on two ranks: within 1e-4 of the change that training made. The official files
+    run as they are."""
     files = list(OURS)
     for stage, content in OFFICIAL.items():
         files.append(tmp_path / f"official_zero{stage}.json")
@@ -293,7 +294,8 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
 def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
-    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their number."""
+    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their
+    number."""
     config = AutoConfig.for_model("qwen", vocab_size=151936, hidden_size=4096, num_hidden_layers=32,
                                   num_attention_heads=32, intermediate_size=22016)  # fmt: skip
     with torch.device("meta"):
@@ -339,7 +341,8 @@ def test_hpz_takes_its_size_from_the_machines() -> None:
 
 
 def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
-    """ "auto": in full training on a machine with the quantiser. What the user asks for is done or refused."""
+    """ "auto": in full training on a machine with the quantiser. What the user asks for is done or
+    refused."""
     hpz, key = (
         json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()),
         "zero_quantized_weights",
@@ -360,7 +363,8 @@ def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
     "recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))]
 )
 def test_what_is_stored_resolves_to_the_same_again(stage: int, recipe: Recipe) -> None:
-    """Also with every key set, as a stored recipe.yaml sets them, and on another number of ranks."""
+    """Also with every key set, as a stored recipe.yaml sets them, and on another number of
+    ranks."""
     first = settle(OFFICIAL[stage], recipe)
     every_key = frozenset(
         f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s))
@@ -383,6 +387,7 @@ def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(
 
 @pytest.mark.parametrize("path", [None, "ds_configs/zero1.json", "ds_configs/zero2.json"])
 def test_gradient_buckets_are_small_where_the_user_names_no_size(path: str | None) -> None:
-    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4 GB."""
+    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4
+    GB."""
     zero = settle(read_json(path), replace(RECIPE, deepspeed=path)).engine_json["zero_optimization"]
     assert 2 * 4 * zero["reduce_bucket_size"] < 0.2e9

@@ -1,4 +1,5 @@
-"""Automatic activation checkpointing: what is chosen, what is said about it, what it can rely on."""
+"""Automatic activation checkpointing: what is chosen, what is said about it, what it can rely
+on."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def chosen(small_dir: Path, longest: int, rows: int, **model: object) -> tuple[s
 
 
 def test_auto_takes_the_least_recomputation_that_fits(small_dir: Path) -> None:
-    """From none to all blocks as the memory shrinks; each fits, and the next lesser one does not."""
+    """From none to all blocks as the memory shrinks; each fits, and the next lesser one does
+    not."""
     run = run_of(small_dir)
     batch = largest_micro_batch(400, 32, BatchOptions(), 1)
     layers = run.shape.layers

@@ -98,7 +98,8 @@ def test_the_planner_imports_neither_deepspeed_nor_peft() -> None:
 def test_the_planner_plans_the_run_that_training_makes(
     recipe: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same recipe, JSON, notes and figures, at the stage and micro-batch that the recipe asks for."""
+    """Same recipe, JSON, notes and figures, at the stage and micro-batch that the recipe asks
+    for."""
     monkeypatch.chdir(ROOT)
     asked = load_recipe(["--config", str(recipe), "--model.activation_checkpointing", "auto"])
     base = Base.read(small_dir)
@@ -110,7 +111,8 @@ def test_the_planner_plans_the_run_that_training_makes(
     run = resolve(asked, machine_of(options, gpu), base, rows=False)
     planned = plan(asked, options, base)
     (same,) = [each for each in planned.runs if each.deepspeed.stage == run.deepspeed.stage]
-    # resolve() got the path of the same JSON in both; the planner names it where the recipe does not.
+    # resolve() got the path of the same JSON in both; the planner names it where the recipe does
+    # not.
     assert to_dict(same.recipe) == to_dict(run.recipe)
     assert same.deepspeed.engine_json == run.deepspeed.engine_json and same.notes == run.notes
     longest, rows = planned.workload.longest, len(planned.workload.lens)

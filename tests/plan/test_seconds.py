@@ -35,7 +35,8 @@ def test_time_grows_linearly_with_the_tokens() -> None:
 
 
 def test_collectives_move_what_ring_algorithms_move() -> None:
-    """Hand-made: 100 bytes over 4 ranks, 75 received at a gather, 150 at an all-reduce; and the slower link counts."""
+    """Hand-made: 100 bytes over 4 ranks, 75 received at a gather, 150 at an all-reduce; and the
+    slower link counts."""
     assert (
         Collective("gather", 100, 1, 4).moved == 75
         and Collective("reduce", 100, 1, 4, rounds=2).moved == 150

@@ -36,10 +36,10 @@ RECIPE = ("--config", "launch/recipes/lora_zero2.yaml")
 def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = table(
-        capsys, monkeypatch, *RECIPE, "--gpus", "16", "--gpu_memory", "80", "--gpu=a100", "--lora.r", "16",
-        "--batch.tokens_per_micro_batch", "512", "--data.train", "a b.json", "c.json",
-    )  # fmt: skip
+    machine = ["--gpus", "16", "--gpu_memory", "80", "--gpu=a100"]
+    own = ["--lora.r", "16", "--batch.tokens_per_micro_batch", "512"]
+    own += ["--data.train", "a b.json", "c.json"]
+    lines = table(capsys, monkeypatch, *RECIPE, *machine, *own)
     (best,) = [line.split() for line in lines if line.endswith("  best")]
     words = shlex.split(lines[-1])
     assert words[:6] == ["deepspeed", "--num_nodes", "2", "--num_gpus", "8", "launch/train.py"]
@@ -53,11 +53,11 @@ def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(
 def test_the_best_row_is_the_fastest_that_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 GB hold the whole 7B in bf16 and not a row of 8,192 tokens beside it; with ZeRO-3 they do."""
-    lines = table(
-        capsys, monkeypatch, *RECIPE, "--gpu", "rtx4090", "--gpu_memory", "20", "--longest_row", "8192",
-        "--row_tokens", "1500",
-    )  # fmt: skip
+    """20 GB hold the whole 7B in bf16 and not a row of 8,192 tokens beside it; with ZeRO-3 they
+    do."""
+    machine = ["--gpu", "rtx4090", "--gpu_memory", "20"]
+    rows = ["--longest_row", "8192", "--row_tokens", "1500"]
+    lines = table(capsys, monkeypatch, *RECIPE, *machine, *rows)
     rows = [line.split() for line in lines if re.match(r"   \d  ", line)]
     fits = [row for row in rows if row[-1] != "fit"]
     assert {row[0] for row in fits} == {"3"} and {row[0] for row in rows} == {"0", "1", "2", "3"}
