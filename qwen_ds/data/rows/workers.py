@@ -35,6 +35,7 @@ INLINE_ROWS = 16_384
 
 Stream = Iterator[tuple[Conversation | Dropped, str]]
 Encoder = tuple[Encoding, EncodeOptions]
+Submit = Callable[[list[Conversation]], Future[Block] | None]
 
 _encoder: Encoder | None = None  # in a worker, what `_start` loaded for it
 
@@ -45,25 +46,29 @@ def default_workers() -> int:
 
 
 @contextlib.contextmanager
-def encoding_pool(
-    vocabulary: Path, options: EncodeOptions, count: int
-) -> Iterator[Callable[[list[Conversation]], Future[Block]]]:
-    """Processes that encode; yields the function that hands a chunk to the next idle one.
+def encoding_pool(vocabulary: Path, options: EncodeOptions, count: int) -> Iterator[Submit]:
+    """Start processes that encode; yields the function that hands a chunk to the next idle one.
 
-    When one of them dies, every result that is still due raises BrokenProcessPool.
+    The function returns None until the first process is up. When a process dies, every result that
+    is still due raises BrokenProcessPool.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(count, context, _start, (vocabulary, options))
+    with _main_hidden():
+        ready = pool.submit(os.getpid)
 
-    def submit(conversations: list[Conversation]) -> Future[Block]:
+    def submit(conversations: list[Conversation]) -> Future[Block] | None:
+        if not ready.done():
+            return None
         with _main_hidden():  # a process of the pool is started by the first chunk that needs it
             return pool.submit(_encode, conversations)
 
     try:
         yield submit
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Rows that ended before a process was up need not wait for it.
+        pool.shutdown(wait=ready.done(), cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -123,7 +128,7 @@ def encode_all(
     """
     encoding, n_workers = load_encoding(vocabulary), default_workers()
     pending: deque[tuple[Future[Block] | Block, list[str], int, PartReport]] = deque()
-    submit: Callable[[list[Conversation]], Future[Block]] | None = None
+    submit: Submit | None = None
     seen = 0
 
     def write_next() -> None:
@@ -137,10 +142,10 @@ def encode_all(
                 if submit is None and n_workers and seen >= INLINE_ROWS:
                     submit = stack.enter_context(encoding_pool(vocabulary, options, n_workers))
                 seen += len(sources)
-                block: Future[Block] | Block
+                block: Future[Block] | Block | None = None
                 if submit and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers:
                     block = submit(conversations)
-                else:
+                if block is None:
                     block = encode_block(encoding, conversations, options)
                 pending.append((block, sources, part, report))
                 while pending and (not _is_open(pending[0][0]) or len(pending) > 4 * n_workers):

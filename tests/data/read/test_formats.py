@@ -77,7 +77,8 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
     # Broken lines are part of one sample's expectation: they are counted when the user lets them pass.
     bad_rows = "skip" if stem.endswith("_broken") else "stop"
     assert [
-        shown(result) for result, _ in iter_conversations([sample], ReadOptions(fmt, bad_rows=bad_rows))
+        shown(result)
+        for result, _ in iter_conversations([sample], ReadOptions(fmt, bad_rows=bad_rows))
     ] == expected
 
 

@@ -72,7 +72,9 @@ def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:
 def test_counts_tell_rows_read_kept_and_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "summary": ""}, {"content": 5, "summary": "a"}, AD)
     counts: Counter[str] = Counter()
-    results = [result for result, _ in iter_conversations([path], ReadOptions(bad_rows="skip"), counts)]
+    results = [
+        result for result, _ in iter_conversations([path], ReadOptions(bad_rows="skip"), counts)
+    ]
     assert counts == {"rows": 4, "kept": 2, "dropped": 2}
     assert [result.unreadable for result in results if isinstance(result, Dropped)] == [False, True]
 
@@ -83,7 +85,9 @@ def test_a_row_that_gives_nothing_names_its_keys_and_the_expected_ones(tmp_path:
     assert result == Dropped(
         "no answer", "keys found: instruction, Output; keys expected: instruction"
     )
-    ((result, _),) = iter_conversations([write(path, {**AD, "summary": None})], ReadOptions(format="adgen"))
+    ((result, _),) = iter_conversations(
+        [write(path, {**AD, "summary": None})], ReadOptions(format="adgen")
+    )
     assert result == Dropped(
         "no answer", "keys found: content, summary; keys expected: content + summary"
     )
@@ -192,7 +196,9 @@ def test_columns_map_the_keys_that_a_format_expects_to_the_files_own(tmp_path: P
         tmp_path / "turns",
         {"talk": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]},
     )
-    assert next(iter_conversations([turns], ReadOptions(columns={"messages": "talk"})))[0] == talk("1", "2")
+    assert next(iter_conversations([turns], ReadOptions(columns={"messages": "talk"})))[0] == talk(
+        "1", "2"
+    )
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -202,7 +208,10 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
         with pytest.raises(UserError, match=message):
             list(iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows=bad_rows)))
     write(path, {"q": "1", "a": "2", "s": "3"}, {"q": "1"}, {"q": "1", "a": "2"})
-    results = [result for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows="skip"))]
+    results = [
+        result
+        for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows="skip"))
+    ]
     assert (
         isinstance(results[1], Dropped)
         and results[1].reason == "missing key"
@@ -240,7 +249,10 @@ def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
     ]
     assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
     mapped = {"prompt": "content", "answer": "summary"}
-    sources = [source for _, source in iter_conversations([path], ReadOptions(columns=mapped, bad_rows="skip"))]
+    sources = [
+        source
+        for _, source in iter_conversations([path], ReadOptions(columns=mapped, bad_rows="skip"))
+    ]
     assert sources == [source for _, source in results]
     path.write_text(json.dumps({"x": [AD], "version": "1"}), encoding="utf-8")
     with pytest.raises(UserError, match="keys found: x, version"):
@@ -400,7 +412,10 @@ def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
 
 def test_columns_for_rows_to_answer_may_name_an_answer_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", {"q": "1"}, {"q": "2", "a": "3"})
-    found = [found[:2] for found in iter_prompts([path], ReadOptions(columns={"prompt": "q", "answer": "a"}))]
+    found = [
+        found[:2]
+        for found in iter_prompts([path], ReadOptions(columns={"prompt": "q", "answer": "a"}))
+    ]
     assert found == [(talk("1"), None), (talk("2"), "3")]
     with pytest.raises(UserError, match="no column 'x'"):
         list(iter_prompts([path], ReadOptions(columns={"prompt": "x", "answer": "a"})))
