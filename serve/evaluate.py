@@ -20,7 +20,7 @@ from typing import Any
 
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
-from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError, run_command
 from serve.engine.engine import silence_libraries
@@ -114,9 +114,8 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     """Lines of serve.predict, or any rows with `prediction` and `reference`; references of --data go before theirs."""
     references: list[tuple[str | None, str]] | None = None
     if options.data:
-        rows = iter_prompts(
-            options.data, fmt=options.format, columns=options.columns, system=options.system
-        )
+        reading = ReadOptions(options.format, options.columns, options.system)
+        rows = iter_prompts(options.data, reading)
         references = [(reference, source) for _, reference, source in rows][: options.limit]
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected predictions of serve.predict")
