@@ -112,7 +112,7 @@ def merge(
         if error.errno is None:  # a library's, not the system's
             raise
         raise UserError(
-            f"{error.filename or output}: {error.strerror}; expected files that can be read and a"
+            f"{error.filename or output.parent}: {error.strerror}; expected files that can be read and a"
             f" disk that takes {output}"
         ) from error
     return report
