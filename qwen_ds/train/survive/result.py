@@ -14,7 +14,7 @@ from qwen_ds import dist
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import sync, write_json
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import carry_over
+from qwen_ds.model.carry_over import carry_over
 from qwen_ds.train import lora
 from qwen_ds.train.engine.engine import Engine
 from qwen_ds.train.survive.checkpoint import write_tensors
