@@ -21,9 +21,9 @@ from qwen_ds.model.tokenizer import (
     LONGEST_BLANK,
     SPECIAL_TOKENS,
     Encoding,
-    QWenTokenizer,
     load_encoding,
 )
+from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 
 SETS = {"set()": (), "all": "all", "im": {"<|im_start|>", "<|im_end|>"}, "eot": {"<|endoftext|>"}}
 HELLO = [{"role": "user", "content": "你好"}]
