@@ -1,8 +1,8 @@
 """Qwen-DS: fine-tuning and serving of the original Qwen (`model_type: "qwen"`).
 
 Importing the package registers the model with transformers: AutoConfig, AutoModelForCausalLM and
-AutoTokenizer then load a Qwen folder with these classes, whatever code its files refer to and whatever
-`trust_remote_code` says.
+AutoTokenizer then load a Qwen folder with these classes, whatever code its files refer to and
+whatever `trust_remote_code` says.
 """
 
 from __future__ import annotations

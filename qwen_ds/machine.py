@@ -1,4 +1,4 @@
-"""What this machine has to give."""
+"""Resources of this machine: its device, its memory, the speed of its bf16."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from qwen_ds.errors import UserError
 
 @cache
 def has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit (AMX) takes twice as
-    long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16 and at 165 in fp32, on one core."""
+    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit
+    (AMX) takes twice as long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16
+    and at 165 in fp32, on one core."""
     found: dict[str, Any] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # where this torch has it
@@ -45,8 +46,8 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda", rank)
     if dist.nvidia_card_present():
         raise UserError(
-            f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) cannot "
-            "use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
+            f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) "
+            "cannot use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
             "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu (see README, drivers)"
         )
     if wanted == "cuda":
@@ -57,7 +58,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that is less."""
+    """Bytes that this process may still take: of the machine, and of its container where that is
+    less."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())

@@ -4,8 +4,8 @@
     python -m serve.evaluate --predictions FILE [--data FILE...] --output_dir DIR
     deepspeed --num_gpus 8 --module serve.evaluate ...
 
---output_dir gets predictions.jsonl (see serve.predict) and metrics.json. With --predictions nothing is
-generated: they are scored. The scores are defined in serve/scores/metrics.py.
+--output_dir gets predictions.jsonl (see serve.predict) and metrics.json. With --predictions nothing
+is generated: they are scored. The scores are defined in serve/scores/metrics.py.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ class AnswerOptions:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU when there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with single
-    rows to the last token in float32 only."""
+    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with
+    single rows to the last token in float32 only."""
     do_sample: bool = False
-    """false: always the most probable token, the same answers every time. true: draw, as the original
-    API does."""
+    """false: always the most probable token, the same answers every time. true: draw, as the
+    original API does."""
     temperature: float = SamplingParams.temperature
     """Divides the logits before drawing."""
     top_p: float = SamplingParams.top_p
@@ -43,9 +43,9 @@ class AnswerOptions:
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
     long_prompts: Literal["stop", "cut"] = "stop"
-    """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything is
-    generated, naming its file:line, or cut it (oldest turns first, then the end of the question) and
-    count it."""
+    """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
+    is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
+    and count it."""
     limit: int | None = None
     """Take only that many rows from the front."""
     overwrite: bool = False

@@ -66,8 +66,8 @@ class DecodingRow:
 class Completion:
     """One row's answer.
 
-    `ids` are the new tokens without the stop that ended them. `text` is their text; bytes that are no
-    whole UTF-8 character (an answer cut at max_new_tokens may end inside one) show as U+FFFD.
+    `ids` are the new tokens without the stop that ended them. `text` is their text; bytes that are
+    no whole UTF-8 character (an answer cut at max_new_tokens may end inside one) show as U+FFFD.
     """
 
     ids: tuple[int, ...]
@@ -91,8 +91,8 @@ def decode_batch(
     """Completions of the rows, in their order. A row that has ended computes along with the others.
 
     Args:
-        all_done: asked after each token with whether the rows here have ended; decoding ends when it
-            says so. Ranks that must make the same number of forward passes agree in it.
+        all_done: asked after each token with whether the rows here have ended; decoding ends when
+            it says so. Ranks that must make the same number of forward passes agree in it.
 
     Raises:
         LogitsNotFinite: after the prompts; later steps are not looked at, which would cost a

@@ -1,4 +1,4 @@
-"""What decoding refuses. Each front (a command, an HTTP API, Python) words these for its own users."""
+"""Requests that decoding refuses. Each front (a command, an HTTP API) words these for its users."""
 
 from __future__ import annotations
 

@@ -76,8 +76,9 @@ def uniforms(rows: Sequence[SamplingParams], device: torch.device) -> Tensor:
 class BatchSampling:
     """The parameters of a batch's rows, on the device, in groups of rows that are drawn together.
 
-    Rows share a group when they have the same top_k. The groups make a row's candidates, to the last
-    bit, those of the row alone: a softmax over padded candidates may be summed in another order.
+    Rows share a group when they have the same top_k. The groups make a row's candidates, to the
+    last bit, those of the row alone: a softmax over padded candidates may be summed in another
+    order.
     """
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device) -> None:
@@ -106,8 +107,8 @@ def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]
     """The tokens that may be drawn and their probabilities: temperature, then top-k, then top-p.
 
     A token stays when the more probable ones together have less than top_p, so the first always
-    does. Without a top-k the sum runs over the whole vocabulary, but only the PREFILTER most probable
-    tokens are sorted, unless in some row these do not reach top_p: the result is the same.
+    does. Without a top-k the sum runs over the whole vocabulary, but only the PREFILTER most
+    probable tokens are sorted, unless in some row these do not reach top_p: the result is the same.
 
     Args:
         logits_GV: fp32, of the group's rows.

@@ -8,7 +8,7 @@ from typing import Literal
 
 
 class TextStream:
-    """Token ids in, text out. A token may hold a part of a UTF-8 character; its bytes are held back.
+    """Token ids in, text out; the bytes of a character that is not whole yet are held back.
 
     Args:
         token_bytes: the bytes of an id.

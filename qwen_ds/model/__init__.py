@@ -1,1 +1,2 @@
-"""The model itself, without training: family, configuration, modeling, tokenizer, chat, adapters."""
+"""The model itself, without training: family, configuration, modeling, tokenizer, chat,
+adapters."""

@@ -15,8 +15,8 @@ from qwen_ds.model.rotary import apply_rotary
 
 
 class ResidualLinear(nn.Linear):
-    """A Linear that writes into the residual stream: a class of its own, since fresh weights of these
-    are smaller."""
+    """A Linear that writes into the residual stream: a class of its own, since fresh weights of
+    these are smaller."""
 
 
 class QWenAttention(nn.Module):

@@ -1,8 +1,9 @@
 """The prompt lengths that dynamic NTK needs, kept in the key-value cache they belong to.
 
-Keys in a cache are already rotated, so the alpha that rotated them has to serve every later token of
-the row: it is fixed by the length of the row's whole prompt, also when that prompt is prefilled in
-chunks. The length therefore travels with the cache object, whichever class of transformers' that is.
+Keys in a cache are already rotated, so the alpha that rotated them has to serve every later token
+of the row: it is fixed by the length of the row's whole prompt, also when that prompt is prefilled
+in chunks. The length therefore travels with the cache object, whichever class of transformers' that
+is.
 
 Shapes: B rows, T new tokens.
 """
@@ -50,8 +51,8 @@ def declare_prompt_lens(cache: Cache, lens: int | Tensor) -> None:
 
 
 def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | Tensor:
-    """True lengths of rows, int64 [B]; one int where that is enough: without a mask, or where no row
-    can exceed seq_length.
+    """True lengths of rows, int64 [B]; one int where that is enough: without a mask, or where no
+    row can exceed seq_length.
 
     Args:
         mask_BT: [B, num_tokens], 1 for a real token; None: all are.
@@ -71,8 +72,8 @@ def prompt_lens_of(
     """The lengths that decide alpha: those given, else the cache's, else the rows' in this forward.
 
     Raises:
-        ValueError: the lengths cannot be known and matter, or the rows in the cache are not the rows
-            of this forward.
+        ValueError: the lengths cannot be known and matter, or the rows in the cache are not the
+            rows of this forward.
     """
     # The attribute is ours on an object of transformers': it may be absent.
     prompt: _Prompt | None = None if cache is None else cache.__dict__.get("qwen_prompt")
@@ -83,8 +84,8 @@ def prompt_lens_of(
     elif not prompt.declared and new.length > 1 and new.end > seq_length:
         raise ValueError(
             f"{new.length} tokens follow {int(new.past_len)} cached ones beyond seq_length "
-            f"{seq_length}; expected prompt_lens in the first forward: a prompt in chunks is rotated "
-            "for its whole length"
+            f"{seq_length}; expected prompt_lens in the first forward: a prompt in chunks is "
+            "rotated for its whole length"
         )
     prompt.started = True
     if cache is not None:
@@ -103,14 +104,15 @@ def _inferred_lens(new: NewTokens, attention_mask: Tensor | None, seq_length: in
     if new.end > seq_length:
         # The longest row's alpha for all of them would be silently wrong: logits off by 12.
         raise ValueError(
-            f"a 4-D attention mask and {new.end} tokens, more than seq_length {seq_length}; expected "
-            "prompt_lens, the tokens of each row's prompt, which such a mask does not show"
+            f"a 4-D attention mask and {new.end} tokens, more than seq_length {seq_length}; "
+            "expected prompt_lens, the tokens of each row's prompt, which such a mask does not show"
         )
     return new.end
 
 
 def _is_empty(past_len: int | Tensor) -> bool:
     if isinstance(past_len, Tensor) and torch.compiler.is_compiling():
-        # A compiled decoding step: reading the tensor would break the graph. Resets are not compiled.
+        # A compiled decoding step: reading the tensor would break the graph. Resets are not
+        # compiled.
         return False
     return int(past_len) == 0

@@ -1,7 +1,7 @@
 """Chatting the official way: `model.chat`, `model.chat_stream` and the functions around them.
 
-Signatures and results are those of the official code, so that callers need not change. Where results
-differ on purpose, the docstring says so.
+Signatures and results are those of the official code, so that callers need not change. Where
+results differ on purpose, the docstring says so.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -35,9 +35,10 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """The prompt of a chat as text and as ids.
 
-    Of the history only so many of the latest pairs are kept that system turn and history together stay
-    below max_window_size tokens; the query is not counted. No text yields a control token. "raw", for
-    base models, is the bare query, which is the whole prompt: control tokens spelled in it are meant.
+    Of the history only so many of the latest pairs are kept that system turn and history together
+    stay below max_window_size tokens; the query is not counted. No text yields a control token.
+    "raw", for base models, is the bare query, which is the whole prompt: control tokens spelled in
+    it are meant.
     """
     encoding = tokenizer.encoding
     if chat_format == "raw":
@@ -69,13 +70,14 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The response among `tokens`: context_length ids of a prompt, and the generated ones after them.
+    """The response among `tokens`: context_length ids of a prompt, and the generated ones after
+    them.
 
     The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is
-    stripped. Three results differ from the official code's, which are accidents of its way to cut: a
-    response without an end token keeps its last token; the prompt is cut off by its tokens and not by
-    its characters (raw_text_len has no effect), so that text which NFC shortens loses nothing; "raw"
-    ends at `<|endoftext|>` instead of closing up over it.
+    stripped. Three results differ from the official code's, which are accidents of its way to cut:
+    a response without an end token keeps its last token; the prompt is cut off by its tokens and
+    not by its characters (raw_text_len has no effect), so that text which NFC shortens loses
+    nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
 
     Returns:
         The response, and with return_end_reason also what ended it, in the official words.
@@ -193,8 +195,8 @@ class ChatMixin:
         """Answer a query.
 
         `chat_format` and `max_window_size` of the generation config are honoured; kwargs go to
-        `generate`. The response is cut out by `decode_tokens`, whose differences to the official code
-        apply; and rows of the embedding that are no tokens are never generated.
+        `generate`. The response is cut out by `decode_tokens`, whose differences to the official
+        code apply; and rows of the embedding that are no tokens are never generated.
 
         Returns:
             The response, and the history with this exchange appended, as a new list.

@@ -1,4 +1,4 @@
-"""One family of Qwen in one object: its classes, module names, tokenizer, chat format, context rule.
+"""One family of Qwen in one object: classes, module names, tokenizer, chat format, context rule.
 
 Everything outside qwen_ds/model reads these here, so that a second family is a second object.
 
@@ -110,7 +110,7 @@ class Family:
     def chat_format(self, generation_config: dict[str, object]) -> Literal["chatml", "raw"]:
         """How a model answers, by its generation_config.json.
 
-        The official base models say "raw". A folder that does not say counts as one that speaks ChatML.
+        The official base models say "raw". A folder that says nothing counts as ChatML.
         """
         return "raw" if generation_config.get("chat_format", "chatml") == "raw" else "chatml"
 

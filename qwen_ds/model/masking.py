@@ -44,8 +44,8 @@ def visibility(
     padding before or inside a row, or where several queries meet a longer row of keys.
 
     Args:
-        attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or additive,
-            used as it is.
+        attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or
+            additive, used as it is.
         num_keys: K. Larger than past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
 

@@ -1,4 +1,5 @@
-"""The original Qwen (v1) as a native transformers model: official parameter names, official numbers.
+"""The original Qwen (v1) as a native transformers model: official parameter names, official
+numbers.
 
 Shapes: B rows, T new tokens, K keys (cached and new), D hidden, F rotary frequencies, V vocabulary.
 """
@@ -26,7 +27,8 @@ from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in that dtype."""
+    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in that
+    dtype."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -165,19 +167,19 @@ class QWenModel(QWenPreTrainedModel):
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
             past_key_values: any transformers Cache; a new one is made when use_cache is set.
-            use_cache: default: the config's, and never in training mode.
-            extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval mode
+            use_cache: default: the config's, and never in training mode. extend_context: whether
+            dynamic NTK and LogN act beyond seq_length. Default: in eval mode
                 only, as in the official code; False gives the training formula in eval mode.
             prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
-                decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else the
-                rows' lengths in this forward.
+                decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
+                the rows' lengths in this forward.
         Returns:
-            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings, then
-            the output of each block, where ln_f's stands in for the last one's.
+            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings,
+            then the output of each block, where ln_f's stands in for the last one's.
 
         Raises:
-            ValueError: prompt_lens are needed and not given: beyond seq_length with a 4-D mask, which
-                does not tell padding from causality, or for a prompt that arrives in chunks.
+            ValueError: prompt_lens are needed and not given: beyond seq_length with a 4-D mask,
+                which does not tell padding from causality, or for a prompt that arrives in chunks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -299,8 +301,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
 
         Args (the others as in QWenModel):
             labels: int64 [B, T], each under its own token, -100 where it is no target. The loss is
-                the mean cross entropy of the targets, in fp32 (the official code's is in the model's
-                dtype); NaN if there are none.
+                the mean cross entropy of the targets, in fp32 (the official code's is in the
+                model's dtype); NaN if there are none.
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.
             token_type_ids: without effect, as officially; the official tokenizer makes them.
 

@@ -1,7 +1,7 @@
 """The official vocabulary, `qwen.tiktoken`, through tiktoken: text to ids and back, nothing else.
 
-`Encoding` is cheap to hand to worker processes. It agrees with the official tokenizer on every id and
-every decoded text (tests/golden/tokenizer). `QWenTokenizer` wraps it for transformers.
+`Encoding` is cheap to hand to worker processes. It agrees with the official tokenizer on every id
+and every decoded text (tests/golden/tokenizer). `QWenTokenizer` wraps it for transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # 208 of them; their ids follow the vocabulary's own.
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
 
-# Text is cut into these pieces first, the first alternative that fits wins, and no token reaches over a cut.
+# Text is cut into these pieces first, the first alternative that fits wins, and no token reaches
+# over a cut.
 PIECES = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
@@ -36,8 +37,9 @@ PIECES = "|".join(
         r"\s+",
     )
 )
-# The engine behind tiktoken panics (not an Exception) on about a million blanks in a row, with a stack
-# trace on stderr. A request or a data row must not take the process down, so such a text is refused.
+# The engine behind tiktoken panics (not an Exception) on about a million blanks in a row, with a
+# stack trace on stderr. A request or a data row must not take the process down, so such a text is
+# refused.
 LONGEST_BLANK = 900_000
 _TOO_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
 
@@ -45,8 +47,8 @@ Specials = Literal["all"] | Collection[str]
 
 
 def _parse(vocabulary: bytes) -> dict[bytes, int]:
-    """Table of `base64-token rank` lines; UserError unless the ranks are 0 .. n-1 and every byte has
-    one."""
+    """Table of `base64-token rank` lines; UserError unless the ranks are 0 .. n-1 and every byte
+    has one."""
     fields = vocabulary.split()
     try:
         ranks = dict(
@@ -57,7 +59,8 @@ def _parse(vocabulary: bytes) -> dict[bytes, int]:
     n_ranks = len(fields) // 2
     if len(ranks) != n_ranks or sorted(ranks.values()) != list(range(n_ranks)):
         raise UserError(
-            f"{n_ranks} tokens without the ranks 0 to {n_ranks - 1}, one each; is the file complete?"
+            f"{n_ranks} tokens without the ranks 0 to {n_ranks - 1}, one each; is the file "
+            "complete?"
         )
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError("not every single byte is a token; is the file complete?")
@@ -78,8 +81,8 @@ def _bad_line(vocabulary: bytes) -> str:
 class Encoding:
     """Text to token ids and back, without transformers. `load_encoding` makes it; it never changes.
 
-    It pickles as the vocabulary's bytes, so a worker process needs no file; inside one process the same
-    vocabulary is built once (about 0.2 s).
+    It pickles as the vocabulary's bytes, so a worker process needs no file; inside one process the
+    same vocabulary is built once (about 0.2 s).
 
     Attributes:
         special: token text to id, the 208 of SPECIAL_TOKENS, which follow the vocabulary's ranks.
@@ -119,7 +122,8 @@ class Encoding:
         """Ids of the text in NFC; those of `allowed_special` that it spells become control tokens.
 
         Raises:
-            ValueError: the text spells one of `disallowed_special` ("all": all that are not allowed).
+            ValueError: the text spells one of `disallowed_special` ("all": all that are not
+                allowed).
         """
         allowed = allowed_special if allowed_special == "all" else set(allowed_special)
         return self._bpe.encode(
@@ -142,8 +146,8 @@ class Encoding:
         return self._bpe.decode_single_token_bytes(index)
 
     def token(self, index: int) -> bytes | str:
-        """A token as the official tokenizer shows it: bytes, or the text of a special. ValueError for
-        an id without one."""
+        """A token as the official tokenizer shows it: bytes, or the text of a special. ValueError
+        for an id without one."""
         if 0 <= index < len(self.ranks):
             return self._bpe.decode_single_token_bytes(index)
         if len(self.ranks) <= index < self.n_vocab:

@@ -33,8 +33,8 @@ class _NameOnly(PreTrainedConfig):
 
 
 def register() -> None:
-    """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either of
-    its configs).
+    """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either
+    of its configs).
 
     Only the name is registered, on purpose: next to a tokenizer that is registered for the config's
     class, transformers prefers the folder's own code wherever a caller allows remote code, and the
@@ -147,7 +147,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         return [self._encoding.token(index) for index in ids]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Id of a token (bytes, or a special's text), or ids of several; None for an unknown one."""
+        """Id of a token (bytes, or a special's text), or ids of several; None for an unknown
+        one."""
         if isinstance(tokens, bytes):
             return self._encoding.ranks.get(tokens)
         if isinstance(tokens, str):
@@ -219,12 +220,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         on. A chat without a system message gets DEFAULT_SYSTEM.
 
         Raises:
-            ValueError: another template, tools, documents or an assistant mask; there is only ChatML.
-            UserError: a message that is none.
+            ValueError: another template, tools, documents or an assistant mask; there is only
+            ChatML. UserError: a message that is none.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
             raise ValueError(
-                "Qwen's ChatML has no other chat_template, no tools, no documents, no assistant mask"
+                "Qwen's ChatML has no other chat_template, no tools, no documents, no assistant "
+                "mask"
             )
         if add_generation_prompt and continue_final_message:
             raise ValueError(

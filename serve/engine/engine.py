@@ -1,4 +1,4 @@
-"""The engine behind prediction and evaluation: a model on one device that answers prompts in batches."""
+"""The engine behind prediction and evaluation: a model on one device that answers in batches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ServingEngine:
             batch_size: rows decoded together; halved for a batch that does not fit the GPU.
 
         Raises:
-            PromptTooLong: a prompt that leaves no room for its new tokens, before anything is decoded.
+            PromptTooLong: a prompt leaves no room for its new tokens; before anything is decoded.
             LogitsNotFinite, RowOutOfMemory: see qwen_ds/decode/errors.py.
         """
         for row in rows:

@@ -20,8 +20,8 @@ from serve.engine.engine import ServingEngine
 
 
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. auto: as stored, but never float16 on a CPU, which computes it slowly
-    and in part not at all: float32 there."""
+    """The dtype to compute in. auto: as stored, but float32 for float16 on a CPU, which computes
+    float16 slowly and in part not at all."""
     if name != "auto":
         return TORCH_DTYPES[name]
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
@@ -40,7 +40,7 @@ def load_engine(
         dtype: auto (see `choose_dtype`), bfloat16, float16 or float32.
 
     Raises:
-        UserError: no such model or adapter, an adapter for another base, a device that is not there.
+        UserError: no such model, adapter or device, or an adapter for another base.
     """
     folder, place = find_model(str(model_dir)), choose_device(device)
     stored = "auto" if dtype == "auto" else TORCH_DTYPES[dtype]

@@ -1,10 +1,10 @@
 """The finished rows of all ranks on disk: a prediction run is resumed and joined from them.
 
 While OUTPUT is being made there is a folder OUTPUT.parts. Each rank appends its finished rows to a
-file of its own in it, a batch at a time, and reads there which rows need no more work: those of a run
-that was killed, whatever its number of ranks was. When all rows are there, rank 0 writes them in order
-to OUTPUT, which is complete or absent at every moment, and removes the folder. Ranks share nothing
-else: no process group, and so none that could hang.
+file of its own in it, a batch at a time, and reads there which rows need no more work: those of a
+run that was killed, whatever its number of ranks was. When all rows are there, rank 0 writes them
+in order to OUTPUT, which is complete or absent at every moment, and removes the folder. Ranks share
+nothing else: no process group, and so none that could hang.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _short(value: object) -> str:
 class PredictionParts:
     """The folder OUTPUT.parts as one rank sees it.
 
-    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of the whole run.
+    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of
+    the whole run.
     """
 
     def __init__(self, output: Path, rank: int, rows: int) -> None:
@@ -61,7 +62,8 @@ class PredictionParts:
         self.output, self.rows = output, rows
         self._own = self.folder / f"rank_{rank:05d}.jsonl"
         self._read_up_to: dict[Path, int] = {}
-        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of bytes in it.
+        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of
+        # bytes in it.
         self._files: list[Path] = []
         self._file_R = np.full(rows, -1, dtype=np.int32)
         self._start_R = np.zeros(rows, dtype=np.int64)

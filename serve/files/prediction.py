@@ -38,7 +38,8 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class PredictionFigures:
-    """Rows and seconds of a run, of all ranks; rows that an interrupted run left cost it no time."""
+    """Rows and seconds of a run, of all ranks; rows that an interrupted run left cost it no
+    time."""
 
     rows: int
     rows_of_this_run: int

@@ -81,7 +81,8 @@ class PromptReader:
             yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
 
     def survey(self) -> InputSurvey:
-        """Read everything once: a mistake in the last row shows before the first one is answered."""
+        """Read everything once: a mistake in the last row shows before the first one is
+        answered."""
         rows = cut = 0
         for row in self:
             rows, cut = rows + 1, cut + (row.tokens_cut > 0)

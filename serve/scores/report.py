@@ -1,4 +1,4 @@
-"""Evaluation: predict, unless predictions are given, score, and report in JSON and on the terminal."""
+"""Evaluation: predict, unless predictions are given, score, report as JSON and on the terminal."""
 
 from __future__ import annotations
 

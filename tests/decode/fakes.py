@@ -18,7 +18,8 @@ class FakeOutput:
 
 @dataclass
 class FakeModel:
-    """Logits are random numbers that depend on the sum of the row's real tokens; the cache is that sum."""
+    """Logits are random numbers that depend on the sum of the row's real tokens; the cache is that
+    sum."""
 
     head_rows: int = VOCABULARY
     calls: list[tuple[int, ...]] = field(default_factory=list)

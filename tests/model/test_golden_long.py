@@ -1,7 +1,7 @@
 """Beyond seq_length: dynamic NTK and LogN against the official code's numbers (golden/long).
 
-Two official results are bugs and not matched: LogN in left-padded batches counts the padding (the truth is the row
-alone), and several tokens on a cache are not causal (see test_golden_generate).
+Two official results are bugs and not matched: LogN in left-padded batches counts the padding (the
+truth is the row alone), and several tokens on a cache are not causal (see test_golden_generate).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_right_padded_rows_without_a_mask_are_right_once_their_lengths_are_given
 
 
 def test_a_4d_mask_beyond_seq_length_needs_the_prompts_lengths(model) -> None:
-    """Such a mask does not show them, and the longest row's alpha for all is off by whole logits."""
+    """Such a mask does not show them, and the longest row's alpha for all is off by 1 and more."""
     generator, lens = torch.Generator().manual_seed(3), (32, 128)  # 0.5 and 2 times seq_length
     ids = torch.randint(0, 256, (2, 128), generator=generator)
     causal = torch.ones(128, 128, dtype=torch.bool).tril()

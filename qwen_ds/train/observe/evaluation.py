@@ -36,7 +36,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BestLoss:
-    """The lowest evaluation loss so far, where it was, and how many evaluations have followed it."""
+    """The lowest evaluation loss so far, where it was, and how many evaluations have followed
+    it."""
 
     loss: float | None = None
     step: int | None = None
@@ -90,8 +91,8 @@ class Evaluator:
         return loss / max(targets, 1.0)
 
     def samples(self, engine: Engine, step: int) -> list[Sample]:
-        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by side:
-        ZeRO-3 needs every rank in every forward pass."""
+        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by
+        side: ZeRO-3 needs every rank in every forward pass."""
         rows = [self._split(i) for i in range(min(self._options.samples, len(self._rows)))]
         if not rows:
             return []
