@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+
 
 @cache
 def has_fast_bf16() -> bool:
@@ -18,6 +21,39 @@ def has_fast_bf16() -> bool:
         torch.cpu, "get_capabilities", dict
     )()  # where this torch has it
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU.
+
+    Args:
+        wanted: auto, cuda or cpu. auto never falls back to the CPU beside an NVIDIA card that torch
+            cannot use: a run on the CPU by accident would look like a hang.
+
+    Raises:
+        UserError: more ranks than GPUs, no GPU where one is asked for, or one that cannot be used.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        rank, count = dist.local_rank(), torch.cuda.device_count()
+        if rank >= count:
+            raise UserError(
+                f"local rank {rank} has no GPU: {count} on this machine; expected at most {count} "
+                "ranks here (--num_gpus)"
+            )
+        return torch.device("cuda", rank)
+    if dist.nvidia_card_present():
+        raise UserError(
+            f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) cannot "
+            "use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
+            "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu (see README, drivers)"
+        )
+    if wanted == "cuda":
+        raise UserError(
+            "--device cuda: this machine shows no NVIDIA GPU; expected one, or --device cpu"
+        )
+    return torch.device("cpu")
 
 
 def available_memory() -> int:
