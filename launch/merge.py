@@ -177,6 +177,6 @@ def convert_adapter_only(options: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from qwen_ds.errors import run_command
+    from qwen_ds.runlog import run_command
 
     run_command(main)

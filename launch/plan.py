@@ -43,6 +43,6 @@ def recipe_words(words: list[str], own: set[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from qwen_ds.errors import run_command
+    from qwen_ds.runlog import run_command
 
     run_command(main)

@@ -22,7 +22,8 @@ from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.sources import iter_prompts
 from qwen_ds.disk.place import require_folder
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
+from qwen_ds.runlog import run_command
 from serve.engine.engine import silence_libraries
 from serve.files.parts import check_output
 from serve.options import EvaluateOptions, parse

@@ -24,12 +24,12 @@ from qwen_ds import dist
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.sources import iter_prompts, locate
 from qwen_ds.disk.place import require_folder
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.tokenizer import Encoding, load_encoding
-from qwen_ds.runlog import is_terminal, say
+from qwen_ds.runlog import is_terminal, run_command, say
 from serve.engine.engine import Completion, Engine, context_of, silence_libraries
 from serve.files.parts import Parts, Settings, check_output, file_state
 from serve.options import PredictOptions, RunOptions, parse

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.recipe.loading import load_recipe, write_recipe
 from qwen_ds.recipe.options import Recipe
+from qwen_ds.runlog import run_command
 
 
 def test_defaults_are_the_original_projects() -> None:
