@@ -16,18 +16,25 @@ import torch
 from transformers import AutoConfig
 
 from qwen_ds import dist
-from qwen_ds.data.rows.data_report import data_report, summary
+from qwen_ds.data.rows.data_report import data_report
+from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, UserError
+from qwen_ds.machine import choose_device
+from qwen_ds.model.family import QWEN
 from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import setup, special_rows
-from qwen_ds.train.engine import engine
-from qwen_ds.train.loop import total_steps, train
-from qwen_ds.train.observe.progress import Outcome
+from qwen_ds.train.engine import start
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.loop import train
 from qwen_ds.train.observe.run_page import write_report
+from qwen_ds.train.observe.summary import RunSummary
+from qwen_ds.train.schedule import total_steps
+from qwen_ds.train.session import open_session
 from qwen_ds.train.survive import resume
 from qwen_ds.train.survive import run_folder as runfolder
 from qwen_ds.train.survive.checkpoint import Checkpoint
@@ -48,9 +55,9 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     leave_at_signals()
     launched = dist.has_rendezvous() or dist.world_size() > 1
     timeout_minutes = loaded.recipe.distributed.timeout_minutes
-    device = engine.choose_device(loaded.recipe.device)
+    device = choose_device(loaded.recipe.device)
     # A minute more than the watchdog's patience: it knows more about what happened than a collective does.
-    engine.start_process_group(device, timeout_minutes + 1)
+    start.start_process_group(device, timeout_minutes + 1)
     watchdog = Watchdog(timeout_minutes, launched=launched)
     watchdog.start()
     try:
@@ -58,12 +65,12 @@ def run(loaded: LoadedRecipe, note: str = "") -> int:
     except UserError as error:  # reached by every rank, or told to the others
         watchdog.tell(error)
         watchdog.stop()
-        engine.stop_process_group()
+        start.stop_process_group()
         raise
     except Exception as error:
         end_at_once(error, watchdog)
     watchdog.stop()
-    engine.stop_process_group()
+    start.stop_process_group()
     return code
 
 
@@ -90,16 +97,17 @@ def run_in_group(
     machines = dist.ranks_per_machine()
     config = ds_config.read_json(loaded.recipe.deepspeed)
     loaded = setup.choose_dtype(setup.find_sources(loaded), device)
+    base = AutoConfig.from_pretrained(loaded.recipe.model.path)
     resolved = ds_config.resolve(
         config,
         loaded.recipe,
         loaded.set_keys,
-        hidden_size=AutoConfig.from_pretrained(loaded.recipe.model.path).hidden_size,
+        hidden_size=base.hidden_size,
         world=dist.world_size(),
         ranks_per_machine=math.gcd(*machines),
-        can_quantise=engine.can_quantise_weights(device),
+        can_quantise=start.can_quantise_weights(device),
     )
-    engine.check_config(resolved.engine_json)
+    start.check_config(resolved.engine_json)
     recipe, rows_note = special_rows.resolve(resolved.recipe)
     setup.check_device(recipe, device)
     recipe = setup.choose_attention(recipe, device)
@@ -108,7 +116,7 @@ def run_in_group(
     if found:
         resume.check_same_data(found.state, recipe, data.sha256)
         resume.check_world(found, resolved.stage)
-        steps = total_steps(recipe, data.sampler.steps_per_epoch)
+        steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
         if resume.is_finished(found, folder, recipe, steps):
             say(
                 f"{folder} holds a finished run of {found.step} steps; another output_dir begins a new one"
@@ -136,21 +144,22 @@ def run_in_group(
             folder / "data_report.json",
             data_report(data.train.report, None if data.eval is None else data.eval.report),
         )
-    deepspeed_engine = engine.Engine(model.training, recipe.optim, resolved)
+    engine = TrainingEngine(model.training, recipe.optim, resolved)
     identity = resume.identity(recipe, resolved.stored_json(), data.sha256)
     saver = Saver(output, identity, recipe.save.keep, watchdog, found)
     if found:
-        resume.restore(deepspeed_engine, found)
-    outcome = train(recipe, data, deepspeed_engine, saver, output, watchdog, found)
+        resume.restore(engine, found)
+    encoding = QWEN.load_encoding(recipe.model.path)
+    summary = train(open_session(recipe, data, engine, saver, Shape.of(base), encoding))
     watchdog.idle()
-    return finish(folder, outcome, output, model)
+    return finish(folder, summary, output, model)
 
 
 def find_checkpoint(
     folder: Path, recipe: Recipe, resolved: ds_config.ResolvedConfig
 ) -> Checkpoint | None:
     """The checkpoint to go on from, once it is clear that the folder holds this run; None: from the start."""
-    if dist.broadcast_text("run" if runfolder.holds_run(folder) else "") != "run":
+    if not dist.from_rank_0(runfolder.holds_run(folder)):
         return None
     dist.once(
         lambda: resume.check_same_run(folder, recipe, resolved.stored_json()), "compare the recipes"
@@ -158,7 +167,7 @@ def find_checkpoint(
     return resume.find(folder)
 
 
-def finish(folder: Path, outcome: Outcome, output: Output, model: setup.Model) -> int:
+def finish(folder: Path, outcome: RunSummary, output: Output, model: setup.Model) -> int:
     """Report and exit code."""
     if outcome.stopped_by:
         say(
@@ -191,9 +200,9 @@ def start_screen(
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} thread(s)"
     )
-    steps = total_steps(recipe, data.sampler.steps_per_epoch)
+    steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
     lens = data.train.lens
-    rows, *remarks = summary(data.train.report)
+    rows, *remarks = data_summary(data.train.report)
     if data.eval is not None:
         rows += f"; {len(data.eval):,} rows for evaluation"
     resumed = []

@@ -38,7 +38,7 @@ class Session:
         if self.saver.resumed is None:
             return self.state(0, BestLoss(), evaluated=True)
         saved = self.saver.resumed.state
-        return self.state(saved["step"], BestLoss(**saved["best"]), evaluated=saved["evaluated"])
+        return self.state(saved["step"], BestLoss(**saved["best"]), evaluated=saved.get("evaluated", True))
 
     def state(self, step: int, best: BestLoss, *, evaluated: bool) -> RunState:
         """The state after `step` optimizer steps, weights and moments excepted."""
@@ -76,13 +76,16 @@ def open_session(
         resumed.state["progress"] if resumed else None,
     )
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
-    budget = recipe.batch.tokens_per_micro_batch
+    evaluator = None
+    if data.eval is not None:
+        budget = recipe.batch.tokens_per_micro_batch
+        evaluator = Evaluator(data.eval, encoding, recipe.eval, budget, saver.watchdog)
     return Session(
         recipe,
         data,
         engine,
         saver,
         Observer(saver.watchdog, profiler, progress),
-        data.eval and Evaluator(data.eval, encoding, recipe.eval, budget, saver.watchdog),
+        evaluator,
         steps,
     )

@@ -30,7 +30,7 @@ from qwen_ds.plan.traffic import Zero
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import lora, special_rows
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.loading import partitioned_loading
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def load_data(recipe: Recipe) -> Data:
         recipe.batch.tokens_per_micro_batch,
     )  # fmt: skip
     data = Data(rows.train, rows.eval, sampler)
-    seen = dist.gather_texts(data.sha256)
+    seen = dist.gather(data.sha256)
     if other := next((rank for rank, text in enumerate(seen) if text != seen[0]), None):
         raise UserError(
             f"rank {other} reads other rows than rank 0; expected the same data files on every machine"
@@ -121,7 +121,7 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
     dtype, attention = DTYPES[recipe.model.dtype], choose_attention(recipe, device).model.attention
     transformers_logging.disable_progress_bar()  # one bar per rank, over each other
     # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, gathered only there.
-    with engine.partitioned_loading(resolved, dtype):
+    with partitioned_loading(resolved, dtype):
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model.path, dtype=dtype, attn_implementation=attention
         )
@@ -146,7 +146,7 @@ def load_model(recipe: Recipe, resolved: ds_config.ResolvedConfig, device: torch
             model, recipe.lora, base=recipe.model.path, seed=recipe.seed, row_ids=rows
         )
     if recipe.lora.init_from:
-        lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
+        lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
@@ -161,9 +161,7 @@ def choose_dtype(loaded: LoadedRecipe, device: torch.device) -> LoadedRecipe:
     if recipe.model.dtype != "auto":
         return loaded
     slow = (
-        recipe.method == "lora"
-        and device.type == "cpu"
-        and "False" in dist.gather_texts(str(has_fast_bf16()))
+        recipe.method == "lora" and device.type == "cpu" and not all(dist.gather(has_fast_bf16()))
     )
     model = replace(recipe.model, dtype="float32" if slow else "bfloat16")
     return LoadedRecipe(replace(recipe, model=model), loaded.set_keys - {"model.dtype"})
@@ -220,7 +218,7 @@ def choose_recomputation(
         given, of = float(torch.cuda.mem_get_info(device)[0]), "that are free on the GPU"
     else:
         given, of = available_memory() / dist.local_world_size(), "of free memory for each rank"
-    given = min(map(float, dist.gather_texts(str(given))))
+    given = min(dist.gather(given))
     shape = Shape.of(AutoConfig.from_pretrained(recipe.model.path))
     how, zero = Saving.of(recipe, on_gpu=on_gpu), Zero.of(resolved.engine_json, dist.world_size())
     batch = plan.largest_micro_batch(data.train.lens, recipe.batch, dist.world_size())

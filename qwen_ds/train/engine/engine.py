@@ -19,7 +19,7 @@ from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.options import OptimOptions
 from qwen_ds.train.engine.optimizer import make_optimizer
 from qwen_ds.train.engine.state import VALUE, TrainableState
-from qwen_ds.train.lora import borrowed_weights
+from qwen_ds.train.lora import borrowed_weights, numel
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,12 @@ class TrainingEngine:
         """
         found = {name: tensor for name, _, tensor in self.state.gather(VALUE)}
         return found if dist.rank() == 0 else {}
+
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of every parameter by name, in the order of `all_tensors`."""
+        named = dict(self.model.model.named_parameters())
+        names = dict.fromkeys([*self.state.names(), *named])  # each once, in the order of the first
+        return {name: numel(named[name]) for name in names}
 
     def all_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, complete, on the CPU (a collective); empty on ranks other than 0."""

@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss on held-out rows, answers to a few of them, and whether it still gets better.
+"""Evaluation during training: loss on held-out rows, answers to a few of them, the best loss so far.
 
 Shapes: L tokens of one row.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,16 @@ from qwen_ds import dist
 from qwen_ds.data.batches import evaluation_batches
 from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
-from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.model.family import QWEN
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import EvalOptions
-from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of the evaluation data as the model answers it now."""
+    """A row of the evaluation data with the model's answer of this moment."""
 
     prompt: str
     answer: str
@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BestLoss:
-    """The lowest evaluation loss so far, where it was, and how many evaluations have followed it."""
+    """The lowest evaluation loss so far, its step, and the number of evaluations since then."""
 
     loss: float | None = None
     step: int | None = None
@@ -50,19 +50,21 @@ class BestLoss:
 
 
 class Evaluator:
-    """Loss and sampled answers on `rows`; every method is a collective that all ranks enter alike."""
+    """Loss and sampled answers on `rows`.
+
+    `loss` and `samples` are collectives: under ZeRO-3 every forward pass needs every rank.
+    """
 
     def __init__(
         self,
         rows: TokenRows,
-        model: Path,
+        encoding: Encoding,
         options: EvalOptions,
         tokens_per_micro_batch: int,
         watchdog: Watchdog,
     ) -> None:
         self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
-        self._encoding = load_encoding(model)
-        self._watchdog = watchdog
+        self._encoding, self._watchdog = encoding, watchdog
 
     def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Whether the evaluation follows optimizer step `step` (1-based) of `steps`."""
@@ -70,22 +72,22 @@ class Evaluator:
         return step > 0 and (step % every == 0 or step == steps)
 
     @torch.no_grad()
-    def loss(self, engine: Engine, step: int) -> float:
-        """Nats per learnt token over all rows, by the training formula, dropout off."""
+    def loss(self, engine: TrainingEngine, step: int) -> float:
+        """Nats per target token over all rows, by the training formula, dropout off."""
         engine.train(False)
         loss = targets = 0.0
-        for i, batch in enumerate(
-            evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
-        ):
+        batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
+        for i, batch in enumerate(batches):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
             loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
             targets += batch.num_targets
+        # All ranks, once an evaluation.
         loss, targets = dist.sum_floats(loss, targets)
         engine.train(True)
         return loss / max(targets, 1.0)
 
     @torch.no_grad()
-    def samples(self, engine: Engine, step: int) -> list[Sample]:
+    def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
         """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by side: ZeRO-3 needs
         every rank in every forward pass."""
         count = min(self._options.samples, len(self._rows))
@@ -122,7 +124,10 @@ class Evaluator:
         return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     def _split(self, row: int) -> tuple[list[int], list[int]]:
-        """Token ids up to and with "<|im_start|>assistant\\n" of the first learnt turn, and those of its answer."""
+        """Token ids of a row's first trained turn: those of the prompt, and those of the answer.
+
+        The prompt ends with "<|im_start|>assistant\\n".
+        """
         ids_L, labels_L = (array.tolist() for array in self._rows[row])
         first = next((i for i, label in enumerate(labels_L) if label != IGNORE), len(ids_L))
         header = self._encoding.ordinary("assistant\n")
@@ -135,9 +140,8 @@ class Evaluator:
         return ids[: next((i for i, index in enumerate(ids) if index in stops), len(ids))]
 
     def _stop_ids(self) -> list[int]:
-        special = self._encoding.special
-        return [special["<|endoftext|>"], special["<|im_start|>"], special["<|im_end|>"]]
+        return list(QWEN.stop_ids(self._encoding))
 
     def _text(self, ids: list[int]) -> str:
-        """Padding rows of the embedding have no token; an untrained model may choose them."""
+        # Padding rows of the embedding have no token, and an untrained model may choose one.
         return self._encoding.decode([index for index in ids if index < self._encoding.n_vocab])
