@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError, run_command
+from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from qwen_ds.recipe.parser import Parser
+from qwen_ds.runlog import run_command
 
 if TYPE_CHECKING:
     from qwen_ds.export.merge_report import MergeReport

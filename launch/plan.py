@@ -36,6 +36,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from qwen_ds.errors import run_command
+    from qwen_ds.runlog import run_command
 
     run_command(main)

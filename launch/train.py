@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qwen_ds.recipe.loading import load_recipe
-from qwen_ds.errors import run_command
+from qwen_ds.runlog import run_command
 
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 

@@ -10,7 +10,7 @@ is generated: they are scored. The scores are defined in serve/scores/metrics.py
 
 from __future__ import annotations
 
-from qwen_ds.errors import run_command
+from qwen_ds.runlog import run_command
 from serve.engine.loading import silence_libraries
 from serve.options import EvaluateOptions, parse
 from serve.scores.report import evaluate

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_ds.errors import run_command
+from qwen_ds.runlog import run_command
 from serve.engine.loading import silence_libraries
 from serve.files.prediction import predict
 from serve.options import PredictOptions, parse

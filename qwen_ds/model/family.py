@@ -20,7 +20,6 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
-
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
 
 

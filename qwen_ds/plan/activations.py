@@ -56,7 +56,9 @@ class Saving:
     def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family = QWEN) -> Saving:
         """What a recipe without any auto saves, but for activation checkpointing."""
         full, lora = recipe.method == "full", recipe.lora
-        assert full or lora.special_rows != "auto", "plan/resolve.py decides about trainable token rows"
+        assert full or lora.special_rows != "auto", (
+            "plan/resolve.py decides about trainable token rows"
+        )
         matched = family.matched(lora.targets)
         embedding, head = (full or name in lora.modules_to_save for name in family.ends)
         return cls(

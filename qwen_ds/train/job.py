@@ -63,9 +63,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if not dist.from_rank_0(run_folder.holds_run(run.folder)):
         return None
     ds_json = run.deepspeed.stored_json()
-    dist.once(
-        lambda: resume.check_same_run(run.folder, run.recipe, ds_json), "compare the recipes"
-    )
+    dist.once(lambda: resume.check_same_run(run.folder, run.recipe, ds_json), "compare the recipes")
     return resume.find(run.folder)
 
 

@@ -49,7 +49,6 @@ class Data:
         """Of the token rows, for training and for evaluation."""
         return self.train.sha256 + ("" if self.eval is None else f" {self.eval.sha256}")
 
-
     def report(self) -> dict[str, Any]:
         """The content of data_report.json."""
         return data_report(self.train.report, None if self.eval is None else self.eval.report)

@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_ds.disk.weights import TensorSpec
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.export.proof.verify import available_memory
 from qwen_ds.export.stream.blocks import BlockWriter
 from qwen_ds.recipe.parser import Parser
+from qwen_ds.runlog import run_command
 
 NUM_SHARDS = 8
 TABLE = 2**24  # random values, drawn once

@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss on held-out rows, answers to a few of them, the best loss.
+"""Evaluation during training: loss on held-out rows, answers to a few of them, the best loss so far.
 
 Shapes: L tokens of one row.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,14 +19,15 @@ from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.family import QWEN
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import EvalOptions
-from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of the evaluation data as the model answers it now."""
+    """A row of the evaluation data with the model's answer of this moment."""
 
     prompt: str
     answer: str
@@ -36,8 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BestLoss:
-    """The lowest evaluation loss so far, where it was, and how many evaluations have followed
-    it."""
+    """The lowest evaluation loss so far, its step, and the number of evaluations since then."""
 
     loss: float | None = None
     step: int | None = None
@@ -53,18 +52,20 @@ class BestLoss:
 
 
 class Evaluator:
-    """Loss and sampled answers on `rows`; `loss` and `samples` are collectives of all ranks."""
+    """Loss and sampled answers on `rows`.
+
+    `loss` and `samples` are collectives: under ZeRO-3 every forward pass needs every rank.
+    """
 
     def __init__(
         self,
         rows: TokenRows,
-        model: Path,
+        encoding: Encoding,
         options: EvalOptions,
         tokens_per_micro_batch: int,
         watchdog: Watchdog,
     ) -> None:
         self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
-        encoding = QWEN.load_encoding(model)
         self._vocabulary = Vocabulary(encoding.n_vocab, rows.pad_id, encoding.decode)
         self._stop = StopRule(QWEN.stop_ids(encoding))
         self._header = tuple(encoding.ordinary("assistant\n"))
@@ -76,21 +77,21 @@ class Evaluator:
         return step > 0 and (step % every == 0 or step == steps)
 
     @torch.no_grad()
-    def loss(self, engine: Engine, step: int) -> float:
+    def loss(self, engine: TrainingEngine, step: int) -> float:
         """Nats per target token over all rows, by the training formula, dropout off."""
         engine.train(False)
         loss = targets = 0.0
-        for i, batch in enumerate(
-            evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
-        ):
+        batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
+        for i, batch in enumerate(batches):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
             loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
             targets += batch.num_targets
+        # All ranks, once an evaluation.
         loss, targets = dist.sum_floats(loss, targets)
         engine.train(True)
         return loss / max(targets, 1.0)
 
-    def samples(self, engine: Engine, step: int) -> list[Sample]:
+    def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
         """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by
         side: ZeRO-3 needs every rank in every forward pass."""
         rows = [self._split(i) for i in range(min(self._options.samples, len(self._rows)))]
@@ -114,9 +115,7 @@ class Evaluator:
             try:
                 found = decode_batch(model, batch, vocabulary, engine.device, all_done)
                 answers = [completion.text for completion in found]
-            except (
-                LogitsNotFinite
-            ):  # every rank meets it; the loss beside the samples is NaN as well
+            except LogitsNotFinite:  # on every rank alike; the loss beside the samples is NaN, too
                 answers = [""] * len(rows)
         engine.train(True)
         decode = vocabulary.decode
