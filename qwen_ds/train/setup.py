@@ -151,7 +151,7 @@ def load_model(run: Run, device: torch.device) -> Model:
         base, seed = options.path, recipe.seed
         wrapped = lora.add_lora(model, recipe.lora, base=base, seed=seed, row_ids=run.special_ids)
     if recipe.lora.init_from:
-        lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
+        lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
