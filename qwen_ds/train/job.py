@@ -15,7 +15,7 @@ from qwen_ds.plan.run import Run
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.recipe.options import ResumeOptions
 from qwen_ds.runlog import log_to_file, say
-from qwen_ds.train import screen, setup
+from qwen_ds.train import screen, setup, survey
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.loop import train
 from qwen_ds.train.schedule import total_steps
@@ -42,7 +42,7 @@ def run_in_group(
     log_to_file(folder / "logs")
     if note:
         say(note)
-    run = setup.decide(asked, device)
+    run = survey.decide(asked, device)
     found = find_checkpoint(run)
     data = setup.load_data(run)
     if found and nothing_is_left(found, run, data):
