@@ -167,9 +167,9 @@ class QWenModel(QWenPreTrainedModel):
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
             past_key_values: any transformers Cache; a new one is made when use_cache is set.
-            use_cache: default: the config's, and never in training mode. extend_context: whether
-            dynamic NTK and LogN act beyond seq_length. Default: in eval mode
-                only, as in the official code; False gives the training formula in eval mode.
+            use_cache: default: the config's, and never in training mode.
+            extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval
+                mode only, as in the official code; False gives the training formula in eval mode.
             prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
                 decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
                 the rows' lengths in this forward.
