@@ -1,5 +1,8 @@
-"""The bare encoding: texts and vocabulary files that it refuses. Its ids are held to the official ones
-in test_transformers_tokenizer, beside those of the class around it."""
+"""The bare encoding: bytes of tokens, and the texts and vocabulary files that it refuses.
+
+Its ids are held to the official ones in test_transformers_tokenizer, beside those of the class
+around it.
+"""
 
 from __future__ import annotations
 
