@@ -18,11 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer
 import qwen_ds  # noqa: F401  # registers the classes
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE
-from qwen_ds.model.tokenizer import (
-    SPECIAL_TOKENS,
-    Encoding,
-    load_encoding,
-)
+from qwen_ds.model.tokenizer import SPECIAL_TOKENS, Encoding, load_encoding
 from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 
 SETS = {"set()": (), "all": "all", "im": {"<|im_start|>", "<|im_end|>"}, "eot": {"<|endoftext|>"}}
