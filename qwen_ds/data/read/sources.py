@@ -1,9 +1,9 @@
 """From the paths of a recipe (files, folders, hub data sets) to conversations, one after another.
 
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
-order of their names; a folder that `datasets` saved; or the id of a data set on the hub, "org/name",
-"org/name:split" or "org/name:config:split". Of a folder with several splits "folder:split" is read,
-"train" unless another is named.
+order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
+"org/name", "org/name:split" or "org/name:config:split". Of a folder with several splits
+"folder:split" is read, "train" unless another is named.
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
 "output": "a"}. Only the columns named in it are then read, by the reader whose keys are named.
@@ -80,7 +80,8 @@ def iter_conversations(
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> Iterator[tuple[Conversation | Dropped, str]]:
-    """The conversations of all paths in order, each with its source; a Dropped for a row without one.
+    """The conversations of all paths in order, each with its source; a Dropped for a row without
+    one.
 
     A row may give several conversations (a tree), several rows one (single messages). A row that
     cannot be read (broken JSON, wrong types, an unknown role, unknown keys) comes as a Dropped with
@@ -116,9 +117,9 @@ def iter_prompts(
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
-    messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..} or
-    {"text": ..}. Of several turns the last answer is the reference; None stands for a missing one.
-    A row without a question comes as (Dropped, None, source), so that no row is lost.
+    messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..}
+    or {"text": ..}. Of several turns the last answer is the reference; None stands for a missing
+    one. A row without a question comes as (Dropped, None, source), so that no row is lost.
     """
     reading, places = _Reading.of(options, True, counts), _places(paths)
 
@@ -199,7 +200,8 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file is named for, by its own name or its folder's, as `datasets` does it."""
+    """The split that a file is named for, by its own name or its folder's, as `datasets` does
+    it."""
     for part in reversed(name.lower().split("/")):
         for split, word in _SPLITS.items():
             if word.search(part):
@@ -353,7 +355,8 @@ def _unreadable(error: RowError, source: str, reading: _Reading) -> Dropped:
 
 
 def _unwrapped(row: SourceRow, reading: _Reading) -> Iterator[tuple[object, str]]:
-    """The row itself; or the rows of an object that maps names to lists of rows (Safety-Prompts)."""
+    """The row itself; or the rows of an object that maps names to lists of rows
+    (Safety-Prompts)."""
     value = row.row
     if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
         inner = next((inner for rows in value.values() for inner in rows), None)
@@ -379,7 +382,8 @@ def _is_row(value: object, reading: _Reading) -> bool:
 
 
 def _mapped(value: object, source: str, reading: _Reading, is_first: bool) -> Row:
-    """The row under the reader's own keys. In a path's first row every mapped column must be there."""
+    """The row under the reader's own keys. In a path's first row every mapped column must be
+    there."""
     row = as_row(value)
     assert reading.reader is not None, "columns fix the reader"
     needed = {*reading.reader.keys, *(() if reading.for_prompts else reading.reader.answers)}
