@@ -1,8 +1,8 @@
-"""The cache of token rows: a file for each set of inputs, named by a hash, made once, never changed.
+"""The cache of token rows: one file for each set of inputs, named by a hash and never changed.
 
 The hash covers everything that decides a row: the bytes of the input files and their names (rows
-name their file:line), the options, the vocabulary, and the code that reads and encodes. So a changed
-input never meets an old file, and nothing has to be cleared by hand.
+name their file:line), the options, the vocabulary, and the code that reads and encodes. So a
+changed input never meets an old file, and nothing has to be cleared by hand.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _key(
 
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    """Of the modules that turn files into rows: rows of a broken reader must not hide its repair."""
+    """Of the modules that turn files into rows: rows of a broken reader must not hide its
+    repair."""
     files = sorted(Path(__file__).parents[1].rglob("*.py")) + [
         Path(chatml.__file__),
         Path(tokenizer.__file__),
