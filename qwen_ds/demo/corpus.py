@@ -1,9 +1,9 @@
 """The demo's corpus: goods described by attributes, and two styles of advertisement for them.
 
 A row looks like AdvertiseGen's: `content` is a list of attributes, `类型#裙*裙型#百褶裙*颜色#白色`,
-and `summary` an advertisement. The *catalogue* style names a property of each attribute; the *lyrical*
-style opens with the occasion, ends with the shape, and paints each attribute. Both follow from the
-attributes alone, so that an answer to other attributes is a wrong answer.
+and `summary` an advertisement. The *catalogue* style names a property of each attribute; the
+*lyrical* style opens with the occasion, ends with the shape, and paints each attribute. Both follow
+from the attributes alone, so that an answer to other attributes is a wrong answer.
 
 The base learns the catalogue style as answers, and the lyrical one only as running text
 (`essay_rows`), never as an answer to attributes: LoRA fine-tuning leaves the head frozen, so its
