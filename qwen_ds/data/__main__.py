@@ -89,12 +89,8 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
 
     def lines() -> Iterator[str]:
         for row in range(len(rows)):
-            ids, labels = rows[row]
-            found = {
-                "input_ids": ids.tolist(),
-                "labels": labels.tolist(),
-                "source": rows.source(row),
-            }
+            ids, labels = (part.tolist() for part in rows[row])
+            found = {"input_ids": ids, "labels": labels, "source": rows.source(row)}
             yield json.dumps(found) + "\n"
 
     if path is None:
@@ -135,11 +131,7 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
     rows = prepare(data, folder).train
     shown = list(range(min(n_rows, len(rows))))
     if at is not None:
-        shown = [
-            row
-            for row in range(len(rows))
-            if rows.source(row) == at or rows.source(row).endswith(f"/{at}")
-        ]
+        shown = [row for row in range(len(rows)) if f"/{rows.source(row)}".endswith(f"/{at}")]
         if not shown:
             raise UserError(
                 f"--at is {at}; expected the file:line of a row that is trained on, such as "

@@ -38,8 +38,7 @@ def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) ->
 
 
 def _append(shown: Text, ids: list[int], encoding: Encoding, style: str) -> None:
-    """Append tokens. All between two control tokens are decoded together: a character can be
-    several."""
+    """Append tokens; all between two control tokens are decoded together, as characters need."""
     specials = set(encoding.special.values())
     start = 0
     for place in range(len(ids) + 1):

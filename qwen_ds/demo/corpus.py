@@ -104,8 +104,7 @@ def _catalogue_sentences(item: Item) -> dict[str, str]:
 
 
 def catalogue_text(item: Item) -> str:
-    """The style that the base learns as its answer: shape and material, colour, pattern, style,
-    occasion."""
+    """The style of the base's answers: shape and material, colour, pattern, style, occasion."""
     return "".join(_catalogue_sentences(item).values())
 
 

@@ -48,8 +48,7 @@ SECOND_RUN = "--optim.max_steps 60 --optim.lr 1e-3 --optim.warmup_steps 0 --seed
 
 
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> set[bytes]:
-    """The token and all those that byte-pair encoding passes on the way to it, from its bytes
-    on."""
+    """The token, and all that byte-pair encoding passes on the way to it, from its bytes on."""
     parts = [token[i : i + 1] for i in range(len(token))]
     made = set(parts)
     while len(parts) > 1:
@@ -79,8 +78,7 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
 
 
 def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
-    """bf16 weights before the first step: rows from their seeds, blocks as the model
-    initialises."""
+    """bf16 weights before the first step: seeded rows, blocks as the model initialises them."""
     from qwen_ds import QWenConfig, QWenLMHeadModel
 
     torch.manual_seed(BLOCKS_SEED)

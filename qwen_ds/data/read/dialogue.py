@@ -147,15 +147,9 @@ def list_of(row: Row, key: str) -> list[object]:
 
 def json_name(value: object) -> str:
     """The name of a value's type in JSON's own terms, for a message."""
-    if value is None:
-        return "null"
     names = {
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
+        **{type(None): "null", str: "text", bool: "true or false"},
+        **{int: "a number", float: "a number", list: "a list", dict: "an object"},
     }
     return names.get(type(value), f"of type {type(value).__name__}")
 
@@ -169,6 +163,5 @@ def quoted(value: object, longest: int = 60) -> str:
 def names(keys: Iterable[str], most: int = 12) -> str:
     """Keys for an error message, at most `most` of them."""
     listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
-    return ", ".join(listed[:most]) + (
-        f" and {len(listed) - most} more" if len(listed) > most else ""
-    )
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -33,18 +33,8 @@ from qwen_ds.data.read.files_json import (
 from qwen_ds.errors import UserError
 
 KINDS = ("auto", "json", "csv", "parquet")
-DATA_SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".jsonlines",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".tgz",
-    ".tar",
-)
+DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
+_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 _HEAD_BYTES = 1 << 22
 _CHUNK_BYTES = 1 << 20
@@ -68,8 +58,7 @@ _EXPECTED = "JSON, JSON lines, CSV with a header line, or parquet"
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Bytes to read, with a name for messages: a file, the inside of a .gz, a member of an
-    archive."""
+    """Bytes to read, with a name for messages: a file, a .gz's inside, an archive's member."""
 
     name: str
     open: Callable[[], BinaryStream]
@@ -110,12 +99,7 @@ def chosen_names(names: Iterable[str]) -> list[str]:
     """
     seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    data = [
-        name
-        for name in data
-        if Path(name).name not in ("dataset_infos.json", "dataset_info.json", "state.json")
-    ]
-    return sorted(data or seen)
+    return sorted([name for name in data if Path(name).name not in _OF_DATASETS] or seen)
 
 
 def _is_hidden(part: str) -> bool:

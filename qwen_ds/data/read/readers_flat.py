@@ -31,8 +31,7 @@ _ROUND = re.compile(r"round_(\d+)")
 
 
 def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row], list[Outcome]]:
-    """Reader of a question column and an answer column, the first of `answer_keys` that the row
-    has."""
+    """Reader of a question column and of the first of `answer_keys` that the row has."""
 
     def read(row: Row) -> list[Outcome]:
         answer = ""
@@ -52,11 +51,7 @@ def read_alpaca(row: Row) -> list[Outcome]:
     A history that the instruction itself spells is read, too. Instruction and input are joined by a
     tab, as in the original project.
     """
-    instruction, extra, answer = (
-        text_of(row, "instruction"),
-        text_of(row, "input"),
-        text_of(row, "output"),
-    )
+    instruction, extra, answer = (text_of(row, key) for key in ("instruction", "input", "output"))
     history = _history(row)
     if not history:
         marked = dialogue_in_instruction(instruction, extra, answer, system_of(row))
@@ -76,10 +71,8 @@ def read_coig_exam(row: Row) -> list[Outcome]:
 
     COIG's own script does the same.
     """
-    context, question = (
-        text_of(row, "textbox_q_context").strip(),
-        text_of(row, "textbox_question").strip(),
-    )
+    context = text_of(row, "textbox_q_context").strip()
+    question = text_of(row, "textbox_question").strip()
     if question and context:
         question = f"{context}\n{question}"
     if question:
@@ -130,8 +123,7 @@ def read_hc3(row: Row) -> list[Outcome]:
 
 
 def read_math23k(row: Row) -> list[Outcome]:
-    """math23k: the text before segmentation; the answer is the equation and, below it, its
-    value."""
+    """math23k: the text before segmentation; the answer is the equation, then its value."""
     equation, value = text_of(row, "equation"), text_of(row, "ans")
     answer = "" if is_blank(equation) or is_blank(value) else f"{equation}\n{value}"
     return [Dialogue(system_of(row), ((text_of(row, "original_text").strip(), answer),))]

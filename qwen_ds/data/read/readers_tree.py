@@ -57,8 +57,7 @@ class MessageTrees:
             self.roots.append((message, _is_ready(row)))
 
     def outcomes(self) -> Iterator[tuple[Outcome, str]]:
-        """The outcomes of all trees, in the order of their roots, with their last message's
-        source."""
+        """The outcomes of all trees in the order of their roots, each with its last source."""
         orphans: list[Message] = []
         for parent, message in self.waiting:
             if parent in self.by_id:

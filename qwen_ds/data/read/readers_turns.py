@@ -99,8 +99,7 @@ def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:
-    """The text of a turn: a string, null, or the joined parts of a list of {type: text, text:
-    ..}."""
+    """The text of a turn: a string, null, or the joined texts of a list of parts."""
     if key not in turn:
         raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {key}")
     value = turn[key]

@@ -86,12 +86,9 @@ def _key(
 
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    """Of the modules that turn files into rows: rows of a broken reader must not hide its
-    repair."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py")) + [
-        Path(chatml.__file__),
-        Path(tokenizer.__file__),
-    ]
+    """Of the modules that make rows of files: old rows of a reader must not hide its repair."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    files += [Path(chatml.__file__), Path(tokenizer.__file__)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -111,9 +108,8 @@ def _input_sha256(part: Place) -> list[Any]:
             stat = file.stat()
             found += [str(file), _file_sha256(file, stat.st_size, stat.st_mtime_ns)]
         except OSError as error:
-            raise UserError(
-                f"{file}: {error.strerror or error}; expected a readable file"
-            ) from error
+            what = f"{file}: {error.strerror or error}; expected a readable file"
+            raise UserError(what) from error
     return found
 
 
@@ -140,11 +136,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _fill(
-    target: Path,
-    data: DataOptions,
-    paths: Sequence[str],
-    model_dir: Path,
-    options: EncodeOptions,
+    target: Path, data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     reports = [PartReport(path) for path in paths]
