@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from qwen_ds import dist
+from qwen_ds.machine import choose_device
 from qwen_ds.plan import deepspeed_json as ds_config
 from qwen_ds.recipe.options import ModelOptions, OptimOptions, Recipe
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.engine.start import start_process_group, stop_process_group
 from qwen_ds.train.lora import LoraConfig
 from qwen_ds.train.survive.result import Output
 from qwen_ds.train.survive.saver import RunState, Saver
@@ -60,7 +62,7 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(saver: Saver, trained: engine.Engine, step: int, size: int) -> str:
+def measure(saver: Saver, trained: TrainingEngine, step: int, size: int) -> str:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
-    engine.start_process_group(engine.choose_device("cpu"), 10)
+    start_process_group(choose_device("cpu"), 10)
     recipe = Recipe(model=ModelOptions(dtype="float32"))
     config = {"zero_optimization": {"stage": options.stage}}
     resolved = ds_config.resolve(
@@ -88,7 +90,7 @@ def main() -> None:
     )
     model: Any = Adapter()
     size = 4 * sum(p.numel() for p in model.parameters())
-    trained = engine.Engine(model, OptimOptions(), resolved)
+    trained = TrainingEngine(model, OptimOptions(), resolved)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     trained.backward(trained.loss_sum(ids, ids), last_of_step=True)
     trained.step()
@@ -117,7 +119,7 @@ def main() -> None:
         )
         shutil.rmtree(folder)
     dist.barrier()
-    engine.stop_process_group()
+    stop_process_group()
 
 
 if __name__ == "__main__":

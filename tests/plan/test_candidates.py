@@ -107,7 +107,7 @@ def test_auto_says_what_it_chose_and_why(small_dir: Path) -> None:
 def test_all_ranks_take_the_choice_of_the_one_with_the_least_memory(
     small_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dist, "gather_texts", lambda text: [text, "100000.0"])
+    monkeypatch.setattr(dist, "gather", lambda value: [value, 100000.0])
     assert chosen(small_dir, [30] * 8)[0] == "all"
 
 

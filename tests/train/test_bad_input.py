@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_ds import dist
+from qwen_ds import dist, machine
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.loading import load_recipe, write_recipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import setup
-from qwen_ds.train.engine import engine
 from qwen_ds.train.run import run_in_group
 from qwen_ds.train.survive import run_folder as runfolder
 from qwen_ds.train.survive.watchdog import Watchdog
@@ -76,7 +75,7 @@ def test_machines_that_hold_other_rows(
     small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a shared disk each machine reads its own copy of the data: rank 2 has another."""
-    monkeypatch.setattr(dist, "gather_texts", lambda text: [text, text, "another hash"])
+    monkeypatch.setattr(dist, "gather", lambda text: [text, text, "another hash"])
     recipe = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")]).recipe
     with pytest.raises(
         UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"
@@ -242,12 +241,12 @@ def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.M
     monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)
     for wanted in ("auto", "cuda"):
         with pytest.raises(UserError, match="cannot use this machine's NVIDIA GPU"):
-            engine.choose_device(wanted)
-    assert engine.choose_device("cpu").type == "cpu"
+            machine.choose_device(wanted)
+    assert machine.choose_device("cpu").type == "cpu"
     monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
     with pytest.raises(UserError, match="shows no NVIDIA GPU"):
-        engine.choose_device("cuda")
-    assert engine.choose_device("auto").type == "cpu"
+        machine.choose_device("cuda")
+    assert machine.choose_device("auto").type == "cpu"
 
 
 @pytest.mark.job

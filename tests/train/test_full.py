@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import QWenTokenizer
-from qwen_ds.train.survive import result as output
+from qwen_ds.train.survive import result
 
 RUNS = [(name, "float32") for name in ("zero2", "zero3", "zero2_offload", "zero3_offload")]
 RUNS += [("zero2", "bfloat16"), ("zero3_offload", "bfloat16")]
@@ -93,11 +94,10 @@ def test_a_large_model_lies_in_several_files(
     small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What 4 GB are to a 7B: files with the usual names, an index, and the whole loads."""
-    monkeypatch.setattr(output, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(result, "plan_shards", partial(result.plan_shards, max_bytes=200_000))
     tensors = load_file(small_dir / "model.safetensors")
-    written = output.Output(tmp_path, small_dir, torch.float32, None).write_values(
-        tmp_path, tensors
-    )
+    output = result.Output(tmp_path, small_dir, torch.float32, None)
+    written = output.write_values(tmp_path, tensors)
     model = tmp_path / "model"
     index = json.loads((model / "model.safetensors.index.json").read_text())
     files = sorted(model.glob("model-*.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -125,21 +126,21 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
     options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6)
     for folder in ("ours", "bin"):
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, str(tmp_path / folder), options)
+        init_from(again, replace(options, init_from=str(tmp_path / folder)))
         assert all(torch.equal(values[plain_name(n)], p) for n, p in trained(again).items()), folder
     for variant in ("dora", "rslora"):
         options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6, variant=variant)  # type: ignore[arg-type]
         first = wrapped(small_dir, variant=variant)
         write_adapter(tmp_path / variant, config_of(first), trained(first))
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, str(tmp_path / variant), options)
+        init_from(again, replace(options, init_from=str(tmp_path / variant)))
         assert all(
             torch.equal(p, q)
             for p, q in zip(trained(first).values(), trained(again).values(), strict=True)
         )
     official = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=8)
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), official, base="", seed=8)
-    init_from(again, str(golden / "lora" / "adapter"), official)
+    init_from(again, replace(official, init_from=str(golden / "lora" / "adapter")))
     outputs = load_file(golden / "lora" / "outputs.safetensors")
     again.eval()
     loss = again(
@@ -165,7 +166,7 @@ def test_an_adapter_that_does_not_fit_the_recipe_is_refused(
     options = LoraOptions(**settings)  # type: ignore[arg-type]
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
     with pytest.raises(UserError, match=expected):
-        init_from(again, str(tmp_path), options)
+        init_from(again, replace(options, init_from=str(tmp_path)))
 
 
 def test_the_written_folder_is_plain_and_readable_by_all(small_dir: Path, tmp_path: Path) -> None:

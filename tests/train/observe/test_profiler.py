@@ -13,8 +13,8 @@ from qwen_ds.data.batches import WindowStatistics
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.plan.gpus import gpu_named
 from qwen_ds.plan.shape import Shape
+from qwen_ds.train.observe.metrics import Hardware, Step, metrics
 from qwen_ds.train.observe.profiler import PARTS, _under_way
-from qwen_ds.train.observe.progress import Hardware, Step, metrics
 
 
 def _step(number: int) -> Step:
