@@ -28,7 +28,7 @@ NEVER = {
     "qwen_ds.train": ("qwen_ds.export",),
 }
 OWNERS = {
-    "deepspeed": {"qwen_ds/train/engine/engine.py"},
+    "deepspeed": {f"qwen_ds/train/engine/{name}.py" for name in ("engine", "optimizer", "start")},
     "peft": {"qwen_ds/train/lora.py", "qwen_ds/model/adapter.py"},
     "tiktoken": {"qwen_ds/model/tokenizer.py"},
     "tokenizers": {

@@ -1,10 +1,11 @@
-"""What saving costs a training: the adapter of the 7B's shape (r 64 on all four targets) with its moments, 1.7 GB.
+"""What saving costs a training: the adapter of the 7B's shape (r 64 on all four targets) with its
+moments, 1.7 GB.
 
     deepspeed --num_gpus 2 tests/benchmarks/checkpoint.py [--stage 2] [--rounds 3] [--folder DIR]
 
-Prints, for each round, how long the training stands still (the gather), how long the thread then writes and hashes, the
-memory that rank 0 needs for it as a multiple of the adapter's fp32 size, and beside them a plain `cp` and `sha256sum`
-of the same bytes.
+Prints, for each round, how long the training stands still (the gather), how long the thread then
+writes and hashes, the memory that rank 0 needs for it as a multiple of the adapter's fp32 size, and
+beside them a plain `cp` and `sha256sum` of the same bytes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
 BLOCKS, RANK = 32, 64
-SHAPES = {"c_attn": (4096, 12288), "attn.c_proj": (4096, 4096), "w1": (4096, 11008), "w2": (4096, 11008),
-          "mlp.c_proj": (11008, 4096)}  # fmt: skip
+SHAPES = {
+    "c_attn": (4096, 12288), "attn.c_proj": (4096, 4096), "w1": (4096, 11008), "w2": (4096, 11008),
+    "mlp.c_proj": (11008, 4096),
+}  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -70,7 +73,8 @@ def measure(saver: Saver, trained: TrainingEngine, step: int, size: int) -> str:
     stall = time.perf_counter() - start
     assert saver.wait()
     return (
-        f"training stands still {stall:.2f} s; written and hashed after {time.perf_counter() - start:.2f} s; "
+        f"training stands still {stall:.2f} s; "
+        f"written and hashed after {time.perf_counter() - start:.2f} s; "
         f"{(memory('VmHWM') - before) / size:.2f} x the adapter's fp32 size"
     )
 

@@ -118,7 +118,8 @@ def fresh_engine(model_dir: Path, recipe: config.Recipe) -> tuple[lora.PeftModel
 
 
 def take_one_step(model_dir: Path) -> None:
-    """Let torch and peft set up what they need: forked runs inherit it, two thirds of their time."""
+    """Let torch and peft set up what they need: forked runs inherit it, two thirds of their
+    time."""
     _, engine = fresh_engine(model_dir, RECIPE)
     ids_BT = torch.arange(8)[None]
     engine.backward(engine.loss_sum(ids_BT, ids_BT), last_of_step=True)
@@ -257,15 +258,15 @@ def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
 def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(
     small_dir: Path, tmp_path: Path, save: int, every: int
 ) -> None:
-    """Every operation of a save that also moves `best` and deletes an old checkpoint, and a sample of
-    those of the first save, which has nothing before it."""
+    """Every operation of a save that also moves `best` and deletes an old checkpoint, and a sample
+    of those of the first save, which has nothing before it."""
     take_one_step(small_dir)
     log, calm, before = tmp_path / "log", tmp_path / "calm", tmp_path / "before"
     assert in_child(lambda: run_once(small_dir, calm), log) == 0, log.read_text()
     expected = result(calm)
     if save == 1:
         before.mkdir()
-    else:  # the folder when the save begins: a run that resumes from it makes that save as its first
+    else:  # the folder when the save begins: a run that resumes from it makes that save first
         died = in_child(lambda: (KillAt(1, save), run_once(small_dir, before)), log)
         assert died == signal.SIGKILL, log.read_text()
 
@@ -320,7 +321,8 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
 
 @pytest.mark.job
 def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
-    """Values and moments are three times the adapter's fp32 size; the bar is 3.2 times, with writing and hashing."""
+    """Values and moments are three times the adapter's fp32 size; the bar is 3.2 times, with
+    writing and hashing."""
     log = tmp_path / "log"
 
     def action() -> None:

@@ -1,5 +1,5 @@
-"""Rows and whole matrices of the vocabulary that are trained beside the adapter: gradients, format, memory, and the end
-that a base model learns to find."""
+"""Rows and whole matrices of the vocabulary that are trained beside the adapter: gradients, format,
+memory, and the end that a base model learns to find."""
 
 from __future__ import annotations
 
@@ -189,7 +189,8 @@ class LargestNewTensor(TorchDispatchMode):
 
 
 def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> None:
-    """Forward and backward of a training step, and the plain forward; what peft's own module does shows the ruler."""
+    """Forward and backward of a training step, and the plain forward; what peft's own module does
+    shows the ruler."""
     model, ours = wrapped(small_dir, dtype=torch.bfloat16)
     training = TrainingModel(ours, model.transformer, model.lm_head).train()
     ids, labels = batch()
@@ -251,7 +252,8 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
 def test_the_official_base_model_adapter_gives_the_official_numbers(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    """Continued from, it has the official loss and gradients; written and merged, the official weights."""
+    """Continued from, it has the official loss and gradients; written and merged, the official
+    weights."""
     official = replace(WHOLE, r=6, alpha=9)
     model, ours = wrapped(small_dir, official, [])
     init_from(ours, replace(official, init_from=str(golden / "lora_base" / "adapter")))
@@ -324,8 +326,8 @@ def test_training_continues_from_rows_and_matrices(
 def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
     small_dir: Path, tmp_path: Path, with_rows: bool
 ) -> None:
-    """The special rows are as initialisation leaves them. LoRA alone learns the answers, and then goes on: with rows
-    that short no hidden state gives <|im_end|> the largest logit of 512."""
+    """The special rows are as initialisation leaves them. LoRA alone learns the answers, and then
+    goes on: with rows that short no hidden state gives <|im_end|> the largest logit of 512."""
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Evaluation during training: loss on held-out rows, answers to a few of them, the best loss so far.
+"""Evaluation during training: loss on held-out rows, answers to a few, the best loss so far.
 
 Shapes: L tokens of one row.
 """
@@ -88,8 +88,8 @@ class Evaluator:
 
     @torch.no_grad()
     def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
-        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by side: ZeRO-3 needs
-        every rank in every forward pass."""
+        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by
+        side: ZeRO-3 needs every rank in every forward pass."""
         count = min(self._options.samples, len(self._rows))
         if not count:
             return []
@@ -119,7 +119,8 @@ class Evaluator:
         ]
 
     def _get_on(self, ids_BT: Tensor, scores: object, **_: object) -> Tensor:
-        """Called by `generate` at each token: none of them ends an answer, all of them are progress."""
+        """Called by `generate` at each token: none of them ends an answer, all of them are
+        progress."""
         self._watchdog.touch()
         return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 

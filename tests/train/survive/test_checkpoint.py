@@ -76,7 +76,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_that_steps_back_keeps_what_it_goes_on_from(tmp_path: Path) -> None:
-    """Steps 2 and 3 are damaged and newer than what is saved now; a folder of the user's is none of ours."""
+    """Steps 2 and 3 are damaged and newer than what is saved now; a folder of the user's is none of
+    ours."""
     for step in (1, 2, 3):
         save(tmp_path, step)
     for step in (2, 3):
