@@ -1,4 +1,4 @@
-"""The model card: its metadata as the hub reads it, what it tells of the run, and code in it that runs."""
+"""The model card: metadata as the hub reads it, the run that it tells of, and code that runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.export.folders import peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
 PART = {
-    "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90, "longest": "train.json:3",
+    "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90,
+    "longest": "train.json:3",
     "dropped": {"empty answer": TALLY}, "skipped": {}, "truncated": {},
 }  # fmt: skip
 SCORES = {

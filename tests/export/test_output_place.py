@@ -1,4 +1,4 @@
-"""The place where a merge builds: whenever it dies, the same command gives the undisturbed output."""
+"""The place where a merge builds: after a kill the same command gives the undisturbed output."""
 
 from __future__ import annotations
 
