@@ -62,7 +62,7 @@ def write_card(folder: Path, origin: Origin) -> None:
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
         metadata=_metadata(legal, origin, kind),
-        # Names, not paths: where files lay on somebody's machine is nobody else's business.
+        # Names, not paths: the places on somebody's machine are nobody else's business.
         base=base_name(origin.base),
         adapters=[_name_of(adapter) for adapter in origin.adapters],
         origin=origin,

@@ -1,4 +1,4 @@
-"""The place of an output: its name is free, no input lies in it, one merge at a time builds it.
+"""The place of an output: a free name, no input in it, and one merge at a time that builds it.
 
 An output is built in the folder `<output>.partial/model`, brought to the disk and renamed. Beside
 `model` lies a lock. It is what tells a killed merge's rest, which the next merge clears away, from
@@ -24,7 +24,7 @@ _LOCK_NAME = "merge.lock"
 
 
 def rejected_name(output: Path) -> Path:
-    """Where an output lies that failed its proof."""
+    """The folder of an output that failed its proof."""
     return output.with_name(output.name + ".rejected")
 
 

@@ -1,4 +1,4 @@
-"""A converted adapter in stock PEFT on stock Qwen2: logits as of the adapter on the native model."""
+"""A converted adapter in stock PEFT on stock Qwen2: the logits are those of the native model."""
 
 from __future__ import annotations
 
