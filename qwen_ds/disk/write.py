@@ -1,9 +1,9 @@
 """Files and folders that are complete or absent, whenever the process or the machine dies.
 
-Everything is written under a hidden name beside its place, `.NAME.unfinished`. Its bytes are brought
-to the disk, it gets its name in one rename, and the folder that holds the name is brought to the
-disk too. There is one spelling and one durability: a result that is seen under its name survives a
-power cut. Files have mode 0644, since a server may run under another user.
+Everything is written under a hidden name beside its place, `.NAME.unfinished`. Its bytes are
+brought to the disk, it gets its name in one rename, and the folder that holds the name is brought
+to the disk too. There is one spelling and one durability: a result that is seen under its name
+survives a power cut. Files have mode 0644, since a server may run under another user.
 """
 
 from __future__ import annotations

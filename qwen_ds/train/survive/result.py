@@ -16,7 +16,7 @@ from qwen_ds.disk.shards import INDEX_NAME, plan_shards, write_index
 from qwen_ds.disk.weights import file_sha256, save_tensors
 from qwen_ds.disk.write import publish, unfinished_name
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import carry_over
+from qwen_ds.model.carry_over import carry_over
 from qwen_ds.train import lora
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog

@@ -1,4 +1,4 @@
-"""The converted tokenizer in stock hands: the official ids, the same ChatML, and back to the same qwen.tiktoken."""
+"""The converted tokenizer: official ids, the same ChatML, and back to the same qwen.tiktoken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.qwen2.tokenizer_check import BUILT_IN, check_tokenizer, texts_of
 from qwen_ds.export.qwen2.tokenizer_json import merges_of, read_qwen2_tokenizer
 from qwen_ds.model.chatml import encode_turns, turns_of
@@ -131,7 +131,7 @@ def test_the_chat_template_encodes_as_our_chatml(
 def test_a_message_that_begins_with_a_line_break_is_the_template_s_limit(
     stock, enc: Encoding
 ) -> None:
-    """Ours encodes each message by itself; a template only writes text, in which two line breaks are one token."""
+    """Ours encodes each message by itself; in a template's text two line breaks are one token."""
     chat = [{"role": "user", "content": "\nhi"}]
     assert stock.apply_chat_template(chat, tokenize=False).count("\n\nhi") == 1
     assert stock.apply_chat_template(chat)["input_ids"] != encode_turns(enc, turns_of(chat))
@@ -197,9 +197,7 @@ def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(
         small_dir,
         [],
         tmp_path / "out",
-        to=TO_QWEN2,
-        check_texts=[str(tmp_path / "rows.jsonl")],
-        proof="off",
+        MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], proof="off"),
     )
     assert report.rejected and not (tmp_path / "out").exists()
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())["tokenizer"]
@@ -229,29 +227,31 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{broken\n')
     for file, message in (
-        ("none.json", "no such file"), ("bad.txt", "expected a text file in UTF-8"), ("bad.jsonl", r"bad\.jsonl:2: ")
+        ("none.json", "no such file"),
+        ("bad.txt", "expected a text file in UTF-8"),
+        ("bad.jsonl", r"bad\.jsonl:2: "),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             merge(
                 small_dir,
                 [],
                 tmp_path / "out",
-                to=TO_QWEN2,
-                check_texts=[str(tmp_path / file)],
-                proof="off",
+                MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off"),
             )
         assert not list(tmp_path.glob("out*"))
-    early = {"proof": "off", "progress": lambda *_: pytest.fail("a late check")}
-    with pytest.raises(UserError, match="no such file"):
-        merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=["none.json"], **early)
-    with pytest.raises(UserError, match="check_texts was given, but the tokenizer stays as it is"):
-        merge(
-            small_dir,
-            [],
-            tmp_path / "out",
-            dtype="bfloat16",
-            check_texts=[str(tmp_path / "bad.txt")],
-        )
+
+    def late(*_: object) -> None:
+        pytest.fail("a late check")
+
+    for options, message in (
+        (MergeOptions(to=TO_QWEN2, check_texts=["none.json"], proof="off"), "no such file"),
+        (
+            MergeOptions(dtype="float32", check_texts=["none.json"], proof="off"),
+            "check_texts was given, but the tokenizer stays as it is",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge(small_dir, [], tmp_path / "out", options, late)
 
 
 def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_path: Path) -> None:
@@ -266,8 +266,7 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
             base,
             [],
             tmp_path / "out",
-            to=TO_QWEN2,
-            proof="off",
+            MergeOptions(to=TO_QWEN2, proof="off"),
             progress=lambda *_: pytest.fail("a late check"),
         )
     assert not list(tmp_path.glob("out*"))
