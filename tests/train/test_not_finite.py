@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
 class Rows:
     """Row i is one token, i."""
 
-    pad_id = 0
+    pad_id, lens = 0, np.ones(9, dtype=np.int64)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         return np.array([row]), np.array([row])
