@@ -71,22 +71,14 @@ OPTIONS = {
         [],
         "data files: every text in them must get the same ids from a converted tokenizer",
     ),
-    "dtype": (
-        MergeDtype,
-        "keep",
-        "dtype of all weights in the output; keep: each as in the base",
-    ),
+    "dtype": (MergeDtype, "keep", "dtype of all weights in the output; keep: each as in the base"),
     "verify": (
         Proof,
         "auto",
         "compare logits with base + adapters: of whole models, or layer by layer in the memory of"
         " one layer on shorter texts; auto: full if the model fits in memory",
     ),
-    "prompts": (
-        str | None,
-        None,
-        "text file, a prompt a line, instead of the built-in ones",
-    ),
+    "prompts": (str | None, None, "text file, a prompt a line, instead of the built-in ones"),
     "allow_pickle": (
         bool,
         False,
