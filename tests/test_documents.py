@@ -318,17 +318,12 @@ def test_every_recipe_opens_with_its_own_command(recipe: Path) -> None:
     read_json(load_recipe(["--config", str(recipe)]).recipe.deepspeed)
 
 
-def keys_of(tree: dict[str, object], sections: tuple[str, ...]) -> set[str]:
-    """The keys of a recipe, with their sections: seed, lora.r ..."""
-    own = {key for key in tree if key not in sections}
-    return own | {f"{name}.{key}" for name in sections for key in tree[name]}  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_option_in_the_text_exists(name: str) -> None:
     recipe = to_dict(Recipe())
     sections = tuple(key for key, value in recipe.items() if isinstance(value, dict))
-    keys = keys_of(recipe, sections)
+    keys = {key for key in recipe if key not in sections}
+    keys |= {f"{section}.{key}" for section in sections for key in recipe[section]}
     serving = {**PredictOptions.__dataclass_fields__, **EvaluateOptions.__dataclass_fields__}
     merging = load_script("launch/merge.py").command_line()._option_string_actions
     options = {"--help", "--config", *merging, *(f"--{key}" for key in (*keys, *serving))}
