@@ -1,10 +1,11 @@
-"""How far ZeRO scales: communication predicted for 1 to 1,024 GPUs, and the prediction held against real collectives.
+"""How far ZeRO scales: communication predicted for 1 to 1,024 GPUs, and checked on CPU ranks.
 
-    python tests/benchmarks/scaling.py            # predicts, measures on 2, 4 and 8 CPU ranks, writes SCALING.md
-    python tests/benchmarks/scaling.py --ranks 2  # only so many ranks, prints only
+    python tests/benchmarks/scaling.py            # predicts, measures, writes SCALING.md
+    python tests/benchmarks/scaling.py --ranks 2  # measures on these ranks only, writes nothing
 
-Measured is what DeepSpeed's comms logger sees in one optimizer step of a tiny Qwen: the bytes that a rank puts into
-each collective. The prediction is made before (qwen_ds/plan/traffic.py) and printed beside it with its error.
+The measurement reads DeepSpeed's comms logger in one optimizer step of a tiny Qwen, on 2, 4 and 8
+CPU ranks: the bytes that a rank puts into each collective. The prediction (qwen_ds/plan/traffic.py)
+is made first and printed beside it with its error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "golden" / "small"
 MICRO_BATCHES = 3
 RANKS = (2, 4, 8)
-# The stage of a case, and what it changes in that ds_configs/zero{stage}.json.
+# Stage of each case, and its changes to ds_configs/zero{stage}.json.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-1": (1, {}),
     "ZeRO-2": (2, {}),
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 QWEN_7B = Shape.of(QWenConfig())
 BF16 = ModelOptions(dtype="bfloat16")
-CHAT = LoraOptions(special_rows="off")  # a chat model's rows of control tokens are trained already
+CHAT = LoraOptions(special_rows="off")  # a chat model's control tokens are trained already
 PER_GPU_ROWS = 16  # 128 rows a step on 8 GPUs
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -92,7 +93,7 @@ def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
 
 
 def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
-    """Weak scaling (rows_in_all None: PER_GPU_ROWS for each GPU), or one step of so many rows on ever more GPUs."""
+    """A table of weak scaling (PER_GPU_ROWS for each GPU), or of one step of `rows_in_all` rows."""
     heads = "".join(f"| {case.replace(' 2', '')}: GB | s/step | waits " for case in CASES)
     lines = [f"| GPUs {heads}|", "|---:" * (1 + 3 * len(CASES)) + "|"]
     ends: dict[str, int] = {}
@@ -121,7 +122,7 @@ def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
 
 
 def logged_bytes(collective: Collective) -> float:
-    """What the comms logger counts: the tensor that a rank puts in, its share of what is gathered, or the whole."""
+    """Bytes as the comms logger counts them: a rank's own share of a gather, the whole otherwise."""
     gathers = collective.name.startswith("gather")
     return collective.size / collective.ranks if gathers else collective.size
 
@@ -149,7 +150,7 @@ def small_recipe() -> Recipe:
 
 
 def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:
-    """ZeRO-3's bounds on what stays gathered in the proportion that the file's have to the 7B."""
+    """Resolve a case; ZeRO-3's bounds on gathered parameters are scaled from the 7B's to `shape`."""
     stage, changes = CASES[case]
     config = ds_config.read_json(f"ds_configs/zero{stage}.json")
     section = config["zero_optimization"]
@@ -162,7 +163,7 @@ def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_con
 
 
 def work(out: Path) -> None:
-    """One rank: for each case two steps, the second of them logged."""
+    """Run one rank: two steps of each case, the second one logged."""
     from deepspeed.comm import comm
 
     device = engine.choose_device("cpu")
@@ -211,7 +212,8 @@ def measured(world: int) -> dict[str, dict[str, float]]:
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", __file__, "--work", str(out)],
                 env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=None if rank == 0 else subprocess.DEVNULL,
+                cwd=ROOT, stdout=subprocess.DEVNULL,
+                stderr=None if rank == 0 else subprocess.DEVNULL,
             )
             for rank in range(world)
         ]  # fmt: skip
@@ -232,24 +234,25 @@ def compare(ranks: Sequence[int]) -> list[str]:
             for kind, expected in kinds.items():
                 found = after[case][kind]
                 error = f"{expected / found - 1:+.1%}" if found else "-"
-                lines.append(
-                    f"| {world} | {case} | {kind} | {expected / 1e3:.1f} | {found / 1e3:.1f} | {error} |"
-                )
+                both = f"{expected / 1e3:.1f} | {found / 1e3:.1f}"
+                lines.append(f"| {world} | {case} | {kind} | {both} | {error} |")
     return lines
 
 
 TEMPLATE = """# How far ZeRO scales
 
-Written by `python tests/benchmarks/scaling.py` on {date}. Nothing on this page has run on a GPU or on more than one
-machine: the first part is arithmetic, the second holds its bytes against real collectives on CPU ranks.
+Written by `python tests/benchmarks/scaling.py` on {date}. Nothing on this page has run on a GPU or
+on more than one machine: the first part is arithmetic, and the second checks its bytes against real
+collectives on CPU ranks.
 
 ## Predicted: Qwen-7B, LoRA r 8 on c_attn and c_proj, H100
 
-Rows like AdvertiseGen's (157 tokens, two thirds learnt), micro-batches of 2,048 tokens, nothing recomputed. GB: what
-each GPU receives in a step. Waits: the share of the step in which it waits for communication that nothing hides. NVLink
-450 GB/s in machines of 8; the volumes are `traffic`, the times `Links.seconds` of qwen_ds/plan/traffic.py (rings, and
-a latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so a few GPUs are faster
-each than one.
+Rows like AdvertiseGen's (157 tokens, two thirds of them targets), micro-batches of 2,048 tokens,
+nothing recomputed. GB: what each GPU receives in a step. Waits: the share of the step in which it
+waits for communication that nothing hides. NVLink at 450 GB/s in machines of 8. The volumes are
+those of `traffic`, the times those of `Links.seconds` in qwen_ds/plan/traffic.py (rings, with a
+latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so each of
+a few GPUs is faster than one alone.
 
 ### {rows} rows for each GPU, 400 Gb/s for each GPU between machines
 
@@ -263,32 +266,37 @@ each than one.
 
 {strong}
 
-What follows. With LoRA, ZeRO-2 scales as far as there are rows: it sends the adapter's gradients alone, 40 MB a
-micro-batch, whatever the number of GPUs. ZeRO-1 sends them once a step: on slow networks, and wherever ranks would wait
-for each other after every micro-batch, it is the better one for LoRA, whose gradients need no spreading. At 128 rows a
-step both end at 32 GPUs, where micro-batches are so small that a step no longer gets shorter. ZeRO-3 sends the weights
-twice for each micro-batch and ends at one machine: its ring has as many steps as there are GPUs, and every module's
-gathering pays the latency of each of them. hpZ (`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off
-the network, since frozen ones never change: 400 Gb/s for a whole machine then serve as well as for each GPU. What is
-left are the gatherings of the adapters' own small matrices, one by one. hpZ costs a second copy of the weights in each
-machine; it is for what does not fit one GPU.
+With LoRA, ZeRO-2 scales as far as there are rows: it sends the adapter's gradients alone, 40 MB a
+micro-batch, whatever the number of GPUs. ZeRO-1 sends them once a step. It is the better choice for
+LoRA on slow networks, and wherever ranks would wait for each other after every micro-batch: the
+gradients of an adapter need no partitioning. At 128 rows a step both end at 32 GPUs, where
+micro-batches are so small that a step no longer gets shorter. ZeRO-3 sends the weights twice for
+each micro-batch and ends at one machine: its ring has as many steps as there are GPUs, and each
+module's gather pays the latency of all of them. hpZ (`zero_hpz_partition_size`, the GPUs of a
+machine) keeps the weights off the network, since frozen ones never change: 400 Gb/s for a whole
+machine then serve as well as for each GPU. The gathers of the adapter's own small matrices, one by
+one, remain. hpZ costs a second copy of the weights in each machine. It is for models that do not
+fit one GPU.
 
 ## Measured: DeepSpeed's comms logger, 2, 4 and 8 CPU ranks
 
-tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro} micro-batches; KB
-that a rank puts into its collectives (its share of what is gathered; the whole of what is reduced). ZeRO-3's bounds
-on what stays gathered are in the proportion that ds_configs/zero3.json has to the 7B.
+tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro}
+micro-batches. KB that a rank puts into its collectives: its share of a gather, the whole of a
+reduction. ZeRO-3's bounds on gathered parameters are scaled down from those of
+ds_configs/zero3.json for the 7B.
 
 {measured}
 
-This is the formula as corrected. The first prediction, made before anything was measured, was exact for ZeRO-2 and
-ZeRO-3's gradients, three times too much for ZeRO-1's (which was thought to average after each micro-batch as ZeRO-2
-does, 179.7 KB for 59.9), and too simple for what ZeRO-3 gathers: every weight twice, 18.6 % too much on 2 ranks
-(1,402.4 KB for 1,182.2); and, with the first correction in, under hpZ each forward gathering over all ranks, 29.9 % too
-little on 4 (818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the
-backward pass begins; the embedding and the first block's c_attn, through which no gradient flows), what is gathered
-after a step (tensors too small to be spread), and that frozen weights stay in the machine under hpZ; each was then
-found in DeepSpeed's code. The 8 ranks were measured for the first time with the formula as it is.
+This is the formula as corrected. The first prediction, made before anything was measured, was exact
+for ZeRO-2 and for ZeRO-3's gradients. It was three times too high for ZeRO-1's (179.7 KB for 59.9),
+which it assumed to average after each micro-batch as ZeRO-2 does. It was too simple for ZeRO-3's
+gathers: every weight twice, 18.6 % too much on 2 ranks (1,402.4 KB for 1,182.2). After the first
+correction it still took each forward gather under hpZ to span all ranks, 29.9 % too little on 4
+(818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the
+backward pass begins; the embedding and the first block's c_attn, through which no gradient flows),
+what is gathered after a step (tensors too small to be partitioned), and that frozen weights stay in
+the machine under hpZ. Each was then found in DeepSpeed's code. The 8 ranks were measured for the
+first time with the formula as it is.
 """
 
 
@@ -306,7 +314,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="*", help="measure on so many ranks only, and write nothing"
+        "--ranks",
+        type=int,
+        nargs="*",
+        help="measure on these numbers of ranks only, and write nothing",
     )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
