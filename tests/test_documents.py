@@ -358,22 +358,24 @@ def test_the_example_of_bad_input_is_what_a_user_gets(
     assert f"error: {error.value}" == example
 
 
-def messages_in_the_code() -> Iterator[re.Pattern[str]]:
-    """Yield each string of the code but the shortest; its f-string fields match any text."""
+def messages_in_the_code() -> Iterator[tuple[re.Pattern[str], int]]:
+    """Yield each string of the code as a pattern, with its fixed characters.
+
+    The fields of an f-string match any text.
+    """
     files = [f for folder in ("qwen_ds", "serve", "launch") for f in (ROOT / folder).rglob("*.py")]
     for node in (node for f in files for node in ast.walk(ast.parse(f.read_text("utf-8")))):
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
         texts = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
-        if sum(map(len, texts)) >= 12:
-            yield re.compile("".join(re.escape(text) or ".+" for text in texts))
+        yield re.compile("".join(re.escape(t) or ".+" for t in texts)), sum(map(len, texts))
 
 
 def test_every_message_in_troubleshooting_is_one_of_the_code() -> None:
-    patterns = list(messages_in_the_code())
+    patterns = [(pattern, fixed) for pattern, fixed in messages_in_the_code() if fixed > 12]
     for message in map(str.strip, blocks(read("docs/troubleshooting.md"), "text")):
-        spans = [match.span() for p in patterns if (match := p.search(message))]
-        covered = {place for start, end in spans for place in range(start, end)}
-        assert len(covered) > 0.8 * len(message), message
+        # "X is Y; expected Z" fits anything, but little of it is fixed.
+        fixed = max((n for pattern, n in patterns if pattern.search(message)), default=0)
+        assert fixed > len(message) / 4, message
 
 
 def test_the_container_installs_what_the_project_declares() -> None:

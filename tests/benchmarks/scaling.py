@@ -122,7 +122,7 @@ def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
 
 
 def logged_bytes(collective: Collective) -> float:
-    """Bytes as the comms logger counts them: a rank's own share of a gather, the whole otherwise."""
+    """Bytes as the comms logger counts them: a rank's share of a gather, the whole otherwise."""
     gathers = collective.name.startswith("gather")
     return collective.size / collective.ranks if gathers else collective.size
 
@@ -150,7 +150,7 @@ def small_recipe() -> Recipe:
 
 
 def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:
-    """Resolve a case; ZeRO-3's bounds on gathered parameters are scaled from the 7B's to `shape`."""
+    """Resolve a case, with ZeRO-3's bounds on gathered parameters scaled down from the 7B's."""
     stage, changes = CASES[case]
     config = ds_config.read_json(f"ds_configs/zero{stage}.json")
     section = config["zero_optimization"]
