@@ -1,48 +1,41 @@
-"""What a recipe needs on a machine, before it runs: memory by part, time of a step, and the best command.
+"""Predict what a recipe needs on a machine: memory by part, time of a step, and the best command.
 
-    python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu_memory 80 --gpu h100
+    python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu_memory 80 --gpu
+    h100
 
-All options of a recipe are taken as launch/train.py takes them. Nothing is loaded but the model's config.json; without
---model.path it is Qwen-7B's.
+All options of a recipe are taken as launch/train.py takes them, and what is planned is what
+training would run. Nothing of a model is loaded but its settings and vocabulary; without
+--model.path it is Qwen-7B.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 
 def main() -> int:
     from qwen_ds.errors import EXIT_DONE
-    from qwen_ds.plan.table import PlanOptions, plan_text
+    from qwen_ds.plan.run import Base
+    from qwen_ds.plan.sources import find_sources
+    from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
     from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
 
     parser = recipe_parser()
-    parser.description = (
-        "Predict memory and time of a recipe on a machine, and print the best command."
-    )
+    parser.description = "Predict memory and time of a recipe, and print the best command."
     parser.add_class_arguments(PlanOptions)
-    loaded, own = load_recipe_with(parser, None)
-    options = PlanOptions(**own)
-    names = {f"--{name}" for name in own}
-    print(plan_text(loaded, options, recipe_words(sys.argv[1:], names)))
+    asked, own = load_recipe_with(parser, None)
+    base = Base.qwen_7b()
+    if "model.path" in asked.set_keys:
+        asked = find_sources(asked, weights=False)
+        base = Base.read(Path(asked.recipe.model.path))
+    ours = {f"--{name}" for name in own} | {"--local_rank", "--local-rank"}
+    words = without_options(sys.argv[1:], ours)
+    print(plan_text(plan(asked, PlanOptions(**own), base), words))
     return EXIT_DONE
 
 
-def recipe_words(words: list[str], own: set[str]) -> list[str]:
-    """The command line without this command's own options."""
-    kept, skip = [], False
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.partition("=")
-            skip = name in own or name.startswith(("--local_rank", "--local-rank"))
-            if skip and value:
-                continue
-        if not skip:
-            kept.append(word)
-    return kept
-
-
 if __name__ == "__main__":
-    from qwen_ds.errors import run_command
+    from qwen_ds.runlog import run_command
 
     run_command(main)

@@ -1,4 +1,4 @@
-"""Fine-tune Qwen:  deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE ...]"""
+"""Fine-tune Qwen:  deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE]"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from qwen_ds.errors import run_command
 from qwen_ds.recipe.loading import load_recipe
+from qwen_ds.runlog import run_command
 
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -15,13 +15,17 @@ DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 def main() -> int:
     options = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     note = "" if options else "no options given: the embedded demo (launch/recipes/demo.yaml)"
-    # The options first: a mistake, or --help, must not wait for DeepSpeed.
-    loaded = load_recipe(options or ["--config", str(DEMO_RECIPE)])
+    # Options first, DeepSpeed last: neither --help nor a mistake should wait for imports, and a typo
+    # must not cost the minutes in which rows are tokenised and a base is loaded.
+    asked = load_recipe(options or ["--config", str(DEMO_RECIPE)])
+    from qwen_ds.plan.resolve import check
+
+    check(asked)
     logging.disable(logging.WARNING)  # DeepSpeed logs to the terminal while it is imported
     from qwen_ds.train.run import run
 
     logging.disable(logging.NOTSET)
-    return run(loaded, note)
+    return run(asked, note)
 
 
 if __name__ == "__main__":

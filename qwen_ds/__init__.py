@@ -1,7 +1,8 @@
 """Qwen-DS: fine-tuning and serving of the original Qwen (`model_type: "qwen"`).
 
-Importing the package registers the model with transformers: AutoConfig, AutoModelForCausalLM and AutoTokenizer then
-load a Qwen folder with these classes, whatever code its files refer to and whatever `trust_remote_code` says.
+Importing the package registers the model with transformers: AutoConfig, AutoModelForCausalLM and
+AutoTokenizer then load a Qwen folder with these classes, whatever code its files refer to and
+whatever `trust_remote_code` says.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel, QWenModel
-from qwen_ds.model.tokenizer import QWenTokenizer
-from qwen_ds.model.tokenizer import register as _register_tokenizer
+from qwen_ds.model.transformers_tokenizer import QWenTokenizer
+from qwen_ds.model.transformers_tokenizer import register as _register_tokenizer
 
 __all__ = ["QWenConfig", "QWenLMHeadModel", "QWenModel", "QWenTokenizer"]
 

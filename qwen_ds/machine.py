@@ -1,4 +1,4 @@
-"""What this machine has to give."""
+"""Resources of this machine: its device, its memory, the speed of its bf16."""
 
 from __future__ import annotations
 
@@ -9,19 +9,57 @@ from typing import Any
 
 import torch
 
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+
 
 @cache
 def has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit (AMX) takes twice as
-    long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16 and at 165 in fp32, on one core."""
+    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit
+    (AMX) takes twice as long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16
+    and at 165 in fp32, on one core."""
     found: dict[str, Any] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # where this torch has it
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 
+def choose_device(wanted: str) -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU.
+
+    Args:
+        wanted: auto, cuda or cpu. auto never falls back to the CPU beside an NVIDIA card that torch
+            cannot use: a run on the CPU by accident would look like a hang.
+
+    Raises:
+        UserError: more ranks than GPUs, no GPU where one is asked for, or one that cannot be used.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        rank, count = dist.local_rank(), torch.cuda.device_count()
+        if rank >= count:
+            raise UserError(
+                f"local rank {rank} has no GPU: {count} on this machine; expected at most {count} "
+                "ranks here (--num_gpus)"
+            )
+        return torch.device("cuda", rank)
+    if dist.nvidia_card_present():
+        raise UserError(
+            f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) "
+            "cannot use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
+            "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu (see README, drivers)"
+        )
+    if wanted == "cuda":
+        raise UserError(
+            "--device cuda: this machine shows no NVIDIA GPU; expected one, or --device cpu"
+        )
+    return torch.device("cpu")
+
+
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that is less."""
+    """Bytes that this process may still take: of the machine, and of its container where that is
+    less."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())

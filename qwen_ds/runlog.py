@@ -1,7 +1,7 @@
-"""What a run says and where: a few lines for the person at the terminal, everything else into log files.
+"""Output of a command: a few lines on the terminal, everything else in log files, an exit code.
 
-Libraries (DeepSpeed, transformers, peft) talk through `logging` and `warnings`; their lines go to
-`<output_dir>/logs/rank_N.log`, one file per rank, and the terminal of rank 0 shows what the run itself has to say.
+Libraries (DeepSpeed, transformers, peft) talk through `logging` and `warnings`. Their lines go to
+`<output_dir>/logs/rank_N.log`, one file per rank; the terminal shows rank 0's own messages.
 """
 
 from __future__ import annotations
@@ -10,25 +10,48 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen_ds import dist
+from qwen_ds.errors import EXIT_DONE, EXIT_USER, UserError
 
 LIBRARY_LOGGERS = (
-    "DeepSpeed",
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-    "peft",
-    "jieba",
-    "matplotlib",
-)
+    "DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib",
+)  # fmt: skip
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run an entry point and leave the process with its exit code.
+
+    A UserError becomes one line on stderr and exit code 2. Any other error is a defect of ours: the
+    traceback shows and the exit code is 1.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        _print_error(f"error: {error}")
+        code = EXIT_USER
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code or EXIT_DONE)
+
+
+def _print_error(line: str) -> None:
+    # Every rank of a machine may have found the same mistake. The first speaks at once; a launcher
+    # then ends the others within their two seconds, and without one they speak, too.
+    if dist.local_rank():
+        time.sleep(2)
+        line = f"[local rank {dist.local_rank()}] {line}"
+    print(line, file=sys.stderr, flush=True)
 
 
 class _LastLine(logging.Handler):
-    """Remembers what was logged last, for the peers of a rank that dies."""
+    """The last log line of this rank, which its peers report when it dies."""
 
     text = ""
 
@@ -45,14 +68,14 @@ def last_line() -> str:
 
 
 def say(text: str) -> None:
-    """Print for the person at the terminal, once: on rank 0 only. Also into the log."""
+    """Print a message on the terminal, on rank 0 only, and log it on every rank."""
     logging.getLogger("qwen_ds").info(text)
     if dist.rank() == 0:
         print(text, flush=True)
 
 
-def log_to_file(folder: Path) -> Path:
-    """Send every library's log lines and warnings of this rank to a file under `folder`; returns the file."""
+def log_to_file(folder: Path) -> None:
+    """Send this rank's log lines and warnings, libraries' included, to a file under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank_{dist.rank()}.log"
     handler = logging.FileHandler(file, encoding="utf-8")
@@ -70,14 +93,14 @@ def log_to_file(folder: Path) -> Path:
         logger.propagate = True
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-    return file
 
 
 class JsonLines:
     """An append-only file of one JSON object a line, flushed at once so that it can be followed.
 
     Args:
-        keep: bytes of an earlier file that stay; what a killed run wrote after its last checkpoint is written anew.
+        keep: bytes of an existing file that stay. A resumed run repeats the lines after its
+            checkpoint.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -89,7 +112,7 @@ class JsonLines:
         self._waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        """A full disk does not end the training: what it does not take waits for the next line."""
+        """Append a row. On a full disk the rest waits for the next call; training continues."""
         self._waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
             while self._waiting:
@@ -100,7 +123,7 @@ class JsonLines:
             logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
 
     def position(self) -> int:
-        """Bytes in the file, brought to the disk."""
+        """Length of the file in bytes, all of them on the disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -112,5 +135,5 @@ class JsonLines:
 
 
 def is_terminal() -> bool:
-    """Whether a person watches: progress bars redraw only there."""
+    """Whether stderr is a terminal: progress bars redraw only there."""
     return sys.stderr.isatty()

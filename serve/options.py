@@ -1,20 +1,23 @@
-"""Options of `serve.predict` and `serve.evaluate`, typed and documented: the command line is made from them."""
+"""Options of `serve.predict` and `serve.evaluate`: the command line is made from these classes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
+from qwen_ds.decode.errors import InvalidSampling
+from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import Parser
-from serve.engine.engine import Sampling
+
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What prediction and evaluation have in common."""
+class AnswerOptions:
+    """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
 
     adapter: str | None = None
     """Folder of a PEFT adapter to put on the model, unmerged."""
@@ -23,23 +26,26 @@ class RunOptions:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU when there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with single rows to the last
-    token in float32 only."""
+    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with
+    single rows to the last token in float32 only."""
     do_sample: bool = False
-    """false: always the most probable token, the same answers every time. true: draw, as the original API does."""
-    temperature: float = Sampling.temperature
+    """false: always the most probable token, the same answers every time. true: draw, as the
+    original API does."""
+    temperature: float = SamplingParams.temperature
     """Divides the logits before drawing."""
-    top_p: float = Sampling.top_p
+    top_p: float = SamplingParams.top_p
     """Draw from the most probable tokens that together have this probability."""
-    top_k: int = Sampling.top_k
+    top_k: int = SamplingParams.top_k
     """Draw from that many most probable tokens; 0 for no limit."""
-    max_new_tokens: int = Sampling.max_new_tokens
+    max_new_tokens: int = SamplingParams.max_new_tokens
     """Tokens of an answer at most; one that is cut there has the finish_reason length."""
-    seed: int = Sampling.seed
-    """With do_sample: each row's random numbers depend on this and on the row's place in the input alone."""
+    seed: int = SamplingParams.seed
+    """With do_sample: each row's random numbers depend on this and on the row's place in the input
+    alone."""
     long_prompts: Literal["stop", "cut"] = "stop"
-    """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything is generated, naming
-    its file:line, or cut it (oldest turns first, then the end of the question) and count it."""
+    """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
+    is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
+    and count it."""
     limit: int | None = None
     """Take only that many rows from the front."""
     overwrite: bool = False
@@ -49,11 +55,14 @@ class RunOptions:
     format: str = "auto"
     """Name of a reader, or auto to recognise each row by its keys."""
     columns: dict[str, str] | None = None
-    """Maps expected column names to those in the files, for example {"instruction": "q", "output": "a"}."""
+    """Maps expected column names to those in the files, for example {"instruction": "q", "output":
+    "a"}."""
     system: str | None = None
-    """System text of rows that bring none; unset means the original's "You are a helpful assistant."."""
+    """System text of rows that bring none; unset means the original's "You are a helpful
+    assistant."."""
     special_tokens_in_text: Literal["escape", "parse"] = "escape"
-    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control tokens."""
+    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control
+    tokens."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -62,26 +71,28 @@ class RunOptions:
             raise UserError(f"limit is {self.limit}; expected 1 or more")
         self.sampling()  # its checks
 
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.do_sample, self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.seed
-        )
+    def sampling(self) -> SamplingParams:
+        try:
+            return SamplingParams(**{name: vars(self)[name] for name in _SAMPLING})
+        except InvalidSampling as error:
+            raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RunOptions):
+class PredictOptions(AnswerOptions):
     """Options of serve.predict."""
 
     model: str
     """Folder or hub id of a Qwen checkpoint."""
     input: list[str]
-    """Files, folders or hub data sets with questions, in any format that training reads; answers become references."""
+    """Files, folders or hub data sets with questions, in any format that training reads; answers
+    become references."""
     output: str
     """File to write: one JSON object a row, in the order of the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(AnswerOptions):
     """Options of serve.evaluate."""
 
     model: str | None = None
@@ -94,7 +105,7 @@ class EvaluateOptions(RunOptions):
     """Score this file of serve.predict instead of generating."""
 
 
-Options = TypeVar("Options", bound=RunOptions)
+Options = TypeVar("Options", bound=AnswerOptions)
 # Training calls these data.format and so on; here --data.format is the same as --format.
 _DATA_OPTIONS = ("format", "columns", "system", "special_tokens_in_text")
 _SWITCHES = ("--overwrite", "--do_sample")
@@ -112,7 +123,7 @@ def parse(kind: type[Options], description: str, argv: Sequence[str] | None = No
     """Options of a command from argv (None: the process's own) and the YAML file named by --config.
 
     Raises:
-        UserError: an unknown option, a value of the wrong type or out of range, an option that must be given.
+        UserError: an unknown option, a value of the wrong type or out of range, a missing option.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(description=description)

@@ -143,10 +143,10 @@ def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(
 
 def test_ranks_are_counted_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread in turns over two machines, rank 3 would wait for what the first rank of the other machine makes."""
-    seen = ["0", "1", "0", "1", "2"]
-    monkeypatch.setattr(dist, "gather_texts", lambda text: seen)
+    seen = [0, 1, 0, 1, 2]
+    monkeypatch.setattr(dist, "gather", lambda value: seen)
     assert dist.ranks_per_machine() == [2, 3]
-    seen[:] = ["0", "0", "1", "1"]
+    seen[:] = [0, 0, 1, 1]
     with pytest.raises(
         UserError, match="rank 3 is number 1 of its machine; expected consecutive ranks.*block"
     ):

@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_ds import dist
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.recipe.options import DataOptions
 from qwen_ds.recipe.parser import Parser
+from qwen_ds.runlog import run_command
 
 COMMANDS = ("encode", "inspect")
 

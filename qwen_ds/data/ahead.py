@@ -1,8 +1,8 @@
-"""The next step's micro-batches are made while the present one trains.
+"""Windows made ahead: the next step's micro-batches, read and padded while the present step trains.
 
-A thread is enough: of a step of 128 rows the work is some milliseconds, much of it without Python's lock, and what it
-makes is there at once, in the memory that a GPU copies from. What comes is still a pure function of (epoch, step): a
-run that starts or resumes anywhere sees the same batches.
+A thread is enough: for a step of 128 rows the work takes some milliseconds, much of it without
+Python's lock, and its result is at once in the memory that a GPU copies from. The windows remain a
+pure function of (epoch, step): a run that starts or resumes anywhere sees the same batches.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from qwen_ds.data.batches import Batch, Rows, StepSampler, WindowStatistics
-from qwen_ds.model.chatml import IGNORE
+from qwen_ds.data.batches import Batch, StepSampler, WindowStatistics
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What one rank needs for one optimizer step."""
+    """The work of one rank in one optimizer step."""
 
     batches: list[Batch]
-    """Its micro-batches."""
+    """The rank's micro-batches."""
     targets: int
-    """Labels that count, of all ranks: every rank has all rows at hand, so none needs to ask the others."""
+    """Target tokens of all ranks. Every rank knows all rows, so this takes no collective."""
     statistics: WindowStatistics
 
 
@@ -32,7 +29,8 @@ class WindowsAhead:
 
     Args:
         steps: of the whole run.
-        pinned: put the tensors into page-locked memory, from which a GPU copies by itself while the CPU goes on.
+        pinned: put the tensors into page-locked memory, from which a GPU copies while the CPU works
+            on.
     """
 
     def __init__(self, sampler: StepSampler, steps: int, *, pinned: bool) -> None:
@@ -47,7 +45,7 @@ class WindowsAhead:
         self._worker.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> Window:
-        """The window of optimizer step `step` (0-based); an error of its making is raised here."""
+        """The window of optimizer step `step` (0-based). An error in making it is raised here."""
         known = self._next
         future = known[1] if known and known[0] == step else self._worker.submit(self._make, step)
         window = future.result()
@@ -69,13 +67,5 @@ class WindowsAhead:
                 )
                 for batch in batches
             ]
-        return Window(
-            batches,
-            num_targets(sampler.rows, sampler.step_rows(*position)),
-            sampler.statistics(*position),
-        )
-
-
-def num_targets(rows: Rows, row_ids: np.ndarray) -> int:
-    """Labels of these rows that count: those left after the shift by one."""
-    return sum(int((rows[row][1][1:] != IGNORE).sum()) for row in row_ids.tolist())
+        targets = int(sampler.rows.learnt[sampler.step_rows(*position)].sum())
+        return Window(batches, targets, sampler.statistics(*position))

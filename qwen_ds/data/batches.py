@@ -1,8 +1,9 @@
-"""Token rows -> the right-padded micro-batches of one optimizer step, for every rank.
+"""Batches: from token rows to the right-padded micro-batches of one optimizer step, for every rank.
 
-One step is `rows_per_step` rows, drawn uniformly. Inside the step rows are sorted by length and cut into micro-batches
-of nearly equal padded tokens, so there is no bias between steps, little padding, and every rank does the same work.
-Everything here is a pure function of (seed, epoch, step): a run is resumed by naming a position, no state is kept.
+One step is `rows_per_step` rows, drawn uniformly. Inside the step rows are sorted by length and cut
+into micro-batches of nearly equal padded tokens, so there is no bias between steps, little padding,
+and every rank does the same work. Everything here is a pure function of (seed, epoch, step): a run
+is resumed by naming a position, no state is kept.
 
 Shapes: B rows of one micro-batch, T tokens of its longest row, N rows of one step.
 """
@@ -27,18 +28,22 @@ DUMMY_TOKENS = 2
 
 
 class Part(NamedTuple):
-    """Neighbouring rows that come from one entry of data.train, and how often an epoch draws each of them."""
+    """Neighbouring rows from one entry of data.train, and how often an epoch draws each of them."""
 
     rows: int
     weight: float
 
 
-class Rows(Protocol):
-    """What batches need of token rows; `TokenRows` is the real one."""
+class RowStore(Protocol):
+    """Token rows as far as batches need them; `TokenRows` is the real one."""
 
     @property
     def lens(self) -> np.ndarray:
         """int32 [rows]: tokens of each row."""
+
+    @property
+    def learnt(self) -> np.ndarray:
+        """int32 [rows]: target tokens of each row, labels that are left after the shift by one."""
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -65,11 +70,11 @@ class Batch:
     lens_B: Tensor
     """int64, real tokens per row: the only record of padding. 0 for a dummy row."""
     row_ids: tuple[int, ...]
-    """Which rows these are, so that a bad loss can name their file:line. Empty for a dummy row."""
+    """The rows' numbers, so that a bad loss can name their file:line. Empty for a dummy row."""
 
     @property
     def num_targets(self) -> int:
-        """Labels that count: those left after the shift by one."""
+        """Target tokens: labels that are left after the shift by one."""
         return int((self.labels_BT[:, 1:] != IGNORE).sum())
 
     @property
@@ -77,27 +82,20 @@ class Batch:
         """Real tokens."""
         return int(self.lens_B.sum())
 
-    @property
-    def num_padded_tokens(self) -> int:
-        """Tokens that the model computes: B * T."""
-        return self.ids_BT.numel()
-
 
 @dataclass(frozen=True, slots=True)
 class WindowStatistics:
-    """How one optimizer step lies on all ranks, in tokens."""
+    """Size, padding and balance of one optimizer step over all ranks."""
 
     rows: int
     tokens: int
     """Real tokens of all ranks."""
     squared_tokens: int
-    """Sum over the rows of their squared lengths: what attention's work grows with."""
+    """Sum over the rows of their squared lengths, with which attention's work grows."""
     padded_tokens: int
     """Computed tokens of all ranks, dummy rows included."""
     micro_batches: int
     """Micro-batches of each rank."""
-    padding_share: float
-    """Computed tokens that are no real ones, 0 to 1."""
     imbalance: float
     """Padded tokens of the busiest rank over the mean of the ranks, 1 or more."""
 
@@ -105,9 +103,10 @@ class WindowStatistics:
 def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list[np.ndarray]:
     """Cut the rows of a step into micro-batches of nearly equal padded tokens (rows * longest row).
 
-    Rows are sorted by length, longest first, and a micro-batch is a run of them. The number of micro-batches is the
-    smallest multiple of `n_parts_multiple_of` that keeps each within the budget; the largest is then made as small as
-    that number allows (a search over the cap; filling greedily under a cap needs the fewest runs).
+    Rows are sorted by length, longest first, and a micro-batch is a run of them. The number of
+    micro-batches is the smallest multiple of `n_parts_multiple_of` that keeps each within the
+    budget. The largest is then made as small as that number allows: by a search over the cap, since
+    filling greedily under a cap needs the fewest runs.
 
     Args:
         lens: [N], tokens of each row, all positive.
@@ -115,8 +114,8 @@ def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list
         budget: padded tokens of a micro-batch at most. A longer row gets a micro-batch of its own.
 
     Returns:
-        Arrays of positions in `lens`, longest rows first. Empty arrays (always last) stand for dummy rows where there
-        are fewer rows than micro-batches.
+        Arrays of positions in `lens`, longest rows first. Empty arrays, always last, stand for
+        dummy rows where there are fewer rows than micro-batches.
     """
     n = len(lens)
     order = np.argsort(-lens.astype(np.int64), kind="stable")
@@ -138,7 +137,7 @@ def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list
 
 
 def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
-    """Runs (start, end) of longest-first rows, each as long as its padded tokens stay under the cap; never empty."""
+    """Runs (start, end) of longest-first rows, each as long as the cap allows and never empty."""
     runs, start = [], 0
     while start < len(sorted_lens):
         end = min(len(sorted_lens), start + max(1, cap // sorted_lens[start]))
@@ -150,7 +149,10 @@ def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
 def _split_to(
     runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int
 ) -> list[tuple[int, int]]:
-    """Halve the largest runs until there are n_runs: one step of the cap can save more than one run."""
+    """Halve the largest runs until there are n_runs.
+
+    Raising the cap by one token can save more than one run.
+    """
     while len(runs) < n_runs:
         largest = max(
             (i for i, (start, end) in enumerate(runs) if end - start > 1),
@@ -165,11 +167,12 @@ def _split_to(
 def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list[np.ndarray]]:
     """Give each rank the same number of micro-batches.
 
-    The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step under ZeRO-3; among
-    them the largest goes to the rank that has the least so far, so that the totals come out level.
+    The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step
+    under ZeRO-3. Among them the largest goes to the rank that has the least so far, so that the
+    totals come out level.
 
     Returns:
-        For each rank its parts, longest rows first.
+        The parts of each rank, longest rows first.
     """
     totals = [0] * world
     ranks: list[list[np.ndarray]] = [[] for _ in range(world)]
@@ -188,11 +191,10 @@ def _padded_tokens(lens: np.ndarray, part: np.ndarray) -> int:
 def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
     """int64: the rows that an epoch draws, in order.
 
-    A part of weight w gives round(w * rows) draws (one at least) to each epoch. Its draws go through one shuffled pass
-    over its rows after the other, across epochs: at weight 2 each row comes twice an epoch, at 0.5 the second epoch
-    takes the half that the first left out. All draws of an epoch are then shuffled together, so that each step is a
-    uniform sample.
-    """
+    A part of weight w gives round(w * rows) draws (one at least) to each epoch. Its draws go
+    through one shuffled pass over its rows after the other, across epochs: at weight 2 each row
+    comes twice an epoch, at 0.5 the second epoch takes the half that the first left out. All draws
+    of an epoch are then shuffled together, so that each step is a uniform sample."""
     draws, first_row = [], 0
     for number, part in enumerate(parts):
         if part.rows:
@@ -222,8 +224,8 @@ def _draws_per_epoch(part: Part) -> int:
 class StepSampler:
     """The micro-batches of each optimizer step; a pure function of (seed, epoch, step).
 
-    Which rows a step trains does not depend on the world size, nor on the token budget. A last incomplete step is
-    trained, and a data set smaller than one step is one step.
+    The rows of a step depend neither on the world size nor on the token budget. A last incomplete
+    step is trained, and a data set smaller than one step is one step.
 
     Args:
         rows: the token rows.
@@ -238,7 +240,7 @@ class StepSampler:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowStore,
         rows_per_step: int,
         seed: int,
         world: int,
@@ -260,7 +262,7 @@ class StepSampler:
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.world, self.rank, self.budget = world, rank, tokens_per_micro_batch
         self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
-        # An epoch's order is asked for at each of its steps, a step's plan by window() and by statistics().
+        # Each step of an epoch asks for its order; window() and statistics() for a step's plan.
         self._order = lru_cache(maxsize=1)(self._compute_order)
         self._plan = lru_cache(maxsize=2)(self._compute_plan)
 
@@ -269,28 +271,26 @@ class StepSampler:
         return math.ceil(self.rows_per_epoch / self.rows_per_step)
 
     def step_rows(self, epoch: int, step: int) -> np.ndarray:
-        """int64: the rows of one step, over all ranks, before they are sorted."""
+        """int64 [N]: the rows of one step over all ranks, before they are sorted."""
         assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
         return self._order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
 
     def window(self, epoch: int, step: int) -> list[Batch]:
-        """This rank's micro-batches of one step, as many as every other rank has; longest rows first."""
+        """This rank's micro-batches of one step, longest rows first; every rank has as many."""
         return [make_batch(self.rows, row_ids) for row_ids in self._plan(epoch, step)[self.rank]]
 
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
-        """Padding and balance of one step over all ranks; computed from lengths, nothing is communicated."""
+        """The statistics of one step over all ranks, computed from lengths without a collective."""
         lens = self.rows.lens
         ranks = self._plan(epoch, step)
         padded = [sum(_padded_tokens(lens, part) for part in parts) for parts in ranks]
         row_ids = np.concatenate([part for parts in ranks for part in parts])
-        tokens = int(lens[row_ids].sum())
         return WindowStatistics(
             rows=len(row_ids),
-            tokens=tokens,
+            tokens=int(lens[row_ids].sum()),
             squared_tokens=int((lens[row_ids].astype(np.int64) ** 2).sum()),
             padded_tokens=sum(padded),
             micro_batches=len(ranks[0]),
-            padding_share=1 - tokens / sum(padded),
             imbalance=max(padded) * self.world / sum(padded),
         )
 
@@ -304,22 +304,25 @@ class StepSampler:
 def _plan_step(
     lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int
 ) -> list[list[np.ndarray]]:
-    """For each rank its micro-batches, as arrays of row ids."""
+    """The micro-batches of each rank, as arrays of row ids."""
     lens_N = lens[row_ids]
     ranks = deal(lens_N, cut_windows(lens_N, world, budget), world)
     return [[row_ids[part] for part in parts] for parts in ranks]
 
 
 def evaluation_batches(
-    rows: Rows, world: int, rank: int, tokens_per_micro_batch: int
+    rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
 ) -> Iterator[Batch]:
-    """Every row once over all ranks (weights don't count), the same number of micro-batches on each rank."""
+    """This rank's micro-batches of an evaluation: over all ranks every row once, whatever its weight.
+
+    Every rank has the same number of them.
+    """
     for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
         yield make_batch(rows, row_ids)
 
 
-def make_batch(rows: Rows, row_ids: np.ndarray) -> Batch:
-    """Read rows and pad them to the longest; no row ids make the dummy row, from which nothing is learnt."""
+def make_batch(rows: RowStore, row_ids: np.ndarray) -> Batch:
+    """Read rows and pad them to the longest. No row ids make the dummy row, which has no target."""
     lens = [int(n) for n in rows.lens[row_ids]]
     width = max(lens, default=DUMMY_TOKENS)
     ids_BT = torch.full((max(1, len(lens)), width), rows.pad_id, dtype=torch.int64)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from qwen_ds.demo.run import main
-from qwen_ds.errors import run_command
+from qwen_ds.runlog import run_command
 
 run_command(main)

@@ -36,8 +36,9 @@ from qwen_ds.demo.base import (
     seeded_rows,
     write_folder,
 )
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import Encoding, load_encoding
+from qwen_ds.runlog import run_command
 
 RECIPE = "launch/recipes/demo_base.yaml"
 BLOCKS_SEED = 3

@@ -1,33 +1,34 @@
-"""The files of an adapter folder: its configuration checked, its weights opened, nothing of either interpreted yet."""
+"""The files of an adapter folder: configuration checked, weights opened, neither interpreted."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_ds.disk.weights import read_pickle
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.weights import read_header, read_pickle
 from qwen_ds.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "pytorch_model.bin")
 
-# Options of peft that change what the tensors mean. Ignoring one would give a model that nobody trained.
+# Options of peft that change the tensors' meaning. Ignoring one would give a model that nobody
+# trained.
 _UNSUPPORTED = (
-    "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
-    "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
+    "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
+    "target_parameters", "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Initialisations that take something out of the base: such an adapter is a change to weights that are not the base's.
+# Initialisations that take something out of the base: such an adapter changes weights that are not
+# the base's.
 _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """adapter_config.json; None where there is none.
+    """Read and check adapter_config.json; None where there is none.
 
     Raises:
         UserError: not LoRA, or an option that cannot be honoured.
@@ -35,13 +36,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        came = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path}: peft_type is {came!r}; expected 'LORA'")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise UserError(
@@ -50,13 +47,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_INIT_CHANGES_BASE):
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}, which trains against a changed base; expected an adapter that was"
-            " saved with peft's conversion to plain LoRA"
+            f"{path}: init_lora_weights is {init!r}, which trains against a changed base; expected"
+            " an adapter that was saved with peft's conversion to plain LoRA"
         )
     rank, lora_alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(lora_alpha, int | float):
         raise UserError(
-            f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a number"
+            f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a"
+            " number"
         )
     return config
 
@@ -64,14 +62,17 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def open_weights(
     folder: Path, allow_pickle: bool
 ) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
-    """The tensors of a pickle, or None for a safetensors file; and the shape of each tensor, under the file's names."""
+    """Open an adapter's weights, under the file's own names.
+
+    Returns:
+        The tensors of a pickle, or None for a safetensors file; and the shape of each tensor.
+
+    Raises:
+        UserError: no weights, a pickle that is not allowed, or a broken file.
+    """
     path = folder / WEIGHTS_NAME
     if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                return None, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        return None, {spec.name: spec.shape for spec in read_header(path).tensors}
     pickles = [folder / name for name in PICKLE_NAMES if (folder / name).is_file()]
     if not pickles:
         raise UserError(f"{folder}: no {WEIGHTS_NAME}; expected a PEFT adapter folder")

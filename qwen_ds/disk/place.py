@@ -9,11 +9,17 @@ from qwen_ds.errors import UserError
 
 
 def require_folder(folder: Path, make: bool = False) -> None:
-    """Raise UserError unless `folder` is, or may be made, a folder to write in; with `make`, make it."""
+    """Check that `folder` is, or may be made, a folder to write in.
+
+    Args:
+        make: also make it.
+
+    Raises:
+        UserError: it cannot be written in.
+    """
     above = folder
-    while (
-        not os.path.exists(above) and above != above.parent
-    ):  # Path.exists raises where it may not look
+    # Path.exists raises where it may not look.
+    while not os.path.exists(above) and above != above.parent:
         above = above.parent
     if not os.path.isdir(above):
         raise UserError(f"{above}: a file; expected a folder to write in")
@@ -29,13 +35,18 @@ def require_folder(folder: Path, make: bool = False) -> None:
 
 
 def require_new_folder(output: Path) -> None:
-    """Raise UserError unless a complete folder can be renamed to `output`; makes the folders above it."""
+    """Check that a complete folder can be renamed to `output`; makes the folders above it.
+
+    Raises:
+        UserError: it cannot.
+    """
     require_folder(output.parent, make=True)
     # A rename replaces an empty folder and nothing else.
     if output.is_symlink() or os.path.ismount(output):
         what = "a symbolic link" if output.is_symlink() else "a mount point"
         raise UserError(
-            f"{output}: is {what}; expected a new folder for the output (there, give a folder in it)"
+            f"{output}: is {what}; expected a new folder for the output (there, give a folder in"
+            " it)"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; expected a new folder for the output")

@@ -1,7 +1,7 @@
-"""Files of weights: the header of safetensors, pickles of plain tensors, checksums, and when a file is on the disk.
+"""Files of weights: the header of safetensors, pickles of plain tensors, dtypes and checksums.
 
-A safetensors file is: the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
-data_offsets; and `__metadata__`), and the tensors' bytes side by side without holes.
+A safetensors file is the length of the header (8 bytes, little-endian), the header (JSON: name ->
+dtype, shape, data_offsets; and `__metadata__`), and the tensors' bytes side by side without holes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,24 +26,35 @@ from torch import Tensor
 from qwen_ds.disk.write import sync
 from qwen_ds.errors import UserError
 
-BYTES_PER_ITEM = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {
-    **{dtype: name for name, dtype in FLOAT_DTYPES.items()},
-    torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""torch's dtype -> its name in a safetensors file."""
+FLOAT_DTYPES = {name: _DTYPES[name] for name in ("F32", "F16", "BF16")}
+"""Name in a safetensors file -> torch's dtype, of those that weights may be computed in."""
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""Name in a recipe, an option or config.json -> torch's dtype."""
+
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a header says of one tensor. Its rows are its first dimension; a scalar is one row."""
+    """A tensor as a header describes it. Its rows are its first dimension; a scalar is one row."""
 
     name: str
-    dtype: str  # as in the file: "BF16"
+    dtype: str
+    """As in the file: "BF16"."""
     shape: tuple[int, ...]
 
     @property
@@ -49,22 +63,101 @@ class TensorSpec:
 
     @property
     def items_per_row(self) -> int:
-        items = 1
-        for size in self.shape[1:]:
-            items *= size
-        return items
+        return prod(self.shape[1:])
 
     @property
     def bytes_per_row(self) -> int:
-        return self.items_per_row * BYTES_PER_ITEM[self.dtype]
+        return self.items_per_row * _DTYPES[self.dtype].itemsize
 
     @property
     def num_bytes(self) -> int:
         return self.num_rows * self.bytes_per_row
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a weight file in the order of their bytes, which start at `data_start`.
+
+    For a pickle, `pickled` holds the tensors, mapped into memory, and `data_start` means nothing.
+    """
+
+    path: Path
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+    data_start: int
+    pickled: Mapping[str, Tensor] | None = None
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Offset in the file, in bytes, at which each tensor begins."""
+        sizes = [spec.num_bytes for spec in self.tensors]
+        starts = accumulate(sizes, initial=self.data_start)
+        return {spec.name: start for spec, start in zip(self.tensors, starts, strict=False)}
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise UserError where a clone without Git LFS left a pointer in place of the weights."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+            )
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        UserError: no such file, not safetensors, or a size that is not what the header says, as
+            after a download that broke off.
+    """
+
+    def bad(reason: str) -> UserError:
+        return UserError(f"{path}: {reason}; expected a whole safetensors file")
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a safetensors file")
+    refuse_lfs_pointer(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise bad(f"{size} bytes hold no header")
+        raw = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        metadata = entries.pop("__metadata__", None) or {}
+        placed = sorted(
+            (tuple(map(int, entry["data_offsets"])), name, tuple(map(int, entry["shape"])))
+            for name, entry in entries.items()
+        )
+        tensors = tuple(TensorSpec(name, entries[name]["dtype"], at) for _, name, at in placed)
+        _check_offsets(tensors, [offsets for offsets, _, _ in placed])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # A UserError is a ValueError with a message for the user.
+        reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        raise bad(f"a broken header ({reason})") from None
+    expected = 8 + length + sum(spec.num_bytes for spec in tensors)
+    if size != expected:
+        raise bad(f"{size} bytes, the header says {expected}: the file is cut off or damaged")
+    return Header(path, tensors, metadata, 8 + length)
+
+
+def _check_offsets(tensors: Iterable[TensorSpec], offsets: Iterable[tuple[int, ...]]) -> None:
+    position = 0
+    for spec, (first, last) in zip(tensors, offsets, strict=True):
+        if spec.dtype not in _DTYPES:
+            raise UserError(f"{spec.name} has dtype {spec.dtype}")
+        if first != position or last - first != spec.num_bytes:
+            raise UserError(
+                f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)}"
+                " puts it"
+            )
+        position = last
+
+
 def header_bytes(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """What comes before the tensors' bytes, which follow in this order; the data start is a multiple of 8."""
+    """Encode the header of a file whose tensors follow in this order, padded to 8 bytes."""
     # transformers refuses files that do not say which framework's layout they hold.
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
@@ -105,10 +198,13 @@ def save_tensors(
 
 
 def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
-    """The tensors of a pickle that holds nothing else; with `mmap` mapped into memory, not read.
+    """Read a pickle that holds tensors by name and nothing else.
 
-    Callers read one only where the user may have wanted it (--allow_pickle, lora.init_from). `weights_only`: no code in
-    it can run.
+    Callers read one only where the user may have wanted it (--allow_pickle, lora.init_from). With
+    `weights_only` no code in it can run.
+
+    Args:
+        mmap: map the tensors into memory instead of reading them.
 
     Raises:
         UserError: anything but a dict of tensors; with `mmap` also a file from before torch 1.6.
@@ -128,5 +224,11 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file, as reports tell them."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

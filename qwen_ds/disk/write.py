@@ -1,9 +1,9 @@
 """Files and folders that are complete or absent, whenever the process or the machine dies.
 
-Everything is written under a hidden name beside its place, `.NAME.unfinished`. Its bytes are brought
-to the disk, it gets its name in one rename, and the folder that holds the name is brought to the
-disk too. There is one spelling and one durability: a result that is seen under its name survives a
-power cut. Files have mode 0644, since a server may run under another user.
+Everything is written under a hidden name beside its place, `.NAME.unfinished`. Its bytes are
+brought to the disk, it gets its name in one rename, and the folder that holds the name is brought
+to the disk too. There is one spelling and one durability: a result that is seen under its name
+survives a power cut. Files have mode 0644, since a server may run under another user.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, owner: str = "") -> Iterator[Path]:
     """Yield a hidden file name to write to; the file takes the place of `path` when the block ends.
 
-    After an error in the block the hidden file is removed and `path` is what it was.
+    After an error in the block the hidden file is removed and `path` is what it was. `owner` is that
+    of `unfinished_name`; the last rename wins.
 
     Raises:
         OSError: of the disk.
     """
-    unfinished = unfinished_name(path)
+    unfinished = unfinished_name(path, owner)
     try:
         yield unfinished
         unfinished.chmod(0o644)

@@ -1,4 +1,4 @@
-"""What a merge says of itself: `merge_report.json` in the output, and a few lines for the screen."""
+"""The report of a merge: `merge_report.json` in the output, and a few lines for the screen."""
 
 from __future__ import annotations
 
@@ -8,32 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.export.base_check import doubts
-from qwen_ds.export.merge_plan import Plan
+from qwen_ds.export.merge_plan import MergePlan
+from qwen_ds.export.output_place import rejected_name
 from qwen_ds.export.proof.verify import Verification
 from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck
 from qwen_ds.export.stream.shard import ChangedTensor
 
-REPORT_NAME = "merge_report.json"
+
+@dataclass(frozen=True, slots=True)
+class BuiltFiles:
+    """The files that a merge read and wrote, and what it changed in them."""
+
+    changed: dict[str, ChangedTensor]
+    edits: dict[str, str]
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was done; `merge_report.json` in the output holds the same.
-
-    Attributes:
-        changed: tensor of the base -> kind ("lora", "dora", "saved", "rows", and how several adapters combine), and the
-            Frobenius norms of the base's tensor and of its change, both of the values as stored.
-        untouched: number of the base's tensors whose bytes are in the output as they were.
-        converted: number of the base's tensors that only changed their dtype.
-        left_out: the base's tensors that the output's format has no place for.
-        taken_over: weight files that a killed merge had finished.
-        edits: small file -> what was changed in it.
-        inputs, outputs: file name -> bytes and sha256, of weights as they passed by.
-        seconds: what the output took, without its proof.
-        warnings: what may be a mistake, a line each.
-        tokenizer: whether the converted tokenizer agrees with the base's; None when it was not converted.
-        verification: None when it was not asked for.
-    """
+    """The fields of `merge_report.json`."""
 
     base: str
     adapters: list[str]
@@ -42,17 +36,28 @@ class MergeReport:
     format: str
     dtype: str
     changed: dict[str, ChangedTensor]
+    """Tensor of the base -> kind ("lora", "dora", "saved", "rows", and how several adapters
+    combine), and the Frobenius norms of the base's tensor and of its change, as stored."""
     untouched: int
+    """Number of the base's tensors whose bytes are in the output as they were."""
     converted: int
+    """Number of the base's tensors that only changed their dtype."""
     left_out: list[str]
-    taken_over: list[str]
+    """The base's tensors that the output's format has no place for."""
     edits: dict[str, str]
+    """Small file -> what was changed in it."""
     inputs: dict[str, dict[str, Any]]
+    """File name -> bytes and sha256, of weights as they passed by."""
     outputs: dict[str, dict[str, Any]]
+    """File name -> bytes and sha256."""
     seconds: float
+    """Time that the output took, without its proof."""
     warnings: list[str]
+    """What may be a mistake, a line each."""
     tokenizer: TokenizerCheck | None = None
+    """Whether the converted tokenizer agrees with the base's; None when it was not converted."""
     verification: Verification | None = None
+    """None when it was not asked for."""
 
     @property
     def rejected(self) -> bool:
@@ -65,58 +70,36 @@ class MergeReport:
         return rejected_name(Path(self.output)) if self.rejected else Path(self.output)
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON, which has no word for a figure that is not a number (of a proof that failed on it): null."""
+        """The report as JSON, with null for a figure that is not a number, as in a failed proof."""
         return dict(_without_nan(asdict(self)))
 
     def in_words(self) -> list[str]:
         """A few lines for the screen."""
         size = sum(facts["bytes"] for facts in self.outputs.values())
         lines = [
-            f"{self.folder}: {size / 1e9:.2f} GB in {self.seconds:.1f} s; {len(self.changed)} tensors changed,"
-            f" {self.converted} converted, {self.untouched} untouched"
+            f"{self.folder}: {size / 1e9:.2f} GB in {self.seconds:.1f} s; {len(self.changed)}"
+            f" tensors changed, {self.converted} converted, {self.untouched} untouched"
         ]
-        if self.taken_over:
-            lines.append(
-                f"  {len(self.taken_over)} files were there already, from a merge that had been stopped"
-            )
         if self.left_out:
             lines.append(f"  left out: {len(self.left_out)} tensors, {self.left_out[0]} first")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
-        lines += [
-            f"  {line}"
-            for line in (self.tokenizer.in_words() if self.tokenizer is not None else ())
-        ]
-        return [
-            *lines,
-            *(
-                self.verification.in_words()
-                if self.verification is not None
-                else ["  not verified"]
-            ),
-        ]
+        if self.tokenizer is not None:
+            lines += [f"  {line}" for line in self.tokenizer.in_words()]
+        if self.verification is None:
+            return [*lines, "  not verified"]
+        return [*lines, *self.verification.in_words()]
 
 
-def describe(
-    plan: Plan,
-    output: Path,
-    changed: dict[str, ChangedTensor],
-    taken_over: list[str],
-    edits: dict[str, str],
-    inputs: dict[str, dict[str, Any]],
-    outputs: dict[str, dict[str, Any]],
-    seconds: float,
-) -> MergeReport:
+def describe(plan: MergePlan, output: Path, built: BuiltFiles, seconds: float) -> MergeReport:
     """The report of a merge before its proof."""
-    stored, kept = (
-        plan.base.tensors,
-        {rows.tensor for blocks in plan.layout.values() for rows in blocks},
-    )
+    stored = plan.base.tensors
+    kept = {block.tensor for blocks in plan.layout.values() for block in blocks}
     converted = {
-        rows.tensor
+        block.tensor
         for name, spec in plan.tensors.items()
-        for rows in plan.layout[name]
-        if spec.dtype != stored[rows.tensor].dtype and rows.tensor not in changed
+        for block in plan.layout[name]
+        if spec.dtype != stored[block.tensor].dtype and block.tensor not in built.changed
     }
     return MergeReport(
         base=str(plan.base.folder),
@@ -125,15 +108,14 @@ def describe(
         output=str(output),
         format=plan.format.name,
         dtype=plan.dtype,
-        changed=changed,
-        untouched=len(kept) - len(changed) - len(converted),
+        changed=built.changed,
+        untouched=len(kept) - len(built.changed) - len(converted),
         converted=len(converted),
         left_out=sorted(stored.keys() - kept),
-        taken_over=taken_over,
-        edits=edits,
-        inputs=inputs,
-        outputs=outputs,
-        seconds=seconds,
+        edits=built.edits,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        seconds=round(seconds, 3),
         warnings=doubts(plan.base.folder, plan.adapters.members),
     )
 
@@ -144,8 +126,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def rejected_name(output: Path) -> Path:
-    """Where an output lies that failed its proof."""
-    return output.with_name(output.name + ".rejected")

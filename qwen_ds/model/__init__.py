@@ -1,1 +1,2 @@
-"""The model itself, without training: configuration, modeling, tokenizer, ChatML, checkpoint folders, adapters."""
+"""The model itself, without training: family, configuration, modeling, tokenizer, chat,
+adapters."""

@@ -1,8 +1,9 @@
-"""Adapters in PEFT's format: read them without a model, check them against a base, load them onto a model.
+"""Adapters in PEFT's format: read without a model, checked against a base, loaded onto a model.
 
-Accepted are the folders that peft writes (ours, the official finetune.py's, LLaMA-Factory's), whatever version wrote
-them, and, where the caller allows pickles, the bare `pytorch_model.bin` or `adapter_model.bin` of older projects. All
-come out under one set of names: the base's own module names, without prefixes and adapter names.
+Accepted are the folders that peft writes (ours, the official finetune.py's, LLaMA-Factory's),
+whatever version wrote them, and, where the caller allows pickles, the bare `pytorch_model.bin` or
+`adapter_model.bin` of older projects. All come out under one set of names: the base's own module
+names, without prefixes and adapter names.
 
 Shapes: O output features, I input features, R rank, N selected rows.
 """
@@ -10,7 +11,6 @@ Shapes: O output features, I input features, R rank, N selected rows.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,29 +28,32 @@ from qwen_ds.disk.adapter_folder import (
     read_config,
 )
 from qwen_ds.errors import UserError
+from qwen_ds.model.adapter_keys import (
+    PEFT_PREFIX,
+    check_pairs,
+    inferred_config,
+    pattern_value,
+    sort_keys,
+    token_indices,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-PEFT_PREFIX = "base_model.model."
+__all__ = [
+    "CONFIG_NAME", "PEFT_PREFIX", "WEIGHTS_NAME", "Adapter", "LoraPair", "ReplacedTokenRows",
+    "check_adapter_fits", "load_adapter", "put_adapter", "read_adapter",
+]  # fmt: skip
 
-# Whatever wrappers wrote before the model's own names: base_model.model., module., _orig_mod. ...
-_ROOT = re.compile(r"^(?:\w+\.)*?(?=transformer\.|lm_head\.)")
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
-_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
-_TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
-_SAVED = re.compile(
-    r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$"
-)
-
-# Those that say what they mean.
+# The options of a configuration that change what its tensors do to the base.
 _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """The low-rank change of one module: weight_OI + scaling * B_OR @ A_RI, with DoRA's row norms where it has them."""
+    """The low-rank change of one module: weight_OI + scaling * B_OR @ A_RI, with DoRA's row norms
+    where it has them (Liu et al. 2024, arXiv:2402.09353)."""
 
     a_key: str  # of A_RI
     b_key: str  # of B_OR
@@ -60,7 +63,7 @@ class LoraPair:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
+class ReplacedTokenRows:
     """Single rows of an embedding or head that the adapter replaces: values [N, I] at `indices`."""
 
     key: str
@@ -73,29 +76,31 @@ class Adapter:
 
     Attributes:
         folder: where it lies.
-        config: adapter_config.json as peft understands it; made from the shapes when the folder has none.
+        config: adapter_config.json as peft understands it; made from the shapes where the folder
+            has none.
         pairs: module name -> its low-rank pair.
-        saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save, trained biases).
+        saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save,
+            trained biases).
         token_rows: module name -> the rows that it replaces.
-        copies: name of a base tensor -> key of the adapter's copy of it. peft stores the head that LoRA is on unasked.
-        shapes: key -> shape. Keys are peft's, in its present form (`base_model.model.<module>.lora_A.weight`).
-            Copies have none: they change nothing.
+        copies: name of a base tensor -> key of the adapter's copy of it. peft stores the head that
+            LoRA is on unasked.
+        shapes: key -> shape. Keys are peft's, in its present form. Copies have none: they change
+            nothing.
     """
 
     folder: Path
     config: dict[str, Any]
     pairs: dict[str, LoraPair]
     saved: dict[str, str]
-    token_rows: dict[str, TokenRows]
+    token_rows: dict[str, ReplacedTokenRows]
     copies: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     _names_in_file: dict[str, str]
-    _loaded: (
-        Mapping[str, Tensor] | None
-    )  # tensors of a pickle; None: they are read from the safetensors file
+    # Tensors of a pickle; None: they are read from the safetensors file.
+    _loaded: Mapping[str, Tensor] | None
 
     def tensor(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
-        """The tensor under `key`, or its rows first..last, in the dtype on disk, in memory of its own."""
+        """The tensor under `key`, or rows first to last of it: a copy, in the dtype on disk."""
         name = self._names_in_file[key]
         if self._loaded is not None:
             whole = self._loaded[name]
@@ -106,10 +111,8 @@ class Adapter:
             return file.get_slice(name)[first:last].clone()
 
     def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:
-        """What it does to some rows of the base's tensor `name`: an adapter of a module that has only these, in order.
-
-        Its tensors are in memory.
-        """
+        """The part of the adapter that changes some rows of the base's tensor `name`: an adapter of
+        a module that has only these rows, in this order. Its tensors are in memory."""
         module, tensors = name.removesuffix(".weight"), dict[str, Tensor]()
 
         def pick(key: str) -> str:
@@ -132,7 +135,7 @@ class Adapter:
             here := [i for i in rows.indices if i in place]
         ):
             tensors[rows.key] = self.tensor(rows.key)[[rows.indices.index(i) for i in here]]
-            token_rows = {module: TokenRows(rows.key, tuple(place[i] for i in here))}
+            token_rows = {module: ReplacedTokenRows(rows.key, tuple(place[i] for i in here))}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return replace(
             self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, shapes=shapes,
@@ -144,7 +147,7 @@ class Adapter:
         return {key: self.tensor(key) for key in self.shapes}
 
     def files(self) -> list[Path]:
-        """What it was read from."""
+        """Files that the adapter was read from."""
         names = (CONFIG_NAME, *(PICKLE_NAMES if self._loaded is not None else (WEIGHTS_NAME,)))
         return [self.folder / name for name in names if (self.folder / name).is_file()]
 
@@ -158,27 +161,30 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     """Read names, shapes and configuration of the adapter in `folder`.
 
     Args:
-        allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with `weights_only=True`, and then a
-            missing adapter_config.json: the rank follows from the shapes.
+        allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with
+            `weights_only=True`, and then a missing adapter_config.json: the rank follows from the
+            shapes.
         alpha: lora_alpha of such an adapter without a configuration.
 
     Raises:
-        UserError: no adapter here, not LoRA, an option that cannot be honoured, a tensor that is unknown, alone, empty
-            or of another rank than configured.
+        UserError: no adapter here, not LoRA, an option that cannot be honoured, a tensor that is
+            unknown, alone, empty or of another rank than configured.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+            f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and "
+            f"{WEIGHTS_NAME}"
         )
     config = read_config(folder)
     loaded, shapes_in_file = open_weights(folder, allow_pickle)
     if config is None and loaded is None:
         raise UserError(
-            f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its weights"
+            f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its "
+            "weights"
         )
 
-    names, parts = _sort_keys(folder, shapes_in_file)
+    names, parts = sort_keys(folder, shapes_in_file)
     if not parts:
         raise UserError(
             f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules"
@@ -191,32 +197,24 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     shapes = {
         key: shapes_in_file[name] for key, name in names.items() if key not in copies.values()
     }
-    _check_pairs(folder, parts, shapes)
+    check_pairs(folder, parts, shapes)
     if config is None:
-        config = _inferred_config(parts, shapes, alpha)
-    pairs = {
-        module: _pair(folder, config, module, keys, shapes)
-        for module, keys in parts.items()
-        if "lora_A" in keys
-    }  # fmt: skip
-    rows = {
-        module: TokenRows(
-            keys["rows"], _token_indices(folder, config, module, shapes[keys["rows"]])
-        )
-        for module, keys in parts.items()
-        if "rows" in keys
-    }
-    kinds = ("weight", "bias")
-    saved = {
-        f"{module}.{kind}": keys[kind]
-        for module, keys in parts.items()
-        for kind in kinds
-        if kind in keys
-    }
+        config = inferred_config(parts, shapes, alpha)
+    pairs: dict[str, LoraPair] = {}
+    rows: dict[str, ReplacedTokenRows] = {}
+    saved: dict[str, str] = {}
+    for module, keys in parts.items():
+        if "lora_A" in keys:
+            pairs[module] = _pair(folder, config, module, keys, shapes[keys["lora_A"]])
+        if (key := keys.get("rows")) is not None:
+            indices = token_indices(folder, config, module, shapes[key][0])
+            rows[module] = ReplacedTokenRows(key, indices)
+        saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
         if f"{module}.weight" in saved or (module in pairs and module in rows):
             raise UserError(
-                f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, saved module"
+                f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, "
+                "saved module"
             )
     return Adapter(folder, config, pairs, saved, rows, copies, shapes, names, loaded)
 
@@ -238,8 +236,9 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
     def require(key: str, expected: tuple[int, ...], name: str) -> None:
         if adapter.shapes[key] != expected:
             raise UserError(
-                f"{adapter.folder}: {key} is {list(adapter.shapes[key])}; expected {list(expected)}, since the base's"
-                f" {name} is {list(base_shapes[name])}: an adapter of another base"
+                f"{adapter.folder}: {key} is {list(adapter.shapes[key])}; expected "
+                f"{list(expected)}, since the base's {name} is {list(base_shapes[name])}: an "
+                "adapter of another base"
             )
 
     for module, pair in adapter.pairs.items():
@@ -247,7 +246,8 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         shape = weight_shape(name, pair.a_key)
         if len(shape) != 2:
             raise UserError(
-                f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a matrix"
+                f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a "
+                "matrix"
             )
         require(pair.a_key, (pair.r, shape[1]), name)
         require(pair.b_key, (shape[0], pair.r), name)
@@ -268,11 +268,13 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
 
 @torch.no_grad()
 def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
-    """Put in place, in fp32, what `module` has of the adapter: rows and tensors of its own replace the module's, and
-    peft wraps the linear layers that LoRA is on. None where there are no such layers.
+    """Put the adapter's parts for `module` in place, in fp32.
 
-    A part of a model will do, if its modules have their names in the whole. They are named in full here: for a pattern,
-    peft would expect all that it can mean.
+    Rows and tensors of its own replace the module's, and peft wraps the linear layers that LoRA is
+    on. A part of a model will do, if its modules have their names in the whole.
+
+    Returns:
+        The wrapped module in eval mode; None where LoRA is on none of its layers.
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
@@ -286,15 +288,11 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
     if not here:
         return None
     options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
+    # Layers are named in full: for a pattern peft would expect all that it can mean.
     wrapped = PeftModel(module, LoraConfig(target_modules=here, **options))
     pairs = [adapter.pairs[name] for name in here]
-    keys = [
-        key
-        for pair in pairs
-        for key in (pair.a_key, pair.b_key, pair.magnitude_key)
-        if key is not None
-    ]
-    state = {key: adapter.tensor(key).float() for key in keys}
+    keys = (key for pair in pairs for key in (pair.a_key, pair.b_key, pair.magnitude_key))
+    state = {key: adapter.tensor(key).float() for key in keys if key is not None}
     unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
     assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
     return wrapped.eval()
@@ -303,7 +301,8 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Put the adapter in `folder` (a stock PEFT folder) onto `model` for inference, in eval mode.
 
-    The model's modules are wrapped in place. LoRA matrices keep fp32; the rest keeps the model's dtype.
+    The model's modules are wrapped in place. LoRA matrices keep fp32; the rest keeps the model's
+    dtype.
 
     Raises:
         UserError: as `read_adapter` and `check_adapter_fits`.
@@ -316,129 +315,25 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
 
 
-def _sort_keys(
-    folder: Path, in_file: Mapping[str, object]
-) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """peft's key -> name in the file; and module -> what is stored for it ("lora_A", "rows", "weight" ...) -> key."""
-    names: dict[str, str] = {}
-    parts: dict[str, dict[str, str]] = {}
-    for name in in_file:
-        prefix = _ROOT.match(name)
-        short = name[prefix.end() :] if prefix else ""
-        if match := _LORA.match(short):
-            kind, suffix = f"lora_{match['side']}", f"lora_{match['side']}.weight"
-        elif match := _MAGNITUDE.match(short):
-            kind = suffix = "lora_magnitude_vector"
-        elif match := _TOKEN_ROWS.match(short):
-            kind, suffix = "rows", "token_adapter.trainable_tokens_delta"
-        elif (match := _SAVED.match(short)) and not re.search(
-            r"\.(lora_|original_module|token_adapter)", short
-        ):
-            kind = suffix = match["parameter"]
-        else:
-            raise UserError(
-                f"{folder}: unknown tensor {name}; expected PEFT's names on Qwen's modules, such as"
-                f" {PEFT_PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"
-            )
-        key = f"{PEFT_PREFIX}{match['module']}.{suffix}"
-        if key in names:
-            raise UserError(
-                f"{folder}: {name} and {names[key]} are the same tensor; expected one adapter in the file"
-            )
-        names[key] = name
-        parts.setdefault(match["module"], {})[kind] = key
-    return names, parts
-
-
-def _check_pairs(
-    folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    for keys in parts.values():
-        for kind, partner in (
-            ("lora_A", "lora_B"),
-            ("lora_B", "lora_A"),
-            ("lora_magnitude_vector", "lora_A"),
-        ):
-            if kind in keys and partner not in keys:
-                raise UserError(f"{folder}: {keys[kind]} has no {partner} beside it; expected both")
-            if kind in keys and (
-                0 in shapes[keys[kind]] or len(shapes[keys[kind]]) != (1 if "mag" in kind else 2)
-            ):
-                raise UserError(
-                    f"{folder}: {keys[kind]} is {list(shapes[keys[kind]])}; expected a whole tensor (saved under ZeRO-3"
-                    " without gathering?)"
-                )
-
-
-def _inferred_config(
-    parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
-) -> dict[str, Any]:
-    ranks = {
-        module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys
-    }
-    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": usual,
-        "lora_alpha": alpha,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {module: r for module, r in ranks.items() if r != usual},
-        "alpha_pattern": {},
-        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys)
-        or None,
-        "use_dora": any("lora_magnitude_vector" in keys for keys in parts.values()),
-        "use_rslora": False,
-        "bias": "none",
-    }
-
-
-def _pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that names `module`, by peft's rule: a regular expression for its last parts."""
-    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
-
-
 def _pair(
     folder: Path,
     config: Mapping[str, Any],
     module: str,
     keys: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    came: tuple[int, ...],
 ) -> LoraPair:
-    r = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
-    came = shapes[keys["lora_A"]]
+    r = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
     if came[0] != r:
         raise UserError(
             f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says"
         )
-    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
     has_magnitude = "lora_magnitude_vector" in keys
     if has_magnitude != bool(config.get("use_dora")):
         raise UserError(
-            f"{folder}: {module} comes {'with' if has_magnitude else 'without'} lora_magnitude_vector;"
-            f" {CONFIG_NAME} says use_dora {bool(config.get('use_dora'))}"
+            f"{folder}: {module} comes {'with' if has_magnitude else 'without'} "
+            f"lora_magnitude_vector; {CONFIG_NAME} says use_dora {bool(config.get('use_dora'))}"
         )
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root of the rank.
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     return LoraPair(keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), r, scaling)
-
-
-def _token_indices(
-    folder: Path, config: Mapping[str, Any], module: str, shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    configured = config.get("trainable_token_indices")
-    # peft's short form, a bare list, means the input embedding.
-    found = configured if isinstance(configured, list) else _pattern_value(configured, module, None)
-    if (
-        not isinstance(found, list)
-        or len(found) != shape[0]
-        or not all(isinstance(i, int) and i >= 0 for i in found)
-    ):
-        count = len(found) if isinstance(found, list) else "none"
-        raise UserError(
-            f"{folder}: {module} replaces {shape[0]} rows; trainable_token_indices lists {count} for it"
-        )
-    return tuple(found)

@@ -1,8 +1,11 @@
 """The prompt lengths that dynamic NTK needs, kept in the key-value cache they belong to.
 
-Keys in a cache are already rotated, so the alpha that rotated them has to serve every later token of the row: it is
-fixed by the length of the row's whole prompt, also when that prompt is prefilled in chunks. The length therefore
-travels with the cache object, whichever class of transformers' that is.
+Keys in a cache are already rotated, so the alpha that rotated them has to serve every later token
+of the row: it is fixed by the length of the row's whole prompt, also when that prompt is prefilled
+in chunks. The length therefore travels with the cache object, whichever class of transformers' that
+is.
+
+Shapes: B rows, T new tokens.
 """
 
 from __future__ import annotations
@@ -17,23 +20,39 @@ from transformers import Cache
 @dataclass(slots=True)
 class _Prompt:
     lens: int | Tensor  # int: no row is longer; int64 [B]: each row's own length
-    started: bool  # False: declared, and no token has been cached since
+    declared: bool  # False: inferred from the first forward, which may have been a first chunk
+    started: bool  # False: no token has been cached since
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The size of one forward."""
+
+    rows: int
+    length: int
+    past_len: int | Tensor
+    """Tokens in the cache (static caches keep it as a tensor)."""
+
+    @property
+    def end(self) -> int:
+        """Tokens in the cache afterwards; not its keys, of which a static cache has more."""
+        return int(self.past_len) + self.length
 
 
 def declare_prompt_lens(cache: Cache, lens: int | Tensor) -> None:
-    """Say how long the prompts are that will be prefilled into this empty cache.
+    """Tell an empty cache how long the prompts are that will be prefilled into it.
 
-    Needed only where the first forward cannot know: a prompt prefilled in chunks, or right-padded rows run without an
-    attention mask. Otherwise the model takes the lengths from the first forward.
+    The same as `prompt_lens` of the model's forward, for callers that do not call that themselves.
 
     Args:
         lens: tokens of each row's prompt, int64 [B], or one int for all rows.
     """
-    cache.qwen_prompt = _Prompt(lens, started=False)  # type: ignore[attr-defined]
+    cache.qwen_prompt = _Prompt(lens, declared=True, started=False)  # type: ignore[attr-defined]
 
 
 def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | Tensor:
-    """True lengths of rows, int64 [B]; one int where that says enough: no mask, or no row can exceed seq_length.
+    """True lengths of rows, int64 [B]; one int where that is enough: without a mask, or where no
+    row can exceed seq_length.
 
     Args:
         mask_BT: [B, num_tokens], 1 for a real token; None: all are.
@@ -43,37 +62,57 @@ def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | 
     return mask_BT.sum(-1, dtype=torch.int64)
 
 
-def prompt_lens(
-    cache: Cache, past_len: int | Tensor, lens: int | Tensor, num_rows: int
+def prompt_lens_of(
+    cache: Cache | None,
+    new: NewTokens,
+    attention_mask: Tensor | None,
+    given: int | Tensor | None,
+    seq_length: int,
 ) -> int | Tensor:
-    """The lengths that decide alpha: those fixed by the first forward on this cache; `lens` if this is the first.
-
-    Args:
-        past_len: tokens in the cache so far (static caches keep it as a tensor).
-        lens: true lengths of the rows as of this forward, from `row_lens`.
-        num_rows: B.
+    """The lengths that decide alpha: those given, else the cache's, else the rows' in this forward.
 
     Raises:
-        ValueError: the rows in the cache are not the rows of this forward.
+        ValueError: the lengths cannot be known and matter, or the rows in the cache are not the
+            rows of this forward.
     """
-    prompt: _Prompt | None = cache.__dict__.get(
-        "qwen_prompt"
-    )  # transformers' object: the attribute may be absent
-    if prompt is None or (
-        prompt.started and _is_empty(past_len)
-    ):  # the second: the cache was reset
-        prompt = _Prompt(lens, started=True)
-        cache.qwen_prompt = prompt  # type: ignore[attr-defined]
-    prompt.started = True
-    if isinstance(prompt.lens, Tensor) and prompt.lens.shape[0] not in (1, num_rows):
+    # The attribute is ours on an object of transformers': it may be absent.
+    prompt: _Prompt | None = None if cache is None else cache.__dict__.get("qwen_prompt")
+    if given is not None:
+        prompt = _Prompt(given, declared=True, started=True)
+    elif prompt is None or (prompt.started and _is_empty(new.past_len)):  # new, or reset
+        prompt = _Prompt(_inferred_lens(new, attention_mask, seq_length), False, started=True)
+    elif not prompt.declared and new.length > 1 and new.end > seq_length:
         raise ValueError(
-            f"the cache was filled with {prompt.lens.shape[0]} rows and is used with {num_rows}; expected the same "
-            "rows (after changing them, call declare_prompt_lens)"
+            f"{new.length} tokens follow {int(new.past_len)} cached ones beyond seq_length "
+            f"{seq_length}; expected prompt_lens in the first forward: a prompt in chunks is "
+            "rotated for its whole length"
+        )
+    prompt.started = True
+    if cache is not None:
+        cache.qwen_prompt = prompt  # type: ignore[attr-defined]
+    if isinstance(prompt.lens, Tensor) and prompt.lens.shape[0] not in (1, new.rows):
+        raise ValueError(
+            f"the cache was filled with {prompt.lens.shape[0]} rows and is used with {new.rows}; "
+            "expected the same rows, or prompt_lens of the rows there are now"
         )
     return prompt.lens
 
 
+def _inferred_lens(new: NewTokens, attention_mask: Tensor | None, seq_length: int) -> int | Tensor:
+    if attention_mask is None or attention_mask.dim() == 2:
+        return row_lens(attention_mask, new.end, seq_length)
+    if new.end > seq_length:
+        # The longest row's alpha for all of them would be silently wrong: logits off by 12.
+        raise ValueError(
+            f"a 4-D attention mask and {new.end} tokens, more than seq_length {seq_length}; "
+            "expected prompt_lens, the tokens of each row's prompt, which such a mask does not show"
+        )
+    return new.end
+
+
 def _is_empty(past_len: int | Tensor) -> bool:
     if isinstance(past_len, Tensor) and torch.compiler.is_compiling():
-        return False  # a compiled decoding step: reading the tensor would break the graph; resets are not compiled
+        # A compiled decoding step: reading the tensor would break the graph. Resets are not
+        # compiled.
+        return False
     return int(past_len) == 0

@@ -1,7 +1,7 @@
 """Chatting the official way: `model.chat`, `model.chat_stream` and the functions around them.
 
-Signatures and results are those of the official code, so that callers need not change. Where results differ on purpose,
-the docstring says so.
+Signatures and results are those of the official code, so that callers need not change. Where
+results differ on purpose, the docstring says so.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -9,16 +9,17 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from qwen_ds.decode.sampling import only_tokens
+from qwen_ds.decode.stop import StopRule
+from qwen_ds.decode.text import TextStream
 from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
-
-if TYPE_CHECKING:
-    from qwen_ds.model.tokenizer import QWenTokenizer
+from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 
 History = Sequence[Sequence[str]]  # (query, response) pairs, the oldest first
 MAX_WINDOW_SIZE = 6144  # tokens; the official default
@@ -34,18 +35,18 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """The prompt of a chat as text and as ids.
 
-    Of the history only so many of the latest pairs are kept that system turn and history together stay below
-    max_window_size tokens; the query is not counted. No text yields a control token. "raw", for base models, is the
-    bare query, which is the whole prompt: control tokens spelled in it are meant.
+    Of the history only so many of the latest pairs are kept that system turn and history together
+    stay below max_window_size tokens; the query is not counted. No text yields a control token.
+    "raw", for base models, is the bare query, which is the whole prompt: control tokens spelled in
+    it are meant.
     """
     encoding = tokenizer.encoding
     if chat_format == "raw":
         return query, encoding.with_specials(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
-    size = (
-        len(turn_ids(encoding, "system", system)) - 1
-    )  # a line break belongs to the turn that follows it
+    # A line break belongs to the turn that follows it.
+    size = len(turn_ids(encoding, "system", system)) - 1
     kept: list[Turn] = []
     for asked, answered in reversed(history or ()):
         pair = [Turn("user", asked), Turn("assistant", answered)]
@@ -69,12 +70,14 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The response among `tokens`, which are the context_length ids of a prompt and the generated ones after them.
+    """The response among `tokens`: context_length ids of a prompt, and the generated ones after
+    them.
 
-    The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is stripped.
-    Three results differ from the official code's, which are accidents of its way to cut: a response without an end
-    token keeps its last token; the prompt is cut off by its tokens and not by its characters (raw_text_len has no
-    effect), so that text which NFC shortens loses nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
+    The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is
+    stripped. Three results differ from the official code's, which are accidents of its way to cut:
+    a response without an end token keeps its last token; the prompt is cut off by its tokens and
+    not by its characters (raw_text_len has no effect), so that text which NFC shortens loses
+    nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
 
     Returns:
         The response, and with return_end_reason also what ended it, in the official words.
@@ -83,18 +86,14 @@ def decode_tokens(
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
     ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     turn_ends = (tokenizer.im_start_id, tokenizer.im_end_id) if chat_format == "chatml" else ()
-    end_reason, end = f"Gen length {len(ids)}", len(ids)
-    for place in range(context_length, len(ids)):
-        if ids[place] in turn_ends or ids[place] == tokenizer.eod_id:
-            end = place
-            if ids[place] in turn_ends:
-                end_reason = f"Gen {tokenizer.encoding.decode([ids[place]])!r}"
-            break
-    response = tokenizer.encoding.decode(ids[context_length:end], errors).strip()
+    new = ids[context_length:]
+    kept, _ = StopRule((*turn_ends, tokenizer.eod_id)).cut(new)
+    end_reason = f"Gen length {len(ids)}"
+    if (stopped_by := new[len(kept) : len(kept) + 1]) and stopped_by[0] in turn_ends:
+        end_reason = f"Gen {tokenizer.encoding.decode(stopped_by)!r}"
+    response = tokenizer.encoding.decode(kept, errors).strip()
     if verbose:
-        print(
-            f"Raw generate: {tokenizer.encoding.decode(ids[context_length:], errors)!r}\nEnd reason: {end_reason}"
-        )
+        print(f"Raw generate: {tokenizer.encoding.decode(new, errors)!r}\nEnd reason: {end_reason}")
     return (response, end_reason) if return_end_reason else response
 
 
@@ -117,42 +116,40 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
     def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int | Sequence[int]):
         eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        for word in stop_words_ids:
-            if not word or any(not isinstance(token, int) or token < 0 for token in word):
-                raise ValueError(
-                    f"stop_words_ids holds {word!r}; expected non-empty lists of token ids"
-                )
-        self.stop_words = [
-            list(word) for word in stop_words_ids if list(word) not in [[eos] for eos in eos_ids]
-        ]
+        words = [tuple(word) for word in stop_words_ids]
+        try:
+            self.stop = StopRule(
+                sequences=tuple(w for w in words if w not in [(i,) for i in eos_ids])
+            )
+        except ValueError as error:
+            raise ValueError(f"stop_words_ids: {error}") from None
+        self.longest = max((len(word) for word in self.stop.sequences), default=0)
         self.eos_token_id = eos_ids[0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for word in self.stop_words:
-            if len(word) <= input_ids.shape[1]:
-                ended_B |= (
-                    input_ids[:, -len(word) :] == torch.tensor(word, device=input_ids.device)
-                ).all(-1)
+        if not self.longest:
+            return scores
+        tails = input_ids[:, -self.longest :].tolist()
+        ended = [self.stop.length_of_stop(tail) > 0 for tail in tails]
+        ended_B = torch.tensor(ended, device=input_ids.device)
         forced_V = torch.full_like(scores[0], -torch.inf)
         forced_V[self.eos_token_id] = 0.0
         return torch.where(ended_B.unsqueeze(-1), forced_V, scores)
 
 
 class _OnlyRealTokens(LogitsProcessor):
-    """The embedding has more rows than there are tokens; those rows must never be chosen."""
+    """Keeps the padding rows of the head, which have no token, from being chosen."""
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(
-            1, torch.arange(self.num_tokens, scores.shape[1], device=scores.device), -torch.inf
-        )
+        return only_tokens(scores, self.num_tokens)
 
 
 class ChatMixin:
-    """`generate` with stop words, `chat` and `chat_stream`, for a class that has GenerationMixin behind this one."""
+    """`generate` with stop words, `chat` and `chat_stream`, for a class with GenerationMixin behind
+    this one."""
 
     generation_config: GenerationConfig
 
@@ -165,7 +162,8 @@ class ChatMixin:
         stop_words_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' generate, and: a row ends (with the eos token) behind any of stop_words_ids.
+        """Generate as transformers does; a row also ends (with the eos token) behind any of
+        stop_words_ids.
 
         The official code drops the attention mask of a batch with one row. Here it is honoured.
         """
@@ -194,11 +192,14 @@ class ChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> tuple[str, list[Sequence[str]]]:
-        """Answer a query. Returns the response and the history with this exchange appended, as a new list.
+        """Answer a query.
 
-        `chat_format` and `max_window_size` of the generation config are honoured; kwargs go to `generate`. The
-        response is cut out by `decode_tokens`, whose differences to the official code apply; and rows of the embedding
-        that are no tokens are never generated.
+        `chat_format` and `max_window_size` of the generation config are honoured; kwargs go to
+        `generate`. The response is cut out by `decode_tokens`, whose differences to the official
+        code apply; and rows of the embedding that are no tokens are never generated.
+
+        Returns:
+            The response, and the history with this exchange appended, as a new list.
 
         Raises:
             ValueError: the generation config belongs to a base model (chat_format is not "chatml").
@@ -232,9 +233,10 @@ class ChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """As `chat`, yielding after every token the whole response so far; incomplete characters are held back.
+        """Answer as `chat` does, yielding after every token the whole response so far.
 
-        Unlike the official code, which always samples, this honours do_sample. Control tokens are left out of the text.
+        Incomplete characters are held back. Unlike the official code, which always samples, this
+        honours do_sample. Control tokens are left out of the text.
         """
         _, context, options = self._chat_prompt(
             tokenizer, query, history, system, generation_config, kwargs
@@ -252,11 +254,11 @@ class ChatMixin:
         )
 
         def texts() -> Iterator[str]:
-            ids: list[int] = []
+            stream, text = TextStream(tokenizer.encoding.token_bytes, errors="ignore"), ""
             for token in new_tokens:
                 if token < tokenizer.eod_id:  # the ids from there on are control tokens
-                    ids.append(token)
-                yield tokenizer.encoding.decode(ids, errors="ignore")
+                    text += stream.push(token)
+                yield text
 
         return texts()
 
@@ -269,13 +271,15 @@ class ChatMixin:
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> tuple[str, list[int], dict[str, Any]]:
-        """The prompt as text and ids, and what of kwargs is left for generate."""
+        """The prompt as text and ids, and the kwargs that are left for generate."""
         config = self.generation_config if generation_config is None else generation_config
-        # transformers' object: the official keys are there only if the folder's generation_config.json has them.
+        # An object of transformers': the official keys are there only if the folder's
+        # generation_config.json has them.
         chat_format = getattr(config, "chat_format", "chatml")
         if chat_format != "chatml":
             raise ValueError(
-                f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a base model"
+                f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a "
+                "base model"
             )
         options = dict(kwargs)
         window = options.pop("max_window_size", None) or getattr(
@@ -298,7 +302,7 @@ def stream_tokens(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Iterator[int]:
-    """The decoding loop of `generate` for one row, as a generator of its new tokens (a `custom_generate`)."""
+    """Yield the new tokens of one row: the decoding loop of `generate`, as a `custom_generate`."""
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"cannot stream {input_ids.shape[0]} rows or beams; expected one row and num_beams 1"

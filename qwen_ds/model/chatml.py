@@ -1,7 +1,8 @@
-"""The one ChatML of the project: training rows, prompts, the chat template and the API all build theirs from here.
+"""ChatML: training rows, prompts, the chat template and the API all build theirs from here.
 
-A turn is `<|im_start|>role\\ntext<|im_end|>\\n`. The control tokens are put in as ids and the text between them is
-encoded by itself, so a text that spells `<|im_end|>` stays text: it cannot close its turn and open another one.
+A turn is `<|im_start|>role\\ntext<|im_end|>\\n`. The control tokens are put in as ids and the text
+between them is encoded by itself, so a text that spells `<|im_end|>` stays text: it cannot close
+its turn and open another one.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from qwen_ds.errors import UserError
+from qwen_ds.model.tokenizer import IM_END, IM_START, Encoding
 
-if TYPE_CHECKING:  # tokenizer.py builds its chat template from this module
-    from qwen_ds.model.tokenizer import Encoding
-
-IGNORE = -100  # the label of a token that must not be learnt: torch's cross_entropy leaves it out
+IGNORE = -100  # the label of a token that is no target: torch's cross_entropy leaves it out
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
-# The same text as a Jinja template, for engines that know nothing of this package: it travels with a saved tokenizer.
-# They encode the finished text, so there a control token spelled in a message is one.
+# The same text as a Jinja template, for engines that know nothing of this package: it travels with
+# a saved tokenizer. They encode the finished text, so there a control token spelled in a message is
+# one.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' -}}"
@@ -29,7 +28,9 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}{%- endif -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}"
     "{{- '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -38,7 +39,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message: role is "user" or "assistant" ("system" only where a list of turns stands for chat messages)."""
+    """One message of a user or an assistant; of a system only where turns stand for messages."""
 
     role: str
     text: str
@@ -46,7 +47,8 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system text (None: none was given, so the default stands in) and alternating turns, the user's first."""
+    """A system text and alternating turns, the user's first. Without a text (None) the default
+    stands in."""
 
     system: str | None
     turns: tuple[Turn, ...]
@@ -58,10 +60,11 @@ Messages = Sequence[
 
 
 def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM) -> list[Turn]:
-    """All turns with the system turn in front; `system` stands in where the conversation brings none.
+    """All turns, the system turn in front; `system` stands in where the conversation has none.
 
-    Messages are checked: a role of ROLES, and a content that is a string or a list of {"type": "text", "text": ..}
-    parts (joined without a separator). Raises UserError naming the message.
+    Raises:
+        UserError: a message without a role of ROLES, or without a content that is a string or a
+            list of {"type": "text", "text": ..} parts (which are joined without a separator).
     """
     if isinstance(conversation, Conversation):
         given = system if conversation.system is None else conversation.system
@@ -75,7 +78,8 @@ def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM
 def _turn(message: object, place: int) -> Turn:
     if not isinstance(message, Mapping):
         raise UserError(
-            f"messages[{place}] is {type(message).__name__}; expected an object with role and content"
+            f"messages[{place}] is {type(message).__name__}; expected an object with role and "
+            "content"
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -98,18 +102,18 @@ def text_ids(enc: Encoding, text: str, parse_specials: bool = False) -> list[int
 
 @lru_cache(maxsize=64)
 def header_ids(enc: Encoding, role: str) -> tuple[int, ...]:
-    """`<|im_start|>role\\n`, what stands before a turn's text."""
+    """`<|im_start|>role\\n`, the ids before a turn's text."""
     return (enc.im_start_id, *enc.ordinary(role), *enc.ordinary("\n"))
 
 
 @lru_cache(maxsize=8)
 def footer_ids(enc: Encoding) -> tuple[int, ...]:
-    """`<|im_end|>\\n`, what stands behind a turn's text."""
+    """`<|im_end|>\\n`, the ids behind a turn's text."""
     return (enc.im_end_id, *enc.ordinary("\n"))
 
 
 def turn_ids(enc: Encoding, role: str, text: str, parse_specials: bool = False) -> list[int]:
-    """`<|im_start|>role\\ntext<|im_end|>\\n`; role, line breaks and text are each encoded by themselves."""
+    """Ids of a whole turn; role, line breaks and text are each encoded by themselves."""
     return [*header_ids(enc, role), *text_ids(enc, text, parse_specials), *footer_ids(enc)]
 
 
@@ -120,7 +124,12 @@ def encode_turns(
     continue_final_turn: bool = False,
     parse_specials: bool = False,
 ) -> list[int]:
-    """The turns one after another; then `<|im_start|>assistant\\n`, or the last turn left open after its text."""
+    """Ids of the turns one after another.
+
+    Args:
+        add_generation_prompt: `<|im_start|>assistant\\n` follows.
+        continue_final_turn: the last turn is left open after its text.
+    """
     ids = [token for turn in turns for token in turn_ids(enc, turn.role, turn.text, parse_specials)]
     if continue_final_turn:
         return ids[: -len(footer_ids(enc))]
@@ -130,11 +139,11 @@ def encode_turns(
 def render_turns(
     turns: Sequence[Turn], add_generation_prompt: bool = False, continue_final_turn: bool = False
 ) -> str:
-    """`encode_turns` as text. A control token spelled in a turn cannot be told from a real one here."""
-    text = "".join(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n" for turn in turns)
+    """The text of `encode_turns`; control tokens spelled in a turn look like real ones here."""
+    text = "".join(f"{IM_START}{turn.role}\n{turn.text}{IM_END}\n" for turn in turns)
     if continue_final_turn:
-        return text.removesuffix("<|im_end|>\n")
-    return f"{text}<|im_start|>assistant\n" if add_generation_prompt else text
+        return text.removesuffix(f"{IM_END}\n")
+    return f"{text}{IM_START}assistant\n" if add_generation_prompt else text
 
 
 def encode_prompt(
@@ -143,9 +152,9 @@ def encode_prompt(
     parse_specials: bool = False,
     system: str = DEFAULT_SYSTEM,
 ) -> list[int]:
-    """What the model answers to: every turn, and at the end `<|im_start|>assistant\\n`. Texts are not stripped.
+    """Ids of a prompt: every turn, then `<|im_start|>assistant\\n`. Texts are not stripped.
 
-    `system` stands in where the conversation brings none. The ids are those of the official make_context.
+    `system` stands in where the conversation has none. The ids are the official make_context's.
     """
     return encode_turns(
         enc,

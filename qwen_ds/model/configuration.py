@@ -14,22 +14,26 @@ from qwen_ds.errors import UserError
 class QWenConfig(PreTrainedConfig):
     """Shape and behaviour of a Qwen v1 model.
 
-    Attributes carry the names of September 2023 (`hidden_size`, `num_hidden_layers` ...). Files of August 2023
-    (`n_embd`, `n_layer`, `n_head`, `n_positions`, `ffn_hidden_size`, `padded_vocab_size` ...) load into the same
-    attributes, and what such a file leaves out gets the default of its own time: no dynamic NTK, no LogN, eps 1e-5,
-    seq_length 2048 (September: both on, 1e-6, 8192). `padded_vocab_size`, where present, is the number of rows of the
-    embedding and replaces `vocab_size`.
+    Attributes carry the names of September 2023 (`hidden_size`, `num_hidden_layers` ...). Files of
+    August 2023 (`n_embd`, `n_layer`, `n_head`, `n_positions`, `ffn_hidden_size`,
+    `padded_vocab_size` ...) load into the same attributes, and what such a file leaves out gets the
+    default of its own time: no dynamic NTK, no LogN, eps 1e-5, seq_length 2048 (September: both on,
+    1e-6, 8192). `padded_vocab_size`, where present, is the number of rows of the embedding and
+    replaces `vocab_size`.
 
     Args (those whose meaning the name does not give):
-        kv_channels: width of one attention head; kv_channels * num_attention_heads must be hidden_size.
+        kv_channels: width of one attention head; times num_attention_heads it is hidden_size.
         intermediate_size: twice the width of `w1` and `w2`, as in the official files.
-        seq_length: longest training length S; beyond it dynamic NTK and LogN act, at inference only.
+        seq_length: longest training length S; beyond it dynamic NTK and LogN act, at inference
+            only.
         rotary_emb_base: base of the rotary frequencies (10000; 1e6 in the 72B model).
         no_bias: no bias in `attn.c_proj` and the MLP (`attn.c_attn` always has one).
-        bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, `dtype=` wins over them.
+        bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, `dtype=`
+            wins over them.
 
     Raises:
-        UserError: a geometry or an option that no official model has and that this model does not implement.
+        UserError: a geometry or an option that no official model has and this one does not
+            implement.
     """
 
     model_type: ClassVar[str] = "qwen"
@@ -73,8 +77,8 @@ class QWenConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         august = "n_embd" in kwargs or "n_layer" in kwargs
-        # The classes here are the only ones that ever serve this config: a reference to code in the folder must neither
-        # be followed nor be written back into a saved checkpoint.
+        # The classes here are the only ones that ever serve this config: a reference to code in the
+        # folder must neither be followed nor be written back into a saved checkpoint.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         if self.layer_norm_epsilon is None:
@@ -90,8 +94,9 @@ class QWenConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.kv_channels * self.num_attention_heads != self.hidden_size:
             raise UserError(
-                f"config: kv_channels {self.kv_channels} x num_attention_heads {self.num_attention_heads} is not "
-                f"hidden_size {self.hidden_size}; expected equality, as in every official Qwen"
+                f"config: kv_channels {self.kv_channels} x num_attention_heads "
+                f"{self.num_attention_heads} is not hidden_size {self.hidden_size}; expected "
+                "equality, as in every official Qwen"
             )
         for name, expected in (
             ("rotary_pct", 1.0),

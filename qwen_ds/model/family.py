@@ -1,17 +1,26 @@
-"""What belongs to one family of Qwen, in one object: everything that spells its modules' names reads it.
+"""One family of Qwen in one object: classes, module names, tokenizer, chat format, context rule.
+
+Everything outside qwen_ds/model reads these here, so that a second family is a second object.
 
 Symbols: D hidden, I width of the MLP's inner matrices.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
+
+Role = Literal["qkv", "attention_out", "up", "gate", "down"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +29,8 @@ class Linear:
 
     name: str
     """Below the block, as lora.targets gives it: attn.c_proj."""
+    role: Role
+    """Its part in the block: maps of one group read the same input."""
     width_in: Callable[[QWenConfig], int]
     width_out: Callable[[QWenConfig], int]
 
@@ -31,10 +42,14 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names, tokenizer, chat format and context rule of one family of models."""
+    """Classes, names, tokenizer, chat format and context rule of one family of models."""
 
     model_type: str
     """As in config.json."""
+    config_class: type[QWenConfig]
+    model_class: type[PreTrainedModel]
+    """With its head; `from_pretrained` loads a checkpoint folder."""
+    block_class: type[nn.Module]
     linears: tuple[Linear, ...]
     """Of a block, in the order in which they run."""
     blocks: str
@@ -53,6 +68,24 @@ class Family:
     extends_context: Callable[[QWenConfig], bool]
     """Whether the model answers beyond the length that it was trained on."""
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """First parts of all the model's parameter names."""
+        paths = (self.blocks, self.embedding, self.final_norm, self.head)
+        return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
+
+    @property
+    def example(self) -> str:
+        """The name of one module, for messages that show what names look like."""
+        return f"{self.blocks}.0.{self.linears[0].name}"
+
+    def without_wrappers(self, name: str) -> str | None:
+        """A parameter's own name, without what wrappers put before it (base_model.model., module.,
+        _orig_mod. ...); None for a name that is not of this family."""
+        roots = "|".join(map(re.escape, self.roots))
+        found = re.match(rf"(?:\w+\.)*?((?:{roots})\..*)", name)
+        return found[1] if found else None
+
     def matched(self, targets: tuple[str, ...] | list[str]) -> tuple[Linear, ...]:
         """The linear maps that a recipe's lora.targets name, in running order.
 
@@ -64,8 +97,7 @@ class Family:
 
     @property
     def target_names(self) -> tuple[str, ...]:
-        """Every word that lora.targets may hold: last names first, then the full names of those
-        that share one."""
+        """Every word that lora.targets may hold: last names, then the full names."""
         last = tuple(dict.fromkeys(linear.last_name for linear in self.linears))
         full = tuple(linear.name for linear in self.linears if linear.name not in last)
         return (*last, *full)
@@ -82,8 +114,7 @@ class Family:
     def chat_format(self, generation_config: dict[str, object]) -> Literal["chatml", "raw"]:
         """How a model answers, by its generation_config.json.
 
-        The official base models say "raw". A folder that does not say counts as one that speaks ChatML
-        when it is exported; `lora.special_rows` is careful and asks for the word itself.
+        The official base models say "raw". A folder that says nothing counts as ChatML.
         """
         return "raw" if generation_config.get("chat_format", "chatml") == "raw" else "chatml"
 
@@ -105,13 +136,16 @@ def _inner(config: QWenConfig) -> int:
 
 
 QWEN = Family(
-    model_type="qwen",
+    model_type=QWenConfig.model_type,
+    config_class=QWenConfig,
+    model_class=QWenLMHeadModel,
+    block_class=QWenBlock,
     linears=(
-        Linear("attn.c_attn", _hidden, lambda config: 3 * config.hidden_size),
-        Linear("attn.c_proj", _hidden, _hidden),
-        Linear("mlp.w1", _hidden, _inner),
-        Linear("mlp.w2", _hidden, _inner),
-        Linear("mlp.c_proj", _inner, _hidden),
+        Linear("attn.c_attn", "qkv", _hidden, lambda config: 3 * config.hidden_size),
+        Linear("attn.c_proj", "attention_out", _hidden, _hidden),
+        Linear("mlp.w1", "up", _hidden, _inner),
+        Linear("mlp.w2", "gate", _hidden, _inner),
+        Linear("mlp.c_proj", "down", _inner, _hidden),
     ),
     blocks="transformer.h",
     embedding="transformer.wte",

@@ -14,15 +14,21 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """What attention needs to know about padding and order."""
+    """The keys that each query sees, and the padding in front of the rows."""
 
-    mask: Tensor | None  # bool (True: visible) or additive, [B or 1, 1, T, K]
-    is_causal: (
-        bool  # SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left
-    )
-    left_pads_B: (
-        Tensor | None
-    )  # int64 [B]: padding before each row's first token; None: no row has any
+    mask: Tensor | None
+    """Bool (True: visible) or additive, [B or 1, 1, T, K]; None: none is needed."""
+    is_causal: bool
+    """SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left."""
+    left_pads_B: Tensor | None = None
+    """int64: padding before each row's first token; None: no row has any."""
+
+    def positions(self, num_queries: int, past_len: int | Tensor, device: torch.device) -> Tensor:
+        """int64 [B or 1, T]: index of the new tokens in their rows, not counting left padding."""
+        index_1T = (torch.arange(num_queries, device=device) + past_len).unsqueeze(0)
+        if self.left_pads_B is None:
+            return index_1T
+        return (index_1T - self.left_pads_B.unsqueeze(-1)).clamp(min=0)
 
 
 def visibility(
@@ -34,11 +40,12 @@ def visibility(
 ) -> Visibility:
     """Decide the mask of a forward.
 
-    Right padding needs none: a real token never looks to its right. So a mask is built only for padding before or
-    inside a row, or where several queries meet a longer row of keys.
+    Right padding needs none: a real token never looks to its right. So a mask is built only for
+    padding before or inside a row, or where several queries meet a longer row of keys.
 
     Args:
-        attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], used as it is (bool or additive).
+        attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or
+            additive, used as it is.
         num_keys: K. Larger than past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
 
@@ -46,22 +53,16 @@ def visibility(
         ValueError: a mask of another shape.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        return Visibility(attention_mask, is_causal=False, left_pads_B=None)
-    real_BK = (
-        None
-        if attention_mask is None
-        else _real_keys(attention_mask, num_queries, num_keys, past_len)
-    )
+        return Visibility(attention_mask, is_causal=False)
+    real_BK = None
+    if attention_mask is not None:
+        real_BK = _real_keys(attention_mask, num_queries, num_keys, past_len)
     if real_BK is None:
         if num_queries == num_keys:
-            return Visibility(None, is_causal=True, left_pads_B=None)
-        if (
-            isinstance(past_len, int) and num_keys == past_len + 1
-        ):  # one new token, which sees everything
-            return Visibility(None, is_causal=False, left_pads_B=None)
-        return Visibility(
-            causal_mask(num_queries, num_keys, past_len, device), is_causal=False, left_pads_B=None
-        )
+            return Visibility(None, is_causal=True)
+        if isinstance(past_len, int) and num_keys == past_len + 1:
+            return Visibility(None, is_causal=False)  # one new token, which sees everything
+        return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False)
     queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
     keys_K = torch.arange(num_keys, device=device)
     # Padding in front of a row sees itself: a softmax over no key at all would be NaN.
@@ -82,11 +83,11 @@ def causal_mask(
 def _real_keys(
     mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor
 ) -> Tensor | None:
-    """The mask as bool [B, K], or None where it only marks padding to the right and so hides nothing."""
+    """The mask as bool [B, K]; None where it only marks padding to the right and hides nothing."""
     if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
         raise ValueError(
-            f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the {past_len} cached and "
-            f"{num_queries} new tokens"
+            f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the "
+            f"{past_len} cached and {num_queries} new tokens"
         )
     real_BT = mask_BT.bool()
     # The only look at values, one synchronisation on an accelerator; training never passes a mask.

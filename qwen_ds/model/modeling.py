@@ -1,7 +1,7 @@
-"""The original Qwen (v1) as a native transformers model: official parameter names, official numbers.
+"""The original Qwen (v1) as a native transformers model: official parameter names, official
+numbers.
 
-Shapes: B rows, T new tokens, K keys (cached and new), D hidden, H heads, W head width, F = W / 2 rotary frequencies,
-V vocabulary. q, k and v are [B, H, T, W] inside attention.
+Shapes: B rows, T new tokens, K keys (cached and new), D hidden, F rotary frequencies, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from qwen_ds.model.cache import declare_prompt_lens, prompt_lens, row_lens
+from qwen_ds.disk.weights import TORCH_DTYPES
+from qwen_ds.model.attention import QWenAttention, ResidualLinear
+from qwen_ds.model.cache import NewTokens, declare_prompt_lens, prompt_lens_of, row_lens
 from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.masking import Visibility, causal_mask, visibility
-from qwen_ds.model.rotary import apply_rotary, logn_factors, ntk_alpha, rotary_tables
+from qwen_ds.model.masking import causal_mask, visibility
+from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in that dtype."""
+    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in that
+    dtype."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -33,67 +36,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without a weight rms_norm rounds once, after the division: the weight's product must come after the rounding.
+        # Without a weight rms_norm rounds once, after the division: the weight's product must come
+        # after the rounding.
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
-
-
-class ResidualLinear(nn.Linear):
-    """A Linear that writes into the residual stream; a class of its own because fresh weights of these are smaller."""
-
-
-class QWenAttention(nn.Module):
-    """Causal self-attention. `c_attn` gives q, k and v side by side and alone has a bias."""
-
-    def __init__(self, config: QWenConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.kv_channels
-        self.dropout = config.attn_dropout_prob
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = ResidualLinear(
-            config.hidden_size, config.hidden_size, bias=not config.no_bias
-        )
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        logn: Tensor | None,
-        mask: Tensor | None,
-        is_causal: bool,
-        cache: Cache | None,
-    ) -> Tensor:
-        rows, length, width = x_BTD.shape
-        qkv = self.c_attn(x_BTD).view(rows, length, 3, self.num_heads, self.head_dim)
-        qk, v = qkv.split((2, 1), dim=2)  # views, whose gradients are joined by one copy
-        q, k = apply_rotary(qk, cos, sin).unbind(2)
-        if logn is not None:
-            q = q * logn
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        dropout = self.dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager":
-            out = eager_attention(q, k, v, mask, dropout)
-        else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout_p=dropout, is_causal=is_causal
-            )
-        return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Attention as plain matrix products (softmax in fp32), for machines where those beat SDPA's kernels."""
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    probs = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return (F.dropout(probs, dropout) if dropout else probs) @ v
 
 
 class QWenMLP(nn.Module):
@@ -111,7 +56,8 @@ class QWenMLP(nn.Module):
 
 
 class QWenBlock(nn.Module):
-    """One layer. Its forward takes plain tensors and decides nothing by their values: it can be compiled by itself."""
+    """One layer. Its forward takes plain tensors and decides nothing by their values: it can be
+    compiled by itself."""
 
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()
@@ -136,7 +82,7 @@ class QWenBlock(nn.Module):
 
 
 class QWenPreTrainedModel(PreTrainedModel):
-    """What loading, saving and initialisation need to know."""
+    """Settings of loading and saving, and the initialisation of fresh weights."""
 
     config_class = QWenConfig
     base_model_prefix = "transformer"
@@ -150,23 +96,23 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the official flags bf16, fp16 and fp32 choose the dtype where `dtype` is not given."""
+        """Load as transformers does; the official flags bf16, fp16 and fp32 choose the dtype where
+        `dtype` is not given."""
         config = kwargs.get("config")
         flags = vars(config) if isinstance(config, QWenConfig) else kwargs
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            for flag, dtype in (
-                ("bf16", torch.bfloat16),
-                ("fp16", torch.float16),
-                ("fp32", torch.float32),
-            ):
+            for flag, name in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
                 if flags.get(flag):
-                    kwargs["dtype"] = dtype
+                    kwargs["dtype"] = TORCH_DTYPES[name]
         return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fresh weights: N(0, initializer_range), and 1/sqrt(2 * layers) of that for the two matrices of each layer
-        that write into the residual stream, so that the stream's variance does not grow with depth."""
+        """Draw fresh weights from N(0, initializer_range).
+
+        The two matrices of each layer that write into the residual stream get 1/sqrt(2 * layers) of
+        that, so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019).
+        """
         std = self.config.initializer_range
         if isinstance(module, ResidualLinear):
             std /= math.sqrt(2 * self.config.num_hidden_layers)
@@ -208,6 +154,7 @@ class QWenModel(QWenPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         extend_context: bool | None = None,
+        prompt_lens: Tensor | int | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of all tokens.
 
@@ -215,16 +162,24 @@ class QWenModel(QWenPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, past + T], 1 for real tokens; or [B, 1, T, K] bool or additive, used as it is.
-            position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not counting padding to its
-                left.
+            attention_mask: [B, past + T], 1 for real tokens; or [B, 1, T, K] bool or additive, used
+                as it is.
+            position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
+                counting padding to its left.
             past_key_values: any transformers Cache; a new one is made when use_cache is set.
-            use_cache: default: the config's, and never in training mode.
-            extend_context: whether dynamic NTK and LogN act on what lies beyond seq_length. Default: in eval mode
+            use_cache: default: the config's, and never in training mode. extend_context: whether
+            dynamic NTK and LogN act beyond seq_length. Default: in eval mode
                 only, as in the official code; False gives the training formula in eval mode.
+            prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
+                decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
+                the rows' lengths in this forward.
         Returns:
-            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings, then the output of
-            each block, where ln_f's stands in for the last one's.
+            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings,
+            then the output of each block, where ln_f's stands in for the last one's.
+
+        Raises:
+            ValueError: prompt_lens are needed and not given: beyond seq_length with a 4-D mask,
+                which does not tell padding from causality, or for a prompt that arrives in chunks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -237,9 +192,18 @@ class QWenModel(QWenPreTrainedModel):
         length, past_len = x_BTD.shape[1], 0 if cache is None else cache.get_seq_length()
         num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         seen = visibility(attention_mask, length, num_keys, past_len, x_BTD.device)
-        tables = self._tables(
-            x_BTD, attention_mask, position_ids, cache, past_len, num_keys, seen, extend_context
-        )
+        extend = not self.training if extend_context is None else extend_context
+        alpha_B = None
+        if extend and self.config.use_dynamic_ntk:
+            new = NewTokens(x_BTD.shape[0], length, past_len)
+            alpha_B = self._alpha(new, attention_mask, cache, prompt_lens, x_BTD.device)
+        positions_BT = position_ids
+        if positions_BT is None:
+            positions_BT = seen.positions(length, past_len, x_BTD.device)
+        # Positions that the caller chose may exceed seq_length however short the row is.
+        assert self.config.seq_length is not None
+        is_long = position_ids is not None or num_keys > self.config.seq_length
+        tables = self._tables(positions_BT, alpha_B, extend and is_long, x_BTD.dtype)
         mask = seen.mask
         if seen.is_causal and self.config._attn_implementation == "eager":
             mask = causal_mask(length, length, 0, x_BTD.device)
@@ -264,47 +228,33 @@ class QWenModel(QWenPreTrainedModel):
             hidden_states=(*states[:-1], x_BTD) if output_hidden_states else None,
         )
 
-    def _tables(
+    def _alpha(
         self,
-        x_BTD: Tensor,
+        new: NewTokens,
         attention_mask: Tensor | None,
-        position_ids: Tensor | None,
         cache: Cache | None,
-        past_len: int | Tensor,
-        num_keys: int,
-        seen: Visibility,
-        extend_context: bool | None,
+        given: Tensor | int | None,
+        device: torch.device,
+    ) -> Tensor | None:
+        """Alpha of dynamic NTK, int64 [B] or [1]; None: 1, since no row exceeds seq_length."""
+        seq_length = self.config.seq_length
+        assert seq_length is not None
+        lens = prompt_lens_of(cache, new, attention_mask, given, seq_length)
+        if isinstance(lens, int) and lens <= seq_length:
+            return None
+        return ntk_alpha(torch.as_tensor(lens, device=device).view(-1), seq_length)
+
+    def _tables(
+        self, positions_BT: Tensor, alpha_B: Tensor | None, with_logn: bool, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Once per forward: cos and sin, fp32 [B or 1, T, 1, 1, F]; LogN factors [B or 1, T, 1, 1] or None."""
-        config, (rows, length, _) = self.config, x_BTD.shape
-        positions_BT = position_ids
-        if positions_BT is None:
-            positions_BT = (torch.arange(length, device=x_BTD.device) + past_len).unsqueeze(0)
-            if seen.left_pads_B is not None:
-                positions_BT = (positions_BT - seen.left_pads_B.unsqueeze(-1)).clamp(min=0)
-        extend = not self.training if extend_context is None else extend_context
+        """Tables of one forward: cos and sin, fp32 [B or 1, T, 1, 1, F]; LogN factors in `dtype`
+        [B or 1, T, 1, 1], or None."""
+        config = self.config
         assert config.seq_length is not None
-        alpha_B = None
-        if extend and config.use_dynamic_ntk:
-            mask_BT = (
-                attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            )
-            lens = row_lens(mask_BT, num_keys, config.seq_length)
-            if cache is not None:
-                lens = prompt_lens(cache, past_len, lens, rows)
-            if isinstance(lens, Tensor) or lens > config.seq_length:
-                alpha_B = ntk_alpha(
-                    torch.as_tensor(lens, device=x_BTD.device).view(-1), config.seq_length
-                )
         cos, sin = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_B)
         logn = None
-        # Positions that the caller chose may exceed seq_length however short the row is.
-        if (
-            extend
-            and config.use_logn_attn
-            and (position_ids is not None or num_keys > config.seq_length)
-        ):
-            logn = logn_factors(positions_BT, config.seq_length).to(x_BTD.dtype)[:, :, None, None]
+        if with_logn and config.use_logn_attn:
+            logn = logn_factors(positions_BT, config.seq_length).to(dtype)[:, :, None, None]
         return cos[:, :, None, None], sin[:, :, None, None], logn
 
 
@@ -345,18 +295,20 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         extend_context: bool | None = None,
+        prompt_lens: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] in the model's dtype, and the loss where labels are given. Arguments as in QWenModel, and:
+        """Logits [B, T, V] in the model's dtype, and the loss where labels are given.
 
-        Args:
-            labels: int64 [B, T], each under its own token, -100 where there is nothing to learn. The loss is the mean
-                over the others of the cross entropy of the next token, in fp32 (the official code's is in the model's
-                dtype); NaN if there are none.
+        Args (the others as in QWenModel):
+            labels: int64 [B, T], each under its own token, -100 where it is no target. The loss is
+                the mean cross entropy of the targets, in fp32 (the official code's is in the
+                model's dtype); NaN if there are none.
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.
-            token_type_ids: accepted because the official tokenizer makes them, and without effect, as there.
+            token_type_ids: without effect, as officially; the official tokenizer makes them.
 
         Raises:
-            ValueError: attention weights are asked for (they are never materialised).
+            ValueError: attention weights are asked for (they are never materialised), or as
+                QWenModel does.
         """
         if output_attentions:
             raise ValueError(
@@ -371,15 +323,15 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             extend_context=extend_context,
+            prompt_lens=prompt_lens,
             return_dict=True,
         )
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else logits_to_keep
-        )
         hidden_BTD = outputs.last_hidden_state
-        logits_BTV = self.lm_head(hidden_BTD if isinstance(kept, int) else hidden_BTD[:, kept])
+        if isinstance(logits_to_keep, Tensor):
+            hidden_BTD = hidden_BTD[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_BTD = hidden_BTD[:, -logits_to_keep:]
+        logits_BTV = self.lm_head(hidden_BTD)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
@@ -395,8 +347,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Positions as forward makes them: only padding to the left is not counted (transformers counts out every zero
-        of the mask, also those inside a row)."""
+        """Positions as forward makes them: only padding to the left is not counted (transformers
+        counts out every zero of the mask, also those inside a row)."""
         mask_BT = model_kwargs.get("attention_mask")
         if mask_BT is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
@@ -410,12 +362,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        """Alpha of dynamic NTK comes from the whole prompt, which the first of several chunks does not show."""
+        """Tell the cache the prompts' lengths, which the first of several chunks does not show."""
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
         if cache is not None and int(cache.get_seq_length()) == 0:
             length = (input_ids if embeds is None else embeds).shape[1]
             assert self.config.seq_length is not None
-            declare_prompt_lens(
-                cache, row_lens(model_kwargs.get("attention_mask"), length, self.config.seq_length)
-            )
+            mask_BT = model_kwargs.get("attention_mask")
+            declare_prompt_lens(cache, row_lens(mask_BT, length, self.config.seq_length))
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """Rotary embedding, dynamic NTK and LogN of Qwen v1, as pure functions of positions and lengths.
 
-Nothing here lives in a module: transformers re-initialises every module whose non-persistent buffers are missing from
-the checkpoint, so tables kept as buffers would silently ruin weights on loading (test_loading_changes_no_weight).
+Nothing here lives in a module: transformers re-initialises every module whose non-persistent
+buffers are missing from the checkpoint, so tables kept as buffers would silently ruin weights on
+loading (test_loading_changes_no_weight).
 
 Shapes: B rows, T tokens, H heads, D head width, F = D / 2 rotary frequencies.
 """
@@ -17,10 +18,11 @@ _MAX_DOUBLINGS = 24  # S * 2^24 tokens: longer than any context
 
 
 def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
-    """Alpha of dynamic NTK for rows of `lens` tokens: max(2^ceil(log2(L/S) + 1) - 1, 1) for S = seq_length.
+    """Alpha of dynamic NTK for rows of L tokens: max(2^ceil(log2(L/S) + 1) - 1, 1), S = seq_length.
 
-    Counted in integers, k doublings of S being needed to hold L: 2^(k+1) - 1. Unlike the logarithm that is exact at
-    every power of two, and it needs neither Python nor a synchronisation on an accelerator.
+    Counted in integers, k doublings of S being needed to hold L: 2^(k+1) - 1. Unlike the logarithm
+    that is exact at every power of two, and it needs neither Python nor a synchronisation on an
+    accelerator.
 
     Args:
         lens: int64, any shape: true lengths in tokens.
@@ -35,7 +37,7 @@ def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
 def rotary_tables(
     position_ids_BT: Tensor, head_dim: int, base: float, alpha_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, position * b^(-2i/D), with b = base * alpha^(D/(D-2)).
+    """Cosines and sines of the rotation angles, position * b^(-2i/D), b = base * alpha^(D/(D-2)).
 
     The half-split rotation uses each angle for dimension i and for i + D/2, so only D/2 are made.
 
@@ -62,7 +64,8 @@ def rotary_tables(
 def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
     """LogN: max(1, log_S(p + 1)) for a query at 0-based position p, S = seq_length.
 
-    Computed in float64 and rounded to fp32; the model rounds it again to its own dtype, as the official table is.
+    Computed in float64 and rounded to fp32; the model rounds it again to its own dtype, as the
+    official table is.
 
     Returns:
         fp32, same shape as position_ids_BT.
@@ -71,9 +74,10 @@ def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last dimension of x by the given angles: fp32 inside, rounded once to x's dtype.
+    """Rotate the halves of x's last dimension by the given angles, in fp32, rounded once.
 
-    x becomes fp32 before it is used twice, so that its gradient, too, is summed in fp32 and rounded once.
+    x becomes fp32 before it is used twice, so that its gradient, too, is summed in fp32 and rounded
+    once.
 
     Args:
         x: [..., D], any floating dtype.

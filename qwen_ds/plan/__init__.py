@@ -1,1 +1,2 @@
-"""What will run, and whether it fits: memory, time and traffic, predicted without loading a model."""
+"""What will run, and whether it fits: memory, time and traffic, predicted without loading a
+model."""

@@ -1,154 +1,185 @@
-"""Bytes that autograd keeps from the forward pass for the backward pass, tensor by tensor, as the model's code runs.
+"""Bytes that autograd keeps from the forward pass for the backward pass, tensor by tensor.
 
-Each line below is one saved tensor; two uses of one storage count once, parameters do not count. Held against what
+Each line of the functions below is one saved tensor, in the order in which the model's code runs.
+Two uses of one storage count once; parameters do not count. Held against what
 torch.autograd.graph.saved_tensors_hooks sees (test_saved_tensors_are_predicted).
 
-Symbols: B rows, T tokens of a row, N = B T, D hidden, I width of w1 and w2, H heads, r LoRA rank, b bytes of a number.
+Symbols: B rows, T tokens of a row, N = B T, D hidden, I inner width of the MLP, H heads, r LoRA
+rank, b bytes of a number.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_ds.plan.shape import ENDS, Shape, matched
+from qwen_ds.disk.weights import TORCH_DTYPES
+from qwen_ds.model.family import QWEN, Family, Role
+from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import Recipe
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FP32 = 4
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of equal length; targets are those of all rows."""
+
+    rows: int
+    length: int
+    targets: int
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, slots=True)
 class Saving:
-    """What of a recipe decides which tensors are saved."""
+    """The parts of a recipe that decide which tensors are saved."""
 
     b: int
     full: bool
-    whole: frozenset[str]
-    """Of wte and lm_head, those that are trained whole."""
+    whole_embedding: bool
+    whole_head: bool
+    """Whether these two are trained whole."""
     rows: bool
-    """Whether special rows of both are trained."""
+    """Whether token rows of both are trained."""
     r: int
     targets: frozenset[str]
-    """Of LINEARS; none in full training."""
+    """Names below the block of the linear maps that LoRA is on; none in full training."""
     dropout: bool
     eager: bool
     on_gpu: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, *, on_gpu: bool) -> Saving:
+    def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family = QWEN) -> Saving:
+        """What a recipe without any auto saves, but for activation checkpointing."""
         full, lora = recipe.method == "full", recipe.lora
+        assert full or lora.special_rows != "auto", (
+            "plan/resolve.py decides about trainable token rows"
+        )
+        matched = family.matched(lora.targets)
+        embedding, head = (full or name in lora.modules_to_save for name in family.ends)
         return cls(
-            BYTES[recipe.model.dtype], full, frozenset(ENDS if full else lora.modules_to_save),
-            not full and lora.special_rows not in ("off", False), lora.r,
-            frozenset(() if full else matched(lora.targets)), lora.dropout > 0 and not full,
-            recipe.model.attention == "eager", on_gpu,
-        )  # fmt: skip
+            b=TORCH_DTYPES[recipe.model.dtype].itemsize,
+            full=full,
+            whole_embedding=embedding,
+            whole_head=head,
+            rows=not full and lora.special_rows == "on",
+            r=lora.r,
+            targets=frozenset() if full else frozenset(each.name for each in matched),
+            dropout=lora.dropout > 0 and not full,
+            eager=recipe.model.attention == "eager",
+            on_gpu=on_gpu,
+        )
 
     @property
     def embedding(self) -> bool:
         """Whether the first block's input needs a gradient."""
-        return self.rows or "wte" in self.whole
+        return self.rows or self.whole_embedding
 
-    def trains(self, *names: str) -> bool:
-        return self.full or not self.targets.isdisjoint(names)
+    def trains(self, shape: Shape, *roles: Role) -> bool:
+        """Whether any of these linear maps is trained, whole or through LoRA."""
+        return self.full or not self.targets.isdisjoint(each.name for each in shape.of_role(*roles))
 
 
-def blocks_bytes(shape: Shape, how: Saving, rows: int, length: int, every: int) -> int:
-    """All blocks, the rotary tables and the last norm, for a micro-batch of rows x length tokens.
+def blocks_bytes(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> int:
+    """Bytes of all blocks, the rotary tables and the last norm, for one micro-batch.
 
     Args:
         every: each every-th block is recomputed (1: all, 0: none) and keeps its input alone.
     """
-    total = (
-        2 * length * (shape.hidden // shape.heads // 2) * FP32
-    )  # cos and sin, [1, T, W / 2] each
-    total += length**2 if every and how.eager else 0  # the mask, as an input
-    total += rows * length * 8 if how.embedding else 0  # the ids, for the embedding's gradient
-    total += rows * length if how.rows else 0  # and where they are special
+    total = 2 * batch.length * (shape.hidden // shape.heads // 2) * FP32  # cos and sin, [1, T, W/2]
+    total += batch.length**2 if every and how.eager else 0  # the mask, as an input
+    total += batch.tokens * 8 if how.embedding else 0  # ids, for the embedding's gradient
+    total += batch.tokens if how.rows else 0  # and where they are special
     for layer in range(shape.layers):
         if every and layer % every == 0:
-            total += rows * length * shape.hidden * how.b
+            total += batch.tokens * shape.hidden * how.b
         else:
-            total += block_bytes(shape, how, rows, length, first=layer == 0)
-    return total + _norm(shape, how, rows * length)
+            total += block_bytes(shape, how, batch, first=layer == 0)
+    return total + _norm(shape, how, batch.tokens)
 
 
-def block_bytes(shape: Shape, how: Saving, rows: int, length: int, *, first: bool) -> int:
-    """One block that is not recomputed. The first one's input needs no gradient unless the embedding is trained."""
-    n, i, b = rows * length, shape.inner, how.b
+def block_bytes(shape: Shape, how: Saving, batch: MicroBatch, *, first: bool) -> int:
+    """Bytes of one block that is not recomputed.
+
+    The first one's input needs no gradient unless the embedding is trained.
+    """
+    n, i, b = batch.tokens, shape.inner, how.b
     flows = not first or how.embedding
     total = _norm(shape, how, n) if flows else 0
-    total += _inputs(shape, how, n, ("c_attn",), flows, kept=False)
-    flows = flows or how.trains("c_attn")
+    total += _inputs(shape, how, n, ("qkv",), flows, kept=False)
+    flows = flows or how.trains(shape, "qkv")
     if flows:
-        total += _attention(shape, how, rows, length)
-    # SDPA's result lies in memory as c_proj reads it, and is saved already.
-    total += _inputs(shape, how, n, ("attn.c_proj",), flows, kept=flows and not how.eager)
-    flows = flows or how.trains("attn.c_proj")
+        total += _attention(shape, how, batch)
+    # SDPA's result lies in memory as the output projection reads it, and is saved already.
+    total += _inputs(shape, how, n, ("attention_out",), flows, kept=flows and not how.eager)
+    flows = flows or how.trains(shape, "attention_out")
     if flows:
         total += _norm(shape, how, n)
-    total += _inputs(shape, how, n, ("w1", "w2"), flows, kept=False)
-    gate, up = flows or how.trains("w2"), flows or how.trains("w1")
-    total += 2 * n * i * b if gate else 0  # w2(x) for silu's derivative, w1(x) for the product's
-    total += n * i * b if up else 0  # silu(w2(x))
-    return total + _inputs(shape, how, n, ("mlp.c_proj",), gate or up, kept=False)
+    total += _inputs(shape, how, n, ("up", "gate"), flows, kept=False)
+    gate, up = flows or how.trains(shape, "gate"), flows or how.trains(shape, "up")
+    total += 2 * n * i * b if gate else 0  # gate(x) for silu's derivative, up(x) for the product's
+    total += n * i * b if up else 0  # silu(gate(x))
+    return total + _inputs(shape, how, n, ("down",), gate or up, kept=False)
 
 
 def _norm(shape: Shape, how: Saving, n: int) -> int:
-    """RMSNorm: its input (torch's CPU path keeps the fp32 copy) and 1 / rms; with a trained weight the product's
-    other factor, too."""
+    """RMSNorm: its input (torch's CPU path keeps the fp32 copy) and 1 / rms.
+
+    With a trained weight the product's other factor comes on top.
+    """
     total = n * shape.hidden * (how.b if how.on_gpu else FP32) + n * FP32
     return total + (n * shape.hidden * how.b if how.full else 0)
 
 
-def _attention(shape: Shape, how: Saving, rows: int, length: int) -> int:
+def _attention(shape: Shape, how: Saving, batch: MicroBatch) -> int:
     """q and k after the rotation, v, and what the kernel adds.
 
-    SDPA (Dao et al. 2022, algorithm 1): the result and one log-sum-exp a row. v is a view of c_attn's result, which
-    stays whole. Eager: copies of q, k and v (one row needs none and keeps what they are views of), the softmax in fp32
-    and rounded, the inverted mask.
+    SDPA (Dao et al. 2022, algorithm 1): the result and one log-sum-exp a row. v is a view of the
+    fused projection's result, which stays whole. Eager: copies of q, k and v (one row needs none
+    and keeps what they are views of), the softmax in fp32 and rounded, the inverted mask.
     """
-    n, d, h, b = rows * length, shape.hidden, shape.heads, how.b
+    n, d, h, b = batch.tokens, shape.hidden, shape.heads, how.b
     if not how.eager:
         return n * (2 * d + 3 * d + d) * b + n * h * FP32
-    scores = rows * h * length**2
-    return (
-        (3 if rows > 1 else 5) * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + length**2
-    )
+    scores = batch.rows * h * batch.length**2
+    copies = 3 if batch.rows > 1 else 5
+    return copies * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + batch.length**2
 
 
 def _inputs(
-    shape: Shape, how: Saving, n: int, names: tuple[str, ...], flows: bool, *, kept: bool
+    shape: Shape, how: Saving, n: int, roles: tuple[Role, ...], flows: bool, *, kept: bool
 ) -> int:
-    """Linear maps that read the same x: what they keep of it, and their LoRA branches.
+    """Bytes that linear maps keep of the x which they all read, and of their LoRA branches.
 
     Args:
         flows: whether x needs a gradient.
         kept: x is saved anyway.
     """
-    x = n * shape.linear(names[0])[0] * how.b
+    linears = shape.of_role(*roles)
+    x = n * linears[0].width_in * how.b
     if how.full:
         return 0 if kept else x
-    trained = [name for name in names if name in how.targets]
+    trained = [linear for linear in linears if linear.name in how.targets]
     total = x if trained and not how.dropout and not kept else 0
-    for name in trained:
-        n_in, n_out = shape.linear(name)
+    for linear in trained:
         if how.dropout:  # A's input is a tensor of its own, and its mask a byte each
-            total += x + (n * n_in if flows else 0)
+            total += x + (n * linear.width_in if flows else 0)
         total += n * how.r * how.b  # between A and B
         if how.b != FP32:  # B in the activations' dtype, and A where x needs a gradient
-            total += how.r * (n_out + (n_in if flows else 0)) * how.b
+            total += how.r * (linear.width_out + (linear.width_in if flows else 0)) * how.b
     return total
 
 
-def head_bytes(shape: Shape, how: Saving, rows: int, length: int, targets: int) -> int:
-    """The loss head: the gradient of the gathered hidden states, made on the way forward, and a byte a token for which
-    of them are learnt; with a trained head its gradient in fp32."""
-    return (
-        targets * shape.hidden * how.b
-        + rows * (length - 1)
-        + (shape.head * FP32 if "lm_head" in how.whole else 0)
-    )
+def head_bytes(shape: Shape, how: Saving, batch: MicroBatch) -> int:
+    """Bytes of the loss head: the gradient of the gathered hidden states, made on the way forward,
+    and a byte a token for which of them are targets; with a trained head its gradient in fp32."""
+    states = batch.targets * shape.hidden * how.b
+    head = shape.head * FP32 if how.whole_head else 0
+    return states + batch.rows * (batch.length - 1) + head
 
 
 def recomputed_blocks(layers: int, every: int) -> int:

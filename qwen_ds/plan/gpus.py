@@ -14,16 +14,19 @@ class Gpu:
     marks: tuple[str, ...]
     """Words that are all in the name by which CUDA calls it, in small letters."""
     flops: float
-    """Peak of bf16 matrix products with fp32 sums, dense, operations a second (V100 and T4: fp16)."""
+    """Peak of bf16 matrix products with fp32 sums, dense, operations a second (V100 and T4:
+    fp16)."""
     memory_gb: float
     bandwidth: float
     """Of its memory, bytes a second."""
     link: float
-    """To the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI Express where there is none."""
+    """To the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI Express where
+    there is none."""
 
 
 _PCIE_4, _PCIE_5 = 32e9, 64e9
-# NVIDIA's data sheets; figures "with sparsity" halved. Of names that contain each other the longer comes first.
+# NVIDIA's data sheets; figures "with sparsity" halved. Of names that contain each other the longer
+# comes first.
 GPUS = (
     Gpu("b200", ("b200",), 2250e12, 180, 8.0e12, 900e9),
     Gpu("h200", ("h200",), 989e12, 141, 4.8e12, 450e9),

@@ -1,9 +1,11 @@
-"""Peak memory of one rank by part, from the model's shape, the recipe and the DeepSpeed JSON: arithmetic, no model.
+"""Peak memory of one rank by part: arithmetic over the model's shape, the recipe and the JSON.
 
-Nothing here is fitted to a measurement. Held against the official table of Qwen-7B (test_official_memory_is_predicted)
-and against the tensors that autograd saves (plan/activations.py).
+Nothing here is fitted to a measurement. Held against the official table of Qwen-7B
+(test_official_memory_is_predicted) and against the tensors that autograd saves
+(plan/activations.py).
 
-Symbols: N tokens of a micro-batch, D hidden, I width of w1 and w2, V vocabulary, b bytes of a number.
+Symbols: N tokens of a micro-batch, D hidden, I inner width of the MLP, V vocabulary, b bytes of a
+number.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 
 from qwen_ds.plan import activations
-from qwen_ds.plan.activations import FP32, Saving
-from qwen_ds.plan.shape import LINEARS, Shape
+from qwen_ds.plan.activations import FP32, MicroBatch, Saving
+from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
-from qwen_ds.train.loss import chunk_tokens
 
-# The CUDA context with the kernels in use: since CUDA 11.7 loads kernels lazily 0.3 GB for the bare context (PyTorch
-# issue 107667), and about 0.5 GB once cuBLAS and attention kernels are in.
+# The CUDA context with the kernels in use: since CUDA 11.7 loads kernels lazily 0.3 GB for the bare
+# context (PyTorch issue 107667), and about 0.5 GB once cuBLAS and attention kernels are in.
 CUDA_CONTEXT = 0.5e9
 # 32 channels with two neighbours each, NCCL_BUFFSIZE = 4 MiB (NCCL's documented defaults).
 NCCL_BUFFERS = 32 * 2 * 4 * 2**20
 MOMENTS = 2  # of AdamW
-# What torch's foreach AdamW makes beside them, in copies of the trained parameters: the root of the second moment;
-# torch 2.0 also kept that plus epsilon.
+# What torch's foreach AdamW makes beside them, in copies of the trained parameters: the root of the
+# second moment; torch 2.0 also kept that plus epsilon.
 TEMPORARIES, TEMPORARIES_TORCH_2_0 = 1, 2
+# fp32 logits of one chunk of the loss head: 441 tokens of the 151,936-row vocabulary.
+CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Memory:
 
     weights: float
     adapter_and_optimizer: float
-    """Trained parameters of LoRA, masters, AdamW's moments; at the optimizer's own peak its temporaries."""
+    """Trained parameters of LoRA, masters, AdamW's moments; at the optimizer's own peak its
+    temporaries."""
     gradients: float
     activations: float
     """What the backward pass needs, with the block that is being recomputed and its temporaries."""
@@ -46,25 +50,23 @@ class Memory:
         return float(sum(astuple(self)))
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Rows of equal length; targets are those of all rows."""
-
-    rows: int
-    length: int
-    targets: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
+def chunk_tokens(vocab_rows: int) -> int:
+    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16; train/loss.py makes no more at
+    once."""
+    return max(16, CHUNK_BYTES // (4 * vocab_rows))
 
 
 def trained_parameters(shape: Shape, how: Saving) -> int:
-    """Of the recipe; three special rows of wte and three of lm_head."""
+    """Number of the parameters that a recipe trains."""
     if how.full:
         return shape.parameters
-    rows = 2 * 3 * shape.hidden if how.rows else 0
-    return shape.lora_parameters(how.r, how.targets) + shape.head * len(how.whole) + rows
+    rows = 2 * len(shape.family.stop_tokens) * shape.hidden if how.rows else 0  # of both matrices
+    return shape.lora_parameters(how.r, list(how.targets)) + rows + _whole_parameters(shape, how)
+
+
+def _whole_parameters(shape: Shape, how: Saving) -> int:
+    """Numbers of embedding and head, as far as LoRA trains them whole."""
+    return 0 if how.full else shape.head * (how.whole_embedding + how.whole_head)
 
 
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:
@@ -75,31 +77,33 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
         every: each every-th block is recomputed; 1: all, 0: none.
     """
     trained = trained_parameters(shape, how)
-    # Trained parameters of LoRA are fp32 (fp16 under DeepSpeed's fp16 section: counted as fp32, too); those of full
-    # training are the weights, in their dtype.
-    frozen_or_full = shape.parameters - (0 if how.full else shape.head * len(how.whole))
+    # Trained parameters of LoRA are fp32 (fp16 under DeepSpeed's fp16 section: counted as fp32,
+    # too); those of full training are the weights, in their dtype.
+    frozen_or_full = shape.parameters - _whole_parameters(shape, how)
     weights = 0.0 if zero.offload_parameters else how.b * frozen_or_full * zero.share(3)
     optimizer = 0.0 if how.full else FP32 * trained * zero.share(3)
     if not zero.offload_optimizer:
-        masters = (
-            zero.stage > 0
-        )  # DeepSpeed clones its share of the parameters even where they are fp32
+        # DeepSpeed clones its share of the parameters even where they are fp32.
+        masters = zero.stage > 0
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
     temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
-    saved = activations.blocks_bytes(shape, how, batch.rows, batch.length, every)
-    saved_head = activations.head_bytes(shape, how, batch.rows, batch.length, batch.targets)
-    at_loss, at_backward = (
-        _head_working_set(shape, how, batch),
-        _block_working_set(shape, how, batch, every),
-    )
+    saved = activations.blocks_bytes(shape, how, batch, every)
+    saved_head = activations.head_bytes(shape, how, batch)
+    at_loss = _head_working_set(shape, how, batch)
+    at_backward = _block_working_set(shape, how, batch, every)
+    nccl = NCCL_BUFFERS if zero.world > 1 else 0
     base = Memory(
-        weights, optimizer, _gradients(trained, zero), saved, saved_head, _zero_buffers(shape, how, zero, trained),
-        (CUDA_CONTEXT + (NCCL_BUFFERS if zero.world > 1 else 0)) if how.on_gpu else 0.0,
-    )  # fmt: skip
+        weights=weights,
+        adapter_and_optimizer=optimizer,
+        gradients=_gradients(trained, zero),
+        activations=saved,
+        loss_head=saved_head,
+        zero_buffers=_zero_buffers(shape, how, zero, trained),
+        context=CUDA_CONTEXT + nccl if how.on_gpu else 0.0,
+    )
     if temporaries > saved + saved_head + max(at_loss, at_backward):
-        return replace(
-            base, adapter_and_optimizer=optimizer + temporaries, activations=0.0, loss_head=0.0
-        )
+        peak = optimizer + temporaries
+        return replace(base, adapter_and_optimizer=peak, activations=0.0, loss_head=0.0)
     if at_loss > at_backward:
         return replace(base, loss_head=saved_head + at_loss)
     return replace(base, activations=saved + at_backward)
@@ -108,7 +112,7 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
 def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
     """One chunk's logits in the head's dtype and in fp32, and the gathered hidden states."""
     chunk = min(chunk_tokens(shape.vocab), batch.targets) * shape.vocab
-    copy = shape.head * how.b if "lm_head" in how.whole and not how.full else 0
+    copy = shape.head * how.b if how.whole_head and not how.full else 0
     return (
         chunk * (FP32 + (how.b if how.b != FP32 else 0))
         + batch.targets * shape.hidden * how.b
@@ -117,25 +121,26 @@ def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:
-    """Backward through one block: what it saved when it was recomputed, and the larger of the MLP's gradients (w1, w2
-    and their product, with two of the residual stream) and the rotation of q and k in fp32 (three tensors of 2 D)."""
+    """Backward through one block: what it saved when it was recomputed, and the larger of the MLP's
+    gradients (w1, w2 and their product, with two of the residual stream) and the rotation of q and
+    k in fp32 (three tensors of 2 D)."""
     n = batch.tokens
-    again = (
-        activations.block_bytes(shape, how, batch.rows, batch.length, first=False) if every else 0
-    )
+    again = activations.block_bytes(shape, how, batch, first=False) if every else 0
     return again + n * max(
         3 * shape.inner * how.b + 2 * shape.hidden * how.b, 3 * 2 * shape.hidden * FP32
     )
 
 
 def _gradients(trained: int, zero: Zero) -> float:
-    """fp32, accumulated over the micro-batches: whole without ZeRO-2, and under ZeRO-1 a rank's averaged share, too."""
+    """fp32, accumulated over the micro-batches: whole without ZeRO-2, and under ZeRO-1 a rank's
+    averaged share, too."""
     return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
 
 
 def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
-    """Gradient buckets (DeepSpeed holds two of the full size where it overlaps; untouched pages of a CPU's cost
-    nothing), and what ZeRO-3 has gathered, bounded by stage3_max_live_parameters; hpZ's second copy."""
+    """Gradient buckets (DeepSpeed holds two of the full size where it overlaps; untouched pages of
+    a CPU's cost nothing), and what ZeRO-3 has gathered, bounded by stage3_max_live_parameters;
+    hpZ's second copy."""
     if zero.stage == 0:
         return 0.0
     bucket = zero.reduce_bucket if how.on_gpu else min(zero.reduce_bucket, trained)
@@ -144,23 +149,26 @@ def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
     )
     if zero.stage < 3:
         return buckets
-    largest = max(shape.head, *(n_in * n_out for n_in, n_out in map(shape.linear, LINEARS)))
+    largest = max(shape.head, *(linear.size for linear in shape.linears))
     gathered = min(shape.parameters, max(zero.live, largest))
     return buckets + how.b * (gathered + (shape.parameters / zero.hpz if zero.hpz > 1 else 0))
 
 
 def official_memory(shape: Shape, length: int, *, embedding: bool, r: int = 64) -> float:
-    """Peak of the official finetune.py on one GPU without DeepSpeed: one row, padded to `length`; bytes.
+    """Peak of the official finetune.py on one GPU without DeepSpeed: one row, padded to `length`;
+    bytes.
 
-    What its code and the libraries of its time hold (torch 2.0, peft 0.5, autocast in bf16, AdamW, gradient
-    checkpointing): the base in bf16; adapters, their gradients and moments in fp32 (peft 0.5 makes them in torch's
-    default dtype); for a base model (`embedding`) copies of wte and lm_head with gradients and moments in bf16. Then
-    the larger of two moments. At the loss: the inputs of all blocks; the logits of every token in bf16, their shifted
-    copy, the fp32 copy that autocast makes for log_softmax, and its result (in the backward pass as much: the result
-    and two gradients in fp32). In AdamW's step: two results of foreach kernels, the size of all trained parameters. A
+    What its code and the libraries of its time hold (torch 2.0, peft 0.5, autocast in bf16, AdamW,
+    gradient checkpointing): the base in bf16; adapters, their gradients and moments in fp32 (peft
+    0.5 makes them in torch's default dtype); for a base model (`embedding`) copies of wte and
+    lm_head with gradients and moments in bf16. Then the larger of two moments. At the loss: the
+    inputs of all blocks; the logits of every token in bf16, their shifted copy, the fp32 copy that
+    autocast makes for log_softmax, and its result (in the backward pass as much: the result and two
+    gradients in fp32). In AdamW's step: two results of foreach kernels, the size of all trained
+    parameters. A
     recomputed block is smaller than the logits: 12 V bytes a token.
     """
-    adapter = 4.0 * shape.lora_parameters(r, LINEARS)
+    adapter = 4.0 * shape.lora_parameters(r, shape.family.target_names)
     copies = 2.0 * 2 * shape.head if embedding else 0.0
     static = 2.0 * shape.parameters + (adapter + copies) * (2 + MOMENTS)
     at_loss = length * (shape.layers * shape.hidden * 2 + shape.vocab * (2 + 2 + 4 + 4))

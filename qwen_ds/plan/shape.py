@@ -1,64 +1,91 @@
-"""The sizes of a model that decide its memory and its time, and how many parameters lie where.
+"""The sizes of a model that decide its memory and its time, and where its parameters lie.
 
-Symbols: D hidden, I width of w1 and w2, V vocabulary rows, L blocks, r LoRA rank.
+Symbols: D hidden, I width of the MLP's inner matrices, V vocabulary rows, L blocks, r LoRA rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN, Family, Role
 
-# The linear maps of a block in the order in which they run, by the names that lora.targets gives them.
-LINEARS = ("c_attn", "attn.c_proj", "w1", "w2", "mlp.c_proj")
-ENDS = ("wte", "lm_head")
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear map of a block: its name below the block, what it does there, and its widths."""
+
+    name: str
+    role: Role
+    width_in: int
+    width_out: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of its matrix."""
+        return self.width_in * self.width_out
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """Sizes of a model."""
+
+    family: Family
     vocab: int
     hidden: int
     layers: int
     heads: int
-    inner: int
-    """Width of w1 and w2: half of the config's intermediate_size."""
+    linears: tuple[LinearShape, ...]
+    """Of a block, in running order."""
     context: int
     """Tokens of the longest row that is trained: the config's seq_length."""
 
     @classmethod
-    def of(cls, config: QWenConfig) -> Shape:
+    def of(cls, config: QWenConfig, family: Family = QWEN) -> Shape:
+        """The sizes that config.json gives."""
         assert config.seq_length is not None
         return cls(
-            config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
-            config.intermediate_size // 2, config.seq_length,
-        )  # fmt: skip
+            family,
+            config.vocab_size,
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            tuple(
+                LinearShape(each.name, each.role, each.width_in(config), each.width_out(config))
+                for each in family.linears
+            ),
+            config.seq_length,
+        )
 
-    def linear(self, name: str) -> tuple[int, int]:
-        """Input and output width of one of LINEARS."""
-        d, i = self.hidden, self.inner
-        widths = {
-            "c_attn": (d, 3 * d),
-            "attn.c_proj": (d, d),
-            "w1": (d, i),
-            "w2": (d, i),
-            "mlp.c_proj": (i, d),
-        }
-        return widths[name]
+    def of_role(self, *roles: Role) -> tuple[LinearShape, ...]:
+        """The linear maps of a block that do one of these things."""
+        return tuple(linear for linear in self.linears if linear.role in roles)
+
+    def matched(self, targets: Sequence[str]) -> tuple[LinearShape, ...]:
+        """The linear maps of a block that lora.targets name."""
+        names = {linear.name for linear in self.family.matched(list(targets))}
+        return tuple(linear for linear in self.linears if linear.name in names)
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP's inner matrices."""
+        return self.of_role("down")[0].width_in
 
     @property
     def block_matrices(self) -> int:
         """Parameters that multiply matrices in all blocks: L (4 D^2 + 3 D I)."""
-        return self.layers * sum(n_in * n_out for n_in, n_out in map(self.linear, LINEARS))
+        return self.layers * sum(linear.size for linear in self.linears)
 
     @property
     def small_parameters(self) -> int:
-        """Norm weights and the bias of c_attn: L (2 D + 3 D) + D."""
-        return self.layers * 5 * self.hidden + self.hidden
+        """Norm weights and the biases of q, k and v: L (2 D + 3 D) + D."""
+        biases = sum(linear.width_out for linear in self.of_role("qkv"))
+        return self.layers * (2 * self.hidden + biases) + self.hidden
 
     @property
     def head(self) -> int:
-        """Parameters of lm_head, and as many of the embedding: V D."""
+        """Parameters of the head, and as many of the embedding: V D."""
         return self.vocab * self.hidden
 
     @property
@@ -66,12 +93,22 @@ class Shape:
         """All of them: 7,721,324,544 in Qwen-7B."""
         return self.block_matrices + self.small_parameters + 2 * self.head
 
-    def lora_parameters(self, r: int, targets: Iterable[str]) -> int:
-        """L r (in + out) summed over the targets: 10,158,080 for r 8 on c_attn and c_proj of Qwen-7B."""
-        return self.layers * r * sum(sum(self.linear(name)) for name in matched(targets))
+    def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
+        """L r (in + out) summed over the targets: 10,158,080 for r 8 on c_attn and c_proj of
+        Qwen-7B."""
+        linears = self.matched(targets)
+        return self.layers * r * sum(each.width_in + each.width_out for each in linears)
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each matrix and of each norm, by the model's parameter names.
 
-def matched(targets: Iterable[str]) -> tuple[str, ...]:
-    """Which of LINEARS a recipe's lora.targets name; c_proj is both that end so."""
-    wanted = set(targets)
-    return tuple(name for name in LINEARS if name in wanted or name.rpartition(".")[2] in wanted)
+        It is what an adapter can change. Biases are left out.
+        """
+        family, ends = self.family, (self.vocab, self.hidden)
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{family.blocks}.{i}.{linear.name}": (linear.width_out, linear.width_in)
+            for i in range(self.layers)
+            for linear in self.linears
+        }
+        shapes |= {family.embedding: ends, family.head: ends, family.final_norm: (self.hidden,)}
+        return {f"{name}.weight": shape for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""What launch/plan.py prints: the table of candidates, and the command of the best."""
+"""The answer of launch/plan.py: the table of candidates, and the command of the best."""
 
 from __future__ import annotations
 
@@ -7,215 +7,220 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
-
 from qwen_ds.errors import UserError
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.folder import find_model
-from qwen_ds.plan import candidates as plan
-from qwen_ds.plan import deepspeed_json as ds_config
 from qwen_ds.plan import flops
 from qwen_ds.plan.activations import Saving
-from qwen_ds.plan.candidates import Candidate, Workload
+from qwen_ds.plan.candidates import Candidate, best, candidates
 from qwen_ds.plan.gpus import GPUS, Gpu, gpu_named
 from qwen_ds.plan.memory import official_memory, trained_parameters
-from qwen_ds.plan.shape import Shape
-from qwen_ds.plan.traffic import Links, Zero
+from qwen_ds.plan.recomputation import MARGIN, in_recipe
+from qwen_ds.plan.resolve import resolve
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.seconds import Hardware
+from qwen_ds.plan.step import Workload
+from qwen_ds.plan.traffic import Links
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.recipe.loading import LoadedRecipe
-from qwen_ds.train import setup
+from qwen_ds.recipe.ranges import PositiveFloat, PositiveInt, Share
 
-COLUMNS = "ZeRO  micro-batch  recomputed   weights  trained  gradients  activations   head  buffers  context"
+COLUMNS = (
+    "ZeRO  micro-batch  recomputed   weights  trained  gradients  activations   head  buffers"
+    "  context  = GB    s/step  tokens/s/GPU   MFU"
+)
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """The machine, and what the rows are like."""
 
-    gpus: int = 8
+    gpus: PositiveInt = 8
     """GPUs in all."""
-    gpu_memory: float | None = None
-    """Memory of each in GB (10^9 bytes); unset: what the GPU is sold with."""
+    gpu_memory: PositiveFloat | None = None
+    """Memory of each in GB (10^9 bytes). Unset: what the GPU is sold with."""
     gpu: str = "h100"
     """Which GPU: a100, a800, h100, h800, h20, h200, l40s, rtx4090 ..."""
-    gpus_per_machine: int = 8
+    gpus_per_machine: PositiveInt = 8
     """GPUs of one machine; between machines 400 Gb/s for each GPU are assumed."""
-    row_tokens: int = 157
+    row_tokens: PositiveInt = 157
     """Median tokens of a row, prompt and answer (AdvertiseGen: 157)."""
-    learnt_share: float = 0.66
-    """Share of the tokens that is learnt (AdvertiseGen: 0.66)."""
-    longest_row: int | None = None
-    """Tokens of the longest row; unset: data.max_tokens, else data.max_prompt_tokens + data.max_answer_tokens."""
+    learnt_share: Share = 0.66
+    """Share of target tokens (AdvertiseGen: 0.66)."""
+    longest_row: PositiveInt | None = None
+    """Tokens of the longest row. Unset: data.max_tokens, else data.max_prompt_tokens +
+    data.max_answer_tokens."""
     every_choice: bool = False
     """Show each choice of recomputation, not only the least that fits."""
 
+    @property
+    def gpus_here(self) -> int:
+        """GPUs of a machine, as far as that many are used."""
+        return min(self.gpus, self.gpus_per_machine)
 
-def plan_text(loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str]) -> str:
-    """The whole answer; `words` are the recipe's options as the user gave them.
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """All ways to run a recipe, and the rows that they were planned for."""
+
+    asked: LoadedRecipe
+    options: PlanOptions
+    hardware: Hardware
+    runs: tuple[Run, ...]
+    workload: Workload
+    found: list[Candidate]
+
+    @property
+    def shape_run(self) -> Run:
+        """Any of the runs, for what does not depend on the ZeRO stage."""
+        return self.runs[0]
+
+
+def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
+    """Predict every ZeRO stage and micro-batch size, from the `Run` that training would make.
 
     Raises:
-        UserError: an unknown GPU, a number that cannot be meant, or what the recipe and its JSON are refused for.
+        UserError: an unknown GPU, DoRA, or what the recipe and its JSON are refused for.
     """
-    gpu = _checked(options)
-    loaded = setup.choose_dtype(loaded, torch.device("cuda"))
-    zeros = _stages(loaded, options)
-    recipe, shape = loaded.recipe, _shape(loaded)
+    gpu = gpu_named(options.gpu.lower())
+    if gpu is None:
+        known = ", ".join(each.key for each in GPUS)
+        raise UserError(f"gpu is {options.gpu!r}; expected one of {known}")
+    runs = _runs(asked, options, machine_of(options, gpu), base)
+    recipe = runs[0].recipe
     if recipe.lora.variant == "dora" and recipe.method == "lora":
         raise UserError(
             "lora.variant is dora, whose memory is not predicted; expected lora or rslora"
         )
-    data = recipe.data
-    longest = (
-        options.longest_row or data.max_tokens or data.max_prompt_tokens + data.max_answer_tokens
-    )
-    workload = Workload.like(
-        recipe.batch.rows_per_step, options.row_tokens, options.learnt_share, longest
-    )
-    how, memory = Saving.of(recipe, on_gpu=True), (options.gpu_memory or gpu.memory_gb) * 1e9
-    links = Links(options.gpus_per_machine, gpu.link)
+    data, rows = recipe.data, recipe.batch.rows_per_step
+    longest = options.longest_row or data.max_tokens
+    longest = longest or data.max_prompt_tokens + data.max_answer_tokens
+    workload = Workload.like(rows, options.row_tokens, options.learnt_share, longest)
+    hardware = Hardware(gpu, Links(options.gpus_per_machine, gpu.link))
     every = (0, 2, 1) if options.every_choice else None
-    found = plan.candidates(shape, how, zeros, gpu, links, workload, memory, every=every)
-    tokens = float(workload.lens.sum())
+    found = candidates(runs, hardware, workload, every)
+    return Planned(asked, options, hardware, tuple(runs), workload, found)
+
+
+def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
+    """The machine that the options describe."""
+    memory = (options.gpu_memory or gpu.memory_gb) * 1e9
+    return Machine(options.gpus, options.gpus_here, True, memory, "of the GPU", can_quantise=True)
+
+
+def _runs(asked: LoadedRecipe, options: PlanOptions, machine: Machine, base: Base) -> list[Run]:
+    """ZeRO-0 to 3: the recipe's own JSON at its own stage, the project's files at the others."""
+    runs = []
+    for stage in range(4):
+        recipe = replace(asked.recipe, deepspeed=_json_path(asked, stage, options))
+        run = resolve(replace(asked, recipe=recipe), machine, base, rows=False)
+        if run.deepspeed.stage == stage:  # full training and fp16 make ZeRO-1 of 0
+            runs.append(run)
+    return runs
+
+
+def _json_path(asked: LoadedRecipe, stage: int, options: PlanOptions) -> str:
+    own = asked.recipe.deepspeed
+    zero = read_deepspeed_json(own).get("zero_optimization", {})
+    if own is not None and zero.get("stage", 0) == stage:
+        return own
+    several = stage == 3 and options.gpus > options.gpus_per_machine
+    return str(Path("ds_configs") / ("zero3_hpz.json" if several else f"zero{stage}.json"))
+
+
+def plan_text(planned: Planned, words: Sequence[str]) -> str:
+    """The whole answer; `words` are the recipe's options as the user gave them."""
+    run, workload, options = planned.shape_run, planned.workload, planned.options
+    shape, recipe = run.shape, run.recipe
+    trained = trained_parameters(shape, Saving.of(recipe, on_gpu=True, family=run.base.family))
+    gpu, tokens = planned.hardware.gpu, float(workload.lens.sum())
     needed = flops.step_flops(
         shape,
         method=recipe.method,
         tokens=tokens,
-        targets=tokens * options.learnt_share,
+        targets=tokens * workload.target_share,
         squared_tokens=float((workload.lens**2.0).sum()),
     )
     lines = [
-        f"{shape.parameters / 1e9:.2f} billion parameters, {trained_parameters(shape, how) / 1e6:,.1f} million trained "
-        f"({recipe.method}); {options.gpus} x {gpu.key} with {memory / 1e9:g} GB, of which {plan.MARGIN:.0%} stay free",
-        f"{recipe.batch.rows_per_step} rows a step, {int(workload.lens.mean())} tokens each and {longest} at most",
+        f"{shape.parameters / 1e9:.2f} billion parameters, {trained / 1e6:,.1f} million trained "
+        f"({recipe.method}); {options.gpus} x {gpu.key} with {run.memory[0] / 1e9:g} GB, of "
+        f"which {MARGIN:.0%} stay free",
+        f"{recipe.batch.rows_per_step} rows a step, {int(workload.lens.mean())} tokens each and "
+        f"{workload.longest} at most",
+        *map(str, run.notes),
         "",
-        f"{COLUMNS}  = GB    s/step  tokens/s/GPU   MFU",
+        COLUMNS,
     ]
-    winner = plan.best(found)
-    for candidate in found:
+    winner = best(planned.found)
+    for candidate in planned.found:
         seconds = candidate.seconds.total
         rate = tokens / seconds / options.gpus
         share = flops.utilisation(needed, seconds, options.gpus, gpu)
-        end = "  best" if candidate is winner else "" if candidate.fits else "  does not fit"
+        end = "" if candidate.fit.fits else "  does not fit"
+        end = "  best" if candidate is winner else end
         lines.append(f"{_row(candidate)}  {seconds:6.2f}  {rate:12,.0f}  {share:4.0%}{end}")
-    lines += ["", *_closing(loaded, options, words, winner, shape, longest)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_closing(planned, words, winner)])
 
 
 def _row(candidate: Candidate) -> str:
-    part = candidate.memory
-    recomputed = (
-        str(plan.in_recipe(candidate.every)) if candidate.every < 2 else f"1 in {candidate.every}"
+    part, every = candidate.fit.memory, candidate.fit.every
+    recomputed = str(in_recipe(every)) if every < 2 else f"1 in {every}"
+    columns = (
+        (part.weights, 9),
+        (part.adapter_and_optimizer, 8),
+        (part.gradients, 10),
+        (part.activations, 12),
+        (part.loss_head, 6),
+        (part.zero_buffers, 8),
+        (part.context, 8),
+        (part.total, 6),
     )
-    values = (
-        f"{value / 1e9:{width}.2f}"
-        for value, width in (
-            (part.weights, 9), (part.adapter_and_optimizer, 8), (part.gradients, 10), (part.activations, 12),
-            (part.loss_head, 6), (part.zero_buffers, 8), (part.context, 8), (part.total, 6),
-        )
-    )  # fmt: skip
-    return f"{candidate.zero.stage:>4}  {candidate.budget:>11}  {recomputed:<11}" + " ".join(values)
+    values = " ".join(f"{value / 1e9:{width}.2f}" for value, width in columns)
+    stage = candidate.run.deepspeed.stage
+    return f"{stage:>4}  {candidate.budget:>11}  {recomputed:<11}{values}"
 
 
-def _closing(
-    loaded: LoadedRecipe,
-    options: PlanOptions,
-    words: Sequence[str],
-    winner: Candidate | None,
-    shape: Shape,
-    longest: int,
-) -> list[str]:
-    lines = []
-    if any(zero.offload_optimizer or zero.offload_parameters for zero in _stages(loaded, options)):
+def _closing(planned: Planned, words: Sequence[str], winner: Candidate | None) -> list[str]:
+    run, longest, lines = planned.shape_run, planned.workload.longest, []
+    if any(each.zero.offload_optimizer or each.zero.offload_parameters for each in planned.runs):
         lines.append("Times leave out what offloading copies to and from the host's memory.")
-    if loaded.recipe.method == "lora":
-        official = official_memory(shape, longest, embedding=False)
+    if run.recipe.method == "lora":
+        official = official_memory(run.shape, longest, embedding=False)
         lines.append(
-            f"The official finetune.py (r 64, one row of {longest} tokens) would hold {official / 1e9:.1f} GB."
+            f"The official finetune.py (r 64, one row of {longest} tokens) would hold "
+            f"{official / 1e9:.1f} GB."
         )
     if winner is None:
         return [
             *lines,
-            "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows (data.max_tokens).",
+            "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows "
+            "(data.max_tokens).",
         ]
-    return [*lines, "", command(loaded, options, words, winner)]
+    return [*lines, "", command(planned, words, winner)]
 
 
-def command(
-    loaded: LoadedRecipe, options: PlanOptions, words: Sequence[str], best: Candidate
-) -> str:
-    """The launch command of a candidate, with the user's own words in front of what was chosen."""
+def command(planned: Planned, words: Sequence[str], chosen: Candidate) -> str:
+    """The launch command of a candidate, the user's own words before what was chosen."""
+    options = planned.options
     machines = -(-options.gpus // options.gpus_per_machine)
     launcher = ["deepspeed", *(["--num_nodes", str(machines)] if machines > 1 else [])]
-    launcher += ["--num_gpus", str(min(options.gpus, options.gpus_per_machine)), "launch/train.py"]
-    chosen = {
-        "--deepspeed": _json_path(loaded, best.zero.stage, options),
-        "--batch.tokens_per_micro_batch": str(best.budget),
-        "--model.activation_checkpointing": str(plan.in_recipe(best.every)),
+    launcher += ["--num_gpus", str(options.gpus_here), "launch/train.py"]
+    decided = {
+        "--deepspeed": str(chosen.run.recipe.deepspeed),
+        "--batch.tokens_per_micro_batch": str(chosen.budget),
+        "--model.activation_checkpointing": str(in_recipe(chosen.fit.every)),
     }
-    kept: list[str] = []
-    skip = False
+    kept = without_options(words, set(decided))
+    return shlex.join([*launcher, *kept, *(word for pair in decided.items() for word in pair)])
+
+
+def without_options(words: Sequence[str], names: set[str]) -> list[str]:
+    """A command line without these options (`--name`) and their values."""
+    kept, skip = [], False
     for word in words:
-        name, _, value = word.partition("=")
-        if name in chosen:
-            skip = not value
-            continue
-        if not skip or word.startswith("--"):
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            skip = name in names and not value
+            if name in names:
+                continue
+        if not skip:
             kept.append(word)
-        skip = False
-    return shlex.join([*launcher, *kept, *(word for pair in chosen.items() for word in pair)])
-
-
-def _checked(options: PlanOptions) -> Gpu:
-    for key in ("gpus", "gpus_per_machine", "row_tokens"):
-        if (value := vars(options)[key]) < 1:
-            raise UserError(f"{key} is {value}; expected a positive number")
-    if not 0 < options.learnt_share <= 1:
-        raise UserError(
-            f"learnt_share is {options.learnt_share}; expected a number above 0, up to 1"
-        )
-    if (options.gpu_memory is not None and options.gpu_memory <= 0) or (
-        options.longest_row or 1
-    ) < 1:
-        raise UserError("gpu_memory and longest_row: expected positive numbers")
-    gpu = gpu_named(options.gpu.lower())
-    if gpu is None:
-        raise UserError(f"gpu is {options.gpu!r}; expected one of {', '.join(g.key for g in GPUS)}")
-    return gpu
-
-
-def _shape(loaded: LoadedRecipe) -> Shape:
-    """Of the recipe's model; of Qwen-7B where the recipe names none."""
-    if "model.path" not in loaded.set_keys:
-        return Shape.of(QWenConfig())
-    return Shape.of(AutoConfig.from_pretrained(find_model(loaded.recipe.model.path, weights=False)))
-
-
-def _stages(loaded: LoadedRecipe, options: PlanOptions) -> list[Zero]:
-    """ZeRO-0 to 3: the recipe's own JSON at its own stage, the project's files at the others."""
-    zeros, hidden = [], _shape(loaded).hidden
-    for stage in range(4):
-        path = _json_path(loaded, stage, options)
-        resolved = ds_config.resolve(
-            ds_config.read_json(path),
-            replace(loaded.recipe, deepspeed=path),
-            loaded.set_keys,
-            hidden_size=hidden,
-            world=options.gpus,
-            ranks_per_machine=min(options.gpus, options.gpus_per_machine),
-            can_quantise=True,
-        )
-        zero = Zero.of(resolved.engine_json, options.gpus)
-        if zero.stage == stage:  # full training and fp16 make ZeRO-1 of 0
-            zeros.append(zero)
-    return zeros
-
-
-def _json_path(loaded: LoadedRecipe, stage: int, options: PlanOptions) -> str:
-    own = loaded.recipe.deepspeed
-    if (
-        own is not None
-        and ds_config.read_json(own).get("zero_optimization", {}).get("stage", 0) == stage
-    ):
-        return own
-    several = stage == 3 and options.gpus > options.gpus_per_machine
-    return str(Path("ds_configs") / ("zero3_hpz.json" if several else f"zero{stage}.json"))
+    return kept

@@ -1,7 +1,8 @@
 """What ZeRO spreads over the ranks, what it sends for that, and how long the links take.
 
-Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and DeepSpeed 0.19's own code
-for what it really does (stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py).
+Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and
+DeepSpeed 0.19's own code for what it really does (stage_1_and_2.py, stage3.py,
+partitioned_param_coordinator.py).
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 
 from qwen_ds.plan.deepspeed_json import Json
 
-# Latency of one step of a ring under NCCL's Simple protocol, in seconds, over NVLink and over the network: the table
-# hwLat of NCCL's own tuning model (src/graph/tuning.cc).
+# Latency of one step of a ring under NCCL's Simple protocol, in seconds, over NVLink and over the
+# network: the table hwLat of NCCL's own tuning model (src/graph/tuning.cc).
 NVLINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 14e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """The keys of a zero_optimization section that decide memory and traffic; left out, DeepSpeed's defaults."""
+    """The keys of a zero_optimization section that decide memory and traffic; left out, DeepSpeed's
+    defaults."""
 
     stage: int
     world: int
@@ -64,8 +66,8 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """Equal collectives of one step: an all-gather or a reduce-scatter moves `size` once around the ring, an all-reduce
-    twice."""
+    """Equal collectives of one step: an all-gather or a reduce-scatter moves `size` once around the
+    ring, an all-reduce twice."""
 
     name: str
     size: float
@@ -76,7 +78,8 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes that each rank receives: rounds (n - 1) / n size (ring algorithms; Patarasuk and Yuan 2009)."""
+        """Bytes that each rank receives: rounds (n - 1) / n size (ring algorithms; Patarasuk and
+        Yuan 2009)."""
         return self.rounds * self.size * (self.ranks - 1) / self.ranks
 
 
@@ -112,11 +115,13 @@ class Load:
 def traffic(zero: Zero, load: Load) -> list[Collective]:
     """All collectives of one optimizer step whose size grows with the model.
 
-    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 those of every micro-batch, bucket by bucket (by
-    all-reduce, although each rank keeps its own share only: DeepSpeed's default, use_multi_rank_bucket_allreduce).
-    ZeRO-1 and 2 then gather the updated parameters. ZeRO-3 gathers the weights for the forward and again for the
-    backward pass of each micro-batch, and reduce-scatters the gradients. Under hpZ it gathers within the machine what
-    has been there since it last changed: all but the first gathering of what is trained, and for ever what is frozen.
+    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 those of every micro-batch, bucket
+    by bucket (by all-reduce, although each rank keeps its own share only: DeepSpeed's default,
+    use_multi_rank_bucket_allreduce). ZeRO-1 and 2 then gather the updated parameters. ZeRO-3
+    gathers the weights for the forward and again for the backward pass of each micro-batch, and
+    reduce-scatters the gradients. Under hpZ it gathers within the machine what
+    has been there since it last changed: all but the first gathering of what is trained, and for
+        ever what is frozen.
     """
     n, m = zero.world, load.micro_batches
     gradient = 4.0 * load.trained_parameters
@@ -163,8 +168,8 @@ class Links:
     """400 Gb/s: one network adapter for each GPU."""
 
     def seconds(self, collective: Collective) -> float:
-        """Time of these collectives on a ring through all machines, which is as slow as its slowest link; each of its
-        n - 1 steps costs its latency."""
+        """Time of these collectives on a ring through all machines, which is as slow as its slowest
+        link; each of its n - 1 steps costs its latency."""
         n = collective.ranks
         near = min(n, self.per_machine)
         machines = math.ceil(n / self.per_machine)

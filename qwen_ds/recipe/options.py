@@ -1,7 +1,8 @@
-"""The recipe: every option of a training run, typed and documented; and the command-line parser of all commands.
+"""The recipe: every option of a training run, typed, with its range and its documentation.
 
-A recipe file is YAML; each key can also be given on the command line (`--lora.r 16`), where it wins. Defaults are the
-original project's: 128 rows a step, learning rate 3e-4 constant, 3 epochs, LoRA r 8 on c_attn and c_proj.
+A recipe file is YAML; each key can also be given on the command line (`--lora.r 16`), where it
+wins. Defaults are the original project's: 128 rows a step, learning rate 3e-4 constant, 3 epochs,
+LoRA r 8 on c_attn and c_proj.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import jsonargparse
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from qwen_ds.recipe.ranges import (
+    AnswerBound,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptBound,
+    RowBound,
+)
 
 
 @dataclass(frozen=True)
@@ -19,77 +27,84 @@ class ModelOptions:
     """The base model."""
 
     path: str = "demo"
-    """Folder or hub id of a Qwen checkpoint in the official layout; `demo` makes the embedded tiny Qwen."""
+    """Folder or hub id of a Qwen checkpoint in the official layout; `demo` is the embedded tiny
+    Qwen."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the frozen base and the activations; trainable LoRA parameters are always fp32. auto: bfloat16, but
-    float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where it is faster and takes twice the memory."""
+    """Dtype of the frozen base and of the activations; trainable LoRA parameters are always fp32.
+    auto: bfloat16, but float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where it
+    is faster and takes twice the memory."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products; auto: sdpa, but eager
-    for bfloat16 on CPUs, where it is faster."""
+    """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
+    auto: sdpa, but eager for bfloat16 on CPUs, where it is faster."""
     compile: bool = False
-    """Compile each block (torch.compile): some 20 to 60 seconds at the start, which long runs get back. It needs a C++
-    compiler, on a GPU Triton."""
-    activation_checkpointing: Literal["auto", "none", "all"] | int = "auto"
-    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass; auto: the fewest that fit
-    the memory, by plan/memory.py. The numbers that come out are the same."""
-    memory_gb: float | None = None
-    """Memory in GB (10^9 bytes) that auto may fill on each rank; unset: what is free on the GPU when the run starts,
-    without one the machine's free memory divided by its ranks."""
+    """Compile each block (torch.compile). It takes 20 to 60 seconds at the start, which a long run
+    gets back. It needs a C++ compiler, and Triton on a GPU."""
+    activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
+    """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
+    the fewest that fit the memory. The numbers that come out are the same."""
+    memory_gb: PositiveFloat | None = None
+    """Memory in GB (10^9 bytes) that auto may fill on each rank. Unset: what is free on the GPU
+    when the run starts; without a GPU, the machine's free memory divided by its ranks."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is read, how it becomes tokens, and which of them are learnt."""
+    """The rows: where they come from, how they become tokens, and which tokens are targets."""
 
     train: list[str] = field(default_factory=list)
     """Files, folders or hub data sets to train on."""
     eval: list[str] = field(default_factory=list)
     """Files, folders or hub data sets to compute the evaluation loss on."""
-    eval_fraction: float = 0.0
+    eval_fraction: Fraction = 0.0
     """Share of the training rows that is set aside for evaluation when data.eval is empty."""
     format: str = "auto"
     """Name of a reader, or auto to recognise each row by its keys."""
     columns: dict[str, str] | None = None
-    """Maps expected column names to those in the files, for example {"instruction": "q", "output": "a"}."""
+    """Maps expected column names to those in the files: {"instruction": "q", "output": "a"}."""
     system: str | None = None
-    """System text of rows that bring none; unset means the original's "You are a helpful assistant."."""
-    weights: list[float] | None = None
-    """One weight for each entry of data.train: how often its rows are seen per epoch."""
+    """System text of rows that bring none. Unset: the original's "You are a helpful assistant."."""
+    weights: list[PositiveFloat] | None = None
+    """One weight for each entry of data.train: how often an epoch draws each of its rows."""
     bad_rows: Literal["stop", "skip"] = "stop"
-    """What to do with a row that cannot be read: stop with its file:line, or skip and count it."""
+    """At a row that cannot be read: stop with its file:line, or skip and count it."""
     cache_dir: str | None = None
-    """Where tokenised rows are cached; unset means ~/.cache/qwen_ds/rows."""
-    max_prompt_tokens: int = 254
-    """Prompt tokens of a single-turn row at most (learn_on original)."""
-    max_answer_tokens: int = 254
-    """Answer tokens of a single-turn row at most (learn_on original)."""
-    max_tokens: int | None = None
-    """Tokens of any other row at most; unset: the model's seq_length. A longer conversation loses its oldest turns."""
+    """Cache of tokenised rows. Unset: ~/.cache/qwen_ds/rows."""
+    max_prompt_tokens: PromptBound = 254
+    """Bound for the prompt of a single-turn row, in tokens (learn_on original)."""
+    max_answer_tokens: AnswerBound = 254
+    """Bound for the answer of a single-turn row, in tokens (learn_on original)."""
+    max_tokens: RowBound | None = None
+    """Bound for any other row, in tokens. Unset: the model's seq_length. A longer conversation
+    loses its oldest turns."""
     learn_on: Literal["original", "answer", "official"] = "original"
-    """Which tokens are learnt: as in the original project, the answers alone, or as in the official finetune.py."""
+    """Target tokens: as in the original project, the answers alone, or as in the official
+    finetune.py."""
     special_tokens_in_text: Literal["escape", "parse"] = "escape"
-    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control tokens."""
+    """Whether <|im_end|> and the like, spelled in a text, stay plain text or become control
+    tokens."""
 
 
 @dataclass(frozen=True)
 class LoraOptions:
     """The adapter."""
 
-    r: int = 8
+    r: PositiveInt = 8
     """Rank."""
-    alpha: int = 16
+    alpha: PositiveInt = 16
     """Scale: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
-    dropout: float = 0.05
+    dropout: Fraction = 0.05
     """Dropout on the input of the LoRA branch."""
     targets: list[str] = field(default_factory=lambda: ["c_attn", "c_proj"])
     """Modules: c_attn, c_proj (both), attn.c_proj, mlp.c_proj, w1, w2."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """The LoRA variant."""
-    special_rows: str | bool = "auto"  # YAML reads a bare on or off as true or false
-    """Train the rows of <|endoftext|>, <|im_start|> and <|im_end|> in wte and lm_head too, without which a base model
-    never learns to stop: on, off, or auto, which is on where generation_config.json does not say chat_format chatml."""
+    special_rows: Literal["auto", "on", "off"] | bool = "auto"  # YAML reads a bare on as true
+    """Train the rows of <|endoftext|>, <|im_start|> and <|im_end|> in wte and lm_head too, without
+    which a base model never learns to stop: on, off, or auto, which is on where
+    generation_config.json does not say chat_format chatml."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion parameters of the 7B."""
+    """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion
+    parameters of the 7B."""
     init_from: str | None = None
     """Folder of an adapter to continue from."""
 
@@ -98,101 +113,104 @@ class LoraOptions:
 class OptimOptions:
     """AdamW and its schedule."""
 
-    lr: float = 3e-4
+    lr: NonNegativeFloat = 3e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's betas."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
-    epochs: float = 3.0
+    epochs: PositiveFloat = 3.0
     """Passes over the training rows."""
-    max_steps: int | None = None
-    """Optimizer steps at most, whatever the epochs say."""
+    max_steps: PositiveInt | None = None
+    """Bound for the optimizer steps, whatever the epochs say."""
 
 
 @dataclass(frozen=True)
 class BatchOptions:
     """The optimizer step."""
 
-    rows_per_step: int = 128
+    rows_per_step: PositiveInt = 128
     """Rows of one optimizer step over all ranks."""
-    tokens_per_micro_batch: int = 2048
-    """Padded tokens of one micro-batch at most (a single longer row still runs, alone)."""
+    tokens_per_micro_batch: PositiveInt = 2048
+    """Bound for the padded tokens of one micro-batch (a single longer row still runs, alone)."""
 
 
 @dataclass(frozen=True)
 class LogOptions:
     """Metrics."""
 
-    every_steps: int = 1
+    every_steps: PositiveInt = 1
     """Optimizer steps between two lines of metrics."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last optimizer step to profile, for example [10, 12]: a trace for TensorBoard and the split of the time
-    into data, forward, backward, optimizer and communication, in the run folder's profile/."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step to profile, for example [10, 12]: a trace for TensorBoard and
+    the split of the time into data, forward, backward, optimizer and communication, in the run
+    folder's profile/."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     """Evaluation while training."""
 
-    every_steps: int | None = None
-    """Optimizer steps between two evaluation losses; unset means once at the end of every epoch."""
-    patience: int | None = None
-    """Stop after so many evaluations in a row without a lower loss; unset: never."""
-    samples: int = 3
-    """Rows of the evaluation data that are answered, greedily, at each evaluation (samples.jsonl, TensorBoard)."""
-    sample_tokens: int = 64
-    """Tokens of such an answer at most."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between two evaluations. Unset: once at the end of every epoch."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a lower loss. Unset: never."""
+    samples: NonNegativeInt = 3
+    """Rows of the evaluation data that are answered, greedily, at each evaluation (samples.jsonl,
+    TensorBoard)."""
+    sample_tokens: PositiveInt = 64
+    """Bound for such an answer, in tokens."""
 
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """Saved steps."""
+    """Checkpoints."""
 
-    every_steps: int = 382
+    every_steps: PositiveInt = 382
     """Optimizer steps between two checkpoints."""
-    keep: int = 32
+    keep: PositiveInt = 32
     """How many of the newest checkpoints stay; the best one stays, too."""
-    before_minutes: float = 5.0
+    before_minutes: NonNegativeFloat = 5.0
     """Save and stop this long before the time limit of the Slurm job that the run is in."""
 
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Going on in a run folder."""
+    """Resuming a run folder."""
 
     allow_changes: list[str] = field(default_factory=list)
-    """Recipe keys or sections that may differ from those the run began with, such as optim.epochs or data."""
+    """Recipe keys or sections that may differ from those the run began with, such as optim.epochs
+    or data."""
 
 
 @dataclass(frozen=True)
 class DistributedOptions:
     """The process group."""
 
-    timeout_minutes: float = 10.0
+    timeout_minutes: PositiveFloat = 10.0
     """A collective that waits longer ends the run."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run."""
+    """Everything that a user can ask of a run."""
 
     output_dir: str = "runs/demo"
     """The run folder."""
-    seed: int = 42
-    """Seeds the order of the rows, the dropout and the fresh adapter."""
+    seed: NonNegativeInt = 42
+    """Seed of the order of the rows, of the dropout and of the fresh adapter."""
     method: Literal["lora", "full"] = "lora"
     """Train an adapter, or all parameters."""
     deepspeed: str | None = None
-    """Path of a DeepSpeed JSON; unset means ZeRO-2."""
+    """Path of a DeepSpeed JSON. Unset: ZeRO-2."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU when there is one."""
     dry_run: bool = False

@@ -6,24 +6,40 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import jsonargparse
 import yaml
 
 from qwen_ds.errors import UserError
+from qwen_ds.recipe.ranges import IN_WORDS
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+Options = TypeVar("Options")
+# jsonargparse names the key and repeats the value in one of these ways.
+_KEY = re.compile(r'Parser key "([\w.]+)"')
+_VALUES = (
+    re.compile(r"(?:Given value|Got value): (.+)$"),
+    re.compile(r"Not of type \w+: (\S+) does not conform"),
+    re.compile(r"(?:invalid literal|could not convert) .*: (.*)$"),
+)
+
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser with our manners: a mistake is one UserError line that names the nearest known option;
-    `--key A B C` fills a list option; `--local_rank` (the launcher appends it) is accepted everywhere."""
+    """A command line on which a mistake is one UserError line that names the key.
+
+    `--key A B C` fills a list option, and `--local_rank`, which DeepSpeed's launcher appends, is
+    accepted everywhere.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(exit_on_error=False, **kwargs)
-        self.add_argument("--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS)
+        self.add_argument(
+            "--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS, default=None
+        )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._explain(message))
@@ -31,7 +47,14 @@ class Parser(jsonargparse.ArgumentParser):
     def parse(
         self, argv: Sequence[str] | None = None, *, defaults: bool = True
     ) -> jsonargparse.Namespace:
-        """Parse argv (None: the process's own). Raises UserError."""
+        """Parse argv; None takes the process's own.
+
+        Args:
+            defaults: without them only what the user wrote is in the result.
+
+        Raises:
+            UserError: an unknown option, a value of the wrong type or out of its range.
+        """
         args = self._fold_lists(list(sys.argv[1:] if argv is None else argv))
         try:
             parsed = self.parse_args(args, defaults=defaults)
@@ -44,38 +67,40 @@ class Parser(jsonargparse.ArgumentParser):
         parsed.pop("local_rank", None)
         return parsed
 
-    def _option_names(self) -> list[str]:
-        return [s for action in self._actions for s in action.option_strings if s.startswith("--")]
-
     def _explain(self, message: str) -> str:
+        """One line for one of jsonargparse's messages, which run over several."""
         text = re.sub(r"\s+", " ", message).strip()
         in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
         in_file = re.search(r"Option '([\w.]+)' is not accepted", text)
         flags = re.findall(r"--[\w.]+", text) if "unrecognized arguments" in text else []
-        if in_group:
-            unknown = ".".join(in_group.groups())
-        elif in_file or flags:
-            unknown = in_file.group(1) if in_file else flags[0].removeprefix("--")
-        else:
+        if in_group or in_file or flags:
+            unknown = flags[0].removeprefix("--") if flags else ""
+            unknown = (
+                ".".join(in_group.groups()) if in_group else in_file[1] if in_file else unknown
+            )
+            known = [name.removeprefix("--") for name in self._names(lambda _: True)]
+            near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
+            advice = f"the nearest is {near[0]}" if near else "--help lists all"
+            return f"unknown option {unknown}; {advice}"
+        key = _KEY.search(text)
+        kind = next((_kind(a) for a in self._actions if key and a.dest == key[1]), None)
+        value = next((found for each in _VALUES if (found := each.search(text))), None)
+        if key is None or kind is None or value is None:
             return text
-        near = difflib.get_close_matches(
-            unknown, [n.removeprefix("--") for n in self._option_names()], n=1, cutoff=0.4
-        )
-        return f"unknown option {unknown}" + (
-            f"; the nearest is {near[0]}" if near else "; --help lists all"
-        )
+        return f"{key[1]} is {value[1]}; expected {expected(kind)}"
+
+    def _names(self, holds: Callable[[Any], bool]) -> set[str]:
+        """Long option strings of the actions for which `holds` is true."""
+        actions = (action for action in self._actions if holds(action))
+        return {s for action in actions for s in action.option_strings if s.startswith("--")}
 
     def _fold_lists(self, args: list[str]) -> list[str]:
         """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list.
 
         Given twice, such an option would lose its first values: that is an error.
         """
-        lists = {
-            s
-            for action in self._actions
-            if re.search(r"(list|tuple)\[", str(getattr(action, "_typehint", "")).lower())
-            for s in action.option_strings
-        }
+        is_list = re.compile(r"(list|tuple)\[", re.IGNORECASE)
+        lists = self._names(lambda action: bool(is_list.search(str(_kind(action)))))
         folded: list[str] = []
         given: set[str] = set()
         i = 0
@@ -86,17 +111,53 @@ class Parser(jsonargparse.ArgumentParser):
                     f"{name} was given twice; expected all of its values after one {name}"
                 )
             given.add(name)
-            if args[i] in lists:
-                j = i + 1
-                while j < len(args) and not args[j].startswith("--"):
-                    j += 1
-                values = args[i + 1 : j]
-                inline = len(values) == 1 and values[0].startswith("[")
-                folded.append(
-                    f"{args[i]}={values[0] if inline else yaml.safe_dump(values, default_flow_style=True).strip()}"
-                )
-                i = j
-            else:
+            if args[i] not in lists:
                 folded.append(args[i])
                 i += 1
+                continue
+            j = i + 1
+            while j < len(args) and not args[j].startswith("--"):
+                j += 1
+            values = args[i + 1 : j]
+            is_yaml = len(values) == 1 and values[0].startswith("[")
+            spelled = yaml.safe_dump(values, default_flow_style=True, width=10**9).strip()
+            folded.append(f"{name}={values[0] if is_yaml else spelled}")
+            i = j
         return folded
+
+
+def _kind(action: argparse.Action) -> Any:
+    """The type of an option; None for a switch. jsonargparse keeps it in an attribute of its
+    own."""
+    return vars(action).get("_typehint")
+
+
+def expected(kind: Any) -> str:
+    """A type in the words of a message: what a value of it looks like."""
+    arguments = [inner for inner in get_args(kind) if inner is not NoneType]
+    if get_origin(kind) is Literal:
+        return " or ".join(", ".join(map(str, arguments)).rsplit(", ", 1))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(expected(inner) for inner in arguments)
+    if get_origin(kind) is list:
+        return f"a list, each of it {expected(arguments[0])}"
+    if get_origin(kind) is tuple:
+        return f"{len(arguments)} values, each {expected(arguments[0])}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return IN_WORDS.get(kind.__name__) or names.get(kind, "a mapping")
+
+
+def parse_options(
+    kind: type[Options], description: str, argv: Sequence[str] | None = None
+) -> Options:
+    """Options of a command that are one dataclass, from argv and the YAML file that --config names.
+
+    Raises:
+        UserError: as `Parser.parse`, or what the dataclass itself refuses.
+    """
+    parser = Parser(description=description)
+    parser.add_argument("--config", action="config", help="options as a YAML file")
+    parser.add_class_arguments(kind)
+    given = parser.parse(argv)
+    given.pop("config", None)
+    return kind(**parser.instantiate(given).as_dict())

@@ -1,13 +1,13 @@
-"""LoRA for training: peft makes and names the adapter, the branch itself is computed our way.
+"""LoRA for training: peft makes and names the adapter, and the branch is computed here.
 
-peft casts the activations up to the adapter's fp32, which is slow and keeps fp32 copies for the backward pass. Here the
-two small matrices are cast down to the activations' dtype instead, so the branch runs at the base's speed while the
-parameters, their gradients and AdamW's state stay fp32 (test_the_branch_computes_in_the_activations_dtype).
+peft casts the activations up to the adapter's fp32, which is slow and keeps fp32 copies for the
+backward pass. Here the two small matrices are cast down to the activations' dtype instead: the branch
+runs at the base's speed, while the parameters, their gradients and AdamW's state stay fp32
+(test_the_branch_computes_in_the_activations_dtype).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from peft.tuners import lora as peft_lora
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from qwen_ds.disk.weights import save_tensors
+from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
@@ -29,18 +31,20 @@ from qwen_ds.model.adapter import (
     check_adapter_fits,
     read_adapter,
 )
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
-from qwen_ds.train.survive.checkpoint import write_tensors, write_text
 
-ADAPTER = "default"
-KNOWN_TARGETS = ("c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "w1", "w2")
-SAVEABLE = ("wte", "lm_head")
+ADAPTER = "default"  # peft's name for the only adapter of a model
 
 
 class CastLinear(nn.Linear):
-    """A bias-free linear map whose fp32 weight is used in the input's dtype. A module, so that ZeRO-3 gathers it."""
+    """A bias-free linear map whose fp32 weight is used in the input's dtype.
+
+    A module of its own, so that ZeRO-3 gathers its weight.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -59,9 +63,12 @@ class CastEmbedding(nn.Embedding):
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Dropout on a CPU, which draws random numbers one after another: x with zeros, and the share that is kept, by
-    which the caller divides. One draw of 64 bits decides on four numbers, so p is rounded to a multiple of 2^-16;
-    2048 x 512 numbers took 16 ms with torch's dropout and 3 ms so."""
+    """Dropout for CPUs: x with zeros, and the share that is kept, by which the caller divides.
+
+    A CPU draws random numbers one after another. Here one draw of 64 bits decides on four elements,
+    so p is rounded to a multiple of 2^-16: 2048 x 512 elements took 3 ms so, and 16 ms with torch's
+    dropout.
+    """
     dropped = round(p * 2**16)
     draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
     keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
@@ -83,12 +90,8 @@ class LoraLinear(peft_lora.Linear):
             matrices[adapter_name] = cast
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (
-            self.disable_adapters
-            or self.merged
-            or self.lora_variant
-            or self.active_adapters != [ADAPTER]
-        ):
+        plain = not (self.disable_adapters or self.merged or self.lora_variant)
+        if not plain or self.active_adapters != [ADAPTER]:
             return super().forward(x, *args, **kwargs)
         scale, dropout = self.scaling[ADAPTER], self.lora_dropout[ADAPTER]
         dropped = x
@@ -98,7 +101,7 @@ class LoraLinear(peft_lora.Linear):
                 scale /= share_kept
             else:
                 dropped = dropout(x)
-        # The scale goes on the r-wide middle, not on the wide result: one pass less over memory.
+        # The scale multiplies the r-wide middle and not the wide result: one pass less over memory.
         middle = self.lora_A[ADAPTER](dropped) * scale
         return self.base_layer(x) + self.lora_B[ADAPTER](middle)
 
@@ -115,16 +118,14 @@ class ParameterCount:
 
 def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     """The PEFT configuration of a recipe."""
-    unknown = [t for t in options.targets if t not in KNOWN_TARGETS]
+    unknown = [name for name in options.targets if name not in QWEN.target_names]
     if unknown or not options.targets:
         came = unknown[0] if unknown else "nothing"
-        raise UserError(
-            f"lora.targets: {came!r} matches no module; expected some of {', '.join(KNOWN_TARGETS)}"
-        )
-    if other := next((name for name in options.modules_to_save if name not in SAVEABLE), None):
-        raise UserError(
-            f"lora.modules_to_save: {other!r} came; expected some of {', '.join(SAVEABLE)}"
-        )
+        known = ", ".join(QWEN.target_names)
+        raise UserError(f"lora.targets: {came!r} matches no module; expected some of {known}")
+    if other := next((name for name in options.modules_to_save if name not in QWEN.ends), None):
+        known = ", ".join(QWEN.ends)
+        raise UserError(f"lora.modules_to_save: {other!r} came; expected some of {known}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -145,10 +146,17 @@ def add_lora(
     seed: int,
     row_ids: Sequence[int] = (),
 ) -> PeftModel:
-    """Wrap `model` with a fresh adapter (A random from `seed`, alike on every rank; B zero), fp32 and trainable.
+    """Wrap `model` with a fresh adapter, fp32 and trainable; A is random and B zero.
 
-    `model` may be partitioned by ZeRO-3; what starts from the base's weights then comes from the gathered ones: DoRA's
-    magnitudes, `options.modules_to_save` and the rows `row_ids` of wte and lm_head, which are trained where given.
+    `model` may be partitioned by ZeRO-3. The parameters that start from the base's weights come from
+    gathered ones: DoRA's magnitudes, `options.modules_to_save` and the token rows.
+
+    Args:
+        seed: of A, alike on every rank.
+        row_ids: token ids whose rows of embedding and head are trained.
+
+    Raises:
+        UserError: unknown names in lora.targets or lora.modules_to_save.
     """
     config = lora_config(options, base)
     config._register_custom_module({nn.Linear: LoraLinear})
@@ -158,25 +166,25 @@ def add_lora(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    # peft's own wrappers keep a frozen copy of a saved module and copy the matrix for some rows of it, at every
-    # forward. Of peft's these have the names and the configuration.
-    transformer = model.transformer
+    # peft's own wrappers keep a frozen copy of a saved module, and copy the whole matrix for some rows
+    # of it at every forward pass. These replacements use the same names and configuration.
+    embedding, head = model.get_submodule(QWEN.embedding), model.get_submodule(QWEN.head)
+    assert isinstance(embedding, nn.Embedding)
+    assert isinstance(head, nn.Linear)
+    embedding_name, head_name = QWEN.ends
     if row_ids:
-        with gather_params_ctx(transformer.wte.parameters(), modifier_rank=None):
-            transformer.wte = EmbeddingWithRows(transformer.wte, row_ids)
-        with gather_params_ctx(model.lm_head.parameters(), modifier_rank=None):
-            model.lm_head = HeadWithRows(model.lm_head, row_ids)
-        config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in SAVEABLE}
-    if "wte" in options.modules_to_save:
-        transformer.wte = CastEmbedding(
-            _fp32_copy(transformer.wte.weight), transformer.wte.weight.dtype
-        )
-    if "lm_head" in options.modules_to_save:
-        cast = CastLinear(
-            model.lm_head.in_features, model.lm_head.out_features, bias=False, device="meta"
-        )
-        cast.weight = _fp32_copy(model.lm_head.weight)
-        model.lm_head = cast
+        with gather_params_ctx(embedding.parameters(), modifier_rank=None):
+            model.set_submodule(QWEN.embedding, EmbeddingWithRows(embedding, row_ids))
+        with gather_params_ctx(head.parameters(), modifier_rank=None):
+            model.set_submodule(QWEN.head, HeadWithRows(head, row_ids))
+        config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in QWEN.ends}
+    if embedding_name in options.modules_to_save:
+        copy = _fp32_copy(embedding.weight)
+        model.set_submodule(QWEN.embedding, CastEmbedding(copy, embedding.weight.dtype))
+    if head_name in options.modules_to_save:
+        cast = CastLinear(head.in_features, head.out_features, bias=False, device="meta")
+        cast.weight = _fp32_copy(head.weight)
+        model.set_submodule(QWEN.head, cast)
     config_of(wrapped).modules_to_save = list(options.modules_to_save) or None
     return wrapped
 
@@ -188,7 +196,7 @@ def _fp32_copy(weight: Tensor) -> nn.Parameter:
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules that read a weight of their child's directly: DoRA takes the norms of the base's rows."""
+    """Modules that read a child's weight directly: DoRA needs the norms of the base's rows."""
     for module in model.modules():
         if isinstance(module, LoraLinear) and module.lora_variant:
             base = module.get_base_layer()
@@ -204,73 +212,101 @@ def config_of(wrapped: PeftModel) -> LoraConfig:
     return config
 
 
-def init_from(wrapped: PeftModel, folder: str, options: LoraOptions) -> None:
-    """Continue from another adapter: its values replace the fresh ones.
+def check_init_from(options: LoraOptions, config: QWenConfig, row_ids: Sequence[int] = ()) -> None:
+    """Check that training can continue from the adapter `options.init_from`; loads no weight of a base.
 
-    Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original project's
-    `pytorch_model.bin` are read. Saved modules and token rows that the adapter lacks start from the base's, as in it.
+    Args:
+        config: of the base.
+        row_ids: as for `add_lora`.
 
     Raises:
-        UserError: it has other modules or rows, another rank or another scale than the recipe says; the first is named.
+        UserError: as `init_from`.
     """
-    own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = QWenLMHeadModel(config)
+        wrapped = add_lora(model, options, base="", seed=0, row_ids=row_ids)
+    _read_fitting(wrapped, options)
+
+
+def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
+    """Continue from the adapter `options.init_from`: its values replace the fresh ones.
+
+    Accepted are ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the
+    original project's `pytorch_model.bin`. Saved modules and token rows that the adapter lacks start
+    from the base's.
+
+    Raises:
+        UserError: the adapter has other modules or rows, another rank or another scale than the
+            recipe says; the first is named.
+    """
+    own = _trained(wrapped)
+    adapter = _read_fitting(wrapped, options)
+    theirs = adapter.state_dict()
+    for rows in adapter.token_rows.values():
+        wanted = _trained_rows(wrapped)
+        theirs[rows.key] = theirs[rows.key][[rows.indices.index(i) for i in wanted]]
+    for name, tensor in theirs.items():
+        own[name].data.copy_(tensor)
+
+
+def _trained(wrapped: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters by their names in an adapter file."""
+    return {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
+
+
+def _trained_rows(wrapped: PeftModel) -> list[int]:
+    """The token ids whose rows are trained, alike for embedding and head, in the order of training."""
+    trained = config_of(wrapped).trainable_token_indices
+    return trained[QWEN.ends[0]] if isinstance(trained, dict) else []
+
+
+def _read_fitting(wrapped: PeftModel, options: LoraOptions) -> Adapter:
+    """Read options.init_from and compare it with the adapter that the recipe trains."""
+    folder, own = options.init_from, _trained(wrapped)
+    assert folder is not None
     adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
     base = wrapped.get_base_model().named_parameters()
-    check_adapter_fits(
-        adapter, {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base}
-    )
+    shapes = {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base}
+    check_adapter_fits(adapter, shapes)
     for name in sorted(set(own) ^ set(adapter.shapes)):
-        if name in own and ".lora_" not in name:
+        of_lora = ".lora_" in name
+        if name in own and not of_lora:
             continue
-        side = (
-            "the recipe trains it and the adapter lacks it"
-            if name in own
-            else "the recipe does not train it"
-        )
-        keys = (
-            "lora.targets and lora.variant"
-            if ".lora_" in name
-            else "lora.modules_to_save and lora.special_rows"
-        )
+        side = "the recipe does not train it"
+        if name in own:
+            side = "the recipe trains it and the adapter lacks it"
+        keys = "lora.modules_to_save and lora.special_rows"
+        if of_lora:
+            keys = "lora.targets and lora.variant"
         raise UserError(
-            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base (launch/merge.py) "
-            f"and start from the merged model"
+            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base "
+            f"(launch/merge.py) and start from the merged model"
         )
     scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():
         if not math.isclose(pair.scaling, scaling):
             raise UserError(
-                f"lora.init_from {folder}: {module} is scaled by {pair.scaling:g}; the recipe's lora.alpha and lora.r "
-                f"say {scaling:g}; expected the same"
+                f"lora.init_from {folder}: {module} is scaled by {pair.scaling:g}; the recipe's "
+                f"lora.alpha and lora.r say {scaling:g}; expected the same"
             )
-    theirs = adapter.state_dict()
-    _order_token_rows(theirs, adapter, config_of(wrapped))
-    for name, tensor in theirs.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"lora.init_from {folder}: {name} is {list(tensor.shape)}; expected {list(own[name].shape)} (lora.r)"
-            )
-        own[name].data.copy_(tensor)
-
-
-def _order_token_rows(tensors: dict[str, Tensor], adapter: Adapter, config: LoraConfig) -> None:
-    """Bring the adapter's token rows into the order in which the recipe trains them."""
-    trained = config.trainable_token_indices
     for module, rows in adapter.token_rows.items():
-        assert isinstance(
-            trained, dict
-        )  # the recipe trains rows of each module: the names were compared
-        wanted = trained[module.rpartition(".")[2]]
-        if sorted(wanted) != sorted(rows.indices):
+        wanted = sorted(_trained_rows(wrapped))
+        if wanted != sorted(rows.indices):
             raise UserError(
-                f"lora.init_from {adapter.folder}: it trains the rows {sorted(rows.indices)} of {module}; "
-                f"expected {sorted(wanted)} (lora.special_rows)"
+                f"lora.init_from {folder}: it trains the rows {sorted(rows.indices)} of {module}; "
+                f"expected {wanted} (lora.special_rows)"
             )
-        tensors[rows.key] = tensors[rows.key][[rows.indices.index(i) for i in wanted]]
+    for name, shape in adapter.shapes.items():
+        if shape != tuple(own[name].shape):
+            raise UserError(
+                f"lora.init_from {folder}: {name} is {list(shape)}; expected "
+                f"{list(own[name].shape)} (lora.r)"
+            )
+    return adapter
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Its shape, also while ZeRO-3 holds it in pieces."""
+    """The shape of a parameter, also while ZeRO-3 holds it in pieces."""
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
@@ -282,24 +318,24 @@ def plain_name(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Trainable and total parameters; works on meta tensors and on ZeRO-3's partitioned ones (ds_numel)."""
-
-    def numel(p: nn.Parameter) -> int:
-        return int(p.ds_numel) if hasattr(p, "ds_numel") else p.numel()
-
+    """Count trainable and total parameters; also meta tensors and ZeRO-3's partitioned ones."""
     parameters = list(model.parameters())
-    return ParameterCount(
-        sum(numel(p) for p in parameters if p.requires_grad), sum(map(numel, parameters))
-    )
+    trainable = sum(numel(p) for p in parameters if p.requires_grad)
+    return ParameterCount(trainable, sum(map(numel, parameters)))
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also while ZeRO-3 holds it in pieces."""
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors, mode 0644.
+    """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing; of an output that is not published yet.
         tensors: complete fp32 values by the wrapped model's parameter names.
 
     Returns:
@@ -308,14 +344,11 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
         assert tensor.numel() > 0, f"{name} is empty: it was saved while ZeRO-3 held it partitioned"
-    written = config.to_dict() | {"inference_mode": True}
-    for key, value in written.items():
-        if isinstance(value, set):
-            written[key] = sorted(value)
+    settings = config.to_dict() | {"inference_mode": True}
+    # A set's order differs from run to run.
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     weights = {plain_name(name): tensor for name, tensor in tensors.items()}
     return {
-        WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, weights),
-        CONFIG_NAME: write_text(
-            folder / CONFIG_NAME, json.dumps(written, indent=2, default=str) + "\n"
-        ),
+        WEIGHTS_NAME: save_tensors(folder / WEIGHTS_NAME, weights),
+        CONFIG_NAME: write_json(folder / CONFIG_NAME, settings),
     }

@@ -1,7 +1,7 @@
 """The loss: cross-entropy summed over the target tokens, with logits that exist a chunk at a time.
 
-Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of one chunk, K rows
-of the head that are trained by themselves (qwen_ds/train/special_rows.py).
+Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of
+one chunk, K trainable token rows of the head (qwen_ds/train/special_rows.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def chunk_tokens(vocab_rows: int) -> int:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and cross-entropy in one: the gradient with respect to the hidden states is made on the way forward, while
-    a chunk's logits exist, so nothing of size [N, V] is kept and the frozen head is not needed in the backward pass.
+    """Head and cross-entropy in one, with the gradients made in the forward pass.
 
-    d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
+    They are made while a chunk's logits exist, so nothing of size [N, V] is kept, and the backward
+    pass does not need the frozen head: d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.dtypes = weight_VD.dtype, rows_KD.dtype
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
-        # Thousands of chunks may add up in them, so the head's gradients accumulate in fp32.
+        # The head's gradients are sums over thousands of chunks, so they accumulate in fp32.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_rows_KD = torch.zeros_like(rows_KD, dtype=torch.float32) if need_rows else None
         # A copy only where the whole head is trained over a bf16 base: then it is fp32.
@@ -87,7 +87,7 @@ def _chunk(
     """Sum of the losses (fp32) and its gradient with respect to the logits (in hidden's dtype)."""
     logits_CV = F.linear(hidden_CD, weight_VD).float()
     logits_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD).float())
-    # Softmax in place, one exponential a logit: the chunk is the largest thing in memory, and it exists once.
+    # The softmax is made in place: the chunk is the largest thing in memory, and it exists once.
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
     target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
     grad_CV = logits_CV.exp_()
@@ -111,8 +111,9 @@ def cross_entropy_sum(
         hidden_ND: hidden states that predict the targets, any float dtype.
         weight_VD: the head; used in the dtype of the hidden states.
         targets_N: int64 ids.
-        rows_KD: used in place of the head's rows ids_K (int64, each once), in the dtype of the hidden states; they get
+        rows_KD: used in place of the head's rows ids_K, in the dtype of the hidden states; they get
             the gradient, those rows of the head get none.
+        ids_K: int64, each id once.
 
     Returns:
         fp32 scalar; zero (and zero gradients) for N = 0. The softmax is fp32.
@@ -123,9 +124,12 @@ def cross_entropy_sum(
 
 
 class LossHead(nn.Module):
-    """The head as the training step sees it. A module of its own so that ZeRO-3, which gathers parameters at module
-    boundaries, brings in lm_head once for all chunks (the engine registers what is `borrowed`); the head stays a
-    child of the model alone, or every parameter would have two names."""
+    """The head of the model inside the loss.
+
+    It is a module of its own, since ZeRO-3 gathers parameters at module boundaries: so lm_head comes
+    once for all chunks (the engine registers `borrowed`). The head stays a child of the model alone,
+    or every parameter would have two names.
+    """
 
     def __init__(self, lm_head: nn.Linear) -> None:
         super().__init__()
@@ -133,18 +137,18 @@ class LossHead(nn.Module):
 
     @property
     def borrowed(self) -> list[nn.Parameter]:
-        """What it uses of the head: the matrix, and the rows that are trained beside it."""
+        """The parameters that it uses: the head's matrix, and the trainable token rows beside it."""
         head = self._lm_head[0]
         rows = head.token_adapter.parameters() if isinstance(head, HeadWithRows) else ()
         return [*head.parameters(recurse=False), *rows]
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], where labels are not IGNORE."""
+        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], IGNORE left out."""
         targets_BT = labels_BT[:, 1:]
-        learnt_BT = targets_BT != IGNORE
-        # Gather first: of an ADGEN row some 60 % are targets, of a padded one fewer; the rest needs no logits.
-        hidden_ND = hidden_BTD[:, :-1][learnt_BT]
-        targets_N = targets_BT[learnt_BT]
+        counts_BT = targets_BT != IGNORE
+        # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
+        hidden_ND = hidden_BTD[:, :-1][counts_BT]
+        targets_N = targets_BT[counts_BT]
         head = self._lm_head[0]
         if isinstance(head, HeadWithRows):
             rows = head.token_adapter
@@ -155,18 +159,25 @@ class LossHead(nn.Module):
 
 
 class TrainingModel(nn.Module):
-    """What DeepSpeed trains: (ids, labels) -> loss sum. No attention mask: rows are right-padded, and under a causal
-    mask a real token never sees the pads to its right (test_padding_a_row_does_not_change_its_loss)."""
+    """The module that DeepSpeed trains: (ids, labels) -> loss sum.
+
+    It needs no attention mask: rows are right-padded, and under a causal mask a real token never sees
+    the pads to its right (test_padding_a_row_does_not_change_its_loss).
+
+    Args:
+        model: the model or its PEFT wrapper, whose parameters are trained.
+        transformer, lm_head: parts of it.
+    """
 
     def __init__(self, model: nn.Module, transformer: nn.Module, lm_head: nn.Linear) -> None:
-        """`model` is the model or its PEFT wrapper, whose parameters are trained; the others are parts of it."""
         super().__init__()
         self.model = model
         self._transformer = (transformer,)
         self.loss_head = LossHead(lm_head)
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        # extend_context: also in evaluation mode the loss is the training formula's, without NTK and LogN.
+        # extend_context: in evaluation mode, too, the loss is the training formula's, without NTK and
+        # LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
         hidden_BTD = outputs.last_hidden_state
         return self.loss_head(hidden_BTD, labels_BT)

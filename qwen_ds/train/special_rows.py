@@ -1,12 +1,14 @@
-"""The rows that a base model needs to learn to stop: <|endoftext|>, <|im_start|> and <|im_end|> of wte and lm_head.
+"""Trainable token rows: those of <|endoftext|>, <|im_start|> and <|im_end|> in embedding and head.
 
-Pre-training never showed a base model the last two, so their rows are as initialisation left them, and LoRA on the
-layers between cannot make up for it: such a model answers and never stops. Here those rows alone are trained, as fp32
-parameters beside the frozen matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
+A base model needs them to learn to stop. Pre-training never showed it the last two, so their rows are
+as initialisation left them, and LoRA on the layers between cannot make up for that: such a model
+answers and never stops. Here those rows alone are trained, as fp32 parameters beside the frozen
+matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
 (test_nothing_of_the_matrices_is_copied).
 
-Names and values are those of PEFT's `trainable_token_indices`: `<module>.token_adapter.trainable_tokens_delta` holds,
-in spite of its name, the rows' new values, which are used in the base's dtype.
+Names and values are those of PEFT's `trainable_token_indices`. In spite of its name,
+`<module>.token_adapter.trainable_tokens_delta` holds the new values of the rows, which are used in
+the base's dtype.
 
 Shapes: B rows of a batch, T tokens, D hidden, V vocabulary, K special rows.
 """
@@ -23,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.model.family import QWEN
 from qwen_ds.recipe.options import Recipe
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with on or off in place of lora.special_rows' auto, and a line for the user where that is on.
+    """Resolve lora.special_rows' auto to on or off; returns also a line for the user where it is on.
 
-    auto means on for LoRA on a base model, one whose generation_config.json does not say chat_format "chatml"; except
-    where lora.modules_to_save already trains whole matrices.
+    auto means on for LoRA on a base model, whose generation_config.json does not say chat_format
+    "chatml", except where lora.modules_to_save already trains whole matrices.
 
     Raises:
         UserError: lora.special_rows is on beside lora.modules_to_save.
@@ -42,8 +44,9 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
         wanted = "on" if wanted else "off"
     if recipe.method == "lora" and wanted == "on" and options.modules_to_save:
         raise UserError(
-            f"lora.special_rows is on and lora.modules_to_save is {', '.join(options.modules_to_save)}; expected one "
-            f"of them: a matrix trained whole has those rows in it"
+            f"lora.special_rows is on and lora.modules_to_save is "
+            f"{', '.join(options.modules_to_save)}; expected one of them: a matrix trained whole has "
+            f"those rows in it"
         )
     if wanted == "auto":
         found = _chat_format(Path(recipe.model.path))
@@ -51,8 +54,9 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
         if is_on:
             reason = "has no chat_format" if found is None else f"says chat_format {found!r}"
             note = (
-                f"lora.special_rows is on: the model's generation_config.json {reason}, as a base model's; without its "
-                f"rows of <|endoftext|>, <|im_start|> and <|im_end|> trained it would not learn to stop"
+                f"lora.special_rows is on: the model's generation_config.json {reason}, as a base "
+                f"model's; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> trained it "
+                f"would not learn to stop"
             )
         wanted = "on" if is_on else "off"
     return replace(recipe, lora=replace(options, special_rows=wanted)), note
@@ -71,13 +75,12 @@ def _chat_format(model: Path) -> str | None:
 
 
 def special_ids(model: Path) -> list[int]:
-    """Ids of <|endoftext|>, <|im_start|> and <|im_end|> in the vocabulary of a checkpoint folder."""
-    encoding = load_encoding(model)
-    return [encoding.eod_id, encoding.im_start_id, encoding.im_end_id]
+    """Ids of the tokens that end a turn, in the vocabulary of a model folder."""
+    return list(QWEN.stop_ids(QWEN.load_encoding(model)))
 
 
 class _Rows(nn.Module):
-    """Some rows of a matrix, trainable. A module that uses them itself, so that ZeRO-3 gathers them for it."""
+    """Some rows of a matrix, trainable. The module that holds them uses them: ZeRO-3 gathers by module."""
 
     ids_K: Tensor
 
@@ -91,8 +94,9 @@ class EmbeddedRows(_Rows):
     def forward(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
         """x_BTD with the trained rows at the positions of their ids."""
         hit_BTK = ids_BT[..., None] == self.ids_K
-        # Looked up in fp32 and cast after it: the gradients of all positions add up in fp32. One without a hit looks up
-        # some row, which is not used and gets no gradient: no boolean index, for which the CPU would wait on the GPU.
+        # The rows are looked up in fp32 and then cast, so that the gradients of all positions add up
+        # in fp32. A position without a hit looks up a row that is not used and gets no gradient: a
+        # boolean index would make the CPU wait for the GPU.
         rows_BTD = F.embedding(hit_BTK.int().argmax(-1), self.trainable_tokens_delta)
         return torch.where(hit_BTK.any(-1, keepdim=True), rows_BTD.to(x_BTD.dtype), x_BTD)
 
@@ -105,7 +109,7 @@ class HeadRows(_Rows):
 
 
 class EmbeddingWithRows(nn.Embedding):
-    """A frozen embedding some of whose rows are trained. It takes over the parameter of `base`, name and all."""
+    """A frozen embedding with some trainable rows. It takes over `base`'s parameter and its name."""
 
     def __init__(self, base: nn.Embedding, ids: Sequence[int]) -> None:
         """`base`'s weight must be whole (gathered, under ZeRO-3)."""
@@ -118,8 +122,10 @@ class EmbeddingWithRows(nn.Embedding):
 
 
 class HeadWithRows(nn.Linear):
-    """A frozen, bias-free head some of whose rows are trained; `base` as for EmbeddingWithRows. Training goes through
-    the loss head instead of this forward (qwen_ds/train/loss.py)."""
+    """A frozen, bias-free head with some trainable rows; `base` as for EmbeddingWithRows.
+
+    Training uses the loss head instead of this forward pass (qwen_ds/train/loss.py).
+    """
 
     def __init__(self, base: nn.Linear, ids: Sequence[int]) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")

@@ -1,15 +1,16 @@
-"""The rows that are finished so far, of all ranks, on disk: a prediction run is restarted and joined from them.
+"""The finished rows of all ranks on disk: a prediction run is resumed and joined from them.
 
-While OUTPUT is being made there is a folder OUTPUT.parts. Each rank appends its finished rows to a file of its own in
-it, a batch at a time, and reads there which rows need no more work: those of a run that was killed, whatever its number
-of ranks was. When all rows are there, rank 0 writes them in order to OUTPUT, which is complete or absent at every
-moment, and removes the folder. Ranks share nothing else: no process group, and so none that could hang.
+While OUTPUT is being made there is a folder OUTPUT.parts. Each rank appends its finished rows to a
+file of its own in it, a batch at a time, and reads there which rows need no more work: those of a
+run that was killed, whatever its number of ranks was. When all rows are there, rank 0 writes them
+in order to OUTPUT, which is complete or absent at every moment, and removes the folder. Ranks share
+nothing else: no process group, and so none that could hang.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,14 +21,18 @@ from typing import Any
 import numpy as np
 
 from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.write import remove_folder, replacing, write_json
 from qwen_ds.errors import UserError
 
 POLL_SECONDS = 0.2
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What the rows of a folder have in common: rows made with other settings must not be mixed with them."""
+class PredictionSettings:
+    """Everything that the rows of a folder depend on: rows made with other settings must not join
+    them."""
 
     values: dict[str, Any]  # JSON
 
@@ -45,10 +50,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class Parts:
+class PredictionParts:
     """The folder OUTPUT.parts as one rank sees it.
 
-    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of the whole run.
+    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of
+    the whole run.
     """
 
     def __init__(self, output: Path, rank: int, rows: int) -> None:
@@ -56,40 +62,38 @@ class Parts:
         self.output, self.rows = output, rows
         self._own = self.folder / f"rank_{rank:05d}.jsonl"
         self._read_up_to: dict[Path, int] = {}
-        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of bytes in it.
+        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of
+        # bytes in it.
         self._files: list[Path] = []
         self._file_R = np.full(rows, -1, dtype=np.int32)
         self._start_R = np.zeros(rows, dtype=np.int64)
         self._end_R = np.zeros(rows, dtype=np.int64)
 
     @classmethod
-    def prepare(cls, output: Path, settings: Settings, rows: int, overwrite: bool) -> Parts:
+    def prepare(
+        cls, output: Path, settings: PredictionSettings, rows: int, overwrite: bool
+    ) -> PredictionParts:
         """Rank 0: make the folder, or take up the one that a killed run left.
 
         Raises:
-            UserError: the folder holds rows made with other settings, and `overwrite` does not say to drop them.
+            UserError: the folder holds rows made with other settings, and `overwrite` is not set.
         """
         parts = cls(output, 0, rows)
-        card = parts.folder / "settings.json"
+        card = parts.folder / SETTINGS_FILE
         require_folder(parts.folder)
         if parts.folder.exists():
             left = _read_card(card)
-            difference = settings.difference(left["settings"]) if left else "no settings.json"
+            difference = settings.difference(left["settings"]) if left else f"no {SETTINGS_FILE}"
             if difference and left and not overwrite and _has_rows(parts.folder):
                 raise UserError(
-                    f"{parts.folder}: holds the rows of an interrupted run with {difference}; expected the same "
-                    "settings to go on with it, or --overwrite true to drop them"
+                    f"{parts.folder}: holds the rows of an interrupted run with {difference}; "
+                    "expected the same settings to resume it, or --overwrite true to drop them"
                 )
             if difference:
                 _remove_ours(parts.folder)
         require_folder(parts.folder, make=True)
         if not card.exists():  # the last thing to appear: the other ranks wait for it
-            fresh = parts.folder / "settings.json.new"
-            fresh.write_text(
-                json.dumps({"settings": settings.values, "rows": rows}, ensure_ascii=False),
-                encoding="utf-8",
-            )
-            fresh.replace(card)
+            write_json(card, {"settings": settings.values, "rows": rows})
         parts._open()
         return parts
 
@@ -97,16 +101,23 @@ class Parts:
     def join_in(
         cls,
         output: Path,
-        settings: Settings,
+        settings: PredictionSettings,
         rank: int,
         timeout_seconds: float,
         old: FileState | None = None,
-    ) -> Parts | None:
-        """Another rank: wait until rank 0 has checked the input and made the folder; None if all was done by then.
+    ) -> PredictionParts | None:
+        """Another rank: wait until rank 0 has checked the input and made the folder.
 
-        An output in the state `old` is that of an earlier run, which this one replaces.
+        Args:
+            old: state of the output of an earlier run, which this one replaces.
+
+        Returns:
+            None if all was done by then.
+
+        Raises:
+            RuntimeError: rank 0 has not made the folder in time.
         """
-        card, deadline = parts_folder(output) / "settings.json", time.monotonic() + timeout_seconds
+        card, deadline = parts_folder(output) / SETTINGS_FILE, time.monotonic() + timeout_seconds
         while True:
             left = _read_card(card)
             if left and settings.difference(left["settings"]) is None:
@@ -123,7 +134,7 @@ class Parts:
             time.sleep(POLL_SECONDS)
 
     def _open(self) -> None:
-        """Own file for appending; a line that a kill cut off is taken away first."""
+        """Open this rank's file to append to, without the line that a kill cut off."""
         self._stream = self._own.open("ab")
         whole = self._own.read_bytes().rfind(b"\n") + 1
         if whole < self._stream.tell():
@@ -138,7 +149,8 @@ class Parts:
         self._stream.flush()
 
     def refresh(self) -> int:
-        """Read what all ranks have appended since the last time; returns how many rows are finished."""
+        """Read the rows that all ranks have appended since the last time; returns the number of
+        finished rows."""
         for file in sorted(self.folder.glob("rank_*.jsonl")):
             if file not in self._read_up_to:
                 self._read_up_to[file] = 0
@@ -150,12 +162,9 @@ class Parts:
                     if not line.endswith(b"\n"):
                         break  # being written, or cut off by a kill
                     row_id = json.loads(line)["id"]
-                    self._file_R[row_id], self._start_R[row_id], self._end_R[row_id] = (
-                        number,
-                        start,
-                        start + len(line),
-                    )
+                    self._file_R[row_id], self._start_R[row_id] = number, start
                     start += len(line)
+                    self._end_R[row_id] = start
             self._read_up_to[file] = start
         return int((self._file_R >= 0).sum())
 
@@ -164,7 +173,11 @@ class Parts:
         return bool(self._file_R[row_id] >= 0)
 
     def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
-        """Rank 0: until every row is finished. RuntimeError when no rank finishes one for `timeout_seconds`."""
+        """Rank 0: wait until every row is finished.
+
+        Raises:
+            RuntimeError: no rank has finished a row for `timeout_seconds`.
+        """
         last, since = -1, time.monotonic()
         while (finished := self.refresh()) < self.rows:
             if finished != last:
@@ -172,31 +185,25 @@ class Parts:
                 progress(finished)
             elif time.monotonic() - since > timeout_seconds:
                 raise RuntimeError(
-                    f"{self.rows - finished} of {self.rows} rows are missing and no rank finished one for "
-                    f"{timeout_seconds:.0f} s; the same command goes on from here"
+                    f"{self.rows - finished} of {self.rows} rows are missing and no rank finished "
+                    f"one for {timeout_seconds:.0f} s; the same command resumes from here"
                 )
             time.sleep(POLL_SECONDS)
         progress(self.rows)
 
     def join(self) -> None:
-        """Rank 0, all rows finished: write them in order to the output, in one move, and remove the folder."""
-        streams = [file.open("rb") for file in self._files]
-        joined = self.folder / "joined.new"
+        """Rank 0, all rows finished: write them in order to the output and remove the folder."""
         places = self._file_R.tolist(), self._start_R.tolist(), self._end_R.tolist()
-        try:
-            with joined.open("wb") as out:
-                for number, start, end in zip(*places, strict=True):
-                    streams[number].seek(start)
-                    out.write(streams[number].read(end - start))
-                out.flush()
-                os.fsync(out.fileno())
-        finally:
-            for stream in streams:
-                stream.close()
-        joined.replace(self.output)
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(file.open("rb")) for file in self._files]
+            out = stack.enter_context(stack.enter_context(replacing(self.output)).open("wb"))
+            for number, start, end in zip(*places, strict=True):
+                streams[number].seek(start)
+                out.write(streams[number].read(end - start))
         self.close()
-        # Another rank may still have its file open, which some network file systems take ill.
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # Some network file systems refuse it while another rank still has its file open.
+        with contextlib.suppress(OSError):
+            remove_folder(self.folder)
 
     def close(self) -> None:
         self._stream.close()
@@ -206,7 +213,7 @@ FileState = tuple[int, int]
 
 
 def file_state(file: Path) -> FileState | None:
-    """Which file it is, as long as nobody replaces it; None: there is none."""
+    """Identity of a file that changes when the file is replaced; None: there is no file."""
     try:
         stat = file.stat()
     except FileNotFoundError:
@@ -233,11 +240,12 @@ def _remove_ours(folder: Path) -> None:
     foreign = [
         file.name
         for file in folder.iterdir()
-        if not file.name.startswith(("rank_", "settings.json", "joined.new"))
+        if not file.name.startswith(("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}"))
     ]
     if foreign:
         raise UserError(
-            f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be free"
+            f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be "
+            "free"
         )
     shutil.rmtree(folder)
 
@@ -248,6 +256,6 @@ def _has_rows(folder: Path) -> bool:
 
 def _read_card(card: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(card.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(card)
+    except UserError:  # not there yet
         return None

@@ -1,14 +1,15 @@
-"""Scores of predictions against references, in two profiles that are defined so differently that a number means nothing
-without its profile:
+"""Scores of predictions against references, in two profiles that are defined so differently that a
+number means nothing without its profile:
 
-`seed`: what the original project computes. jieba words; ROUGE-1/2/L precision, recall and F as the package `rouge`
-1.0.1 defines them (sets of n-grams; ROUGE-L over the union of the sentences' longest common subsequences, sentences
-being what lies between full stops); BLEU-4 over characters without spaces, nltk's sentence_bleu with smoothing method1.
-The prediction is stripped and lower-cased, the reference is not. Every figure is the mean over all rows, 0..1.
+`seed`: what the original project computes. jieba words; ROUGE-1/2/L precision, recall and F as the
+package `rouge` 1.0.1 defines them (sets of n-grams; ROUGE-L over the union of the sentences'
+longest common subsequences, sentences being what lies between full stops); BLEU-4 over characters
+without spaces, nltk's sentence_bleu with smoothing method1. The prediction is stripped and
+lower-cased, the reference is not. Every figure is the mean over all rows, 0..1.
 
-`rouge_score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and 0-9: identical
-Chinese texts score 0 with it, and texts that share nothing but a digit score 1. Both sides are lower-cased, n-grams are
-counted, punctuation is dropped.
+`rouge_score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and
+0-9: identical Chinese texts score 0 with it, and texts that share nothing but a digit score 1. Both
+sides are lower-cased, n-grams are counted, punctuation is dropped.
 
 In both, an empty prediction counts 0 and an empty reference makes its row count 0.
 """
@@ -29,9 +30,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score import rouge_scorer
 from rouge_score import tokenizers as rouge_tokenizers
 
-with (
-    warnings.catch_warnings()
-):  # jieba imports pkg_resources and has unescaped patterns: both warn on stderr
+with warnings.catch_warnings():
+    # jieba imports pkg_resources and has unescaped patterns: both warn on stderr.
     warnings.simplefilter("ignore")
     import jieba
 
@@ -54,7 +54,8 @@ ZERO = Prf(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One row's scores, or the means of all rows, under one profile; bleu is None where the profile has none."""
+    """One row's scores, or the means of all rows, under one profile; bleu is None where the profile
+    has none."""
 
     rouge_1: Prf
     rouge_2: Prf
@@ -70,10 +71,11 @@ class Scores:
 
 @functools.cache
 def _segmenter() -> jieba.Tokenizer:
-    """jieba with its stock dictionary, read from the package (about half a second), once per process.
+    """Return jieba with its stock dictionary, which takes half a second once per process.
 
-    An instance of our own, filled by hand: jieba's shared one can have been given extra words by other code, and it
-    keeps its dictionary in a file of the common temporary folder, where any user may have left a different one.
+    An instance of our own, filled by hand: jieba's shared one can have been given extra words by
+    other code, and it keeps its dictionary in a file of the common temporary folder, where any user
+    may have left a different one.
     """
     logging.getLogger("jieba").setLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
@@ -83,7 +85,7 @@ def _segmenter() -> jieba.Tokenizer:
 
 
 def words(text: str) -> list[str]:
-    """jieba's words of a text, in order; white space and punctuation are words, too. Thread-safe."""
+    """Words of a text by jieba, in order; white space and punctuation are words. Thread-safe."""
     with _lock:  # two threads would build the dictionary twice
         segmenter = _segmenter()
     return segmenter.lcut(text)
@@ -92,7 +94,8 @@ def words(text: str) -> list[str]:
 def sentences_of_words(text: str) -> list[list[str]]:
     """Sentences of a text that holds words separated by spaces, as `rouge` 1.0.1 sees them.
 
-    A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is one empty word.
+    A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is
+    one empty word.
     """
     return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
 
@@ -100,9 +103,8 @@ def sentences_of_words(text: str) -> list[list[str]]:
 def _prf(overlap: int, predicted: int, expected: int) -> Prf:
     p = overlap / predicted if predicted else 0.0
     r = overlap / expected if expected else 0.0
-    return Prf(
-        p, r, 2.0 * (p * r / (p + r + 1e-8))
-    )  # the package's guard against 0 / 0: equal texts get 1 - 5e-9
+    # The package's guard against 0 / 0: equal texts get 1 - 5e-9.
+    return Prf(p, r, 2.0 * (p * r / (p + r + 1e-8)))
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
@@ -112,15 +114,16 @@ def _ngrams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
 def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> list[str]:
     """One longest common subsequence of two word lists, latest words first.
 
-    Which one of several equally long ones is found matters, since ROUGE-L counts the set of its words: on a tie the
-    walk back from the end leaves the prediction's word.
+    Which one of several equally long ones is found matters, since ROUGE-L counts the set of its
+    words: on a tie the walk back from the end leaves the prediction's word.
     """
     number: dict[str, int] = {}
     ref_N = np.array([number.setdefault(w, len(number)) for w in reference])
     pred_M = np.array([number.setdefault(w, len(number)) for w in prediction])
     table = np.zeros((len(ref_N) + 1, len(pred_M) + 1), dtype=np.int32)
     for i, word in enumerate(ref_N, start=1):
-        # L[i,j] = max(L[i-1,j], L[i,j-1], L[i-1,j-1] + match): the middle one is a running maximum over the row.
+        # L[i,j] = max(L[i-1,j], L[i,j-1], L[i-1,j-1] + match): the middle one is a running maximum
+        # over the row.
         best = np.maximum(table[i - 1, 1:], table[i - 1, :-1] + (pred_M == word))
         table[i, 1:] = np.maximum.accumulate(best)
     found: list[str] = []
@@ -139,8 +142,8 @@ def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> l
 def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | None:
     """ROUGE-1, -2, -L of two texts of space-separated words as `rouge` 1.0.1 defines them.
 
-    None where one side has no sentence (nothing but full stops): that package raises there. Unlike it, which recurses
-    once per word, any length is scored.
+    None where one side has no sentence (nothing but full stops): that package raises there. Unlike
+    it, which recurses once per word, any length is scored.
     """
     pred_sentences, ref_sentences = sentences_of_words(prediction), sentences_of_words(reference)
     if not pred_sentences or not ref_sentences:
@@ -159,7 +162,8 @@ def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | Non
 
 
 def score_seed(prediction: str, reference: str) -> Scores:
-    """One row under profile `seed`. Where ROUGE is not defined, BLEU counts 0 as well, as in the original project."""
+    """One row under profile `seed`. Where ROUGE is not defined, BLEU counts 0 as well, as in the
+    original project."""
     predicted = " ".join(words(prediction.strip().lower()))
     expected = " ".join(words(reference))
     rouges = rouge_of_sets(predicted, expected) if predicted.strip() else None

@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_ds.disk.weights import TensorSpec
-from qwen_ds.errors import UserError, run_command
+from qwen_ds.errors import UserError
 from qwen_ds.export.proof.verify import available_memory
 from qwen_ds.export.stream.blocks import BlockWriter
 from qwen_ds.recipe.parser import Parser
+from qwen_ds.runlog import run_command
 
 NUM_SHARDS = 8
 TABLE = 2**24  # random values, drawn once
@@ -80,18 +81,18 @@ OURS = (
     CHILD
     + """
 import torch
-from qwen_ds.export.proof.sides import verify
+from qwen_ds.export.proof.verify import verify_merge
 from qwen_ds.export.stream.changes import Adapters
-from qwen_ds.export.layout import QWEN
-from qwen_ds.export.merge import merge
+from qwen_ds.export.formats import QWEN_FORMAT
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.model.adapter import read_adapter
 
 torch.zeros(64, 64).addmm_(torch.ones(64, 64), torch.ones(64, 64))
 imports = kib("VmRSS")
-report, merged = measured(lambda: merge(base, [adapter], output, proof="off"))
-plan = make_plan(base, Adapters((read_adapter(adapter),)), QWEN, "keep", False)
-proof, proven = measured(lambda: verify.verify_merge(plan, output, "sampled"))
+report, merged = measured(lambda: merge(base, [adapter], output, MergeOptions(proof="off")))
+plan = make_plan(base, Adapters((read_adapter(adapter),)), QWEN_FORMAT, "keep", False)
+proof, proven = measured(lambda: verify_merge(plan, output, "sampled"))
 merged |= {"changed": len(report.changed), "untouched": report.untouched}
 proven |= {"status": proof.status, "reason": proof.reason, "top1": proof.top1_agreement, "top1_noise": proof.top1_noise}
 print(json.dumps({"merge": merged, "sampled proof": proven}))

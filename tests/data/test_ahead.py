@@ -1,4 +1,4 @@
-"""Windows made ahead are those of the sampler, errors reach whoever takes them, and the worker ends with the run."""
+"""Windows made ahead: they are the sampler's, errors reach whoever takes them, the thread ends."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Rows:
 
     def __init__(self, count: int, bad: int = -1) -> None:
         self.lens = np.arange(3, 3 + count, dtype=np.int32)
+        self.learnt = np.maximum(self.lens - 2, 0)
         self.parts, self._bad = [Part(count, 1.0)], bad
 
     def __len__(self) -> int:

@@ -34,6 +34,10 @@ class FakeRows:
     pad_id: int = PAD
 
     @property
+    def learnt(self) -> np.ndarray:
+        return self.lens - 1
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(Part(*pair) for pair in self.weights) or (Part(len(self.lens), 1.0),)
 
@@ -191,7 +195,7 @@ def test_rows_are_right_padded_and_only_real_tokens_have_labels() -> None:
     ]
     assert batch.lens_B.tolist() == [4, 3, 2]
     assert {t.dtype for t in (batch.ids_BT, batch.labels_BT, batch.lens_B)} == {torch.int64}
-    assert (batch.num_tokens, batch.num_padded_tokens, batch.num_targets) == (9, 12, 6)
+    assert (batch.num_tokens, batch.ids_BT.numel(), batch.num_targets) == (9, 12, 6)
 
 
 def test_targets_are_counted_after_the_shift() -> None:
@@ -264,13 +268,12 @@ def test_statistics_cover_all_ranks() -> None:
     rows = log_normal_rows(128)
     samplers = [StepSampler(rows, 128, 0, 4, rank, 1024) for rank in range(4)]
     windows = [s.window(0, 0) for s in samplers]
-    padded = [sum(batch.num_padded_tokens for batch in window) for window in windows]
+    padded = [sum(batch.ids_BT.numel() for batch in window) for window in windows]
     for sampler in samplers:
         got = sampler.statistics(0, 0)
         assert (got.rows, got.tokens, got.padded_tokens) == (128, rows.lens.sum(), sum(padded))
         assert got.squared_tokens == sum(int(n) ** 2 for n in rows.lens)
         assert got.micro_batches == len(windows[0])
-        assert got.padding_share == pytest.approx(1 - rows.lens.sum() / sum(padded))
         assert got.imbalance == pytest.approx(max(padded) / (sum(padded) / 4))
 
 
@@ -282,7 +285,7 @@ def test_little_padding_and_level_ranks_at_the_default_budget() -> None:
     for rows in (FakeRows(lens), log_normal_rows(12_800)):
         sampler = StepSampler(rows, 128, 0, 8, 0, options.tokens_per_micro_batch)
         steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
-        assert max(s.padding_share for s in steps) < 0.05
+        assert max(1 - s.tokens / s.padded_tokens for s in steps) < 0.05
         assert max(s.imbalance for s in steps) < 1.1
 
 

@@ -9,45 +9,48 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_ds.disk.shards import StoredWeights, open_stored
 from qwen_ds.errors import UserError
 from qwen_ds.export import merge_plan as plan_module
-from qwen_ds.export.checkpoint import Checkpoint, carry_files
-from qwen_ds.export.layout import Format, Layout, Rows, identity, inverse
-from qwen_ds.export.merge import merge
+from qwen_ds.export.formats import Format, write_own_files
+from qwen_ds.export.layout import Layout, RowBlock, identity, inverse
+from qwen_ds.export.merge import MergeOptions, merge
 
 
-def split_qkv(checkpoint: Checkpoint) -> Layout:
+def split_qkv(stored: StoredWeights) -> Layout:
     """c_attn as three tensors, all others renamed."""
-    layout: dict[str, tuple[Rows, ...]] = {}
-    for name, spec in checkpoint.tensors.items():
+    layout: dict[str, tuple[RowBlock, ...]] = {}
+    for name, spec in stored.tensors.items():
         if "c_attn" not in name:
-            layout[f"new.{name}"] = (Rows(name, 0, spec.num_rows),)
+            layout[f"new.{name}"] = (RowBlock(name, 0, spec.num_rows),)
             continue
         width = spec.num_rows // 3
         for i, part in enumerate("qkv"):
-            layout[name.replace("c_attn", part)] = (Rows(name, i * width, (i + 1) * width),)
+            layout[name.replace("c_attn", part)] = (RowBlock(name, i * width, (i + 1) * width),)
     return layout
 
 
-def join_qkv(checkpoint: Checkpoint) -> Layout:
-    layout: dict[str, tuple[Rows, ...]] = {}
-    for name, spec in checkpoint.tensors.items():
+def join_qkv(stored: StoredWeights) -> Layout:
+    layout: dict[str, tuple[RowBlock, ...]] = {}
+    for name, spec in stored.tensors.items():
         if name.startswith("new."):
-            layout[name.removeprefix("new.")] = (Rows(name, 0, spec.num_rows),)
+            layout[name.removeprefix("new.")] = (RowBlock(name, 0, spec.num_rows),)
         elif ".q." in name:
             parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
             layout[name.replace(".q.", ".c_attn.")] = tuple(
-                Rows(part, 0, spec.num_rows) for part in parts
+                RowBlock(part, 0, spec.num_rows) for part in parts
             )
     return layout
 
 
-SPLIT = Format("split", split_qkv, carry_files)
-JOIN = Format("join", join_qkv, carry_files, from_qwen=False)
+SPLIT = Format("split", split_qkv, write_own_files)
+JOIN = Format("join", join_qkv, write_own_files, from_qwen=False)
 
 
 def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: Path) -> None:
-    report = merge(small_dir, [], tmp_path / "split", to=SPLIT, proof="off", block_bytes=1000)
+    report = merge(
+        small_dir, [], tmp_path / "split", MergeOptions(to=SPLIT, proof="off", block_bytes=1000)
+    )
     base, split = (
         load_file(small_dir / "model.safetensors"),
         load_file(tmp_path / "split" / "model.safetensors"),
@@ -58,7 +61,12 @@ def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: 
             assert torch.equal(split[f"transformer.h.1.attn.{part}.{kind}"], whole.chunk(3)[i])
     assert report.untouched == len(base) and not report.left_out
 
-    merge(tmp_path / "split", [], tmp_path / "back", to=JOIN, proof="off", block_bytes=700)
+    merge(
+        tmp_path / "split",
+        [],
+        tmp_path / "back",
+        MergeOptions(to=JOIN, proof="off", block_bytes=700),
+    )
     again = load_file(tmp_path / "back" / "model.safetensors")
     assert again.keys() == base.keys() and all(
         torch.equal(again[name], base[name]) for name in base
@@ -70,9 +78,12 @@ def test_an_adapter_s_change_follows_its_rows(
 ) -> None:
     adapter = golden / "lora" / "adapter"
     report = merge(
-        small_dir, [adapter], tmp_path / "split", to=SPLIT, proof="off", block_bytes=1000
+        small_dir,
+        [adapter],
+        tmp_path / "split",
+        MergeOptions(to=SPLIT, proof="off", block_bytes=1000),
     )
-    plain = merge(small_dir, [adapter], tmp_path / "plain", proof="off")
+    plain = merge(small_dir, [adapter], tmp_path / "plain", MergeOptions(proof="off"))
     split = load_file(tmp_path / "split" / "model.safetensors")
     merged = load_file(tmp_path / "plain" / "model.safetensors")
     name = "transformer.h.2.attn.c_attn.weight"
@@ -86,22 +97,23 @@ def test_an_adapter_s_change_follows_its_rows(
 
 
 def test_the_inverse_finds_every_row_again(small_dir: Path) -> None:
-    checkpoint = plan_module.open_checkpoint(small_dir)
-    layout = inverse(split_qkv(checkpoint))
+    stored = open_stored(small_dir)
+    layout = inverse(split_qkv(stored))
     assert layout["transformer.h.0.attn.c_attn.bias"] == tuple(
-        Rows(f"transformer.h.0.attn.{p}.bias", 0, 64) for p in "qkv"
+        RowBlock(f"transformer.h.0.attn.{p}.bias", 0, 64) for p in "qkv"
     )
-    assert inverse(inverse(identity(checkpoint))) == identity(checkpoint)
+    assert inverse(inverse(identity(stored))) == identity(stored)
 
 
 def test_tensors_without_a_place_are_left_out_and_named(small_dir: Path, tmp_path: Path) -> None:
-    def without_bias(checkpoint: Checkpoint) -> Layout:
-        return {
-            name: rows for name, rows in identity(checkpoint).items() if not name.endswith("bias")
-        }
+    def without_bias(stored: StoredWeights) -> Layout:
+        return {name: rows for name, rows in identity(stored).items() if not name.endswith("bias")}
 
     report = merge(
-        small_dir, [], tmp_path / "out", to=Format("less", without_bias, carry_files), proof="off"
+        small_dir,
+        [],
+        tmp_path / "out",
+        MergeOptions(to=Format("less", without_bias, write_own_files), proof="off"),
     )
     assert report.left_out == [f"transformer.h.{i}.attn.c_attn.bias" for i in range(3)]
     assert not any(
@@ -113,7 +125,7 @@ def test_files_that_would_be_too_large_are_cut(
     small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 200_000)
-    merge(small_dir, [], tmp_path / "out", dtype="float32", proof="off")
+    merge(small_dir, [], tmp_path / "out", MergeOptions(dtype="float32", proof="off"))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(file.stat().st_size < 205_000 for file in files)
@@ -127,12 +139,17 @@ def test_files_that_would_be_too_large_are_cut(
 
 
 def test_pieces_of_one_tensor_must_be_of_one_dtype(small_dir: Path, tmp_path: Path) -> None:
-    merge(small_dir, [], tmp_path / "split", to=SPLIT, proof="off")
+    merge(small_dir, [], tmp_path / "split", MergeOptions(to=SPLIT, proof="off"))
     tensors = load_file(tmp_path / "split" / "model.safetensors")
     tensors["transformer.h.1.attn.k.weight"] = tensors["transformer.h.1.attn.k.weight"].bfloat16()
     save_file(tensors, tmp_path / "split" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UserError, match=r"h\.1\.attn\.k\.weight is BF16 and .*h\.1\.attn\.q\.weight is F32"
     ):
-        merge(tmp_path / "split", [], tmp_path / "out", to=JOIN, proof="off")
-    merge(tmp_path / "split", [], tmp_path / "out", to=JOIN, dtype="bfloat16", proof="off")
+        merge(tmp_path / "split", [], tmp_path / "out", MergeOptions(to=JOIN, proof="off"))
+    merge(
+        tmp_path / "split",
+        [],
+        tmp_path / "out",
+        MergeOptions(to=JOIN, dtype="bfloat16", proof="off"),
+    )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 from tests.export.folders import peft_adapter, shard
 
 
@@ -25,7 +25,9 @@ def test_merged_weights_are_the_official_ones(
     small_dir: Path, golden: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
     adapter = golden / name / "adapter"
-    report = merge(small_dir, [adapter], tmp_path / "out", proof="off", block_bytes=block_bytes)
+    report = merge(
+        small_dir, [adapter], tmp_path / "out", MergeOptions(proof="off", block_bytes=block_bytes)
+    )
     base, merged = (
         load_file(small_dir / "model.safetensors"),
         load_file(tmp_path / "out" / "model.safetensors"),
@@ -75,7 +77,10 @@ def test_every_variant_merges_as_in_peft(
 ) -> None:
     expected = peft_adapter(small_dir, tmp_path / "adapter", **options)
     report = merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=2000
+        small_dir,
+        [tmp_path / "adapter"],
+        tmp_path / "out",
+        MergeOptions(proof="off", block_bytes=2000),
     )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert {facts.kind for facts in report.changed.values()} == kinds
@@ -94,7 +99,12 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
         name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()
     }
     save_file(base, base_dir / "model.safetensors", metadata={"format": "pt"})
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off", block_bytes=4000)
+    merge(
+        base_dir,
+        [golden / "lora" / "adapter"],
+        tmp_path / "out",
+        MergeOptions(proof="off", block_bytes=4000),
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     adapter = load_file(golden / "lora" / "adapter" / "adapter_model.safetensors")
     module = "transformer.h.1.mlp.c_proj"
@@ -109,9 +119,9 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
 
 def test_shards_and_index_are_the_base_s(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     tensors = load_file(base_dir / "model.safetensors")
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "single", proof="off")
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "single", MergeOptions(proof="off"))
     shard(base_dir, tensors, 3)
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     files = sorted(path.name for path in base_dir.glob("model*"))
     assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == files
     single = load_file(tmp_path / "single" / "model.safetensors")
@@ -138,7 +148,9 @@ def test_settings_tokenizer_and_legal_texts_travel_but_no_code(
     (base_dir / "tokenizer_config.json").write_text(json.dumps(settings))
     old_mask = os.umask(0o077)
     try:
-        report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+        report = merge(
+            base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
+        )
     finally:
         os.umask(old_mask)
     carried = [
@@ -170,23 +182,30 @@ def test_dtype_converts_every_tensor_and_says_so(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
     base = load_file(small_dir / "model.safetensors")
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", proof="off")
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "fp32", MergeOptions(proof="off"))
     report = merge(
-        small_dir, [golden / "lora" / "adapter"], tmp_path / "out", dtype="bfloat16", proof="off"
+        small_dir,
+        [golden / "lora" / "adapter"],
+        tmp_path / "out",
+        MergeOptions(dtype="bfloat16", proof="off"),
     )
     merged, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fp32"))
     assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in base)
     assert (report.converted, report.untouched) == (len(base) - 15, 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
-    back = merge(tmp_path / "out", [], tmp_path / "back", dtype="float32", proof="off")
+    back = merge(
+        tmp_path / "out", [], tmp_path / "back", MergeOptions(dtype="float32", proof="off")
+    )
     wide = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(wide[name], merged[name].float()) for name in base)
     assert back.adapters == [] and back.converted == len(base)
 
 
 def test_the_report_is_stored_with_checksums(small_dir: Path, golden: Path, tmp_path: Path) -> None:
-    report = merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    report = merge(
+        small_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
+    )
     stored = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert stored["changed"] == {name: asdict(after) for name, after in report.changed.items()}
     assert stored["inputs"]["adapter/adapter_model.safetensors"]["bytes"] > 0
@@ -203,10 +222,12 @@ def test_a_base_model_that_an_adapter_is_merged_into_answers_in_chatml(
 ) -> None:
     path = base_dir / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_format": "raw"}))
-    report = merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    report = merge(
+        base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
+    )
     assert json.loads((tmp_path / "out" / path.name).read_text())["chat_format"] == "chatml"
     assert report.edits[path.name] == "chat_format set to chatml"
-    merge(base_dir, [], tmp_path / "bare", dtype="float16", proof="off")
+    merge(base_dir, [], tmp_path / "bare", MergeOptions(dtype="float16", proof="off"))
     assert json.loads((tmp_path / "bare" / path.name).read_text())["chat_format"] == "raw"
 
 
@@ -228,7 +249,7 @@ def test_an_adapter_that_names_another_base_is_told_of(
         "base_model_name_or_path": said
     }
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    report = merge(base_dir, [adapter], tmp_path / "out", proof="off")
+    report = merge(base_dir, [adapter], tmp_path / "out", MergeOptions(proof="off"))
     expected = (
         ["adapter says that it was trained on Qwen-7B-Chat; the base here is base"]
         if warned
@@ -246,5 +267,5 @@ def test_an_adapter_that_names_another_base_is_told_of(
 
 def test_a_single_file_goes_before_an_index(base_dir: Path, golden: Path, tmp_path: Path) -> None:
     (base_dir / "model.safetensors.index.json").write_text("{}")
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]

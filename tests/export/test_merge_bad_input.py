@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.export.stream.blocks import BlockWriter
 from tests.export.folders import as_pickles, peft_adapter, shard
@@ -119,16 +119,19 @@ def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
             _other_rank,
             r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json says",
         ),
-        (_truncated_adapter, r"adapter_model\.safetensors: not a whole safetensors file"),
+        (_truncated_adapter, r"adapter_model\.safetensors: .*the file is cut off or damaged"),
         (_pickled_adapter, r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"),
         (_unknown_key, r"unknown tensor base_model\.model\.transformer\.h\.0\.mlp\.w1\.hada_w1"),
         (_nan, r"transformer\.h\.2\.mlp\.w1\.weight: rows 0 to 176 hold NaN or infinity"),
         (_occupied, r"out: exists and is not empty"),
         (_in_the_way, r"out\.partial: in the way and not a killed merge's"),
         (_rejected_in_the_way, r"out\.rejected: in the way and not an earlier merge's"),
-        (_missing_shard, r"model-00002-of-00003\.safetensors: missing; expected all 3 shards"),
+        (
+            _missing_shard,
+            r"model-00002-of-00003\.safetensors is missing \(1 of 3 weight files are\)",
+        ),
         (_foreign_index, r"disagrees with its shards about transformer\.h\.9\.ln_1\.weight"),
-        (_truncated, r"model\.safetensors: 400000 bytes instead of"),
+        (_truncated, r"model\.safetensors: 400000 bytes, the header says \d+: the file is cut off"),
         (
             _only_pickles,
             r"base: only pytorch_model\*\.bin, which are pickles; .*\(--allow_pickle true reads",
@@ -149,7 +152,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     spoil(base_dir, adapter, output)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
-        merge(base_dir, [adapter], output, proof="off")
+        merge(base_dir, [adapter], output, MergeOptions(proof="off"))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -163,7 +166,10 @@ def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
     tensors = load_file(path)
     assert "base_model.model.lm_head.base_layer.weight" in tensors
     report = merge(
-        base_dir, [tmp_path / "adapter"], tmp_path / "out", proof="off", block_bytes=3000
+        base_dir,
+        [tmp_path / "adapter"],
+        tmp_path / "out",
+        MergeOptions(proof="off", block_bytes=3000),
     )
     assert {name: after.kind for name, after in report.changed.items()} == {
         "lm_head.weight": "lora"
@@ -176,7 +182,12 @@ def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
         UserError,
         match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp",
     ):
-        merge(base_dir, [tmp_path / "adapter"], tmp_path / "other", proof="off", block_bytes=3000)
+        merge(
+            base_dir,
+            [tmp_path / "adapter"],
+            tmp_path / "other",
+            MergeOptions(proof="off", block_bytes=3000),
+        )
     assert not list(tmp_path.glob("other*"))
 
 
@@ -185,13 +196,15 @@ def test_pickles_are_read_where_they_are_allowed(
 ) -> None:
     """As files of one, in shards, and as an adapter; the output is what the same weights in safetensors give."""
     adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
-    merge(base_dir, [adapter], tmp_path / "expected", proof="off")
+    merge(base_dir, [adapter], tmp_path / "expected", MergeOptions(proof="off"))
     expected = load_file(tmp_path / "expected" / "model.safetensors")
     single = Path(shutil.copytree(base_dir, tmp_path / "single"))
     as_pickles(single)
     pickled = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     _pickled_adapter(single, pickled, single)
-    report = merge(single, [pickled], tmp_path / "out", allow_pickle=True, block_bytes=3000)
+    report = merge(
+        single, [pickled], tmp_path / "out", MergeOptions(allow_pickle=True, block_bytes=3000)
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert all(
         torch.allclose(merged[name], tensor, rtol=0, atol=1e-6) for name, tensor in expected.items()
@@ -205,7 +218,9 @@ def test_pickles_are_read_where_they_are_allowed(
 
     shard(base_dir, tensors, 2)
     as_pickles(base_dir)
-    report = merge(base_dir, [adapter], tmp_path / "sharded", allow_pickle=True, proof="sampled")
+    report = merge(
+        base_dir, [adapter], tmp_path / "sharded", MergeOptions(allow_pickle=True, proof="sampled")
+    )
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
         f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
@@ -244,7 +259,12 @@ def test_a_pickle_may_hold_nothing_but_tensors(
     (base_dir / "model.safetensors").unlink()
     torch.save(content, base_dir / "pytorch_model.bin")
     with pytest.raises(UserError, match=message) as caught:
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", allow_pickle=True)
+        merge(
+            base_dir,
+            [golden / "lora" / "adapter"],
+            tmp_path / "out",
+            MergeOptions(allow_pickle=True),
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
 
@@ -264,7 +284,7 @@ def test_no_input_lies_where_the_output_is_built(
     before = {path: path.read_bytes() for path in given.iterdir()}
     base, adapters = (given, [adapter]) if which == "base" else (base_dir, [given])
     with pytest.raises(UserError, match="is an input"):
-        merge(base, adapters, tmp_path / "out", proof="off")
+        merge(base, adapters, tmp_path / "out", MergeOptions(proof="off"))
     assert {path: path.read_bytes() for path in given.iterdir()} == before
 
 
@@ -278,9 +298,9 @@ def test_a_rejected_output_stays_until_the_next_merge_is_known_to_be_possible(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="free on the disk"):
-            merge(base_dir, adapters, tmp_path / "out", proof="off")
+            merge(base_dir, adapters, tmp_path / "out", MergeOptions(proof="off"))
     assert (rejected / "merge_report.json").is_file()
-    merge(base_dir, adapters, tmp_path / "out", proof="off")
+    merge(base_dir, adapters, tmp_path / "out", MergeOptions(proof="off"))
     assert not rejected.exists()
 
 
@@ -292,7 +312,12 @@ def test_an_adapter_without_a_configuration_is_told_of(
         load_file(golden / "lora" / "adapter" / "adapter_model.safetensors"),
         tmp_path / "bare" / "adapter_model.bin",
     )
-    report = merge(base_dir, [tmp_path / "bare"], tmp_path / "out", proof="off", allow_pickle=True)
+    report = merge(
+        base_dir,
+        [tmp_path / "bare"],
+        tmp_path / "out",
+        MergeOptions(proof="off", allow_pickle=True),
+    )
     (told,) = report.warnings
     assert "bare has no adapter_config.json: lora_alpha is taken as 16" in told
 
@@ -312,7 +337,9 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_w
         ("disk", "a mount point"),
     ):
         for build in (
-            lambda output: merge(base_dir, [golden / "lora" / "adapter"], output, proof="off"),
+            lambda output: merge(
+                base_dir, [golden / "lora" / "adapter"], output, MergeOptions(proof="off")
+            ),
             lambda output: convert_adapter(base_dir, golden / "lora" / "adapter", output),
         ):
             with pytest.raises(UserError, match=rf"{name}: is {what}; expected a new folder"):
@@ -325,7 +352,7 @@ def test_the_folder_that_one_is_in_can_be_the_output(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    merge(base_dir, [golden / "lora" / "adapter"], Path("."), proof="off")
+    merge(base_dir, [golden / "lora" / "adapter"], Path("."), MergeOptions(proof="off"))
     assert (tmp_path / "here" / "merge_report.json").is_file()
 
 
@@ -338,9 +365,11 @@ def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(
             base_dir,
             [],
             tmp_path / "out",
-            to=find_format("qwen", "qwen2"),
-            proof="off",
-            check_texts=[str(tmp_path / "rows.jsonl")],
+            MergeOptions(
+                to=find_format("qwen", "qwen2"),
+                proof="off",
+                check_texts=[str(tmp_path / "rows.jsonl")],
+            ),
             progress=lambda done, total: pytest.fail("was writing already"),
         )
     assert not list(tmp_path.glob("out*"))
@@ -348,7 +377,7 @@ def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(
 
 def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a dtype"):
-        merge(base_dir, [], tmp_path / "out", proof="off")
+        merge(base_dir, [], tmp_path / "out", MergeOptions(proof="off"))
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
@@ -360,11 +389,11 @@ def test_a_full_disk_is_seen_before_anything_is_written(
         UserError,
         match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)",
     ):
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
     base_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(writer: BlockWriter, block: memoryview) -> None:
@@ -373,12 +402,14 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_what_to_go_on_from(
     with monkeypatch.context() as patch:
         patch.setattr(BlockWriter, "write", full)
         with pytest.raises(
-            UserError, match=r"out\.partial/model: No space left on device; expected"
+            UserError, match=r"No space left on device; expected files .* takes .*out$"
         ) as caught:
-            merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+            merge(
+                base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
+            )
     assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    assert not list(tmp_path.glob("out*"))
+    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
@@ -387,4 +418,9 @@ def test_an_output_below_a_file_is_named_before_anything_is_made(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out", proof="off")
+        merge(
+            base_dir,
+            [golden / "lora" / "adapter"],
+            tmp_path / "file" / "a" / "out",
+            MergeOptions(proof="off"),
+        )

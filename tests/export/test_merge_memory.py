@@ -20,7 +20,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 
 def kib(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
@@ -28,7 +28,7 @@ def kib(name):
 torch.zeros(64, 64).addmm_(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
 before = kib("VmRSS")
 base, adapter, output = map(Path, sys.argv[1:])
-report = merge(base, [adapter], output, proof="off")
+report = merge(base, [adapter], output, MergeOptions(proof="off"))
 assert len(report.changed) == 4
 print(kib("VmHWM") - before)
 """

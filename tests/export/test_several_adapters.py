@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.model.modeling import QWenLMHeadModel
 from tests.export.folders import bf16_copy, peft_adapter
 
@@ -32,7 +32,9 @@ def test_in_sequence_each_goes_onto_the_result_of_the_one_before(
     folders = [tmp_path / f"adapter{i}" for i in range(3)]
     for i, folder in enumerate(folders):
         peft_adapter(small_dir, folder, seed=i, **OPTIONS[i])
-    report = merge(small_dir, folders, tmp_path / "out", proof="off", block_bytes=3000)
+    report = merge(
+        small_dir, folders, tmp_path / "out", MergeOptions(proof="off", block_bytes=3000)
+    )
     model = QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32)
     for folder in folders:
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
@@ -47,7 +49,7 @@ def test_in_sequence_each_goes_onto_the_result_of_the_one_before(
     assert report.adapters == [str(folder) for folder in folders] and report.weights is None
     assert {f"adapter{i}/adapter_model.safetensors" for i in (1, 2, 3)} < report.inputs.keys()
 
-    backwards = merge(small_dir, folders[::-1], tmp_path / "backwards", proof="off")
+    backwards = merge(small_dir, folders[::-1], tmp_path / "backwards", MergeOptions(proof="off"))
     other = load_file(tmp_path / "backwards" / "model.safetensors")
     assert backwards.changed.keys() == report.changed.keys()
     assert not torch.equal(
@@ -64,7 +66,10 @@ def test_weighted_the_changes_of_the_bare_base_are_added_up(
         peft_adapter(small_dir, folder, seed=i, **OPTIONS[i]) for i, folder in enumerate(folders)
     ]
     report = merge(
-        small_dir, folders, tmp_path / "out", weights=weights, proof="off", block_bytes=3000
+        small_dir,
+        folders,
+        tmp_path / "out",
+        MergeOptions(weights=weights, proof="off", block_bytes=3000),
     )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in base.items():
@@ -84,7 +89,7 @@ def test_a_sequence_is_rounded_once(small_dir: Path, tmp_path: Path) -> None:
     base = bf16_copy(small_dir, tmp_path / "base")
     peft_adapter(base, tmp_path / "adapter", target_modules=["w1"], lora_alpha=0.001)
     name, weights = "transformer.h.0.mlp.w1.weight", load_file(base / "model.safetensors")
-    merge(base, [tmp_path / "adapter"] * 40, tmp_path / "at_once", proof="off")
+    merge(base, [tmp_path / "adapter"] * 40, tmp_path / "at_once", MergeOptions(proof="off"))
     at_once = load_file(tmp_path / "at_once" / "model.safetensors")[name]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (
@@ -105,4 +110,4 @@ def test_every_adapter_needs_a_weight(small_dir: Path, golden: Path, tmp_path: P
         with pytest.raises(
             UserError, match=f"{count} weights and 2 adapters were given; expected one for each"
         ):
-            merge(small_dir, adapters, tmp_path / "out", weights=weights, proof="off")
+            merge(small_dir, adapters, tmp_path / "out", MergeOptions(weights=weights, proof="off"))

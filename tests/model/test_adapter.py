@@ -1,4 +1,5 @@
-"""Adapters of every origin come out under one set of names, and what is not understood is refused by name."""
+"""Adapters of every origin come out under one set of names, and what is not understood is refused
+by name."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def store(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 
 def as_original_project(folder: Path, rename: Callable[[str], str]) -> Path:
-    """The adapter as the original project left it: the trainable parameters alone, in a pickle, without a config."""
+    """The adapter as the original project left it: the trainable parameters alone, in a pickle,
+    without a config."""
     tensors = {
         rename(name): torch.nn.Parameter(tensor) for name, tensor in tensors_of(folder).items()
     }

@@ -1,4 +1,5 @@
-"""chat, chat_stream, make_context and decode_tokens against the official code's (golden generate/chat, tokenizer)."""
+"""chat, chat_stream, make_context and decode_tokens against the official code's (golden
+generate/chat, tokenizer)."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def test_contexts_are_official(tokenizer, golden: Path) -> None:
 
 def test_responses_are_cut_out_as_officially_but_for_its_accidents(tokenizer, golden: Path) -> None:
     cases = json.loads((golden / "tokenizer/decode_tokens.json").read_text())
-    # Official: the last token of an unfinished answer is lost, a prompt that NFC shortens takes a bite out of the
-    # answer (all nine cases of one context), "raw" runs on behind the eos token.
+    # Official: the last token of an unfinished answer is lost, a prompt that NFC shortens takes a
+    # bite out of the answer (all nine cases of one context), "raw" runs on behind the eos token.
     expected = {case["case"]: case["response"] for case in cases[:9]}
     expected["neither: last token is dropped"] = "Cut off answer"
     shortened = [case["raw_text_len"] for case in cases if case["response"] == "nswer."]

@@ -1,4 +1,5 @@
-"""The model's numbers against those of the official code: golden/forward, and the invariances around them.
+"""The model's numbers against those of the official code: golden/forward, and the invariances
+around them.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -218,7 +219,8 @@ def test_fp16_logits_are_close_to_fp32(small_dir: Path, model, golden: Path) -> 
 
 
 def test_position_ids_are_honoured(model) -> None:
-    """Two rows packed into one sequence, each with its own positions and a block-diagonal mask, are the two rows."""
+    """Two rows packed into one sequence, each with its own positions and a block-diagonal mask, are
+    the two rows."""
     ids = torch.arange(20, 32).unsqueeze(0)
     visible = torch.block_diag(torch.ones(5, 5), torch.ones(7, 7)).tril().bool()[None, None]
     positions = torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0)

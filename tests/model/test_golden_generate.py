@@ -145,7 +145,8 @@ def test_stop_words_need_an_eos_token(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 10])
 def test_several_tokens_on_a_cache_are_causal(model, golden: Path, chunk: int) -> None:
-    """The official code forgets the causal mask when several tokens meet a cache; full.logits is the truth."""
+    """The official code forgets the causal mask when several tokens meet a cache; full.logits is
+    the truth."""
     data = load_file(golden / "long/chunked.safetensors")
     ids = data["input_ids"].unsqueeze(0)
     with torch.no_grad():
@@ -177,7 +178,8 @@ def test_other_ways_to_decode_give_each_row_what_it_gets_alone(
 
 
 def test_a_hole_in_the_mask_keeps_its_position_while_generating(model) -> None:
-    """As in forward and in the official code, where a position is an index; transformers would count the hole out."""
+    """As in forward and in the official code, where a position is an index; transformers would
+    count the hole out."""
     ids = torch.arange(30, 40).unsqueeze(0)
     mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
     options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}

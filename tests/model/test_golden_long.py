@@ -1,7 +1,7 @@
 """Beyond seq_length: dynamic NTK and LogN against the official code's numbers (golden/long).
 
-Two official results are bugs and not matched: LogN in left-padded batches counts the padding (the truth is the row
-alone), and several tokens on a cache are not causal (see test_golden_generate).
+Two official results are bugs and not matched: LogN in left-padded batches counts the padding (the
+truth is the row alone), and several tokens on a cache are not causal (see test_golden_generate).
 """
 
 from __future__ import annotations
@@ -140,15 +140,34 @@ def test_without_a_mask_alpha_comes_from_the_padded_length(model, batch) -> None
         assert_close(found, batch[f"{side}.ntk1_logn1.logits_nomask"], **TOLERANCE)
 
 
-def test_right_padded_rows_without_a_mask_are_right_once_their_lengths_are_declared(
+def test_right_padded_rows_without_a_mask_are_right_once_their_lengths_are_given(
     model, batch
 ) -> None:
-    cache = DynamicCache()
-    declare_prompt_lens(cache, batch["right.attention_mask"].sum(-1))
-    found = at(
-        logits(model, batch["right.input_ids"], past_key_values=cache), batch["right.positions"]
-    )
-    assert_close(found, batch["right.ntk1_logn1.logits_mask"], **TOLERANCE)
+    ids, positions = batch["right.input_ids"], batch["right.positions"]
+    lens_B, cache = batch["right.attention_mask"].sum(-1), DynamicCache()
+    declare_prompt_lens(cache, lens_B)
+    for known in ({"past_key_values": cache}, {"prompt_lens": lens_B}):
+        found = at(logits(model, ids, **known), positions)
+        assert_close(found, batch["right.ntk1_logn1.logits_mask"], **TOLERANCE)
+
+
+def test_a_4d_mask_beyond_seq_length_needs_the_prompts_lengths(model) -> None:
+    """Such a mask does not show them, and the longest row's alpha for all is off by 1 and more."""
+    generator, lens = torch.Generator().manual_seed(3), (32, 128)  # 0.5 and 2 times seq_length
+    ids = torch.randint(0, 256, (2, 128), generator=generator)
+    causal = torch.ones(128, 128, dtype=torch.bool).tril()
+    mask = torch.stack([causal & (torch.arange(128) < length) for length in lens]).unsqueeze(1)
+    with pytest.raises(ValueError, match="4-D attention mask and 128 tokens.*expected prompt_lens"):
+        logits(model, ids, attention_mask=mask)
+    found = logits(model, ids, attention_mask=mask, prompt_lens=torch.tensor(lens))
+    longest = logits(model, ids, attention_mask=mask, prompt_lens=128)
+    for row, length in enumerate(lens):
+        alone = logits(model, ids[row : row + 1, :length])[0]
+        assert_close(found[row, :length], alone, **TOLERANCE)
+    assert (longest[0, :32] - found[0, :32]).abs().max() > 1
+    # Nothing depends on the lengths there: no row exceeds seq_length, or NTK does not act.
+    logits(model, ids[:, :64], attention_mask=mask[..., :64, :64])
+    logits(model, ids, attention_mask=mask, extend_context=False)
 
 
 @pytest.mark.parametrize("prompt", ["L58", "L120"])
@@ -200,27 +219,43 @@ def test_a_left_padded_long_batch_decodes_as_its_rows_alone(
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_long_prompt_in_chunks_is_the_prompt_at_once_when_its_length_is_declared(
+def test_a_long_prompt_in_chunks_is_the_prompt_at_once_when_its_length_is_given(
     model, golden: Path, kind: str
 ) -> None:
     data = load_file(golden / "long/single.safetensors")
     ids = data["L150.input_ids"].unsqueeze(0)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=160)
     for _ in range(2):  # the second time on the same cache after a reset
-        declare_prompt_lens(cache, 150)
-        chunks = [
-            logits(model, ids[:, s : s + 40], past_key_values=cache) for s in range(0, 150, 40)
-        ]
+        first = {"prompt_lens": 150}  # the cache remembers it
+        chunks = []
+        for start in range(0, 150, 40):
+            chunk = ids[:, start : start + 40]
+            chunks.append(logits(model, chunk, past_key_values=cache, **first))
+            first = {}
         found = torch.cat(chunks, 1)[0, data["L150.positions"]]
         assert_close(found, data["L150.ntk1_logn1.logits"], **TOLERANCE)
         cache.reset()
+
+
+def test_chunks_of_a_prompt_of_unknown_length_are_refused_beyond_seq_length(model) -> None:
+    ids, cache = torch.arange(90).unsqueeze(0), DynamicCache()
+    logits(model, ids[:, :40], past_key_values=cache)
+    logits(model, ids[:, 40:64], past_key_values=cache)
+    logits(model, ids[:, 64:65], past_key_values=cache)  # one token: decoding, alpha stays
+    with pytest.raises(ValueError, match="25 tokens follow 65 cached ones.*expected prompt_lens"):
+        logits(model, ids[:, 65:], past_key_values=cache)
+
+
+def test_keys_that_a_static_cache_has_in_reserve_are_no_tokens_of_a_prompt(model) -> None:
+    ids, cache = torch.arange(40).unsqueeze(0), StaticCache(model.config, max_cache_len=160)
+    assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), **TOLERANCE)
 
 
 def test_alpha_is_frozen_by_the_first_forward_and_forgotten_by_a_reset(model, golden: Path) -> None:
     data = load_file(golden / "long/single.safetensors")
     ids, positions = data["L100.input_ids"].unsqueeze(0), data["L100.positions"]
     cache = DynamicCache()
-    short = logits(model, ids[:, :40], past_key_values=cache)
+    short = logits(model, ids[:, :40], past_key_values=cache, prompt_lens=40)
     later = logits(model, ids[:, 40:], past_key_values=cache)
     model.config.use_dynamic_ntk = False  # alpha 1 throughout, as for the 40 tokens
     assert_close(torch.cat((short, later), 1), logits(model, ids), **TOLERANCE)

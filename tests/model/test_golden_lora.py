@@ -1,4 +1,5 @@
-"""Stock PEFT adapters on the native model: outputs, gradients and merged weights (golden/lora, golden/lora_base)."""
+"""Stock PEFT adapters on the native model: outputs, gradients and merged weights (golden/lora,
+golden/lora_base)."""
 
 from __future__ import annotations
 

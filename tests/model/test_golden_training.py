@@ -69,7 +69,8 @@ def test_evaluation_can_use_the_training_formula(model, golden: Path) -> None:
 
 
 def test_the_decoder_alone_needs_no_mask_and_gives_the_same_gradients(model, golden: Path) -> None:
-    """What the training engine calls: hidden states of right-padded rows, the head applied elsewhere."""
+    """What the training engine calls: hidden states of right-padded rows, the head applied
+    elsewhere."""
     data = load_file(golden / "train/loss_within.safetensors")
     hidden = model.transformer(input_ids=data["input_ids"], use_cache=False).last_hidden_state
     learnt = data["labels"][:, 1:] != -100
@@ -128,7 +129,8 @@ def test_official_sft_rows_with_a_hole_in_the_mask_have_the_official_loss(
 
 
 def test_blocks_compile_by_themselves(model, golden: Path) -> None:
-    """Plain tensors in and out, one graph for all lengths. Traced only: the backend runs the graph as it is."""
+    """Plain tensors in and out, one graph for all lengths. Traced only: the backend runs the graph
+    as it is."""
     data = load_file(golden / "train/loss_within.safetensors")
     graphs = []
 

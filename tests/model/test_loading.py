@@ -1,4 +1,5 @@
-"""Registration, loading and saving, fresh weights, both generations of config, shapes of the official models."""
+"""Registration, loading and saving, fresh weights, both generations of config, shapes of the
+official models."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def test_our_classes_win_over_code_in_the_folder(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loading_changes_no_weight(small_dir: Path, dtype: torch.dtype) -> None:
-    """transformers re-initialises modules whose buffers a checkpoint lacks: c_proj was lost that way."""
+    """transformers re-initialises modules whose buffers a checkpoint lacks: c_proj was lost that
+    way."""
     model, report = AutoModelForCausalLM.from_pretrained(
         small_dir, dtype=dtype, output_loading_info=True
     )

@@ -1,4 +1,5 @@
-"""The tokenizer against the official one's numbers (golden/tokenizer), and in the hands of transformers."""
+"""The tokenizer against the official one's numbers (golden/tokenizer), and in the hands of
+transformers."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from qwen_ds.model.tokenizer import (
     LONGEST_BLANK,
     SPECIAL_TOKENS,
     Encoding,
-    QWenTokenizer,
     load_encoding,
 )
+from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 
 SETS = {"set()": (), "all": "all", "im": {"<|im_start|>", "<|im_end|>"}, "eot": {"<|endoftext|>"}}
 HELLO = [{"role": "user", "content": "你好"}]
@@ -215,7 +216,8 @@ def test_pickles_and_copies_give_the_same_ids_without_the_file(vocab_path, tmp_p
     for other in (pickle.loads(pickle.dumps(tok)), copy.deepcopy(tok)):
         assert other.padding_side == "left"
         assert other("你好<|im_end|>")["input_ids"] == tok("你好<|im_end|>")["input_ids"]
-        # Built once a process, however often it arrives: a worker that gets it with every task stays fast.
+        # Built once a process, however often it arrives: a worker that gets it with every task
+        # stays fast.
         assert other.encoding is tok.encoding
     assert len(tok.encoding.sha256) == 64
 

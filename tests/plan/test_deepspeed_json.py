@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds.errors import UserError
-from qwen_ds.plan.deepspeed_json import ResolvedConfig, read_json, resolve
+from qwen_ds.plan.deepspeed_json import ResolvedConfig, resolve
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json as read_json
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.lora import add_lora
 from tests.jobs import ROOT
@@ -204,8 +205,8 @@ def test_what_we_cannot_honour_is_refused(config: dict[str, Any]) -> None:
 
 
 def test_precision_sections_follow_what_is_trained() -> None:
-    """LoRA on bf16: none, trainables are their own fp32 masters. Full bf16: both fp32 settings, either alone is not
-    enough."""
+    """LoRA on bf16: none, trainables are their own fp32 masters. Full bf16: both fp32 settings,
+    either alone is not enough."""
     bf16 = {"bf16": {"enabled": True}}
     assert "bf16" not in settle(bf16).engine_json and "data_types" not in settle(bf16).engine_json
     full = settle(bf16, replace(RECIPE, method="full")).engine_json
@@ -224,7 +225,7 @@ def test_precision_sections_follow_what_is_trained() -> None:
     ("text", "expected"),
     [
         ('{"zero_optimisation": {}}', "nearest is 'zero_optimization'"),
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[1]", "expected an object"),
         ('{"zero_optimization": 2}', "zero_optimization is 2; expected an object"),
         ('{"bf16": true}', "bf16 is True; expected an object"),
@@ -263,7 +264,8 @@ def test_every_file_of_ours_resolves() -> None:
 def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
-    """Each started on two ranks: within 1e-4 of the change that training made. The official files run as they are."""
+    """Each started on two ranks: within 1e-4 of the change that training made. The official files
+    run as they are."""
     files = list(OURS)
     for stage, content in OFFICIAL.items():
         files.append(tmp_path / f"official_zero{stage}.json")
@@ -292,7 +294,8 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
 def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
-    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their number."""
+    """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their
+    number."""
     config = AutoConfig.for_model("qwen", vocab_size=151936, hidden_size=4096, num_hidden_layers=32,
                                   num_attention_heads=32, intermediate_size=22016)  # fmt: skip
     with torch.device("meta"):
@@ -338,7 +341,8 @@ def test_hpz_takes_its_size_from_the_machines() -> None:
 
 
 def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
-    """ "auto": in full training on a machine with the quantiser. What the user asks for is done or refused."""
+    """ "auto": in full training on a machine with the quantiser. What the user asks for is done or
+    refused."""
     hpz, key = (
         json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()),
         "zero_quantized_weights",
@@ -359,7 +363,8 @@ def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
     "recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))]
 )
 def test_what_is_stored_resolves_to_the_same_again(stage: int, recipe: Recipe) -> None:
-    """Also with every key set, as a stored recipe.yaml sets them, and on another number of ranks."""
+    """Also with every key set, as a stored recipe.yaml sets them, and on another number of
+    ranks."""
     first = settle(OFFICIAL[stage], recipe)
     every_key = frozenset(
         f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s))
@@ -382,6 +387,7 @@ def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(
 
 @pytest.mark.parametrize("path", [None, "ds_configs/zero1.json", "ds_configs/zero2.json"])
 def test_gradient_buckets_are_small_where_the_user_names_no_size(path: str | None) -> None:
-    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4 GB."""
+    """DeepSpeed allocates two in fp32 whatever is trained, by default of 500 million numbers: 4
+    GB."""
     zero = settle(read_json(path), replace(RECIPE, deepspeed=path)).engine_json["zero_optimization"]
     assert 2 * 4 * zero["reduce_bucket_size"] < 0.2e9

@@ -1,4 +1,5 @@
-"""Operations of a training step: what torch counts against what the model needs, and the utilisation made of it."""
+"""Operations of a training step: what torch counts against what the model needs, and the
+utilisation made of it."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.flops import attention_flops, step_flops, utilisation
 from qwen_ds.plan.gpus import GPUS, gpu_named, recognise
+from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.lora import add_lora
@@ -75,9 +77,10 @@ class Rows:
 def counted(
     recipe: Recipe, *, padding: bool = False, rows: int = 48
 ) -> tuple[int, dict[str, float]]:
-    """What torch counts over the micro-batches of one step, and the step's real tokens; or all, with the padding."""
+    """What torch counts over the micro-batches of one step, and the step's real tokens; or all,
+    with the padding."""
     model = QWenLMHeadModel._from_config(CONFIG, dtype=torch.bfloat16)
-    recompute_blocks(model, recipe.model.activation_checkpointing)
+    recompute_blocks(model, from_recipe(recipe.model.activation_checkpointing))
     wrapped = model if recipe.method == "full" else add_lora(model, recipe.lora, base="", seed=0)
     training = TrainingModel(wrapped, model.transformer, model.lm_head).train()
     sampler = StepSampler(Rows(rows), rows, 0, 1, 0, BatchOptions().tokens_per_micro_batch)
@@ -103,8 +106,8 @@ LORA = Recipe(
 
 
 def test_a_lora_step_does_little_more_than_the_model_needs() -> None:
-    """Padding, logits without a label, gradients of frozen weights, recomputation: each would go beyond. r 1 of 256 is
-    the 7B's r 16 of 4096."""
+    """Padding, logits without a label, gradients of frozen weights, recomputation: each would go
+    beyond. r 1 of 256 is the 7B's r 16 of 4096."""
     found, of_step = counted(LORA)
     needed = step_flops(SHAPE, method="lora", **of_step)
     assert 0.9 * needed < found <= 1.10 * needed
@@ -128,7 +131,8 @@ def test_recomputation_and_full_training_cost_what_the_convention_says() -> None
 
 
 def test_utilisation_is_needed_over_possible_operations() -> None:
-    """The official recipe's 5.2 s for eight rows of 2048 tokens: 31 % of an A100, with the head at every token."""
+    """The official recipe's 5.2 s for eight rows of 2048 tokens: 31 % of an A100, with the head at
+    every token."""
     a100, shape = gpu_named("a100"), Shape.of(QWenConfig())
     assert a100 is not None
     tokens = 8 * 2048
@@ -142,13 +146,24 @@ def test_utilisation_is_needed_over_possible_operations() -> None:
 @pytest.mark.parametrize(
     "name, key",
     [
-        ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-PCIE-40GB", "a100-40"), ("NVIDIA A800-SXM4-80GB", "a800"),
-        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100-nvl"),
-        ("NVIDIA H200", "h200"), ("NVIDIA H20", "h20"), ("NVIDIA H800", "h800"), ("NVIDIA GH200 480GB", "gh200"),
-        ("NVIDIA L20", "l20"), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla V100-SXM2-32GB", "v100"), ("NVIDIA GeForce GTX 1080", None), ("CPU", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA L20", "l20"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA GeForce GTX 1080", None),
+        ("CPU", None),
     ],
-)  # fmt: skip
+)
 def test_gpus_are_recognised_by_the_names_that_cuda_gives_them(name: str, key: str | None) -> None:
     gpu = recognise(name)
     assert (gpu.key if gpu else None) == key

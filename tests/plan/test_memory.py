@@ -1,4 +1,5 @@
-"""Predicted memory against what a run on the CPU really saves, and against the official project's published table."""
+"""Predicted memory against what a run on the CPU really saves, and against the official project's
+published table."""
 
 from __future__ import annotations
 
@@ -8,16 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.plan.activations import Saving, blocks_bytes, head_bytes
-from qwen_ds.plan.memory import MicroBatch, official_memory, peak_memory, trained_parameters
-from qwen_ds.plan.shape import LINEARS, Shape
+from qwen_ds.plan.activations import MicroBatch, Saving, blocks_bytes, head_bytes
+from qwen_ds.plan.memory import official_memory, peak_memory, trained_parameters
+from qwen_ds.plan.recomputation import from_recipe
+from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.lora import add_lora
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.setup import DTYPES, recompute_blocks
+from qwen_ds.train.setup import recompute_blocks
 
 TINY = QWenConfig(
     vocab_size=256,
@@ -33,9 +37,9 @@ ALL_FOUR = ["c_attn", "c_proj", "w1", "w2"]
 
 def training_model(recipe: Recipe, config: QWenConfig = TINY) -> TrainingModel:
     model = QWenLMHeadModel._from_config(
-        config, dtype=DTYPES[recipe.model.dtype], attn_implementation=recipe.model.attention
+        config, dtype=TORCH_DTYPES[recipe.model.dtype], attn_implementation=recipe.model.attention
     )
-    recompute_blocks(model, recipe.model.activation_checkpointing)
+    recompute_blocks(model, from_recipe(recipe.model.activation_checkpointing))
     if recipe.method == "full":
         return TrainingModel(model, model.transformer, model.lm_head).train()
     rows = [3, 4, 5] if recipe.lora.special_rows == "on" else []
@@ -70,40 +74,54 @@ def lora_recipe(
     return Recipe(model=options, lora=adapter)
 
 
+def full_recipe(every: str | int) -> Recipe:
+    model = ModelOptions("", "bfloat16", "sdpa", activation_checkpointing=every)  # type: ignore
+    return Recipe(method="full", model=model)
+
+
+PAIR = ["c_attn", "c_proj"]
 RECIPES = [
-    *(lora_recipe(["c_attn", "c_proj"], dropout, "bfloat16", "sdpa", every)
-      for dropout in (0.0, 0.05) for every in ("none", 2, 3, "all")),
-    *(lora_recipe(ALL_FOUR, dropout, dtype, attention, "none")
-      for dropout in (0.0, 0.05) for dtype in ("bfloat16", "float32") for attention in ("sdpa", "eager")),
+    *(
+        lora_recipe(PAIR, dropout, "bfloat16", "sdpa", every)
+        for dropout in (0.0, 0.05)
+        for every in ("none", 2, 3, "all")
+    ),
+    *(
+        lora_recipe(ALL_FOUR, dropout, dtype, attention, "none")
+        for dropout in (0.0, 0.05)
+        for dtype in ("bfloat16", "float32")
+        for attention in ("sdpa", "eager")
+    ),
     lora_recipe(["mlp.c_proj"], 0.05, "bfloat16", "sdpa", "none"),
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
-    lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
-    lora_recipe(["c_attn", "c_proj"], 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
-    *(Recipe(method="full", model=ModelOptions(dtype="bfloat16", attention="sdpa", activation_checkpointing=every))
-      for every in ("none", 2, "all")),
-]  # fmt: skip
+    lora_recipe(PAIR, 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
+    lora_recipe(PAIR, 0.05, "bfloat16", "sdpa", "none", modules_to_save=["wte", "lm_head"]),
+    *(full_recipe(every) for every in ("none", 2, "all")),
+]
 
 
 @pytest.mark.parametrize("rows, length", [(3, 16), (2, 64), (1, 150)])
 @pytest.mark.parametrize(
     "recipe", RECIPES,
-    ids=lambda r: f"{r.method}-{r.lora.targets}-{r.lora.dropout}-{r.model.dtype}-{r.model.attention}-"
-    f"{r.model.activation_checkpointing}-{r.lora.special_rows}-{r.lora.modules_to_save}",
+    ids=lambda r: f"{r.method}-{r.lora.targets}-{r.lora.dropout}-{r.model.dtype}-"
+    f"{r.model.attention}-{r.model.activation_checkpointing}-{r.lora.special_rows}-"
+    f"{r.lora.modules_to_save}",
 )  # fmt: skip
 def test_saved_tensors_are_predicted(recipe: Recipe, rows: int, length: int) -> None:
     model = training_model(recipe)
     ids_BT = torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(0))
     labels_BT = ids_BT.clone()
     labels_BT[:, :10] = -100
-    choice = recipe.model.activation_checkpointing
-    every = choice if isinstance(choice, int) else {"none": 0, "all": 1}[choice]
+    every = from_recipe(recipe.model.activation_checkpointing)
+    batch = MicroBatch(rows, length, rows * (length - 10))
     how, shape = Saving.of(recipe, on_gpu=False), Shape.of(TINY)
-    predicted = blocks_bytes(shape, how, rows, length, every)
-    predicted += head_bytes(shape, how, rows, length, rows * (length - 10))
+    predicted = blocks_bytes(shape, how, batch, every)
+    predicted += head_bytes(shape, how, batch)
     assert predicted == pytest.approx(saved_bytes(model, ids_BT, labels_BT), rel=0.02)
 
 
-# QwenLM/Qwen, README: GB on one A100-80G, batch 1, accumulation 8, LoRA r 64 on c_attn, c_proj, w1, w2.
+# QwenLM/Qwen, README: GB on one A100-80G, batch 1, accumulation 8, LoRA r 64 on c_attn, c_proj, w1,
+# w2.
 OFFICIAL = {
     False: {256: 20.1, 512: 20.4, 1024: 21.5, 2048: 23.8, 4096: 29.7, 8192: 36.6},
     True: {256: 33.7, 512: 34.1, 1024: 35.2, 2048: 35.1, 4096: 39.2, 8192: 48.5},
@@ -158,7 +176,10 @@ def test_each_zero_stage_spreads_its_part_over_the_ranks(
 
 
 def test_longer_rows_and_less_recomputation_never_need_less() -> None:
-    how = Saving.of(lora_recipe(list(LINEARS), 0.05, "bfloat16", "sdpa", "none"), on_gpu=True)
+    how = Saving.of(
+        lora_recipe([linear.name for linear in QWEN.linears], 0.05, "bfloat16", "sdpa", "none"),
+        on_gpu=True,
+    )
 
     def peak(length: int, every: int) -> float:
         return peak_memory(QWEN_7B, how, Zero(2, 8), MicroBatch(1, length, length), every).total

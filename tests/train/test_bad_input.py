@@ -1,4 +1,4 @@
-"""A user's mistake ends the command before training: one line that says what came, what was expected, and where."""
+"""Mistakes of the user: one line before training that says what came and what was expected."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.resolve import check, resolve
+from qwen_ds.plan.run import Base, Machine
 from qwen_ds.recipe.loading import load_recipe, write_recipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import setup
-from qwen_ds.train.engine import engine
-from qwen_ds.train.run import run_in_group
-from qwen_ds.train.survive import run_folder as runfolder
+from qwen_ds.train.job import run_in_group
+from qwen_ds.train.survive import run_folder
 from qwen_ds.train.survive.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
@@ -76,12 +77,14 @@ def test_machines_that_hold_other_rows(
     small_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a shared disk each machine reads its own copy of the data: rank 2 has another."""
-    monkeypatch.setattr(dist, "gather_texts", lambda text: [text, text, "another hash"])
-    recipe = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")]).recipe
+    asked = load_recipe([*small_job, "--output_dir", str(tmp_path / "run")])
+    machine = Machine(1, 1, False, 8e9, "")
+    run = resolve(asked, machine, Base.read(Path(asked.recipe.model.path)))
+    monkeypatch.setattr(dist, "gather", lambda value: [value, value, "another hash"])
     with pytest.raises(
         UserError, match="rank 2 reads other rows than rank 0.*same data files on every machine"
     ):
-        setup.load_data(recipe)
+        setup.load_data(run)
 
 
 def test_a_missing_data_file(small_job: list[str], tmp_path: Path) -> None:
@@ -184,9 +187,9 @@ def test_a_typo_inside_a_section_of_the_deepspeed_json(
     assert not (run / "recipe.yaml").exists()
 
 
-def test_rows_without_a_model_do_not_train_the_demos(tmp_path: Path) -> None:
+def test_rows_without_a_model_do_not_train_the_demos() -> None:
     with pytest.raises(UserError, match="model.path is not set"):
-        setup.find_sources(load_recipe(["--data.train", "mine.jsonl"]))
+        check(load_recipe(["--data.train", "mine.jsonl"]))
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(
@@ -216,38 +219,8 @@ def test_a_folder_whose_first_start_was_killed_is_a_new_one(tmp_path: Path) -> N
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    runfolder.claim(tmp_path)
-    assert not runfolder.holds_run(tmp_path)
-
-
-def test_a_large_model_on_a_cpu_must_be_asked_for(tmp_path: Path) -> None:
-    """7.7 billion parameters, counted without making one."""
-    sizes = {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": 22016,
-    }
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen", "vocab_size": 151936, **sizes})
-    )
-    arguments = ["--model.path", str(tmp_path)]
-    with pytest.raises(UserError, match=r"7.7 billion parameters.*--device cpu"):
-        setup.check_device(load_recipe(arguments).recipe, torch.device("cpu"))
-    setup.check_device(load_recipe([*arguments, "--device", "cpu"]).recipe, torch.device("cpu"))
-
-
-def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)
-    for wanted in ("auto", "cuda"):
-        with pytest.raises(UserError, match="cannot use this machine's NVIDIA GPU"):
-            engine.choose_device(wanted)
-    assert engine.choose_device("cpu").type == "cpu"
-    monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
-    with pytest.raises(UserError, match="shows no NVIDIA GPU"):
-        engine.choose_device("cuda")
-    assert engine.choose_device("auto").type == "cpu"
+    run_folder.claim(tmp_path)
+    assert not run_folder.holds_run(tmp_path)
 
 
 @pytest.mark.job
@@ -268,5 +241,6 @@ def test_the_command_itself_prints_one_line_and_exits_with_2(
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line] == [
-        f"error: {typo}: DeepSpeed has no top-level key 'zero_optimisation'; the nearest is 'zero_optimization'"
+        f"error: {typo}: DeepSpeed has no top-level key 'zero_optimisation'; the nearest is "
+        "'zero_optimization'"
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.model.tokenizer import QWenTokenizer
+from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 from qwen_ds.train.survive import result as output
 
 RUNS = [(name, "float32") for name in ("zero2", "zero3", "zero2_offload", "zero3_offload")]

@@ -1,11 +1,12 @@
-"""What a recipe calls data (files, folders, hub data sets) to conversations, one path after another.
+"""From the paths of a recipe (files, folders, hub data sets) to conversations, one after another.
 
-A path is a data file of any kind that files.py reads; a folder, whose data files are read in the order of their names;
-a folder that `datasets` saved; or the id of a data set on the hub, "org/name", "org/name:split" or
-"org/name:config:split". Of a folder with several splits "folder:split" is read, "train" unless another is named.
+A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
+order of their names; a folder that `datasets` saved; or the id of a data set on the hub, "org/name",
+"org/name:split" or "org/name:config:split". Of a folder with several splits "folder:split" is read,
+"train" unless another is named.
 
-`columns` maps the keys that a reader expects to the columns that the data has, {"instruction": "q", "output": "a"};
-only the columns named in it are then read, by the reader whose keys are named.
+`columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
+"output": "a"}. Only the columns named in it are then read, by the reader whose keys are named.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_ds.data.read.dialogue import (
@@ -60,67 +61,82 @@ class Place:
     split: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How rows are read, as a recipe's data.* and the options of serving say it."""
+
+    format: str = "auto"
+    """A reader's name, or auto: each row finds its own."""
+    columns: Mapping[str, str] | None = None
+    """See the top of this file."""
+    system: str | None = None
+    """System text of rows that have none."""
+    bad_rows: str = "stop"
+    """stop or skip: what becomes of a row that cannot be read."""
+
+
 def iter_conversations(
     paths: Sequence[str | Path],
-    fmt: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    system: str | None = None,
-    bad_rows: str = "stop",
+    options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> Iterator[tuple[Conversation | Dropped, str]]:
-    """The conversations of all paths, in order, each with its source ("file:line"); a Dropped for a row without one.
+    """The conversations of all paths in order, each with its source; a Dropped for a row without one.
 
-    A row may give several conversations (a tree), several rows one (single messages). `system` is the system text of
-    rows that have none. A row that cannot be read (broken JSON, wrong types, an unknown role, unknown keys) raises
-    UserError with "source: what came; what was expected" when it is reached, or comes as a Dropped with `unreadable`
-    set when `bad_rows` is "skip". `counts` gets "rows" (read), "kept" and "dropped" (given). `Dropped.detail` names the
-    row's keys and the keys of its format. Options and paths are checked before the first row is asked for.
+    A row may give several conversations (a tree), several rows one (single messages). A row that
+    cannot be read (broken JSON, wrong types, an unknown role, unknown keys) comes as a Dropped with
+    `unreadable` set where bad_rows is "skip". `Dropped.detail` names the row's keys and the keys of
+    its format. Options and paths are checked before the first row is asked for.
+
+    Args:
+        counts: gets "rows" (read), "kept" and "dropped" (given).
+
+    Raises:
+        UserError: "source: what came; what was expected", when a row that cannot be read is reached
+            and bad_rows is "stop".
     """
-    plan = _Plan.of(fmt, columns, bad_rows, False, counts)
-    places = _places(paths)
+    reading, places = _Reading.of(options, False, counts), _places(paths)
 
     def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
         for place in places:
-            for outcome, source, row in _outcomes(place, plan):
-                result = (
-                    outcome if isinstance(outcome, Dropped) else as_conversation(outcome, system)
-                )
-                yield _counted(result, row, plan), source
+            for outcome, source, row in _outcomes(place, reading):
+                if isinstance(outcome, Dropped):
+                    yield _counted(outcome, row, reading), source
+                else:
+                    found = as_conversation(outcome, options.system)
+                    yield _counted(found, row, reading), source
 
     return conversations()
 
 
 def iter_prompts(
     paths: Sequence[str | Path],
-    fmt: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    system: str | None = None,
-    bad_rows: str = "stop",
+    options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
-    """What to answer: (the conversation up to its last user turn, the row's own answer to it or None, source).
+    """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
-    As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone, messages that end
-    with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..} or {"text": ..}. Of several turns the
-    last answer is the reference. A row without a question comes as (Dropped, None, source), so that no row is lost.
+    As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
+    messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..} or
+    {"text": ..}. Of several turns the last answer is the reference; None stands for a missing one.
+    A row without a question comes as (Dropped, None, source), so that no row is lost.
     """
-    plan = _Plan.of(fmt, columns, bad_rows, True, counts)
-    places = _places(paths)
+    reading, places = _Reading.of(options, True, counts), _places(paths)
 
     def prompts() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
         for place in places:
-            for outcome, source, row in _outcomes(place, plan):
+            for outcome, source, row in _outcomes(place, reading):
+                found: Conversation | Dropped
                 if isinstance(outcome, Dropped):
-                    yield _counted(outcome, row, plan), None, source
+                    found, reference = outcome, None
                 else:
-                    prompt, reference = as_prompt(outcome, system)
-                    yield _counted(prompt, row, plan), reference, source
+                    found, reference = as_prompt(outcome, options.system)
+                yield _counted(found, row, reading), reference, source
 
     return prompts()
 
 
 def locate(path: str | Path) -> Place:
-    """Where the rows of a path lie, without reading them. Raises UserError for what is not there."""
+    """Find where the rows of a path lie, without reading them. UserError for what is not there."""
     path = str(path)
     folder, _, split = path.partition(":")
     if Path(path).is_file():
@@ -136,7 +152,8 @@ def locate(path: str | Path) -> Place:
             config = rest[0] if len(rest) == 2 else None
             return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
     raise UserError(
-        f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id org/name"
+        f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id "
+        "org/name"
     )
 
 
@@ -165,7 +182,8 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     )
     if not found:
         raise UserError(
-            f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, *.csv"
+            f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, "
+            "*.csv"
         )
     of_split = {name: _split_of(name) for name in found}
     if split is not None:
@@ -181,7 +199,7 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file is named for, by its own name or its folder's: as `datasets` recognises them."""
+    """The split that a file is named for, by its own name or its folder's, as `datasets` does it."""
     for part in reversed(name.lower().split("/")):
         for split, word in _SPLITS.items():
             if word.search(part):
@@ -197,20 +215,15 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
             data = datasets.load_from_disk(str(place.saved))
         else:
             data = datasets.load_dataset(place.hub_id, place.config, split=place.split)
-    except (
-        Exception
-    ) as error:  # whatever the network, the hub or the library raise: the user's path did not load
-        first = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), "no reason given"
-        )
-        known = (
-            "the folder"
-            if place.saved
-            else "no such file or folder, and as a data set of the hub it"
-        )
+    # Network, hub and library raise what they like: in any case the user's path did not load.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        hub = "no such file or folder, and as a data set of the hub it"
         raise UserError(
-            f"{place.path}: {known} could not be loaded ({type(error).__name__}: {first}); expected a data file, a "
-            "folder of data files, or the id of a data set that can be reached"
+            f"{place.path}: {'the folder' if place.saved else hub} could not be loaded ({reason}); "
+            "expected a data file, a folder of data files, or the id of a data set that can be "
+            "reached"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         split = place.split or ("train" if "train" in data or len(data) != 1 else next(iter(data)))
@@ -231,35 +244,25 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """How rows are read, checked once."""
+class _Reading:
+    """ReadOptions, checked."""
 
     reader: Reader | None
     columns: Mapping[str, str]
     skip_bad: bool
     for_prompts: bool
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str]
 
     @staticmethod
-    def of(
-        fmt: str,
-        columns: Mapping[str, str] | None,
-        bad_rows: str,
-        for_prompts: bool,
-        counts: Counter[str] | None,
-    ) -> _Plan:
-        if bad_rows not in ("stop", "skip"):
-            raise UserError(f"data.bad_rows is {bad_rows!r}; expected stop or skip")
-        reader = None if fmt == "auto" else reader_named(fmt)
+    def of(options: ReadOptions, for_prompts: bool, counts: Counter[str] | None) -> _Reading:
+        if options.bad_rows not in ("stop", "skip"):
+            raise UserError(f"data.bad_rows is {options.bad_rows!r}; expected stop or skip")
+        reader = None if options.format == "auto" else reader_named(options.format)
+        columns = options.columns or {}
         if columns:
             reader = _reader_of_columns(columns, reader, for_prompts)
-        return _Plan(
-            reader,
-            columns or {},
-            bad_rows == "skip",
-            for_prompts,
-            Counter() if counts is None else counts,
-        )
+        counts = Counter() if counts is None else counts
+        return _Reading(reader, columns, options.bad_rows == "skip", for_prompts, counts)
 
 
 def _reader_of_columns(
@@ -270,7 +273,8 @@ def _reader_of_columns(
     unknown = [key for key in columns if key not in known]
     if unknown:
         raise UserError(
-            f"data.columns has the key {unknown[0]!r}; expected keys of a format: {names(sorted(known), 40)}"
+            f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
+            f"{names(sorted(known), 40)}"
         )
     fitting = [
         each
@@ -285,37 +289,43 @@ def _reader_of_columns(
     return fitting[0]
 
 
-def _counted(result: Conversation | Dropped, row: object, plan: _Plan) -> Conversation | Dropped:
+def _counted(
+    result: Conversation | Dropped, row: object, reading: _Reading
+) -> Conversation | Dropped:
     if not isinstance(result, Dropped):
-        plan.counts["kept"] += 1
+        reading.counts["kept"] += 1
         return result
-    plan.counts["dropped"] += 1
+    reading.counts["dropped"] += 1
     if result.detail or not isinstance(row, dict):
         return result
     try:
-        expected = (plan.reader or find_reader(row, plan.for_prompts)).expected
+        expected = (reading.reader or find_reader(row, reading.for_prompts)).expected
     except RowError:
         expected = nearest(tuple(row))
     return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
 
 
-def _outcomes(place: Place, plan: _Plan) -> Iterator[tuple[Outcome, str, object]]:
-    """Every outcome of a path with its source and, where it is one row's, that row."""
+def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, object]]:
+    """Every outcome of a path with its source and, where one row gave it, that row."""
     trees = MessageTrees()
     is_first = True
     for row in rows_of(place):
-        plan.counts["rows"] += 1
+        reading.counts["rows"] += 1
         if isinstance(row, BadRow):
-            yield _unreadable(RowError(row.reason, row.detail), row.source, plan), row.source, None
+            yield (
+                _unreadable(RowError(row.reason, row.detail), row.source, reading),
+                row.source,
+                None,
+            )
             continue
-        for value, source in _unwrapped(row, plan):
+        for value, source in _unwrapped(row, reading):
             try:
-                if plan.columns:
-                    value = _mapped(value, source, plan, is_first)
+                if reading.columns:
+                    value = _mapped(value, source, reading, is_first)
                     is_first = False
-                outcomes = _read(value, source, plan, trees)
+                outcomes = _read(value, source, reading, trees)
             except RowError as error:
-                yield _unreadable(error, source, plan), source, value
+                yield _unreadable(error, source, reading), source, value
                 continue
             for outcome in outcomes:
                 yield outcome, source, value
@@ -323,31 +333,31 @@ def _outcomes(place: Place, plan: _Plan) -> Iterator[tuple[Outcome, str, object]
         yield outcome, source, None
 
 
-def _read(value: object, source: str, plan: _Plan, trees: MessageTrees) -> list[Outcome]:
-    if plan.reader is None:
-        reader = find_reader(value, plan.for_prompts)
+def _read(value: object, source: str, reading: _Reading, trees: MessageTrees) -> list[Outcome]:
+    if reading.reader is None:
+        reader = find_reader(value, reading.for_prompts)
         row = as_row(value)
     else:
-        reader = plan.reader
-        row = check_fits(reader, value, plan.for_prompts)
+        reader = reading.reader
+        row = check_fits(reader, value, reading.for_prompts)
     if reader.gathers:
         trees.add(row, source)
         return []
     return reader.read(row)
 
 
-def _unreadable(error: RowError, source: str, plan: _Plan) -> Dropped:
-    if not plan.skip_bad:
+def _unreadable(error: RowError, source: str, reading: _Reading) -> Dropped:
+    if not reading.skip_bad:
         raise UserError(f"{source}: {error.detail}")
     return Dropped(error.reason, error.detail, unreadable=True)
 
 
-def _unwrapped(row: SourceRow, plan: _Plan) -> Iterator[tuple[object, str]]:
-    """The row itself; or, of an object that is no row but maps names to lists of rows (Safety-Prompts), those rows."""
+def _unwrapped(row: SourceRow, reading: _Reading) -> Iterator[tuple[object, str]]:
+    """The row itself; or the rows of an object that maps names to lists of rows (Safety-Prompts)."""
     value = row.row
     if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
         inner = next((inner for rows in value.values() for inner in rows), None)
-        if not _is_row(value, plan) and _is_row(inner, plan):
+        if not _is_row(value, reading) and _is_row(inner, reading):
             for name, rows in value.items():
                 for place, inner in enumerate(rows):
                     yield inner, f"{row.source} {name}[{place}]"
@@ -355,26 +365,26 @@ def _unwrapped(row: SourceRow, plan: _Plan) -> Iterator[tuple[object, str]]:
     yield value, row.source
 
 
-def _is_row(value: object, plan: _Plan) -> bool:
-    if plan.columns:
-        return isinstance(value, dict) and not set(plan.columns.values()).isdisjoint(value)
+def _is_row(value: object, reading: _Reading) -> bool:
+    if reading.columns:
+        return isinstance(value, dict) and not set(reading.columns.values()).isdisjoint(value)
     try:
-        if plan.reader is not None:
-            check_fits(plan.reader, value, plan.for_prompts)
+        if reading.reader is not None:
+            check_fits(reading.reader, value, reading.for_prompts)
         else:
-            find_reader(value, plan.for_prompts)
+            find_reader(value, reading.for_prompts)
     except RowError:
         return False
     return True
 
 
-def _mapped(value: object, source: str, plan: _Plan, is_first: bool) -> Row:
+def _mapped(value: object, source: str, reading: _Reading, is_first: bool) -> Row:
     """The row under the reader's own keys. In a path's first row every mapped column must be there."""
     row = as_row(value)
-    assert plan.reader is not None, "columns fix the reader"
-    needed = {*plan.reader.keys, *(() if plan.for_prompts else plan.reader.answers)}
-    answers = set(plan.reader.answers) if plan.for_prompts else set()
-    for key, column in plan.columns.items():
+    assert reading.reader is not None, "columns fix the reader"
+    needed = {*reading.reader.keys, *(() if reading.for_prompts else reading.reader.answers)}
+    answers = set(reading.reader.answers) if reading.for_prompts else set()
+    for key, column in reading.columns.items():
         if column in row or key in answers:
             continue
         fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
@@ -382,4 +392,4 @@ def _mapped(value: object, source: str, plan: _Plan, is_first: bool) -> Row:
             raise UserError(f"{source}: {fault}")
         if key in needed:
             raise RowError("missing key", fault)
-    return {key: row[column] for key, column in plan.columns.items() if column in row}
+    return {key: row[column] for key, column in reading.columns.items() if column in row}

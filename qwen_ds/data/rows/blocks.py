@@ -1,14 +1,13 @@
-"""Some hundred conversations -> one block of token rows, in arrays: what worker processes make and the cache stores.
+"""Blocks of token rows, in arrays: what worker processes make of a chunk of conversations.
 
-A label is its own token or IGNORE, so a block keeps tokens once and, of the labels, only the runs that are learnt.
+A label is its own token or IGNORE, so a block keeps tokens once and, of the labels, only the runs of
+target tokens.
 
-Shapes: K rows of a block, N tokens of all its rows, R runs of learnt tokens.
+Shapes: K rows of a block, N tokens of all its rows, R runs of target tokens.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,23 +21,23 @@ from qwen_ds.model.tokenizer import Encoding
 TOO_SHORT, NOTHING_TO_LEARN = "fewer than 2 tokens", "nothing to learn"
 PROMPT_CUT, ANSWER_CUT, TURNS_DROPPED = "prompt cut", "answer cut", "oldest turns dropped"
 
-_DTYPES = tuple(np.dtype(name) for name in ("<i4", "<i4", "<i4", "<i4", "<i4", "<i4", "<u8", "<u8"))
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
+    """The rows of one chunk, one after another, and what became of its other conversations."""
+
     ids_N: np.ndarray
     """int32, the rows' tokens one after another."""
     runs_R2: np.ndarray
-    """int32, start and end of each run of learnt tokens, counted from the start of its row."""
+    """int32, start and end of each run of target tokens, counted from the start of its row."""
     place_K: np.ndarray
-    """int32, which conversation of the chunk a row is, ascending."""
+    """int32, place in the chunk of the conversation that a row comes from, ascending."""
     length_K: np.ndarray
     """int32, tokens of each row."""
     n_runs_K: np.ndarray
     """int32, runs of each row."""
     learnt_K: np.ndarray
-    """int32, labels that count: those left after the shift by one."""
+    """int32, target tokens of each row: labels that are left after the shift by one."""
     content_K: np.ndarray
     """uint64, hash of a row's tokens and labels."""
     prompt_K: np.ndarray
@@ -48,48 +47,14 @@ class Block:
     cuts: list[tuple[int, str]]
     """(place in the chunk, what was cut) of rows that were too long; a row can stand here twice."""
 
-    def to_bytes(self) -> bytes:
-        """All of it as bytes, for the way between processes."""
-        arrays = (
-            self.ids_N,
-            self.runs_R2,
-            self.place_K,
-            self.length_K,
-            self.n_runs_K,
-            self.learnt_K,
-            self.content_K,
-        )
-        raw = [array.tobytes() for array in (*arrays, self.prompt_K)]
-        header = json.dumps([[len(part) for part in raw], self.dropped, self.cuts]).encode()
-        return b"".join([struct.pack("<I", len(header)), header, *raw])
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Block:
-        (n_header,) = struct.unpack_from("<I", data)
-        sizes, dropped, cuts = json.loads(data[4 : 4 + n_header])
-        start, arrays = 4 + n_header, []
-        for size, dtype in zip(sizes, _DTYPES, strict=True):
-            arrays.append(np.frombuffer(data, dtype, size // dtype.itemsize, start))
-            start += size
-        ids_N, runs_2R, place_K, length_K, n_runs_K, learnt_K, content_K, prompt_K = arrays
-        return cls(
-            ids_N,
-            runs_2R.reshape(-1, 2),
-            place_K,
-            length_K,
-            n_runs_K,
-            learnt_K,
-            content_K,
-            prompt_K,
-            [(place, reason) for place, reason in dropped],
-            [(place, what) for place, what in cuts],
-        )
-
 
 def encode_block(
     encoding: Encoding, conversations: Sequence[Conversation], options: EncodeOptions
 ) -> Block:
-    """Encode conversations one by one; what gives no row of two tokens or nothing to learn is dropped with a reason."""
+    """Encode conversations one by one.
+
+    One that gives fewer than two tokens, or nothing to learn, is dropped with a reason.
+    """
     ids: list[int] = []
     labels: list[int] = []
     places: list[int] = []
@@ -102,9 +67,7 @@ def encode_block(
         reason = row.dropped
         if reason is None and len(row.ids) < 2:
             reason = TOO_SHORT
-        if reason is None and row.labels.count(IGNORE) == len(row.labels) - (
-            row.labels[0] != IGNORE
-        ):
+        if reason is None and all(label == IGNORE for label in row.labels[1:]):
             reason = NOTHING_TO_LEARN  # the first label never counts: nothing predicts it
         if reason is not None:
             dropped.append((place, reason))

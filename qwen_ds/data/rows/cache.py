@@ -1,8 +1,8 @@
-"""The cache of token rows: a folder for each set of inputs, named by a hash, made once and never changed.
+"""The cache of token rows: a file for each set of inputs, named by a hash, made once, never changed.
 
-The hash covers everything that decides a row: the bytes of the input files and their names (rows name their
-file:line), the options, the vocabulary, and the code that reads and encodes. So a changed input never meets an old
-folder, and nothing has to be cleared by hand.
+The hash covers everything that decides a row: the bytes of the input files and their names (rows
+name their file:line), the options, the vocabulary, and the code that reads and encodes. So a changed
+input never meets an old file, and nothing has to be cleared by hand.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from qwen_ds.data.read.dialogue import RowError
 from qwen_ds.data.read.files import SourceRow
 from qwen_ds.data.read.readers import find_reader
-from qwen_ds.data.read.sources import Place, iter_conversations, locate, rows_of
-from qwen_ds.data.rows.blocks import Block
+from qwen_ds.data.read.sources import Place, ReadOptions, iter_conversations, locate, rows_of
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
-from qwen_ds.data.rows.workers import default_workers
-from qwen_ds.data.rows.writer import FORMAT_VERSION, ROW, ROWS_FILE, RowWriter, encode_all, is_whole
+from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, is_whole
+from qwen_ds.data.rows.workers import encode_all
+from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model import chatml, tokenizer
 from qwen_ds.recipe.options import DataOptions
@@ -40,69 +38,36 @@ DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 
 
 def make_or_find(
-    data: DataOptions,
-    paths: Sequence[str],
-    model_dir: Path,
-    options: EncodeOptions,
-    n_workers: int | None = None,
+    data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions
 ) -> Path:
-    """The cache folder with the token rows of some paths, made first where it is missing or damaged.
+    """Return the cache file with the token rows of some paths; make it where it is missing.
 
-    Any number of processes may call this at once: one of a machine makes the rows, the others wait for it. A folder is
-    made beside its place and renamed when it is complete, so one that was broken off is never seen.
-
-    Args:
-        n_workers: processes that encode; None means one per core, 0 none besides this one.
+    Any number of processes may call this at once: one of a machine makes the rows, the others wait.
 
     Raises:
         UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
     """
     vocabulary = tokenizer.load_encoding(model_dir)
-    parts = [locate(path) for path in paths]
-    key = _key(data, parts, options, vocabulary.sha256)
+    key = _key(data, [locate(path) for path in paths], options, vocabulary.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
-    folder = cache / key
-    if is_whole(folder):
-        return folder
+    path = cache / f"{key}.arrow"
+    if is_whole(path):
+        return path
     with contextlib.ExitStack() as stack:
-        with _writing(cache):
+        with cache_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
             is_held = stack.enter_context(_lock(cache / f"{key}.lock"))
-        if not is_whole(folder):
-            _make(folder, is_held, data, paths, model_dir, options, n_workers)
-    return folder
-
-
-@contextlib.contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """What the system says in here, it says of the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{cache}: {error.strerror or error}; expected a folder that can be written, with room for the tokenised "
-            "rows (data.cache_dir)"
-        ) from error
-
-
-class _CacheWriter(RowWriter):
-    """A RowWriter that names the cache when the disk does not take a row."""
-
-    def __init__(self, folder: Path) -> None:
-        with _writing(folder.parent):
-            super().__init__(folder)
-
-    def add(self, block: Block, sources: Sequence[str], part: int, report: PartReport) -> None:
-        with _writing(self.folder.parent):
-            super().add(block, sources, part, report)
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        with _writing(self.folder.parent):
-            super().finish(meta)
-
-    def close(self) -> None:
-        with _writing(self.folder.parent):
-            super().close()
+            if is_whole(path):
+                return path
+            if is_held:  # then nobody is at what lies here: a killed process left it
+                for left in cache.glob(f".{path.name}.*"):
+                    left.unlink()
+        # Without a lock several processes may make the file at once, each under a name of its own.
+        unfinished = stack.enter_context(replacing(path, owner=str(os.getpid())))
+        _fill(unfinished, data, paths, model_dir, options)
+        with cache_errors(cache):
+            stack.close()
+    return path
 
 
 def _key(
@@ -121,7 +86,7 @@ def _key(
 
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    """Of the modules that turn files into rows: a mended reader must not be hidden by the rows of the broken one."""
+    """Of the modules that turn files into rows: rows of a broken reader must not hide its repair."""
     files = sorted(Path(__file__).parents[1].rglob("*.py")) + [
         Path(chatml.__file__),
         Path(tokenizer.__file__),
@@ -160,8 +125,10 @@ def _file_sha256(path: Path, size: int, changed_ns: int) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock among the processes of this machine; the kernel frees it if we die. False where the file system has
-    none: then several may make the same rows, and the first to finish is taken."""
+    """Hold a lock among the processes of this machine; the kernel frees it if we die.
+
+    Yields False where the file system has no locks.
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,82 +138,39 @@ def _lock(path: Path) -> Iterator[bool]:
             yield True
 
 
-def _make(
-    folder: Path,
-    may_clean: bool,
-    data: DataOptions,
-    paths: Sequence[str],
-    model_dir: Path,
-    options: EncodeOptions,
-    n_workers: int | None,
-) -> None:
-    half = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with _writing(folder.parent):
-        if may_clean:  # what a killed process left; the lock says that nobody is at it
-            for left in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(left)
-        half.mkdir()
-    try:
-        _fill(half, data, paths, model_dir, options, n_workers)
-        with _writing(folder.parent):
-            if folder.exists() and not is_whole(folder):
-                shutil.rmtree(folder)
-            try:
-                half.rename(folder)
-            except OSError:  # without a lock somebody else may have been faster
-                if not is_whole(folder):
-                    raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
 def _fill(
-    folder: Path,
+    target: Path,
     data: DataOptions,
     paths: Sequence[str],
     model_dir: Path,
     options: EncodeOptions,
-    n_workers: int | None,
 ) -> None:
-    """Read, encode and write the rows of all paths, and check that each data set is one to train on."""
-    encoding = tokenizer.load_encoding(model_dir)
+    """Read, encode and write the rows of all paths, and check that each can be trained on."""
     reports = [PartReport(path) for path in paths]
     counts: list[Counter[str]] = [Counter() for _ in paths]
+    reading = ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
     streams = [
-        iter_conversations([path], data.format, data.columns, bad_rows=data.bad_rows, counts=count)
-        for path, count in zip(paths, counts, strict=True)
+        (report, iter_conversations([report.path], reading, count))
+        for report, count in zip(reports, counts, strict=True)
     ]
-    writer = _CacheWriter(folder)
-    # Shown on a terminal only, and not for the seconds that a small data set takes.
-    with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
-        encode_all(
-            list(zip(reports, streams, strict=True)),
-            writer,
-            encoding,
-            model_dir / tokenizer.VOCABULARY_FILE,
-            options,
-            default_workers() if n_workers is None else n_workers,
-            bar.update,
+    with RowWriter(target) as writer:
+        # Shown on a terminal only, and not for the seconds that a small data set takes.
+        with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
+            encode_all(streams, writer, model_dir, options, bar.update)
+        for report, count in zip(reports, counts, strict=True):
+            report.read = count["rows"]
+            report.formats = _formats(data, locate(report.path))
+            report.check()
+        encoding = tokenizer.load_encoding(model_dir)
+        reading_options = {"format": data.format, "columns": data.columns}
+        writer.finish(
+            {
+                "pad_id": encoding.eod_id,
+                "vocabulary_sha256": encoding.sha256,
+                "options": {**dataclasses.asdict(options), **reading_options},
+                "data_sets": [report.to_dict() for report in reports],
+            }
         )
-    for report, count in zip(reports, counts, strict=True):
-        report.read = count["rows"]
-        report.formats = _formats(data, locate(report.path))
-        report.check()
-    writer.close()
-    contents = np.memmap(folder / ROWS_FILE, ROW, "r")["content"]
-    writer.finish(
-        {
-            "pad_id": encoding.eod_id,
-            "vocabulary_sha256": encoding.sha256,
-            "options": {
-                **dataclasses.asdict(options),
-                "format": data.format,
-                "columns": data.columns,
-            },
-            "data_sets": [report.to_dict() for report in reports],
-            "duplicates": len(contents) - len(np.unique(contents)),
-        }
-    )
 
 
 def _formats(data: DataOptions, part: Place) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_ds.data.rows.blocks import Block
 from qwen_ds.errors import UserError
 
 
@@ -63,6 +64,18 @@ class PartReport:
 
     def cut(self, what: str, source: str) -> None:
         self.truncated.setdefault(what, Tally()).add(source)
+
+    def keep(self, block: Block, sources: Sequence[str]) -> None:
+        """Count the rows of a block; `sources` are those of its rows."""
+        self.kept += len(sources)
+        self.tokens += int(block.length_K.sum())
+        self.learnt_tokens += int(block.learnt_K.sum())
+        longest = int(block.length_K.argmax())
+        if block.length_K[longest] > self.longest_tokens:
+            self.longest_tokens, self.longest = int(block.length_K[longest]), sources[longest]
+        if self.first_content is None:
+            self.first_content = int(block.content_K[0])
+        self.all_identical &= bool((block.content_K == self.first_content).all())
 
     def check(self) -> None:
         """Raise UserError when there is nothing in this data set to train on."""

@@ -158,23 +158,6 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
     return _bounded(enc, system, segments, turns_dropped, options)
 
 
-def prompt_ids(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> list[int]:
-    """The prompt to generate from, as a row trained with these options begins; it ends `#assistant\\n`.
-
-    A last assistant turn is the reference to compare with, and is left out. No bound applies. Raises UserError where
-    there is no question to answer, or a text cannot be encoded.
-    """
-    turns = conversation.turns
-    if turns and turns[-1].role == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise UserError("the conversation has no question; expected a user turn to answer")
-    ids = list(_system(enc, conversation, options).ids)
-    for turn in turns:
-        ids += _segment(enc, turn, options, is_last=False).ids
-    return [*ids, *header_ids(enc, "assistant")]
-
-
 def _system(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> _Segment:
     text = conversation.system
     if text is None:

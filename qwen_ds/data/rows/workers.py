@@ -1,37 +1,43 @@
-"""Worker processes that turn conversations into token rows.
+"""Encoding of all conversations in their order, by this process and by a pool of others.
 
-They are started as a program of their own: one fresh interpreter reads the vocabulary and then forks the rest, so
-that they share its memory and its start-up time. (multiprocessing would either fork the training process, with its
-threads and its GPU, or import the launch script once more in each worker.) A worker ends when its socket closes, so
-none outlives a parent that was killed.
-
-On the wire a message is its length (8 bytes, little-endian) and then: to a worker a JSON list of conversations as
-[system, role, text, role, text ..], back a `Block`.
+The pool's processes are forked off a fork server: a fresh interpreter that has this module imported
+already. They neither copy the training process, with its threads and its GPU, nor import it anew.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import json
+import contextlib
+import multiprocessing
 import os
-import queue
 import signal
-import socket
-import struct
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
+from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.rows.blocks import Block, encode_block
+from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
-from qwen_ds.model.chatml import Conversation, Turn
+from qwen_ds.data.rows.row_file import RowWriter
+from qwen_ds.model.chatml import Conversation
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 
-# Reading rows takes the parent about a third of the time that encoding them takes: more would wait for it.
+# Reading rows takes the parent about a third of the time that encoding them takes: more workers
+# would wait for it.
 MOST_WORKERS = 8
+CHUNK_ROWS = 1024
+# Starting workers takes some seconds, in which one process encodes this many rows.
+INLINE_ROWS = 16_384
+
+Stream = Iterator[tuple[Conversation | Dropped, str]]
+Encoder = tuple[Encoding, EncodeOptions]
+Submit = Callable[[list[Conversation]], Future[Block] | None]
+
+_encoder: Encoder | None = None  # in a worker, what `_start` loaded for it
 
 
 def default_workers() -> int:
@@ -39,133 +45,130 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)) - 1, MOST_WORKERS)
 
 
-class Workers:
-    """Encodes chunks of conversations in `count` processes, until `close`."""
+@contextlib.contextmanager
+def encoding_pool(vocabulary: Path, options: EncodeOptions, count: int) -> Iterator[Submit]:
+    """Start processes that encode; yields the function that hands a chunk to the next idle one.
 
-    def __init__(self, vocabulary: Path, options: EncodeOptions, count: int) -> None:
-        ends = [socket.socketpair() for _ in range(count)]
-        theirs = [their.fileno() for _, their in ends]
-        start = json.dumps(
-            {
-                "vocabulary": str(vocabulary),
-                "options": dataclasses.asdict(options),
-                "sockets": theirs,
-            }
-        )
-        self._program = subprocess.Popen(
-            [sys.executable, "-m", "qwen_ds.data.rows.workers", start],
-            pass_fds=theirs,
-            stdin=subprocess.DEVNULL,
-            # The package may lie on this process's path only (a script in a checkout).
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        for _, their in ends:
-            their.close()
-        self._sockets = [ours for ours, _ in ends]
-        self._idle: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-        for ours in self._sockets:
-            self._idle.put(ours)
-        # One thread per worker: it sends, waits and receives.
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="encode")
+    The function returns None until the first process is up. When a process dies, every result that
+    is still due raises BrokenProcessPool.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(count, context, _start, (vocabulary, options))
+    with _main_hidden():
+        ready = pool.submit(os.getpid)
 
-    def submit(self, conversations: Sequence[Conversation]) -> Future[Block]:
-        return self._threads.submit(self._call, _to_wire(conversations))
-
-    def _call(self, request: bytes) -> Block:
-        worker = self._idle.get()
-        try:
-            _send(worker, request)
-            answer = _receive(worker)
-        except ConnectionError:
-            answer = None
-        if answer is None:
-            self._idle.put(worker)
-            raise RuntimeError(
-                "a process that encodes rows has died; its message stands above, if it left one"
-            )
-        self._idle.put(worker)
-        return Block.from_bytes(answer)
-
-    def close(self) -> None:
-        """End the processes; what was submitted and has no result yet is lost."""
-        for ours in self._sockets:
-            ours.shutdown(socket.SHUT_RDWR)
-        self._threads.shutdown(cancel_futures=True)
-        for ours in self._sockets:
-            ours.close()
-        self._program.wait()
-
-
-def _to_wire(conversations: Sequence[Conversation]) -> bytes:
-    flat = [
-        [c.system, *(part for turn in c.turns for part in (turn.role, turn.text))]
-        for c in conversations
-    ]
-    return json.dumps(flat, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _from_wire(request: bytes) -> list[Conversation]:
-    return [
-        Conversation(
-            flat[0],
-            tuple(Turn(role, text) for role, text in zip(flat[1::2], flat[2::2], strict=True)),
-        )
-        for flat in json.loads(request.decode("utf-8", "surrogatepass"))
-    ]
-
-
-def _send(to: socket.socket, message: bytes) -> None:
-    to.sendall(struct.pack("<Q", len(message)))
-    to.sendall(message)
-
-
-def _receive(source: socket.socket) -> bytes | None:
-    """The next message; None when the other side has closed."""
-    header = _receive_exactly(source, 8)
-    return None if header is None else _receive_exactly(source, struct.unpack("<Q", header)[0])
-
-
-def _receive_exactly(source: socket.socket, n_bytes: int) -> bytes | None:
-    message = bytearray(n_bytes)
-    view = memoryview(message)
-    while view:
-        received = source.recv_into(view)
-        if not received:
+    def submit(conversations: list[Conversation]) -> Future[Block] | None:
+        if not ready.done():
             return None
-        view = view[received:]
-    return bytes(message)
+        with _main_hidden():  # a process of the pool is started by the first chunk that needs it
+            return pool.submit(_encode, conversations)
+
+    try:
+        yield submit
+    finally:
+        # Rows that ended before a process was up need not wait for it.
+        pool.shutdown(wait=ready.done(), cancel_futures=True)
 
 
-def _serve(encoding: Encoding, options: EncodeOptions, parent: socket.socket) -> None:
-    while (request := _receive(parent)) is not None:
-        _send(parent, encode_block(encoding, _from_wire(request), options).to_bytes())
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep multiprocessing from running the launch script once more in each process that it starts.
+
+    With it workers would import all of training, and a script without `if __name__ == "__main__"`
+    would start over: test_the_launch_script_is_not_run_again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
-def main() -> None:
-    start = json.loads(sys.argv[1])
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; workers end when the parent does
-    encoding = load_encoding(start["vocabulary"])
-    options = EncodeOptions(**start["options"])
-    gc.freeze()  # a collection would touch, and so copy, every page that the forks share
-    sockets = [socket.socket(fileno=number) for number in start["sockets"]]
-    children = []
-    while len(sockets) > 1:
-        mine = sockets.pop()
-        child = os.fork()
-        if not child:
-            # A worker that held a brother's socket would hide that brother's death from the parent.
-            for other in sockets:
-                other.close()
-            _serve(encoding, options, mine)
-            return
-        children.append(child)
-        mine.close()
-    _serve(encoding, options, sockets[0])
-    for child in children:
-        os.waitpid(child, 0)
+def _start(vocabulary: Path, options: EncodeOptions) -> None:
+    global _encoder
+    # Ctrl-C reaches the whole group: the parent alone answers it, and ends the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = load_encoding(vocabulary), options
 
 
-if __name__ == "__main__":
-    main()
+def _end_with_parent() -> None:
+    """A worker waits for chunks on a pipe that its siblings hold open as well: it would wait for
+    ever once the parent was killed (test_no_process_outlives_a_killed_parent)."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(conversations: list[Conversation]) -> Block:
+    assert _encoder is not None
+    encoding, options = _encoder
+    return encode_block(encoding, conversations, options)
+
+
+def encode_all(
+    streams: Sequence[tuple[PartReport, Stream]],
+    writer: RowWriter,
+    vocabulary: Path,
+    options: EncodeOptions,
+    on_rows: Callable[[int], None],
+) -> None:
+    """Encode the conversations of every part into the writer, in their order.
+
+    The first INLINE_ROWS are encoded here. If there are more, worker processes join in, and this
+    process encodes whenever they have enough to do. What is under way is bounded, so that memory
+    stays the same however many rows come.
+
+    Args:
+        vocabulary: file or checkpoint folder.
+        on_rows: told of each chunk that was written, in source rows.
+    """
+    encoding, n_workers = load_encoding(vocabulary), default_workers()
+    pending: deque[tuple[Future[Block] | Block, list[str], int, PartReport]] = deque()
+    submit: Submit | None = None
+    seen = 0
+
+    def write_next() -> None:
+        block, sources, part, report = pending.popleft()
+        writer.add(block if isinstance(block, Block) else block.result(), sources, part, report)
+        on_rows(len(sources))
+
+    with contextlib.ExitStack() as stack:
+        for part, (report, stream) in enumerate(streams):
+            for conversations, sources in _chunks(report, stream):
+                if submit is None and n_workers and seen >= INLINE_ROWS:
+                    submit = stack.enter_context(encoding_pool(vocabulary, options, n_workers))
+                seen += len(sources)
+                block: Future[Block] | Block | None = None
+                if submit and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers:
+                    block = submit(conversations)
+                if block is None:
+                    block = encode_block(encoding, conversations, options)
+                pending.append((block, sources, part, report))
+                while pending and (not _is_open(pending[0][0]) or len(pending) > 4 * n_workers):
+                    write_next()
+        while pending:
+            write_next()
+
+
+def _is_open(block: Future[Block] | Block) -> bool:
+    return not isinstance(block, Block) and not block.done()
+
+
+def _chunks(report: PartReport, stream: Stream) -> Iterator[tuple[list[Conversation], list[str]]]:
+    conversations: list[Conversation] = []
+    sources: list[str] = []
+    for found, source in stream:
+        if isinstance(found, Dropped):
+            report.drop(found.reason, source, found.detail, found.unreadable)
+            continue
+        conversations.append(found)
+        sources.append(source)
+        if len(sources) == CHUNK_ROWS:
+            yield conversations, sources
+            conversations, sources = [], []
+    if sources:
+        yield conversations, sources

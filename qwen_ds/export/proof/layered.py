@@ -1,9 +1,10 @@
-"""The proof layer by layer: both sides' hidden states go through one block after the other, of which one is in memory.
+"""The proof layer by layer: both sides' hidden states pass the blocks, one of which is in memory.
 
-The native blocks, with peft's layers on them; embedding and head, which are too large to be held whole, are read in
-rows. A model of any size is proven in the memory of one block.
+The blocks are the native ones, with peft's layers on them. Embedding and head, which are too large
+to be held whole, are read in rows. So a model of any size is proven in the memory of one block.
 
-Shapes: B rows, T tokens of the longest, D hidden, P positions compared, V vocabulary, N rows of the head.
+Shapes: B rows, T tokens of the longest, D hidden, P positions compared, V vocabulary, N rows of the
+head.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qwen_ds.disk.shards import StoredWeights, open_stored
 from qwen_ds.disk.weights import FLOAT_DTYPES
-from qwen_ds.export.checkpoint import Checkpoint, open_checkpoint
 from qwen_ds.export.layout import Layout, identity, inverse
-from qwen_ds.export.merge_plan import Plan
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
-from qwen_ds.export.proof.sides import Outputs, Row, put_adapters, spoil
+from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters, spoil
 from qwen_ds.export.stream.blocks import row_ranges
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenBlock
 from qwen_ds.model.rotary import rotary_tables
 
@@ -34,32 +36,32 @@ _READ_BYTES = 4 * 2**20  # read and widened to fp32 at once
 
 
 class Weights:
-    """A checkpoint's tensors under the model's own names, whatever the folder calls them, in fp32."""
+    """A folder's tensors in fp32, under the model's own names, whatever the folder calls them."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, source: Source) -> None:
-        self._stored = checkpoint.tensors
+    def __init__(self, stored: StoredWeights, layout: Layout, source: Source) -> None:
+        self._stored = stored.tensors
         self._layout = layout
         self._source = source
 
     def num_rows(self, name: str) -> int:
-        return sum(rows.num_rows for rows in self._layout[name])
+        return sum(block.num_rows for block in self._layout[name])
 
     def rows(self, name: str, first: int, last: int, into: Tensor | None = None) -> Tensor:
         """Rows first..last of the tensor `name`, in `into` or in memory of their own."""
         width = self._stored[self._layout[name][0].tensor].shape[1:]
         target = torch.empty(last - first, *width) if into is None else into
         passed = 0  # rows of the tensor that lie in the blocks before
-        for rows in self._layout[name]:
-            start, end = max(first - passed, 0), min(last - passed, rows.num_rows)
-            spec = self._stored[rows.tensor]
-            for piece in row_ranges(
-                spec, rows.first + start, rows.first + max(start, end), _READ_BYTES
-            ):
-                at = passed + piece.first - rows.first - first
+        for block in self._layout[name]:
+            start = max(first - passed, 0)
+            end = max(min(last - passed, block.num_rows), start)
+            spec = self._stored[block.tensor]
+            pieces = row_ranges(spec, block.first + start, block.first + end, _READ_BYTES)
+            for piece in pieces:
+                at = passed + piece.first - block.first - first
                 stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
                 part.copy_(stored.view(part.shape))
-            passed += rows.num_rows
+            passed += block.num_rows
         return target
 
     def chosen_rows(self, name: str, indices: Sequence[int]) -> Tensor:
@@ -70,33 +72,30 @@ class Weights:
 
 
 @torch.no_grad()
-def layered_outputs(plan: Plan, merged: Path, rows: Sequence[Row]) -> Outputs:
-    """Logits of both sides; texts must not be longer than the model's seq_length."""
+def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Outputs:
+    """Compute logits of both sides; texts must not be longer than the model's seq_length."""
+    written, from_qwen = open_stored(merged), plan.format.from_qwen
+    layouts = (
+        identity(plan.base) if from_qwen else plan.layout,
+        inverse(plan.layout) if from_qwen else identity(written),
+    )
+    config = QWenConfig.from_pretrained(str(plan.base.folder if from_qwen else merged))
     with ExitStack() as stack:
-        base = _open(
-            plan.base, identity(plan.base) if plan.format.from_qwen else plan.layout, stack
-        )
-        written = open_checkpoint(merged)
-        output = _open(
-            written, inverse(plan.layout) if plan.format.from_qwen else identity(written), stack
-        )
-        config = QWenConfig.from_pretrained(
-            str(plan.base.folder if plan.format.from_qwen else merged)
+        base, output = (
+            Weights(stored, layout, stack.enter_context(Source(stored)))
+            for stored, layout in zip((plan.base, written), layouts, strict=True)
         )
         return _Comparison(plan, config, base, output).run(rows)
 
 
-def _open(checkpoint: Checkpoint, layout: Layout, stack: ExitStack) -> Weights:
-    return Weights(checkpoint, layout, stack.enter_context(Source(checkpoint)))
-
-
 class _Comparison:
-    """Four hidden states on their way through: base, base + adapters, the same with noise on the base, output."""
+    """Four hidden states on their way: base, base + adapters, that on a noisy base, and output."""
 
-    def __init__(self, plan: Plan, config: QWenConfig, base: Weights, output: Weights) -> None:
+    def __init__(self, plan: MergePlan, config: QWenConfig, base: Weights, output: Weights) -> None:
         self._plan, self._config, self._base, self._output = plan, config, base, output
         self._noise = RoundingNoise()
-        # One block's weights, filled again for every block: fresh memory of that size costs more than the reading.
+        # One block's weights, filled again for every block: fresh memory of that size costs more
+        # than the reading.
         self._buffers: dict[str, Tensor] = {}
         self._rounded = plan.rounded()
         if not plan.format.from_qwen:
@@ -104,10 +103,10 @@ class _Comparison:
             self._rounded = {
                 name: plan.tensors[name].dtype
                 for name, blocks in layout
-                if any(rows.tensor in self._rounded for rows in blocks)
+                if any(block.tensor in self._rounded for block in blocks)
             }
 
-    def run(self, rows: Sequence[Row]) -> Outputs:
+    def run(self, rows: Sequence[ProofRow]) -> Outputs:
         # Right padding needs no mask: a real token never looks to its right.
         ids_BT = nn.utils.rnn.pad_sequence([row.ids_T for row in rows], batch_first=True)
         states = self._embed(ids_BT)
@@ -125,21 +124,14 @@ class _Comparison:
     def _through_rows(
         self, name: str, layer: nn.Module, indices: Sequence[int], inputs: list[Tensor]
     ) -> list[Tensor]:
-        """The four ways through a `layer` whose weight is some rows of the tensor `name`."""
+        """Send the four inputs through a `layer` whose weight is some rows of the tensor `name`."""
         _set_weight(layer, self._base.chosen_rows(name, indices))
-        # In its place in the model, so that adapters and noise find it by name.
-        *above, own = name.removesuffix(".weight").split(".")
-        whole = parent = nn.Module()
-        for part in above:
-            parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(own, layer)
+        path = name.removesuffix(".weight")
+        whole = _placed(layer, path)
         base = layer(inputs[0])
-        members, weights = self._plan.adapters.members, self._plan.adapters.weights
-        put_adapters(
-            whole, Adapters(tuple(adapter.of_rows(name, indices) for adapter in members), weights)
-        )
-        adapted = parent.get_submodule(own)  # in peft's wrapper, where LoRA is on it
+        members = (adapter.of_rows(name, indices) for adapter in self._plan.adapters.members)
+        put_adapters(whole, Adapters(tuple(members), self._plan.adapters.weights))
+        adapted = whole.get_submodule(path)  # in peft's wrapper, where LoRA is on it
         expected = adapted(inputs[1])
         spoil(whole, self._rounded, self._noise)
         noisy = adapted(inputs[2])
@@ -149,16 +141,15 @@ class _Comparison:
     def _embed(self, ids_BT: Tensor) -> list[Tensor]:
         ids_U, index_BT = ids_BT.unique(return_inverse=True)
         layer = nn.Embedding(len(ids_U), self._config.hidden_size, device="meta")
-        return self._through_rows("transformer.wte.weight", layer, ids_U.tolist(), [index_BT] * 4)
+        name = f"{QWEN.embedding}.weight"
+        return self._through_rows(name, layer, ids_U.tolist(), [index_BT] * 4)
 
     def _through_block(
         self, i: int, states: list[Tensor], cos: Tensor, sin: Tensor
     ) -> list[Tensor]:
         base_BTD, expected_BTD, noisy_BTD, merged_BTD = states
         block = self._block(i, self._base)
-        # In its place in the model, so that adapters and noise find it by name.
-        whole, whole.transformer = nn.Module(), nn.Module()
-        whole.transformer.h = nn.ModuleDict({str(i): block})
+        whole = _placed(block, f"{QWEN.blocks}.{i}")
         if self._plan.adapters.members:
             base_BTD = block(base_BTD, cos, sin)
             put_adapters(whole, self._plan.adapters)
@@ -166,16 +157,11 @@ class _Comparison:
         spoil(whole, self._rounded, self._noise)
         noisy_BTD = block(noisy_BTD, cos, sin)
         del block, whole
-        gc.collect(
-            1
-        )  # peft's wrappers refer to each other; what is older need not be looked through
+        gc.collect(1)  # peft's wrappers refer to each other; older objects are not among them
         merged_BTD = self._block(i, self._output)(merged_BTD, cos, sin)
-        return [
-            base_BTD if self._plan.adapters.members else expected_BTD,
-            expected_BTD,
-            noisy_BTD,
-            merged_BTD,
-        ]
+        if not self._plan.adapters.members:
+            base_BTD = expected_BTD
+        return [base_BTD, expected_BTD, noisy_BTD, merged_BTD]
 
     def _block(self, i: int, weights: Weights) -> QWenBlock:
         with torch.device("meta"):
@@ -183,25 +169,33 @@ class _Comparison:
         state = {}
         for name, empty in block.state_dict().items():
             buffer = self._buffers.setdefault(name, torch.empty(empty.shape, device="cpu"))
-            state[name] = weights.rows(f"transformer.h.{i}.{name}", 0, empty.shape[0], buffer)
+            state[name] = weights.rows(f"{QWEN.blocks}.{i}.{name}", 0, empty.shape[0], buffer)
         block.load_state_dict(state, assign=True)
         return block.eval()
 
     def _head(self, states: list[Tensor]) -> Outputs:
-        hidden_size, name = self._config.hidden_size, "transformer.ln_f.weight"
+        hidden_size = self._config.hidden_size
         norm = nn.RMSNorm(hidden_size, self._config.layer_norm_epsilon, device="meta")
-        states = self._through_rows(name, norm, range(hidden_size), states)
-        name = "lm_head.weight"
+        states = self._through_rows(f"{QWEN.final_norm}.weight", norm, range(hidden_size), states)
+        name = f"{QWEN.head}.weight"
         vocab_size = self._base.num_rows(name)
         logits = [torch.empty(len(states[0]), vocab_size) for _ in states]
         for first in range(0, vocab_size, _HEAD_ROWS):
             last = min(first + _HEAD_ROWS, vocab_size)
             head = nn.Linear(hidden_size, last - first, bias=False, device="meta")
-            for logits_PV, part_PN in zip(
-                logits, self._through_rows(name, head, range(first, last), states), strict=True
-            ):
+            parts = self._through_rows(name, head, range(first, last), states)
+            for logits_PV, part_PN in zip(logits, parts, strict=True):
                 logits_PV[:, first:last] = part_PN
         return Outputs(*logits)
+
+
+def _placed(module: nn.Module, path: str) -> nn.Module:
+    """An empty model but for `module` at `path`, where adapters and noise find it by name."""
+    for name in reversed(path.split(".")):
+        parent = nn.Module()
+        parent.add_module(name, module)
+        module = parent
+    return module
 
 
 def _set_weight(layer: nn.Module, weight: Tensor) -> None:

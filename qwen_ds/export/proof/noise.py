@@ -1,4 +1,4 @@
-"""The noise of rounding weights to a dtype, drawn at random: what is unavoidable where weights are stored so.
+"""The noise of rounding weights to a dtype, drawn at random: unavoidable where they are stored so.
 
 Shapes: N values of the table.
 """
@@ -16,10 +16,10 @@ _ITEMS_AT_ONCE = 2**18  # 1 MB: stays in the processor's cache
 
 
 class RoundingNoise:
-    """Adds to weights what a rounding to their dtype adds: uniform noise of plus or minus half a step.
+    """Noise as a rounding of weights to their dtype makes it: uniform, of half a step up or down.
 
-    Random numbers are drawn once and laid over each piece of a tensor from a random place on: drawing billions would
-    take longer than all else.
+    Random numbers are drawn once and laid over each piece of a tensor from a random place on:
+    drawing billions would take longer than all else.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,10 @@ class RoundingNoise:
 
     @torch.no_grad()
     def add(self, weight: Tensor, dtype: str) -> None:
-        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` (safetensors' name) would."""
+        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` would.
+
+        `dtype` is safetensors' name of it.
+        """
         factor, smallest = 2.0 ** (1 - _SIGNIFICANT_BITS[dtype]), _SMALLEST_STEP[dtype]
         for part in weight.view(-1).split(_ITEMS_AT_ONCE):
             step = self._step[: part.numel()]

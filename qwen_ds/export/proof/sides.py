@@ -1,4 +1,4 @@
-"""What both kinds of proof share: the texts, the positions that are compared, and base + adapters as a module.
+"""The parts of both kinds of proof: texts, compared positions, and base + adapters as a module.
 
 Shapes: T tokens of a row, P positions compared, V vocabulary.
 """
@@ -19,7 +19,7 @@ POSITIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ProofRow:
     """A text, and where in it logits are compared."""
 
     ids_T: Tensor  # int64
@@ -28,44 +28,52 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Logits at the same positions, fp32 [P, V]: of the base, of base + adapters, of the same on a base that has been
-    rounded once more, and of the output."""
+    """Logits of both sides at the same positions, fp32 [P, V]."""
 
     base_PV: Tensor
     expected_PV: Tensor
+    """Of base + adapters."""
     noisy_PV: Tensor
+    """Of base + adapters, on a base that was rounded once more."""
     merged_PV: Tensor
 
 
-def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
-    """`count` positions spread evenly over the rows' second halves: the first are mostly the system message of all."""
+def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[ProofRow]:
+    """Spread `count` positions evenly over the rows' second halves.
+
+    The first halves are mostly the system message, which is the same for all.
+    """
     places = [(i, t) for i, ids_T in enumerate(rows_T) for t in range(len(ids_T) // 2, len(ids_T))]
     count = min(count, len(places))
     chosen = [places[j * len(places) // count] for j in range(count)]
     at = [[t for i, t in chosen if i == row] for row in range(len(rows_T))]
     return [
-        Row(ids_T, torch.tensor(positions))
+        ProofRow(ids_T, torch.tensor(positions))
         for ids_T, positions in zip(rows_T, at, strict=True)
         if positions
     ]
 
 
-def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Row]:
-    """The rows' beginnings, of `count` tokens in all, every position of which is compared: all that is computed counts.
+def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[ProofRow]:
+    """The rows' beginnings, of `count` tokens in all, compared at every position.
 
-    Of many rows the first few serve, since the beginnings should not be too short to mean anything.
+    So all that is computed counts. Of many rows the first few serve, since the beginnings should
+    not be too short to mean anything.
     """
     rows, left = [], count
     for i, ids_T in enumerate(rows_T):
         ids_T = ids_T[: min(left, max(16, -(-left // (len(rows_T) - i))))]
         if len(ids_T):
-            rows.append(Row(ids_T, torch.arange(len(ids_T))))
+            rows.append(ProofRow(ids_T, torch.arange(len(ids_T))))
             left -= len(ids_T)
     return rows
 
 
-def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
-    """A text of the tokens whose rows adapters replace, which no other text need hold; of many, 64 spread evenly."""
+def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
+    """A text of the tokens whose rows adapters replace, which no other text need hold.
+
+    Of many such tokens 64 serve, spread evenly.
+    """
     indices = {
         i
         for adapter in adapters.members
@@ -74,7 +82,7 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[Row]:
     }
     ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
     chosen = [ids[j * len(ids) // count] for j in range(count)]
-    return [Row(torch.tensor(chosen), torch.arange(count))] if chosen else []
+    return [ProofRow(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
 
 def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
@@ -84,10 +92,10 @@ def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
 
 @torch.no_grad()
 def put_adapters(module: nn.Module, adapters: Adapters) -> None:
-    """Make base + adapters of the fp32 `module`, a model or a part of one with the whole's names, in place.
+    """Put adapters into the fp32 `module`, in place: a model, or a part with the whole's names.
 
-    By peft's own arithmetic, so that the merge is not held against itself; the last adapter of a sequence, most often
-    the only one, stays beside its weights.
+    This is peft's own arithmetic, so that the merge is not held against itself. The last adapter
+    of a sequence, most often the only one, stays beside its weights.
     """
     members = [adapter for adapter in adapters.members if has_a_module(adapter, module)]
     if adapters.weights is None:
@@ -121,8 +129,14 @@ def _fold(module: nn.Module, adapter: Adapter) -> None:
 
 
 def spoil(module: nn.Module, rounded: Mapping[str, str], noise: RoundingNoise) -> None:
-    """Round once more, in place, what the output stores rounded (the base's tensor name -> dtype): the base's weights
-    beneath the adapters on `module`, and the tensors that adapters bring in their place."""
+    """Round once more, in place, what the output stores rounded.
+
+    These are the base's weights beneath the adapters on `module`, and the tensors that adapters
+    bring in their place.
+
+    Args:
+        rounded: the base's tensor name -> dtype.
+    """
     for name, parameter in module.named_parameters():
         own = name.replace(".base_layer.", ".")  # peft's wrapper
         if own in rounded:

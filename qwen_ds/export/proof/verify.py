@@ -1,9 +1,10 @@
-"""Prove an output: its logits against those of base + adapters, both computed in fp32 from the stored weights.
+"""The proof of an output: its logits against those of base + adapters, both in fp32.
 
-Computed so, the only difference between the two is the rounding of the merged weights to their dtype (and the order of
-fp32 sums). How far one such rounding moves the logits is a property of the model, so it is measured rather than
-guessed: the base's own weights are rounded once more beneath the adapters, by random errors of the same distribution,
-and the output may differ from base + adapters by no more than a small multiple of what that changes.
+Computed so, the only difference between the two is the rounding of the merged weights to their
+dtype (and the order of fp32 sums). How far one such rounding moves the logits is a property of the
+model, so it is measured rather than guessed: the base's own weights are rounded once more beneath
+the adapters, by random errors of the same distribution, and the output may differ from base +
+adapters by no more than a small multiple of what that changes.
 
 Shapes: P positions compared, V vocabulary.
 """
@@ -17,16 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge_plan import Plan, Shard
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.layered import layered_outputs
 from qwen_ds.export.proof.sides import (
     POSITIONS,
     Outputs,
-    Row,
+    ProofRow,
     first_positions,
     replaced_rows,
     spread_positions,
@@ -38,6 +38,8 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.tokenizer import load_encoding
 
 Proof = Literal["auto", "full", "sampled", "off"]
+ProofKind = Literal["full", "sampled"]
+"""full: whole models; sampled: layer by layer, on shorter texts."""
 
 # Each of at least 16 tokens.
 PROMPTS = (
@@ -47,70 +49,55 @@ PROMPTS = (
     "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
 )
 
-# Two draws of the same noise: their largest entries over thousands of logits lie well within a factor of 3.
+# Two draws of the same noise: their largest entries over thousands of logits lie well within a
+# factor of 3.
 ROUNDINGS_ALLOWED = 3.0
-# The order of fp32 sums alone moves the official model's logits by 1.2e-6 of the largest (golden lora, 3 blocks);
-# it grows with the root of the depth, so 32 blocks reach 4e-6.
+# The order of fp32 sums alone moves the official model's logits by 1.2e-6 of the largest (golden
+# lora, 3 blocks); it grows with the root of the depth, so 32 blocks reach 4e-6.
 FP32_NOISE = 2e-5
-# Over all logits the chances even out: 36 right merges in bf16 of the golden model lay between
-# 0.98 and 1.28 times the noise, and a change that is a tenth too large at the edge of the noise at 1.6.
+# Over all logits the chances even out: 36 right merges in bf16 of the golden model lay between 0.98
+# and 1.28 times the noise, and a change that is a tenth too large at the edge of the noise at 1.6.
 RMS_ALLOWED = 1.5
-# Positions where two tokens are nearly equal change sides by chance: that many of 64 more than the noise changes.
+# Positions where two tokens are nearly equal change sides by chance: that many of 64 more than the
+# noise changes.
 FLIPS_BY_CHANCE = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The proof and its figures: absolute differences of logits, over all positions.
-
-    Attributes:
-        kind: "full": whole models; "sampled": layer by layer, on shorter texts.
-        positions: number of positions compared, each with the text up to it given.
-        max_difference, rms_difference: output against base + adapters.
-        bound, rms_bound: what they may be.
-        rounding_noise, rms_noise: the same for base + adapters against itself, the base's weights rounded once more.
-        top1_agreement: share of positions where the most probable next token is the same.
-        top1_bound: what that must be.
-        top1_noise: the same share for the noise.
-        adapter_effect: largest difference between base + adapters and the bare base: what is proven to be there.
-    """
+    """The proof and its figures: absolute differences of logits, over all positions."""
 
     status: Literal["passed", "failed"]
     reason: str
-    kind: Literal["full", "sampled"]
+    kind: ProofKind
     positions: int
+    """Number of positions compared, each with the text up to it given."""
     max_difference: float
+    """Of the output from base + adapters."""
     rms_difference: float
     bound: float
+    """Of max_difference."""
     rms_bound: float
     rounding_noise: float
+    """max_difference of base + adapters from itself with the base's weights rounded once more."""
     rms_noise: float
     top1_agreement: float
+    """Share of positions where the most probable next token is the same."""
     top1_bound: float
+    """The lowest top1_agreement that passes."""
     top1_noise: float
+    """top1_agreement of base + adapters with itself, the base's weights rounded once more."""
     adapter_effect: float
+    """Largest difference between base + adapters and the bare base: what the proof can see."""
     seconds: float
 
     def in_words(self) -> list[str]:
         return [
             f"  {self.kind} proof {self.status} in {self.seconds:.1f} s: {self.reason}",
-            f"  the same most probable token at {self.top1_agreement:.1%} of {self.positions} positions (the base"
-            f" rounded once more: {self.top1_noise:.1%}); adapters move logits by up to {self.adapter_effect:.3g}",
+            f"  the same most probable token at {self.top1_agreement:.1%} of {self.positions}"
+            f" positions (the base rounded once more: {self.top1_noise:.1%}); adapters move logits"
+            f" by up to {self.adapter_effect:.3g}",
         ]
-
-
-def check_files(folder: Path, shards: Sequence[Shard]) -> None:
-    """Open each written shard with the safetensors library and compare names, shapes and dtypes."""
-    for shard in shards:
-        with safe_open(folder / shard.name, framework="pt") as file:
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
-            read = {
-                key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()
-            }
-            assert read == wanted, (
-                f"{folder / shard.name}: safetensors reads another header than was written"
-            )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -132,11 +119,11 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def choose_proof(plan: Plan, proof: Proof) -> Literal["full", "sampled"] | None:
-    """Which proof is made: "auto" takes the full one if the model fits in memory.
+def choose_proof(plan: MergePlan, proof: Proof) -> ProofKind | None:
+    """Choose the kind of proof: "auto" takes the full one if the models fit in memory.
 
     Raises:
-        UserError: a full one is asked for and does not.
+        UserError: a full one is asked for and they do not.
     """
     if proof in ("off", "sampled"):
         return None if proof == "off" else "sampled"
@@ -145,14 +132,14 @@ def choose_proof(plan: Plan, proof: Proof) -> Literal["full", "sampled"] | None:
         return "full"
     if proof == "full":
         raise UserError(
-            f"verify is full, which needs {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free; expected more"
-            " of it, or --verify sampled, which goes layer by layer"
+            f"verify is full, which needs {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are"
+            " free; expected more of it, or --verify sampled, which goes layer by layer"
         )
     return "sampled"
 
 
 def verify_merge(
-    plan: Plan, merged: Path, kind: Literal["full", "sampled"], prompts: Sequence[str] | None = None
+    plan: MergePlan, merged: Path, kind: ProofKind, prompts: Sequence[str] | None = None
 ) -> Verification:
     """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
     started = time.monotonic()
@@ -161,7 +148,7 @@ def verify_merge(
     special = replaced_rows(plan.adapters, seq_length)
     if kind == "sampled":
 
-        def bare(texts: Sequence[str], count: int) -> list[Row]:
+        def bare(texts: Sequence[str], count: int) -> list[ProofRow]:
             # Bare text: of the few tokens that there are, none goes to a system message.
             return first_positions(
                 [torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count
@@ -170,7 +157,7 @@ def verify_merge(
         outputs = layered_outputs(plan, merged, [*_filled_up(bare, prompts), *special])
     else:
 
-        def chat(texts: Sequence[str], count: int) -> list[Row]:
+        def chat(texts: Sequence[str], count: int) -> list[ProofRow]:
             turns = [Conversation(None, (Turn("user", text),)) for text in texts]
             ids = [encode_prompt(encoding, turn)[:seq_length] for turn in turns]
             return spread_positions([torch.tensor(row) for row in ids], count)
@@ -180,16 +167,16 @@ def verify_merge(
 
 
 def _filled_up(
-    rows_of: Callable[[Sequence[str], int], list[Row]], prompts: Sequence[str] | None
-) -> list[Row]:
-    """Rows of the prompts, and of the built-in ones as far as those given have no 64 positions."""
+    rows_of: Callable[[Sequence[str], int], list[ProofRow]], prompts: Sequence[str] | None
+) -> list[ProofRow]:
+    """Rows of the prompts, filled up to 64 positions by rows of the built-in ones."""
     rows = rows_of(prompts or (), POSITIONS)
     left = POSITIONS - sum(len(row.positions) for row in rows)
     return [*rows, *rows_of(PROMPTS, left)] if left else rows
 
 
-def judge(outputs: Outputs, kind: Literal["full", "sampled"], seconds: float) -> Verification:
-    """Hold what the output differs by against what one more rounding of the base makes."""
+def judge(outputs: Outputs, kind: ProofKind, seconds: float) -> Verification:
+    """Judge the output's differences by those that one more rounding of the base makes."""
     expected_PV = outputs.expected_PV
     largest, rms, flips = _distance(outputs.merged_PV, expected_PV)
     noise, rms_noise, noise_flips = _distance(outputs.noisy_PV, expected_PV)
@@ -198,11 +185,20 @@ def judge(outputs: Outputs, kind: Literal["full", "sampled"], seconds: float) ->
     positions = expected_PV.shape[0]
     flips_allowed = ROUNDINGS_ALLOWED * noise_flips + FLIPS_BY_CHANCE * positions / POSITIONS
     effect = _distance(expected_PV, outputs.base_PV)[0]
-    reason = f"largest difference of logits {largest:.3g}, allowed {bound:.3g}; rms {rms:.3g}, allowed {rms_bound:.3g}"
+    reason = (
+        f"largest difference of logits {largest:.3g}, allowed {bound:.3g}; rms {rms:.3g}, allowed"
+        f" {rms_bound:.3g}"
+    )
     if flips > flips_allowed:
-        reason += f"; another most probable token at {flips} of {positions} positions, allowed {flips_allowed:.3g}"
+        reason += (
+            f"; another most probable token at {flips} of {positions} positions, allowed"
+            f" {flips_allowed:.3g}"
+        )
     if 0 < effect <= bound:
-        reason += f"; the adapters move logits by {effect:.3g} at most, too little to tell their merge from the base"
+        reason += (
+            f"; the adapters move logits by {effect:.3g} at most, too little to tell their merge"
+            " from the base"
+        )
     # NaN compares as false: it must not pass.
     passed = largest <= bound and rms <= rms_bound and flips <= flips_allowed
     return Verification(
@@ -225,7 +221,7 @@ def judge(outputs: Outputs, kind: Literal["full", "sampled"], seconds: float) ->
 
 
 def _distance(one_PV: Tensor, other_PV: Tensor) -> tuple[float, float, int]:
-    """Largest and root-mean-square difference, and the number of positions with another most probable token."""
+    """Largest and rms difference, and the number of positions with another most probable token."""
     difference_PV = one_PV - other_PV
     flips = int((one_PV.argmax(1) != other_PV.argmax(1)).sum())
     return float(difference_PV.abs().max()), float(difference_PV.square().mean().sqrt()), flips

@@ -1,4 +1,4 @@
-"""The proof on whole models, loaded as users load them: base and output by transformers, adapters by peft."""
+"""The proof on whole models, loaded as users load them: by transformers, adapters by peft."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qwen_ds.export.merge_plan import Plan
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
-from qwen_ds.export.proof.sides import POSITIONS, Outputs, Row, put_adapters, spoil
+from qwen_ds.export.proof.sides import POSITIONS, Outputs, ProofRow, put_adapters, spoil
 
 
-def whole_outputs(plan: Plan, merged: Path, rows: Sequence[Row]) -> Outputs:
-    """Logits of both sides. Only one model is in memory at a time."""
+def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Outputs:
+    """Compute logits of both sides, with one model in memory at a time."""
     model = _load(plan.base.folder)
     base_PV = expected_PV = _logits(model, rows)
     if plan.adapters.members:
@@ -29,7 +29,7 @@ def whole_outputs(plan: Plan, merged: Path, rows: Sequence[Row]) -> Outputs:
     return Outputs(base_PV, expected_PV, noisy_PV, _logits(_load(merged), rows))
 
 
-def memory_needed(plan: Plan) -> int:
+def memory_needed(plan: MergePlan) -> int:
     """Bytes of memory that `whole_outputs` takes on CPUs."""
     specs = plan.base.tensors.values()
     items = sum(spec.num_rows * spec.items_per_row for spec in specs)
@@ -58,7 +58,7 @@ def _load(folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
+def _logits(model: nn.Module, rows: Sequence[ProofRow]) -> Tensor:
     found = [
         model(input_ids=row.ids_T[None], use_cache=False, logits_to_keep=row.positions)
         for row in rows

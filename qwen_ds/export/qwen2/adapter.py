@@ -1,7 +1,8 @@
-"""A LoRA adapter of Qwen as one of Qwen2: the same change of the same weights, in a stock PEFT folder.
+"""A LoRA adapter of Qwen as one of Qwen2: the same change of the weights, in a stock PEFT folder.
 
-On the fused c_attn A is shared by q_proj, k_proj and v_proj, and B's rows (and DoRA's magnitudes, one a row) are split
-between them as the weight's rows are: B @ A and every row's norm stay what they were. A module's scaling stays, too.
+On the fused c_attn A is shared by q_proj, k_proj and v_proj, and B's rows (and DoRA's magnitudes,
+one a row) are split between them as the weight's rows are. B @ A and every row's norm stay what
+they were, and so does a module's scaling.
 
 Shapes: O output features (rows), I input features, R rank.
 """
@@ -10,20 +11,20 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ds.disk.place import require_new_folder
+from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, doubts
 from qwen_ds.export.card import Origin, write_card
+from qwen_ds.export.output_place import building, check_inputs_elsewhere
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import qwen2_modules, qwen_shapes
 from qwen_ds.model.adapter import (
@@ -35,56 +36,54 @@ from qwen_ds.model.adapter import (
     check_adapter_fits,
     read_adapter,
 )
-from qwen_ds.model.folder import carry_over
+from qwen_ds.model.carry_over import carry_over
+from qwen_ds.model.family import QWEN
 
-# What a stock PEFT reads, beside what is decided here. Everything else in the source's configuration is about training.
+# Keys that a stock PEFT reads, beside those decided here. All others are about training.
 _KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora")
 
 
 def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bool = False) -> int:
-    """Write the adapter in `adapter`, trained on the Qwen in `base`, as an adapter of the Qwen2 made from that base.
+    """Write an adapter of Qwen as an adapter of the Qwen2 made from the same base.
 
-    Of the base only config.json and the legal texts are read.
+    Of the folder `base` only config.json and the legal texts are read.
 
     Returns:
         The number of modules that the new adapter changes.
 
     Raises:
-        UserError: the adapter does not fit the base, replaces rows or whole tensors, or the output exists.
+        UserError: the adapter does not fit the base, replaces rows or whole tensors, or the output
+            exists.
     """
     config = settings.read_qwen_config(base)
     source = read_adapter(adapter, allow_pickle=allow_pickle)
     check_adapter_fits(source, qwen_shapes(config))
     if replaced := sorted((*source.saved, *(f"{module}.weight" for module in source.token_rows))):
         raise UserError(
-            f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge instead"
+            f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge"
+            " instead"
         )
     output = Path(os.path.abspath(output))
+    check_inputs_elsewhere(output, (base, adapter))
     require_new_folder(output)
     pairs = {
         target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)
     }
+    # The Qwen2 has no id of its own: named so that its Qwen can be told.
+    name = f"{base_name(base).rpartition('/')[2]}-qwen2"
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-            partial = Path(beside) / output.name
-            partial.mkdir()
-            save_file(_tensors(source), partial / WEIGHTS_NAME, metadata={"format": "pt"})
-            (partial / WEIGHTS_NAME).chmod(0o644)  # the library leaves 0600
-            # The Qwen2 has no id of its own: named so that its Qwen can be told.
-            name = f"{base_name(base).rpartition('/')[2]}-qwen2"
-            write_json(
-                partial / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name)
-            )
-            carry_over(base, partial, legal_only=True)
-            write_card(
-                partial, Origin(base, (adapter,), "qwen2", notes=tuple(doubts(base, [source])))
-            )
-            publish(partial, output)
+        with building(output) as folder:
+            save_tensors(folder / WEIGHTS_NAME, _tensors(source))
+            write_json(folder / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
+            carry_over(base, folder, legal_only=True)
+            notes = tuple(doubts(base, [source]))
+            write_card(folder, Origin(base, (adapter,), "qwen2", notes=notes))
+            publish(folder, output)
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # a library's, not the system's
             raise
         raise UserError(
-            f"{error.filename or output}: {error.strerror}; expected a disk that takes {output}"
+            f"{error.filename or output.parent}: {error.strerror}; expected a disk that takes {output}"
         ) from error
     return len(pairs)
 
@@ -108,11 +107,12 @@ def _tensors(source: Adapter) -> dict[str, Tensor]:
 def _config(
     source: Adapter, pairs: Mapping[str, LoraPair], num_layers: int, base: str
 ) -> dict[str, Any]:
-    """adapter_config.json: the targets, and each rank and alpha that is not the usual one, under the new names."""
+    """adapter_config.json: the targets, and each unusual rank and alpha, under the new names."""
     layers = Counter(target.rpartition(".")[2] for target in pairs)
     # A short name, which is what other engines know, means the module in every layer.
+    (head,) = qwen2_modules(QWEN.head)
     in_every_layer = all(
-        count == (1 if name == "lm_head" else num_layers) for name, count in layers.items()
+        count == (1 if name == head else num_layers) for name, count in layers.items()
     )
     usual = source.config["lora_alpha"]
     alphas = {

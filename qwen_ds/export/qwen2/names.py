@@ -1,4 +1,4 @@
-"""Qwen and Qwen2: one architecture under two sets of names. Which rows of which tensor go where, both ways."""
+"""Qwen and Qwen2: one architecture under two sets of names, and the way of every row, both ways."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.layout import Layout, Rows
+from qwen_ds.export.layout import Layout, RowBlock
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 
-# Modules of a block, and outside of them. Several on the right: the rows of the left one in equal blocks.
+# Modules of a block. Several on the right: the rows of the left one in equal blocks.
 # The gate is w2: Qwen computes w1(x) * silu(w2(x)), Qwen2 silu(gate_proj(x)) * up_proj(x).
 _IN_BLOCK = {
     "ln_1": ("input_layernorm",),
@@ -21,17 +22,17 @@ _IN_BLOCK = {
     "mlp.c_proj": ("mlp.down_proj",),
 }
 _OUTSIDE = {
-    "transformer.wte": ("model.embed_tokens",),
-    "transformer.ln_f": ("model.norm",),
-    "lm_head": ("lm_head",),
+    QWEN.embedding: ("model.embed_tokens",),
+    QWEN.final_norm: ("model.norm",),
+    QWEN.head: ("lm_head",),
 }
-_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)")
+_BLOCK = re.compile(rf"{re.escape(QWEN.blocks)}\.(\d+)\.(.+)")
 # Tables that early releases stored; both architectures compute them.
 _COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
 
 
 def qwen2_modules(module: str) -> tuple[str, ...]:
-    """Qwen2's modules for the rows of Qwen's `module`, in order; none where Qwen2 has no such module."""
+    """Qwen2's modules for the rows of Qwen's `module`, in order; () where it has none."""
     if found := _BLOCK.fullmatch(module):
         return tuple(f"model.layers.{found[1]}.{name}" for name in _IN_BLOCK.get(found[2], ()))
     return _OUTSIDE.get(module, ())
@@ -41,17 +42,17 @@ def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -
     """How Qwen2's tensors are cut from Qwen's, in the order of `shapes` (tensor name -> shape).
 
     Raises:
-        UserError: a tensor that Qwen does not have, that is missing, or of another shape than config.json says.
+        UserError: a tensor that Qwen does not have, that is missing, or of another shape than
+            config.json says.
     """
     shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
     _check_shapes(shapes, qwen_shapes(config))
-    layout: dict[str, tuple[Rows, ...]] = {}
+    layout: dict[str, tuple[RowBlock, ...]] = {}
     for name, shape in shapes.items():
         targets = _qwen2_tensors(name)
         size = shape[0] // len(targets)
-        layout |= {
-            target: (Rows(name, i * size, (i + 1) * size),) for i, target in enumerate(targets)
-        }
+        for i, target in enumerate(targets):
+            layout[target] = (RowBlock(name, i * size, (i + 1) * size),)
     return layout
 
 
@@ -71,7 +72,7 @@ def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig)
     shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
     _check_shapes(shapes, cut)
     return {
-        name: tuple(Rows(target, 0, shapes[target][0]) for target in targets)
+        name: tuple(RowBlock(target, 0, shapes[target][0]) for target in targets)
         for name, targets in parts.items()
     }
 
@@ -82,36 +83,25 @@ def _qwen2_tensors(name: str) -> tuple[str, ...]:
 
 
 def qwen_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each of Qwen's tensors, in the model's order."""
-    hidden, inner, rows = config.hidden_size, config.intermediate_size // 2, config.vocab_size
-    block = {
-        "ln_1.weight": (hidden,),
-        "attn.c_attn.weight": (3 * hidden, hidden),
-        "attn.c_attn.bias": (3 * hidden,),
-        "attn.c_proj.weight": (hidden, hidden),
-        "ln_2.weight": (hidden,),
-        "mlp.w1.weight": (inner, hidden),
-        "mlp.w2.weight": (inner, hidden),
-        "mlp.c_proj.weight": (hidden, inner),
-    }
-    blocks = {
-        f"transformer.h.{i}.{name}": block[name]
-        for i in range(config.num_hidden_layers)
-        for name in block
-    }
-    ends = {"transformer.ln_f.weight": (hidden,), "lm_head.weight": (rows, hidden)}
-    return {"transformer.wte.weight": (rows, hidden), **blocks, **ends}
+    """Shape of each of Qwen's tensors."""
+    hidden, vocabulary = (config.hidden_size,), (config.vocab_size, config.hidden_size)
+    block: dict[str, tuple[int, ...]] = {f"{norm}.weight": hidden for norm in QWEN.block_norms}
+    for linear in QWEN.linears:
+        block[f"{linear.name}.weight"] = (linear.width_out(config), linear.width_in(config))
+    fused = QWEN.linears[0]  # q|k|v, the only one with a bias
+    block[f"{fused.name}.bias"] = (fused.width_out(config),)
+    shapes: dict[str, tuple[int, ...]] = {f"{QWEN.embedding}.weight": vocabulary}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"{QWEN.blocks}.{i}.{name}": shape for name, shape in block.items()}
+    return {**shapes, f"{QWEN.final_norm}.weight": hidden, f"{QWEN.head}.weight": vocabulary}
 
 
 def _check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     for name in sorted(found.keys() ^ expected.keys()):
-        where = (
-            "the weights and not in the model that config.json describes"
-            if name in found
-            else "none of the shards"
-        )
+        extra = "the weights and not in the model that config.json describes"
+        where = extra if name in found else "none of the shards"
         raise UserError(f"{name}: in {where}; expected the {len(expected)} tensors of that model")
     for name, shape in found.items():
         if shape != expected[name]:

@@ -1,10 +1,11 @@
-"""What config.json and generation_config.json become on the way from Qwen to Qwen2, and back.
+"""config.json and generation_config.json on the way from Qwen to Qwen2, and back.
 
-Up to `seq_length` tokens both compute the same function. Beyond it Qwen changes its rotary base (dynamic NTK) and
-scales its queries (LogN); Qwen2 has neither, so there `max_position_embeddings` is `seq_length`.
+Up to `seq_length` tokens both compute the same function. Beyond it Qwen changes its rotary base
+(dynamic NTK) and scales its queries (LogN). Qwen2 has neither, so its `max_position_embeddings` is
+`seq_length`.
 
-The Qwen2 config.json carries the original settings under the key `qwen`, which engines ignore and `save_pretrained`
-keeps: from them the way back restores what Qwen2 has no words for.
+The Qwen2 config.json carries the original settings under the key `qwen`, which engines ignore and
+`save_pretrained` keeps. From them the way back restores what Qwen2 has no words for.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from huggingface_hub.errors import StrictDataclassError
 from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 
 Settings = dict[str, Any]  # a JSON object of settings
-CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-)
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _ORIGINAL = "qwen"
 _ONLY_QWEN = ("chat_format", "max_window_size", "stop_words_ids")  # in generation_config.json
 _SIZES = (
@@ -46,22 +46,23 @@ def _checked(settings: Settings, path: Path) -> QWenConfig:
     try:
         config = QWenConfig.from_dict(settings)
     except (UserError, StrictDataclassError) as error:
-        raise UserError(
-            f"{path}: {' '.join(str(error).removeprefix('config: ').split())}"
-        ) from None
+        said = " ".join(str(error).removeprefix("config: ").split())
+        raise UserError(f"{path}: {said}") from None
     if not config.no_bias:
         raise UserError(
-            f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have a bias"
+            f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have"
+            " a bias"
         )
     if config.intermediate_size % 2:
         raise UserError(
-            f"{path}: intermediate_size is {config.intermediate_size}; expected twice the width of w1 and w2"
+            f"{path}: intermediate_size is {config.intermediate_size}; expected twice the width of"
+            " w1 and w2"
         )
     return config
 
 
 def _function(config: QWenConfig) -> Settings:
-    """What decides the function that is computed, in Qwen2's terms."""
+    """The settings that decide the function that is computed, in Qwen2's terms."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -83,9 +84,15 @@ def _function(config: QWenConfig) -> Settings:
 def to_qwen2(
     base: Path, generation: Settings, torch_dtype: str, end_of_text: int, end_of_reply: int
 ) -> Settings:
-    """config.json of the Qwen2 that the Qwen in `base` is. UserError where there is none (see `read_qwen_config`).
+    """config.json of the Qwen2 that computes the function of the Qwen in `base`.
 
-    `generation` is the Qwen's generation_config.json, kept with the other original settings.
+    Args:
+        generation: the Qwen's generation_config.json, kept with the other original settings.
+        torch_dtype: of the weights.
+        end_of_text, end_of_reply: ids of the tokens that end a document and a reply.
+
+    Raises:
+        UserError: there is none (see `read_qwen_config`).
     """
     config = read_qwen_config(base)
     original = {
@@ -108,10 +115,11 @@ def to_qwen2(
 
 
 def from_qwen2(base: Path) -> tuple[Settings, Settings]:
-    """config.json and tokenizer_config.json of the Qwen that the Qwen2 in `base` is.
+    """config.json and tokenizer_config.json of the Qwen that computes the function of a Qwen2.
 
-    They are the original ones where the folder carries them and still computes what they say. For any other Qwen2 they
-    are made anew, without dynamic NTK and LogN: those are not in the function of that model.
+    They are the original ones where the folder `base` carries them and still computes what they
+    say. For any other Qwen2 they are made anew, without dynamic NTK and LogN: those are not in the
+    function of that model.
 
     Raises:
         UserError: names the key that Qwen has no equal for.
@@ -122,12 +130,11 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
     if isinstance(original, dict) and isinstance(original.get("config"), dict):
         config = _checked(original["config"], base / CONFIG)
         if _function(config) == function:
-            return original["config"], original.get("tokenizer_config") or _tokenizer_config(
-                function
-            )
+            own = original.get("tokenizer_config")
+            return original["config"], own or _tokenizer_config(function)
     made = {
         "architectures": ["QWenLMHeadModel"],
-        "model_type": "qwen",
+        "model_type": QWEN.model_type,
         **{key: function[key] for key in _SIZES},
         "intermediate_size": 2 * function["intermediate_size"],
         "kv_channels": function["hidden_size"] // function["num_attention_heads"],
@@ -168,11 +175,8 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     }
-    for key, value in {
-        **expected,
-        "rope_type": "default",
-        "head_dim": found["hidden_size"] // heads,
-    }.items():
+    head_dim = found["hidden_size"] // heads
+    for key, value in {**expected, "rope_type": "default", "head_dim": head_dim}.items():
         if says.get(key, value) != value:
             raise UserError(
                 f"{path}: {key} is {says[key]!r}; expected {value!r}, the only one that Qwen has"
@@ -188,49 +192,47 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
 
 
 def generation_of_qwen(base: Path, merges_adapter: bool) -> Settings:
-    """generation_config.json of the Qwen that is converted: of the one in `base`, or of that with an adapter merged.
+    """generation_config.json of the Qwen that is converted, perhaps with an adapter merged.
 
-    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a chat model does.
+    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a
+    chat model does.
     """
     found = _settings(base / GENERATION_CONFIG)
-    return (
-        {**found, "chat_format": "chatml"} if merges_adapter and not speaks_chatml(found) else found
-    )
-
-
-def speaks_chatml(generation: Settings) -> bool:
-    """Whether a Qwen answers in ChatML, by its generation_config.json; one that does not say does."""
-    return bool(generation.get("chat_format", "chatml") != "raw")
+    if merges_adapter and QWEN.chat_format(found) == "raw":
+        return {**found, "chat_format": "chatml"}
+    return found
 
 
 def generation_to_qwen2(generation: Settings, end_of_text: int, end_of_reply: int) -> Settings:
-    """generation_config.json with its eos: after a reply in ChatML, and where a document ends. Else as it was, without
-    what only Qwen's own code knows."""
+    """Qwen2's generation_config.json: Qwen's without the keys that only Qwen's own code knows.
+
+    It stops at the end of a reply in ChatML, and at the end of a document.
+    """
     eos = end_of_text if end_of_reply == end_of_text else [end_of_reply, end_of_text]
     return {**_without(generation, _ONLY_QWEN), "eos_token_id": eos, "pad_token_id": end_of_text}
 
 
 def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
-    """generation_config.json as Qwen has it: one eos, and the format that tells where a reply ends.
+    """Qwen's generation_config.json: one eos, and the format that tells where a reply ends.
 
-    The original one where the folder carries it and still says the same.
+    It is the original one where the folder `base` carries it and still says the same.
     """
     found, config = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG)
     record = config.get(_ORIGINAL)
     original = record.get("generation_config") if isinstance(record, dict) else None
     ends = found.get("eos_token_id", config.get("eos_token_id"))
-    # A reply that ends elsewhere than a document has an end of its own. Without a word on it the original one's holds.
-    chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))
-    if ends is None:
-        chatml = speaks_chatml(original if isinstance(original, dict) else {})
+    if ends is None:  # without a word on it the original format holds
+        chat_format = QWEN.chat_format(original if isinstance(original, dict) else {})
+    else:  # a reply that ends elsewhere than a document has an end of its own
+        in_chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))
+        chat_format = "chatml" if in_chatml else "raw"
     kept: Settings = {}
     if isinstance(original, dict):
         ids = ("eos_token_id", "pad_token_id")
         same = _without(original, (*_ONLY_QWEN, *ids)) == _without(found, ids)
-        if same and speaks_chatml(original) == chatml:
+        if same and QWEN.chat_format(original) == chat_format:
             return original
         kept = {key: original[key] for key in _ONLY_QWEN if key in original}
-    chat_format = "chatml" if chatml else "raw"
     return {
         **kept,
         **found,
@@ -245,7 +247,7 @@ def _without(settings: Settings, keys: Sequence[str]) -> Settings:
 
 
 def _settings(path: Path) -> Settings:
-    """A file of settings without a reference to code, which is not carried; nothing where there is no file."""
+    """A file of settings, without its reference to code, which is not carried; {} for no file."""
     if not path.is_file():
         return {}
     return {key: value for key, value in read_json(path).items() if key != "auto_map"}

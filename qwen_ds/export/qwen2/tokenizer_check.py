@@ -1,4 +1,4 @@
-"""Do the two tokenizers agree? Asked at every conversion, on built-in texts and on the user's own."""
+"""The check that two tokenizers agree, on built-in texts and on the user's own."""
 
 from __future__ import annotations
 
@@ -16,31 +16,38 @@ from qwen_ds.errors import UserError
 from qwen_ds.export.qwen2.tokenizer_json import TOKENIZER
 from qwen_ds.model.tokenizer import Encoding
 
-# What tokenizers differ about: blanks, line breaks, digits, contractions, NFC, letters of many scripts, broken emoji,
-# signs, control tokens spelled in text. No special token stands before U+0338 (see tokenizer_json.py).
+# What tokenizers differ about: blanks, line breaks, digits, contractions, NFC, letters of many
+# scripts, broken emoji, signs, control tokens spelled in text. No special token stands before
+# U+0338 (see tokenizer_json.py).
 BUILT_IN = (
     "",
     "你好，世界！1234567890 ＡＢＣ１２３ ㈱㍿ ① ½ Ⅷ",
     "類型#上衣*版型#寬鬆*顏色#白色\t𠮷野家 𪚥 㐀 々〆〇",
     "I'm sure they'll say it's what we'd've done, don't you? I'M SURE THEY'LL SAY IT'S.",
-    "def f(x):\n    return {\"a\": [x**2, 0x1F, 1e-7]}  # 注释\n\n\n\tif x != y:\r\n        pass\r\n",
+    "def f(x):\n    return {\"a\": [x**2, 0x1F, 1e-7]}  # 注释\n\n\n"
+    "\tif x != y:\r\n        pass\r\n",
     " leading,  double,   triple blanks and trailing ones   ",
     "\n", "\n\n", " \n \n ", "\r\n\r\n", "\t\t\n\t", "a\n b\n  c\n\n   d", "　全角　空格　",
     "\u00a0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u0085\x1c\x1d\x1e\x1f\x0b\x0c",
     "\u200b\u200c\u200d\ufeff\u00ad\u180e\u2060",
-    "e\u0301 \u00e9 A\u030a \u212b \u1112\u1161\u11ab \ud55c o\u0302\u0323 \u0958 \uf900 \U0002f800 \u2126",
+    "e\u0301 \u00e9 A\u030a \u212b \u1112\u1161\u11ab \ud55c"
+    " o\u0302\u0323 \u0958 \uf900 \U0002f800 \u2126",
     "\u0301\u0302 a\u0338b \u0300 ≠ =\u0338 <\u0338",
     "Ünïcödé ÀÉÎÕÜ ßẞ İıĞğ ŁłŃń Ðð Þþ",
-    "Привет, мир! Γειά σου Κόσμε שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก こんにちは、ｶﾀｶﾅ 안녕하세요 የሰላም ខ្មែរ",
+    "Привет, мир! Γειά σου Κόσμε שלום עולם مرحبا بالعالم नमस्ते दुनिया"
+    " สวัสดีชาวโลก こんにちは、ｶﾀｶﾅ 안녕하세요 የሰላም ខ្មែរ",
     "👍🏽 👨\u200d👩\u200d👧 🇨🇳 ☃️ ❤️ 😀😀 \U0001f9ff",
     "¿¡«»“”‘’…—–·×÷±∞≈≤≥←→↑↓★☆■□♪ №℃ €£¥₹ §¶†‡",
-    "#include <stdio.h> a->b; x <<= 2; /* ** */ // \\n \\u4e2d $HOME %s {{}} [[ ]] `~!@#$%^&*()_+-=|",
-    "https://example.com/a?b=c&d=%E4%BD%A0#e user@example.com 2023-08-03T12:34:56Z 3.14159 1,000,000 ½",
+    "#include <stdio.h> a->b; x <<= 2; /* ** */ // \\n"
+    " \\u4e2d $HOME %s {{}} [[ ]] `~!@#$%^&*()_+-=|",
+    "https://example.com/a?b=c&d=%E4%BD%A0#e user@example.com 2023-08-03T12:34:56Z"
+    " 3.14159 1,000,000 ½",
     "\x00\x01\x7f\x80\x9f\ufffd\ufffe\U0010ffff\ue000",
     "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n好<|im_end|><|endoftext|>",
-    "<|endoftext|><|extra_0|> <|extra_204|>x<|im_end|>\u0301 <|extra_205|> <|im_start |> <|IM_START|>",
+    "<|endoftext|><|extra_0|> <|extra_204|>x<|im_end|>\u0301"
+    " <|extra_205|> <|im_start |> <|IM_START|>",
     "<|im_end|", "|im_end|>", "<|<|im_end|>|>",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 8, " " * 200, "=" * 100 + "\n" + "-" * 99 + "\n", "哈" * 100, "ab " * 100,
+    "a" * 256, " " * 200, "=" * 100 + "\n" + "-" * 99 + "\n", "哈" * 100, "ab " * 100,
 )  # fmt: skip
 _TEXTS_AT_ONCE = 512
 DIFFERENCES_KEPT = 1000
@@ -49,31 +56,31 @@ Asked = Literal["ids", "ids of plain text", "decoded text"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A text that gets other ids from Qwen2's tokenizer than from Qwen's, or other text back.
-
-    source: "built-in 3", "train.json:12". text: its beginning. asked: what was asked for; at: index of the first
-    difference; qwen, qwen2: some ids (characters) from there on.
-    """
+    """A text that gets other ids from Qwen2's tokenizer than from Qwen's, or other text back."""
 
     source: str
+    """"built-in 3" or "train.json:12"."""
     text: str
+    """Its beginning."""
     asked: Asked
     at: int
+    """Index of the first difference."""
     qwen: list[int] | str
+    """Some ids (characters) from there on."""
     qwen2: list[int] | str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerCheck:
-    """What was compared and what differed.
-
-    texts, characters: how much was compared. num_differences: of how many texts; `differences` has the first thousand.
-    """
+    """The extent of a comparison, and its differences."""
 
     texts: int
+    """Number of texts compared."""
     characters: int
     num_differences: int
+    """Number of texts with one."""
     differences: list[Difference]
+    """The first thousand."""
 
     @property
     def passed(self) -> bool:
@@ -85,8 +92,8 @@ class TokenizerCheck:
             f"the tokenizers agree on {self.texts - self.num_differences:,} of {self.texts:,} texts"
         )
         shown = [
-            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for Qwen,"
-            f" {one.qwen2!r} for Qwen2"
+            f"{one.source}: {one.asked} of {one.text[:40]!r} differ at {one.at}: {one.qwen!r} for"
+            f" Qwen, {one.qwen2!r} for Qwen2"
             for one in self.differences[:10]
         ]
         return [f"{compared} ({self.characters:,} characters)", *shown]
@@ -95,10 +102,11 @@ class TokenizerCheck:
 def check_tokenizer(
     encoding: Encoding, folder: Path, texts_files: Sequence[Path | str] = ()
 ) -> TokenizerCheck:
-    """Encode and decode the built-in texts and all texts of the files with `encoding` and the folder's tokenizer.json.
+    """Compare `encoding` with the folder's tokenizer.json: encode and decode texts with both.
 
-    Control tokens spelled in a text are compared both as such and as plain text. Of a file of rows every string counts,
-    whatever its key; a file named *.txt gives its lines.
+    The texts are the built-in ones and all of the files. Control tokens spelled in a text are
+    compared both as such and as plain text. Of a file of rows every string counts, whatever its
+    key; a file named *.txt gives its lines.
 
     Raises:
         UserError: a file that is missing or cannot be read.
@@ -126,19 +134,15 @@ def _compare(
     tokenizer.encode_special_tokens = True
     for (source, text), found in zip(batch, parsed, strict=True):
         expected = encoding.with_specials(text)
-        before, after = (
-            encoding.decode(expected),
-            tokenizer.decode(found.ids, skip_special_tokens=False),
-        )
+        before = encoding.decode(expected)
+        after = tokenizer.decode(found.ids, skip_special_tokens=False)
         if found.ids != expected:
             yield _first_difference(source, text, "ids", expected, found.ids)
         elif before != after:
             yield _first_difference(source, text, "decoded text", before, after)
         elif "<|" in text:  # all others are the same as plain text
-            plain, ordinary = (
-                tokenizer.encode(text, add_special_tokens=False).ids,
-                encoding.ordinary(text),
-            )
+            plain = tokenizer.encode(text, add_special_tokens=False).ids
+            ordinary = encoding.ordinary(text)
             if plain != ordinary:
                 yield _first_difference(source, text, "ids of plain text", ordinary, plain)
 
@@ -151,12 +155,12 @@ def _first_difference(source: str, text: str, asked: Asked, qwen: Any, qwen2: An
 
 
 def _sound(text: str) -> str:
-    """Half of a surrogate pair, which JSON can spell, is no character: U+FFFD, as tiktoken takes it."""
+    """The text with U+FFFD for half a surrogate pair, as tiktoken takes it; JSON can spell one."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def texts_of(file: Path | str) -> Iterator[tuple[str, str]]:
-    """Source and text of every string in a data file's rows, or of every line of a text file (*.txt)."""
+    """Source and text of every string in a data file's rows, or of every line of a *.txt file."""
     path = Path(file)
     if path.suffix.lower() == ".txt":
         try:

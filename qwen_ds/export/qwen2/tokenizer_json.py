@@ -1,13 +1,14 @@
 """`qwen.tiktoken` as the files of a Qwen2 tokenizer, and back.
 
-tiktoken joins the pair of neighbours whose union has the lowest rank; the `tokenizers` library wants the list of pairs
-that may be joined, best first. A token's last join is the one that tiktoken makes when it encodes the token's own bytes
-with the lower ranks alone, so replaying that for every token gives the list. The files write bytes as printable
-characters: byte-level BPE's alphabet, which begins with GPT-2.
+tiktoken joins the pair of neighbours whose union has the lowest rank; the `tokenizers` library
+wants the list of pairs that may be joined, best first. A token's last join is the one that tiktoken
+makes when it encodes the token's own bytes with the lower ranks alone, so replaying that for every
+token gives the list. The files write bytes as printable characters, in the alphabet of GPT-2.
 
-The two agree on every text but one kind: `tokenizers` looks for the special tokens before it brings the text to NFC,
-Qwen afterwards. Where U+0338, a stroke through the character before it, follows a special token, NFC makes another
-character of the token's `>`, so that for Qwen there is no special token; Qwen2's tokenizer finds it.
+The two agree on every text but one kind: `tokenizers` looks for the special tokens before it brings
+the text to NFC, Qwen afterwards. Where U+0338, a stroke through the character before it, follows a
+special token, NFC makes another character of the token's `>`, so that for Qwen there is no special
+token; Qwen2's tokenizer finds it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.write import write_json
+from qwen_ds.disk.write import replacing, write_json, write_text
 from qwen_ds.errors import UserError
+from qwen_ds.export.qwen2.settings import TOKENIZER_CONFIG
 from qwen_ds.model.chatml import CHAT_TEMPLATE
 from qwen_ds.model.tokenizer import (
     END_OF_TEXT,
@@ -35,16 +37,11 @@ from qwen_ds.model.tokenizer import (
     encoding_of,
 )
 
-TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
 
 def _alphabet() -> list[str]:
-    """Character of each byte: itself where it is printable, else the next of those from U+0100 on."""
+    """Character of each byte: its own where it is printable, else the next from U+0100 on."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -64,7 +61,9 @@ def _spelled(token: bytes) -> str:
 
 @lru_cache(maxsize=2)
 def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
-    """The pairs whose union is a token, in the order of its rank. About 2 s for the official vocabulary.
+    """The pairs whose union is a token, in the order of its rank.
+
+    Takes about 2 s for the official vocabulary.
 
     Raises:
         UserError: a token that no two lower ones make: such a vocabulary has no list of merges.
@@ -75,15 +74,15 @@ def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
             parts = _joined(token, ranks, rank)
             if len(parts) != 2:
                 raise UserError(
-                    f"{VOCABULARY_FILE}: {token!r} (rank {rank}) is not made of two tokens of lower rank; expected the "
-                    "ranks of byte pair encoding"
+                    f"{VOCABULARY_FILE}: {token!r} (rank {rank}) is not made of two tokens of"
+                    " lower rank; expected the ranks of byte pair encoding"
                 )
             merges.append((parts[0], parts[1]))
     return merges
 
 
 def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    """What tiktoken makes of a token's bytes with the ranks below `limit`."""
+    """The parts that tiktoken leaves of a token's bytes with the ranks below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         unions = [
@@ -100,7 +99,7 @@ def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
 def write_qwen2_tokenizer(
     encoding: Encoding, folder: Path, *, chatml: bool, model_max_length: int
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json with the ChatML template, vocab.json and merges.txt.
+    """Write tokenizer.json, tokenizer_config.json (with the ChatML template), vocab and merges.
 
     Args:
         chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
@@ -122,15 +121,12 @@ def write_qwen2_tokenizer(
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     )
-    tokenizer.save(str(folder / TOKENIZER))
+    with replacing(folder / TOKENIZER) as unfinished:
+        tokenizer.save(str(unfinished))
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(encoding, chatml, model_max_length))
-    (folder / VOCAB).write_text(
-        json.dumps(vocab, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
-    )
+    write_text(folder / VOCAB, json.dumps(vocab, ensure_ascii=False, separators=(",", ":")))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name in (TOKENIZER, VOCAB, MERGES):
-        (folder / name).chmod(0o644)
+    write_text(folder / MERGES, "\n".join(lines) + "\n")
 
 
 def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -> dict[str, Any]:
@@ -160,11 +156,11 @@ def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -
 
 
 def read_qwen2_tokenizer(folder: Path) -> Encoding:
-    """The vocabulary in a Qwen2 folder's tokenizer.json, as `qwen.tiktoken` has it.
+    """Read the vocabulary in a Qwen2 folder's tokenizer.json, as `qwen.tiktoken` has it.
 
     Raises:
-        UserError: no byte-level BPE with ranks from 0 on, other merges than its ranks give, or special tokens that are
-            not Qwen's first ones.
+        UserError: no byte-level BPE with ranks from 0 on, other merges than its ranks give, or
+            special tokens that are not Qwen's first ones.
     """
     path = folder / TOKENIZER
     if not path.is_file():
@@ -197,12 +193,14 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
         raise UserError(f"{path}: {error}") from None
     if pairs != merges:
         raise UserError(
-            f"{path}: its merges are not those that its ranks give; expected a tokenizer made from Qwen's"
+            f"{path}: its merges are not those that its ranks give; expected a tokenizer made from"
+            " Qwen's"
         )
     for token, index in sorted(special):
         if encoding.special.get(token) != index:
             raise UserError(
-                f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens under its id"
+                f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens"
+                " under its id"
             )
     return encoding
 

@@ -1,4 +1,4 @@
-"""Safetensors files as streams of row blocks, in and out.
+"""Blocks of rows: how a tensor is cut into them, and how a safetensors file is written of them.
 
 The library's own writer wants every tensor of a file at once; a checkpoint's shard is 2 to 10 GB.
 """
@@ -6,51 +6,24 @@ The library's own writer wants every tensor of a file at once; a checkpoint's sh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from torch import Tensor
+from qwen_ds.disk.weights import TensorSpec, header_bytes
 
-from qwen_ds.disk.weights import BYTES_PER_ITEM, TensorSpec, header_bytes
-from qwen_ds.errors import UserError
-
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-# Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums run side by side.
+# Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums
+# run side by side.
 BLOCKS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """The tensors of a file in the order of their bytes, which start at `data_start`.
-
-    Of a pickle, `pickled` holds the tensors, mapped into memory, and `data_start` means nothing.
-    """
-
-    path: Path
-    tensors: tuple[TensorSpec, ...]
-    metadata: dict[str, str]
-    data_start: int
-    pickled: Mapping[str, Tensor] | None = None
-
-    @property
-    def starts(self) -> dict[str, int]:
-        """Where in the file each tensor's bytes begin."""
-        sizes = [spec.num_bytes for spec in self.tensors]
-        starts = accumulate(sizes, initial=self.data_start)
-        return {spec.name: start for spec, start in zip(self.tensors, starts, strict=False)}
-
-
-@dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows first..last of a stored tensor: what is read, changed and written at once."""
+    """Rows first..last of a stored tensor, which are read, changed and written at once."""
 
     spec: TensorSpec
     first: int
@@ -68,52 +41,11 @@ def row_ranges(spec: TensorSpec, first: int, last: int, block_bytes: int) -> Ite
         yield RowRange(spec, start, min(start + rows, last))
 
 
-def read_header(path: Path) -> Header:
-    """Read and check a file's header.
-
-    Raises:
-        UserError: no such file, not safetensors, or its size is not what the header says (a broken download).
-    """
-
-    def bad(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; expected a whole safetensors file")
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a safetensors file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise bad(f"{size} bytes hold no header")
-        raw = file.read(length)
-    try:
-        entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", None) or {}
-        placed = sorted(
-            ((int(first), int(last)), TensorSpec(name, entry["dtype"], tuple(map(int, entry["shape"]))))
-            for name, entry in entries.items()
-            for first, last in [entry["data_offsets"]]
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise bad(f"a broken header ({type(error).__name__})") from error
-    position = 0
-    for (first, last), spec in placed:
-        if spec.dtype not in BYTES_PER_ITEM:
-            raise bad(f"{spec.name} has dtype {spec.dtype}")
-        if first != position or last - first != spec.num_bytes:
-            raise bad(
-                f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)} puts it"
-            )
-        position = last
-    if size != 8 + length + position:
-        raise bad(f"{size} bytes instead of {8 + length + position}")
-    return Header(path, tuple(spec for _, spec in placed), metadata, 8 + length)
-
-
 class BlockWriter:
-    """Writes a safetensors file block by block: the header at once, then the tensors' bytes in its order.
+    """A safetensors file that is written block by block, in the order of its header.
 
-    A context manager; leaving it waits for the disk's answers. `safetensors.safe_open` is the oracle in the tests.
+    A context manager: entering it writes the header, leaving it waits for the disk's answers. The
+    folder is not published yet, so the file has its own name at once (see qwen_ds/disk/write.py).
     """
 
     def __init__(self, path: Path, tensors: Iterable[TensorSpec], metadata: dict[str, str]) -> None:
@@ -126,11 +58,9 @@ class BlockWriter:
         self._sha256 = hashlib.sha256()
         self._written = 0
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
-        # One thread each, so that the checksum does not wait for the disk, nor the disk for the checksum.
-        self._writing, self._hashing = (
-            ThreadPoolExecutor(max_workers=1),
-            ThreadPoolExecutor(max_workers=1),
-        )
+        # One thread each: neither the checksum nor the disk waits for the other.
+        self._writing = ThreadPoolExecutor(max_workers=1)
+        self._hashing = ThreadPoolExecutor(max_workers=1)
         self._file = self.path.open("wb", buffering=0)
         self._submit(memoryview(self.header))
         return self
@@ -140,12 +70,8 @@ class BlockWriter:
             block = block[self._file.write(block) :]
 
     def _submit(self, block: memoryview) -> None:
-        self._pending.append(
-            (
-                self._writing.submit(self._write, block),
-                self._hashing.submit(self._sha256.update, block),
-            )
-        )
+        hashed = self._hashing.submit(self._sha256.update, block)
+        self._pending.append((self._writing.submit(self._write, block), hashed))
 
     def write(self, block: memoryview) -> None:
         """Hand over the next bytes; the caller leaves them alone afterwards."""
@@ -175,8 +101,8 @@ class BlockWriter:
             assert self._written == self._expected, (
                 f"{self.path}: {self._written} bytes, header says {self._expected}"
             )
-            # The library leaves 0600, which a server under another user cannot read.
-            os.chmod(self.path, 0o644)
+            os.chmod(self.path, 0o644)  # whatever the umask: a server may run as another user
 
     def sha256(self) -> str:
+        """The file's checksum, in hex, once all is written."""
         return self._sha256.hexdigest()

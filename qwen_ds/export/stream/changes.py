@@ -1,4 +1,4 @@
-"""What an adapter does to one tensor of the base, computable a block of rows at a time.
+"""Changes of one tensor of the base by adapters, computed a block of rows at a time.
 
 Shapes: O output features (rows), I input features, R rank, N rows of the block.
 """
@@ -21,16 +21,21 @@ class Change(Protocol):
     def kind(self) -> str: ...
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        """Changed rows, fp32, in new memory. `block`, which stays, holds the base's rows from `first` on, fp32."""
+        """Compute changed rows, fp32 [N, ...], in new memory.
+
+        Args:
+            block: the base's rows from `first` on, fp32 [N, ...]; it stays as it is.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """weight + scaling * B @ A; with magnitudes (DoRA, arXiv:2402.09353), each row of that brought to its magnitude.
+    """weight + scaling * B @ A; with magnitudes, each row of that brought to its magnitude.
 
-    The paper's columns are rows here, since a linear layer stores [O, I]: one magnitude per output feature. So the norm
-    needs one row only, and blocks of rows are exact.
+    Magnitudes are DoRA's (arXiv:2402.09353). The paper's columns are rows here, since
+    a linear layer stores [O, I]: one magnitude per output feature. So the norm needs one row only,
+    and blocks of rows are exact.
     """
 
     a_RI: Tensor
@@ -53,7 +58,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor of the adapter's own in place of the base's: modules_to_save and trained biases. Read by the block."""
+    """A tensor of the adapter's own in place of the base's, read by the block.
+
+    These are modules_to_save and trained biases.
+    """
 
     adapter: Adapter
     key: str
@@ -67,8 +75,8 @@ class Replacement:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Some rows replaced, the others as they are."""
+class ReplacedRows:
+    """Some rows replaced, the others as they are: trainable token rows."""
 
     values_by_index: dict[int, Tensor]
 
@@ -102,7 +110,7 @@ class InSequence:
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
-    """weight + sum of w * (change(weight) - weight): what each adapter does to the bare base, weighted and added up."""
+    """weight + sum of w * (change(weight) - weight), each change made to the bare base."""
 
     changes: tuple[Change, ...]
     weights: tuple[float, ...]
@@ -123,8 +131,10 @@ class WeightedSum:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What is folded into a base: adapters one after the other, each onto the result of the one before; or, with
-    weights, the weighted sum of what each does to the bare base."""
+    """The adapters that are folded into a base, each onto the result of the one before.
+
+    With weights: the weighted sum of what each does to the bare base.
+    """
 
     members: tuple[Adapter, ...]
     weights: tuple[float, ...] | None = None
@@ -135,7 +145,7 @@ class Adapters:
 
 
 def load_changes(adapters: Adapters, name: str) -> Change:
-    """What all adapters do to the base's tensor `name`, which must be among `changed_tensors()`."""
+    """Load the change of the base's tensor `name` by all adapters that change it, at least one."""
     changing = [
         i for i, adapter in enumerate(adapters.members) if name in adapter.changed_tensors()
     ]
@@ -146,16 +156,17 @@ def load_changes(adapters: Adapters, name: str) -> Change:
 
 
 def load_change(adapter: Adapter, name: str) -> Change:
-    """The change of the base's tensor `name`, which must be among `adapter.changed_tensors()`.
+    """Load the change of the base's tensor `name`, one of `adapter.changed_tensors()`.
 
-    Only what this one tensor needs is read: low-rank matrices and single rows here, a whole saved tensor by the block.
+    Only what this one tensor needs is read: low-rank matrices and single rows here, a whole saved
+    tensor by the block.
     """
     if name in adapter.saved:
         return Replacement(adapter, adapter.saved[name])
     module = name.removesuffix(".weight")
     if module in adapter.token_rows:
         rows = adapter.token_rows[module]
-        return Rows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
+        return ReplacedRows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
     pair = adapter.pairs[module]
     magnitude = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()
     return LowRank(

@@ -1,9 +1,9 @@
-"""Write one weight file of the output: rows are read, changed and written side by side, a block at a time."""
+"""Weight files of the output: a block of rows at a time is read, changed and written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,56 +14,71 @@ from torch import Tensor
 
 from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge_plan import Plan, Shard
+from qwen_ds.export.merge_plan import MergePlan, Shard
 from qwen_ds.export.stream.blocks import BlockWriter, RowRange, row_ranges
 from qwen_ds.export.stream.changes import Change, load_changes
 from qwen_ds.export.stream.source import Source
 
-# A block takes about nine times this while it is worked on (fp32 before and after, blocks read ahead, blocks waiting to
-# be written), and stays in the processor's cache for most of that: of 2 MiB, its sums took a quarter longer.
+# A block takes about nine times this while it is worked on (fp32 before and after, blocks read
+# ahead, blocks waiting to be written), and stays in the processor's cache for most of that: with
+# 2 MiB the sums took a quarter longer.
 BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedTensor:
-    """What became of (the rows so far of) a tensor of the base: Frobenius norms of the values as stored."""
+    """The change of a tensor of the base, or of some of its rows, in Frobenius norms as stored."""
 
     kind: str
     norm: float
     norm_of_change: float
 
     def plus(self, other: ChangedTensor) -> ChangedTensor:
-        """Of the rows of both."""
+        """The change of the rows of both."""
         norm_of_change = math.hypot(self.norm_of_change, other.norm_of_change)
         return ChangedTensor(self.kind, math.hypot(self.norm, other.norm), norm_of_change)
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """A finished file, and the norms of the rows of the base's changed tensors that went into it."""
+    """A finished file, and the changes of the rows of the base that went into it."""
 
     facts: dict[str, Any]
+    """bytes and sha256."""
     changed: dict[str, ChangedTensor]
 
 
+def sum_changed(shards: Iterable[WrittenShard]) -> dict[str, ChangedTensor]:
+    """The changes of whole tensors, whose rows may lie in several files."""
+    total: dict[str, ChangedTensor] = {}
+    for written in shards:
+        for name, change in written.changed.items():
+            total[name] = total[name].plus(change) if name in total else change
+    return dict(sorted(total.items()))
+
+
 def write_shard(
-    plan: Plan,
+    plan: MergePlan,
     shard: Shard,
     source: Source,
     target: Path,
     block_bytes: int,
     advance: Callable[[int], None],
 ) -> WrittenShard:
-    """Write `shard` to the file `target`. `advance` is called with the bytes read of each block.
+    """Write `shard` to the file `target`.
+
+    Args:
+        advance: called with the bytes read of each block.
 
     Raises:
         UserError: the output's values are not finite.
     """
+    tensors = plan.base.tensors
     pieces = [
         (piece, spec.dtype)
         for spec in shard.tensors
-        for rows in plan.layout[spec.name]
-        for piece in row_ranges(plan.base.tensors[rows.tensor], rows.first, rows.last, block_bytes)
+        for block in plan.layout[spec.name]
+        for piece in row_ranges(tensors[block.tensor], block.first, block.last, block_bytes)
     ]
     changed: dict[str, ChangedTensor] = {}
     name, change = "", None
@@ -87,8 +102,11 @@ def write_shard(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch computes in one thread: more of them would spin while they wait, in the way of those that read, hash and
-    write beside it, and products of this size are not what a merge waits for."""
+    """Let torch compute in one thread.
+
+    More of them would spin while they wait, in the way of the threads that read, hash and write,
+    and products of this size are not what a merge waits for.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,7 +118,7 @@ def _one_thread() -> Iterator[None]:
 def _changed_block(
     rows: RowRange, block: Tensor, change: Change | None, dtype: str
 ) -> tuple[Tensor, tuple[float, float]]:
-    """The rows as they are to be stored; and the norms of the base's rows and of what is different afterwards."""
+    """The rows as they are to be stored, and the norms of the base's rows and of their change."""
     raw = block.view(FLOAT_DTYPES[rows.spec.dtype])
     shape = (rows.last - rows.first, *rows.spec.shape[1:]) if rows.spec.shape else ()
     base = raw.reshape(shape).float()
@@ -113,7 +131,7 @@ def _changed_block(
     )
     if not math.isfinite(norms[1]):
         raise UserError(
-            f"{rows.spec.name}: rows {rows.first} to {rows.last} hold NaN or infinity after the merge as {dtype};"
-            " expected a trained adapter and a dtype that holds its values"
+            f"{rows.spec.name}: rows {rows.first} to {rows.last} hold NaN or infinity after the"
+            f" merge as {dtype}; expected a trained adapter and a dtype that holds its values"
         )
     return stored, norms

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a stream of row blocks, every byte of its files hashed on the way."""
+"""Stored weights as a stream of row blocks, every byte of their files hashed on the way."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_ds.disk.shards import StoredWeights
+from qwen_ds.disk.weights import Header
 from qwen_ds.errors import UserError
-from qwen_ds.export.checkpoint import Checkpoint
-from qwen_ds.export.stream.blocks import BLOCKS_IN_FLIGHT, Header, RowRange
+from qwen_ds.export.stream.blocks import BLOCKS_IN_FLIGHT, RowRange
 
 _HASH_BYTES = 2**20  # read at once where nothing but the checksum is wanted
 
 
 class _File:
-    """One weight file. Hashed reads should go forwards: what they pass over is read for the checksum, too."""
+    """An opened weight file.
+
+    Hashed reads should go forwards: bytes that they pass over are read just for the checksum.
+    """
 
     def __init__(self, header: Header) -> None:
         self._header = header
@@ -32,9 +36,8 @@ class _File:
         self.num_bytes = header.path.stat().st_size
 
     def _pread(self, num_bytes: int, offset: int) -> Tensor:
-        block = torch.empty(
-            num_bytes, dtype=torch.uint8
-        )  # unlike a bytearray, not filled with zeros first
+        # Unlike a bytearray, not filled with zeros first.
+        block = torch.empty(num_bytes, dtype=torch.uint8)
         view = block.numpy().data
         while view:
             count = os.preadv(self._file.fileno(), [view], offset)
@@ -65,12 +68,8 @@ class _File:
             self._hashed = end
         return block
 
-    @property
-    def is_read(self) -> bool:
-        return self._hashed == self.num_bytes
-
     def sha256(self) -> str:
-        """Of the whole file: what no read has passed yet is read now."""
+        """The checksum of the whole file; bytes that no read has passed yet are read now."""
         self._hash_to(self.num_bytes)
         return self._sha256.hexdigest()
 
@@ -79,12 +78,12 @@ class _File:
 
 
 class Source:
-    """The opened weight files of a checkpoint: a context manager."""
+    """The opened weight files of a model: a context manager."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._shards = checkpoint.shards
+    def __init__(self, stored: StoredWeights) -> None:
+        self._shards = stored.shards
         self._shard_of = {
-            spec.name: shard.path.name for shard in checkpoint.shards for spec in shard.tensors
+            spec.name: shard.path.name for shard in stored.shards for spec in shard.tensors
         }
 
     def __enter__(self) -> Source:
@@ -116,9 +115,5 @@ class Source:
                 yield pending.popleft().result()
 
     def facts(self, name: str) -> dict[str, Any]:
-        """Size and sha256 of a weight file; what no read has passed yet is read for it."""
+        """Size in bytes and sha256 of a weight file, which is read to its end for them."""
         return {"bytes": self._files[name].num_bytes, "sha256": self._files[name].sha256()}
-
-    def facts_read(self) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of the weight files that have been read whole."""
-        return {name: self.facts(name) for name, file in self._files.items() if file.is_read}

@@ -1,1 +1,1 @@
-"""DeepSpeed, and nothing else of it anywhere else."""
+"""DeepSpeed: the only package that imports it."""

@@ -1,10 +1,11 @@
-"""What training changes, inside DeepSpeed's optimizers: fp32 values and AdamW's moments, out of and into their pieces.
+"""The state that training changes, moved into and out of DeepSpeed's optimizers.
 
-DeepSpeed keeps the fp32 values ("masters") flat and cut over the ranks, each stage in its own way, and AdamW's moments
-beside them. Its own checkpoints are pickles of these pieces, tied to stage and world size. Here a small state is moved
-whole, by parameter name, so that it fits any stage and any number of ranks; a large one as each rank's pieces.
+DeepSpeed keeps the fp32 values ("masters") flat and cut over the ranks, each stage in its own way,
+and AdamW's moments beside them. Its own checkpoints are pickles of these pieces, tied to stage and
+world size. Here a small state is moved whole, by parameter name, so that it fits any stage and any
+number of ranks; a large one moves as each rank's pieces.
 
-No deepspeed import: everything goes through the optimizer objects that the engine was given.
+Nothing here imports deepspeed: the optimizer objects of the engine do the work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qwen_ds import dist
 
 VALUE = "value"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What a fp16 loss scaler remembers (deepspeed/runtime/fp16/loss_scaler.py).
+# State of the fp16 loss scaler (deepspeed/runtime/fp16/loss_scaler.py).
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -28,7 +29,8 @@ class TrainableState:
 
     Args:
         model: its parameters that require gradients are the trainable ones.
-        optimizer: as `deepspeed.initialize` returned it: torch's own at stage 0, else DeepSpeed's around it.
+        optimizer: as `deepspeed.initialize` returned it: torch's own at stage 0, else DeepSpeed's
+            wrapper around it.
         stage: 0 to 3.
     """
 
@@ -45,14 +47,17 @@ class TrainableState:
 
     @property
     def steps(self) -> int:
-        """Updates that AdamW has made: the exponent of its bias correction. Skipped steps don't count."""
+        """AdamW's count of updates, the exponent of its bias correction; skipped steps not counted."""
         first = self._adamw.state.get(self._masters()[0], {})
         return int(first.get("step", 0))
 
     def gather(self, *kinds: str) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (name, kind, complete fp32 tensor on the CPU), kinds being VALUE and MOMENTS; a collective.
+        """Yield (name, kind, complete fp32 tensor on the CPU) for the given kinds (a collective).
 
-        Ranks other than 0 get empty tensors. What is yielded is a copy.
+        The tensors are copies; ranks other than 0 get empty ones.
+
+        Args:
+            kinds: of VALUE and MOMENTS.
         """
         self._make_moments()
         for name, parameter in self._parameters.items():
@@ -61,7 +66,7 @@ class TrainableState:
                 yield name, kind, full.float().cpu() if dist.rank() == 0 else torch.empty(0)
 
     def restore(self, read: Callable[[str, str], Tensor], steps: int) -> None:
-        """Set all values and moments from what rank 0 reads; a collective.
+        """Set all values and moments from what rank 0 reads (a collective).
 
         Args:
             read: (name, kind) -> complete tensor; called on rank 0 only.
@@ -81,7 +86,7 @@ class TrainableState:
         self._push_down()
 
     def pieces(self) -> dict[str, Tensor]:
-        """This rank's flat pieces, "value.0", "exp_avg.0" ...: the tensors themselves, not copies."""
+        """This rank's flat pieces, not copied, by name: "value.0", "exp_avg.0" ..."""
         self._make_moments()
         found = {}
         for i, master in enumerate(self._masters()):
@@ -90,7 +95,10 @@ class TrainableState:
         return found
 
     def restore_pieces(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Set this rank's pieces (a collective: the module's weights follow). Same stage and world size only."""
+        """Set this rank's pieces; stage and world size must be those of the save.
+
+        A collective: the module's weights follow.
+        """
         self._make_moments(steps)
         for name, piece in self.pieces().items():
             saved = read(name)
@@ -99,7 +107,7 @@ class TrainableState:
         self._push_down()
 
     def loss_scaler(self) -> dict[str, float]:
-        """What the fp16 loss scaler remembers; empty without fp16."""
+        """State of the fp16 loss scaler; empty without fp16."""
         if not hasattr(self._zero, "loss_scaler") or self._zero.loss_scaler is None:
             return {}
         scaler = vars(self._zero.loss_scaler)
@@ -108,7 +116,7 @@ class TrainableState:
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
         scaler = self.loss_scaler()
         for key, value in saved.items():
-            if key not in scaler:  # the run began in fp16 under ZeRO and goes on without
+            if key not in scaler:  # the run began in fp16 under ZeRO and resumes without
                 continue
             kind = float if key == "cur_scale" else int
             setattr(self._zero.loss_scaler, key, kind(value))
@@ -119,15 +127,14 @@ class TrainableState:
             return list(self._parameters.values())
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
-        if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer, stage 1
+        # DeepSpeed's bf16 optimizer, at stage 1, names them differently.
+        if hasattr(self._zero, "fp32_groups_flat_partition"):
             return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
 
     def _make_moments(self, steps: int | None = None) -> None:
-        """AdamW makes its state in its first step; zeros are what it would start from. `steps` sets its count."""
-        in_tensor = isinstance(
-            self._adamw, torch.optim.AdamW
-        )  # DeepSpeed's CPU optimizer counts in an int
+        """Make AdamW's state before its first step would: zeros. `steps` sets its count of updates."""
+        in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's own counts in an int
         for master in self._masters():
             state = self._adamw.state[master]
             for kind in MOMENTS:
@@ -136,14 +143,14 @@ class TrainableState:
             if "step" not in state or steps is not None:
                 state["step"] = torch.tensor(float(steps or 0)) if in_tensor else steps or 0
         if self._stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()  # so that a parameter finds its part of the moments
+            # Links each parameter to its part of the moments.
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _full(self, parameter: Any, kind: str) -> Tensor:
         key = None if kind == VALUE else kind
         if self._stage == 0:
-            return (
-                parameter.detach() if key is None else self._adamw.state[parameter][key]
-            ).clone()
+            held = parameter.detach() if key is None else self._adamw.state[parameter][key]
+            return held.clone()
         if self._stage == 3:
             return self._zero.get_full_hp_param(parameter, key)
         return parameter.get_full_hp_param(key)
@@ -153,7 +160,8 @@ class TrainableState:
         if self._stage == 0:
             (parameter.detach() if key is None else self._adamw.state[parameter][key]).copy_(full)
         elif self._stage == 3:
-            # DeepSpeed's own set_full_hp_param fails on the last rank where the pieces don't come out even.
+            # DeepSpeed's set_full_hp_param fails on the last rank where a size is not a multiple of
+            # the world size.
             size = parameter.ds_tensor.numel()
             piece = full.flatten()[dist.rank() * size : (dist.rank() + 1) * size]
             padded = torch.nn.functional.pad(piece, (0, size - piece.numel()))
@@ -162,7 +170,7 @@ class TrainableState:
             parameter.set_full_hp_param(full, key)
 
     def _push_down(self) -> None:
-        """The module's own weights follow the masters (a collective)."""
+        """Copy the masters into the module's own weights (a collective)."""
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:

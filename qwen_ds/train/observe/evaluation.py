@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss on held-out rows, answers to a few of them, and whether it still gets better.
+"""Evaluation during training: loss on held-out rows, answers to a few of them, the best loss so far.
 
 Shapes: L tokens of one row.
 """
@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwen_ds import dist
 from qwen_ds.data.batches import evaluation_batches
 from qwen_ds.data.rows.token_rows import TokenRows
+from qwen_ds.decode.batch import DecodingRow, Vocabulary, decode_batch
+from qwen_ds.decode.errors import LogitsNotFinite
+from qwen_ds.decode.sampling import SamplingParams
+from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import IGNORE
-from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.model.family import QWEN
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import EvalOptions
-from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of the evaluation data as the model answers it now."""
+    """A row of the evaluation data with the model's answer of this moment."""
 
     prompt: str
     answer: str
@@ -34,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BestLoss:
-    """The lowest evaluation loss so far, where it was, and how many evaluations have followed it."""
+    """The lowest evaluation loss so far, its step, and the number of evaluations since then."""
 
     loss: float | None = None
     step: int | None = None
@@ -50,18 +52,23 @@ class BestLoss:
 
 
 class Evaluator:
-    """Loss and sampled answers on `rows`; every method is a collective that all ranks enter alike."""
+    """Loss and sampled answers on `rows`.
+
+    `loss` and `samples` are collectives: under ZeRO-3 every forward pass needs every rank.
+    """
 
     def __init__(
         self,
         rows: TokenRows,
-        model: Path,
+        encoding: Encoding,
         options: EvalOptions,
         tokens_per_micro_batch: int,
         watchdog: Watchdog,
     ) -> None:
         self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
-        self._encoding = load_encoding(model)
+        self._vocabulary = Vocabulary(encoding.n_vocab, rows.pad_id, encoding.decode)
+        self._stop = StopRule(QWEN.stop_ids(encoding))
+        self._header = tuple(encoding.ordinary("assistant\n"))
         self._watchdog = watchdog
 
     def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
@@ -70,74 +77,58 @@ class Evaluator:
         return step > 0 and (step % every == 0 or step == steps)
 
     @torch.no_grad()
-    def loss(self, engine: Engine, step: int) -> float:
-        """Nats per learnt token over all rows, by the training formula, dropout off."""
+    def loss(self, engine: TrainingEngine, step: int) -> float:
+        """Nats per target token over all rows, by the training formula, dropout off."""
         engine.train(False)
         loss = targets = 0.0
-        for i, batch in enumerate(
-            evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
-        ):
+        batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
+        for i, batch in enumerate(batches):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
             loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
             targets += batch.num_targets
+        # All ranks, once an evaluation.
         loss, targets = dist.sum_floats(loss, targets)
         engine.train(True)
         return loss / max(targets, 1.0)
 
-    @torch.no_grad()
-    def samples(self, engine: Engine, step: int) -> list[Sample]:
-        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by side: ZeRO-3 needs
-        every rank in every forward pass."""
-        count = min(self._options.samples, len(self._rows))
-        if not count:
+    def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
+        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by
+        side: ZeRO-3 needs every rank in every forward pass."""
+        rows = [self._split(i) for i in range(min(self._options.samples, len(self._rows)))]
+        if not rows:
             return []
-        engine.train(False)
         self._watchdog.at(step, "sampled answers")
-        rows = [self._split(i) for i in range(count)]
-        width = max(len(prompt) for prompt, _ in rows)
-        ids_BT = torch.full((count, width), self._rows.pad_id, device=engine.device)
-        real_BT = torch.zeros_like(ids_BT)
-        for b, (prompt, _) in enumerate(rows):  # on the right, as transformers' generate wants them
-            ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
-            real_BT[b, width - len(prompt) :] = 1
-        generate: Any = (
-            engine.model.model.generate
-        )  # transformers', of the model or through PEFT's wrapper
+        sampling = SamplingParams(max_new_tokens=self._options.sample_tokens)
+        batch = [DecodingRow(prompt, sampling, self._stop) for prompt, _ in rows]
+        partitioned = engine.stage == 3 and dist.world_size() > 1
+
+        def all_done(done: bool) -> bool:
+            """Called after each token, which is progress. Ranks end together: one that left earlier
+            would leave the others waiting for its part of the weights."""
+            self._watchdog.touch()
+            return dist.sum_floats(float(not done)) == [0.0] if partitioned else done
+
+        engine.train(False)
+        model, vocabulary = engine.model.model, self._vocabulary
         # Decoding meets the blocks with a cache, for which compiled ones would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            answers = generate(
-                input_ids=ids_BT, attention_mask=real_BT, do_sample=False, max_new_tokens=self._options.sample_tokens,
-                eos_token_id=self._stop_ids(), pad_token_id=self._rows.pad_id,
-                synced_gpus=engine.stage == 3 and dist.world_size() > 1, stopping_criteria=[self._get_on],
-            )[:, width:].tolist()  # fmt: skip
+            try:
+                found = decode_batch(model, batch, vocabulary, engine.device, all_done)
+                answers = [completion.text for completion in found]
+            except LogitsNotFinite:  # on every rank alike; the loss beside the samples is NaN, too
+                answers = [""] * len(rows)
         engine.train(True)
+        decode = vocabulary.decode
         return [
-            Sample(self._text(prompt), self._text(self._until_stop(answer)), self._text(reference))
+            Sample(decode(prompt), answer, decode(reference))
             for (prompt, reference), answer in zip(rows, answers, strict=True)
         ]
 
-    def _get_on(self, ids_BT: Tensor, scores: object, **_: object) -> Tensor:
-        """Called by `generate` at each token: none of them ends an answer, all of them are progress."""
-        self._watchdog.touch()
-        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
-
-    def _split(self, row: int) -> tuple[list[int], list[int]]:
-        """Token ids up to and with "<|im_start|>assistant\\n" of the first learnt turn, and those of its answer."""
+    def _split(self, row: int) -> tuple[list[int], tuple[int, ...]]:
+        """Prompt and answer of a row's first turn with targets, as token ids: the prompt ends with
+        "<|im_start|>assistant\\n"."""
         ids_L, labels_L = (array.tolist() for array in self._rows[row])
         first = next((i for i, label in enumerate(labels_L) if label != IGNORE), len(ids_L))
-        header = self._encoding.ordinary("assistant\n")
-        if ids_L[first : first + len(header)] == header:
-            first += len(header)
-        return ids_L[:first], self._until_stop(ids_L[first:])
-
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        stops = self._stop_ids()
-        return ids[: next((i for i, index in enumerate(ids) if index in stops), len(ids))]
-
-    def _stop_ids(self) -> list[int]:
-        special = self._encoding.special
-        return [special["<|endoftext|>"], special["<|im_start|>"], special["<|im_end|>"]]
-
-    def _text(self, ids: list[int]) -> str:
-        """Padding rows of the embedding have no token; an untrained model may choose them."""
-        return self._encoding.decode([index for index in ids if index < self._encoding.n_vocab])
+        if tuple(ids_L[first : first + len(self._header)]) == self._header:
+            first += len(self._header)
+        return ids_L[:first], self._stop.cut(ids_L[first:])[0]

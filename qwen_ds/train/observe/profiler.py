@@ -1,11 +1,11 @@
-"""Where the time of a few steps goes: torch's profiler over log.profile_steps, for TensorBoard, and its split."""
+"""The time of a few steps, split into parts: torch's profiler over log.profile_steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from qwen_ds.disk.write import write_json
 from qwen_ds.runlog import say
 
 PARTS = ("data", "forward", "backward", "optimizer")
-# What torch calls the collectives of its backends.
+# Beginnings of the names that torch gives to its backends' collectives.
 _COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel")
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSplit:
-    """Seconds of the profiled steps on one rank. `communication` lies within the parts (and beside the computation,
-    where it overlaps): how long collectives were under way."""
+    """Seconds of the profiled steps on one rank.
+
+    `communication` is the time in which collectives were under way. It lies within the parts, and
+    beside the computation where the two overlap.
+    """
 
     first_step: int
     last_step: int
@@ -37,17 +40,19 @@ class TimeSplit:
             f"{name} {100 * value / self.seconds:.1f} %" for name, value in self.parts.items()
         ]
         return (
-            f"steps {self.first_step} to {self.last_step}, {self.seconds:.2f} s: {', '.join(shares)}; "
+            f"steps {self.first_step} to {self.last_step}, {self.seconds:.2f} s: "
+            f"{', '.join(shares)}; "
             f"communication under way {100 * self.communication / self.seconds:.1f} %"
         )
 
 
 @dataclass(slots=True)
 class StepProfiler:
-    """Profiles the steps from `steps[0]` to `steps[1]` (1-based, both included) of this run; None: none.
+    """Profiles the steps from `steps[0]` to `steps[1]` (1-based, both included); None: no step.
 
-    Only rank 0 writes. While it profiles, a GPU is waited for after each part, or its work would count to the part that
-    happens to wait for it: such steps are a little slower.
+    Only rank 0 writes: a trace for TensorBoard, and profile.json. After each part of a profiled step
+    the CPU waits for the GPU, whose work would otherwise count to the part that happens to wait:
+    such steps are a little slower.
     """
 
     steps: tuple[int, int] | None
@@ -59,10 +64,10 @@ class StepProfiler:
 
     def begin_step(self, number: int) -> None:
         if self.steps and number == self.steps[0]:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (
-                self.device.type == "cuda"
+            on_gpu = self.device.type == "cuda"
+            self._profile = profile(
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
             )
-            self._profile = profile(activities=activities)
             self._profile.start()
             self._parts = dict.fromkeys(PARTS, 0.0)
             self._began = self._now()
@@ -86,12 +91,10 @@ class StepProfiler:
             tensorboard_trace_handler(str(self.folder), worker_name="rank0")(profiled)
             parts = self._parts | {"other": seconds - sum(self._parts.values())}
             split = TimeSplit(*self.steps, seconds, parts, _under_way(profiled.events()))
-            write_json(
-                self.folder / "profile.json",
-                {name: getattr(split, name) for name in TimeSplit.__slots__},
-            )
+            write_json(self.folder / "profile.json", asdict(split))
             say(
-                f"profiled {split}; {self.folder} holds the trace (tensorboard --logdir {self.folder})"
+                f"profiled {split}; {self.folder} holds the trace "
+                f"(tensorboard --logdir {self.folder})"
             )
 
     def _now(self) -> float:

@@ -1,50 +1,41 @@
-"""What a run shows afterwards: the loss curve as a picture, and one page with everything on it."""
+"""The pages of a finished run: the loss curve as a picture, and report.html with everything on it."""
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    return [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.write import write_text
 
 
 def write_report(folder: Path, summary: str, parameters: str) -> None:
-    """Write loss.png and report.html from metrics.jsonl, data_report.json and recipe.yaml in the run folder."""
-    rows = read_metrics(folder)
+    """Write loss.png and report.html into the run folder, from the files that the run left there."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     draw_loss(rows, folder / "loss.png")
-    picture = base64.b64encode((folder / "loss.png").read_bytes()).decode()
-    data_report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
-    last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
-    numbers = "".join(
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(f'{v:.6g}' if isinstance(v, float) else str(v))}</td></tr>"
-        for k, v in last.items()
+    page = Environment(loader=PackageLoader("qwen_ds.train.observe", "."), autoescape=True)
+    text = page.get_template("run_page.html.j2").render(
+        name=folder.name,
+        summary=summary,
+        parameters=parameters,
+        picture=base64.b64encode((folder / "loss.png").read_bytes()).decode(),
+        last=next((row for row in reversed(rows) if "loss" in row), {}),
+        data_report=json.dumps(
+            read_json(folder / "data_report.json"), indent=2, ensure_ascii=False
+        ),
+        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
     )
-    unfinished = folder / ".report.html.unfinished"
-    unfinished.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.name)}</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}pre{{background:#f4f4f4;padding:1em;
-overflow:auto}}th{{text-align:left;padding-right:1.5em;font-weight:normal;color:#555}}img{{max-width:100%}}</style>
-<h1>{html.escape(folder.name)}</h1><p>{html.escape(summary)}</p><p>{html.escape(parameters)}</p>
-<img alt="loss curve" src="data:image/png;base64,{picture}"><h2>Last step</h2><table>{numbers}</table>
-<h2>Data</h2><pre>{html.escape(json.dumps(data_report, indent=2, ensure_ascii=False))}</pre>
-<h2>Recipe</h2><pre>{html.escape((folder / "recipe.yaml").read_text(encoding="utf-8"))}</pre></html>
-""",
-        encoding="utf-8",
-    )
-    unfinished.replace(folder / "report.html")  # written last, at once: it marks a finished run
+    # Last, and complete or absent: this file marks a finished run.
+    write_text(folder / "report.html", text)
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss per learnt token over optimizer steps, training and evaluation, as a PNG."""
+    """Draw training and evaluation loss over the optimizer steps, as a PNG."""
     # The figure class and not pyplot: no display, no global state.
     from matplotlib.figure import Figure
 
@@ -57,7 +48,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), label="evaluation", marker="o", markersize=4)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per learnt token (nats)")
+    axes.set_ylabel("loss per target token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

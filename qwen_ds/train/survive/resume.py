@@ -1,11 +1,10 @@
-"""Going on where a run folder stands: is it the same run, which checkpoint is whole, and back into the engine with it.
+"""Resuming a run: whether it is the same one, which checkpoint is whole, and how it is restored.
 
-Rank 0 alone reads the run folder for a LoRA run: the other machines need not see its disk.
+For a LoRA run rank 0 alone reads the run folder: the other machines need not see its disk.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from qwen_ds.recipe.loading import to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import say
 from qwen_ds.train import lora
-from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.state import VALUE
 from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.survive import checkpoint
@@ -35,26 +34,20 @@ from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE
 from qwen_ds.train.survive.saver import OPTIMIZER, RNG, shard_name
 
 ADAPTER = "adapter/adapter_model.safetensors"
-# What may always differ: where the folder is, and what says nothing about the numbers.
+# Keys that may always differ: paths, and what changes no number.
 _FREE = (
-    "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing", "model.memory_gb",
-    "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes", "save.keep",
-    "log.profile_steps",
+    "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing",
+    "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes",
+    "save.keep", "log.profile_steps",
 )  # fmt: skip
-
-# What decides which parameters are trained, and of which shape: a checkpoint fits no other choice.
+# Keys that decide the trained parameters and their shapes: a checkpoint fits no other choice.
 _FIXED = (
-    "method",
-    "lora.r",
-    "lora.targets",
-    "lora.variant",
-    "lora.special_rows",
-    "lora.modules_to_save",
-)
+    "method", "lora.r", "lora.targets", "lora.variant", "lora.special_rows", "lora.modules_to_save",
+)  # fmt: skip
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
-    """Hashes that go into each checkpoint: of recipe and DeepSpeed JSON together, and of the token rows."""
+    """The hashes in each checkpoint: of recipe and DeepSpeed JSON together, and of the token rows."""
     text = json.dumps(_comparable(to_dict(recipe), ds_json), sort_keys=True, default=str)
     return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
 
@@ -76,26 +69,27 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
         ) from None
     old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
     defaults = _comparable(to_dict(Recipe()), {})
-    for key in sorted(
-        {*old, *new}, key=lambda key: (key != "deepspeed.zero_optimization.stage", key)
-    ):
+    stage = (
+        "deepspeed.zero_optimization.stage"  # named first: other keys of the JSON follow from it
+    )
+    for key in sorted({*old, *new}, key=lambda key: (key != stage, key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
         if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
             continue
         allow = key.split(".")[0] if key.startswith("deepspeed.") else key
         way = "" if key in _FIXED else f"--resume.allow_changes {allow}, or "
         raise UserError(
-            f"{file}: {key} was {was!r} when the run began and is {now!r} now; expected the same recipe (or {way}"
-            f"another output_dir)"
+            f"{file}: {key} was {was!r} when the run began and is {now!r} now; expected the same "
+            f"recipe (or {way}another output_dir)"
         )
 
 
 def check_same_data(state: dict[str, Any], recipe: Recipe, data_sha256: str) -> None:
-    """Raises UserError if the token rows are others than those of the checkpoint."""
+    """Raise UserError if the token rows are not those of the checkpoint."""
     if state["data_sha256"] != data_sha256 and not _allowed("data", recipe.resume.allow_changes):
         raise UserError(
-            f"data.train {' '.join(recipe.data.train)}: the rows are not those that the run began with; expected the "
-            f"same files (or --resume.allow_changes data, or another output_dir)"
+            f"data.train {' '.join(recipe.data.train)}: the rows are not those that the run began "
+            f"with; expected the same files (or --resume.allow_changes data, or another output_dir)"
         )
 
 
@@ -119,14 +113,16 @@ def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def find(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, the same on every rank (a collective). What had to be passed over is said."""
+    """The newest whole checkpoint, the same on every rank (a collective).
+
+    Says which ones are passed over, and why.
+    """
     before: int | None = None
     while True:
         search = _search(run, before)
         for remark in search.remarks:
             say(remark)
-        text = dist.broadcast_text(json.dumps(search.found and search.found.state))
-        state = json.loads(text)
+        state = dist.from_rank_0(search.found.state if search.found else None)
         if state is None:
             return None
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
@@ -134,15 +130,15 @@ def find(run: Path) -> Checkpoint | None:
             return found
         damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
         dist.meet("shards read")
-        damages = [text for text in dist.gather_texts(damage or "") if text]
-        if not damages:
+        damage = next((text for text in dist.gather(damage) if text), None)
+        if damage is None:
             return found
-        say(f"{found.folder} is passed over: {damages[0]}")
+        say(f"{found.folder} is passed over: {damage}")
         before = found.step
 
 
 def _search(run: Path, before: int | None) -> checkpoint.Search:
-    """Rank 0 looks, which reads every byte: seconds for an adapter, minutes for a model."""
+    # Rank 0 reads every byte, seconds for an adapter and minutes for a model: too long for a collective.
     searches: list[checkpoint.Search] = []
     dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
     return searches[0] if searches else checkpoint.Search()
@@ -150,29 +146,28 @@ def _search(run: Path, before: int | None) -> checkpoint.Search:
 
 def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> bool:
     """Whether nothing is left to do (a collective: rank 0 looks into the folder)."""
-    through = found.step >= steps or BestLoss(**found.state["best"]).out_of_patience(
-        recipe.eval.patience
-    )
-    return dist.broadcast_text("yes" if through and runfolder.is_finished(run) else "") == "yes"
+    best = BestLoss(**found.state["best"])
+    through = found.step >= steps or best.out_of_patience(recipe.eval.patience)
+    return dist.from_rank_0(through and runfolder.is_finished(run))
 
 
 def check_world(found: Checkpoint, stage: int) -> None:
-    """Raises UserError if the pieces of a full-training checkpoint don't fit this world."""
+    """Raise UserError if the pieces of a full-training checkpoint don't fit these ranks."""
     state = found.state
     if state["sharded"] and (state["ranks"], state["zero_stage"]) != (dist.world_size(), stage):
         raise UserError(
-            f"{found.folder}: full training's state of {state['ranks']} ranks under ZeRO-{state['zero_stage']}; "
-            f"expected the same now, not {dist.world_size()} under ZeRO-{stage} (its model/ can begin a new run)"
+            f"{found.folder}: full training's state of {state['ranks']} ranks under "
+            f"ZeRO-{state['zero_stage']}; expected the same now, not {dist.world_size()} under "
+            f"ZeRO-{stage} (its model/ can begin a new run)"
         )
 
 
-def restore(engine: Engine, found: Checkpoint) -> None:
-    """Weights, moments, loss scale and random states of the checkpoint into the engine (a collective)."""
+def restore(engine: TrainingEngine, found: Checkpoint) -> None:
+    """Restore weights, moments, loss scale and random states of a checkpoint (a collective)."""
     state = found.state
     if state["sharded"]:
-        with safe_open(
-            found.file(shard_name(dist.rank(), dist.world_size())), framework="pt"
-        ) as shard:
+        file = found.file(shard_name(dist.rank(), dist.world_size()))
+        with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
         with ExitStack() as opened:
@@ -197,24 +192,14 @@ def restore(engine: Engine, found: Checkpoint) -> None:
 
 
 def _restore_rng(found: Checkpoint) -> None:
-    own = ""
+    states: dict[str, Tensor] = {}
     if dist.rank() == 0:
         with safe_open(found.file(RNG), framework="pt") as file:
-            names = list(file.keys())
-            own = json.dumps(
-                {n: base64.b64encode(file.get_tensor(n).numpy().tobytes()).decode() for n in names}
-            )
-    states: dict[str, str] = json.loads(dist.broadcast_text(own))
-
-    def tensor(kind: str) -> Tensor | None:
-        text = states.get(f"rank_{dist.rank()}.{kind}")
-        return (
-            None
-            if text is None
-            else torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        )
-
-    if (cpu := tensor("cpu")) is not None:
-        torch.set_rng_state(cpu)
-    if (cuda := tensor("cuda")) is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(cuda)
+            states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    own = f"rank_{dist.rank()}"
+    # All ranks, once. A rank that the saved run did not have starts with the states it has.
+    states = dist.from_rank_0(states)
+    if f"{own}.cpu" in states:
+        torch.set_rng_state(states[f"{own}.cpu"])
+    if f"{own}.cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states[f"{own}.cuda"])

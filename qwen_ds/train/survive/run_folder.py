@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, and what it says about the run."""
+"""The run folder: who may write into it, and what it tells of the run."""
 
 from __future__ import annotations
 
@@ -12,40 +12,35 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.disk.place import require_folder
-from qwen_ds.disk.write import write_json
+from qwen_ds.disk.write import replacing, unfinished_name, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.loading import write_recipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "datasets",
-    "tiktoken",
-    "safetensors",
-    "numpy",
-)
-# What a start that was killed may leave before recipe.yaml, which is written last and makes the folder a run's.
-BEFORE_THE_RECIPE = ("logs", "ds_config.json", "environment.json", ".recipe.yaml.unfinished",
-                     ".ds_config.json.unfinished", ".environment.json.unfinished")  # fmt: skip
+    "torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy",
+)  # fmt: skip
 RECIPE, DS_CONFIG, REPORT = "recipe.yaml", "ds_config.json", "report.html"
+ENVIRONMENT = "environment.json"
+# A start that was killed may leave these. recipe.yaml comes last and makes the folder a run's.
+BEFORE_THE_RECIPE = {"logs", DS_CONFIG, ENVIRONMENT} | {
+    unfinished_name(Path(name)).name for name in (RECIPE, DS_CONFIG, ENVIRONMENT)
+}
 
 
 def claim(folder: Path) -> None:
-    """Make the run folder ours; rank 0 only. A folder that holds a run is gone on with.
+    """Make the run folder ours, or resume the run that it holds; rank 0 only.
 
     Raises:
         UserError: it holds something else. Nothing in it is touched.
     """
     if folder.is_dir() and not holds_run(folder):
-        strangers = sorted(p.name for p in folder.iterdir() if p.name not in BEFORE_THE_RECIPE)
+        strangers = {path.name for path in folder.iterdir()} - BEFORE_THE_RECIPE
         if strangers:
             raise UserError(
-                f"output_dir {folder} holds {strangers[0]!r} and is no run folder; expected a run folder, or a new or "
-                f"empty one; nothing was changed"
+                f"output_dir {folder} holds {min(strangers)!r} and is no run folder; expected a run "
+                f"folder, or a new or empty one; nothing was changed"
             )
     require_folder(folder, make=True)
 
@@ -57,9 +52,8 @@ def holds_run(folder: Path) -> bool:
 
 def is_finished(folder: Path) -> bool:
     """Whether the result and the report, which is written last, are there."""
-    return (folder / REPORT).is_file() and any(
-        (folder / name).is_dir() for name in ("adapter", "model")
-    )
+    results = (folder / name for name in ("adapter", "model"))
+    return (folder / REPORT).is_file() and any(result.is_dir() for result in results)
 
 
 def write_resolved(
@@ -69,17 +63,18 @@ def write_resolved(
     device: torch.device,
     count: ParameterCount,
 ) -> None:
-    """recipe.yaml, ds_config.json, environment.json: running them again reproduces the run."""
+    """Write recipe.yaml, ds_config.json and environment.json, with which the run can be repeated."""
+    on_gpu = device.type == "cuda"
     write_json(folder / DS_CONFIG, ds_json)
     write_json(
-        folder / "environment.json",
+        folder / ENVIRONMENT,
         {
             "command": sys.argv,
             "ranks": dist.world_size(),
             "trainable_parameters": count.trainable,
             "total_parameters": count.total,
             "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
+            if on_gpu
             else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -87,7 +82,6 @@ def write_resolved(
             **{name: metadata.version(name) for name in PACKAGES},
         },
     )
-    # Last and at once: a folder with a recipe is a run's, and the next start compares it.
-    unfinished = folder / f".{RECIPE}.unfinished"
-    write_recipe(recipe, unfinished)
-    unfinished.replace(folder / RECIPE)
+    # Last, and complete or absent: a folder with a recipe is a run's, and the next start compares it.
+    with replacing(folder / RECIPE) as unfinished:
+        write_recipe(recipe, unfinished)

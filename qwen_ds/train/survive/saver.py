@@ -1,18 +1,18 @@
-"""Saving while training goes on: the ranks give their state, rank 0 writes it in a thread of its own.
+"""Saving during training: the ranks give their state, and rank 0 writes it in a thread of its own.
 
-A LoRA run's state is small: it is gathered whole on rank 0, and the training stands still only for that. Full
-training's state is as large as the machine: each rank writes its own pieces, and all wait for the slowest.
+A LoRA run's state is small: it is gathered whole on rank 0, and training stands still only for that.
+Full training's state is as large as the machine: each rank writes its own pieces, and all wait for
+the slowest.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from qwen_ds import dist
+from qwen_ds.disk.weights import save_tensors
+from qwen_ds.disk.write import unfinished_name
 from qwen_ds.runlog import say
-from qwen_ds.train.engine.engine import Engine
+from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.state import MOMENTS, VALUE
 from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
-from qwen_ds.train.survive.result import Output
+from qwen_ds.train.survive.result import Files, Output
 from qwen_ds.train.survive.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a run stands after `step` optimizer steps, apart from weights and moments."""
+    """The state of a run after `step` optimizer steps, weights and moments excepted."""
 
     step: int
     steps_per_epoch: int
@@ -47,6 +49,15 @@ class RunState:
     """False: stopped before the evaluation that was due after this step."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """What one checkpoint holds beside weights and moments."""
+
+    state: RunState
+    description: dict[str, Any]  # goes into state.json
+    rng: list[dict[str, Tensor]]  # of each rank
+
+
 def shard_name(rank: int, world: int) -> str:
     return f"shard_{rank:05d}_of_{world:05d}.safetensors"
 
@@ -55,72 +66,73 @@ class Saver:
     """Writes checkpoints into the run folder.
 
     Args:
-        identity: what a resumed run is compared with (hashes of recipe and data); goes into state.json.
+        identity: hashes of recipe and data, which a resumed run must share; goes into state.json.
         keep: newest checkpoints that stay.
-        found: the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run resumes from.
     """
 
     def __init__(
         self,
         output: Output,
-        identity: dict[str, Any],
+        identity: dict[str, str],
         keep: int,
         watchdog: Watchdog,
-        found: Checkpoint | None,
+        resumed: Checkpoint | None,
     ) -> None:
-        self._output, self._identity, self._keep, self._watchdog = output, identity, keep, watchdog
-        self._saved_step = found.step if found else None
-        self._run = output.folder
+        self.output, self.watchdog, self.resumed = output, watchdog, resumed
+        self._identity, self._keep, self._run = identity, keep, output.folder
+        self._saved_step = resumed.step if resumed else None
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
-        if found and dist.rank() == 0:
-            checkpoint.tidy(self._run, found.step, found.state["best"]["step"], keep)
+        if resumed and dist.rank() == 0:
+            checkpoint.tidy(self._run, resumed.step, resumed.state["best"]["step"], keep)
 
-    def save(self, engine: Engine, state: RunState) -> Path:
+    def save(self, engine: TrainingEngine, state: RunState) -> Path:
         """Save the state after `state.step` (a collective); returns the folder it will have.
 
-        A failure (a full disk) is said, leaves the older checkpoints alone, and does not end the training.
+        A failure (a full disk) is reported, leaves the older checkpoints alone, and does not end the
+        training.
         """
         target = checkpoint.step_folder(self._run, state.step)
         self.wait()
+        # All ranks, once a save. Nothing has changed since a save of the same step, and replacing it
+        # would leave a moment without it.
         if dist.max_floats(dist.rank() == 0 and self._saved_step == state.step)[0]:
-            return target  # nothing has changed since; to write it again would leave a moment without it
-        described = self._describe(engine, state)
-        rng = dist.gather_texts(_rng_state())
+            return target
+        # All ranks, once a save; a few kilobytes each.
+        snapshot = _Snapshot(state, self._describe(engine, state), dist.gather(_rng_state()))
         if self._sharded(engine):
-            self._save_shards(engine, state, described, rng)
+            self._save_shards(engine, snapshot)
             return target
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in (VALUE, *MOMENTS)}
+        # All ranks, once for each trainable tensor: ZeRO keeps values and moments in pieces.
         for name, kind, tensor in engine.state.gather(VALUE, *MOMENTS):
-            self._watchdog.touch()
+            self.watchdog.touch()
             if dist.rank() == 0:
                 tensors[kind][name] = tensor
         if dist.rank() == 0:
             self._thread = threading.Thread(
-                target=self._write_whole,
-                args=(state, described, rng, tensors),
-                name="saver",
-                daemon=True,
+                target=self._write_whole, args=(snapshot, tensors), name="saver", daemon=True
             )
             self._thread.start()
         return target
 
     def wait(self) -> bool:
-        """Wait until the last save is on the disk (a collective without a time-out); whether it succeeded."""
+        """Wait until the last save is on the disk; whether it succeeded (a collective)."""
+        # At the store and not in a collective, which has a time-out that a slow disk may exceed.
         dist.once(self._join, "the saver")
         return not dist.max_floats(self._failure is not None)[0]
 
     def _join(self) -> None:
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(1.0)
-            self._watchdog.touch()
+        if self._thread is not None:
+            self.watchdog.touch_during(self._thread.join)
         self._thread = None
 
-    def _sharded(self, engine: Engine) -> bool:
-        """Full training under ZeRO: the state stays in the ranks' pieces."""
-        return self._output.adapter_config is None and engine.stage > 0
+    def _sharded(self, engine: TrainingEngine) -> bool:
+        """Whether the state stays in the ranks' pieces: full training under ZeRO."""
+        return self.output.adapter_config is None and engine.stage > 0
 
-    def _describe(self, engine: Engine, state: RunState) -> dict[str, Any]:
+    def _describe(self, engine: TrainingEngine, state: RunState) -> dict[str, Any]:
         epoch, step_in_epoch = divmod(state.step, state.steps_per_epoch)
         return {
             "step": state.step,
@@ -139,97 +151,67 @@ class Saver:
             **self._identity,
         }
 
-    def _write_whole(
-        self,
-        state: RunState,
-        described: dict[str, Any],
-        rng: list[str],
-        tensors: dict[str, dict[str, Tensor]],
-    ) -> None:
-        """In the thread of rank 0."""
+    def _write_whole(self, snapshot: _Snapshot, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write a checkpoint from gathered state, in the thread of rank 0."""
+        step = snapshot.state.step
         try:
-            folder = checkpoint.unfinished_folder(self._run, state.step)
-            files = self._output.write_values(folder, tensors[VALUE])
-            # An adapter holds the fp32 values themselves, a model what they are in its dtype.
-            kinds = MOMENTS if self._output.adapter_config is not None else (VALUE, *MOMENTS)
-            held = {
-                f"{name}.{kind}": tensor for kind in kinds for name, tensor in tensors[kind].items()
-            }
-            files[OPTIMIZER] = checkpoint.write_tensors(folder / OPTIMIZER, held)
-            self._finish(folder, state, described, rng, files)
-        except (
-            Exception
-        ) as error:  # of the disk; or ours, and then no reason to lose a day's training
-            log.exception("saving step %d has failed", state.step)
-            self._give_up(state.step, error)
+            folder = checkpoint.unfinished_folder(self._run, step)
+            files = self.output.write_values(folder, tensors[VALUE])
+            # An adapter file holds the fp32 values themselves, a model's what they are in its dtype.
+            kinds = MOMENTS if self.output.adapter_config is not None else (VALUE, *MOMENTS)
+            held = {f"{name}.{kind}": t for kind in kinds for name, t in tensors[kind].items()}
+            files[OPTIMIZER] = save_tensors(folder / OPTIMIZER, held)
+            self._finish(folder, snapshot, files)
+        except Exception as error:  # also a defect of ours is no reason to lose a day's training
+            log.exception("saving step %d has failed", step)
+            self._give_up(step, error)
 
-    def _save_shards(
-        self, engine: Engine, state: RunState, described: dict[str, Any], rng: list[str]
-    ) -> None:
-        """All ranks: each writes its pieces, rank 0 also the model."""
-        folder = checkpoint.step_folder(self._run, state.step)
-        folder = folder.with_name(f".{folder.name}.unfinished")
-        files: dict[str, str] = {}
+    def _save_shards(self, engine: TrainingEngine, snapshot: _Snapshot) -> None:
+        """Write each rank's pieces, and on rank 0 also the model (a collective)."""
+        step, name = snapshot.state.step, shard_name(dist.rank(), dist.world_size())
+        folder = unfinished_name(checkpoint.step_folder(self._run, step))
+        files: Files = {}
         failures: list[OSError] = []
         if dist.rank() == 0:
-            _catch(failures, lambda: checkpoint.unfinished_folder(self._run, state.step))
-        dist.barrier()
-        name = shard_name(dist.rank(), dist.world_size())
+            _catch(failures, lambda: checkpoint.unfinished_folder(self._run, step))
+        dist.barrier()  # all ranks: the folder is there
         if not failures and not folder.is_dir():
-            failures.append(
-                OSError(
-                    0,
-                    f"rank {dist.rank()} does not see it; full training needs output_dir on a shared disk",
-                    folder,
-                )
+            reason = (
+                f"rank {dist.rank()} does not see it; full training needs output_dir on a shared"
             )
+            failures.append(OSError(0, f"{reason} disk", folder))
         if not failures:
-            pieces, touch = engine.state.pieces(), self._watchdog.touch
-            _catch(
-                failures,
-                lambda: files.update(
-                    {name: checkpoint.write_tensors(folder / name, pieces, touch)}
-                ),
-            )
-        dist.meet("shards written")  # disks differ, and a collective has a time-out
+            write = partial(save_tensors, folder / name, engine.state.pieces())
+            touch_during = self.watchdog.touch_during
+            _catch(failures, lambda: files.update({name: touch_during(write)}))
+        dist.meet("shards written")  # all ranks; disks differ, and a collective has a time-out
         _catch(
-            failures, lambda: files.update(self._output.write_model(engine, folder, self._watchdog))
+            failures, lambda: files.update(self.output.write_model(engine, folder, self.watchdog))
         )
-        told = dist.gather_texts(json.dumps([files, str(failures[0]) if failures else ""]))
-        parts = [json.loads(text) for text in told]
-        failure = next((text for _, text in parts if text), "")
+        # All ranks: what each has written, or why not.
+        told = dist.gather((files, str(failures[0]) if failures else ""))
+        failure = next((text for _, text in told if text), "")
+        written = {name: sha256 for of_rank, _ in told for name, sha256 in of_rank.items()}
 
         def finish() -> None:
             try:
                 if failure:
                     raise OSError(failure)
-                self._finish(
-                    folder,
-                    state,
-                    described,
-                    rng,
-                    {k: v for part, _ in parts for k, v in part.items()},
-                )
+                self._finish(folder, snapshot, written)
             except OSError as error:
-                self._give_up(state.step, error)
+                self._give_up(step, error)
 
         dist.once(finish, "the checkpoint")
 
-    def _finish(
-        self,
-        folder: Path,
-        state: RunState,
-        described: dict[str, Any],
-        rng: list[str],
-        files: dict[str, str],
-    ) -> None:
+    def _finish(self, folder: Path, snapshot: _Snapshot, files: Files) -> None:
         states = {
             f"rank_{rank}.{kind}": t
-            for rank, text in enumerate(rng)
-            for kind, t in _rng_tensors(text).items()
+            for rank, of_rank in enumerate(snapshot.rng)
+            for kind, t in of_rank.items()
         }
-        files[RNG] = checkpoint.write_tensors(folder / RNG, states)
-        target = checkpoint.finish(self._run, folder, state.step, described, files)
+        files[RNG] = save_tensors(folder / RNG, states)
+        state = snapshot.state
+        target = checkpoint.finish(self._run, state.step, snapshot.description, files)
         self._failure, self._saved_step = None, state.step
         log.info("saved %s", target)
         try:
@@ -238,12 +220,12 @@ class Saver:
             say(f"step {state.step} is saved, but {error}")
 
     def _give_up(self, step: int, error: Exception) -> None:
-        shutil.rmtree(
-            checkpoint.step_folder(self._run, step).with_name(f".step_{step:06d}.unfinished"), True
-        )
+        unfinished = unfinished_name(checkpoint.step_folder(self._run, step))
+        shutil.rmtree(unfinished, ignore_errors=True)
         self._failure = f"{error}"
         say(
-            f"step {step} is not saved: {error}; the checkpoints before it are kept and the training goes on"
+            f"step {step} is not saved: {error}; the checkpoints before it are kept and the training "
+            f"goes on"
         )
 
 
@@ -254,20 +236,13 @@ def _catch(failures: list[OSError], action: Callable[[], object]) -> None:
         failures.append(error)
 
 
-def _rng_state() -> str:
-    """torch's generators of this rank. Dropout is seeded per micro-batch, so nothing of ours draws from them; a
-    library that does goes on where it was."""
+def _rng_state() -> dict[str, Tensor]:
+    """The states of torch's generators on this rank, uint8.
+
+    Dropout is seeded per micro-batch, so nothing of ours draws from them; a library that does
+    continues its sequence.
+    """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
-    return json.dumps(
-        {kind: base64.b64encode(t.numpy().tobytes()).decode() for kind, t in states.items()}
-    )
-
-
-def _rng_tensors(text: str) -> dict[str, Tensor]:
-    states = json.loads(text)
-    return {
-        k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8)
-        for k, v in states.items()
-    }
+    return states

@@ -1,32 +1,37 @@
-"""Being asked to stop: by a signal, or by the clock of the job that we run in."""
+"""Requests to stop: by a signal, or by the time limit of the job around the run."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 from qwen_ds import dist
 from qwen_ds.errors import EXIT_STOPPED
 
-# SIGINT: Ctrl-C. SIGTERM: launchers, Kubernetes, Slurm's time limit. SIGUSR1: what Slurm users choose for pre-emption.
+# SIGINT: Ctrl-C. SIGTERM: launchers, Kubernetes, Slurm's time limit. SIGUSR1: the choice of Slurm's
+# users for pre-emption.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TIME_LIMIT = 1000.0  # above every signal's number
 
 
 def leave_at_signals() -> None:
-    """Until the training begins there is nothing to save: SIGTERM and SIGUSR1 end the process at once, with the exit
-    code that says that the same command goes on. Ctrl-C stays Python's."""
+    """Let SIGTERM and SIGUSR1 end the process at once, for the time before the training.
+
+    There is nothing to save yet. The exit code says that the same command resumes; Ctrl-C stays
+    Python's.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(EXIT_STOPPED))
 
 
 class StopRequest:
-    """Takes signals in while it is entered, and lets the ranks agree on the step after which they stop.
+    """Notes signals while it is entered, and lets the ranks agree on the step after which they stop.
 
-    A launcher forwards a signal to one rank after the other, seconds apart, and may reach only some: the handler merely
-    notes it, and `agreed` asks all ranks at the end of each step. A signal that comes again changes nothing.
+    A launcher forwards a signal to one rank after the other, seconds apart, and may reach only some:
+    the handler merely notes it, and `agreed` asks all ranks at the end of each step. A repeated
+    signal changes nothing.
 
     Args:
         ends_at: when the job is killed (seconds since 1970), or None.
@@ -46,17 +51,13 @@ class StopRequest:
         return signal.Signals(int(code)).name if code else None
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """From here on signals are ignored: what follows is the end of the run, and it is short."""
-        for number in self._previous:
+    def __exit__(self, *error: object) -> None:
+        """Ignore signals from here on: only the short end of the run is left."""
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

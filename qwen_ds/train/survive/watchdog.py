@@ -1,10 +1,11 @@
-"""Ends a run that cannot go on: a rank that died, a collective that nobody leaves, a launcher that is gone.
+"""The end of a run that cannot continue: a dead rank, a collective that no rank leaves, a lost launcher.
 
-A collective waits for a dead or stuck peer as long as its time-out, which gloo and NCCL keep unevenly and DeepSpeed's
-groups may not have at all. So a thread of each rank posts once a second where the training is (a "beat") at the
-rendezvous store, through a connection of its own. Rank 0, which serves the store, reads all beats and passes a verdict;
-the others read that one, so the store's load stays linear in the ranks. Whoever learns that the run is over ends its
-process at once: no collective begins once a peer is known dead.
+A collective waits for a dead or stuck peer as long as its time-out, which gloo and NCCL keep unevenly
+and DeepSpeed's groups may not have at all. So a thread of each rank posts once a second where the
+training is (a "beat") at the rendezvous store, through a connection of its own. Rank 0, which serves
+the store, reads all beats and passes a verdict. The others read only that, so the store's load is
+linear in the ranks. A rank that learns of the end leaves its process at once: no collective begins
+once a peer is known to be dead.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_ds import dist
 from qwen_ds.errors import EXIT_FAILURE
@@ -25,54 +28,59 @@ from qwen_ds.runlog import last_line
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 BEAT_SECONDS = 1.0
-# A beat comes from a thread of its own, so it stops for long only with its process (or its whole machine).
+# Beats come from a thread of their own: a long silence means that the process is gone, or its machine.
 SILENT_SECONDS = 30.0
-# After a collective has failed here, a shorter silence tells which peer it was.
+# After a collective has failed on this rank, a shorter silence tells which peer is to blame.
 SUSPECT_SECONDS = 3.0
+# In the errors that a collective raises when a peer is gone.
+_NETWORK_SIGNS = (
+    "connection closed", "connection reset", "broken pipe", "gloo", "nccl", "distbackend",
+    "distnetwork", "timed out", "timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Where a rank is. `moves` counts the places that all ranks pass in the same order; `touches` also those within."""
+    """The position of a rank."""
 
     number: int = 0  # of the beat itself
-    moves: int = 0
-    touches: int = 0
+    moves: int = 0  # places passed, which all ranks pass in the same order
+    touches: int = 0  # signs of progress within a place
     step: int = 0
     doing: str = "start-up"
-    waits: bool = False  # training: to stand still means to be stuck
+    waits: bool = False  # in training, where standing still means being stuck
     host: str = ""
     log: str = ""
     failed: str = ""  # the error that ended it
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; the training says where it is with `at`.
+    """Watches from `start` to `stop`; the training reports its position with `at`.
 
     Args:
         timeout_minutes: how long all ranks may stand still within a step.
-        launched: a launcher started this process; when it disappears, nobody could end the run.
+        launched: a launcher started this process. When it disappears, nobody could end the run.
     """
 
     def __init__(self, timeout_minutes: float, *, launched: bool) -> None:
         self._timeout_seconds = 60 * timeout_minutes
         self._silent_seconds = min(SILENT_SECONDS, self._timeout_seconds)
-        self._own = Beat(host=socket.gethostname())  # written by the training's thread alone
+        self._own = Beat(host=socket.gethostname())  # written by the training's thread only
         self._number = 0
         self._launcher = os.getppid() if launched else None
         self._world, self._rank = dist.world_size(), dist.rank()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._seen: dict[
-            int, tuple[Beat, float, float]
-        ] = {}  # beat; when it last came; when it last moved
+        # Of each rank: its last beat, when that came, and when the rank last moved.
+        self._seen: dict[int, tuple[Beat, float, float]] = {}
         self._store: Any = None
-        self._answered = time.monotonic()  # when the store last did
+        self._answered = time.monotonic()  # the store's last answer
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to post and to look; after the process group is there."""
+        """Begin to post and to look; needs the process group."""
         if self._world > 1:
             self._store = dist.own_store("watchdog")
             self._post()
@@ -81,17 +89,28 @@ class Watchdog:
         threading.Thread(target=self._guard, name="watchdog", daemon=True).start()
 
     def at(self, step: int, doing: str) -> None:
-        """The training is about to do something that all ranks do next, in the same order."""
-        self._own = replace(
-            self._own, moves=self._own.moves + 1, step=step, doing=doing, waits=True
-        )
+        """Report what the training does next; all ranks do it, in the same order."""
+        moves = self._own.moves + 1
+        self._own = replace(self._own, moves=moves, step=step, doing=doing, waits=True)
 
     def touch(self) -> None:
-        """Still at the same place, and getting on."""
+        """Report progress at the same place."""
         self._own = replace(self._own, touches=self._own.touches + 1)
 
+    def touch_during(self, action: Callable[[], T]) -> T:
+        """Run `action`, which waits for a disk, in a thread, and touch once a second until it ends.
+
+        However slow the disk is, the ranks then do not count as stuck
+        (test_a_rank_that_waits_for_a_disk_is_not_stuck). `action` must make no collective.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="disk") as pool:
+            future = pool.submit(action)
+            while wait([future], timeout=BEAT_SECONDS).not_done:
+                self.touch()
+            return future.result()
+
     def idle(self) -> None:
-        """What follows may take any time."""
+        """Report that the next thing may take any time."""
         self._own = replace(self._own, moves=self._own.moves + 1, waits=False)
 
     def stop(self) -> None:
@@ -102,27 +121,28 @@ class Watchdog:
         if self._store is not None:
             self._store.add("stopped", 1)
             ends = time.monotonic() + 10
-            while (
-                self._rank == 0
-                and self._store.add("stopped", 0) < self._world
-                and time.monotonic() < ends
-            ):
+            while self._rank == 0 and time.monotonic() < ends:
+                if self._store.add("stopped", 0) >= self._world:
+                    break
                 time.sleep(0.02)
 
     def tell(self, error: BaseException) -> None:
-        """This rank ends with an error that it reports itself; ranks that do not share it hear of it."""
+        """Post the error with which this rank ends, for the ranks that do not share it."""
         if self._store is not None:
-            self._own = replace(
-                self._own, failed=f"{type(error).__name__}: {error}".splitlines()[0]
-            )
-            self._post_quietly()
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._own = replace(self._own, failed=failed)
+            try:
+                self._post()
+            except RuntimeError:
+                log.info("the rendezvous store does not answer")
 
     def blame(self, error: BaseException) -> str | None:
-        """After an error in this rank's own thread: which peer's death it follows from, or None if it is its own."""
+        """Find the dead peer behind an error of this rank; None if the error is this rank's own."""
         if self._store is None:
             return None
-        if not _of_the_network(error):
-            self.tell(error)  # the peers' collectives will fail now, and they will want to know why
+        text = f"{type(error).__name__} {error}".lower()
+        if not isinstance(error, RuntimeError) or not any(sign in text for sign in _NETWORK_SIGNS):
+            self.tell(error)  # the peers' collectives fail now, and should name the reason
             return None
         ends = time.monotonic() + SUSPECT_SECONDS + 3 * BEAT_SECONDS
         while time.monotonic() < ends:
@@ -136,14 +156,15 @@ class Watchdog:
         return None
 
     def _guard(self) -> None:
-        """In a thread that never waits for anything: the launcher, and whether the store still answers at all (a
-        machine without power closes no connection)."""
+        """Watch the launcher, and whether the store answers at all, in a thread that never waits.
+
+        A machine without power closes no connection: the other thread may wait for it for ever.
+        """
         last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
-            if (
-                now - last > SILENT_SECONDS / 3
-            ):  # this whole process stood still (suspended?): nobody else is to blame
+            # This whole process stood still, as when it was suspended: no other rank is to blame.
+            if now - last > SILENT_SECONDS / 3:
                 self._seen, self._answered = {}, now
             last = now
             if self._launcher is not None and os.getppid() != self._launcher:
@@ -152,7 +173,7 @@ class Watchdog:
                 self._end(self._obituary(0, "its rendezvous store does not answer"))
 
     def _beat(self) -> None:
-        """In a thread of its own, which waits for the store."""
+        """Post and read beats, in a thread that waits for the store."""
         while self._store is not None and not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._post()
@@ -171,14 +192,8 @@ class Watchdog:
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
 
-    def _post_quietly(self) -> None:
-        try:
-            self._post()
-        except RuntimeError:
-            log.info("the rendezvous store does not answer")
-
     def _look(self, ranks: list[int] | None = None) -> None:
-        """Read the beats of these ranks (None: of all) that have posted one."""
+        """Read the beats of those of these ranks (None: of all) that have posted one."""
         keys = {rank: f"beat/{rank}" for rank in (range(self._world) if ranks is None else ranks)}
         now = time.monotonic()
         with self._lock:
@@ -194,12 +209,12 @@ class Watchdog:
                 self._seen[rank] = (beat, came, moved)
 
     def _judge(self) -> str | None:
-        """Rank 0: what ends the run, told to the others, or None."""
+        """Why the run must end, posted for the others, or None; on rank 0."""
         self._look()
         verdict = self._dead(self._silent_seconds) or self._stuck()
         if verdict:
             self._store.set("verdict", verdict)
-            time.sleep(3 * BEAT_SECONDS)  # the store ends with this process: let the others read it
+            time.sleep(3 * BEAT_SECONDS)  # the others must read it before the store ends with us
         return verdict
 
     def _verdict(self) -> str | None:
@@ -217,16 +232,16 @@ class Watchdog:
 
     def _obituary(self, rank: int, why: str) -> str:
         beat = self._seen.get(rank, (Beat(), 0.0, 0.0))[0]
+        place = f" on {beat.host}" if beat.host else ""
         return (
-            f"rank {rank}{f' on {beat.host}' if beat.host else ''} is gone at step {beat.step} ({beat.doing}): {why}; "
+            f"rank {rank}{place} is gone at step {beat.step} ({beat.doing}): {why}; "
             f"the last line of its log: {beat.log or '(none)'}"
         )
 
     def _stuck(self) -> str | None:
         now = time.monotonic()
-        if len(self._seen) < self._world or not all(
-            beat.waits for beat, _, _ in self._seen.values()
-        ):
+        waiting = all(beat.waits for beat, _, _ in self._seen.values())
+        if len(self._seen) < self._world or not waiting:
             return None
         if any(now - moved < self._timeout_seconds for _, _, moved in self._seen.values()):
             return None
@@ -237,32 +252,15 @@ class Watchdog:
         if beat.moves == first.moves:
             who = "all ranks are at the same place"
         return (
-            f"no rank has moved for {self._timeout_seconds / 60:g} minutes (distributed.timeout_minutes): {who}, at "
-            f"step {beat.step} ({beat.doing}), while rank {ahead} is at step {first.step} ({first.doing}); "
-            f"the last line of its log: {beat.log or '(none)'}"
+            f"no rank has moved for {self._timeout_seconds / 60:g} minutes "
+            f"(distributed.timeout_minutes): {who}, at step {beat.step} ({beat.doing}), while rank "
+            f"{ahead} is at step {first.step} ({first.doing}); the last line of its log: "
+            f"{beat.log or '(none)'}"
         )
 
     def _end(self, why: str) -> None:
         log.error("%s", why)
         prefix = "" if self._rank == 0 else f"[rank {self._rank}] "
         print(f"{prefix}error: {why}", file=sys.stderr, flush=True)
-        os._exit(
-            EXIT_FAILURE
-        )  # the main thread may be deep in a collective, where no exception reaches it
-
-
-def _of_the_network(error: BaseException) -> bool:
-    """Whether an error is what a collective raises when a peer has gone."""
-    text = f"{type(error).__name__} {error}".lower()
-    signs = (
-        "connection closed",
-        "connection reset",
-        "broken pipe",
-        "gloo",
-        "nccl",
-        "distbackend",
-        "distnetwork",
-    )
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in (*signs, "timed out", "timeout")
-    )
+        # The main thread may be deep in a collective, where no exception reaches it.
+        os._exit(EXIT_FAILURE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ds.data.read.dialogue import Dropped
-from qwen_ds.data.read.sources import iter_conversations
+from qwen_ds.data.read.sources import ReadOptions, iter_conversations
 
 FORMATS = Path(__file__).parents[2] / "formats"
 READER_OF_SAMPLE = {
@@ -77,7 +77,8 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
     # Broken lines are part of one sample's expectation: they are counted when the user lets them pass.
     bad_rows = "skip" if stem.endswith("_broken") else "stop"
     assert [
-        shown(result) for result, _ in iter_conversations([sample], fmt, bad_rows=bad_rows)
+        shown(result)
+        for result, _ in iter_conversations([sample], ReadOptions(fmt, bad_rows=bad_rows))
     ] == expected
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qwen_ds.data.read import files, sources
 from qwen_ds.data.read.dialogue import Dropped
-from qwen_ds.data.read.sources import iter_conversations, iter_prompts, locate
+from qwen_ds.data.read.sources import ReadOptions, iter_conversations, iter_prompts, locate
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn
 
@@ -38,7 +38,7 @@ def talk(*texts: str, system: str | None = None) -> Conversation:
 
 def said_in(paths: list[Path | str], **options: object) -> list[str]:
     """The first answers, in order."""
-    results = [result for result, _ in iter_conversations(paths, **options)]  # type: ignore[arg-type]
+    results = [result for result, _ in iter_conversations(paths, ReadOptions(**options))]  # type: ignore[arg-type]
     return [result.turns[1].text for result in results if isinstance(result, Conversation)]
 
 
@@ -63,7 +63,7 @@ def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "system": "own"}, {**AD, "system": " "})
     systems = [
         result.system
-        for result, _ in iter_conversations([path], system="s")
+        for result, _ in iter_conversations([path], ReadOptions(system="s"))
         if isinstance(result, Conversation)
     ]
     assert systems == ["s", "own", "s"]
@@ -72,7 +72,9 @@ def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:
 def test_counts_tell_rows_read_kept_and_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "summary": ""}, {"content": 5, "summary": "a"}, AD)
     counts: Counter[str] = Counter()
-    results = [result for result, _ in iter_conversations([path], bad_rows="skip", counts=counts)]
+    results = [
+        result for result, _ in iter_conversations([path], ReadOptions(bad_rows="skip"), counts)
+    ]
     assert counts == {"rows": 4, "kept": 2, "dropped": 2}
     assert [result.unreadable for result in results if isinstance(result, Dropped)] == [False, True]
 
@@ -83,7 +85,9 @@ def test_a_row_that_gives_nothing_names_its_keys_and_the_expected_ones(tmp_path:
     assert result == Dropped(
         "no answer", "keys found: instruction, Output; keys expected: instruction"
     )
-    ((result, _),) = iter_conversations([write(path, {**AD, "summary": None})], fmt="adgen")
+    ((result, _),) = iter_conversations(
+        [write(path, {**AD, "summary": None})], ReadOptions(format="adgen")
+    )
     assert result == Dropped(
         "no answer", "keys found: content, summary; keys expected: content + summary"
     )
@@ -127,7 +131,7 @@ def test_an_unreadable_row_is_skipped_and_counted_when_asked(
     path = write(tmp_path / "train.jsonl", AD)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n{json.dumps(AD)}\n")
-    first, (bad, source), last = iter_conversations([path], bad_rows="skip")
+    first, (bad, source), last = iter_conversations([path], ReadOptions(bad_rows="skip"))
     assert first[0] == last[0] == talk("q", "a")
     assert (
         isinstance(bad, Dropped)
@@ -144,7 +148,7 @@ def test_a_named_format_reads_only_its_own_keys(tmp_path: Path) -> None:
         {**AD, "instruction": "i", "output": "b"},
         {"instruction": "i", "output": "b"},
     )
-    rows = iter_conversations([path], fmt="adgen")
+    rows = iter_conversations([path], ReadOptions(format="adgen"))
     assert next(rows)[0] == talk("q", "a")
     with pytest.raises(
         UserError,
@@ -156,9 +160,9 @@ def test_a_named_format_reads_only_its_own_keys(tmp_path: Path) -> None:
 def test_options_and_paths_are_checked_before_the_first_row(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD)
     with pytest.raises(UserError, match="data.format is 'adgenn'.*did you mean adgen"):
-        iter_conversations([path], fmt="adgenn")
+        iter_conversations([path], ReadOptions(format="adgenn"))
     with pytest.raises(UserError, match="data.bad_rows is 'ignore'; expected stop or skip"):
-        iter_conversations([path], bad_rows="ignore")
+        iter_conversations([path], ReadOptions(bad_rows="ignore"))
     with pytest.raises(UserError, match="nothing.json: no such file or folder"):
         iter_conversations([path, tmp_path / "nothing.json"])
     with pytest.raises(UserError, match="nothing.json: no such file or folder"):
@@ -182,17 +186,19 @@ def test_columns_map_the_keys_that_a_format_expects_to_the_files_own(tmp_path: P
         {"q": "1", "a": "2", "s": "3", **AD},
         {"q": "1", "a": "2", "system": "not mapped"},
     )
-    assert [result for result, _ in iter_conversations([path], columns=COLUMNS)] == [
+    assert [result for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS))] == [
         talk("1", "2", system="3"),
         talk("1", "2"),
     ]
     alpaca = {"instruction": "q", "input": "s", "output": "a"}
-    assert next(iter_conversations([path], columns=alpaca))[0] == talk("1\t3", "2")
+    assert next(iter_conversations([path], ReadOptions(columns=alpaca)))[0] == talk("1\t3", "2")
     turns = write(
         tmp_path / "turns",
         {"talk": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]},
     )
-    assert next(iter_conversations([turns], columns={"messages": "talk"}))[0] == talk("1", "2")
+    assert next(iter_conversations([turns], ReadOptions(columns={"messages": "talk"})))[0] == talk(
+        "1", "2"
+    )
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -200,9 +206,12 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
     message = r"rows:1: no column 's' \(data.columns.system\); keys found: q, a"
     for bad_rows in ("stop", "skip"):
         with pytest.raises(UserError, match=message):
-            list(iter_conversations([path], columns=COLUMNS, bad_rows=bad_rows))
+            list(iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows=bad_rows)))
     write(path, {"q": "1", "a": "2", "s": "3"}, {"q": "1"}, {"q": "1", "a": "2"})
-    results = [result for result, _ in iter_conversations([path], columns=COLUMNS, bad_rows="skip")]
+    results = [
+        result
+        for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows="skip"))
+    ]
     assert (
         isinstance(results[1], Dropped)
         and results[1].reason == "missing key"
@@ -216,14 +225,14 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
 def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD)
     with pytest.raises(UserError, match="data.columns has the key 'q'; expected keys of a format"):
-        iter_conversations([path], columns={"q": "prompt"})
+        iter_conversations([path], ReadOptions(columns={"q": "prompt"}))
     with pytest.raises(
         UserError,
         match="data.columns names prompt; expected all keys of a format: .*prompt [+] response",
     ):
-        iter_conversations([path], columns={"prompt": "q"})
+        iter_conversations([path], ReadOptions(columns={"prompt": "q"}))
     with pytest.raises(UserError, match="data.columns has the key 'prompt'"):
-        iter_conversations([path], fmt="alpaca", columns={"prompt": "q"})
+        iter_conversations([path], ReadOptions(format="alpaca", columns={"prompt": "q"}))
 
 
 def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
@@ -232,7 +241,7 @@ def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
         json.dumps({"x": [AD], "y": [], "z": [AD, {**AD, "summary": 5}]}, indent=1),
         encoding="utf-8",
     )
-    results = list(iter_conversations([path], bad_rows="skip"))
+    results = list(iter_conversations([path], ReadOptions(bad_rows="skip")))
     assert [source for _, source in results] == [
         f"{path}:1 x[0]",
         f"{path}:1 z[0]",
@@ -240,7 +249,10 @@ def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
     ]
     assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
     mapped = {"prompt": "content", "answer": "summary"}
-    sources = [source for _, source in iter_conversations([path], columns=mapped, bad_rows="skip")]
+    sources = [
+        source
+        for _, source in iter_conversations([path], ReadOptions(columns=mapped, bad_rows="skip"))
+    ]
     assert sources == [source for _, source in results]
     path.write_text(json.dumps({"x": [AD], "version": "1"}), encoding="utf-8")
     with pytest.raises(UserError, match="keys found: x, version"):
@@ -384,7 +396,7 @@ def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
         tmp_path / "rows", AD, {"content": " "}, {"content": 5}, {"messages": [{"role": "tool"}]}
     )
     counts: Counter[str] = Counter()
-    found = list(iter_prompts([path], bad_rows="skip", system="s", counts=counts))
+    found = list(iter_prompts([path], ReadOptions(bad_rows="skip", system="s"), counts))
     assert [source for _, _, source in found] == [f"{path}:{line}" for line in (1, 2, 3, 4)]
     assert [getattr(prompt, "reason", None) for prompt, _, _ in found] == [
         None,
@@ -400,7 +412,10 @@ def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
 
 def test_columns_for_rows_to_answer_may_name_an_answer_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", {"q": "1"}, {"q": "2", "a": "3"})
-    found = [found[:2] for found in iter_prompts([path], columns={"prompt": "q", "answer": "a"})]
+    found = [
+        found[:2]
+        for found in iter_prompts([path], ReadOptions(columns={"prompt": "q", "answer": "a"}))
+    ]
     assert found == [(talk("1"), None), (talk("2"), "3")]
     with pytest.raises(UserError, match="no column 'x'"):
-        list(iter_prompts([path], columns={"prompt": "x", "answer": "a"}))
+        list(iter_prompts([path], ReadOptions(columns={"prompt": "x", "answer": "a"})))

@@ -25,7 +25,7 @@ def write(path: Path, rows: list[object]) -> str:
 def rows_of(tmp_path: Path, small_dir: Path, *files: list[object], **options: object) -> TokenRows:
     paths = [write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
     data = DataOptions(train=paths, cache_dir=str(tmp_path / "cache"), **options)  # type: ignore[arg-type]
-    return prepare(data, small_dir, n_workers=0).train
+    return prepare(data, small_dir).train
 
 
 def test_every_row_is_accounted_for(tmp_path: Path, small_dir: Path) -> None:

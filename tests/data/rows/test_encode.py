@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_ds.data.rows.encode import LEARN_ON, EncodeOptions, encode_row, prompt_ids
+from qwen_ds.data.rows.encode import LEARN_ON, EncodeOptions, encode_row
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import Encoding, load_encoding
@@ -272,31 +272,15 @@ def test_rows_do_not_share_their_lists(enc):
 
 
 @pytest.mark.parametrize("learn_on", LEARN_ON)
-def test_the_prompt_is_how_a_trained_row_begins(enc, learn_on):
+def test_a_trained_row_begins_like_the_prompt_that_is_answered(enc, learn_on):
     options = EncodeOptions(learn_on, 10_000, 10_000)
-    for texts in (
-        CASES["short"],
-        CASES["surrounding blanks"],
-        (*CASES["short"], *CASES["surrounding blanks"]),
-    ):
-        prompt = prompt_ids(enc, talk(*texts[:-1]), options)
+    for texts in (CASES["short"], (*CASES["short"], "二", "two")):
+        prompt = encode_prompt(enc, talk(*texts[:-1]))
         assert prompt[-3:] == [IM_START, ASSISTANT, NEWLINE]
         assert encode_row(enc, talk(*texts), options).ids[: len(prompt)] == prompt
-        # An answer at the end is the reference that predictions are compared with.
-        assert prompt_ids(enc, talk(*texts), options) == prompt
-
-
-def test_the_prompt_is_the_chats_and_no_bound_cuts_it(enc):
-    for learn_on in LEARN_ON:
-        conversation = talk(LONG * 40 + "?", system="诗人")
-        prompt = prompt_ids(enc, conversation, EncodeOptions(learn_on, max_tokens=64))
-        assert prompt == encode_prompt(enc, conversation) and len(prompt) > 508
     # Only the original project strips a question.
-    blank = talk(" x ")
-    assert prompt_ids(enc, blank, EncodeOptions()) == encode_prompt(enc, talk("x"))
-    assert prompt_ids(enc, blank, EncodeOptions("answer")) == encode_prompt(enc, blank)
-    with pytest.raises(UserError, match="no question"):
-        prompt_ids(enc, talk(), EncodeOptions())
+    asked = encode_prompt(enc, talk("x" if learn_on == "original" else " x "))
+    assert encode_row(enc, talk(" x ", "y"), options).ids[: len(asked)] == asked
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.layout import QWEN
-from qwen_ds.export.merge import merge
+from qwen_ds.export.formats import QWEN_FORMAT
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.export.proof import verify
 from qwen_ds.export.proof.layered import layered_outputs
@@ -24,7 +24,7 @@ from qwen_ds.export.proof.sides import Outputs, first_positions, spread_position
 from qwen_ds.export.proof.verify import Proof
 from qwen_ds.export.proof.whole import whole_outputs
 from qwen_ds.export.stream import changes
-from qwen_ds.export.stream.changes import Adapters, Change, LowRank, Rows, load_change
+from qwen_ds.export.stream.changes import Adapters, Change, LowRank, ReplacedRows, load_change
 from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 from tests.export.folders import bf16_copy, peft_adapter
@@ -55,7 +55,9 @@ def scaled(factor: float) -> object:
 def test_an_fp32_merge_is_proven_to_fp32_noise(
     small_dir: Path, golden: Path, tmp_path: Path, name: str, kind: Literal["full", "sampled"]
 ) -> None:
-    proof = merge(small_dir, [golden / name / "adapter"], tmp_path / "out", proof=kind).verification
+    proof = merge(
+        small_dir, [golden / name / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
+    ).verification
     assert proof is not None and proof.status == "passed" and proof.kind == kind
     assert (
         proof.max_difference < 3e-5 < 2e-4 > proof.bound
@@ -71,7 +73,9 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(
     bf16_dir: Path, golden: Path, tmp_path: Path, name: str, kind: Literal["full", "sampled"]
 ) -> None:
     """lora_base brings an embedding and a head of its own: their rounding is part of the noise."""
-    proof = merge(bf16_dir, [golden / name / "adapter"], tmp_path / "out", proof=kind).verification
+    proof = merge(
+        bf16_dir, [golden / name / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
+    ).verification
     assert proof is not None and proof.status == "passed"
     # Were the bound a guess, the two would not agree; a wrong size or shape of the noise shows here.
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
@@ -93,7 +97,7 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
     )
     for name in "ab":
         proof = merge(
-            bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", proof=kind
+            bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", MergeOptions(proof=kind)
         ).verification
         assert proof is not None and proof.status == "passed"
         assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
@@ -103,7 +107,9 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
 def test_a_conversion_is_proven_against_the_bare_base(
     small_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
 ) -> None:
-    proof = merge(small_dir, [], tmp_path / "out", dtype="float16", proof=kind).verification
+    proof = merge(
+        small_dir, [], tmp_path / "out", MergeOptions(dtype="float16", proof=kind)
+    ).verification
     assert proof is not None and proof.status == "passed"
     assert proof.adapter_effect == 0.0
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
@@ -121,7 +127,9 @@ def test_a_wrong_bf16_merge_is_rejected(
     kind: Proof,
 ) -> None:
     monkeypatch.setattr(changes, "load_change", scaled(factor))
-    report = merge(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof=kind)
+    report = merge(
+        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
+    )
     assert report.rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected"}
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())
@@ -130,7 +138,7 @@ def test_a_wrong_bf16_merge_is_rejected(
 
     monkeypatch.undo()
     assert not merge(
-        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off"
+        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
     ).rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
@@ -171,9 +179,9 @@ def test_both_proofs_agree_and_pass_on_every_variant(
     folders = [tmp_path / f"adapter{i}" for i in range(len(options))]
     for seed, (folder, chosen) in enumerate(zip(folders, options, strict=True)):
         peft_adapter(small_dir, folder, seed, **chosen)
-    merge(small_dir, folders, tmp_path / "out", weights=weights, proof="off")
+    merge(small_dir, folders, tmp_path / "out", MergeOptions(weights=weights, proof="off"))
     adapters = Adapters(tuple(map(read_adapter, folders)), weights)
-    plan = make_plan(small_dir, adapters, QWEN, "keep", allow_pickle=False)
+    plan = make_plan(small_dir, adapters, QWEN_FORMAT, "keep", allow_pickle=False)
     rows = first_positions(
         [torch.arange(20) * 7, torch.arange(30) + 200, torch.tensor([511, 0, 304, 5])]
     )
@@ -197,7 +205,7 @@ def test_a_bf16_merge_of_a_change_near_the_noise_is_judged_over_all_logits(
     tensors = {name: t * (0.05 if "lora_B" in name else 1) for name, t in load_file(path).items()}
     save_file(tensors, path)
     monkeypatch.setattr(changes, "load_change", scaled(factor))
-    proof = merge(bf16_dir, [adapter], tmp_path / "out", proof="full").verification
+    proof = merge(bf16_dir, [adapter], tmp_path / "out", MergeOptions(proof="full")).verification
     assert proof is not None and proof.max_difference <= proof.bound
     assert (proof.status == "passed") == (factor == 1.0), proof
 
@@ -232,17 +240,21 @@ def test_every_row_that_an_adapter_brings_is_among_what_is_compared(
     peft_adapter(
         small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
     )
-    proof = merge(small_dir, [tmp_path / "adapter"], tmp_path / "right", proof=kind).verification
+    proof = merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "right", MergeOptions(proof=kind)
+    ).verification
     assert proof is not None and proof.status == "passed" and proof.positions == 67
 
     def spoilt(adapter: Adapter, name: str) -> Change:
         change = load_change(adapter, name)
-        if isinstance(change, Rows):
+        if isinstance(change, ReplacedRows):
             change.values_by_index[304].zero_()
         return change
 
     monkeypatch.setattr(changes, "load_change", spoilt)
-    assert merge(small_dir, [tmp_path / "adapter"], tmp_path / "wrong", proof=kind).rejected
+    assert merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "wrong", MergeOptions(proof=kind)
+    ).rejected
 
 
 @pytest.mark.parametrize(
@@ -254,10 +266,12 @@ def test_the_layered_proof_computes_the_head_by_itself(
     """Not by the merge's own arithmetic, whose faults it would share."""
     peft_adapter(small_dir, tmp_path / "adapter", **options)
     assert not merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "right", proof="sampled"
+        small_dir, [tmp_path / "adapter"], tmp_path / "right", MergeOptions(proof="sampled")
     ).rejected
     monkeypatch.setattr(changes, "load_change", scaled(3.0))
-    assert merge(small_dir, [tmp_path / "adapter"], tmp_path / "wrong", proof="sampled").rejected
+    assert merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "wrong", MergeOptions(proof="sampled")
+    ).rejected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,7 +286,9 @@ def test_an_adapter_of_nothing_but_rows_is_proven(
     save_file(
         {name: tensor for name, tensor in load_file(path).items() if "lora_" not in name}, path
     )
-    proof = merge(small_dir, [tmp_path / "adapter"], tmp_path / "out", proof=kind).verification
+    proof = merge(
+        small_dir, [tmp_path / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
+    ).verification
     assert proof is not None and proof.status == "passed" and proof.adapter_effect > 0
 
 
@@ -307,7 +323,7 @@ def test_a_model_that_does_not_fit_in_memory_is_proven_layer_by_layer(
         UserError,
         match=r"full, which needs 0\.5 GB of memory; 0\.1 GB are free; .*--verify sampled",
     ):
-        merge(small_dir, [adapter], tmp_path / "other", proof="full")
+        merge(small_dir, [adapter], tmp_path / "other", MergeOptions(proof="full"))
     assert not list(tmp_path.glob("other*"))
 
 
@@ -363,7 +379,10 @@ def test_prompts_are_lines_of_a_file(small_dir: Path, golden: Path, tmp_path: Pa
     assert prompts == ["abc", "你好"]
     for kind in KINDS:
         report = merge(
-            small_dir, [golden / "lora" / "adapter"], tmp_path / kind, proof=kind, prompts=prompts
+            small_dir,
+            [golden / "lora" / "adapter"],
+            tmp_path / kind,
+            MergeOptions(proof=kind, prompts=prompts),
         )
         assert report.verification is not None and report.verification.positions == 64
     (tmp_path / "prompts.txt").write_text("\n")
@@ -380,7 +399,7 @@ def test_memory_is_counted() -> None:
 def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof="off")
+    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     wrapped = load_adapter(

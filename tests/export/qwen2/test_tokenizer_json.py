@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import merge
+from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.qwen2.tokenizer_check import BUILT_IN, check_tokenizer, texts_of
 from qwen_ds.export.qwen2.tokenizer_json import merges_of, read_qwen2_tokenizer
 from qwen_ds.model.chatml import encode_turns, turns_of
@@ -197,9 +197,7 @@ def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(
         small_dir,
         [],
         tmp_path / "out",
-        to=TO_QWEN2,
-        check_texts=[str(tmp_path / "rows.jsonl")],
-        proof="off",
+        MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], proof="off"),
     )
     assert report.rejected and not (tmp_path / "out").exists()
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())["tokenizer"]
@@ -236,22 +234,22 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(
                 small_dir,
                 [],
                 tmp_path / "out",
-                to=TO_QWEN2,
-                check_texts=[str(tmp_path / file)],
-                proof="off",
+                MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off"),
             )
         assert not list(tmp_path.glob("out*"))
-    early = {"proof": "off", "progress": lambda *_: pytest.fail("a late check")}
-    with pytest.raises(UserError, match="no such file"):
-        merge(small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=["none.json"], **early)
-    with pytest.raises(UserError, match="check_texts was given, but the tokenizer stays as it is"):
-        merge(
-            small_dir,
-            [],
-            tmp_path / "out",
-            dtype="bfloat16",
-            check_texts=[str(tmp_path / "bad.txt")],
-        )
+
+    def late(*_: object) -> None:
+        pytest.fail("a late check")
+
+    for options, message in (
+        (MergeOptions(to=TO_QWEN2, check_texts=["none.json"], proof="off"), "no such file"),
+        (
+            MergeOptions(dtype="float32", check_texts=["none.json"], proof="off"),
+            "check_texts was given, but the tokenizer stays as it is",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge(small_dir, [], tmp_path / "out", options, late)
 
 
 def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_path: Path) -> None:
@@ -266,8 +264,7 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
             base,
             [],
             tmp_path / "out",
-            to=TO_QWEN2,
-            proof="off",
+            MergeOptions(to=TO_QWEN2, proof="off"),
             progress=lambda *_: pytest.fail("a late check"),
         )
     assert not list(tmp_path.glob("out*"))

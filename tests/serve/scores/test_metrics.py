@@ -1,6 +1,8 @@
-"""Scores: profile `seed` against the package it is defined by, `rouge-score` on Chinese, and hand-computed cases.
+"""Scores: profile `seed` against the package it is defined by, `rouge-score` on Chinese, and
+hand-computed cases.
 
-`rouge` 1.0.1 itself is a test dependency and the oracle of ROUGE under profile `seed`; hand-computed values say how.
+`rouge` 1.0.1 itself is a test dependency and the oracle of ROUGE under profile `seed`;
+hand-computed values say how.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ PIECES = [
 
 
 def random_pairs(count: int, seed: int) -> list[tuple[str, str]]:
-    """Chinese, English and mixed texts of 0 to 14 pieces; every third pair English words with full stops."""
+    """Chinese, English and mixed texts of 0 to 14 pieces; every third pair English words with full
+    stops."""
     rng = random.Random(seed)
     pairs = []
     for k in range(count):
@@ -84,7 +87,8 @@ def test_rouge_of_the_seed_profile_is_that_of_rouge_1_0_1() -> None:
 
 
 def test_repeated_words_count_once_in_the_seed_profile() -> None:
-    # By hand. "a b a b" has the sets {a, b} and {ab, ba}; against "a b" both words and one of two pairs are found.
+    # By hand. "a b a b" has the sets {a, b} and {ab, ba}; against "a b" both words and one of two
+    # pairs are found.
     scores = metrics.score_seed("a b a b", "a b")
     assert scores.rouge_1.p == scores.rouge_1.r == 1.0
     assert (scores.rouge_2.p, scores.rouge_2.r) == (0.5, 1.0)
@@ -96,8 +100,9 @@ def test_repeated_words_count_once_in_the_seed_profile() -> None:
 
 
 def test_rouge_l_unites_the_subsequences_of_the_sentences() -> None:
-    # By hand: the reference "a b c d e" shares "a b" with one sentence and "c e" with the other: 4 of its 5 words, and
-    # 4 of the prediction's 6. Taken as one long sentence, the second prediction would share only two words with it.
+    # By hand: the reference "a b c d e" shares "a b" with one sentence and "c e" with the other: 4
+    # of its 5 words, and 4 of the prediction's 6. Taken as one long sentence, the second prediction
+    # would share only two words with it.
     for prediction in ("a b x. c e y", "c e y. a b x"):
         scores = metrics.rouge_of_sets(prediction, "a b c d e")
         assert scores is not None
@@ -128,7 +133,8 @@ def test_equal_texts_score_one(text: str) -> None:
 
 
 def test_rouge_score_sees_chinese_text_and_not_only_its_digits() -> None:
-    # With rouge-score's own tokenizer equal Chinese texts score 0, and texts that share nothing but a digit score 1.
+    # With rouge-score's own tokenizer equal Chinese texts score 0, and texts that share nothing but
+    # a digit score 1.
     blind = RougeScorer(["rouge1"])
     assert blind.score("裙子很好看", "裙子很好看")["rouge1"].fmeasure == 0.0
     assert blind.score("长裤5厘米", "卫衣5折")["rouge1"].fmeasure == 1.0
@@ -150,8 +156,9 @@ def test_english_text_gets_the_tokens_of_rouge_score() -> None:
 
 
 def test_bleu_is_over_characters_with_four_orders_and_smoothing_method_1() -> None:
-    # By hand: prediction 甲乙丙丁戊, reference 甲乙丙己戊辛: 4 of 5 characters match, 2 of 4 pairs, 1 of 3 triples
-    # and 0 of 2 quadruples, which method1 takes as 0.1 of 2; the prediction is shorter: brevity penalty exp(1 - 6/5).
+    # By hand: prediction 甲乙丙丁戊, reference 甲乙丙己戊辛: 4 of 5 characters match, 2 of 4 pairs,
+    # 1 of 3 triples and 0 of 2 quadruples, which method1 takes as 0.1 of 2; the prediction is
+    # shorter: brevity penalty exp(1 - 6/5).
     expected = math.exp(1 - 6 / 5) * (4 / 5 * 2 / 4 * 1 / 3 * 0.1 / 2) ** 0.25
     assert metrics.score_seed("甲乙丙丁戊", "甲乙丙己戊辛").bleu_4 == pytest.approx(
         expected, rel=1e-12
@@ -185,7 +192,8 @@ def test_empty_predictions_stay_in_the_mean() -> None:
 
 
 def test_a_long_pair_is_scored() -> None:
-    # `rouge` 1.0.1 recurses once per word and dies on such a pair; the original project then counts 0.
+    # `rouge` 1.0.1 recurses once per word and dies on such a pair; the original project then counts
+    # 0.
     prediction, reference = " ".join(map(str, range(1200))), "0 x"
     with pytest.raises(RecursionError):
         Rouge().get_scores(prediction, reference)
@@ -196,7 +204,7 @@ def test_a_long_pair_is_scored() -> None:
 
 def test_scoring_says_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     code = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
-    code += "from serve import metrics; print(metrics.words('简约大方'))"
+    code += "from serve.scores import metrics; print(metrics.words('简约大方'))"
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

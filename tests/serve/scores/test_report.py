@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qwen_ds.errors import UserError
-from serve.evaluate import evaluate, sample, wrap
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
+from serve.scores.report import evaluate, sample, wrap
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
 
@@ -63,10 +63,9 @@ def test_a_model_is_scored_on_its_answers(
     printed = capsys.readouterr().out
     assert metrics.table(scores) in printed
     for shown in (0, 2, 4):
-        assert (
-            f"{data}:{shown + 1}\n  prompt      {ROWS[shown]['content']}\n  reference   {ROWS[shown]['summary']}"
-            in printed
-        )
+        row = ROWS[shown]
+        asked = f"{data}:{shown + 1}\n  prompt      {row['content']}\n"
+        assert f"{asked}  reference   {row['summary']}" in printed
     assert ROWS[1]["summary"] not in printed
 
     again = evaluate(

@@ -1,0 +1,224 @@
+"""The file of token rows: Arrow IPC, written a block at a time and read through memory mapping.
+
+Each block is a record batch of `SCHEMA`. A last batch without rows carries, as JSON in its metadata,
+what is said of all rows at once: see `RowWriter.finish`. Arrow writes its footer after everything
+else, so a file that was cut short has none and is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from qwen_ds.data.rows.blocks import Block
+from qwen_ds.data.rows.data_report import PartReport
+from qwen_ds.errors import UserError
+
+FORMAT_VERSION = 2
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        # Start and end of each run of target tokens, counted from the start of the row.
+        "target_runs": pa.list_(pa.list_(pa.int32(), 2)),
+        "num_targets": pa.int32(),  # labels that are left after the shift by one
+        "content_hash": pa.uint64(),  # of tokens and labels
+        "prompt_hash": pa.uint64(),  # of the first user text
+        "part": pa.int32(),  # which entry of data.train
+        "source_name": pa.int32(),  # in the names that `finish` writes
+        "source_number": pa.int64(),  # -1: the source has none
+    }
+)
+_ABOUT = "qwen_ds.token_rows"
+_LAST_NUMBER = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([^0-9]*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def cache_errors(cache: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{cache}: {error.strerror or error}; expected a folder that can be written, with room "
+            "for the tokenised rows (data.cache_dir)"
+        ) from error
+
+
+class RowWriter:
+    """Writes blocks of rows to a file, in the order in which they come.
+
+    Memory grows by 8 bytes a row: the content hashes, from which repeated rows are counted.
+    As a context it closes the file; only `finish` makes the file a whole one.
+
+    Raises:
+        UserError: the disk does not take the rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._cache = path.parent
+        with cache_errors(self._cache):
+            self._file = path.open("wb")
+        self._arrow = pa.ipc.new_file(self._file, SCHEMA)
+        # A million "train.jsonl:17" are one name, ("train.jsonl:", ""), and a million numbers.
+        self._names: dict[tuple[str, str], int] = {}
+        self._contents: list[np.ndarray] = []
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with cache_errors(self._cache):
+            self._file.close()
+
+    def add(self, block: Block, sources: Sequence[str], part: int, report: PartReport) -> None:
+        """Append a block. `sources` are those of its whole chunk; the report counts their fates."""
+        for place, reason in block.dropped:
+            report.drop(reason, sources[place])
+        for place, what in block.cuts:
+            report.cut(what, sources[place])
+        n_rows = len(block.length_K)
+        if not n_rows:
+            return
+        kept = [sources[place] for place in block.place_K.tolist()]
+        report.keep(block, kept)
+        names, numbers = zip(*map(self._split, kept), strict=True)
+        runs = pa.FixedSizeListArray.from_arrays(pa.array(block.runs_R2.reshape(-1)), 2)
+        columns = [
+            pa.ListArray.from_arrays(_offsets(block.length_K), pa.array(block.ids_N)),
+            pa.ListArray.from_arrays(_offsets(block.n_runs_K), runs),
+            block.learnt_K,
+            block.content_K,
+            block.prompt_K,
+            np.full(n_rows, part, np.int32),
+            np.array(names, np.int32),
+            np.array(numbers, np.int64),
+        ]
+        with cache_errors(self._cache):
+            self._arrow.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._contents.append(block.content_K)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Write the last batch and the footer.
+
+        Its metadata is `about`, and: format_version; names, the beginnings and ends of sources;
+        sha256, of all rows' content hashes in their order; duplicates, rows that repeat an earlier.
+        """
+        contents = np.concatenate([np.empty(0, "<u8"), *self._contents])
+        found = {
+            "format_version": FORMAT_VERSION,
+            "sha256": hashlib.sha256(contents.tobytes()).hexdigest(),
+            "names": list(self._names),
+            "duplicates": len(contents) - len(np.unique(contents)),
+            **about,
+        }
+        with cache_errors(self._cache):
+            no_rows = pa.RecordBatch.from_pylist([], SCHEMA)
+            self._arrow.write_batch(no_rows, custom_metadata={_ABOUT: json.dumps(found)})
+            self._arrow.close()
+            self._file.close()
+
+    def _split(self, source: str) -> tuple[int, int]:
+        found = _LAST_NUMBER.fullmatch(source)
+        before, digits, after = found.groups() if found else (source, "-1", "")
+        return self._names.setdefault((before, after), len(self._names)), int(digits)
+
+
+def _offsets(length_K: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(length_K)]).astype(np.int32))
+
+
+class _Views(NamedTuple):
+    """What a row is read from: numpy views of one record batch, whose bytes stay on disk."""
+
+    ids: np.ndarray
+    id_offsets: np.ndarray
+    runs: np.ndarray
+    run_offsets: np.ndarray
+    names: np.ndarray
+    numbers: np.ndarray
+
+
+class RowFile:
+    """The rows of a whole file, memory-mapped and read-only.
+
+    Attributes:
+        about: the metadata that `RowWriter.finish` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.about = _read_about(reader)
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
+        self._views = [_views(batch) for batch in self._batches]
+        rows = [batch.num_rows for batch in self._batches]
+        self._first_row = [0, *np.cumsum(rows).tolist()]
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Views of a row's tokens, int32, and of its runs of target tokens, int32 [runs, 2]."""
+        views, at = self._find(row)
+        ids = views.ids[views.id_offsets[at] : views.id_offsets[at + 1]]
+        return ids, views.runs[views.run_offsets[at] : views.run_offsets[at + 1]]
+
+    def source(self, row: int) -> str:
+        """Where a row comes from, "file:line"."""
+        views, at = self._find(row)
+        before, after = self.about["names"][views.names[at]]
+        number = int(views.numbers[at])
+        return f"{before}{number}{after}" if number >= 0 else before + after
+
+    def lengths(self) -> np.ndarray:
+        """int32 [rows]: tokens of each row."""
+        return np.concatenate([np.diff(views.id_offsets) for views in self._views])
+
+    def column(self, name: str) -> np.ndarray:
+        """A copy of one of the schema's columns of numbers."""
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
+
+    def _find(self, row: int) -> tuple[_Views, int]:
+        batch = bisect_right(self._first_row, row) - 1
+        return self._views[batch], row - self._first_row[batch]
+
+
+def _views(batch: pa.RecordBatch) -> _Views:
+    ids, runs = batch.column("input_ids"), batch.column("target_runs")
+    return _Views(
+        ids.values.to_numpy(),
+        ids.offsets.to_numpy(),
+        runs.values.values.to_numpy().reshape(-1, 2),
+        runs.offsets.to_numpy(),
+        batch.column("source_name").to_numpy(),
+        batch.column("source_number").to_numpy(),
+    )
+
+
+def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
+    if reader.schema != SCHEMA or not reader.num_record_batches:
+        raise ValueError("not a file of token rows")
+    batch = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+    about: dict[str, Any] = json.loads((batch.custom_metadata or {}).get(_ABOUT, "null"))
+    if not about or about["format_version"] != FORMAT_VERSION:
+        raise ValueError("not a whole file of token rows of this version")
+    return about
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there, complete and of this format."""
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            _read_about(pa.ipc.open_file(mapped))
+    except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
+        return False
+    return True

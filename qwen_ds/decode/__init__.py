@@ -1,0 +1,1 @@
+"""Decoding: sampling, stops, text and batches of any causal language model, row by row."""

@@ -1,0 +1,134 @@
+"""Decoding of one static batch: prompts in, completions out, each row by its own parameters.
+
+Greedy answers are those of the row alone, token for token, in fp32. In bf16 the last bit of a logit
+depends on the shape of the matrix products, so near ties may fall otherwise.
+
+Shapes: B rows, T tokens of the longest prompt, S decoding steps, V rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_ds.decode.errors import LogitsNotFinite, PromptTooLong
+from qwen_ds.decode.padding import pad_left
+from qwen_ds.decode.sampling import BatchSampling, SamplingParams, draw, only_tokens, uniforms
+from qwen_ds.decode.stop import FinishReason, StopRule
+
+
+class CausalModel(Protocol):
+    """A causal language model with a key-value cache, called as transformers' models are."""
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: Any,
+        use_cache: bool,
+        logits_to_keep: int,
+    ) -> Any:
+        """An object with `logits` [B, 1, V] of the last token, and the grown `past_key_values`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What decoding needs to know of a tokenizer."""
+
+    size: int
+    """Ids from here on are padding rows of the head and are never chosen."""
+    pad_id: int
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingRow:
+    """A prompt of at least one token, and how it is to be answered."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopRule
+
+    def require_room(self, context: int) -> None:
+        """Raise PromptTooLong unless prompt and new tokens fit a context of so many tokens."""
+        assert self.prompt, "a prompt has at least one token"
+        room = context - self.sampling.max_new_tokens
+        if len(self.prompt) > room:
+            raise PromptTooLong(len(self.prompt), room)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One row's answer.
+
+    `ids` are the new tokens without the stop that ended them. `text` is their text; bytes that are
+    no whole UTF-8 character (an answer cut at max_new_tokens may end inside one) show as U+FFFD.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.ids)
+
+
+@torch.no_grad()
+def decode_batch(
+    model: CausalModel,
+    rows: Sequence[DecodingRow],
+    vocabulary: Vocabulary,
+    device: torch.device,
+    all_done: Callable[[bool], bool] = bool,
+) -> list[Completion]:
+    """Completions of the rows, in their order. A row that has ended computes along with the others.
+
+    Args:
+        all_done: asked after each token with whether the rows here have ended; decoding ends when
+            it says so. Ranks that must make the same number of forward passes agree in it.
+
+    Raises:
+        LogitsNotFinite: after the prompts; later steps are not looked at, which would cost a
+            synchronisation each.
+    """
+    ids_BT, mask_BT = pad_left([row.prompt for row in rows], vocabulary.pad_id, device)
+    sampling = BatchSampling([row.sampling for row in rows], device)
+    uniform_BS = uniforms([row.sampling for row in rows], device)
+    new: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
+    cache: Any = None
+    for step in range(uniform_BS.shape[1]):
+        outputs = model(
+            input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        cache, logits_BV = (
+            outputs.past_key_values,
+            only_tokens(outputs.logits[:, -1], vocabulary.size),
+        )
+        if step == 0 and not bool(logits_BV.max(-1).values.isfinite().all()):
+            raise LogitsNotFinite
+        next_B = draw(logits_BV, sampling, uniform_BS[:, step])
+        for i, token in enumerate(next_B.tolist()):
+            if not ended[i]:
+                new[i].append(token)
+                ended[i] = (
+                    len(new[i]) == rows[i].sampling.max_new_tokens
+                    or rows[i].stop.length_of_stop(new[i]) > 0
+                )
+        if all_done(all(ended)):
+            break
+        ids_BT = next_B.unsqueeze(1)
+        mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(rows), 1)), dim=1)
+    found = []
+    for row, ids in zip(rows, new, strict=True):
+        kept, reason = row.stop.cut(ids)
+        found.append(Completion(kept, vocabulary.decode(kept), reason, len(row.prompt)))
+    return found

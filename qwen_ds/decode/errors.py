@@ -1,0 +1,42 @@
+"""Requests that decoding refuses. Each front (a command, an HTTP API) words these for its users."""
+
+from __future__ import annotations
+
+
+class DecodingError(ValueError):
+    """A request that cannot be decoded."""
+
+
+class InvalidSampling(DecodingError):
+    """A sampling parameter out of its range."""
+
+    def __init__(self, name: str, value: float, expected: str) -> None:
+        super().__init__(f"{name} is {value}; expected {expected}")
+        self.name, self.value, self.expected = name, value, expected
+
+
+class PromptTooLong(DecodingError):
+    """A prompt that leaves no room for the tokens asked for.
+
+    Args:
+        tokens: length of the prompt.
+        room: the most tokens that it may have: the model's context less the new tokens.
+    """
+
+    def __init__(self, tokens: int, room: int) -> None:
+        super().__init__(f"the prompt has {tokens} tokens; expected at most {room}")
+        self.tokens, self.room = tokens, room
+
+
+class LogitsNotFinite(DecodingError):
+    """Logits that are no numbers: NaN weights, or activations beyond float16."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite; expected numbers")
+
+
+class RowOutOfMemory(DecodingError):
+    """A single row that does not fit the device's memory."""
+
+    def __init__(self) -> None:
+        super().__init__("one row does not fit the GPU's memory; expected fewer tokens")

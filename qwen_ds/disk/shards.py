@@ -1,0 +1,202 @@
+"""The weight files of a model folder: which they are, what is in them, and how new ones are cut.
+
+A folder holds one file, or several (shards) and an index that names the file of every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.weights import (
+    DTYPE_NAMES,
+    Header,
+    TensorSpec,
+    read_header,
+    read_pickle,
+    refuse_lfs_pointer,
+)
+from qwen_ds.disk.write import write_json
+from qwen_ds.errors import UserError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# In the order in which transformers looks for weights: what is checked is what is loaded.
+_KINDS = ((SINGLE_NAME, INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+
+# Hubs and file systems take files of 4 GB, and a header is far below the 1 MiB left for it.
+MAX_SHARD_BYTES = 4_000_000_000 - 2**20
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
+    """Cut tensors into files under the usual names.
+
+    Tensors keep their order, each file is filled before the next one begins. A tensor that is
+    larger than a file gets one of its own, since the format has no way to cut it.
+
+    Args:
+        sizes: tensor's name -> bytes.
+        max_bytes: of the tensors in one file.
+
+    Returns:
+        File name -> names of its tensors. One file needs no index.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    return split.filename_to_tensors
+
+
+def write_index(
+    folder: Path,
+    members: Mapping[str, Iterable[str]],
+    num_bytes: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Write the index of a folder's shards; returns its sha256 in hex.
+
+    Args:
+        members: file name -> names of its tensors.
+        num_bytes: of all tensors.
+        metadata: more to tell of the weights than their size.
+    """
+    weight_map = {tensor: file for file, tensors in members.items() for tensor in tensors}
+    return write_json(
+        folder / INDEX_NAME,
+        {
+            "metadata": {**(metadata or {}), "total_size": num_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The names of a folder's weight files, and its index where it has one."""
+
+    names: tuple[str, ...]
+    index_name: str | None = None
+    weight_map: Mapping[str, str] | None = None
+    """Tensor -> file."""
+    metadata: dict[str, Any] | None = None
+    """Of the index."""
+
+
+def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | None:
+    """The weight files of a folder, all of which are there; None where it has none.
+
+    Raises:
+        UserError: an index that is none, or that names a file that is missing or of another kind.
+    """
+    for single, index_name in _KINDS if allow_pickle else _KINDS[:1]:
+        if (folder / single).is_file():
+            return WeightFiles((single,))
+        if (folder / index_name).is_file():
+            return _read_index(folder, index_name, Path(single).suffix)
+    return None
+
+
+def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
+    path = folder / index_name
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: no weight_map; expected the file of every tensor")
+    names = tuple(sorted({str(name) for name in weight_map.values()}))
+    for name in names:
+        if Path(name).name != name or not name.endswith(suffix):
+            raise UserError(
+                f"{path}: names the shard {name!r}; expected a {suffix} file in the same folder"
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} weight files are);"
+            f" expected every file that {index_name} names"
+        )
+    return WeightFiles(names, index_name, weight_map, index.get("metadata") or {})
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise UserError unless every weight file is there and ends where its header says.
+
+    Of a pickle no more is known than that it is there.
+    """
+    files = find_weight_files(folder)
+    if files is None:
+        raise UserError(f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME}")
+    for name in files.names:
+        if name.endswith(".safetensors"):
+            read_header(folder / name)
+        else:
+            refuse_lfs_pointer(folder / name)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """A folder's weights as they are stored: the headers of its files."""
+
+    folder: Path
+    shards: tuple[Header, ...]
+    index_metadata: dict[str, Any] | None = None
+    """None: one file without an index."""
+    index_name: str | None = None
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {spec.name: spec for shard in self.shards for spec in shard.tensors}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.tensors.items()}
+
+
+def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
+    """Read the headers of a folder's weights, in one file or in shards.
+
+    Raises:
+        UserError: no weights of a kind that may be read, a missing or broken file, or an index
+            that disagrees with its files.
+    """
+    files = find_weight_files(folder, allow_pickle)
+    if files is None:
+        pickles = any(folder.glob("pytorch_model*.bin"))
+        came = "only pytorch_model*.bin, which are pickles" if pickles else "no weights"
+        advice = " (--allow_pickle true reads pickles that hold nothing but tensors)"
+        raise UserError(
+            f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
+            f"{advice if pickles else ''}"
+        )
+    shards = tuple(_open_file(folder / name) for name in files.names)
+    if files.weight_map is not None:
+        found = {(spec.name, shard.path.name) for shard in shards for spec in shard.tensors}
+        if odd := sorted(found ^ set(files.weight_map.items())):
+            raise UserError(
+                f"{folder / str(files.index_name)}: disagrees with its shards about {odd[0][0]};"
+                " expected an index made for them"
+            )
+    return StoredWeights(folder, shards, files.metadata, files.index_name)
+
+
+def _open_file(path: Path) -> Header:
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    tensors = read_pickle(path, mmap=True)
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
+    if odd:
+        raise UserError(
+            f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has"
+        )
+    specs = tuple(
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    )
+    return Header(path, specs, {"format": "pt"}, 0, tensors)

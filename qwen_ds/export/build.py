@@ -1,0 +1,129 @@
+"""The files of an output, in the order of their writing: weights, index, settings, card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qwen_ds.disk.shards import INDEX_NAME, write_index
+from qwen_ds.disk.weights import file_facts
+from qwen_ds.disk.write import sync
+from qwen_ds.export.base_check import doubts
+from qwen_ds.export.card import CARD_NAME, Origin, write_card
+from qwen_ds.export.merge_plan import MergePlan, Shard
+from qwen_ds.export.merge_report import BuiltFiles
+from qwen_ds.export.stream.changes import Adapters
+from qwen_ds.export.stream.shard import WrittenShard, sum_changed, write_shard
+from qwen_ds.export.stream.source import Source
+from qwen_ds.model.carry_over import legal_texts
+
+Facts = dict[str, dict[str, Any]]
+"""File name -> bytes and sha256."""
+ShowProgress = Callable[[int, int], None]
+
+
+def build_files(
+    plan: MergePlan,
+    source: Source,
+    folder: Path,
+    block_bytes: int,
+    progress: ShowProgress | None,
+) -> BuiltFiles:
+    """Write all files of the output, but for its report, into `folder`.
+
+    Raises:
+        UserError: the output's values are not finite.
+        OSError: of the disk.
+    """
+    shards = _write_weights(plan, source, folder, block_bytes, progress)
+    edits = _write_small_files(plan, folder)
+    outputs = {name: written.facts for name, written in sorted(shards.items())}
+    for path in sorted(folder.iterdir()):
+        if path.name not in outputs:
+            outputs[path.name] = file_facts(path)
+    inputs = _input_facts(plan, source, folder, outputs) | _adapter_facts(plan.adapters)
+    return BuiltFiles(sum_changed(shards.values()), edits, inputs, outputs)
+
+
+def _write_weights(
+    plan: MergePlan,
+    source: Source,
+    folder: Path,
+    block_bytes: int,
+    progress: ShowProgress | None,
+) -> dict[str, WrittenShard]:
+    total = sum(plan.bytes_read(shard) for shard in plan.shards)
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    written, flushed = {}, []
+    # Publishing waits until the disk has every file. Here it takes one while the next is made.
+    with ThreadPoolExecutor(max_workers=1) as flushing:
+        for shard in plan.shards:
+            path = folder / shard.name
+            written[shard.name] = write_shard(plan, shard, source, path, block_bytes, advance)
+            flushed.append(flushing.submit(sync, path))
+    for done_flushing in flushed:
+        done_flushing.result()  # the disk's error, which it tells only once
+    for shard in plan.shards:
+        _check_header(folder, shard)
+    return written
+
+
+def _check_header(folder: Path, shard: Shard) -> None:
+    """The safetensors library must read what our writer of blocks meant."""
+    with safe_open(folder / shard.name, framework="pt") as file:
+        found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
+    wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
+    assert read == wanted, f"{folder / shard.name}: safetensors reads another header than written"
+
+
+def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
+    """Write everything beside the weights; returns what was changed, by file name."""
+    if plan.has_index:
+        members = {shard.name: [spec.name for spec in shard.tensors] for shard in plan.shards}
+        write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
+    base, adapters = plan.base.folder, plan.adapters
+    dtype = None if plan.dtype == "keep" else plan.dtype
+    edits = plan.format.write_files(base, folder, dtype, bool(adapters.members))
+    origin = Origin(
+        base,
+        tuple(adapter.folder for adapter in adapters.members),
+        plan.format.name,
+        adapters.weights,
+        plan.dtype,
+        tuple(doubts(base, adapters.members)),
+    )
+    write_card(folder, origin)
+    return edits
+
+
+def _input_facts(plan: MergePlan, source: Source, folder: Path, outputs: Facts) -> Facts:
+    """Size and sha256 of all files of the base that were read."""
+    facts = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
+    index = {plan.base.index_name} if plan.base.index_name is not None else set()
+    made = {INDEX_NAME, CARD_NAME}
+    carried = legal_texts(folder) if plan.format.reads else outputs.keys() - made
+    for name in sorted({*carried, *plan.format.reads, *index} - facts.keys()):
+        if (plan.base.folder / name).is_file():
+            facts[name] = file_facts(plan.base.folder / name)
+    return facts
+
+
+def _adapter_facts(adapters: Adapters) -> Facts:
+    """Size and sha256 of the adapters' files."""
+    facts: Facts = {}
+    for number, adapter in enumerate(adapters.members, start=1):
+        label = "adapter" if len(adapters.members) == 1 else f"adapter{number}"
+        facts |= {f"{label}/{path.name}": file_facts(path) for path in adapter.files()}
+    return facts

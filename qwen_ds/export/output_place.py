@@ -1,0 +1,140 @@
+"""The place of an output: its name is free, no input lies in it, one merge at a time builds it.
+
+An output is built in the folder `<output>.partial/model`, brought to the disk and renamed. Beside
+`model` lies a lock. It is what tells a killed merge's rest, which the next merge clears away, from
+what somebody else put there, which is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen_ds.disk.place import require_folder, require_new_folder
+from qwen_ds.disk.write import remove_folder
+from qwen_ds.errors import UserError
+
+REPORT_NAME = "merge_report.json"
+_LOCK_NAME = "merge.lock"
+
+
+def rejected_name(output: Path) -> Path:
+    """Where an output lies that failed its proof."""
+    return output.with_name(output.name + ".rejected")
+
+
+def _partial_name(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
+    """Check that no input lies where the output is built, gets its name, or replaces another.
+
+    Raises:
+        UserError: one does, or the output is the root.
+    """
+    if not output.name:
+        raise UserError(f"{output}: is the root; expected a new folder for the output")
+    for place in (output, rejected_name(output), _partial_name(output)):
+        for given in inputs:
+            if given.resolve().is_relative_to(place.resolve()):
+                raise UserError(
+                    f"{output}: {given} is an input, and a merge to this output writes to {place};"
+                    " expected another name for the output"
+                )
+
+
+@contextmanager
+def building(output: Path) -> Iterator[Path]:
+    """Yield an empty folder to build `output` in; whatever is still in it at the end is removed.
+
+    Raises:
+        UserError: another merge builds this output, or something else is in the way.
+        OSError: of the disk.
+    """
+    place = _partial_name(output)
+    # A kill may come before the lock is there: an empty folder is ours, too.
+    foreign = place.exists() and (
+        not place.is_dir() or (any(place.iterdir()) and not (place / _LOCK_NAME).is_file())
+    )
+    if foreign or place.is_symlink():
+        raise UserError(
+            f"{place}: in the way and not a killed merge's; expected to build the output there"
+        )
+    require_folder(place, make=True)
+    lock = place / _LOCK_NAME
+    with lock.open("w") as file:
+        if not _is_locked(file.fileno(), lock):
+            raise UserError(
+                f"{place}: another merge is building this output; expected one at a time"
+            )
+        try:
+            _clear(place)
+            (place / "model").mkdir()
+            yield place / "model"
+        finally:
+            # The lock goes last: whenever a kill comes, the rest is known as ours.
+            _clear(place)
+            lock.unlink()
+            with suppress(OSError):  # the next merge has entered it meanwhile
+                place.rmdir()
+
+
+def _is_locked(descriptor: int, lock: Path) -> bool:
+    """Whether this process got the lock, and the file is still the one under its name."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # others than these: a file system without locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
+
+
+def _clear(place: Path) -> None:
+    for path in place.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK_NAME:
+            path.unlink()
+
+
+def check_names_free(output: Path) -> None:
+    """Check that the output's name is free, and that of a rejected one free or an earlier merge's.
+
+    Raises:
+        UserError: something is in the way.
+    """
+    require_new_folder(output)
+    rejected = rejected_name(output)
+    earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
+    if (rejected.exists() or rejected.is_symlink()) and not earlier:
+        raise UserError(
+            f"{rejected}: in the way and not an earlier merge's; expected a free name for the"
+            " output"
+        )
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Check that the disk takes `num_bytes` of weights and the small files beside them.
+
+    Raises:
+        UserError: there is too little room, also without an earlier rejected output.
+    """
+    needed = int(1.01 * num_bytes)  # headers and small files
+    replaced = sum(path.lstat().st_size for path in rejected_name(output).rglob("*"))
+    free = shutil.disk_usage(output.parent).free + replaced
+    if free < needed:
+        raise UserError(
+            f"{output.parent}: {free / 1e9:.3g} GB ({free} bytes) free on the disk; expected"
+            f" {needed / 1e9:.3g} GB ({needed} bytes) for the output"
+        )
+
+
+def remove_rejected(output: Path) -> None:
+    """Remove an earlier merge's rejected output, once all is known to be possible."""
+    if (rejected := rejected_name(output)).exists():
+        remove_folder(rejected)

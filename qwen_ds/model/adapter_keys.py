@@ -1,0 +1,141 @@
+"""Names of an adapter's tensors: peft's of any version, and of wrappers around the model, as one
+set.
+
+A key is peft's name in its present form, `base_model.model.<module>.lora_A.weight`. The tensors of
+a module are its parts: lora_A, lora_B, lora_magnitude_vector (DoRA's), rows (replaced token rows),
+weight and bias (saved whole).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.family import QWEN
+
+PEFT_PREFIX = "base_model.model."
+
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
+_TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
+_SAVED = re.compile(
+    r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$"
+)
+
+
+def sort_keys(
+    folder: Path, in_file: Mapping[str, object]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Sort the tensors of a file by module.
+
+    Args:
+        in_file: names as they stand in the file.
+
+    Returns:
+        key -> name in the file; and module -> part -> key.
+
+    Raises:
+        UserError: an unknown name, or two names of one tensor.
+    """
+    names: dict[str, str] = {}
+    parts: dict[str, dict[str, str]] = {}
+    for name in in_file:
+        short = QWEN.without_wrappers(name) or ""
+        if match := _LORA.match(short):
+            kind, suffix = f"lora_{match['side']}", f"lora_{match['side']}.weight"
+        elif match := _MAGNITUDE.match(short):
+            kind = suffix = "lora_magnitude_vector"
+        elif match := _TOKEN_ROWS.match(short):
+            kind, suffix = "rows", "token_adapter.trainable_tokens_delta"
+        elif (match := _SAVED.match(short)) and not re.search(
+            r"\.(lora_|original_module|token_adapter)", short
+        ):
+            kind = suffix = match["parameter"]
+        else:
+            raise UserError(
+                f"{folder}: unknown tensor {name}; expected PEFT's names on Qwen's modules, such as"
+                f" {PEFT_PREFIX}{QWEN.example}.lora_A.weight"
+            )
+        key = f"{PEFT_PREFIX}{match['module']}.{suffix}"
+        if key in names:
+            raise UserError(
+                f"{folder}: {name} and {names[key]} are the same tensor; expected one adapter in "
+                "the file"
+            )
+        names[key] = name
+        parts.setdefault(match["module"], {})[kind] = key
+    return names, parts
+
+
+def check_pairs(
+    folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise UserError unless every low-rank tensor has its partner, and a whole shape."""
+    wanted = (("lora_A", "lora_B", 2), ("lora_B", "lora_A", 2))
+    for keys in parts.values():
+        for kind, partner, dimensions in (*wanted, ("lora_magnitude_vector", "lora_A", 1)):
+            if kind not in keys:
+                continue
+            if partner not in keys:
+                raise UserError(f"{folder}: {keys[kind]} has no {partner} beside it; expected both")
+            shape = shapes[keys[kind]]
+            if 0 in shape or len(shape) != dimensions:
+                raise UserError(
+                    f"{folder}: {keys[kind]} is {list(shape)}; expected a whole tensor (saved "
+                    "under ZeRO-3 without gathering?)"
+                )
+
+
+def inferred_config(
+    parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
+) -> dict[str, Any]:
+    """An adapter_config.json for an adapter without one: ranks follow from the shapes."""
+    ranks = {
+        module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys
+    }
+    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": usual,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {module: r for module, r in ranks.items() if r != usual},
+        "alpha_pattern": {},
+        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys)
+        or None,
+        "use_dora": any("lora_magnitude_vector" in keys for keys in parts.values()),
+        "use_rslora": False,
+        "bias": "none",
+    }
+
+
+def pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that names `module`.
+
+    The rule is peft's: a pattern is a regular expression for the last parts of the name.
+    """
+    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def token_indices(
+    folder: Path, config: Mapping[str, Any], module: str, count: int
+) -> tuple[int, ...]:
+    """Rows of `module` that the `count` stored ones replace; UserError where the numbers differ."""
+    configured = config.get("trainable_token_indices")
+    # peft's short form, a bare list, means the input embedding.
+    found = configured if isinstance(configured, list) else pattern_value(configured, module, None)
+    indices = found if isinstance(found, list) else []
+    if len(indices) != count or not all(isinstance(i, int) and i >= 0 for i in indices):
+        listed = len(indices) if isinstance(found, list) else "none"
+        raise UserError(
+            f"{folder}: {module} replaces {count} rows; trainable_token_indices lists {listed} for "
+            "it"
+        )
+    return tuple(indices)

@@ -1,0 +1,75 @@
+"""Attention of the original Qwen.
+
+Shapes: B rows, T new tokens, D hidden, H heads, W head width; q, k and v are [B, H, T, W].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.rotary import apply_rotary
+
+
+class ResidualLinear(nn.Linear):
+    """A Linear that writes into the residual stream: a class of its own, since fresh weights of
+    these are smaller."""
+
+
+class QWenAttention(nn.Module):
+    """Causal self-attention. `c_attn` gives q, k and v side by side and alone has a bias."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.kv_channels
+        self.dropout = config.attn_dropout_prob
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = ResidualLinear(
+            config.hidden_size, config.hidden_size, bias=not config.no_bias
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        logn: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        cache: Cache | None,
+    ) -> Tensor:
+        rows, length, width = x_BTD.shape
+        qkv = self.c_attn(x_BTD).view(rows, length, 3, self.num_heads, self.head_dim)
+        qk, v = qkv.split((2, 1), dim=2)  # views, whose gradients are joined by one copy
+        q, k = apply_rotary(qk, cos, sin).unbind(2)
+        if logn is not None:
+            q = q * logn
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        dropout = self.dropout if self.training else 0.0
+        if self.config._attn_implementation == "eager":
+            out = eager_attention(q, k, v, mask, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=dropout, is_causal=is_causal
+            )
+        return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention as plain matrix products, softmax in fp32, for machines where those beat SDPA's
+    kernels."""
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    probs = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (F.dropout(probs, dropout) if dropout else probs) @ v

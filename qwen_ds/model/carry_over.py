@@ -1,0 +1,61 @@
+"""The small files that travel with a model: settings, tokenizer and legal texts, and never code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.write import replacing, write_json
+
+_LEGAL = r"(.*[ _.-])?(licen[cs]e|notice|copying|copyright)([ _.-].*)?|use[ _-]?policy.*"
+# A model card describes the base, not what was made of it, and stays behind.
+_CARRIED = re.compile(
+    r"(config|configuration|generation_config|tokenizer_config|special_tokens_map|added_tokens"
+    r"|tokenizer|vocab)\.json"
+    rf"|merges\.txt|.*\.tiktoken|chat_template\.(jinja|json)|{_LEGAL}",
+    re.IGNORECASE,
+)
+# Nothing here needs a model's own code, and a folder that we wrote should run none.
+_NEVER = re.compile(r".*\.(py|pyc|so|cpp|cu|bin|pt|pth|pkl|safetensors)", re.IGNORECASE)
+_LEGAL_TEXT = re.compile(_LEGAL, re.IGNORECASE)
+_NAMES_CODE = ("config.json", "tokenizer_config.json")  # in auto_map
+
+
+def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
+    """Copy the small files of folder `base` to folder `target`, readable by everybody.
+
+    They are copied verbatim, but for `auto_map` in the settings: it names Python files that are
+    not carried. Engines with a Qwen of their own go by model_type and architectures, which stay.
+
+    Args:
+        legal_only: the legal texts alone, for a folder in another format, which has settings and
+            a tokenizer of its own.
+
+    Returns:
+        The names of the files written.
+    """
+    names = _files(base, _LEGAL_TEXT if legal_only else _CARRIED)
+    for name in names:
+        settings = read_json(base / name) if name in _NAMES_CODE else {}
+        if "auto_map" in settings:
+            del settings["auto_map"]
+            write_json(target / name, settings)
+        else:
+            with replacing(target / name) as unfinished:
+                shutil.copyfile(base / name, unfinished)
+    return names
+
+
+def legal_texts(folder: Path) -> list[str]:
+    """Names of the files in `folder` that are licences, notices and the like."""
+    return _files(folder, _LEGAL_TEXT)
+
+
+def _files(folder: Path, wanted: re.Pattern[str]) -> list[str]:
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and wanted.fullmatch(path.name) and not _NEVER.fullmatch(path.name)
+    )

@@ -1,0 +1,93 @@
+"""The adapter of lora.init_from, held against what the recipe trains, before any weight is
+loaded."""
+
+from __future__ import annotations
+
+import math
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.adapter import PEFT_PREFIX, Adapter, check_adapter_fits, read_adapter
+from qwen_ds.plan.run import Base
+from qwen_ds.plan.shape import Shape
+from qwen_ds.recipe.options import LoraOptions
+
+
+def read_first_adapter(options: LoraOptions) -> Adapter:
+    """Read the adapter of lora.init_from, without its tensors, and compare its scale.
+
+    Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original
+    project's `pytorch_model.bin` are read.
+
+    Raises:
+        UserError: no adapter there, or its updates are scaled otherwise than the recipe scales.
+    """
+    assert options.init_from is not None
+    adapter = read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
+    scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
+    for module, pair in adapter.pairs.items():
+        if not math.isclose(pair.scaling, scaling):
+            raise UserError(
+                f"lora.init_from {options.init_from}: {module} is scaled by {pair.scaling:g}; the "
+                f"recipe's lora.alpha and lora.r say {scaling:g}; expected the same"
+            )
+    return adapter
+
+
+def trained_keys(options: LoraOptions, base: Base) -> set[str]:
+    """Keys, in PEFT's spelling, of everything that a recipe without any auto trains."""
+    family = base.family
+    parts = ["lora_A.weight", "lora_B.weight"]
+    parts += ["lora_magnitude_vector"] if options.variant == "dora" else []
+    keys = {
+        f"{family.blocks}.{i}.{linear.name}.{part}"
+        for i in range(base.config.num_hidden_layers)
+        for linear in family.matched(options.targets)
+        for part in parts
+    }
+    for module in (family.embedding, family.head):
+        if module.rpartition(".")[2] in options.modules_to_save:
+            keys.add(f"{module}.weight")
+        elif options.special_rows == "on":
+            keys.add(f"{module}.token_adapter.trainable_tokens_delta")
+    return {PEFT_PREFIX + key for key in keys}
+
+
+def check_first_adapter(options: LoraOptions, base: Base) -> None:
+    """Check that the adapter of lora.init_from trains what the recipe trains, on this base.
+
+    Trainable token rows and saved modules that the adapter lacks start from the base.
+
+    Raises:
+        UserError: it has other modules or rows, another rank or another base's shape; the first is
+            named.
+    """
+    adapter = read_first_adapter(options)
+    check_adapter_fits(adapter, Shape.of(base.config, base.family).tensors())
+    ours = trained_keys(options, base)
+    for key in sorted(ours ^ set(adapter.shapes)):
+        if key in ours and ".lora_" not in key:
+            continue
+        side = "the recipe trains it and the adapter lacks it"
+        side = side if key in ours else "the recipe does not train it"
+        options_to_match = (
+            "lora.targets and lora.variant"
+            if ".lora_" in key
+            else "lora.modules_to_save and lora.special_rows"
+        )
+        raise UserError(
+            f"lora.init_from {options.init_from}: {key}: {side}; make {options_to_match} match, or "
+            "merge it into the base (launch/merge.py) and start from the merged model"
+        )
+    for module, pair in adapter.pairs.items():
+        if pair.r != options.r:
+            raise UserError(
+                f"lora.init_from {options.init_from}: {module} has rank {pair.r}; expected "
+                f"{options.r} (lora.r)"
+            )
+    wanted = sorted(base.family.stop_ids(base.encoding)) if base.encoding is not None else []
+    for module, rows in adapter.token_rows.items():
+        if sorted(rows.indices) != wanted:
+            raise UserError(
+                f"lora.init_from {options.init_from}: it trains the rows {sorted(rows.indices)} of "
+                f"{module}; expected {wanted} (lora.special_rows)"
+            )

@@ -1,0 +1,83 @@
+"""Activation checkpointing: the least recomputation whose memory fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qwen_ds.plan.activations import MicroBatch, Saving, recomputed_blocks
+from qwen_ds.plan.memory import Memory, peak_memory
+from qwen_ds.plan.run import Note, Run
+from qwen_ds.plan.step import largest_micro_batch
+
+# What stays free: the allocator's fragments, and what a library allocates that no formula knows.
+MARGIN = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A choice of recomputation and the memory that it takes."""
+
+    every: int
+    """Each every-th block is recomputed; 1: all, 0: none."""
+    memory: Memory
+    fits: bool
+
+
+def recomputations(layers: int) -> list[int]:
+    """Every choice from no recomputation to all: 0, then the fewest blocks first, at last 1."""
+    by_count = {recomputed_blocks(layers, every): every for every in range(layers, 0, -1)}
+    return [0, *(by_count[count] for count in sorted(by_count))]
+
+
+def least_recomputation(layers: int, fit: Callable[[int], Fit]) -> Fit:
+    """The first of `recomputations` that fits; all blocks where none does."""
+    fits = map(fit, recomputations(layers))
+    return next((found for found in fits if found.fits), fit(1))
+
+
+def fit_of(run: Run, batch: MicroBatch, every: int) -> Fit:
+    """The memory of a run whose largest micro-batch is `batch`, with this recomputation."""
+    shape, zero = run.shape, run.zero
+    how = Saving.of(run.recipe, on_gpu=run.machine.on_gpu, family=run.base.family)
+    memory = peak_memory(shape, how, zero, batch, every)
+    return Fit(every, memory, memory.total <= (1 - MARGIN) * run.memory[0])
+
+
+def in_recipe(every: int) -> Literal["none", "all"] | int:
+    """The choice as model.activation_checkpointing spells it."""
+    return "none" if every == 0 else "all" if every == 1 else every
+
+
+def from_recipe(choice: str | int) -> int:
+    """The choice that model.activation_checkpointing spells; it must not be auto."""
+    return {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
+
+
+def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
+    """The run with `auto` activation checkpointing replaced by the least that fits.
+
+    The largest micro-batch that any step may have must fit, with a share MARGIN to spare. All ranks
+    decide alike: under ZeRO-3 they gather in step, so they must recompute alike.
+
+    Args:
+        longest: tokens of the longest row.
+        num_rows: rows of the data set.
+    """
+    recipe = run.recipe
+    if recipe.model.activation_checkpointing != "auto":
+        return run
+    if recipe.lora.variant == "dora" and recipe.method == "lora":
+        every, reason = 1, "the tensors that DoRA keeps are not predicted"
+    else:
+        batch = largest_micro_batch(longest, num_rows, recipe.batch, run.machine.ranks)
+        fit = least_recomputation(run.shape.layers, lambda every: fit_of(run, batch, every))
+        every = fit.every
+        given, source = run.memory
+        reason = f"predicted peak {fit.memory.total / 1e9:.3g} of the {given / 1e9:.3g} GB {source}"
+        reason += "" if fit.fits else ", more than there is"
+    choice = in_recipe(every)
+    recipe = replace(recipe, model=replace(recipe.model, activation_checkpointing=choice))
+    note = Note("model.activation_checkpointing", choice, reason)
+    return replace(run, recipe=recipe, notes=(*run.notes, note))

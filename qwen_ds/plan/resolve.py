@@ -1,0 +1,191 @@
+"""From what was asked to what will run: every option checked, every "auto" replaced, with reasons.
+
+`check` needs nothing but the files that options name and takes well under a second, so a typo is
+refused before DeepSpeed is imported, a row is read or a weight is loaded. `resolve` needs the
+machine, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from qwen_ds.data.rows.token_rows import check_data
+from qwen_ds.errors import UserError
+from qwen_ds.model.family import FAMILIES
+from qwen_ds.plan import deepspeed_json
+from qwen_ds.plan.first_adapter import check_first_adapter, read_first_adapter
+from qwen_ds.plan.run import Base, Machine, Note, Run
+from qwen_ds.plan.shape import Shape
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
+from qwen_ds.recipe.loading import LoadedRecipe, check_values
+from qwen_ds.recipe.options import Recipe
+
+# A step of the 7B takes minutes on a CPU. Whoever wants that says so.
+CPU_PARAMETERS = 1_000_000_000
+
+
+def check(asked: LoadedRecipe, rows: bool = True) -> None:
+    """Check every option that can be checked without the machine and the base model.
+
+    Args:
+        rows: whether data will be read; the planner is told how long the rows are.
+
+    Raises:
+        UserError: the first mistake, named by its option.
+    """
+    recipe = asked.recipe
+    if rows and recipe.data.train and "model.path" not in asked.set_keys:
+        raise UserError(
+            "model.path is not set; expected the folder or hub id of a Qwen model beside data.train"
+        )
+    if rows and (recipe.data.train or recipe.model.path != "demo"):  # the demo brings its own rows
+        check_data(recipe.data)
+    read_deepspeed_json(recipe.deepspeed)
+    _check_lora(recipe)
+    _check_allowed_changes(recipe)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    """The names that the adapter's options hold, in any family; and the adapter to begin with."""
+    if recipe.method != "lora":
+        return
+    options = recipe.lora
+    targets = dict.fromkeys(name for f in FAMILIES.values() for name in f.target_names)
+    unknown = [name for name in options.targets if name not in targets]
+    if unknown or not options.targets:
+        came = repr(unknown[0]) if unknown else "nothing"
+        raise UserError(
+            f"lora.targets: {came} matches no module; expected some of {', '.join(targets)}"
+        )
+    ends = dict.fromkeys(name for f in FAMILIES.values() for name in f.ends)
+    for name in options.modules_to_save:
+        if name not in ends:
+            raise UserError(
+                f"lora.modules_to_save: {name!r} came; expected some of {', '.join(ends)}"
+            )
+    if options.special_rows in ("on", True) and options.modules_to_save:
+        raise UserError(
+            f"lora.special_rows is on and lora.modules_to_save is "
+            f"{', '.join(options.modules_to_save)}; expected one of them: a matrix trained whole "
+            "has those rows in it"
+        )
+    if options.init_from is not None:
+        read_first_adapter(options)
+
+
+def _check_allowed_changes(recipe: Recipe) -> None:
+    """resume.allow_changes names keys or sections of a recipe; a misspelt one would allow
+    nothing."""
+    sections = dataclasses.asdict(recipe)
+    known = {
+        *sections,
+        *(f"{s}.{k}" for s, v in sections.items() if isinstance(v, dict) for k in v),
+    }
+    for name in recipe.resume.allow_changes:
+        # Below deepspeed are the JSON's own keys, such as deepspeed.zero_optimization.
+        if name not in known and not name.startswith("deepspeed."):
+            raise UserError(
+                f"resume.allow_changes: {name!r} is no key or section of a recipe; expected names "
+                "such as optim.epochs or data"
+            )
+
+
+def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = True) -> Run:
+    """Decide everything that can be decided before a row is read or a weight is loaded.
+
+    Args:
+        asked: the recipe as the user gave it. A DeepSpeed JSON fills what it leaves unset.
+        machine: equal on every rank, so that all decide alike.
+        rows: see `check`.
+
+    Raises:
+        UserError: as `check`; a contradiction between recipe and JSON; an adapter of another base;
+            a large model on a CPU that nobody asked for.
+    """
+    check(asked, rows)
+    notes: list[Note] = []
+    recipe = asked.recipe
+    _check_size(recipe, machine, base)
+    if recipe.model.dtype == "auto":
+        recipe = _choose_dtype(recipe, machine, notes)
+    merged = deepspeed_json.resolve(
+        read_deepspeed_json(recipe.deepspeed),
+        recipe,
+        asked.set_keys - ({"model.dtype"} if asked.recipe.model.dtype == "auto" else set()),
+        hidden_size=base.config.hidden_size,
+        world=machine.ranks,
+        ranks_per_machine=machine.ranks_per_machine,
+        can_quantise=machine.can_quantise,
+    )
+    recipe = merged.recipe
+    check_values(recipe)  # what the JSON filled in has the same ranges
+    recipe = _choose_attention(recipe, machine, notes)
+    recipe = _choose_special_rows(recipe, base, notes)
+    if recipe.method == "lora" and recipe.lora.init_from is not None:
+        check_first_adapter(recipe.lora, base)
+    return Run(recipe, base, machine, replace(merged, recipe=recipe), tuple(notes))
+
+
+def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return replace(recipe, **{section: replace(vars(recipe)[section], **values)})
+
+
+def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
+    """A real model on a CPU must be what the user wants."""
+    total = Shape.of(base.config, base.family).parameters
+    if not machine.on_gpu and recipe.device == "auto" and total > CPU_PARAMETERS:
+        raise UserError(
+            f"{recipe.model.path} has {total / 1e9:.1f} billion parameters and this machine no "
+            "GPU; expected a GPU, or --device cpu if minutes per step are meant"
+        )
+
+
+def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
+    """Take the faster of the dtypes that hold a bf16 base exactly.
+
+    Only LoRA may have its base in fp32: in full training the dtype is that of the result.
+    """
+    if recipe.method == "lora" and not machine.on_gpu and not machine.fast_bf16:
+        notes.append(
+            Note("model.dtype", "float32", "this CPU multiplies fp32 faster than bf16 (no AMX)")
+        )
+        return _with(recipe, "model", dtype="float32")
+    return _with(recipe, "model", dtype="bfloat16")
+
+
+def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
+    """Take the faster kernel: plain bf16 products beat SDPA on CPUs, whose backward pass is slow in
+    bf16; in fp32 SDPA is the faster one."""
+    if recipe.model.attention != "auto":
+        return recipe
+    if not machine.on_gpu and recipe.model.dtype == "bfloat16":
+        reason = "on CPUs plain matrix products are faster in bfloat16"
+        notes.append(Note("model.attention", "eager", reason))
+        return _with(recipe, "model", attention="eager")
+    return _with(recipe, "model", attention="sdpa")
+
+
+def _choose_special_rows(recipe: Recipe, base: Base, notes: list[Note]) -> Recipe:
+    """Replace auto by on for LoRA on a base model: one whose folder does not say "chatml".
+
+    Pre-training never showed such a model the rows of <|im_start|> and <|im_end|>. Where
+    lora.modules_to_save trains whole matrices, they are trained already.
+    """
+    wanted = recipe.lora.special_rows
+    if wanted == "auto":
+        is_lora = recipe.method == "lora" and not recipe.lora.modules_to_save
+        wanted = is_lora and base.chat_format != "chatml"
+        if wanted:
+            says = f"says chat_format {base.chat_format!r}" if base.chat_format else "has none"
+            notes.append(
+                Note(
+                    "lora.special_rows",
+                    "on",
+                    f"generation_config.json {says}, as a base model's; without its rows of "
+                    "<|endoftext|>, <|im_start|> and <|im_end|> trained the model would not learn "
+                    "to stop",
+                )
+            )
+    return _with(recipe, "lora", special_rows="on" if wanted in ("on", True) else "off")

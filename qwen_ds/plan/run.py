@@ -1,0 +1,156 @@
+"""What was decided: a run without any "auto" left, and the facts that it was decided from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_ds.disk.read import read_json
+from qwen_ds.disk.weights import TORCH_DTYPES
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import FAMILIES, QWEN, Family
+from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.plan.deepspeed_json import ResolvedConfig
+from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.traffic import Zero
+from qwen_ds.recipe.options import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A choice that was made for the user: one line of the start screen."""
+
+    option: str
+    choice: object
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.option} is {self.choice}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The ranks and what each of them has to give; equal on every rank."""
+
+    ranks: int
+    ranks_per_machine: int
+    """Greatest common divisor over the machines."""
+    on_gpu: bool
+    memory: float
+    """Bytes that a rank may fill; of the rank with the least."""
+    memory_source: str
+    """Where that number comes from, as it stands behind "GB"."""
+    fast_bf16: bool = True
+    """Whether bf16 products are faster than fp32 ones on every rank."""
+    can_quantise: bool = False
+    """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model, as far as decisions need it: everything but its weights."""
+
+    family: Family
+    config: QWenConfig
+    generation: Mapping[str, Any]
+    """generation_config.json; empty without one."""
+    folder: Path | None = None
+    """None: only the configuration is known."""
+    encoding: Encoding | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Base:
+        """Read a checkpoint folder that `find_model` has checked: config.json and vocabulary once.
+
+        Raises:
+            UserError: generation_config.json is no JSON object, or config.json describes a model
+                that is not implemented.
+        """
+        generation = folder / "generation_config.json"
+        settings = read_json(folder / "config.json")
+        family = FAMILIES[settings["model_type"]]
+        return cls(
+            family,
+            QWenConfig.from_dict(settings),
+            read_json(generation) if generation.is_file() else {},
+            folder.resolve(),
+            family.load_encoding(folder),
+        )
+
+    @classmethod
+    def qwen_7b(cls) -> Base:
+        """Qwen-7B without its files: a base model, whose chat format is "raw"."""
+        return cls(QWEN, QWenConfig(), {"chat_format": "raw"})
+
+    @property
+    def chat_format(self) -> str | None:
+        """What generation_config.json says about the way the model answers; None if nothing."""
+        found = self.generation.get("chat_format")
+        return None if found is None else str(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A recipe as it will run, with all that was decided for it.
+
+    Training, planner and start screen take the same one. Only activation checkpointing may still
+    be "auto": it depends on the length of the rows, so plan/recomputation.py decides it once they
+    are known.
+    """
+
+    recipe: Recipe
+    base: Base
+    machine: Machine
+    deepspeed: ResolvedConfig
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base and the activations."""
+        return TORCH_DTYPES[self.recipe.model.dtype]
+
+    @property
+    def memory(self) -> tuple[float, str]:
+        """Bytes that a rank may fill, and where the number comes from."""
+        given = self.recipe.model.memory_gb
+        if given is not None:
+            return given * 1e9, "that model.memory_gb allows"
+        return self.machine.memory, self.machine.memory_source
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def base_folder(self) -> Path:
+        """The checkpoint folder of the base. A run that only the planner looks at may have none."""
+        assert self.base.folder is not None, "a run that trains has read its base from a folder"
+        return self.base.folder
+
+    @property
+    def encoding(self) -> Encoding:
+        """The vocabulary of the base; see `base_folder`."""
+        assert self.base.encoding is not None, "a run that trains has read its vocabulary"
+        return self.base.encoding
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        return Shape.of(self.base.config, self.base.family)
+
+    @property
+    def zero(self) -> Zero:
+        """What the DeepSpeed JSON decides about memory and traffic."""
+        return Zero.of(self.deepspeed.engine_json, self.machine.ranks)
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of the trainable token rows; empty where none are trained."""
+        if self.recipe.method != "lora" or self.recipe.lora.special_rows != "on":
+            return []
+        return list(self.base.family.stop_ids(self.encoding))

@@ -1,0 +1,145 @@
+"""Time of an optimizer step on the busiest rank.
+
+It is the sum of matrix products, attention, passes over memory, the optimizer, and what of the
+communication does not hide behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from qwen_ds.plan import activations, flops
+from qwen_ds.plan.activations import FP32, Saving
+from qwen_ds.plan.gpus import Gpu
+from qwen_ds.plan.memory import trained_parameters
+from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.step import Split
+from qwen_ds.plan.traffic import Links, Load, Tensors, Zero, traffic
+
+# Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of
+# its 989 TFLOP/s), and FlashAttention 2 forward and backward together (Dao 2023, section 4: 50 to
+# 73 % on an A100).
+PRODUCTS_SHARE, ATTENTION_SHARE = 0.8, 0.5
+# A saved number is written and read once forward and, with its gradient, once each backward.
+PASSES = 4
+# PyTorch dispatches an operation in some 7 microseconds of one CPU core. A block runs about 25
+# forward, and 7 more for each LoRA branch; its backward pass twice as many. A GPU that is done
+# sooner waits for the CPU.
+DISPATCH, BLOCK_OPERATIONS, BRANCH_OPERATIONS = 7e-6, 25, 7
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A GPU and its links to the others."""
+
+    gpu: Gpu
+    links: Links
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Predicted time of one optimizer step."""
+
+    products: float
+    attention: float
+    passes: float
+    optimizer: float
+    idle: float
+    """While the CPU dispatches."""
+    waiting: float
+    """For communication that nothing hides."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return float(sum(astuple(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One way to run a recipe: the model, what is trained of it, and how it is spread."""
+
+    shape: Shape
+    how: Saving
+    zero: Zero
+
+
+def step_seconds(
+    work: Work, hardware: Hardware, split: Split, target_share: float, every: int
+) -> Seconds:
+    """Time of one optimizer step on the busiest rank; every: see `peak_memory`."""
+    shape, how, zero, gpu = work.shape, work.how, work.zero, hardware.gpu
+    trained = trained_parameters(shape, how)
+    adapter = 0 if how.full else trained
+    again = activations.recomputed_blocks(shape.layers, every) / shape.layers
+    # 2 N operations a token forward, 2 N for the input's gradient, 2 N for the weights' (flops.py).
+    a_weight = 6 if how.full else 4
+    per_token = (a_weight + 2 * again) * shape.block_matrices + (6 + 2 * again) * adapter
+    targets = split.padded_tokens * target_share
+    operations = split.padded_tokens * per_token + a_weight * targets * shape.head
+    products = operations / (PRODUCTS_SHARE * gpu.flops)
+    attention = flops.attention_flops(shape, split.squared_tokens) * (1 + again / 3)
+    attention /= ATTENTION_SHARE * gpu.flops
+    of_block = activations.block_bytes(shape, how, split.largest, first=False)
+    saved = shape.layers * of_block * split.padded_tokens / split.largest.tokens
+    passes = saved * PASSES * (1 + again / 2) / gpu.bandwidth
+    # AdamW reads gradient, parameter and two moments, and writes all but the first.
+    optimizer = 7 * FP32 * trained * zero.share(1) / gpu.bandwidth
+    dispatched = BLOCK_OPERATIONS + BRANCH_OPERATIONS * len(how.targets)
+    dispatching = split.micro_batches * shape.layers * dispatched * (3 + again) * DISPATCH
+    busy = products + attention + passes
+    idle = max(0.0, dispatching - busy)
+    waiting = _waiting(work, hardware.links, split.micro_batches, busy + idle)
+    return Seconds(products, attention, passes, optimizer, idle, waiting)
+
+
+def _waiting(work: Work, links: Links, micro_batches: int, busy: float) -> float:
+    """Seconds of communication that does not hide behind `busy` seconds of computation."""
+    zero = work.zero
+    sent = traffic(zero, load(work.shape, work.how, zero, micro_batches))
+    last = sum(links.seconds(c) for c in sent if c.name == "gather updated parameters")
+    beside = sum(links.seconds(c) for c in sent) - last
+    # ZeRO-0 and 1 average once a step: beside the last micro-batch alone.
+    while_busy = busy / (1 if zero.stage > 1 else micro_batches)
+    hidden = min(beside, while_busy) if zero.overlap else 0.0
+    return last + beside - hidden
+
+
+def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
+    """Bytes that ZeRO must send; ZeRO-3's small tensors lie on every rank.
+
+    The backward pass gathers neither the head, which is still there, nor what no gradient flows
+    through: an embedding that is not trained whole, and the first block's q, k and v where nothing
+    of the embedding is trained.
+    """
+    qkv = float(how.b * sum(linear.size for linear in shape.of_role("qkv")))
+    embedding, head = (
+        float((FP32 if whole and not how.full else how.b) * shape.head)
+        for whole in (how.whole_embedding, how.whole_head)
+    )
+    blocks = [float(how.b * linear.size) for linear in shape.linears] * shape.layers
+    adapters = [
+        float(FP32 * how.r * width)
+        for linear in shape.linears
+        if linear.name in how.targets
+        for width in (linear.width_in, linear.width_out)
+    ] * shape.layers
+    spread = [size for size in adapters if size > FP32 * zero.small]
+    kept = Tensors.of([size for size in adapters if size <= FP32 * zero.small])
+    forward = Tensors.of([*blocks, embedding, head, *spread])
+    once = [head, *([] if how.whole_embedding else [embedding]), *([] if how.embedding else [qkv])]
+    whole = [
+        size
+        for size, is_whole in ((embedding, how.whole_embedding), (head, how.whole_head))
+        if is_whole
+    ]
+    return Load(
+        forward=forward,
+        backward=Tensors(forward.size - sum(once), forward.count - len(once)),
+        trained=forward if how.full else Tensors.of([*spread, *whole]),
+        small=Tensors(
+            kept.size + how.b * shape.small_parameters, kept.count + 3 * shape.layers + 1
+        ),
+        trained_parameters=trained_parameters(shape, how),
+        micro_batches=micro_batches,
+    )

@@ -1,0 +1,86 @@
+"""The rows of an optimizer step, and how they lie on the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from qwen_ds.data.batches import cut_windows, deal
+from qwen_ds.plan.activations import MicroBatch
+from qwen_ds.recipe.options import BatchOptions
+
+# Spread of the logarithm of row lengths in instruction data (AdvertiseGen, prompt and answer).
+LENGTH_SPREAD = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The rows of one optimizer step."""
+
+    lens: np.ndarray
+    """int32 [rows], tokens."""
+    target_share: float
+    """Target tokens among the real ones, 0 to 1."""
+    longest: int
+    """Tokens of the longest row that may come in any step."""
+
+    @classmethod
+    def like(cls, rows: int, median: int, target_share: float, longest: int) -> Workload:
+        """Log-normal lengths, at the middles of equal shares of the distribution; no random
+        draw."""
+        normal = NormalDist(math.log(median), LENGTH_SPREAD)
+        lens = [math.exp(normal.inv_cdf((i + 0.5) / rows)) for i in range(rows)]
+        return cls(np.clip(lens, 2, longest).astype(np.int32), target_share, longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A step as it lies on its busiest rank."""
+
+    micro_batches: int
+    padded_tokens: int
+    squared_tokens: int
+    largest: MicroBatch
+    """The micro-batch that the memory must hold, of any step."""
+
+
+def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
+    """Cut and deal the step as training does."""
+    budget = batch.tokens_per_micro_batch
+    ranks = deal(workload.lens, cut_windows(workload.lens, world, budget), world)
+
+    def sizes(parts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+        return [(len(part), int(workload.lens[part].max())) for part in parts if len(part)]
+
+    def padded(of: list[tuple[int, int]]) -> int:
+        return sum(rows * length for rows, length in of)
+
+    busiest = max(map(sizes, ranks), key=padded)
+    return Split(
+        len(ranks[0]),
+        padded(busiest),
+        sum(rows * length**2 for rows, length in busiest),
+        largest_micro_batch(workload.longest, len(workload.lens), batch, world),
+    )
+
+
+def largest_micro_batch(longest: int, num_rows: int, batch: BatchOptions, world: int) -> MicroBatch:
+    """A micro-batch that none of training on such rows exceeds.
+
+    It is full to the budget, or one longer row, and never more than an even share of the longest
+    rows, since cutting makes the largest micro-batch as small as can be. Every token may be a
+    target.
+
+    Args:
+        longest: tokens of the longest row.
+        num_rows: rows of the data set.
+    """
+    share = math.ceil(min(batch.rows_per_step, num_rows) / world) * longest
+    tokens = max(longest, min(batch.tokens_per_micro_batch, share))
+    rows = math.ceil(tokens / longest)
+    length = math.ceil(tokens / rows)
+    return MicroBatch(rows, length, rows * length)

@@ -1,0 +1,76 @@
+"""DeepSpeed before there is a model: the process group, its configuration, its compiled operations."""
+
+from __future__ import annotations
+
+import datetime
+
+import deepspeed
+import torch
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.git_version_info import installed_ops
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
+from torch.utils import cpp_extension
+
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+from qwen_ds.plan.deepspeed_json import Json
+
+
+def start_process_group(device: torch.device, timeout_minutes: float) -> None:
+    """Join the other ranks: by the launcher's variables, else mpi4py, else in a group of one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # on a machine with a GPU DeepSpeed would pick that one by itself
+        set_accelerator(CPU_Accelerator())
+    # DeepSpeed's shared-memory all-reduce for CPUs compiles for 45 s, a killed run leaves a lock that
+    # hangs the next start, and it waits for ever for a dead peer. gloo is as fast and times out.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    port = 0
+    if dist.has_rendezvous():
+        dist.export_ranks()
+    elif dist.world_size() == 1:
+        dist.export_ranks("127.0.0.1", dist.free_port())
+    else:  # DeepSpeed itself takes the same port for every mpirun
+        port = dist.free_port_over_mpi()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        distributed_port=port,
+        verbose=False,
+    )
+
+
+def stop_process_group() -> None:
+    """Leave the group; a rank that merely exits makes its peers print errors."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def check_config(engine_json: Json) -> None:
+    """Let DeepSpeed read its configuration, before a model is loaded for it.
+
+    Raises:
+        UserError: an unknown key in a section, or a value of the wrong type; named.
+    """
+    try:
+        deepspeed.DeepSpeedConfig(engine_json)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, came = ".".join(map(str, first["loc"])), first.get("input")
+        raise UserError(
+            f"DeepSpeed JSON: {error.title}: {key} is {came!r}: {first['msg']}"
+        ) from None
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
+
+
+def can_quantise_weights(device: torch.device) -> bool:
+    """Whether every rank has DeepSpeed's CUDA quantiser, built or buildable (a collective).
+
+    There is none for CPUs.
+    """
+    can_build = cpp_extension.CUDA_HOME is not None and cpp_extension.is_ninja_available()
+    ready = device.type == "cuda" and (installed_ops.get("quantizer", False) or can_build)
+    return all(dist.gather(ready))

@@ -1,0 +1,105 @@
+"""The lines that a person at the terminal reads: before the first step, and after the last."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import torch
+
+from qwen_ds import dist
+from qwen_ds.data.rows.data_report import summary as data_summary
+from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
+from qwen_ds.plan.run import Run
+from qwen_ds.runlog import say
+from qwen_ds.train.lora import ParameterCount
+from qwen_ds.train.observe.run_page import write_report
+from qwen_ds.train.observe.summary import RunSummary
+from qwen_ds.train.schedule import total_steps
+from qwen_ds.train.setup import Data, Model
+from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.result import Output
+
+
+def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -> str:
+    """Everything that is about to happen, and each choice that was made for the user."""
+    recipe, lens = run.recipe, data.train.lens
+    rows_per_step = recipe.batch.rows_per_step
+    steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
+    rows, *remarks = data_summary(data.train.report)
+    if data.eval is not None:
+        rows += f"; {len(data.eval):,} rows for evaluation"
+    tokens = int(lens.mean() * min(rows_per_step, len(lens)))
+    lines = [
+        f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
+        f"machine   {run.machine.ranks} rank(s) of {device_name(run)}, ZeRO-{run.deepspeed.stage}",
+        f"data      {rows}",
+        *(f"          {remark}" for remark in remarks),
+        f"training  {steps} steps of {rows_per_step} rows, about {tokens:,} tokens each; "
+        f"lr {recipe.optim.lr:g} {recipe.optim.schedule}",
+        *(f"chosen    {note}" for note in run.notes),
+    ]
+    if found:
+        lines.append(
+            f"resumed   {found.folder}: step {found.step} of {steps}, saved by "
+            f"{found.state['ranks']} rank(s) under ZeRO-{found.state['zero_stage']}"
+        )
+    above = run.folder.parent
+    lines += [
+        f"disk      {disk_use(run, steps, data, model)}",
+        f"results   {recipe.output_dir}   (tensorboard --logdir {above})",
+    ]
+    return "\n".join(lines)
+
+
+def device_name(run: Run) -> str:
+    """The device of this rank, as its maker calls it."""
+    if run.machine.on_gpu:
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def disk_use(run: Run, steps: int, data: Data, model: Model) -> str:
+    """The room that checkpoints will take.
+
+    Each has 12 bytes for a trainable parameter (value and two moments in fp32), and in full
+    training the model itself.
+    """
+    recipe = run.recipe
+    each = 12 * model.count.trainable
+    if model.adapter_config is None:
+        each += run.dtype.itemsize * model.count.total
+    saves = math.ceil(steps / recipe.save.every_steps)
+    if data.eval is not None:  # each evaluation may be the best so far, which is saved and kept
+        saves += math.ceil(steps / (recipe.eval.every_steps or data.sampler.steps_per_epoch))
+    kept = min(saves, recipe.save.keep + (data.eval is not None))
+    count = kept + 1  # and the one that is being written
+    free = shutil.disk_usage(run.folder).free if dist.rank() == 0 else math.inf
+    text = (
+        f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
+    )
+    enough = count * each < free
+    return text if enough else f"{text}: TOO LITTLE; lower save.keep or clear the disk"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def finish(summary: RunSummary, output: Output, count: ParameterCount) -> int:
+    """Write the report of a finished run; returns the exit code (a collective)."""
+    folder = output.folder
+    if summary.stopped_by:
+        say(
+            f"stopped by {summary.stopped_by} after step {summary.steps}, which is saved; the same "
+            "command resumes"
+        )
+    elif dist.rank() == 0:
+        write_report(folder, str(summary), str(count))
+        say(
+            f"{summary}\n{folder / output.name} holds the result, {folder / 'loss.png'} the curve, "
+            f"{folder / 'report.html'} all of it"
+        )
+    # All ranks, once: none leaves before rank 0 has written, or launchers would end the others.
+    dist.barrier()
+    return EXIT_STOPPED if summary.stopped_by else EXIT_DONE

@@ -1,0 +1,93 @@
+"""Everything that the training loop works with, in one carrier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.plan.shape import Shape
+from qwen_ds.recipe.options import Recipe
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
+from qwen_ds.train.observe.metrics import Hardware
+from qwen_ds.train.observe.observer import Observer
+from qwen_ds.train.observe.profiler import StepProfiler
+from qwen_ds.train.observe.progress import Progress
+from qwen_ds.train.schedule import lr_at, total_steps
+from qwen_ds.train.setup import Data
+from qwen_ds.train.survive.saver import RunState, Saver
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One run, ready for its first or next step."""
+
+    recipe: Recipe
+    data: Data
+    engine: TrainingEngine
+    saver: Saver
+    observer: Observer
+    evaluator: Evaluator | None
+    """None without evaluation data."""
+    steps: int
+    """Of the whole run."""
+
+    @property
+    def start(self) -> RunState:
+        """The state in which the run begins or resumes."""
+        if self.saver.resumed is None:
+            return self.state(0, BestLoss(), evaluated=True)
+        saved = self.saver.resumed.state
+        return self.state(
+            saved["step"], BestLoss(**saved["best"]), evaluated=saved.get("evaluated", True)
+        )
+
+    def state(self, step: int, best: BestLoss, *, evaluated: bool) -> RunState:
+        """The state after `step` optimizer steps, weights and moments excepted."""
+        schedule = {
+            "name": self.recipe.optim.schedule,
+            "steps": self.steps,
+            "next_lr": lr_at(step, self.steps, self.recipe.optim),
+        }
+        per_epoch, progress = self.data.sampler.steps_per_epoch, self.observer.progress.state()
+        return RunState(step, per_epoch, progress, schedule, best, evaluated)
+
+
+def open_session(
+    recipe: Recipe,
+    data: Data,
+    engine: TrainingEngine,
+    saver: Saver,
+    shape: Shape,
+    encoding: Encoding,
+) -> Session:
+    """Open the run folder's metrics files, and gather what the loop needs.
+
+    Args:
+        engine: already restored where the run resumes.
+        shape, encoding: of the base.
+    """
+    folder, resumed = saver.output.folder, saver.resumed
+    steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
+    progress = Progress(
+        folder,
+        steps,
+        recipe.log.every_steps,
+        Hardware.of(engine.device, shape, recipe.method),
+        resumed.step if resumed else 0,
+        resumed.state["progress"] if resumed else None,
+    )
+    profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
+    evaluator = None
+    if data.eval is not None:
+        budget = recipe.batch.tokens_per_micro_batch
+        evaluator = Evaluator(data.eval, encoding, recipe.eval, budget, saver.watchdog)
+    return Session(
+        recipe,
+        data,
+        engine,
+        saver,
+        Observer(saver.watchdog, profiler, progress),
+        evaluator,
+        steps,
+    )

@@ -1,0 +1,195 @@
+"""Prediction over files, by one rank or many: every input row gives one line of the output."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qwen_ds import dist
+from qwen_ds.data.read.sources import locate
+from qwen_ds.decode.batch import Completion, DecodingRow
+from qwen_ds.decode.errors import LogitsNotFinite, RowOutOfMemory
+from qwen_ds.disk.place import require_folder
+from qwen_ds.errors import UserError
+from qwen_ds.model.family import QWEN
+from qwen_ds.model.folder import find_model
+from qwen_ds.runlog import is_terminal, say
+from serve.engine.loading import load_engine
+from serve.files.parts import PredictionParts, PredictionSettings, check_output, file_state
+from serve.files.prompts import PromptReader, PromptRow
+from serve.options import AnswerOptions
+
+# Batches whose rows are sorted by length together: little padding, and memory for no more rows.
+WINDOW = 64
+
+_SETTINGS = (
+    "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts",
+    "limit", "format", "columns", "system", "special_tokens_in_text",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionFigures:
+    """Rows and seconds of a run, of all ranks; rows that an interrupted run left cost it no
+    time."""
+
+    rows: int
+    rows_of_this_run: int
+    prompts_cut: int
+    seconds: float
+
+
+def predict(
+    model: str,
+    paths: Sequence[str],
+    output: Path,
+    options: AnswerOptions,
+    needs_reference: bool = False,
+) -> PredictionFigures | None:
+    """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
+
+    Returns:
+        Figures on rank 0 once the output is complete; None on the other ranks, when their share is
+        done.
+
+    Raises:
+        UserError: anything wrong with model, input or output, before the first row is answered.
+    """
+    rank, timeout = dist.rank(), options.timeout_minutes * 60
+    if rank == 0:
+        check_output(output, options.overwrite)
+    old = file_state(output) if options.overwrite else None
+    folder = find_model(model)
+    context = QWEN.context(QWEN.config_class.from_pretrained(folder))
+    reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
+    settings = settings_of(folder, paths, options)
+    survey = None
+    if rank == 0:
+        survey = reader.survey()
+        require_folder(output.parent, make=True)
+        parts: PredictionParts | None = PredictionParts.prepare(
+            output, settings, survey.rows, options.overwrite
+        )
+    else:
+        parts = PredictionParts.join_in(output, settings, rank, timeout, old)
+    if parts is None:
+        return None
+    started, done_before = time.monotonic(), parts.refresh()
+    if done_before:
+        say(f"{parts.folder}: {done_before} of {parts.rows} rows are there from an interrupted run")
+    with _progress_bar(parts.rows, done_before) as bar:
+        seconds_loading = _answer_share(folder, reader, parts, options, bar)
+        if survey is None:
+            parts.close()
+            return None
+        parts.wait(timeout, lambda finished: _show(bar, finished))
+    seconds = time.monotonic() - started - seconds_loading
+    parts.join()
+    return PredictionFigures(survey.rows, survey.rows - done_before, survey.cut, seconds)
+
+
+def _progress_bar(rows: int, done: int) -> tqdm:
+    pace = 0.5 if is_terminal() else 60.0  # seconds: into a log file a line a minute
+    hidden = dist.rank() != 0
+    return tqdm(
+        total=rows, initial=done, unit="row", desc="predict", disable=hidden, mininterval=pace
+    )
+
+
+def _show(bar: tqdm, finished: int) -> None:
+    bar.update(finished - bar.n)
+
+
+def _answer_share(
+    folder: Path, reader: PromptReader, parts: PredictionParts, options: AnswerOptions, bar: tqdm
+) -> float:
+    """Answer this rank's unanswered rows; returns the seconds that loading the model took."""
+    rank, world = dist.rank(), dist.world_size()
+    mine = (row for row in reader if row.id % world == rank and not parts.is_finished(row.id))
+    window = list(islice(mine, WINDOW * options.batch_size))
+    if not window:  # nothing to do, and no model to load for it
+        return 0.0
+    started = time.monotonic()
+    engine = load_engine(folder, options.adapter, options.device, options.dtype)
+    seconds_loading = time.monotonic() - started
+    sampling = options.sampling()
+    while window:
+        rows = [DecodingRow(row.ids, sampling.of_row(row.id), engine.stop) for row in window]
+        batch: list[dict[str, Any]] = []
+        with _errors_for_the_terminal():
+            for i, completion in engine.stream(rows, options.batch_size):
+                batch.append(answer(window[i], completion))
+                if len(batch) == options.batch_size:
+                    parts.append(batch)
+                    batch = []
+                    _show(bar, parts.refresh())
+        parts.append(batch)
+        window = list(islice(mine, WINDOW * options.batch_size))
+    return seconds_loading
+
+
+@contextmanager
+def _errors_for_the_terminal() -> Iterator[None]:
+    """Word the engine's errors for somebody who can change a command's options."""
+    try:
+        yield
+    except LogitsNotFinite as error:
+        raise UserError(f"{error}: float16 overflows, try --dtype bfloat16") from None
+    except RowOutOfMemory:
+        raise UserError(
+            "one row does not fit the GPU's memory; expected a shorter prompt or fewer "
+            "--max_new_tokens"
+        ) from None
+
+
+def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
+    """The line of the output file."""
+    line: dict[str, Any] = {
+        "id": row.id,
+        "source": row.source,
+        "prompt": row.prompt,
+        "prediction": completion.text,
+        "reference": row.reference,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+    }
+    return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
+
+
+def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> PredictionSettings:
+    """Everything that an answer depends on: options, and files by path, size and time of change."""
+    values: dict[str, Any] = {name: vars(options)[name] for name in _SETTINGS}
+    values["model"] = _files_in(folder)
+    values["adapter"] = _files_in(Path(options.adapter)) if options.adapter else None
+    values["input"] = [[str(p), [_file_card(f) for f in locate(p).files]] for p in paths]
+    return PredictionSettings(values)
+
+
+def _files_in(folder: Path) -> list[list[Any]]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [_file_card(file) for file in files if file.is_file()]
+
+
+def _file_card(file: Path) -> list[Any]:
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def count_outcomes(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of finished lines: how many ended for which reason, how many are empty, and their tokens."""
+    reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
+    return {
+        "rows": len(lines),
+        "finish_reasons": dict(sorted(reasons.items())),
+        "empty_predictions": sum(not line["prediction"].strip() for line in lines),
+        "completion_tokens": sum(line.get("completion_tokens", 0) for line in lines),
+    }

@@ -1,0 +1,110 @@
+"""Prompts from the rows of input files: read, encoded, and fitted into the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from qwen_ds.data.read.dialogue import Dropped
+from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
+from qwen_ds.model.tokenizer import Encoding
+from serve.options import AnswerOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One input row, ready to be answered."""
+
+    id: int
+    source: str
+    prompt: str
+    reference: str | None
+    ids: tuple[int, ...]
+    tokens_cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputSurvey:
+    """Counts of a first pass over the whole input: rows, and prompts that had to be cut."""
+
+    rows: int
+    cut: int
+
+
+class PromptReader:
+    """The rows of the input files; every iteration reads them anew.
+
+    Args:
+        context: tokens that prompt and answer may have together.
+        needs_reference: a row without an answer of its own is an error.
+
+    Raises:
+        UserError: max_new_tokens fill the context; while iterating, a row that cannot be answered.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        options: AnswerOptions,
+        encoding: Encoding,
+        context: int,
+        needs_reference: bool = False,
+    ) -> None:
+        self.paths, self.options, self.encoding = paths, options, encoding
+        self.needs_reference = needs_reference
+        self.context = context
+        self.room = context - options.max_new_tokens
+        self.tail = len(footer_ids(encoding)) + len(header_ids(encoding, "assistant"))
+        if self.room <= self.tail:
+            raise UserError(
+                f"max_new_tokens is {options.max_new_tokens}; expected room for a prompt in the "
+                f"context of {context}"
+            )
+
+    def __iter__(self) -> Iterator[PromptRow]:
+        o = self.options
+        found = iter_prompts(self.paths, fmt=o.format, columns=o.columns, system=o.system)
+        for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
+            if isinstance(conversation, Dropped):
+                detail = f"; {conversation.detail}" if conversation.detail else ""
+                raise UserError(
+                    f"{source}: {conversation.reason}; expected a row with a question{detail}"
+                )
+            if self.needs_reference and (reference is None or not reference.strip()):
+                raise UserError(
+                    f"{source}: no answer; expected one to compare with (serve.predict needs none)"
+                )
+            ids, cut = self._encode(conversation, source)
+            yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
+
+    def survey(self) -> InputSurvey:
+        """Read everything once: a mistake in the last row shows before the first one is
+        answered."""
+        rows = cut = 0
+        for row in self:
+            rows, cut = rows + 1, cut + (row.tokens_cut > 0)
+        if not rows:
+            raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
+        return InputSurvey(rows, cut)
+
+    def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
+        """Ids of the prompt and how many tokens had to go."""
+        parse_specials = self.options.special_tokens_in_text == "parse"
+        ids = whole = encode_prompt(self.encoding, conversation, parse_specials)
+        if len(ids) > self.room and self.options.long_prompts == "stop":
+            raise UserError(
+                f"{source}: the prompt has {len(ids)} tokens; expected at most {self.room}, the "
+                f"model's context of {self.context} less max_new_tokens "
+                f"({self.options.max_new_tokens}), or --long_prompts cut"
+            )
+        turns = conversation.turns
+        while len(ids) > self.room and len(turns) > 1:
+            turns = turns[2:]
+            ids = encode_prompt(self.encoding, replace(conversation, turns=turns), parse_specials)
+        if len(ids) > self.room:
+            # As the original project cuts: the end goes, and what must follow a question stays.
+            ids = ids[: self.room - self.tail] + ids[-self.tail :]
+        return ids, len(whole) - len(ids)

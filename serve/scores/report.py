@@ -1,0 +1,191 @@
+"""Evaluation: predict, unless predictions are given, score, report as JSON and on the terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_ds import dist
+from qwen_ds.data.read.files import BadRow, read_rows
+from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.write import write_json
+from qwen_ds.errors import UserError
+from serve.files.parts import check_output
+from serve.files.prediction import PredictionFigures, count_outcomes, predict
+from serve.options import EvaluateOptions
+from serve.scores import metrics
+
+NUM_SAMPLES = 3
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
+    """Predict (unless there are predictions), score, and write metrics.json.
+
+    Returns:
+        The content of metrics.json on rank 0, None on the others.
+
+    Raises:
+        UserError: nothing to score, an answer missing in the data, an output that exists.
+    """
+    folder = Path(options.output_dir)
+    report_file, predictions_file = folder / "metrics.json", folder / "predictions.jsonl"
+    if dist.rank() == 0:
+        advice = "a new --output_dir, or --overwrite true to replace it"
+        check_output(report_file, options.overwrite, advice)
+    figures: PredictionFigures | None = None
+    if options.predictions is not None:
+        if dist.rank() != 0:
+            return None
+        lines = read_predictions(Path(options.predictions), options)
+    else:
+        if options.model is None or not options.data:
+            raise UserError(
+                "no model or no data given; expected --model and --data, or --predictions"
+            )
+        if dist.rank() == 0:
+            advice = (
+                "a new --output_dir, --overwrite true to replace it, or --predictions with its "
+                "name to score it"
+            )
+            check_output(predictions_file, options.overwrite, advice)
+        figures = predict(
+            options.model, options.data, predictions_file, options, needs_reference=True
+        )
+        if figures is None:
+            return None
+        # Not splitlines: an answer may hold one of the many other characters that end a line there.
+        text = predictions_file.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    scores = metrics.score_all(
+        [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    )
+    report = report_of(options, lines, scores, figures)
+    require_folder(folder, make=True)
+    write_json(report_file, report)
+    print(f"{in_words(report, scores, lines)}\n\nscores: {report_file}", flush=True)
+    return report
+
+
+def report_of(
+    options: EvaluateOptions,
+    lines: Sequence[dict[str, Any]],
+    scores: dict[str, metrics.Scores],
+    figures: PredictionFigures | None,
+) -> dict[str, Any]:
+    """The content of metrics.json: data and options, the scores of both profiles, counts, speed."""
+    report: dict[str, Any] = {
+        "model": options.model,
+        "adapter": options.adapter,
+        "data": options.data,
+        "predictions": options.predictions or str(Path(options.output_dir) / "predictions.jsonl"),
+        "sampling": None if figures is None else asdict(options.sampling()),
+        **count_outcomes(lines),
+    }
+    if figures is not None:
+        # Rows of an interrupted run cost this one no time.
+        tokens = report["completion_tokens"] * (figures.rows_of_this_run / figures.rows)
+        report |= {
+            "prompts_cut": figures.prompts_cut,
+            "seconds": round(figures.seconds, 6),
+            "tokens_per_second": round(tokens / figures.seconds, 2) if figures.seconds else None,
+        }
+    return report | {profile: s.as_dict() for profile, s in scores.items()}
+
+
+def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:
+    """Lines of serve.predict, or any rows with `prediction` and `reference`.
+
+    References of --data go before the lines' own.
+
+    Raises:
+        UserError: no predictions, another number of references, or a row without a text to score
+            or to compare with.
+    """
+    lines = list(_prediction_lines(file, options.limit))
+    if not lines:
+        raise UserError(f"{file}: no rows; expected at least one prediction")
+    if options.data:
+        rows = iter_prompts(
+            options.data, fmt=options.format, columns=options.columns, system=options.system
+        )
+        found = [{"reference": reference, "source": source} for _, reference, source in rows]
+        found = found[: options.limit]
+        if len(found) != len(lines):
+            raise UserError(
+                f"{file}: {len(lines)} predictions; expected {len(found)}, one for each row of "
+                "--data"
+            )
+        lines = [line | reference for line, reference in zip(lines, found, strict=True)]
+    for line in lines:
+        if not isinstance(line.get("reference"), str) or not line["reference"].strip():
+            raise UserError(
+                f"{line['source']}: no reference; expected an answer to compare with, or --data to "
+                "take it from"
+            )
+    return lines
+
+
+def _prediction_lines(file: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The first `limit` rows, each an object with a text `prediction` and the `source` of it."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected predictions of serve.predict")
+    for number, row in enumerate(read_rows(file)):
+        if number == limit:
+            return
+        if isinstance(row, BadRow):
+            raise UserError(f"{row.source}: {row.detail}")
+        value = row.row
+        if not isinstance(value, dict) or not isinstance(value.get("prediction"), str):
+            found = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise UserError(
+                f"{row.source}: found {found}; expected an object with a text prediction"
+            )
+        yield {**value, "source": value.get("source") or row.source}
+
+
+def in_words(
+    report: dict[str, Any], scores: dict[str, metrics.Scores], lines: Sequence[dict[str, Any]]
+) -> str:
+    """The report for a terminal: a line of counts, the table, some answers beside references."""
+    counts = [f"{report['rows']} rows", f"{report['empty_predictions']} empty predictions"]
+    counts += [f"{count} ended by {reason}" for reason, count in report["finish_reasons"].items()]
+    if report.get("tokens_per_second"):
+        counts.append(f"{report['seconds']:.1f} s, {report['tokens_per_second']:.1f} tokens/s")
+    last = len(lines) - 1
+    picked = sorted({round(i * last / max(NUM_SAMPLES - 1, 1)) for i in range(NUM_SAMPLES)})
+    samples = "\n\n".join(sample(lines[i], shutil.get_terminal_size().columns) for i in picked)
+    return f"{', '.join(counts)}\n\n{metrics.table(scores)}\n\n{samples}"
+
+
+def sample(line: dict[str, Any], columns: int) -> str:
+    """One answer for the eye: question, reference and prediction, wrapped behind their names."""
+    out = [str(line.get("source", ""))]
+    for name in ("prompt", "reference", "prediction"):
+        text = " ".join(str(line.get(name) or "").split()) or "(empty)"
+        for number, piece in enumerate(wrap(text, max(columns - 14, 20))):
+            out.append(f"  {name if number == 0 else '':<12}{piece}")
+    return "\n".join(out)
+
+
+def wrap(text: str, columns: int) -> Iterator[str]:
+    """The text in pieces of at most `columns` terminal columns; a Chinese character takes two."""
+    piece, width = "", 0
+    for character in text:
+        takes = _columns_of(character)
+        if width + takes > columns:
+            yield piece
+            piece, width = "", 0
+        piece, width = piece + character, width + takes
+    yield piece
+
+
+def _columns_of(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

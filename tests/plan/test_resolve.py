@@ -1,0 +1,202 @@
+"""From asked to decided: what is refused and when, what is chosen and why, one Run for all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_ds.errors import UserError
+from qwen_ds.model.family import QWEN
+from qwen_ds.plan.candidates import candidates
+from qwen_ds.plan.gpus import gpu_named
+from qwen_ds.plan.recomputation import decide_recomputation, fit_of, from_recipe
+from qwen_ds.plan.resolve import resolve
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.sources import find_sources
+from qwen_ds.plan.step import largest_micro_batch
+from qwen_ds.plan.table import PlanOptions, machine_of, plan
+from qwen_ds.recipe.loading import load_recipe, to_dict
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+CPU = Machine(1, 1, False, 8e9, "of free memory for each rank")
+GPU = replace(CPU, on_gpu=True, memory=80e9, memory_source="that are free on the GPU")
+
+
+def decided(small_dir: Path, *options: str, machine: Machine = CPU) -> Run:
+    asked = load_recipe(["--model.path", str(small_dir), *options])
+    return resolve(asked, machine, Base.read(small_dir), rows=False)
+
+
+MISTAKES = {
+    "a target": (["--lora.targets", "c_atn"], "lora.targets: 'c_atn' matches no module"),
+    "no target": (["--lora.targets=[]"], "lora.targets: nothing matches no module"),
+    "a module": (["--lora.modules_to_save", "wpe"], "lora.modules_to_save: 'wpe' came"),
+    "recomputation": (["--model.activation_checkpointing", "-3"], "expected auto, none or all"),
+    "an adapter": (["--lora.init_from", "/nonexistent"], "/nonexistent: no such folder"),
+    "a reader": (["--data.format", "alpaka"], "data.format is 'alpaka'"),
+    "a column": (["--data.columns", '{"instructio": "q"}'], "data.columns has the key"),
+    "a file": (["--data.eval", "absent.jsonl"], "absent.jsonl: no such file or folder"),
+    "weights": (["--data.weights", "1", "2"], "data.weights has 2 numbers and data.train 1"),
+    "a JSON": (["--deepspeed", "absent.json"], "deepspeed: no such file: absent.json"),
+    "a bound": (["--data.max_tokens", "3"], "data.max_tokens is 3; expected at least 16"),
+    "an allowed change": (["--resume.allow_changes", "optm"], "'optm' is no key or section"),
+    "an option": (["--lora.rnk", "4"], "unknown option lora.rnk"),
+}
+
+WATCHED = """
+import json, os, runpy, sys
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+try:
+    runpy.run_path("launch/train.py", run_name="__main__")
+finally:
+    print(json.dumps([sorted({name.split(".")[0] for name in sys.modules}), opened]))
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_typo_is_refused_before_deepspeed_is_imported_or_a_row_is_read(
+    mistake: str, small_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """So it costs seconds, however many rows there are and however large the base is."""
+    options, message = MISTAKES[mistake]
+    command = ["--model.path", str(small_dir), "--data.train", str(rows_file)]
+    command += ["--output_dir", str(tmp_path / "run"), *options]
+    script = f"import sys; sys.argv = ['launch/train.py', *{command!r}]\n{WATCHED}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    modules, opened = json.loads(done.stdout.splitlines()[-1])
+    assert "deepspeed" not in modules
+    assert str(rows_file) not in opened
+    assert not [name for name in opened if name.endswith((".safetensors", ".bin"))]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_planner_imports_neither_deepspeed_nor_peft() -> None:
+    script = "import sys; sys.argv = ['launch/plan.py', '--gpu', 'a100']\n" + WATCHED.replace(
+        "launch/train.py", "launch/plan.py"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = json.loads(done.stdout.splitlines()[-1])[0]
+    assert not {"deepspeed", "peft"} & set(modules)
+    assert done.stdout.startswith("7.72 billion parameters") and not done.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_planner_plans_the_run_that_training_makes(
+    recipe: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same recipe, JSON, notes and figures, at the stage and micro-batch that the recipe asks
+    for."""
+    monkeypatch.chdir(ROOT)
+    asked = load_recipe(["--config", str(recipe), "--model.activation_checkpointing", "auto"])
+    base = Base.read(small_dir)
+    if "model.path" in asked.set_keys:  # the demo's own
+        asked = find_sources(asked, weights=False)
+        base = Base.read(Path(asked.recipe.model.path))
+    options, gpu = PlanOptions(gpus=8, gpu="a100"), gpu_named("a100")
+    assert gpu is not None
+    run = resolve(asked, machine_of(options, gpu), base, rows=False)
+    planned = plan(asked, options, base)
+    (same,) = [each for each in planned.runs if each.deepspeed.stage == run.deepspeed.stage]
+    # resolve() got the path of the same JSON in both; the planner names it where the recipe does
+    # not.
+    assert to_dict(same.recipe) == to_dict(run.recipe)
+    assert same.deepspeed.engine_json == run.deepspeed.engine_json and same.notes == run.notes
+    longest, rows = planned.workload.longest, len(planned.workload.lens)
+    trained = decide_recomputation(run, longest, rows)
+    every = from_recipe(trained.recipe.model.activation_checkpointing)
+    batch = largest_micro_batch(longest, rows, run.recipe.batch, 8)
+    expected = fit_of(run, batch, every)
+    listed = candidates([same], planned.hardware, planned.workload)
+    budget = run.recipe.batch.tokens_per_micro_batch
+    row = next(c for c in listed if c.budget == budget or c is listed[-1])
+    assert row.fit == expected
+
+
+def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
+    def autos(value: object, name: str = "") -> list[str]:
+        if isinstance(value, dict):
+            return [
+                found for key, inner in value.items() for found in autos(inner, f"{name}.{key}")
+            ]
+        return [name] if value == "auto" else []
+
+    run = decided(small_dir, machine=GPU)
+    left = {".device", ".data.format", ".model.activation_checkpointing"}
+    assert set(autos(to_dict(run.recipe))) == left
+    assert not autos(run.deepspeed.engine_json)
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "dtype", "attention"),
+    [
+        (GPU, [], "bfloat16", "sdpa"),
+        (CPU, [], "bfloat16", "eager"),
+        (replace(CPU, fast_bf16=False), [], "float32", "sdpa"),
+        (replace(CPU, fast_bf16=False), ["--method", "full"], "bfloat16", "eager"),
+        (CPU, ["--model.dtype", "float32"], "float32", "sdpa"),
+        (CPU, ["--model.attention", "sdpa"], "bfloat16", "sdpa"),
+    ],
+)
+def test_dtype_and_attention_are_the_faster_ones(
+    small_dir: Path, machine: Machine, options: list[str], dtype: str, attention: str
+) -> None:
+    run = decided(small_dir, *options, machine=machine)
+    assert (run.recipe.model.dtype, run.recipe.model.attention) == (dtype, attention)
+    assert run.dtype.itemsize == (4 if dtype == "float32" else 2)
+
+
+def test_each_choice_that_a_user_might_wonder_at_has_a_note(small_dir: Path) -> None:
+    run = decided(small_dir, machine=replace(CPU, fast_bf16=False))
+    assert [str(note).split(":")[0] for note in run.notes] == ["model.dtype is float32"]
+    assert not decided(small_dir, machine=GPU).notes
+
+
+def test_special_rows_are_on_where_the_folder_does_not_say_chatml(
+    small_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_dir, tmp_path / "raw")
+    settings = tmp_path / "raw" / "generation_config.json"
+    settings.write_text(json.dumps({"chat_format": "raw"}))
+    run = decided(tmp_path / "raw", machine=GPU)
+    assert run.recipe.lora.special_rows == "on" and "says chat_format 'raw'" in str(run.notes[0])
+    assert run.special_ids == list(QWEN.stop_ids(run.encoding))
+    settings.unlink()
+    assert "has none" in str(decided(tmp_path / "raw", machine=GPU).notes[0])
+    for options in (["--lora.modules_to_save", "wte"], ["--method", "full"]):
+        other = decided(tmp_path / "raw", *options, machine=GPU)
+        assert other.recipe.lora.special_rows == "off" and other.special_ids == []
+    with pytest.raises(UserError, match="expected one of them"):
+        decided(small_dir, "--lora.special_rows", "on", "--lora.modules_to_save", "wte")
+
+
+def test_a_value_that_the_json_fills_in_has_the_recipes_range(
+    small_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": -1.0}))
+    with pytest.raises(UserError, match="optim.max_grad_norm is -1.0; expected 0 or a positive"):
+        decided(small_dir, "--deepspeed", str(tmp_path / "ds.json"))
+
+
+def test_a_large_model_on_a_cpu_must_be_asked_for(small_dir: Path) -> None:
+    """7.7 billion parameters, counted without making one."""
+    base = replace(Base.qwen_7b(), folder=small_dir)
+    asked = load_recipe(["--model.path", "Qwen/Qwen-7B"])
+    with pytest.raises(UserError, match=r"7.7 billion parameters.*--device cpu"):
+        resolve(asked, CPU, base, rows=False)
+    resolve(asked, GPU, base, rows=False)
+    chosen = load_recipe(["--model.path", "Qwen/Qwen-7B", "--device", "cpu"])
+    resolve(chosen, CPU, base, rows=False)

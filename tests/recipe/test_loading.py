@@ -1,0 +1,60 @@
+"""Recipes from files and the command line, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwen_ds.errors import UserError
+from qwen_ds.recipe.loading import check_values, load_recipe, write_recipe
+from qwen_ds.recipe.options import OptimOptions, Recipe
+
+
+def test_the_command_line_wins_over_the_file_and_lists_take_several_values(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("optim: {lr: 1e-4, betas: [0.9, 0.95]}\nlora: {r: 64}\n")
+    loaded = load_recipe(
+        ["--config", str(file), "--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
+    )
+    assert loaded.recipe.optim.lr == 1e-4 and loaded.recipe.optim.betas == (0.9, 0.95)
+    assert loaded.recipe.lora.r == 4 and loaded.recipe.data.train == ["a b.json", "c"]
+    assert loaded.set_keys == {"optim.lr", "optim.betas", "lora.r", "data.train"}
+
+
+def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
+    ).recipe
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert "数据" in (tmp_path / "recipe.yaml").read_text()
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["weights"] == [0.5]
+
+
+def test_a_recipe_that_is_not_utf8_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes("data: {system: 你好}".encode("gb18030"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_numbers_are_written_plain(tmp_path: Path) -> None:
+    """A restricted number is a class of its own, for which YAML has no word."""
+    write_recipe(
+        load_recipe(["--lora.r", "4", "--optim.betas", "0.8", "0.9"]).recipe, tmp_path / "r"
+    )
+    stored = yaml.safe_load((tmp_path / "r").read_text())
+    assert type(stored["lora"]["r"]) is int and stored["optim"]["betas"] == [0.8, 0.9]
+
+
+def test_values_that_were_never_parsed_are_held_to_the_same_ranges() -> None:
+    check_values(Recipe())
+    with pytest.raises(UserError, match="optim.lr is -1.0; expected 0 or a positive number"):
+        check_values(replace(Recipe(), optim=OptimOptions(lr=-1.0)))
+
+
+def test_profiled_steps_are_in_order() -> None:
+    with pytest.raises(UserError, match=r"log.profile_steps is \[3, 1\]; expected two steps"):
+        load_recipe(["--log.profile_steps", "[3,1]"])

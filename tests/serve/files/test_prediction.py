@@ -1,0 +1,358 @@
+"""Prediction over files: a line a row, in order; a mistake is named before the first answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_ds.decode.batch import Completion, DecodingRow
+from qwen_ds.decode.errors import LogitsNotFinite, RowOutOfMemory
+from qwen_ds.errors import UserError
+from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
+from qwen_ds.model.tokenizer import load_encoding
+from serve.engine.engine import ServingEngine
+from serve.engine.loading import load_engine
+from serve.files.parts import PredictionParts
+from serve.files.prediction import predict, settings_of
+from serve.options import PredictOptions, parse
+
+ROWS = [
+    {"content": f"类型#裙*裙长#{'长' * (i * 7 % 11)}裙*第{i}", "summary": f"裙子{i}很好看。"}
+    for i in range(11)
+]
+FAST = ("--max_new_tokens", "6", "--batch_size", "3")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    """Messages, the user's first."""
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
+
+
+def options_for(model: Path, rows: Path, output: Path, *more: str) -> PredictOptions:
+    return parse(
+        PredictOptions,
+        "",
+        ["--model", str(model), "--input", str(rows), "--output", str(output), *FAST, *more],
+    )
+
+
+def run(options: PredictOptions) -> None:
+    predict(options.model, options.input, Path(options.output), options)
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def expected(small_dir: Path, rows: Path, tmp_path: Path) -> bytes:
+    """What one rank writes in one go."""
+    run(options_for(small_dir, rows, tmp_path / "expected.jsonl"))
+    return (tmp_path / "expected.jsonl").read_bytes()
+
+
+def test_each_row_gives_one_line_in_order(small_dir: Path, tmp_path: Path) -> None:
+    mixed = [
+        *ROWS[:4],
+        {"instruction": "写一句话", "input": "关于裙子"},
+        {"messages": chat("你好", "您好", "再见")},
+    ]
+    output = tmp_path / "new" / "out.jsonl"
+    run(options_for(small_dir, write_rows(tmp_path / "mixed.jsonl", mixed), output))
+    lines = read_lines(output)
+    assert [line["id"] for line in lines] == list(range(6))
+    assert [line["source"].rpartition(":")[2] for line in lines] == ["1", "2", "3", "4", "5", "6"]
+    assert [line["reference"] for line in lines] == [
+        *(row["summary"] for row in ROWS[:4]),
+        None,
+        None,
+    ]
+    assert [line["prompt"] for line in lines[3:]] == [
+        ROWS[3]["content"],
+        "写一句话\t关于裙子",
+        "再见",
+    ]
+
+    engine = load_engine(small_dir)
+    history = (Turn("user", "你好"), Turn("assistant", "您好"), Turn("user", "再见"))
+    ids = encode_prompt(load_encoding(small_dir), Conversation(None, history))
+    options = options_for(small_dir, tmp_path / "mixed.jsonl", output)
+    (alone,) = engine.generate([DecodingRow(ids, options.sampling(), engine.stop)])
+    assert lines[5] == {
+        "id": 5,
+        "source": f"{tmp_path / 'mixed.jsonl'}:6",
+        "prompt": "再见",
+        "prediction": alone.text,
+        "reference": None,
+        "finish_reason": alone.finish_reason,
+        "prompt_tokens": len(ids),
+        "completion_tokens": len(alone.ids),
+    }
+
+
+@pytest.mark.parametrize("sampling", [(), ("--do_sample", "--seed", "7")], ids=["greedy", "drawn"])
+def test_two_ranks_write_what_one_writes(
+    small_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: tuple[str, ...],
+) -> None:
+    run(options_for(small_dir, rows, tmp_path / "one.jsonl", *sampling))
+    options = options_for(small_dir, rows, tmp_path / "two.jsonl", *sampling)
+    settings = settings_of(small_dir, options.input, options)
+    PredictionParts.prepare(
+        Path(options.output), settings, len(ROWS), overwrite=False
+    ).close()  # as rank 0 does at its start
+    for rank in (1, 0):
+        as_rank(monkeypatch, rank, 2)
+        run(options)
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not (tmp_path / "two.jsonl.parts").exists()
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Let the engine die after so many answers; returns the list that their texts go to."""
+    stream, answered = ServingEngine.stream, []
+
+    def dying(
+        self: ServingEngine, rows: list[DecodingRow], batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        for i, completion in stream(self, rows, batch_size):
+            if len(answered) == after:
+                raise KeyboardInterrupt
+            answered.append(completion.text)
+            yield i, completion
+
+    monkeypatch.setattr(ServingEngine, "stream", dying)
+    return answered
+
+
+@pytest.mark.parametrize("killed_rank", [0, 5])  # with 5 the run goes on with fewer ranks
+def test_a_killed_run_is_resumed_where_it_stopped(
+    small_dir: Path,
+    rows: Path,
+    expected: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_rank: int,
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        before = interrupted(patch, after=7)
+        with pytest.raises(KeyboardInterrupt):
+            run(options_for(small_dir, rows, output))
+    assert not output.exists()
+    (part,) = (tmp_path / "out.jsonl.parts").glob("rank_*.jsonl")
+    finished = read_lines(part)
+    assert [line["prediction"] for line in finished] == before[:6]  # whole batches of 3
+    part = part.rename(part.with_name(f"rank_{killed_rank:05d}.jsonl"))
+    with part.open("a") as stream:
+        stream.write('{"id": 3, "predic')  # what a kill in the middle of a write leaves
+    after = interrupted(monkeypatch, after=99)
+    run(options_for(small_dir, rows, output))
+    assert output.read_bytes() == expected
+    assert len(finished) + len(after) == len(ROWS)  # none of them is answered twice
+
+
+def test_rows_of_another_run_are_not_mixed_in(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(options_for(small_dir, rows, output))
+    with pytest.raises(
+        UserError, match=r"interrupted run with top_k 50 instead of 9; .*--overwrite"
+    ):
+        run(options_for(small_dir, rows, output, "--top_k", "9"))
+    write_rows(rows, ROWS[::-1])
+    with pytest.raises(UserError, match="interrupted run with input"):
+        run(options_for(small_dir, rows, output))
+    run(options_for(small_dir, rows, output, "--overwrite"))
+    assert [line["prompt"] for line in read_lines(output)] == [row["content"] for row in ROWS[::-1]]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(
+    small_dir: Path, rows: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "out.jsonl.parts" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        run(options_for(small_dir, rows, tmp_path / "out.jsonl", "--overwrite"))
+    assert precious.read_text() == "years"
+
+
+def test_an_output_that_exists_is_kept_unless_told(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("mine")
+    with pytest.raises(UserError, match=r"out\.jsonl: exists"):
+        run(options_for(small_dir, rows, output))
+    assert output.read_text() == "mine"
+    run(options_for(small_dir, rows, output, "--overwrite"))
+    assert output.read_bytes() == expected
+
+
+def test_a_rank_that_never_comes_ends_the_wait(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 0, 2)
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="5 of 11 rows are missing"):
+        run(options_for(small_dir, rows, output, "--timeout_minutes", "0.005"))
+    assert not output.exists()
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(RuntimeError, match="rank 0 did not make it"):
+        run(options_for(small_dir, rows, tmp_path / "other.jsonl", "--timeout_minutes", "0.005"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"content": "a", "summary": "b"}\n{"content": "a", "summ\n', r"rows\.jsonl:2: "),
+        (
+            '{"content": "a", "summary": "b"}\n{"content": " ", "summary": "b"}\n',
+            r"rows\.jsonl:2: .*question",
+        ),
+        ('{"content": "a"}\n{"colour": "red"}\n', r"rows\.jsonl:2: .*colour"),
+        ("", "no rows|empty"),
+    ],
+    ids=["broken", "no question", "unknown keys", "empty"],
+)
+def test_a_mistake_in_the_input_is_named_before_anything_is_answered(
+    small_dir: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        run(options_for(small_dir, rows, output))
+    assert "\n" not in str(error.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_what_is_not_there_is_named(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        run(options_for(small_dir, tmp_path / "none.jsonl", output))
+    with pytest.raises(UserError, match="expected a checkpoint folder"):
+        run(options_for(tmp_path, rows, output))
+    with pytest.raises(UserError, match=r"adapter_config\.json|adapter"):
+        run(options_for(small_dir, rows, output, "--adapter", str(tmp_path)))
+    run(
+        options_for(small_dir, rows, output)
+    )  # what that left answers no row, and is in nobody's way
+    assert len(read_lines(output)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("rows.jsonl/out.jsonl", r"rows\.jsonl: a file; expected a folder to write in"),
+        ("folder", r"folder: a folder; expected the name of a file"),
+        ("taken.jsonl", r"taken\.jsonl\.parts: a file; expected a folder"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
+    small_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    message: str,
+    more: tuple[str, ...],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.jsonl.parts").touch()
+    if output != "taken.jsonl":
+        monkeypatch.setattr(
+            "serve.files.prediction.find_model", lambda _: pytest.fail("work began")
+        )
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        run(options_for(small_dir, rows, tmp_path / output, *more))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rank_waits_for_rank_0_where_the_output_is_to_be_replaced(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("of an earlier run")
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(RuntimeError, match="rank 0 did not make it"):
+        run(options_for(small_dir, rows, output, "--overwrite", "--timeout_minutes", "0.005"))
+
+
+def test_memory_holds_a_window_of_rows(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr("serve.files.prediction.WINDOW", 2)
+    sizes, stream = [], ServingEngine.stream
+
+    def counting(
+        self: ServingEngine, rows: list[DecodingRow], batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        sizes.append(len(rows))
+        return stream(self, rows, batch_size)
+
+    monkeypatch.setattr(ServingEngine, "stream", counting)
+    run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
+    assert sizes == [6, 5]
+    assert [line["id"] for line in read_lines(tmp_path / "out.jsonl")] == list(range(11))
+
+
+def test_limit_takes_rows_from_the_front(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
+    run(options_for(small_dir, rows, tmp_path / "out.jsonl", "--limit", "4"))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(expected.splitlines(keepends=True)[:4])
+
+
+def test_errors_of_the_engine_are_worded_for_the_command_line(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, message in (
+        (
+            LogitsNotFinite(),
+            "not finite; expected numbers: float16 overflows, try --dtype bfloat16",
+        ),
+        (RowOutOfMemory(), "one row does not fit .* fewer --max_new_tokens"),
+    ):
+
+        def failing(*_: object, error: Exception = error) -> Iterator[tuple[int, Completion]]:
+            raise error
+            yield
+
+        monkeypatch.setattr(ServingEngine, "stream", failing)
+        with pytest.raises(UserError, match=message):
+            run(options_for(small_dir, rows, tmp_path / "out.jsonl"))

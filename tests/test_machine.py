@@ -1,0 +1,40 @@
+"""One rule for the device of training, serving and everything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+from qwen_ds.machine import choose_device
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
+    assert choose_device("cpu").type == choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="shows no NVIDIA GPU"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)
+    with pytest.raises(UserError, match="cannot use .* NVIDIA GPU; .*CUDA_VISIBLE_DEVICES"):
+        choose_device(wanted)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_every_rank_gets_a_gpu_of_its_own_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "local_rank", lambda: 1)
+    assert choose_device("auto") == torch.device("cuda", 1)
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(dist, "local_rank", lambda: 2)
+    with pytest.raises(UserError, match="local rank 2 has no GPU: 2 on this machine"):
+        choose_device("cuda")
