@@ -24,7 +24,7 @@ import pytest
 from qwen_ds.data.read.readers import READERS
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
-from qwen_ds.plan.deepspeed_json import read_json
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.recipe.loading import load_recipe, to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import Parser
@@ -125,7 +125,7 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
         # --help would print and exit, and the launcher adds --local_rank.
         options = [o for o in options if o != "--help" and not o.startswith("--local_rank")]
         loaded = load_recipe(options)
-        read_json(loaded.recipe.deepspeed)
+        read_deepspeed_json(loaded.recipe.deepspeed)
         # A second run into the default runs/demo would be refused.
         assert not options or "output_dir" in loaded.set_keys
     elif program == "serve.predict":
@@ -315,7 +315,7 @@ def test_every_recipe_opens_with_its_own_command(recipe: Path) -> None:
     }
     assert text.startswith(by_itself.get(recipe.name, "deepspeed --num_gpus 8 launch/train.py"))
     assert recipe.name in by_itself or f"--config launch/recipes/{recipe.name}" in text
-    read_json(load_recipe(["--config", str(recipe)]).recipe.deepspeed)
+    read_deepspeed_json(load_recipe(["--config", str(recipe)]).recipe.deepspeed)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
