@@ -1,5 +1,5 @@
-# For machines with NVIDIA GPUs. The base is plain Python, not a CUDA image: torch's wheels bring the
-# CUDA libraries that they were built for, and a second copy could only disagree with them. The
+# For machines with NVIDIA GPUs. The base is plain Python, not a CUDA image: torch's wheels bring
+# the CUDA libraries that they were built for, and a second copy could only disagree with them. The
 # driver comes from the host.
 #
 #   docker build -t qwen-ds .

@@ -7,5 +7,6 @@
 #
 # mpirun logs in to every machine with ssh, without a password.
 set -euo pipefail
-exec mpirun --host "$HOSTS" --map-by slot --bind-to none -x PATH -x PYTHONPATH -x OMP_NUM_THREADS=1 \
+exec mpirun --host "$HOSTS" --map-by slot --bind-to none \
+    -x PATH -x PYTHONPATH -x OMP_NUM_THREADS=1 \
     python launch/train.py --data.cache_dir "/tmp/qwen_ds_$UID" "$@"
