@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qwen_ds.plan.activations import MicroBatch, Saving
 from qwen_ds.plan.recomputation import Fit, fit_of, least_recomputation
 from qwen_ds.plan.run import Run
-from qwen_ds.plan.seconds import Hardware, Seconds, Work, step_seconds
+from qwen_ds.plan.seconds import Cluster, Seconds, Work, step_seconds
 from qwen_ds.plan.step import Workload, split
 
 BUDGETS = (1024, 2048, 4096, 8192, 16384)
@@ -27,7 +27,7 @@ class Candidate:
 
 def candidates(
     runs: Sequence[Run],
-    hardware: Hardware,
+    cluster: Cluster,
     workload: Workload,
     every: Sequence[int] | None = None,
 ) -> list[Candidate]:
@@ -54,7 +54,7 @@ def candidates(
             fits = [fit(choice) for choice in every or ()]
             for choice in fits or [least_recomputation(run.shape.layers, fit)]:
                 share = workload.target_share
-                seconds = step_seconds(work, hardware, parts, share, choice.every)
+                seconds = step_seconds(work, cluster, parts, share, choice.every)
                 found.append(Candidate(run, budget, choice, seconds))
     return found
 

@@ -29,8 +29,8 @@ DISPATCH, BLOCK_OPERATIONS, BRANCH_OPERATIONS = 7e-6, 25, 7
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
-    """A GPU and its links to the others."""
+class Cluster:
+    """Equal GPUs and their links."""
 
     gpu: Gpu
     links: Links
@@ -65,10 +65,10 @@ class Work:
 
 
 def step_seconds(
-    work: Work, hardware: Hardware, split: Split, target_share: float, every: int
+    work: Work, cluster: Cluster, split: Split, target_share: float, every: int
 ) -> Seconds:
     """Time of one optimizer step on the busiest rank; every: see `peak_memory`."""
-    shape, how, zero, gpu = work.shape, work.how, work.zero, hardware.gpu
+    shape, how, zero, gpu = work.shape, work.how, work.zero, cluster.gpu
     trained = trained_parameters(shape, how)
     adapter = 0 if how.full else trained
     again = activations.recomputed_blocks(shape.layers, every) / shape.layers
@@ -89,7 +89,7 @@ def step_seconds(
     dispatching = split.micro_batches * shape.layers * dispatched * (3 + again) * DISPATCH
     busy = products + attention + passes
     idle = max(0.0, dispatching - busy)
-    waiting = _waiting(work, hardware.links, split.micro_batches, busy + idle)
+    waiting = _waiting(work, cluster.links, split.micro_batches, busy + idle)
     return Seconds(products, attention, passes, optimizer, idle, waiting)
 
 

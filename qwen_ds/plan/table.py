@@ -16,7 +16,7 @@ from qwen_ds.plan.memory import official_memory, trained_parameters
 from qwen_ds.plan.recomputation import MARGIN, in_recipe
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
-from qwen_ds.plan.seconds import Hardware
+from qwen_ds.plan.seconds import Cluster
 from qwen_ds.plan.step import Workload
 from qwen_ds.plan.traffic import Links
 from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
@@ -63,7 +63,7 @@ class Planned:
 
     asked: LoadedRecipe
     options: PlanOptions
-    hardware: Hardware
+    cluster: Cluster
     runs: tuple[Run, ...]
     workload: Workload
     found: list[Candidate]
@@ -94,10 +94,10 @@ def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
     longest = options.longest_row or data.max_tokens
     longest = longest or data.max_prompt_tokens + data.max_answer_tokens
     workload = Workload.like(rows, options.row_tokens, options.learnt_share, longest)
-    hardware = Hardware(gpu, Links(options.gpus_per_machine, gpu.link))
+    cluster = Cluster(gpu, Links(options.gpus_per_machine, gpu.link))
     every = (0, 2, 1) if options.every_choice else None
-    found = candidates(runs, hardware, workload, every)
-    return Planned(asked, options, hardware, tuple(runs), workload, found)
+    found = candidates(runs, cluster, workload, every)
+    return Planned(asked, options, cluster, tuple(runs), workload, found)
 
 
 def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
@@ -131,7 +131,7 @@ def plan_text(planned: Planned, words: Sequence[str]) -> str:
     run, workload, options = planned.shape_run, planned.workload, planned.options
     shape, recipe = run.shape, run.recipe
     trained = trained_parameters(shape, Saving.of(recipe, on_gpu=True, family=run.base.family))
-    gpu, tokens = planned.hardware.gpu, float(workload.lens.sum())
+    gpu, tokens = planned.cluster.gpu, float(workload.lens.sum())
     needed = flops.step_flops(
         shape,
         method=recipe.method,

@@ -1,12 +1,10 @@
-"""A run's decisions made real: the machine surveyed, data prepared, model and adapter loaded."""
+"""A run's decisions made real: data prepared, model and adapter loaded."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +18,10 @@ from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows.data_report import data_report
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory, has_fast_bf16
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
-from qwen_ds.plan.resolve import resolve
-from qwen_ds.plan.run import Base, Machine, Run
-from qwen_ds.plan.sources import find_sources
-from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
-from qwen_ds.train.engine import start
 from qwen_ds.train.engine.loading import partitioned_loading
 from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.survive.result import Output
@@ -62,39 +55,6 @@ class Model:
     adapter_config: lora.LoraConfig | None
     """None: full training."""
     count: lora.ParameterCount
-
-
-def decide(asked: LoadedRecipe, device: torch.device) -> Run:
-    """Find the base model and decide the run (a collective).
-
-    Raises:
-        UserError: an option, the DeepSpeed JSON or the base model is wrong.
-    """
-    # The first rank of each machine fetches a model or makes the demo's; then all find it there.
-    dist.once_per_machine(lambda: find_sources(asked), "model")
-    asked = find_sources(asked)
-    run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
-    start.check_config(run.deepspeed.engine_json)
-    return run
-
-
-def survey(device: torch.device) -> Machine:
-    """The machine as all ranks see it (a collective of all ranks, once)."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        free, source = float(torch.cuda.mem_get_info(device)[0]), "that are free on the GPU"
-    else:
-        free = available_memory() / dist.local_world_size()
-        source = "of free memory for each rank"
-    return Machine(
-        ranks=dist.world_size(),
-        ranks_per_machine=math.gcd(*dist.ranks_per_machine()),
-        on_gpu=on_gpu,
-        memory=min(dist.gather(free)),
-        memory_source=source,
-        fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),
-        can_quantise=start.can_quantise_weights(device),
-    )
 
 
 def load_data(run: Run) -> Data:
@@ -151,7 +111,7 @@ def load_model(run: Run, device: torch.device) -> Model:
         base, seed = options.path, recipe.seed
         wrapped = lora.add_lora(model, recipe.lora, base=base, seed=seed, row_ids=run.special_ids)
     if recipe.lora.init_from:
-        lora.init_from(wrapped, recipe.lora.init_from, recipe.lora)
+        lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 

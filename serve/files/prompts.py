@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from qwen_ds.data.read.dialogue import Dropped
-from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
@@ -66,7 +66,7 @@ class PromptReader:
 
     def __iter__(self) -> Iterator[PromptRow]:
         o = self.options
-        found = iter_prompts(self.paths, fmt=o.format, columns=o.columns, system=o.system)
+        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system))
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""

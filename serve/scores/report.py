@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
-from qwen_ds.data.read.sources import iter_prompts
+from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
@@ -111,9 +111,8 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     if not lines:
         raise UserError(f"{file}: no rows; expected at least one prediction")
     if options.data:
-        rows = iter_prompts(
-            options.data, fmt=options.format, columns=options.columns, system=options.system
-        )
+        reading = ReadOptions(options.format, options.columns, options.system)
+        rows = iter_prompts(options.data, reading)
         found = [{"reference": reference, "source": source} for _, reference, source in rows]
         found = found[: options.limit]
         if len(found) != len(lines):

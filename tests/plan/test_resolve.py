@@ -120,7 +120,7 @@ def test_the_planner_plans_the_run_that_training_makes(
     every = from_recipe(trained.recipe.model.activation_checkpointing)
     batch = largest_micro_batch(longest, rows, run.recipe.batch, 8)
     expected = fit_of(run, batch, every)
-    listed = candidates([same], planned.hardware, planned.workload)
+    listed = candidates([same], planned.cluster, planned.workload)
     budget = run.recipe.batch.tokens_per_micro_batch
     row = next(c for c in listed if c.budget == budget or c is listed[-1])
     assert row.fit == expected

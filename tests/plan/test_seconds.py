@@ -9,7 +9,7 @@ import pytest
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.gpus import gpu_named
-from qwen_ds.plan.seconds import Hardware, Work, load, step_seconds
+from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
@@ -24,12 +24,12 @@ HOW = Saving.of(Recipe(model=BF16, lora=OFF), on_gpu=True)
 def test_time_grows_linearly_with_the_tokens() -> None:
     gpu = gpu_named("h100")
     assert gpu is not None
-    hardware = Hardware(gpu, Links(8, gpu.link))
+    cluster = Cluster(gpu, Links(8, gpu.link))
     work = Work(QWEN_7B, HOW, Zero(2, 8, 4096**2, overlap=True))
 
     def seconds(rows: int) -> float:
         parts = split(Workload.like(rows, 157, 0.66, 508), 8, BatchOptions(rows))
-        return step_seconds(work, hardware, parts, 0.66, 0).total
+        return step_seconds(work, cluster, parts, 0.66, 0).total
 
     assert seconds(2048) / seconds(512) == pytest.approx(4, rel=0.05)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qwen_ds.data.batches import Part
+from qwen_ds.data.read.sources import ReadOptions, iter_conversations
 from qwen_ds.data.rows.cache import make_or_find
 from qwen_ds.data.rows.data_report import total
 from qwen_ds.data.rows.encode import EncodeOptions
@@ -160,7 +160,7 @@ def prepare(data: DataOptions, model_dir: Path, seed: int = 0) -> Prepared:
     Raises:
         UserError: whatever is wrong with the options or the rows; see `data_report.PartReport.check`.
     """
-    _check(data)
+    check_data(data)
     options = encode_options(data, model_dir)
 
     def rows(paths: Sequence[str], weights: Sequence[float] | None = None) -> TokenRows:
@@ -189,26 +189,21 @@ def encode_options(data: DataOptions, model_dir: Path) -> EncodeOptions:
     )
 
 
-def _check(data: DataOptions) -> None:
+def check_data(data: DataOptions) -> None:
+    """Check everything about data.* that can be checked without reading a row.
+
+    Raises:
+        UserError: the first mistake: paths, formats, columns, and options that exclude each other.
+    """
     if not data.train:
         raise UserError("data.train is empty; expected one or more files, folders or hub data sets")
-    if data.weights is not None:
-        if len(data.weights) != len(data.train):
-            raise UserError(
-                f"data.weights has {len(data.weights)} numbers and data.train {len(data.train)} "
-                "entries; expected one number for each"
-            )
-        wrong = [weight for weight in data.weights if not (weight > 0 and math.isfinite(weight))]
-        if wrong:
-            raise UserError(
-                f"data.weights has {wrong[0]}; expected positive numbers (leave a data set out "
-                "instead)"
-            )
-    if not 0 <= data.eval_fraction < 1:
-        raise UserError(f"data.eval_fraction is {data.eval_fraction}; expected 0 to 1, 1 excluded")
+    if data.weights is not None and len(data.weights) != len(data.train):
+        raise UserError(
+            f"data.weights has {len(data.weights)} numbers and data.train {len(data.train)} "
+            "entries; expected one number for each"
+        )
     if data.eval and data.eval_fraction:
         raise UserError("data.eval and data.eval_fraction are both given; expected one of them")
-
-
-def check_data(data: DataOptions) -> None:
-    _check(data)
+    iter_conversations(
+        [*data.train, *data.eval], ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
+    )

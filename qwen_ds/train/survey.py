@@ -1,0 +1,49 @@
+"""The machine as all ranks see it, and the run that is decided for it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from qwen_ds import dist
+from qwen_ds.machine import available_memory, has_fast_bf16
+from qwen_ds.plan.resolve import resolve
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.sources import find_sources
+from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.train.engine import start
+
+
+def decide(asked: LoadedRecipe, device: torch.device) -> Run:
+    """Find the base model and decide the run (a collective).
+
+    Raises:
+        UserError: an option, the DeepSpeed JSON or the base model is wrong.
+    """
+    # The first rank of each machine fetches a model or makes the demo's; then all find it there.
+    dist.once_per_machine(lambda: find_sources(asked), "model")
+    asked = find_sources(asked)
+    run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
+    start.check_config(run.deepspeed.engine_json)
+    return run
+
+
+def survey(device: torch.device) -> Machine:
+    """The machine as all ranks see it (a collective of all ranks, once)."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        free, source = float(torch.cuda.mem_get_info(device)[0]), "that are free on the GPU"
+    else:
+        free = available_memory() / dist.local_world_size()
+        source = "of free memory for each rank"
+    return Machine(
+        ranks=dist.world_size(),
+        ranks_per_machine=math.gcd(*dist.ranks_per_machine()),
+        on_gpu=on_gpu,
+        memory=min(dist.gather(free)),
+        memory_source=source,
+        fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),
+        can_quantise=start.can_quantise_weights(device),
+    )
