@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan import deepspeed_json as ds_config
@@ -45,9 +46,10 @@ from qwen_ds.plan.gpus import recognise
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
 from qwen_ds.train import lora, setup
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.engine.start import start_process_group, stop_process_group
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.observe.progress import peak_memory_gb
+from qwen_ds.train.observe.metrics import peak_memory_gb
 
 TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 # Length: (GB, seconds a step), README of QwenLM/Qwen.
@@ -92,7 +94,7 @@ def recipe(
 
 
 @contextlib.contextmanager
-def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Iterator[engine.Engine]:
+def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Iterator[TrainingEngine]:
     """Our model, adapter and engine as training makes them, with random weights."""
     wanted = setup.choose_attention(wanted, device)
     with torch.device(device):
@@ -107,7 +109,7 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
         ds_config.read_json(None), wanted, frozenset(), hidden_size=plan.config.hidden_size,
         world=1, ranks_per_machine=1, can_quantise=False,
     )  # fmt: skip
-    made = engine.Engine(
+    made = TrainingEngine(
         TrainingModel(wrapped, model.transformer, model.lm_head), wanted.optim, resolved
     )
     made.train(True)
@@ -117,7 +119,7 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
         made._ds.destroy()
 
 
-def our_steps(plan: Plan, trained: engine.Engine, rows: int, length: int) -> dict[str, float]:
+def our_steps(plan: Plan, trained: TrainingEngine, rows: int, length: int) -> dict[str, float]:
     """Time optimizer steps of `micro_batches` micro-batches of full rows, after a warm-up step."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(
@@ -291,8 +293,8 @@ def main() -> None:
         "--minutes", type=float, default=9.0, help="start nothing new after so many minutes"
     )
     options = parser.parse_args()
-    device = engine.choose_device("cuda")
-    engine.start_process_group(device, 10)
+    device = choose_device("cuda")
+    start_process_group(device, 10)
     plan, name, results = (
         Plan(QWenConfig()),
         torch.cuda.get_device_name(device),
@@ -300,7 +302,7 @@ def main() -> None:
     )
     try:
         measure(plan, device, results)
-        engine.stop_process_group()
+        stop_process_group()
     finally:  # an error must not cost the figures before it
         about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
         sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from qwen_ds import dist
+from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.plan import candidates as plan
 from qwen_ds.plan import deepspeed_json as ds_config
@@ -36,7 +37,8 @@ from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.engine.start import start_process_group, stop_process_group
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "golden" / "small"
@@ -166,15 +168,15 @@ def work(out: Path) -> None:
     """Run one rank: two steps of each case, the second one logged."""
     from deepspeed.comm import comm
 
-    device = engine.choose_device("cpu")
-    engine.start_process_group(device, 10)
+    device = choose_device("cpu")
+    start_process_group(device, 10)
     shape = Shape.of(QWenConfig.from_pretrained(SMALL))
     results: dict[str, dict[str, float]] = {}
     for case in CASES:
         recipe = small_recipe()
         resolved = resolve_small(case, recipe, shape, dist.world_size())
         model = setup.load_model(recipe, resolved, device)
-        trained = engine.Engine(model.training, recipe.optim, resolved)
+        trained = TrainingEngine(model.training, recipe.optim, resolved)
         trained.train(True)
         ids_BT = torch.randint(
             0, shape.vocab, (2, 24), generator=torch.Generator().manual_seed(dist.rank())
@@ -194,7 +196,7 @@ def work(out: Path) -> None:
         comm.comms_logger.enabled = False
     if dist.rank() == 0:
         out.write_text(json.dumps(results), encoding="utf-8")
-    engine.stop_process_group()
+    stop_process_group()
 
 
 def measured(world: int) -> dict[str, dict[str, float]]:

@@ -32,10 +32,12 @@ def test_we_and_a_peer_train_the_same_rows(tmp_path: Path) -> None:
 _GPU = """
 import json, sys, torch
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.train.engine import engine
+from qwen_ds.machine import choose_device
+from qwen_ds.train.engine.start import start_process_group, stop_process_group
+
 from tests.benchmarks import gpu
-device = engine.choose_device("cpu")
-engine.start_process_group(device, 1)
+device = choose_device("cpu")
+start_process_group(device, 1)
 config = QWenConfig(
     vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16,
     intermediate_size=64,
@@ -45,7 +47,7 @@ results = gpu.Results(5)
 gpu.measure(plan, device, results)
 results.add("broken", lambda: 1 / 0)
 print(gpu.report(results.found, plan, "NVIDIA H200"))
-engine.stop_process_group()
+stop_process_group()
 """
 
 
