@@ -40,11 +40,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.deepspeed_json import resolve
 from qwen_ds.plan.flops import step_flops, utilisation
 from qwen_ds.plan.gpus import recognise
+from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.train import lora, setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group, stop_process_group
@@ -96,19 +98,17 @@ def recipe(
 @contextlib.contextmanager
 def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Iterator[TrainingEngine]:
     """Our model, adapter and engine as training makes them, with random weights."""
-    wanted = setup.choose_attention(wanted, device)
+    attention = "sdpa" if device.type == "cuda" else "eager"
     with torch.device(device):
         model = QWenLMHeadModel._from_config(
-            plan.config, dtype=torch.bfloat16, attn_implementation=wanted.model.attention
+            plan.config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    setup.recompute_blocks(model, wanted.model.activation_checkpointing)
+    setup.recompute_blocks(model, from_recipe(wanted.model.activation_checkpointing))
     if wanted.model.compile:
         setup.compile_blocks(model, device)
     wrapped = lora.add_lora(model, wanted.lora, base="", seed=0)
-    resolved = ds_config.resolve(
-        ds_config.read_json(None), wanted, frozenset(), hidden_size=plan.config.hidden_size,
-        world=1, ranks_per_machine=1, can_quantise=False,
-    )  # fmt: skip
+    size, zero2 = plan.config.hidden_size, read_deepspeed_json(None)
+    resolved = resolve(zero2, wanted, frozenset(), hidden_size=size, world=1)
     made = TrainingEngine(
         TrainingModel(wrapped, model.transformer, model.lm_head), wanted.optim, resolved
     )
@@ -130,7 +130,7 @@ def our_steps(plan: Plan, trained: TrainingEngine, rows: int, length: int) -> di
         for i, ids_BT in enumerate(ids):
             loss_sum = trained.loss_sum(ids_BT, ids_BT)
             trained.backward(loss_sum / ids.numel(), last_of_step=i + 1 == len(ids))
-        assert trained.step().applied
+        assert not trained.step().not_finite
 
     return timed(plan, step, trained.device) | {"tokens": float(ids.numel())}
 

@@ -28,14 +28,17 @@ import torch
 from qwen_ds import dist
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.plan import candidates as plan
-from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.model.family import QWEN
 from qwen_ds.plan.activations import Saving
-from qwen_ds.plan.candidates import Workload
+from qwen_ds.plan.deepspeed_json import ResolvedConfig, resolve
 from qwen_ds.plan.gpus import Gpu, gpu_named
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
 from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
-from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
+from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group, stop_process_group
@@ -52,7 +55,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-3, hpZ 2": (3, {"zero_hpz_partition_size": 2}),
 }
 QWEN_7B = Shape.of(QWenConfig())
-BF16 = ModelOptions(dtype="bfloat16")
+BF16 = ModelOptions(dtype="bfloat16", attention="sdpa")
 CHAT = LoraOptions(special_rows="off")  # a chat model's control tokens are trained already
 PER_GPU_ROWS = 16  # 128 rows a step on 8 GPUs
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -64,11 +67,10 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 def zero_of(case: str, world: int, *, hpz: int | None = None) -> Zero:
     """ZeRO as ds_configs/zero{1,2,3}.json resolve for the 7B."""
     stage, changes = CASES[case]
-    config = ds_config.read_json(f"ds_configs/zero{stage}.json")
+    config = read_deepspeed_json(f"ds_configs/zero{stage}.json")
     config["zero_optimization"] |= changes
-    resolved = ds_config.resolve(
-        config, Recipe(), frozenset(), hidden_size=QWEN_7B.hidden, world=world
-    )
+    recipe = Recipe(model=BF16, lora=CHAT)
+    resolved = resolve(config, recipe, frozenset(), hidden_size=QWEN_7B.hidden, world=world)
     zero = Zero.of(resolved.engine_json, world)
     return dataclasses.replace(zero, hpz=min(hpz, world)) if hpz and zero.hpz > 1 else zero
 
@@ -84,13 +86,12 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how, zero = (
-        Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True),
-        zero_of(case, gpus, hpz=links.per_machine),
-    )
-    work = plan.split(Workload.like(rows, 157, 0.66, 508), gpus, 2048)
-    seconds = plan.step_seconds(QWEN_7B, how, zero, links, gpu, work, 0.66, 0)
-    sent = traffic(zero, plan.load(QWEN_7B, how, zero, work.micro_batches))
+    how = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True)
+    zero = zero_of(case, gpus, hpz=links.per_machine)
+    batch = BatchOptions(rows_per_step=rows, tokens_per_micro_batch=2048)
+    parts = split(Workload.like(rows, 157, 0.66, 508), gpus, batch)
+    seconds = step_seconds(Work(QWEN_7B, how, zero), Cluster(gpu, links), parts, 0.66, 0)
+    sent = traffic(zero, load(QWEN_7B, how, zero, parts.micro_batches))
     return Point(sum(c.moved for c in sent) / 1e9, seconds.total, seconds.waiting / seconds.total)
 
 
@@ -134,9 +135,9 @@ def predicted(case: str, world: int) -> dict[str, float]:
     recipe = small_recipe()
     resolved = resolve_small(case, recipe, shape, world)
     zero = Zero.of(resolved.engine_json, world)
-    load = plan.load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
+    sent = load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
     found = {"gather": 0.0, "reduce": 0.0}
-    for collective in traffic(zero, load):
+    for collective in traffic(zero, sent):
         found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(
             collective
         )
@@ -146,22 +147,24 @@ def predicted(case: str, world: int) -> dict[str, float]:
 def small_recipe() -> Recipe:
     return Recipe(
         device="cpu",
-        model=dataclasses.replace(BF16, path=str(SMALL), activation_checkpointing="none"),
+        model=ModelOptions(
+            path=str(SMALL), dtype="bfloat16", attention="eager", activation_checkpointing="none"
+        ),
         lora=CHAT,
     )
 
 
-def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:
+def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ResolvedConfig:
     """Resolve a case, with ZeRO-3's bounds on gathered parameters scaled down from the 7B's."""
     stage, changes = CASES[case]
-    config = ds_config.read_json(f"ds_configs/zero{stage}.json")
+    config = read_deepspeed_json(f"ds_configs/zero{stage}.json")
     section = config["zero_optimization"]
     section |= changes
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
         if key in section:
             section[key] = int(section[key] * shape.parameters / QWEN_7B.parameters)
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
-    return ds_config.resolve(config, recipe, frozenset(), hidden_size=shape.hidden, world=world)
+    return resolve(config, recipe, frozenset(), hidden_size=shape.hidden, world=world)
 
 
 def work(out: Path) -> None:
@@ -170,12 +173,14 @@ def work(out: Path) -> None:
 
     device = choose_device("cpu")
     start_process_group(device, 10)
-    shape = Shape.of(QWenConfig.from_pretrained(SMALL))
+    base = Base(QWEN, QWenConfig.from_pretrained(SMALL), {}, SMALL)
+    shape, world = Shape.of(base.config), dist.world_size()
+    machine = Machine(world, world, on_gpu=False, memory=0, memory_source="")
     results: dict[str, dict[str, float]] = {}
     for case in CASES:
         recipe = small_recipe()
-        resolved = resolve_small(case, recipe, shape, dist.world_size())
-        model = setup.load_model(recipe, resolved, device)
+        resolved = resolve_small(case, recipe, shape, world)
+        model = setup.load_model(Run(recipe, base, machine, resolved), device)
         trained = TrainingEngine(model.training, recipe.optim, resolved)
         trained.train(True)
         ids_BT = torch.randint(
