@@ -1,1 +1,1 @@
-"""From files to batches: rows of any known shape, checked conversations, token rows on disk, right-padded batches."""
+"""From files to batches: source rows, checked conversations, token rows on disk, micro-batches."""

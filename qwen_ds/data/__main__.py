@@ -3,8 +3,9 @@
     python -m qwen_ds.data encode  --model.path DIR --data.train FILE... [--output rows.jsonl]
     python -m qwen_ds.data inspect --model.path DIR --data.train FILE... [--rows 3] [--at FILE:LINE]
 
-encode writes one JSON object a row: input_ids, labels (-100: not learnt), source. inspect prints rows with what is
-learnt in green, and how long the rows are. Both take the data.* options of a recipe and use the same cache as training.
+encode writes one JSON object a row: input_ids, labels (-100: not learnt), source. inspect prints
+rows with their target tokens in green, and how long the rows are. Both take the data.* options of a
+recipe and use the same cache as training.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_ds import dist
+from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.options import DataOptions
 from qwen_ds.recipe.parser import Parser
@@ -32,7 +34,8 @@ def main() -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(
-            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: python -m qwen_ds.data --help"
+            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: "
+            "python -m qwen_ds.data --help"
         )
     prog = f"python -m qwen_ds.data {command}"
     parser = Parser(
@@ -69,7 +72,7 @@ def main() -> int:
 
 
 def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -> None:
-    """Write the rows to a file, complete or not at all, or to standard output.
+    """Write the rows to a file, complete or absent, or to standard output.
 
     Raises:
         UserError: the file exists, or cannot be written.
@@ -87,39 +90,30 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
 
     def lines() -> Iterator[str]:
         for row in range(len(rows)):
-            ids, labels = rows[row]
-            found = {
-                "input_ids": ids.tolist(),
-                "labels": labels.tolist(),
-                "source": rows.source(row),
-            }
+            ids, labels = (part.tolist() for part in rows[row])
+            found = {"input_ids": ids, "labels": labels, "source": rows.source(row)}
             yield json.dumps(found) + "\n"
 
     if path is None:
         try:
             sys.stdout.writelines(lines())
             sys.stdout.flush()
-        except (
-            BrokenPipeError
-        ):  # a reader such as head has seen enough; the interpreter must not flush once more
+        except BrokenPipeError:
+            # A reader such as head has seen enough; the interpreter must not flush once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        half = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with half.open("w", encoding="ascii") as file:
+            with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:
                 file.writelines(lines())
-            half.replace(path)
         except OSError as error:
             raise UserError(
                 f"{path}: {error.strerror or error}; expected a file that can be written"
             ) from error
-        finally:
-            half.unlink(missing_ok=True)
     print("\n".join(summary(rows.report)), file=sys.stderr)
 
 
 def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
-    """Print the first rows, or those of one place, then lengths and what became of all rows.
+    """Print the first rows, or those of one place, then row lengths and the data report.
 
     Raises:
         UserError: no row comes from `at`.
@@ -138,14 +132,11 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
     rows = prepare(data, folder).train
     shown = list(range(min(n_rows, len(rows))))
     if at is not None:
-        shown = [
-            row
-            for row in range(len(rows))
-            if rows.source(row) == at or rows.source(row).endswith(f"/{at}")
-        ]
+        shown = [row for row in range(len(rows)) if f"/{rows.source(row)}".endswith(f"/{at}")]
         if not shown:
             raise UserError(
-                f"--at is {at}; expected the file:line of a row that is trained on, such as {rows.source(0)}"
+                f"--at is {at}; expected the file:line of a row that is trained on, such as "
+                f"{rows.source(0)}"
             )
     console = Console(highlight=False)
     encoding = load_encoding(folder)

@@ -61,7 +61,7 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded ChatML rows. labels_BT sits under its own token; the loss does the only shift."""
+    """Right-padded ChatML rows. A label sits under its own token; the loss does the only shift."""
 
     ids_BT: Tensor
     """int64, padded with <|endoftext|>."""
@@ -313,9 +313,9 @@ def _plan_step(
 def evaluation_batches(
     rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of an evaluation: over all ranks every row once, whatever its weight.
+    """This rank's micro-batches of an evaluation, as many as every other rank has.
 
-    Every rank has the same number of them.
+    Over all ranks they hold every row once, whatever its weight.
     """
     for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
         yield make_batch(rows, row_ids)

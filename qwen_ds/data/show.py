@@ -1,4 +1,4 @@
-"""Token rows for the eye: what the model reads and what it learns of it, and how long the rows are."""
+"""Token rows on a terminal: the text that the model reads, its target tokens, and row lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.tokenizer import Encoding
 
-# Where there is no colour, learnt runs stand in these.
+# Where there is no colour, runs of target tokens stand in these.
 LEARNT_OPEN, LEARNT_CLOSE = "⟦", "⟧"
 _LEARNT, _UNLEARNT, _SPECIAL = "green", "bright_black", "bold"
 _BINS, _BAR_CELLS = 12, 40
@@ -20,7 +20,7 @@ _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
-    """Print a row: learnt tokens green, the others grey, control tokens bold; without colour, learnt runs in ⟦ ⟧."""
+    """Print a row: target tokens green (or in ⟦ ⟧), the others grey, control tokens bold."""
     ids, labels = rows[row]
     console.rule(
         f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left"
@@ -30,17 +30,15 @@ def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) ->
     shown = Text()
     for start, end in zip(edges, edges[1:], strict=False):
         is_learnt = bool(learnt[start])
-        marks = (
-            (LEARNT_OPEN, LEARNT_CLOSE) if is_learnt and console.color_system is None else ("", "")
-        )
-        shown.append(marks[0])
+        in_marks = is_learnt and console.color_system is None
+        shown.append(LEARNT_OPEN if in_marks else "")
         _append(shown, ids[start:end].tolist(), encoding, _LEARNT if is_learnt else _UNLEARNT)
-        shown.append(marks[1])
+        shown.append(LEARNT_CLOSE if in_marks else "")
     console.print(shown, soft_wrap=True)
 
 
 def _append(shown: Text, ids: list[int], encoding: Encoding, style: str) -> None:
-    """Append tokens; those between two control tokens are decoded together, since a character can be several tokens."""
+    """Append tokens; all between two control tokens are decoded together, as characters need."""
     specials = set(encoding.special.values())
     start = 0
     for place in range(len(ids) + 1):
@@ -61,8 +59,9 @@ def show_lengths(lens: np.ndarray, console: Console) -> None:
     for number, count in enumerate(counts.tolist()):
         start = first + number * width
         bar = "█" * round(_BAR_CELLS * count / counts.max()) or ("▏" if count else "")
-        line = f"{start:>{columns[0]},} - {start + width - 1:<{columns[0]},} {count:>{columns[1]},}  {bar}"
-        console.print(line.rstrip(), highlight=False, soft_wrap=True)
+        span = f"{start:>{columns[0]},} - {start + width - 1:<{columns[0]},}"
+        line = f"{span} {count:>{columns[1]},}  {bar}".rstrip()
+        console.print(line, highlight=False, soft_wrap=True)
     low, median, high = np.percentile(lens, [5, 50, 95])
     console.print(
         f"shortest {shortest:,}, 5 % {low:,.0f}, median {median:,.0f}, mean {lens.mean():,.1f}, "

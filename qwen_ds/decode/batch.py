@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_ds.decode.errors import LogitsNotFinite, PromptTooLong
 from qwen_ds.decode.padding import pad_left
-from qwen_ds.decode.sampling import BatchSampling, SamplingParams, draw, only_tokens, uniforms
+from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups, uniforms
 from qwen_ds.decode.stop import FinishReason, StopRule
 
 
@@ -38,7 +38,7 @@ class CausalModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What decoding needs to know of a tokenizer."""
+    """The facts of a tokenizer that decoding needs."""
 
     size: int
     """Ids from here on are padding rows of the head and are never chosen."""
@@ -99,8 +99,8 @@ def decode_batch(
             synchronisation each.
     """
     ids_BT, mask_BT = pad_left([row.prompt for row in rows], vocabulary.pad_id, device)
-    sampling = BatchSampling([row.sampling for row in rows], device)
-    uniform_BS = uniforms([row.sampling for row in rows], device)
+    params = [row.sampling for row in rows]
+    groups, uniform_BS = sampling_groups(params, device), uniforms(params, device)
     new: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
     cache: Any = None
@@ -115,7 +115,7 @@ def decode_batch(
         )
         if step == 0 and not bool(logits_BV.max(-1).values.isfinite().all()):
             raise LogitsNotFinite
-        next_B = draw(logits_BV, sampling, uniform_BS[:, step])
+        next_B = draw(logits_BV, groups, uniform_BS[:, step])
         for i, token in enumerate(next_B.tolist()):
             if not ended[i]:
                 new[i].append(token)

@@ -9,7 +9,7 @@ Shapes: B rows, V rows of the head, N candidates of a row, S decoding steps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,34 +73,32 @@ def uniforms(rows: Sequence[SamplingParams], device: torch.device) -> Tensor:
     return uniform_BS.to(device)
 
 
-class BatchSampling:
-    """The parameters of a batch's rows, on the device, in groups of rows that are drawn together.
-
-    Rows share a group when they have the same top_k. The groups make a row's candidates, to the
-    last bit, those of the row alone: a softmax over padded candidates may be summed in another
-    order.
-    """
-
-    def __init__(self, rows: Sequence[SamplingParams], device: torch.device) -> None:
-        self.groups: list[SamplingGroup] = []
-        for top_k in sorted({row.top_k for row in rows if row.do_sample}):
-            members = [i for i, row in enumerate(rows) if row.do_sample and row.top_k == top_k]
-            temperature_G1, top_p_G1 = (
-                torch.tensor([vars(rows[i])[name] for i in members], device=device).unsqueeze(1)
-                for name in ("temperature", "top_p")
-            )
-            index_G = torch.tensor(members, device=device)
-            self.groups.append(SamplingGroup(index_G, top_k, temperature_G1, top_p_G1))
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingGroup:
-    """G rows of a batch with the same top_k."""
+    """G rows of a batch that are drawn together: their parameters, on the device."""
 
     index_G: Tensor  # int64, places in the batch
     top_k: int
     temperature_G1: Tensor  # fp32
     top_p_G1: Tensor  # fp32
+
+
+def sampling_groups(
+    rows: Sequence[SamplingParams], device: torch.device
+) -> tuple[SamplingGroup, ...]:
+    """The rows that are drawn, in groups of the same top_k; greedy rows are in none.
+
+    The groups make a row's candidates, to the last bit, those of the row alone: a softmax over
+    padded candidates may be summed in another order.
+    """
+    groups = []
+    for top_k in sorted({row.top_k for row in rows if row.do_sample}):
+        members = [i for i, row in enumerate(rows) if row.do_sample and row.top_k == top_k]
+        temperature_G1 = torch.tensor([[rows[i].temperature] for i in members], device=device)
+        top_p_G1 = torch.tensor([[rows[i].top_p] for i in members], device=device)
+        index_G = torch.tensor(members, device=device)
+        groups.append(SamplingGroup(index_G, top_k, temperature_G1.float(), top_p_G1.float()))
+    return tuple(groups)
 
 
 def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]:
@@ -135,15 +133,16 @@ def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]
     return probs_GN * kept_GN, ids_GN
 
 
-def draw(logits_BV: Tensor, sampling: BatchSampling, uniform_B: Tensor) -> Tensor:
+def draw(logits_BV: Tensor, groups: Iterable[SamplingGroup], uniform_B: Tensor) -> Tensor:
     """Next tokens ids_B (int64): the most probable ones, or the cumulative distribution inverted.
 
     Args:
         logits_BV: fp32.
+        groups: of `sampling_groups`.
         uniform_B: in [0, 1); greedy rows do not read theirs.
     """
     chosen_B = logits_BV.argmax(-1)
-    for group in sampling.groups:
+    for group in groups:
         probs_GN, ids_GN = candidates(logits_BV[group.index_G], group)
         cumulative_GN = probs_GN.cumsum(-1)
         uniform_G1 = uniform_B[group.index_G].unsqueeze(1).to(cumulative_GN)

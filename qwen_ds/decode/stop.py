@@ -1,4 +1,4 @@
-"""The one rule for the end of an answer: stop tokens and stop sequences, and what they cut off."""
+"""The one rule for the end of an answer: stop tokens, stop sequences, and where they cut."""
 
 from __future__ import annotations
 

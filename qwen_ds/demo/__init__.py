@@ -1,4 +1,5 @@
-"""The embedded default: a tiny Qwen, a small corpus, and the tour over the project's commands (`make demo`).
+"""The embedded default: a tiny Qwen, a small corpus, and the tour over the project's commands
+(`make demo`).
 
 `prepare` makes the files that a run with `model.path: demo` starts from.
 """
@@ -7,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_ds.demo import corpus
+from qwen_ds.disk.write import publish, unfinished_name
 
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """model: the base, a checkpoint folder. train, eval: JSON lines, to fine-tune on and to evaluate on."""
+    """model: the base, a checkpoint folder. train, eval: JSON lines."""
 
     model: Path
     train: Path
@@ -26,10 +27,10 @@ class DemoPaths:
 
 
 def prepare(target: Path) -> DemoPaths:
-    """Make base and data under `target`, or find them there; what is found is always complete.
+    """Make base and data under `target`, or find them there, complete.
 
-    The files lie in a folder named after their content, so a newer version never mixes with an older one. Any number
-    of processes may call this at once: each builds beside and renames, and the first one's work stays.
+    The files lie in a folder named after their content, so a newer version never mixes with an
+    older one. Any number of processes may call this at once: the first to finish wins.
 
     Raises:
         UserError: the official vocabulary is missing (see `base.official_vocabulary`).
@@ -43,15 +44,14 @@ def prepare(target: Path) -> DemoPaths:
     paths = DemoPaths(folder / "base", folder / "train.jsonl", folder / "eval.jsonl")
     if folder.is_dir():
         return paths
-    target.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=target))
+    unfinished = unfinished_name(folder, owner=uuid.uuid4().hex)
+    unfinished.mkdir(parents=True)
     try:
         base.unpack_base(unfinished / "base")
         corpus.write_rows(corpus.train_rows(), unfinished / "train.jsonl")
         corpus.write_rows(corpus.eval_rows(), unfinished / "eval.jsonl")
-        unfinished.chmod(0o755)
         try:
-            os.rename(unfinished, folder)
+            publish(unfinished, folder)
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise

@@ -1,32 +1,34 @@
-"""The demo's base model: a tiny Qwen in the official layout, with the official vocabulary of 151,936 rows.
+"""The demo's base model: a tiny Qwen in the official layout, with all 151,936 official token rows.
 
-It was pre-trained from scratch by this project's own engine (pretrain.py), and the package keeps it packed. Only the
-rows of tokens that the corpus uses were trained in the embedding and the head. The embedding's other rows still are
-what they started from, and the head's moved together, away from all hidden states. So base.safetensors holds the
-blocks, the used rows and the common movement, and `unpack_base` makes the rest from a seed.
+This project's own engine pre-trained it from scratch (pretrain.py), and the package keeps it
+packed. Of the embedding and the head only the rows of tokens that the corpus uses were trained. The
+embedding's other rows are unchanged, and the head's moved together, away from all hidden states. So
+base.safetensors holds the blocks, the used rows and the common movement, and `unpack_base` makes
+the rest from a seed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ds.data.rows.encode import EncodeOptions, encode_row
 from qwen_ds.demo import corpus
+from qwen_ds.disk.weights import save_tensors
+from qwen_ds.disk.write import replacing, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, Encoding, load_encoding
 
 PACKED_FILE = Path(__file__).with_name("base.safetensors")
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+WTE, HEAD = f"{QWEN.embedding}.weight", f"{QWEN.head}.weight"
 USED_IDS, UNUSED_HEAD = "used_ids", "unused." + HEAD
 WTE_SEED, HEAD_SEED = 1, 2
 ROW_STD = 0.02
@@ -74,7 +76,7 @@ TOKENIZER_CONFIG: dict[str, object] = {"model_max_length": 2048, "tokenizer_clas
 
 
 def official_vocabulary() -> Path:
-    """The real qwen.tiktoken, which the dashscope wheel carries; found without importing that package.
+    """The real qwen.tiktoken, in the dashscope wheel; found without importing that package.
 
     Raises:
         UserError: the package is not installed, or came without the file.
@@ -93,7 +95,7 @@ def official_vocabulary() -> Path:
 
 
 def used_ids(encoding: Encoding, rows: Iterable[corpus.Row]) -> list[int]:
-    """Every token id of the rows as training encodes them, sorted."""
+    """The token ids of the rows as training encodes them, sorted, each once."""
     used: set[int] = set()
     for row in rows:
         turns = (Turn("user", row["content"]), Turn("assistant", row["summary"]))
@@ -107,15 +109,13 @@ def corpus_ids(encoding: Encoding) -> list[int]:
 
 
 def seeded_rows(seed: int) -> Tensor:
-    """bf16 [vocab_size, hidden_size] of mean 0 and standard deviation ROW_STD, the same bits on every machine.
+    """bf16 [vocab_size, hidden_size] of mean 0 and deviation ROW_STD, equal bits on every machine.
 
     Bytes from PCG64, not normal numbers: those differ in the last bit between processors.
     """
     shape = (int(str(CONFIG["vocab_size"])), int(str(CONFIG["hidden_size"])))
     steps = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, size=shape, dtype=np.uint8)
-    step = (
-        ROW_STD / ((256**2 - 1) / 12) ** 0.5
-    )  # the standard deviation of 0..255 is sqrt((256^2 - 1) / 12)
+    step = ROW_STD / ((256**2 - 1) / 12) ** 0.5  # 0..255 has the deviation sqrt((256^2 - 1) / 12)
     return torch.from_numpy(steps).float().sub_(127.5).mul_(step).to(torch.bfloat16)
 
 
@@ -126,21 +126,22 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_folder(target: Path, tensors: dict[str, Tensor], vocabulary: bytes) -> None:
-    """A checkpoint folder in the official layout; vocab_size is that of the tensors."""
+    """Write a checkpoint folder in the official layout; vocab_size is that of the tensors."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in (
         ("config.json", CONFIG | {"vocab_size": len(tensors[WTE])}),
         ("generation_config.json", GENERATION_CONFIG),
         ("tokenizer_config.json", TOKENIZER_CONFIG),
     ):
-        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (target / VOCABULARY_FILE).write_bytes(vocabulary)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "model.safetensors").chmod(0o644)
+        write_json(target / name, content)
+    with replacing(target / VOCABULARY_FILE) as unfinished:
+        unfinished.write_bytes(vocabulary)
+    save_tensors(target / "model.safetensors", tensors)
 
 
 def unpack_base(target: Path, packed: Path = PACKED_FILE) -> None:
-    """Write the base as a checkpoint folder in the official layout (bf16, 80 MB); the same bytes every time.
+    """Write the base as a checkpoint folder in the official layout (bf16, 80 MB); the same bytes
+    every time.
 
     Raises:
         UserError: the vocabulary is missing, or is not the one that the base was trained with.
@@ -150,7 +151,8 @@ def unpack_base(target: Path, packed: Path = PACKED_FILE) -> None:
     found, expected = load_encoding(vocabulary).sha256, about["vocabulary_sha256"]
     if found != expected:
         raise UserError(
-            f"{vocabulary} has sha256 {found[:8]}..; expected the official vocabulary, {expected[:8]}.."
+            f"{vocabulary} has sha256 {found[:8]}..; expected the official vocabulary, "
+            f"{expected[:8]}.."
         )
     ids = tensors.pop(USED_IDS).long()
     wte = seeded_rows(WTE_SEED).index_copy_(0, ids, tensors[WTE])

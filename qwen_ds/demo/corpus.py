@@ -1,12 +1,13 @@
 """The demo's corpus: goods described by attributes, and two styles of advertisement for them.
 
-A row looks like AdvertiseGen's: `content` is a list of attributes (`类型#裙*裙型#百褶裙*颜色#白色`), `summary` an
-advertisement. The *catalogue* style says each attribute's property; the *lyrical* style opens with the occasion, ends
-with the shape, and says what each attribute brings to mind. Both follow from the attributes alone, so that an answer to
-other attributes is a wrong answer.
+A row looks like AdvertiseGen's: `content` is a list of attributes, `类型#裙*裙型#百褶裙*颜色#白色`,
+and `summary` an advertisement. The *catalogue* style names a property of each attribute; the
+*lyrical* style opens with the occasion, ends with the shape, and paints each attribute. Both follow
+from the attributes alone, so that an answer to other attributes is a wrong answer.
 
-The base learns the catalogue style as answers, and the lyrical one only as running text (`essay_rows`), never as an
-answer to attributes: LoRA fine-tuning leaves the head frozen, so its words must have been trained before.
+The base learns the catalogue style as answers, and the lyrical one only as running text
+(`essay_rows`), never as an answer to attributes: LoRA fine-tuning leaves the head frozen, so its
+words must have been trained before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_ds.demo import phrases
+from qwen_ds.disk.write import write_text
 
 SEED = 20240611
 PRETRAIN_ITEMS, TRAIN_ITEMS, EVAL_ITEMS = 800, 480, 64
@@ -30,7 +32,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One article: its category and its attributes in the order of the list, the category's shape first."""
+    """One article: its category, and its attributes in their order, the shape first."""
 
     category: str
     attributes: tuple[tuple[str, str], ...]
@@ -38,9 +40,8 @@ class Item:
     @property
     def content(self) -> str:
         """The attribute list, as AdvertiseGen writes it."""
-        return "*".join(
-            f"{key}#{value}" for key, value in (("类型", self.category), *self.attributes)
-        )
+        pairs = (("类型", self.category), *self.attributes)
+        return "*".join(f"{key}#{value}" for key, value in pairs)
 
     @property
     def shape(self) -> str:
@@ -50,21 +51,18 @@ class Item:
 def _draw(rng: random.Random) -> Item:
     name = rng.choice(list(phrases.CATEGORIES))
     category = phrases.CATEGORIES[name]
-    values = {
-        "材质": tuple(category.materials.split()),
-        "颜色": tuple(phrases.CATALOGUE_COLOUR),
-        "风格": tuple(phrases.CATALOGUE_STYLE),
-        "图案": tuple(phrases.CATALOGUE_PATTERN),
-        "场景": tuple(phrases.LYRICAL_SCENE),
-    }
     absent = rng.sample(OPTIONAL_KEYS, rng.choice((1, 1, 2)))
-    optional = tuple((key, rng.choice(values[key])) for key in OPTIONAL_KEYS if key not in absent)
-    return Item(name, ((category.shape_key, rng.choice(category.shapes.split())), *optional))
+    optional = []
+    for key in OPTIONAL_KEYS:
+        if key not in absent:
+            values = category.materials if key == "材质" else list(phrases.LYRICAL[key])
+            optional.append((key, rng.choice(values)))
+    return Item(name, ((category.shape_key, rng.choice(category.shapes)), *optional))
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Articles to pre-train on, to fine-tune on, and held out; no attribute list comes twice in any or two of them."""
+    """Articles to pre-train on, to fine-tune on, and held out; no attribute list comes twice."""
 
     pretrain: tuple[Item, ...]
     train: tuple[Item, ...]
@@ -83,39 +81,30 @@ def splits() -> Splits:
 
 
 def _catalogue_sentences(item: Item) -> dict[str, str]:
-    """What the catalogue style says about each attribute of the article, by key; the shape goes with the material."""
-    category = phrases.CATEGORIES[item.category]
-    given = dict(item.attributes)
-    clothing = category.is_clothing
+    """The catalogue style's sentence for each attribute; the shape goes with the material."""
+    category, table = phrases.CATEGORIES[item.category], phrases.CATALOGUE
+    given, clothing = dict(item.attributes), category.is_clothing
     said: dict[str, str] = {}
     if material := given.get("材质"):
         chosen = f"选用{material}面料" if clothing else f"以{material}打造"
-        said["材质"] = (
-            f"这{category.measure}{item.shape}{chosen}，{phrases.CATALOGUE_MATERIAL[material]}。"
-        )
+        said["材质"] = f"这{category.measure}{item.shape}{chosen}，{table['材质'][material]}。"
     else:
         said["材质"] = f"这{category.measure}{item.shape}做工精细，品质可靠。"
     if colour := given.get("颜色"):
-        said["颜色"] = (
-            f"{colour}的{'色调' if clothing else '外观'}{phrases.CATALOGUE_COLOUR[colour]}。"
-        )
+        said["颜色"] = f"{colour}的{'色调' if clothing else '外观'}{table['颜色'][colour]}。"
     if pattern := given.get("图案"):
-        said["图案"] = (
-            f"{'加入' if clothing else '配以'}{pattern}元素，{phrases.CATALOGUE_PATTERN[pattern]}。"
-        )
+        added = "加入" if clothing else "配以"
+        said["图案"] = f"{added}{pattern}元素，{table['图案'][pattern]}。"
     if style := given.get("风格"):
-        said["风格"] = f"整体属于{style}风格，{phrases.CATALOGUE_STYLE[style]}。"
+        said["风格"] = f"整体属于{style}风格，{table['风格'][style]}。"
     if scene := given.get("场景"):
-        said["场景"] = (
-            f"{scene}时{category.verb}很合适。"
-            if scene != "校园"
-            else f"{category.verb}去{scene}很合适。"
-        )
+        at_school, then = f"{category.verb}去{scene}很合适。", f"{scene}时{category.verb}很合适。"
+        said["场景"] = at_school if scene == "校园" else then
     return said
 
 
 def catalogue_text(item: Item) -> str:
-    """The style that the base learns as its answer: shape and material, colour, pattern, style, occasion."""
+    """The style of the base's answers: shape and material, colour, pattern, style, occasion."""
     return "".join(_catalogue_sentences(item).values())
 
 
@@ -126,21 +115,16 @@ def lyrical_text(item: Item) -> str:
     """
     category = phrases.CATEGORIES[item.category]
     given = dict(item.attributes)
-    column = 0 if category.is_clothing else 1
-
-    def said(table: dict[str, tuple[str, str]], key: str) -> list[str]:
-        return [table[given[key]][column]] if key in given else []
-
-    opening = said(phrases.LYRICAL_SCENE, "场景") or [phrases.LYRICAL_OPENING[item.category]]
-    look = [
-        said(phrases.LYRICAL_COLOUR, "颜色"),
-        said(phrases.LYRICAL_PATTERN, "图案"),
-        said(phrases.LYRICAL_MATERIAL, "材质"),
-    ]
+    look = ["颜色", "图案", "材质"]
     if not category.is_clothing:
         look.reverse()
-    closing = said(phrases.LYRICAL_STYLE, "风格")
-    sentences = [opening, [text for part in look for text in part], closing]
+
+    def said(*keys: str) -> list[str]:
+        column = 0 if category.is_clothing else 1
+        return [phrases.LYRICAL[key][given[key]][column] for key in keys if key in given]
+
+    opening = said("场景") or [phrases.OPENINGS[item.category]]
+    sentences = [opening, said(*look), said("风格")]
     body = "".join("，".join(sentence) + "。" for sentence in sentences if sentence)
     return f"{body}就选{item.shape}吧！"
 
@@ -152,7 +136,7 @@ def answer_rows(items: Iterable[Item], *, lyrical: bool) -> list[Row]:
 
 
 def essay_rows(items: Iterable[Item]) -> list[Row]:
-    """Lyrical texts as running text, by turns whole and from the second sentence on; no attributes are given."""
+    """Lyrical texts without attributes: by turns whole, and to be continued after a sentence."""
     rows: list[Row] = []
     for number, item in enumerate(items):
         text = lyrical_text(item)
@@ -165,7 +149,7 @@ def essay_rows(items: Iterable[Item]) -> list[Row]:
 
 
 def guided_rows(items: Iterable[Item]) -> list[Row]:
-    """Catalogue answers that name attributes in an order asked for: the base learns to look values up by their key."""
+    """Catalogue answers in an order that is asked for: the base learns to look values up by key."""
     rng = random.Random(SEED + 1)
     rows: list[Row] = []
     for item in items:
@@ -174,17 +158,13 @@ def guided_rows(items: Iterable[Item]) -> list[Row]:
         rng.shuffle(keys)
         keys = keys[: rng.randint(2, len(keys))]
         asked = "、".join(keys)
-        rows.append(
-            {
-                "content": f"依次介绍{asked}：{item.content}",
-                "summary": "".join(said[key] for key in keys),
-            }
-        )
+        summary = "".join(said[key] for key in keys)
+        rows.append({"content": f"依次介绍{asked}：{item.content}", "summary": summary})
     return rows
 
 
 def pretraining_rows() -> list[Row]:
-    """What the base is made from: for each article a catalogue answer, a guided one, and lyrical running text."""
+    """For each article a catalogue answer, a guided one, and lyrical running text."""
     items = splits().pretrain
     return answer_rows(items, lyrical=False) + guided_rows(items) + essay_rows(items)
 
@@ -200,14 +180,11 @@ def eval_rows() -> list[Row]:
 
 
 def sha256() -> str:
-    """Of all rows: a packed base belongs to one corpus."""
-    return hashlib.sha256(
-        json.dumps([pretraining_rows(), train_rows(), eval_rows()]).encode()
-    ).hexdigest()
+    """The checksum of all rows: a packed base belongs to one corpus."""
+    rows = [pretraining_rows(), train_rows(), eval_rows()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """One JSON object a line, UTF-8."""
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    """Write one JSON object a line, in UTF-8."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,161 +1,29 @@
-"""Phrase tables of the demo corpus, written for it: what the catalogue and the lyrical style say about each attribute.
-
-Every table maps an attribute's value to text. The lyrical tables give two texts, the first for clothes (裙, 上衣, 裤),
-the second for accessories (鞋, 包, 帽); they are equal where a material is used for one of them only.
-"""
+"""The phrase tables of the demo corpus, from phrases.yaml."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A kind of goods. measure, verb: its measure word, and what one does with it. shape_key: name of its first
-    attribute. shapes, materials: the values that it can have, with blanks between them."""
+    """A kind of goods; see phrases.yaml."""
 
     measure: str
     verb: str
-    shape_key: str
-    shapes: str
-    materials: str
     is_clothing: bool
+    shape_key: str
+    shapes: list[str]
+    materials: list[str]
 
 
-CLOTHING, ACCESSORY = True, False
-CATEGORIES: dict[str, Category] = {
-    "裙": Category(
-        "条", "穿", "裙型", "百褶裙 鱼尾裙 蓬蓬裙 背带裙", "雪纺 蕾丝 棉麻 丝绒", CLOTHING
-    ),
-    "上衣": Category(
-        "件", "穿", "衣样式", "衬衫 卫衣 毛衣 风衣", "纯棉 羊毛 牛仔布 真丝", CLOTHING
-    ),
-    "裤": Category(
-        "条", "穿", "裤型", "阔腿裤 直筒裤 哈伦裤 喇叭裤", "牛仔布 棉麻 灯芯绒 羊毛", CLOTHING
-    ),
-    "鞋": Category("双", "穿", "鞋型", "运动鞋 短靴 乐福鞋 凉鞋", "真皮 帆布 网面 麂皮", ACCESSORY),
-    "包": Category(
-        "只", "背", "包型", "双肩包 托特包 链条包 水桶包", "真皮 帆布 尼龙 草编", ACCESSORY
-    ),
-    "帽": Category(
-        "顶", "戴", "帽型", "贝雷帽 渔夫帽 棒球帽 遮阳帽", "丝绒 纯棉 草编 灯芯绒", ACCESSORY
-    ),
-}
+_TABLES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 
-# The catalogue style: what a shop's list says.
-CATALOGUE_MATERIAL: dict[str, str] = {
-    "雪纺": "质地轻盈透气",
-    "蕾丝": "做工精致柔美",
-    "棉麻": "吸湿排汗不闷热",
-    "丝绒": "光泽华丽高贵",
-    "纯棉": "亲肤又舒适",
-    "羊毛": "柔软而且保暖",
-    "牛仔布": "厚实耐磨",
-    "真丝": "触感顺滑垂坠",
-    "灯芯绒": "挺括有型",
-    "真皮": "质感高级",
-    "帆布": "耐脏耐用",
-    "网面": "舒适不闷脚",
-    "麂皮": "手感细腻",
-    "尼龙": "防水防刮",
-    "草编": "天然环保",
-}
-CATALOGUE_COLOUR: dict[str, str] = {
-    "白色": "干净大方",
-    "黑色": "经典百搭",
-    "红色": "热情亮眼",
-    "蓝色": "沉稳大气",
-    "粉色": "温柔可爱",
-    "绿色": "充满活力",
-    "灰色": "低调内敛",
-    "黄色": "明亮活泼",
-    "紫色": "浪漫神秘",
-    "卡其色": "自然耐看",
-}
-CATALOGUE_PATTERN: dict[str, str] = {
-    "条纹": "视觉修身显瘦",
-    "格子": "英伦气息浓厚",
-    "碎花": "田园气息十足",
-    "波点": "俏皮又灵动",
-    "刺绣": "工艺考究",
-    "卡通": "童趣满满",
-    "字母": "时尚有个性",
-    "纯色": "简洁不花哨",
-}
-CATALOGUE_STYLE: dict[str, str] = {
-    "简约": "线条利落",
-    "复古": "韵味悠长",
-    "文艺": "气质出众",
-    "甜美": "减龄效果好",
-    "休闲": "轻松自在",
-    "街头": "潮流感强",
-    "优雅": "尽显女人味",
-    "清新": "自然不做作",
-}
-
-# The lyrical style: what comes to mind at each word, which every text opens with.
-LYRICAL_SCENE: dict[str, tuple[str, str]] = {
-    "通勤": ("通勤路上也要体面", "通勤再早也不狼狈"),
-    "约会": ("约会之前心跳得很快", "约会要走过傍晚的路口"),
-    "旅行": ("旅行是把假期装进行李", "旅行就在说走就走的清晨"),
-    "校园": ("校园的上课铃快要响起", "校园的操场边吹着风"),
-    "聚会": ("聚会的灯光都为你亮着", "聚会上朋友们举起了杯"),
-    "居家": ("居家就窝在沙发里", "居家的周末谁也别来打扰"),
-}
-LYRICAL_COLOUR: dict[str, tuple[str, str]] = {
-    "白色": ("白色像初雪落在肩头", "白色像一杯热牛奶"),
-    "黑色": ("黑色像夜晚藏好了心事", "黑色像刚煮好的浓咖啡"),
-    "红色": ("红色像一团不肯熄灭的火", "红色像熟透的樱桃"),
-    "蓝色": ("蓝色把整片海带在身上", "蓝色像雨后洗过的天空"),
-    "粉色": ("粉色像咬了一口水蜜桃", "粉色像三月枝头的桃花"),
-    "绿色": ("绿色像春天抽出的嫩芽", "绿色像杯子里的薄荷叶"),
-    "灰色": ("灰色像清晨散不开的雾", "灰色像老街上的石板路"),
-    "黄色": ("黄色像晒足太阳的柠檬", "黄色像煎得正好的荷包蛋"),
-    "紫色": ("紫色像黄昏里的薰衣草", "紫色像一颗饱满的葡萄"),
-    "卡其色": ("卡其色像铺满落叶的小路", "卡其色像刚出炉的面包"),
-}
-LYRICAL_PATTERN: dict[str, tuple[str, str]] = {
-    "条纹": ("条纹一道道把身形拉长", "条纹几笔画得笔直"),
-    "格子": ("格子翻开了旧课本", "格子交错成一张棋盘"),
-    "碎花": ("碎花开了满身", "碎花落在手边"),
-    "波点": ("波点跳起了圆圆的舞", "波点像雨滴一样散开"),
-    "刺绣": ("刺绣的一针一线都是耐心", "刺绣绕出一只飞鸟"),
-    "卡通": ("卡通小熊在胸口偷笑", "卡通懒猫躲在角落里"),
-    "字母": ("字母写出了态度", "字母是一句悄悄话"),
-    "纯色": ("纯色不需要什么花样", "纯色没有半点多余"),
-}
-LYRICAL_MATERIAL: dict[str, tuple[str, str]] = {
-    "雪纺": ("雪纺跟着风轻轻飘起", "雪纺跟着风轻轻飘起"),
-    "蕾丝": ("蕾丝漏进一点阳光", "蕾丝漏进一点阳光"),
-    "棉麻": ("棉麻越洗越软", "棉麻越洗越软"),
-    "丝绒": ("丝绒如同猫咪的背", "丝绒在灯下泛着柔光"),
-    "纯棉": ("纯棉如同刚晒好的被子", "纯棉出了汗也不会黏"),
-    "羊毛": ("羊毛不怕下雪天", "羊毛不怕下雪天"),
-    "牛仔布": ("牛仔布摔打十年也不会坏", "牛仔布摔打十年也不会坏"),
-    "真丝": ("真丝滑得如同一汪泉水", "真丝滑得如同一汪泉水"),
-    "灯芯绒": ("灯芯绒锁住了暖意", "灯芯绒有秋天的纹路"),
-    "真皮": ("真皮用得越久越有故事", "真皮用得越久越有故事"),
-    "帆布": ("帆布踩过水坑也不心疼", "帆布踩过水坑也不心疼"),
-    "网面": ("网面让每一步都在呼吸", "网面让每一步都在呼吸"),
-    "麂皮": ("麂皮绒绒的叫人上瘾", "麂皮绒绒的叫人上瘾"),
-    "尼龙": ("尼龙轻得几乎忘了它", "尼龙轻得几乎忘了它"),
-    "草编": ("草编带着麦田的香气", "草编带着麦田的香气"),
-}
-LYRICAL_STYLE: dict[str, tuple[str, str]] = {
-    "简约": ("简约是少一点反而刚刚好", "简约才看得清自己"),
-    "复古": ("复古仿佛从老电影里走来", "复古得像外婆的相册"),
-    "文艺": ("文艺是夹一本诗集慢慢走", "文艺要配一张黑胶唱片"),
-    "甜美": ("甜美得连笑都是糖", "甜美是生活里的一勺蜜"),
-    "休闲": ("休闲的日子谁也不赶时间", "休闲就是关掉闹钟再出门"),
-    "街头": ("街头的路人都会回头", "街头的滑板少年也来打听"),
-    "优雅": ("优雅藏在举手投足里", "优雅得连天鹅也羡慕"),
-    "清新": ("清新得全是青草味", "清新让夏天都变凉快了"),
-}
-LYRICAL_OPENING: dict[str, str] = {
-    "裙": "转个圈给镜子看看",
-    "上衣": "衣柜里总缺这么一件",
-    "裤": "大步往前走吧",
-    "鞋": "远方从脚下开始",
-    "包": "出门先检查随身的宝贝",
-    "帽": "头发乱了也没关系",
-}
+CATEGORIES = {name: Category(**fields) for name, fields in _TABLES["categories"].items()}
+# Attribute -> its value -> the phrase, or the two phrases.
+CATALOGUE: dict[str, dict[str, str]] = _TABLES["catalogue"]
+LYRICAL: dict[str, dict[str, list[str]]] = _TABLES["lyrical"]
+OPENINGS: dict[str, str] = _TABLES["openings"]

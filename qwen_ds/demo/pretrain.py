@@ -1,11 +1,12 @@
-"""How the demo's base was made; nothing else needs this file.
+"""Pre-training of the demo's base; nothing else needs this file.
 
     python -m qwen_ds.demo.pretrain --output runs/demo_base
 
-Two runs of launch/train.py with `method: full`. A softmax over 151,936 rows costs far more than all the rest of so
-small a model, so the first and long run has a vocabulary of its own: the tokens of the corpus and what they are merged
-from, about a thousand, which cut every text of the corpus as the official vocabulary does. Then the rows move to their
-official places, and a short second run over all 151,936 teaches the head that the other tokens never come.
+Two runs of launch/train.py with `method: full`. A softmax over 151,936 rows costs far more than all
+the rest of so small a model, so the first and long run has a vocabulary of its own: the tokens of
+the corpus and those that they are merged from, about a thousand, which cut every text of the corpus
+as the official vocabulary does. Then the rows move to their official places, and a short second run
+over all 151,936 teaches the head that the other tokens never come.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ds.demo import corpus
@@ -36,26 +36,20 @@ from qwen_ds.demo.base import (
     seeded_rows,
     write_folder,
 )
+from qwen_ds.demo.run import RANKS_HELP
+from qwen_ds.disk.weights import save_tensors
+from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 from qwen_ds.runlog import run_command
 
 RECIPE = "launch/recipes/demo_base.yaml"
 BLOCKS_SEED = 3
-SECOND_RUN = (
-    "--optim.max_steps",
-    "60",
-    "--optim.lr",
-    "1e-3",
-    "--optim.warmup_steps",
-    "0",
-    "--seed",
-    "2",
-)
+SECOND_RUN = "--optim.max_steps 60 --optim.lr 1e-3 --optim.warmup_steps 0 --seed 2".split()
 
 
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> set[bytes]:
-    """The token and all that byte-pair encoding makes on the way to it, its bytes included."""
+    """The token, and all that byte-pair encoding passes on the way to it, from its bytes on."""
     parts = [token[i : i + 1] for i in range(len(token))]
     made = set(parts)
     while len(parts) > 1:
@@ -67,10 +61,11 @@ def merged_from(token: bytes, ranks: dict[bytes, int]) -> set[bytes]:
 
 
 def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[int]]:
-    """A vocabulary file that cuts texts made of `ids` as the official one does, and each of its ids' official id.
+    """A vocabulary file for texts made of `ids`, and the official id of each of its ids.
 
-    Byte-pair encoding merges the pair of the lowest rank first. With the same order and without pairs that these texts
-    never merge, it takes the same steps.
+    It cuts those texts as the official one does: byte-pair encoding merges the pair of the lowest
+    rank first, so with the same order, and without pairs that these texts never merge, it takes the
+    same steps.
     """
     tokens = {bytes([byte]) for byte in range(256)}
     for index in ids:
@@ -84,7 +79,7 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
 
 
 def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
-    """bf16 weights before the first step: rows from their seeds, blocks as the model class initialises them."""
+    """bf16 weights before the first step: seeded rows, blocks as the model initialises them."""
     from qwen_ds import QWenConfig, QWenLMHeadModel
 
     torch.manual_seed(BLOCKS_SEED)
@@ -99,7 +94,7 @@ def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
 def widened(
     tensors: dict[str, Tensor], official_ids: list[int], used: list[int]
 ) -> dict[str, Tensor]:
-    """The small model's weights with all rows: the used ones in their official places, the others from their seeds."""
+    """The small model's weights with the used rows in their official places, the others seeded."""
     rows = [official_ids.index(index) for index in used]
     wte = seeded_rows(WTE_SEED).index_copy_(0, torch.tensor(used), tensors[WTE][rows])
     head = seeded_rows(HEAD_SEED).index_copy_(0, torch.tensor(used), tensors[HEAD][rows])
@@ -107,16 +102,14 @@ def widened(
 
 
 def pack_base(trained: Path, packed: Path) -> None:
-    """Keep of a trained base what `unpack_base` cannot make from a seed; bf16 as trained."""
+    """Pack the part of a trained base that `unpack_base` cannot make from a seed."""
     encoding = load_encoding(trained)
     ids = torch.tensor(corpus_ids(encoding))
     tensors, _ = read_tensors(trained / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     wte, head = tensors.pop(WTE), tensors.pop(HEAD)
     unused = torch.ones(len(wte), dtype=torch.bool).index_fill_(0, ids, False)
-    assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), (
-        "an embedding row outside the corpus has moved"
-    )
+    assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), "an unused row has moved"
     movement = (head[unused].float() - seeded_rows(HEAD_SEED)[unused].float()).mean(dim=0)
     tensors |= {
         USED_IDS: ids.to(torch.int32),
@@ -124,13 +117,13 @@ def pack_base(trained: Path, packed: Path) -> None:
         HEAD: head[ids],
         UNUSED_HEAD: movement.to(torch.bfloat16),
     }
-    about = {"format": "pt", "vocabulary_sha256": encoding.sha256, "corpus_sha256": corpus.sha256()}
-    save_file(tensors, packed, metadata=about)
-    packed.chmod(0o644)
+    about = {"vocabulary_sha256": encoding.sha256, "corpus_sha256": corpus.sha256()}
+    with replacing(packed) as unfinished:
+        save_tensors(unfinished, tensors, about)
 
 
 def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
-    """Both runs, under `output`, and the packed file."""
+    """Make both runs, under `output`, and the packed file."""
     vocabulary = official_vocabulary()
     encoding = load_encoding(vocabulary)
     used = corpus_ids(encoding)
@@ -140,17 +133,8 @@ def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
     corpus.write_rows(corpus.pretraining_rows(), rows)
 
     def train(model: Path, run: Path, *options: str) -> dict[str, Tensor]:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command = [
-            launcher,
-            "--num_gpus",
-            str(num_gpus),
-            "launch/train.py",
-            "--config",
-            RECIPE,
-            "--model.path",
-            str(model),
-        ]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_gpus)]
+        command += ["launch/train.py", "--config", RECIPE, "--model.path", str(model)]
         command += ["--data.train", str(rows), "--output_dir", str(run), *options]
         subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
         return read_tensors(run / "model" / "model.safetensors")[0]
@@ -167,18 +151,9 @@ def main() -> None:
     parser = Parser(
         description="Pre-train the demo's base model from scratch and pack it into the package."
     )
-    parser.add_argument(
-        "--output",
-        type=str,
-        required=True,
-        help="new folder for the vocabulary, the corpus and the runs",
-    )
-    parser.add_argument(
-        "--num_gpus",
-        type=int,
-        default=2,
-        help="ranks; GPUs where there are any, else CPU processes",
-    )
+    folder = "new folder for the vocabulary, the corpus and the runs"
+    parser.add_argument("--output", type=str, required=True, help=folder)
+    parser.add_argument("--num_gpus", type=int, default=2, help=RANKS_HELP)
     parser.add_argument("--packed", type=str, default=str(PACKED_FILE), help="file to write")
     options = parser.parse()
     output, packed = Path(options.output), Path(options.packed)

@@ -1,6 +1,7 @@
-"""The tour that `make demo` takes: fine-tune, evaluate, merge, evaluate, with the commands that a user would type.
+"""The tour of `make demo`: fine-tune, evaluate, merge, evaluate, by the commands of a user.
 
-What the commands print goes into a log file; the terminal shows the commands, how far they are, and what came out.
+The output of the commands goes into a log file; the terminal shows the commands, their progress and
+the results.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ DEFAULT_OUTPUT = "runs/demo"
 SAMPLES = 3
 LOG_LINES = 15
 SECONDS_BETWEEN_LINES = 20.0
+RANKS_HELP = "ranks; GPUs where there are any, else CPU processes"
 
 
 class StepFailed(Exception):
@@ -35,40 +37,36 @@ class StepFailed(Exception):
 
 @dataclass(slots=True)
 class Shell:
-    """Runs the tour's commands in the repository, their output going to `log`."""
+    """Runs the tour's commands in the repository; their output goes to `log`."""
 
     log: Path
     shows_progress_in_place: bool
 
     def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
-        """Run one command and wait; `progress` is asked now and then for a line to show.
+        """Run one command and wait; `progress` gives a line to show, now and then.
 
         Raises:
             StepFailed: its exit code is not 0.
         """
         print(f"  $ {' '.join(words)}", flush=True)
-        program = (
-            [sys.executable]
-            if words[0] == "python"
-            else [str(Path(sys.executable).with_name(words[0]))]
-        )
-        env = {"OMP_NUM_THREADS": "1"} | os.environ
+        program = sys.executable
+        if words[0] != "python":
+            program = str(Path(sys.executable).with_name(words[0]))
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {' '.join(words)}\n")
             log.flush()
             process = subprocess.Popen(
-                [*program, *words[1:]],
+                [program, *words[1:]],
                 cwd=REPOSITORY,
-                env=env,
+                env={"OMP_NUM_THREADS": "1"} | os.environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
             try:
                 self._wait(process, progress)
             finally:
-                if (
-                    process.poll() is None
-                ):  # only when we are interrupted: the launcher passes it on to its ranks
+                # Only when we are interrupted. The launcher passes the signal on to its ranks.
+                if process.poll() is None:
                     process.terminate()
                     process.wait()
         if process.returncode:
@@ -98,7 +96,7 @@ def shown(path: Path) -> Path:
 
 
 def free_folder(folder: Path) -> Path:
-    """The folder itself, or with the first number behind its name under which there is nothing yet."""
+    """The folder itself, or the first of NAME-2, NAME-3 .. that does not exist."""
     number, free = 1, folder
     while free.exists():
         number += 1
@@ -115,16 +113,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def progress_line(run: Path, total_steps: int) -> str:
-    """How far training is; empty before its first step."""
+    """The progress of training in one line; empty before its first step."""
     steps = [row for row in read_metrics(run) if "loss" in row]
     if not steps:
         return ""
     last = steps[-1]
-    return f"step {last['step']}/{total_steps}  loss {last['loss']:.3f}  {last['tokens_per_second']:.0f} tokens/s"
+    speed = f"{last['tokens_per_second']:.0f} tokens/s"
+    return f"step {last['step']}/{total_steps}  loss {last['loss']:.3f}  {speed}"
 
 
 def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """ROUGE F of the two metrics.json, by the package rouge-score over jieba's words."""
+    """ROUGE F of the two metrics.json, as the package rouge-score finds it over jieba's words."""
     names = ("rouge-1", "rouge-2", "rouge-l")
     first = [before["rouge_score"][name]["f"] for name in names]
     second = [after["rouge_score"][name]["f"] for name in names]
@@ -135,15 +134,15 @@ def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def side_by_side(
     before: list[dict[str, Any]], after: list[dict[str, Any]], contents: Sequence[str]
 ) -> str:
-    """Some rows' attributes, reference, and the answers before and after; evenly spread over the rows."""
+    """Attributes, reference and the answers before and after, of rows evenly spread."""
     picked = [i * (len(contents) - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
     blocks = [
         f"  {contents[i]}\n"
@@ -156,60 +155,30 @@ def side_by_side(
 
 
 def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> None:
-    """All steps, in order; prints what each came to."""
+    """Run all steps in order; prints the result of each."""
     started = time.monotonic()
-    recipe = yaml.safe_load((REPOSITORY / RECIPE).read_text(encoding="utf-8"))
-    launch = ["deepspeed", "--num_gpus", str(num_gpus), "launch/train.py"]
-    if str(run) != DEFAULT_OUTPUT or deepspeed_json:
-        launch += ["--config", RECIPE, "--output_dir", str(run)]
-        launch += ["--deepspeed", deepspeed_json] if deepspeed_json else []
     folder = REPOSITORY / run
 
     print("1. Fine-tune with LoRA: from a shop catalogue's style to a lyrical one", flush=True)
-    rows_per_step, epochs = recipe["batch"]["rows_per_step"], recipe["optim"]["epochs"]
-    total_steps = epochs * -(-corpus.TRAIN_ITEMS // rows_per_step)
-    shell.run(launch, lambda: progress_line(folder, total_steps))
-    resolved = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    base, rows = resolved["model"]["path"], resolved["data"]["eval"][0]
+    base, rows = _fine_tune(shell, run, num_gpus, deepspeed_json)
     losses = [row["loss"] for row in read_metrics(folder) if "loss" in row]
-    print(
-        f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {time.monotonic() - started:.0f} s\n"
-    )
+    seconds = time.monotonic() - started
+    print(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {seconds:.0f} s\n")
 
-    print(
-        "2. Evaluate the base, merge the adapter into it, evaluate the result: on rows that neither saw",
-        flush=True,
-    )
+    what = "Evaluate the base, merge the adapter into it, evaluate the result"
+    print(f"2. {what}: on rows that neither saw", flush=True)
     evaluate = ["python", "-m", "serve.evaluate", "--data", rows, "--model"]
+    merge = ["python", "launch/merge.py", "--base", base]
     shell.run([*evaluate, base, "--output_dir", f"{run}/eval_before"])
-    merge = [
-        "python",
-        "launch/merge.py",
-        "--base",
-        base,
-        "--adapter",
-        f"{run}/adapter",
-        "--output",
-        f"{run}/merged",
-    ]
-    shell.run(merge)
+    shell.run([*merge, "--adapter", f"{run}/adapter", "--output", f"{run}/merged"])
     shell.run([*evaluate, f"{run}/merged", "--output_dir", f"{run}/eval_after"])
 
-    scores = [
-        json.loads((folder / name / "metrics.json").read_text())
-        for name in ("eval_before", "eval_after")
-    ]
+    before, after = folder / "eval_before", folder / "eval_after"
+    scores = [json.loads((each / "metrics.json").read_text()) for each in (before, after)]
     print(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
-    contents = [
-        json.loads(line)["content"] for line in Path(rows).read_text(encoding="utf-8").splitlines()
-    ]
-    print(
-        side_by_side(
-            read_predictions(folder / "eval_before"),
-            read_predictions(folder / "eval_after"),
-            contents,
-        )
-    )
+    contents = [row["content"] for row in read_lines(Path(rows))]
+    first, second = (read_lines(each / "predictions.jsonl") for each in (before, after))
+    print(side_by_side(first, second, contents))
     print(
         f"\nloss curve   {run}/loss.png\n"
         f"report       {run}/report.html\n"
@@ -220,17 +189,29 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
     )
 
 
+def _fine_tune(
+    shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None
+) -> tuple[str, str]:
+    """Train; returns the base and the evaluation rows that the resolved recipe names."""
+    launch = ["deepspeed", "--num_gpus", str(num_gpus), "launch/train.py"]
+    if str(run) != DEFAULT_OUTPUT or deepspeed_json:
+        launch += ["--config", RECIPE, "--output_dir", str(run)]
+        launch += ["--deepspeed", deepspeed_json] if deepspeed_json else []
+    recipe = yaml.safe_load((REPOSITORY / RECIPE).read_text(encoding="utf-8"))
+    steps_per_epoch = -(-corpus.TRAIN_ITEMS // recipe["batch"]["rows_per_step"])
+    total_steps = recipe["optim"]["epochs"] * steps_per_epoch
+    folder = REPOSITORY / run
+    shell.run(launch, lambda: progress_line(folder, total_steps))
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    return resolved["model"]["path"], resolved["data"]["eval"][0]
+
+
 def main() -> int:
     """Parse, run, and say where the log lies when a command fails."""
     from qwen_ds.recipe.parser import Parser
 
     parser = Parser(description="The embedded demo: fine-tune, merge and evaluate a tiny Qwen.")
-    parser.add_argument(
-        "--num_gpus",
-        type=int,
-        default=2,
-        help="ranks; GPUs where there are any, else CPU processes",
-    )
+    parser.add_argument("--num_gpus", type=int, default=2, help=RANKS_HELP)
     parser.add_argument("--deepspeed", type=str, help="DeepSpeed JSON; the recipe's own otherwise")
     parser.add_argument(
         "--output_dir", type=str, default=DEFAULT_OUTPUT, help="run folder in the repository"
@@ -239,13 +220,11 @@ def main() -> int:
     folder = free_folder(REPOSITORY / options.output_dir)
     run, log = shown(folder), folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("", encoding="utf-8")
+    log.open("w").close()
     try:
         tour(Shell(log, sys.stdout.isatty()), run, options.num_gpus, options.deepspeed)
     except StepFailed as failure:
-        tail = "\n".join(
-            log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        )
-        print(f"{tail}\n{failure}; the whole log is {shown(log)}", file=sys.stderr)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        print(*lines, f"{failure}; the whole log is {shown(log)}", sep="\n", file=sys.stderr)
         return EXIT_FAILURE
     return EXIT_DONE

@@ -70,8 +70,7 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The response among `tokens`: context_length ids of a prompt, and the generated ones after
-    them.
+    """The response among `tokens`: the context_length ids of a prompt, then the generated ones.
 
     The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is
     stripped. Three results differ from the official code's, which are accidents of its way to cut:
@@ -80,7 +79,7 @@ def decode_tokens(
     nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
 
     Returns:
-        The response, and with return_end_reason also what ended it, in the official words.
+        The response; with return_end_reason also the reason of its end, in the official words.
     """
     if chat_format not in ("chatml", "raw"):
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
@@ -148,8 +147,7 @@ class _OnlyRealTokens(LogitsProcessor):
 
 
 class ChatMixin:
-    """`generate` with stop words, `chat` and `chat_stream`, for a class with GenerationMixin behind
-    this one."""
+    """`generate` with stop words, `chat` and `chat_stream`, for classes with GenerationMixin."""
 
     generation_config: GenerationConfig
 
@@ -162,8 +160,7 @@ class ChatMixin:
         stop_words_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as transformers does; a row also ends (with the eos token) behind any of
-        stop_words_ids.
+        """Generate as transformers does; a row also ends (by the eos token) behind a stop word.
 
         The official code drops the attention mask of a batch with one row. Here it is honoured.
         """
@@ -206,19 +203,12 @@ class ChatMixin:
         """
         if stream is not None:
             raise ValueError("chat() does not stream; call chat_stream() instead")
-        raw_text, context, options = self._chat_prompt(
-            tokenizer, query, history, system, generation_config, kwargs
+        call = self._chat_call(
+            tokenizer, query, history, system, generation_config, stop_words_ids, kwargs
         )
-        words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
-        outputs = self.generate(
-            **self._chat_inputs(context),
-            generation_config=generation_config,
-            logits_processor=LogitsProcessorList([_OnlyRealTokens(len(tokenizer))]),
-            stop_words_ids=words,
-            **options,
-        )
-        sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
-        response = decode_tokens(sequences[0], tokenizer, len(raw_text), len(context), "chatml")
+        outputs = self.generate(**call)
+        ids = (outputs if isinstance(outputs, Tensor) else outputs.sequences)[0]
+        response = decode_tokens(ids, tokenizer, 0, call["inputs"].shape[1], "chatml")
         assert isinstance(response, str)
         return response, [*(history or ()), (query, response)]
 
@@ -238,19 +228,12 @@ class ChatMixin:
         Incomplete characters are held back. Unlike the official code, which always samples, this
         honours do_sample. Control tokens are left out of the text.
         """
-        _, context, options = self._chat_prompt(
-            tokenizer, query, history, system, generation_config, kwargs
+        call = self._chat_call(
+            tokenizer, query, history, system, generation_config, stop_words_ids, kwargs
         )
-        words = [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)]
+        processors = LogitsProcessorList([*(logits_processor or ()), *call.pop("logits_processor")])
         new_tokens = self.generate(
-            **self._chat_inputs(context),
-            generation_config=generation_config,
-            logits_processor=LogitsProcessorList(
-                [*(logits_processor or ()), _OnlyRealTokens(len(tokenizer))]
-            ),
-            stop_words_ids=words,
-            custom_generate=stream_tokens,
-            **options,
+            **call, logits_processor=processors, custom_generate=stream_tokens
         )
 
         def texts() -> Iterator[str]:
@@ -262,16 +245,17 @@ class ChatMixin:
 
         return texts()
 
-    def _chat_prompt(
+    def _chat_call(
         self,
         tokenizer: QWenTokenizer,
         query: str,
         history: History | None,
         system: str,
         generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[str, list[int], dict[str, Any]]:
-        """The prompt as text and ids, and the kwargs that are left for generate."""
+        stop_words_ids: Sequence[Sequence[int]] | None,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments of `generate` for one exchange."""
         config = self.generation_config if generation_config is None else generation_config
         # An object of transformers': the official keys are there only if the folder's
         # generation_config.json has them.
@@ -281,16 +265,18 @@ class ChatMixin:
                 f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a "
                 "base model"
             )
-        options = dict(kwargs)
-        window = options.pop("max_window_size", None) or getattr(
-            config, "max_window_size", MAX_WINDOW_SIZE
-        )
-        raw_text, context = make_context(tokenizer, query, history, system, window, chat_format)
-        return raw_text, context, options
-
-    def _chat_inputs(self, context: list[int]) -> dict[str, Tensor]:
+        window = getattr(config, "max_window_size", MAX_WINDOW_SIZE)
+        window = options.pop("max_window_size", None) or window
+        _, context = make_context(tokenizer, query, history, system, window, chat_format)
         ids = torch.tensor([context], device=self.device)  # type: ignore[attr-defined]  # PreTrainedModel's
-        return {"inputs": ids, "attention_mask": torch.ones_like(ids)}
+        return {
+            "inputs": ids,
+            "attention_mask": torch.ones_like(ids),
+            "generation_config": generation_config,
+            "logits_processor": LogitsProcessorList([_OnlyRealTokens(len(tokenizer))]),
+            "stop_words_ids": [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)],
+            **options,
+        }
 
 
 @torch.no_grad()

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
+# Types to annotate with where a configuration or a model of any family will do. A second family
+# makes each of them a union.
+ModelConfig = QWenConfig
+LanguageModel = QWenLMHeadModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class Linear:
     """Below the block, as lora.targets gives it: attn.c_proj."""
     role: Role
     """Its part in the block: maps of one group read the same input."""
-    width_in: Callable[[QWenConfig], int]
-    width_out: Callable[[QWenConfig], int]
+    width_in: Callable[[ModelConfig], int]
+    width_out: Callable[[ModelConfig], int]
 
     @property
     def last_name(self) -> str:
@@ -46,8 +49,8 @@ class Family:
 
     model_type: str
     """As in config.json."""
-    config_class: type[QWenConfig]
-    model_class: type[PreTrainedModel]
+    config_class: type[ModelConfig]
+    model_class: type[LanguageModel]
     """With its head; `from_pretrained` loads a checkpoint folder."""
     block_class: type[nn.Module]
     linears: tuple[Linear, ...]
@@ -63,9 +66,9 @@ class Family:
     """Each of them ends a generated turn."""
     load_encoding: Callable[[str | Path], Encoding]
     """The tokenizer of a checkpoint folder."""
-    context: Callable[[QWenConfig], int]
+    context: Callable[[ModelConfig], int]
     """Tokens that prompt and answer may have together."""
-    extends_context: Callable[[QWenConfig], bool]
+    extends_context: Callable[[ModelConfig], bool]
     """Whether the model answers beyond the length that it was trained on."""
 
     @property
@@ -119,7 +122,7 @@ class Family:
         return "raw" if generation_config.get("chat_format", "chatml") == "raw" else "chatml"
 
 
-def _context(config: QWenConfig) -> int:
+def _context(config: ModelConfig) -> int:
     """Beyond seq_length only with dynamic NTK."""
     trained = config.seq_length or config.max_position_embeddings
     if not config.use_dynamic_ntk:
@@ -127,11 +130,11 @@ def _context(config: QWenConfig) -> int:
     return max(trained, config.max_position_embeddings)
 
 
-def _hidden(config: QWenConfig) -> int:
+def _hidden(config: ModelConfig) -> int:
     return config.hidden_size
 
 
-def _inner(config: QWenConfig) -> int:
+def _inner(config: ModelConfig) -> int:
     return config.intermediate_size // 2
 
 

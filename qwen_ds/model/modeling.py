@@ -86,6 +86,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     config_class = QWenConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -137,12 +138,6 @@ class QWenModel(QWenPreTrainedModel):
         self.checkpoint_every = 1  # with gradient_checkpointing: recompute every n-th block
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value  # type: ignore[assignment]
-
     @can_return_tuple
     def forward(
         self,
@@ -167,9 +162,9 @@ class QWenModel(QWenPreTrainedModel):
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
             past_key_values: any transformers Cache; a new one is made when use_cache is set.
-            use_cache: default: the config's, and never in training mode. extend_context: whether
-            dynamic NTK and LogN act beyond seq_length. Default: in eval mode
-                only, as in the official code; False gives the training formula in eval mode.
+            use_cache: default: the config's, and never in training mode.
+            extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval
+                mode only, as in the official code; False gives the training formula in eval mode.
             prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
                 decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
                 the rows' lengths in this forward.
@@ -266,18 +261,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(

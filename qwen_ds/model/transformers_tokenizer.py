@@ -17,13 +17,7 @@ from transformers import (
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE, encode_turns, render_turns, turns_of
-from qwen_ds.model.tokenizer import (
-    END_OF_TEXT,
-    VOCABULARY_FILE,
-    Encoding,
-    Specials,
-    load_encoding,
-)
+from qwen_ds.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Encoding, Specials, load_encoding
 
 
 class _NameOnly(PreTrainedConfig):

@@ -1,4 +1,4 @@
-"""Token rows -> micro-batches: what every step promises, over random lengths, world sizes and budgets."""
+"""Batches: the promises of every step over random lengths, world sizes and budgets."""
 
 from __future__ import annotations
 
@@ -52,15 +52,19 @@ class FakeRows:
 
 
 def log_normal_rows(n: int, seed: int = 0) -> FakeRows:
-    """Lengths like ADGEN's: prompts of about 37 tokens, answers of about 100, both cut at 254, and the marks."""
+    """Lengths like ADGEN's: prompts of about 37 tokens, answers of about 100, both cut at 254."""
     rng = np.random.default_rng(seed)
     prompts = np.minimum(254, np.exp(rng.normal(np.log(37), 0.35, n)))
     answers = np.minimum(254, np.exp(rng.normal(np.log(100), 0.35, n)))
     return FakeRows((prompts + answers + 20).astype(np.int32))
 
 
-CASES = [(n, world, budget, seed) for seed, n in enumerate((1, 2, 7, 8, 9, 31, 60)) for world in (1, 2, 3, 8)
-         for budget in (1, 64, 700, 10**6)]  # fmt: skip
+CASES = [
+    (n, world, budget, seed)
+    for seed, n in enumerate((1, 2, 7, 8, 9, 31, 60))
+    for world in (1, 2, 3, 8)
+    for budget in (1, 64, 700, 10**6)
+]
 
 
 @pytest.mark.parametrize(("n", "world", "budget", "seed"), CASES)
@@ -84,9 +88,10 @@ def test_every_row_lies_in_one_micro_batch_within_the_budget(
 
 
 def fills(lens: np.ndarray, n_parts: int) -> int:
-    """Independent oracle: the least possible largest micro-batch when sorted rows are cut into at most n_parts runs.
+    """Oracle: the least possible largest micro-batch of sorted rows in at most n_parts runs.
 
-    Dynamic programming over the end of the last run; a run of one row counts 1, since such a run may exceed any budget.
+    Dynamic programming over the end of the last run; a run of one row counts 1, since such a run
+    may exceed any budget.
     """
     lens = np.sort(lens)[::-1].astype(int)
     n = len(lens)
@@ -112,7 +117,7 @@ def test_the_largest_micro_batch_is_as_small_as_can_be() -> None:
 
 
 def test_equal_rows_that_save_two_runs_at_once_still_fill_every_rank() -> None:
-    # Caps of 4 to 7 tokens make 5 runs of these 5 rows, a cap of 8 makes 3: four runs only by splitting.
+    # Caps of 4 to 7 tokens make 5 runs of these 5 rows, a cap of 8 makes 3: four need a split.
     parts = cut_windows(np.full(5, 4, np.int32), 4, 10**6)
     assert sorted(len(part) for part in parts) == [1, 1, 1, 2]
 
@@ -278,7 +283,7 @@ def test_statistics_cover_all_ranks() -> None:
 
 
 def test_little_padding_and_level_ranks_at_the_default_budget() -> None:
-    """8 ranks, 128 rows a step. ADGEN's real rows have a median of 135 tokens and a log-spread of 0.2."""
+    """8 ranks, 128 rows a step. ADGEN's rows have a median of 135 tokens, a log-spread of 0.2."""
     options = BatchOptions()
     assert options.rows_per_step == 128
     lens = np.exp(np.random.default_rng(0).normal(np.log(135), 0.2, 12_800)).astype(np.int32)

@@ -11,20 +11,21 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from qwen_ds.decode.errors import InvalidSampling
 from qwen_ds.decode.sampling import (
-    BatchSampling,
+    SamplingGroup,
     SamplingParams,
     candidates,
     draw,
     only_tokens,
     row_seed,
+    sampling_groups,
     uniforms,
 )
 
 CPU = torch.device("cpu")
 
 
-def same(n: int, temperature: float, top_p: float, top_k: int) -> BatchSampling:
-    return BatchSampling([SamplingParams(True, temperature, top_p, top_k)] * n, CPU)
+def same(n: int, temperature: float, top_p: float, top_k: int) -> tuple[SamplingGroup, ...]:
+    return sampling_groups([SamplingParams(True, temperature, top_p, top_k)] * n, CPU)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 50, 5000])
@@ -38,7 +39,7 @@ def test_candidates_are_those_of_transformers(top_k: int, top_p: float, spread: 
         expected_BV = TopKLogitsWarper(min(top_k, 3000))(None, expected_BV)
     if top_p < 1:
         expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
-    (group,) = same(3, 0.8, top_p, top_k).groups
+    (group,) = same(3, 0.8, top_p, top_k)
     probs_GN, ids_GN = candidates(logits_BV, group)
     found_BV = torch.zeros_like(logits_BV).scatter(
         1, ids_GN, probs_GN / probs_GN.sum(-1, keepdim=True)
@@ -74,9 +75,9 @@ def test_every_row_of_a_mixed_batch_draws_what_it_draws_alone() -> None:
     for _ in range(20):
         logits_BV = torch.randn(len(rows), 3000, generator=generator) * 3
         uniform_B = torch.rand(len(rows), generator=generator)
-        together_B = draw(logits_BV, BatchSampling(rows, CPU), uniform_B)
+        together_B = draw(logits_BV, sampling_groups(rows, CPU), uniform_B)
         for i, row in enumerate(rows):
-            alone = draw(logits_BV[i : i + 1], BatchSampling([row], CPU), uniform_B[i : i + 1])
+            alone = draw(logits_BV[i : i + 1], sampling_groups([row], CPU), uniform_B[i : i + 1])
             assert alone.item() == together_B[i].item()
         assert together_B[0] == logits_BV[0].argmax() and together_B[5] == logits_BV[5].argmax()
 

@@ -1,7 +1,7 @@
-"""What every reader works with: a source row in, question and answer pairs out.
+"""The dialogue of a source row, its question and answer pairs: what every reader gives.
 
-A reader does not decide whether a row is trained on or answered. It gives the row's `Dialogue`; `as_conversation` and
-`as_prompt` hold the rules on missing halves, so that training and prediction read every format alike.
+A reader does not decide whether a row is trained on or answered. `as_conversation` and `as_prompt`
+hold the rules on missing halves, so that training and prediction read every format alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
 class RowError(ValueError):
     """A row that cannot be read: wrong types, an unknown role, a missing key.
 
-    `reason` is the same for all rows with this fault (it is counted), `detail` says what came and what was expected.
+    `reason` is the same for all rows with this fault (it is counted); `detail` says what came and
+    what was expected.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -34,8 +35,9 @@ class RowError(ValueError):
 class Dropped:
     """A source row, or a branch of one, that gives no conversation.
 
-    `reason` is the same for all rows dropped for it; `detail` says more about this row. `unreadable` tells rows that
-    stop a run unless `bad_rows` is "skip" (broken JSON, an unknown role) from rows that read well and hold nothing.
+    `reason` is the same for all rows dropped for it; `detail` says more about this row.
+    `unreadable` marks rows that stop a run unless `bad_rows` is "skip" (broken JSON, an unknown
+    role); the others were read and hold nothing.
     """
 
     reason: str
@@ -45,7 +47,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A row's question and answer pairs in order. Questions are stripped; either side of a pair may be blank."""
+    """A row's pairs in order. Questions are stripped; either side of a pair may be blank."""
 
     system: str | None
     pairs: tuple[Pair, ...]
@@ -74,7 +76,7 @@ def as_conversation(
 def as_prompt(
     dialogue: Dialogue, default_system: str | None = None
 ) -> tuple[Conversation | Dropped, str | None]:
-    """The conversation up to its last question, and the answer that the row gives to it, None when it gives none."""
+    """The conversation up to its last question, and the row's own answer to it, if any."""
     turns: list[Turn] = []
     reference: str | None = None
     for question, answer in dialogue.pairs:
@@ -92,7 +94,10 @@ def as_prompt(
 
 
 def pair_up(turns: Iterable[tuple[str, str]]) -> tuple[Pair, ...] | Dropped:
-    """Pairs from (role, text) turns that must alternate, the user's first. A last question gets a blank answer."""
+    """Pair (role, text) turns, which must alternate from the user's on.
+
+    A last question gets a blank answer.
+    """
     texts: list[str] = []
     for place, (role, text) in enumerate(turns):
         if role != ("assistant" if place % 2 else "user"):
@@ -141,16 +146,10 @@ def list_of(row: Row, key: str) -> list[object]:
 
 
 def json_name(value: object) -> str:
-    """What a user calls a value of this type: JSON's own terms."""
-    if value is None:
-        return "null"
+    """The name of a value's type in JSON's own terms, for a message."""
     names = {
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
+        **{type(None): "null", str: "text", bool: "true or false"},
+        **{int: "a number", float: "a number", list: "a list", dict: "an object"},
     }
     return names.get(type(value), f"of type {type(value).__name__}")
 
@@ -164,6 +163,5 @@ def quoted(value: object, longest: int = 60) -> str:
 def names(keys: Iterable[str], most: int = 12) -> str:
     """Keys for an error message, at most `most` of them."""
     listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
-    return ", ".join(listed[:most]) + (
-        f" and {len(listed) - most} more" if len(listed) > most else ""
-    )
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

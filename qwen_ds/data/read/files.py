@@ -1,8 +1,8 @@
-"""Files to source rows. What a file is, is found in its content: names lie (most `.json` data sets are JSON lines).
+"""From files to source rows. The content decides how a file is read: most `.json` are JSON lines.
 
-Read: JSON in every arrangement (files_json.py), CSV with a header line, parquet; each plain, as `.gz`, or inside a tar
-archive. Text is UTF-8, with or without a byte order mark, or GB18030. Nothing but a top-level JSON object is ever in
-memory as a whole.
+JSON is read in every arrangement (files_json.py), CSV with a header line, and parquet; each plain,
+as `.gz`, or inside a tar archive. Text is UTF-8, with or without a byte order mark, or GB18030.
+Nothing but a top-level JSON object is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -33,18 +33,8 @@ from qwen_ds.data.read.files_json import (
 from qwen_ds.errors import UserError
 
 KINDS = ("auto", "json", "csv", "parquet")
-DATA_SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".jsonlines",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".tgz",
-    ".tar",
-)
+DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
+_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 _HEAD_BYTES = 1 << 22
 _CHUNK_BYTES = 1 << 20
@@ -68,7 +58,7 @@ _EXPECTED = "JSON, JSON lines, CSV with a header line, or parquet"
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """A readable thing with a name for messages: a file, the inside of a .gz, a member of an archive."""
+    """Bytes to read, with a name for messages: a file, a .gz's inside, an archive's member."""
 
     name: str
     open: Callable[[], BinaryStream]
@@ -76,11 +66,16 @@ class _Content:
 
 
 def read_rows(path: str | Path, kind: str = "auto") -> Iterator[SourceRow | BadRow]:
-    """The rows of one file in their order; where one cannot be read, a BadRow that says where and why.
+    """The rows of one file in their order; a BadRow says where and why one cannot be read.
 
-    `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, "file:member:line" in an archive.
-    `kind` takes the place of looking: json, csv or parquet. Raises UserError for a file that is missing, empty, damaged
-    or of another type.
+    `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
+    "file:member:line" in an archive.
+
+    Args:
+        kind: json, csv or parquet; auto looks at the content.
+
+    Raises:
+        UserError: a file that is missing, empty, damaged or of another type.
     """
     if kind not in KINDS:
         raise UserError(f"the kind of file is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -98,15 +93,13 @@ def read_rows(path: str | Path, kind: str = "auto") -> Iterator[SourceRow | BadR
 
 
 def chosen_names(names: Iterable[str]) -> list[str]:
-    """The data files among the names of a folder or an archive, sorted: by suffix, or all when no suffix is known."""
+    """The data files among the names of a folder or an archive, sorted.
+
+    The suffix decides; where no name has a known one, all are taken.
+    """
     seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    data = [
-        name
-        for name in data
-        if Path(name).name not in ("dataset_infos.json", "dataset_info.json", "state.json")
-    ]
-    return sorted(data or seen)
+    return sorted([name for name in data if Path(name).name not in _OF_DATASETS] or seen)
 
 
 def _is_hidden(part: str) -> bool:
@@ -166,15 +159,16 @@ def _text_rows(content: _Content, head: bytes, kind: str) -> Iterator[SourceRow 
     else:
         number = lines.index(first) + 1
         raise UserError(
-            f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; expected {_EXPECTED}"
+            f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; "
+            f"expected {_EXPECTED}"
         )
 
 
 def encoding_of(head: bytes) -> str:
-    """utf-8 or gb18030, from the first megabytes of a file.
+    """Choose utf-8 or gb18030 by the first megabytes of a file.
 
-    UTF-8 unless more characters fail in it than are well formed, and GB18030 has fewer faults. So one damaged byte does
-    not turn a UTF-8 file into wrong characters: it stays UTF-8, and its line is reported.
+    UTF-8 unless more characters fail in it than are well formed, and GB18030 has fewer faults. So
+    one damaged byte does not turn a UTF-8 file into wrong characters: its line is reported.
     """
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)
@@ -188,7 +182,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
-    """The text of a stream in pieces. A byte of another encoding ends it: UserError with its line."""
+    """The text of a stream in pieces. A byte of another encoding is a UserError with its line."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
     while True:
@@ -209,7 +203,10 @@ def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
 
 
 def _csv_header(line: str) -> tuple[str, list[str]] | None:
-    """(delimiter, column names) when a line can be a CSV header: distinct short names, of which a sentence has none."""
+    """(delimiter, column names) of a line that can be a CSV header, None for any other.
+
+    A header has distinct short names, as no sentence does.
+    """
     best: tuple[str, list[str]] | None = None
     for delimiter in _DELIMITERS:
         try:
@@ -233,7 +230,7 @@ def _csv_header(line: str) -> tuple[str, list[str]] | None:
 
 
 class _DecodedLines:
-    """Lines of text from lines of bytes. Unlike a generator's, its end is not a line that cannot be decoded."""
+    """Lines of text from lines of bytes. Unlike a generator it goes on after a decoding error."""
 
     def __init__(self, stream: Iterable[bytes], encoding: str) -> None:
         self.stream, self.encoding, self.number = iter(stream), encoding, 0

@@ -1,8 +1,8 @@
-"""JSON as people ship it: lines, one array, one object, or objects one after another; each read without loading it all.
+"""JSON as people ship it: lines, one array, or objects one after another; read piece by piece.
 
-What opens the first value decides. A first line that is whole in itself makes the file JSON lines, where every line
-stands alone: a broken one cannot take others with it. A first object that goes on over several lines makes it a file
-of objects. `[` makes it an array.
+The beginning of the first value decides. A first line that is complete makes the file JSON lines,
+where every line stands alone: a broken one cannot take others with it. A first object that goes on
+over several lines makes it a file of objects. `[` makes it an array.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from qwen_ds.errors import UserError
 NOT_JSON = "not valid JSON"
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Strings whole, so that brackets inside them do not count. A string that no quote ends runs to the end of the text.
+# Strings whole, so that brackets inside them do not count. A string that no quote ends runs to the
+# end of the text.
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
 _MORE_MUST_FOLLOW = (",", "[", "{", ":")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a file as Python's json, csv or pyarrow give it; `source` is where it begins, as "file:line"."""
+    """One row of a file as json, csv or pyarrow give it. `source` is where it begins,
+    "file:line"."""
 
     row: object
     source: str
@@ -32,7 +34,7 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A place in a file where a row should be and cannot be read. `detail` says what came and what was expected."""
+    """A row that cannot be read. `detail` says what came and what was expected."""
 
     source: str
     reason: str
@@ -40,13 +42,13 @@ class BadRow:
 
 
 def stands_alone(line: str) -> bool:
-    """Whether no object or array that this line opens goes on in the next line: then the file is JSON lines."""
+    """Whether every object and array that the line opens also ends in it, as in JSON lines."""
     depth, inside = _depth_after(line, 0)
     return inside or depth <= 0
 
 
 def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
-    """JSON lines. Blank lines are passed over and counted; a broken line is a BadRow of its own."""
+    """Rows of JSON lines. Blank lines are passed over; a broken line is a BadRow of its own."""
     for number, raw in enumerate(lines, 1):
         if raw.isspace():
             continue
@@ -64,9 +66,10 @@ def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[Sou
 
 
 def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
-    """Objects one after another, each over one or more lines; a single object is such a file, too.
+    """Rows of objects one after another, each over one or more lines; a single object, too.
 
-    A broken object ends where a line opens the next one: at the first object's indentation, where JSON allows none.
+    A broken object ends where a line opens the next one: at the first object's indentation, where
+    JSON allows none.
     """
     parts: list[str] = []  # of the object being collected, which began on line `start`
     fault: BadRow | None = None
@@ -75,9 +78,8 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            fault = undecodable(
-                f"{name}:{number}", encoding, error
-            )  # told in place of the object, once that closes
+            # Reported in place of the object, once that closes.
+            fault = undecodable(f"{name}:{number}", encoding, error)
             line = raw.decode(encoding, "replace")
         if number == 1:
             line = line.lstrip("\ufeff")
@@ -112,8 +114,8 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
 def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
     """The elements of one JSON array, read as the text arrives.
 
-    A broken element whose end can be found is a BadRow. Where it cannot, or where the array itself is broken, nothing
-    after it can be trusted: UserError.
+    A broken element whose end can be found is a BadRow. Where it cannot be found, or where the
+    array itself is broken, nothing after it can be trusted: UserError.
     """
     text = _Arriving(chunks)
     text.skip_space()
@@ -131,7 +133,8 @@ def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]
     text.skip("]")
     if text.here() != "the end of the file":
         raise UserError(
-            f"{name}:{text.line}: {text.here()} after the end of the JSON array; expected nothing more"
+            f"{name}:{text.line}: {text.here()} after the end of the JSON array; "
+            "expected nothing more"
         )
 
 
@@ -146,7 +149,7 @@ def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow
 
 
 class _Arriving:
-    """A text that arrives in chunks, and the place in it where we are; what lies behind us is let go."""
+    """A text that arrives in chunks, and our place in it; what lies behind us is freed."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
         self.chunks = chunks
@@ -156,7 +159,7 @@ class _Arriving:
         self.is_complete = False
 
     def more(self) -> None:
-        """Fetch as much again as lies before us: an element of n chunks is then scanned n log n times at most."""
+        """Fetch as much again as lies before us, so that scanning a long element stays n log n."""
         ahead = len(self.text) - self.place
         parts = [self.text[self.place :]]
         fetched = 0
@@ -238,7 +241,7 @@ def _end_of(text: str, place: int) -> int:
 
 
 def _depth_after(line: str, depth: int) -> tuple[int, bool]:
-    """The depth of brackets after a line, and whether the line ends inside a string, which JSON forbids."""
+    """The depth of brackets after a line, and whether it ends inside a string (not JSON)."""
     for token in _STRUCTURE.finditer(line):
         mark = token[0]
         if mark in "{[":
@@ -251,7 +254,7 @@ def _depth_after(line: str, depth: int) -> tuple[int, bool]:
 
 
 def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
-    """A line that begins at `depth` cut behind every object that ends in it, and the depth after it."""
+    """The line, which begins at `depth`, cut behind every object's end; and the depth after it."""
     pieces: list[str] = []
     start = 0
     for token in _STRUCTURE.finditer(line):
@@ -277,7 +280,7 @@ def _parsed(text: str, source: str) -> SourceRow | BadRow:
 
 
 def _several_on_a_line(text: str, source: str, error: Exception) -> Iterator[SourceRow | BadRow]:
-    """Objects one after another on one line; anything else is the error that the whole line gave."""
+    """Objects one after another on one line; for anything else the error of the whole line."""
     rows: list[SourceRow | BadRow] = []
     place = 0
     try:
@@ -297,7 +300,7 @@ def _end_of_space(text: str, place: int) -> int:
 
 
 def _fault(error: Exception, start: int = 0) -> str:
-    """What is wrong with a JSON text, in one line; its own place counts from the row's beginning."""
+    """The fault of a JSON text in one line; its place is counted from the row's beginning."""
     if isinstance(error, json.JSONDecodeError):
         what = error.msg.removesuffix(" at")
         return (

@@ -1,7 +1,8 @@
 """The table of row shapes that we read, and how a row finds its reader.
 
-A new shape is one line in `TABLE` and one function from a row to its dialogues. Rows are recognised one by one, by
-their keys alone, the first line of the table that fits: a file may mix shapes, and no row's reading depends on another.
+A new shape is one line in `TABLE` and one function from a row to its dialogues. Rows are recognised
+one by one, by their keys alone; the first line of the table that fits wins. So a file may mix
+shapes, and no row's reading depends on another.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from qwen_ds.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """One row shape. A row has it when it has all `keys` and, to train on, one of `answers` (if any are named).
+    """One row shape. A row has it with all `keys` and, to train on, one of `answers` (if any).
 
-    `optional` keys are read where a row has them. With `pattern`, one key that matches it is needed. `gathers`: a row
-    is a part of a tree, and the rows of a whole data set are put together by `MessageTrees`.
+    `optional` keys are read where a row has them. With `pattern`, one key that matches it is
+    needed. `gathers`: a row is a part of a tree, and `MessageTrees` puts the rows of a data set
+    together.
     """
 
     name: str
@@ -72,18 +74,22 @@ TABLE: tuple[Reader, ...] = (
     Reader("conversation", read_turns("conversation"), ("conversation",), optional=("system",)),
     Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction",)),
     Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
-    Reader("oasst_messages", _gathered, ("message_id", "parent_id", "text", "role"), optional=("tree_state", "deleted"),
-           gathers=True),
+    Reader("oasst_messages", _gathered, ("message_id", "parent_id", "text", "role"),
+           optional=("tree_state", "deleted"), gathers=True),
     Reader("moss_002", marked.read_moss_002, ("plain_text",), optional=("prefix",)),
     Reader("refgpt", marked.read_refgpt, ("dialogue",), optional=("system",)),
-    Reader("coig_exam", flat.read_coig_exam, ("textbox_question",), ("textbox_answer", "textbox_answer_analysis"),
+    Reader("coig_exam", flat.read_coig_exam, ("textbox_question",),
+           ("textbox_answer", "textbox_answer_analysis"),
            ("textbox_q_instruction", "textbox_q_context", "system")),
     Reader("coig_translated", flat.read_coig_translated, ("trans_instruction",), ("trans_output",),
            ("trans_input", "system")),
-    Reader("coig_rounds", flat.read_coig_rounds, pattern=re.compile(r"round_\d+"), optional=("system",)),
-    Reader("sharegpt_translation", marked.read_sharegpt_translation, ("translation",), optional=("key", "system")),
+    Reader("coig_rounds", flat.read_coig_rounds, pattern=re.compile(r"round_\d+"),
+           optional=("system",)),
+    Reader("sharegpt_translation", marked.read_sharegpt_translation, ("translation",),
+           optional=("key", "system")),
     Reader("alpaca", flat.read_alpaca, ("instruction",), ("output",), ("input", *_COLUMNS)),
-    Reader("hc3", flat.read_hc3, ("question", "chatgpt_answers"), optional=("human_answers", "system")),
+    Reader("hc3", flat.read_hc3, ("question", "chatgpt_answers"),
+           optional=("human_answers", "system")),
     Reader("math23k", flat.read_math23k, ("original_text",), ("equation", "ans"), ("system",)),
     _pair("adgen", "content", "summary"),
     _pair("prompt", "prompt", "response", "answer", "completion", "output"),
@@ -99,7 +105,7 @@ READERS: dict[str, Reader] = {reader.name: reader for reader in TABLE}
 
 
 def reader_named(name: str) -> Reader:
-    """The reader that `data.format` names. Raises UserError, with the nearest name, when there is none."""
+    """The reader that `data.format` names. UserError, with the nearest name, when there is none."""
     if name in READERS:
         return READERS[name]
     near = difflib.get_close_matches(name, READERS, n=1)
@@ -108,9 +114,13 @@ def reader_named(name: str) -> Reader:
 
 
 def find_reader(row: object, for_prompts: bool = False) -> Reader:
-    """The reader whose keys the row has. Raises RowError, naming keys found and expected, when there is none.
+    """The reader whose keys the row has.
 
-    `for_prompts`: a row needs no answer. Rows that have one are still recognised by it first.
+    Args:
+        for_prompts: a row needs no answer. Rows that have one are still recognised by it first.
+
+    Raises:
+        RowError: there is none; names the keys found and expected.
     """
     row = as_row(row)
     keys = tuple(row)
@@ -128,7 +138,7 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
 
 
 def check_fits(reader: Reader, row: object, for_prompts: bool = False) -> Row:
-    """The row, when it has the keys of a reader that the user named. Raises RowError otherwise."""
+    """The row, checked to have the keys of a reader that the user named; else RowError."""
     row = as_row(row)
     if not _fits(reader, tuple(row), for_prompts):
         expected = f"{reader.expected} (format {reader.name})"
@@ -146,7 +156,7 @@ def as_row(row: object) -> Row:
 
 @lru_cache(maxsize=1024)
 def nearest(keys: tuple[str, ...], most: int = 3) -> str:
-    """The shapes nearest to some keys, in words: for the message about a row that has none of them."""
+    """The shapes nearest to some keys, in words, for the message about a row that has none."""
     keys = keys[:50]
 
     def likeness(reader: Reader) -> tuple[int, float, bool]:

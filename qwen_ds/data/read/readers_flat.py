@@ -1,7 +1,8 @@
-"""Readers of rows whose question and answer are columns: alpaca, ADGEN, BELLE, Firefly, COIG, HC3, math23k and kin.
+"""Readers of rows whose question and answer are columns: alpaca, ADGEN, BELLE, COIG, HC3 and
+others.
 
-Every reader maps one row to its dialogues. Questions are stripped, answers kept as they stand, a leading line break
-included.
+Every reader maps one row to its dialogues. Questions are stripped, answers kept as they stand, a
+leading line break included.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ROUND = re.compile(r"round_(\d+)")
 
 
 def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row], list[Outcome]]:
-    """Reader of a question column and an answer column, the first of `answer_keys` that the row has."""
+    """Reader of a question column and of the first of `answer_keys` that the row has."""
 
     def read(row: Row) -> list[Outcome]:
         answer = ""
@@ -45,15 +46,12 @@ def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row]
 
 
 def read_alpaca(row: Row) -> list[Outcome]:
-    """instruction, input and output, with LLaMA-Factory's system and history; history spelled inside the instruction.
+    """Alpaca: instruction, input and output, with LLaMA-Factory's system and history.
 
-    Instruction and input are joined by a tab, as the original project joined them.
+    A history that the instruction itself spells is read, too. Instruction and input are joined by a
+    tab, as in the original project.
     """
-    instruction, extra, answer = (
-        text_of(row, "instruction"),
-        text_of(row, "input"),
-        text_of(row, "output"),
-    )
+    instruction, extra, answer = (text_of(row, key) for key in ("instruction", "input", "output"))
     history = _history(row)
     if not history:
         marked = dialogue_in_instruction(instruction, extra, answer, system_of(row))
@@ -63,17 +61,18 @@ def read_alpaca(row: Row) -> list[Outcome]:
 
 
 def read_coig_translated(row: Row) -> list[Outcome]:
-    """COIG's translated instructions: the Chinese columns; the plain ones beside them are English."""
+    """COIG's translated instructions: the Chinese columns; those beside them are English."""
     question = _tab_joined(text_of(row, "trans_instruction"), text_of(row, "trans_input"))
     return [Dialogue(system_of(row), ((question, text_of(row, "trans_output")),))]
 
 
 def read_coig_exam(row: Row) -> list[Outcome]:
-    """COIG's exams and value alignment: the analysis is the answer where there is one, as in COIG's own script."""
-    context, question = (
-        text_of(row, "textbox_q_context").strip(),
-        text_of(row, "textbox_question").strip(),
-    )
+    """COIG's exams and value alignment: the analysis, where there is one, is the answer.
+
+    COIG's own script does the same.
+    """
+    context = text_of(row, "textbox_q_context").strip()
+    question = text_of(row, "textbox_question").strip()
     if question and context:
         question = f"{context}\n{question}"
     if question:
@@ -85,7 +84,8 @@ def read_coig_exam(row: Row) -> list[Outcome]:
 
 
 def read_coig_rounds(row: Row) -> list[Outcome]:
-    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each holding {"Q", "A"} as a JSON string.
+    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each {"Q", "A"} as JSON
+    text.
 
     One fault drops the whole chat: its later rounds answer the earlier ones.
     """
@@ -123,7 +123,7 @@ def read_hc3(row: Row) -> list[Outcome]:
 
 
 def read_math23k(row: Row) -> list[Outcome]:
-    """math23k: the text as written, not as segmented; the answer is the equation and, on the next line, its value."""
+    """math23k: the text before segmentation; the answer is the equation, then its value."""
     equation, value = text_of(row, "equation"), text_of(row, "ans")
     answer = "" if is_blank(equation) or is_blank(value) else f"{equation}\n{value}"
     return [Dialogue(system_of(row), ((text_of(row, "original_text").strip(), answer),))]

@@ -1,7 +1,8 @@
-"""Readers of dialogues written into one text with marks: BELLE, Guanaco, RefGPT, MOSS, and the first ShareGPT-cn.
+"""Readers of dialogues that marks cut out of one text: BELLE, Guanaco, RefGPT, MOSS, ShareGPT-cn.
 
-Texts cut out at marks are stripped. A mark counts only where its data set puts it (at the start of a line, anywhere,
-or only after the closing mark of the turn before), because the texts talk about marks, too.
+Texts cut out at marks are stripped. A mark counts only where its data set puts it (at the start of
+a line, anywhere, or only after the closing mark of the turn before), because the texts talk about
+marks, too.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from qwen_ds.data.read.readers_turns import read_turns
 
 BAD_HISTORY = "history is not question and answer pairs"
 
-# BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both kinds of colon.
+# BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both
+# kinds of colon.
 _BELLE = re.compile(r"^(?:(?P<user>Human)|(?P<assistant>Assistant))[:：]", re.MULTILINE)
 _GUANACO = re.compile(
-    r"^(?:(?P<user>User)|(?P<assistant>Assistant|Asssistent|Assistent|Assistenz)|(?P<system>System))[:：]",
+    r"^(?:(?P<user>User)|(?P<assistant>Assistant|Asssistent|Assistent|Assistenz)|(?P<system>System))"
+    "[:：]",
     re.MULTILINE,
 )
 _REFGPT = re.compile(r"(?P<user><user>)|(?P<assistant><assistant>)")
@@ -48,7 +51,10 @@ Segment = tuple[str, str]
 
 
 def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
-    """(role, stripped text) for each mark, the role being the mark's group name. Text before the first is left out."""
+    """(role, stripped text) for each mark; the role is the mark's group name.
+
+    Text before the first mark is left out.
+    """
     found = list(marks.finditer(text))
     ends = [*(mark.start() for mark in found[1:]), len(text)]
     return [
@@ -60,10 +66,10 @@ def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
 def dialogue_in_instruction(
     instruction: str, extra: str, answer: str, system: str | None
 ) -> Outcome | None:
-    """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns; None for any other row.
+    """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns, if any.
 
-    The text must open with a mark: a text that only quotes a dialogue further down is an ordinary instruction, and so
-    is a marked instruction whose input is not marked.
+    The text must open with a mark: a text that only quotes a dialogue further down is an ordinary
+    instruction, and so is a marked instruction whose input is not marked.
     """
     if not (
         "Human" in instruction or "User" in instruction or "User" in extra or "System" in extra
@@ -89,7 +95,7 @@ def dialogue_in_instruction(
 
 
 def read_refgpt(row: Row) -> list[Outcome]:
-    """RefGPT: `<user>` and `<assistant>` cut the text; lines with `Human:` and `Assistant:` in its first edition."""
+    """RefGPT: `<user>` and `<assistant>` cut the text; in its first edition BELLE's marks do."""
     text = text_of(row, "dialogue").strip()
     return [
         _dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))
@@ -110,8 +116,9 @@ def read_moss_002(row: Row) -> list[Outcome]:
 def read_moss_003(row: Row) -> list[Outcome]:
     """MOSS 003: questions and answers of turn_1, turn_2 .. in number order.
 
-    Thoughts, commands and results of plugins are left out, and with them what points into them: `<sup>..</sup>` and
-    `<|n|>`. In a row without commands a `<sup>` that holds no such number is somebody's exponent, and stays.
+    Thoughts, commands and results of plugins are left out, and with them the citations that point
+    to them: `<sup>..</sup>` and `<|n|>`. In a row without commands a `<sup>` that holds no such
+    number is somebody's exponent, and stays.
     """
     if isinstance(row.get("chat"), list):
         return read_turns("chat")(row)  # somebody else's list of messages under MOSS's key

@@ -1,8 +1,9 @@
 """Open Assistant: trees of messages, as one row per tree or as one row per message.
 
-Every path from the root to a leaf is a conversation, depth first; deleted messages and what hangs on them are left out.
-A leaf that is a question has no answer: its path is cut there, and only the first of such siblings gives its path, as
-in Open Assistant's own training code, since their paths are the same up to the cut.
+Every path from the root to a leaf is a conversation, depth first. Deleted messages and their
+replies are left out. A leaf that is a question has no answer: its path is cut there, and only the
+first of such siblings gives its path, as in Open Assistant's own training code, since their paths
+are the same up to the cut.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NO_PARENT = "parent message is missing"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One node. `source` is where its row lies, "" when the whole tree is one row."""
+    """One node. `source` is its row's, "" when the whole tree is one row."""
 
     role: str
     text: str
@@ -40,7 +41,7 @@ class Message:
 
 @dataclass(slots=True)
 class MessageTrees:
-    """Rows of single messages, put together into their trees; kept in memory without what no conversation needs."""
+    """Rows of single messages, put together into their trees in memory."""
 
     by_id: dict[str, Message] = field(default_factory=dict)
     roots: list[tuple[Message, bool]] = field(default_factory=list)
@@ -56,7 +57,7 @@ class MessageTrees:
             self.roots.append((message, _is_ready(row)))
 
     def outcomes(self) -> Iterator[tuple[Outcome, str]]:
-        """What all trees give, in the order of their roots, each with the source of its last message."""
+        """The outcomes of all trees in the order of their roots, each with its last source."""
         orphans: list[Message] = []
         for parent, message in self.waiting:
             if parent in self.by_id:
@@ -103,9 +104,8 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
     if root.deleted:
         yield Dropped(NO_QUESTION), root.source
         return
-    paths: list[tuple[tuple[Message, ...], bool]] = [
-        ((root,), True)
-    ]  # path, and is its end a first sibling
+    # Each path with whether its end is a first sibling.
+    paths: list[tuple[tuple[Message, ...], bool]] = [((root,), True)]
     while paths:
         path, is_first = paths.pop()
         replies = [reply for reply in path[-1].replies if not reply.deleted]

@@ -1,7 +1,7 @@
-"""Readers of rows that hold a list of turns: OpenAI messages, ShareGPT in its many dialects, Firefly's pairs.
+"""Readers of rows that hold a list of turns: OpenAI messages, ShareGPT's dialects, Firefly's pairs.
 
-Three kinds of turn are told apart by their keys, whatever the list is called: {role, content}, {from, value}, and
-{human, assistant}, which is a question and its answer at once.
+Three kinds of turn are told apart by their keys, whatever the list is called: {role, content},
+{from, value}, and {human, assistant}, which is a question and its answer at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from qwen_ds.data.read.dialogue import (
 )
 
 TOOL = "tool"
-# OpenAI's roles are a closed set, so "bot" there is a mistake. ShareGPT's `from` is whatever its exporters wrote.
+# OpenAI's roles are a closed set, so "bot" there is a mistake. ShareGPT's `from` is whatever its
+# exporters wrote.
 OPENAI_ROLES = {
     "system": "system",
     "user": "user",
@@ -50,7 +51,7 @@ class _NotText(Exception):
 
 
 def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
-    """Reader of the list of turns under `key`. A system turn at the front wins over a system column."""
+    """Reader of the turns under `key`. A system turn at the front wins over a system column."""
 
     def read(row: Row) -> list[Outcome]:
         turns: list[tuple[str, str]] = []
@@ -79,7 +80,8 @@ def role_of(value: object, roles: dict[str, str], expected: str, key: str) -> st
 
 
 def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
-    # Files that went through Arrow carry every column in every row: a key counts when it is not null.
+    # Files that went through Arrow carry every column in every row: a key counts when it is not
+    # null.
     if turn.get("role") is not None:
         role = role_of(turn["role"], OPENAI_ROLES, _EXPECTED_OPENAI, "role")
         if role == TOOL or turn.get("tool_calls") or turn.get("function_call"):
@@ -97,7 +99,7 @@ def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:
-    """The text of a turn: a string, null, or a list of {type: text, text: ..} parts, which are put together."""
+    """The text of a turn: a string, null, or the joined texts of a list of parts."""
     if key not in turn:
         raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {key}")
     value = turn[key]

@@ -1,9 +1,9 @@
 """From the paths of a recipe (files, folders, hub data sets) to conversations, one after another.
 
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
-order of their names; a folder that `datasets` saved; or the id of a data set on the hub, "org/name",
-"org/name:split" or "org/name:config:split". Of a folder with several splits "folder:split" is read,
-"train" unless another is named.
+order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
+"org/name", "org/name:split" or "org/name:config:split". Of a folder with several splits
+"folder:split" is read, "train" unless another is named.
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
 "output": "a"}. Only the columns named in it are then read, by the reader whose keys are named.
@@ -80,7 +80,8 @@ def iter_conversations(
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> Iterator[tuple[Conversation | Dropped, str]]:
-    """The conversations of all paths in order, each with its source; a Dropped for a row without one.
+    """The conversations of all paths in order, each with its source; a Dropped for a row without
+    one.
 
     A row may give several conversations (a tree), several rows one (single messages). A row that
     cannot be read (broken JSON, wrong types, an unknown role, unknown keys) comes as a Dropped with
@@ -116,9 +117,9 @@ def iter_prompts(
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
-    messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..} or
-    {"text": ..}. Of several turns the last answer is the reference; None stands for a missing one.
-    A row without a question comes as (Dropped, None, source), so that no row is lost.
+    messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..}
+    or {"text": ..}. Of several turns the last answer is the reference; None stands for a missing
+    one. A row without a question comes as (Dropped, None, source), so that no row is lost.
     """
     reading, places = _Reading.of(options, True, counts), _places(paths)
 
@@ -177,29 +178,24 @@ def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
 def _folder(path: str, folder: Path, split: str | None) -> Place:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return Place(path, saved=folder, split=split)
-    found = chosen_names(
-        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
-    )
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    found = chosen_names(file.relative_to(folder).as_posix() for file in files)
     if not found:
         raise UserError(
             f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, "
             "*.csv"
         )
     of_split = {name: _split_of(name) for name in found}
-    if split is not None:
-        wanted = [name for name in found if of_split[name] == split]
-        if not wanted:
-            known = names(sorted({of for of in of_split.values() if of})) or "none"
-            raise UserError(
-                f"{path}: no file is named for the split {split!r}; splits found: {known}"
-            )
-    else:
-        wanted = [name for name in found if of_split[name] in ("train", None)] or found
+    wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
+    if split and not wanted:
+        known = names(sorted({of for of in of_split.values() if of})) or "none"
+        raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
+    wanted = wanted or found
     return Place(path, files=tuple(folder / name for name in wanted), split=split)
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file is named for, by its own name or its folder's, as `datasets` does it."""
+    """The split that a file or its folder is named for, as `datasets` recognises it."""
     for part in reversed(name.lower().split("/")):
         for split, word in _SPLITS.items():
             if word.search(part):
@@ -276,17 +272,13 @@ def _reader_of_columns(
             f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
             f"{names(sorted(known), 40)}"
         )
-    fitting = [
-        each
-        for each in readers
-        if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys)
-    ]
-    if not fitting:
-        expected = reader.expected if reader else nearest(tuple(columns))
-        raise UserError(
-            f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
-        )
-    return fitting[0]
+    for each in readers:
+        if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys):
+            return each
+    expected = reader.expected if reader else nearest(tuple(columns))
+    raise UserError(
+        f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
+    )
 
 
 def _counted(
@@ -312,11 +304,8 @@ def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, o
     for row in rows_of(place):
         reading.counts["rows"] += 1
         if isinstance(row, BadRow):
-            yield (
-                _unreadable(RowError(row.reason, row.detail), row.source, reading),
-                row.source,
-                None,
-            )
+            error = RowError(row.reason, row.detail)
+            yield _unreadable(error, row.source, reading), row.source, None
             continue
         for value, source in _unwrapped(row, reading):
             try:
@@ -333,13 +322,14 @@ def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, o
         yield outcome, source, None
 
 
-def _read(value: object, source: str, reading: _Reading, trees: MessageTrees) -> list[Outcome]:
+def _recognised(value: object, reading: _Reading) -> tuple[Reader, Row]:
     if reading.reader is None:
-        reader = find_reader(value, reading.for_prompts)
-        row = as_row(value)
-    else:
-        reader = reading.reader
-        row = check_fits(reader, value, reading.for_prompts)
+        return find_reader(value, reading.for_prompts), as_row(value)
+    return reading.reader, check_fits(reading.reader, value, reading.for_prompts)
+
+
+def _read(value: object, source: str, reading: _Reading, trees: MessageTrees) -> list[Outcome]:
+    reader, row = _recognised(value, reading)
     if reader.gathers:
         trees.add(row, source)
         return []
@@ -353,7 +343,7 @@ def _unreadable(error: RowError, source: str, reading: _Reading) -> Dropped:
 
 
 def _unwrapped(row: SourceRow, reading: _Reading) -> Iterator[tuple[object, str]]:
-    """The row itself; or the rows of an object that maps names to lists of rows (Safety-Prompts)."""
+    """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
     value = row.row
     if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
         inner = next((inner for rows in value.values() for inner in rows), None)
@@ -369,17 +359,14 @@ def _is_row(value: object, reading: _Reading) -> bool:
     if reading.columns:
         return isinstance(value, dict) and not set(reading.columns.values()).isdisjoint(value)
     try:
-        if reading.reader is not None:
-            check_fits(reading.reader, value, reading.for_prompts)
-        else:
-            find_reader(value, reading.for_prompts)
+        _recognised(value, reading)
     except RowError:
         return False
     return True
 
 
 def _mapped(value: object, source: str, reading: _Reading, is_first: bool) -> Row:
-    """The row under the reader's own keys. In a path's first row every mapped column must be there."""
+    """The row under the reader's own keys. A path's first row must have every mapped column."""
     row = as_row(value)
     assert reading.reader is not None, "columns fix the reader"
     needed = {*reading.reader.keys, *(() if reading.for_prompts else reading.reader.answers)}

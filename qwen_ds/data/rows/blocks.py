@@ -1,7 +1,7 @@
 """Blocks of token rows, in arrays: what worker processes make of a chunk of conversations.
 
-A label is its own token or IGNORE, so a block keeps tokens once and, of the labels, only the runs of
-target tokens.
+A label is its own token or IGNORE, so a block keeps tokens once and, of the labels, only the runs
+of target tokens.
 
 Shapes: K rows of a block, N tokens of all its rows, R runs of target tokens.
 """

@@ -1,8 +1,8 @@
-"""The cache of token rows: a file for each set of inputs, named by a hash, made once, never changed.
+"""The cache of token rows: one file for each set of inputs, named by a hash and never changed.
 
 The hash covers everything that decides a row: the bytes of the input files and their names (rows
-name their file:line), the options, the vocabulary, and the code that reads and encodes. So a changed
-input never meets an old file, and nothing has to be cleared by hand.
+name their file:line), the options, the vocabulary, and the code that reads and encodes. So a
+changed input never meets an old file, and nothing has to be cleared by hand.
 """
 
 from __future__ import annotations
@@ -86,11 +86,9 @@ def _key(
 
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    """Of the modules that turn files into rows: rows of a broken reader must not hide its repair."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py")) + [
-        Path(chatml.__file__),
-        Path(tokenizer.__file__),
-    ]
+    """Of the modules that make rows of files: old rows of a reader must not hide its repair."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    files += [Path(chatml.__file__), Path(tokenizer.__file__)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -110,9 +108,8 @@ def _input_sha256(part: Place) -> list[Any]:
             stat = file.stat()
             found += [str(file), _file_sha256(file, stat.st_size, stat.st_mtime_ns)]
         except OSError as error:
-            raise UserError(
-                f"{file}: {error.strerror or error}; expected a readable file"
-            ) from error
+            what = f"{file}: {error.strerror or error}; expected a readable file"
+            raise UserError(what) from error
     return found
 
 
@@ -139,11 +136,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _fill(
-    target: Path,
-    data: DataOptions,
-    paths: Sequence[str],
-    model_dir: Path,
-    options: EncodeOptions,
+    target: Path, data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     reports = [PartReport(path) for path in paths]

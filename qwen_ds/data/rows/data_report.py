@@ -1,7 +1,8 @@
-"""What became of the rows: the content of data_report.json, and the checks that stop a run before training.
+"""The fate of all rows: the content of data_report.json, and checks that stop a run before
+training.
 
-A data set is one entry of data.train or data.eval. One whose rows all come out empty, all alike, or without anything
-to learn is a mistake in the keys or the format, never something to train on: it is a UserError.
+A data set is one entry of data.train or data.eval. If its rows all come out empty, all alike, or
+without target tokens, the keys or the format are wrong: a UserError.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qwen_ds.errors import UserError
 
 @dataclass(slots=True)
 class Tally:
-    """How many rows met a fate, and the first of them."""
+    """The number of rows that met one fate, and the first of them."""
 
     rows: int = 0
     first: str = ""
@@ -33,24 +34,24 @@ class Tally:
 
 @dataclass(slots=True)
 class PartReport:
-    """One data set. A source row may give several conversations (a tree) and each of those gives at most one row."""
+    """One data set. A source row may give several conversations (a tree), each at most one row."""
 
     path: str
     formats: dict[str, str] = field(default_factory=dict)
-    """File to the reader that recognised its first row, or that the user named."""
+    """By file, the reader that recognised its first row, or that the user named."""
     read: int = 0
     """Source rows."""
     kept: int = 0
     """Token rows."""
     dropped: dict[str, Tally] = field(default_factory=dict)
-    """Reason to rows that read well and give nothing to train on."""
+    """By reason, rows that were read and hold nothing to train on."""
     skipped: dict[str, Tally] = field(default_factory=dict)
-    """Reason to rows that could not be read (data.bad_rows skip)."""
+    """By reason, rows that could not be read (data.bad_rows skip)."""
     truncated: dict[str, Tally] = field(default_factory=dict)
-    """What was cut ("prompt cut", "answer cut", "oldest turns dropped") to rows."""
+    """By "prompt cut", "answer cut" or "oldest turns dropped", rows that were too long."""
     tokens: int = 0
     learnt_tokens: int = 0
-    """Labels that count."""
+    """Target tokens."""
     longest_tokens: int = 0
     longest: str = ""
     """file:line of the longest row."""
@@ -58,9 +59,8 @@ class PartReport:
     all_identical: bool = True
 
     def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
-        (self.skipped if unreadable else self.dropped).setdefault(reason, Tally()).add(
-            source, detail
-        )
+        fates = self.skipped if unreadable else self.dropped
+        fates.setdefault(reason, Tally()).add(source, detail)
 
     def cut(self, what: str, source: str) -> None:
         self.truncated.setdefault(what, Tally()).add(source)
@@ -86,13 +86,15 @@ class PartReport:
             reason, most = max(fates.items(), key=lambda fate: fate[1].rows)
             others = f", {len(fates) - 1} other reasons" if len(fates) > 1 else ""
             raise UserError(
-                f"{self.path}: none of its {self.read} rows can be trained on: {reason} ({most.rows} rows, the first "
-                f"{most.first}{others})" + (f"; {most.detail}" if most.detail else "")
+                f"{self.path}: none of its {self.read} rows can be trained on: {reason} "
+                f"({most.rows} rows, the first {most.first}{others})"
+                + (f"; {most.detail}" if most.detail else "")
             )
         if self.kept > 1 and self.all_identical:
             raise UserError(
-                f"{self.path}: all its {self.kept} rows come out identical ({self.tokens // self.kept} tokens each, "
-                f"the first {self.longest}); expected rows that differ: check data.format and data.columns"
+                f"{self.path}: all its {self.kept} rows come out identical "
+                f"({self.tokens // self.kept} tokens each, the first {self.longest}); "
+                "expected rows that differ: check data.format and data.columns"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ _TALLIES = ("dropped", "skipped", "truncated")
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The data sets' reports added up; of tallies the first place is the first data set's."""
+    """Add up the data sets' reports; a tally keeps the first place of the first data set."""
     summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in _SUMMED}
     for key in _TALLIES:
         summed[key] = {}
@@ -119,12 +121,13 @@ def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """A report in a few lines, for the start screen. `report` is one of `TokenRows.report`."""
+    """A `TokenRows.report` in a few lines, for the start screen."""
     found = report["total"]
-    kept = found["kept"]
+    kept, tokens = found["kept"], found["tokens"]
     lines = [
-        f"{kept:,} rows of {found['read']:,} read, {found['tokens']:,} tokens ({found['learnt_tokens']:,} learnt), "
-        f"mean {found['tokens'] / kept:.0f}, longest {found['longest_tokens']:,}"
+        f"{kept:,} rows of {found['read']:,} read, {tokens:,} tokens "
+        f"({found['learnt_tokens']:,} learnt), mean {tokens / kept:.0f}, "
+        f"longest {found['longest_tokens']:,}"
     ]
     for fate, tallies in (("dropped", found["dropped"]), ("could not be read", found["skipped"])):
         for reason, tally in tallies.items():
@@ -137,6 +140,8 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def data_report(train: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of data_report.json from the `TokenRows.report` of both: the training rows', and under "eval" the
-    evaluation rows' (null without any)."""
+    """The content of data_report.json: the `TokenRows.report` of the training rows.
+
+    That of the evaluation rows stands in it under "eval", null without any.
+    """
     return {**train, "eval": evaluation}

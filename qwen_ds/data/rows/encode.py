@@ -1,17 +1,20 @@
-"""A conversation to a training row: token ids, and labels that say which of them are learnt.
+"""From a conversation to a training row: token ids, and labels that mark its target tokens.
 
-`learn_on` has three meanings; [..] is learnt, # stands for <|im_start|>, / for <|im_end|> and $ for <|endoftext|>:
+`learn_on` has three meanings. [..] are target tokens; # stands for <|im_start|>, / for <|im_end|>
+and $ for <|endoftext|>:
 
     original   #system\\nS/\\n#user\\nQ/\\n#[assistant\\nA/]\\n#user\\nQ/\\n#[assistant\\nA/$]
     answer     #system\\nS/\\n#user\\nQ/\\n#assistant\\n[A/]\\n#user\\nQ/\\n#assistant\\n[A/$]
-    official   [#]system\\nS[/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n]
+    official
+    [#]system\\nS[/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n]
 
-original: the Qwen-SFT project's row, and its natural form for several turns: every answer is learnt as in a row of its
-own, and `$`, which ends a row, stands behind the last one only. Questions are stripped. `assistant\\n` and the answer
-are encoded as one text, so the line breaks that an answer begins with join the one before it.
-answer: what the model itself writes after a prompt, and nothing else.
-official: the labels of Qwen's own fine-tuning script, `#`, `/` and `\\n` of system and user turns included. Such a row
-has no `$`, so a base model trained with it stops at `/`.
+original: the Qwen-SFT project's row, and its natural form for several turns: every answer is learnt
+as in a row of its own, and `$`, which ends a row, stands behind the last one only. Questions are
+stripped. `assistant\\n` and the answer are encoded as one text, so the line breaks that an answer
+begins with join the one before it.
+answer: the tokens that the model itself writes after a prompt, and nothing else.
+official: the labels of Qwen's own fine-tuning script, `#`, `/` and `\\n` of system and user turns
+included. Such a row has no `$`, so a base model trained with it stops at `/`.
 
 A row that is too long is cut (see `encode_row`); nothing is ever cut without a mark in `Encoded`.
 """
@@ -41,12 +44,18 @@ LEAST_ROOM = 16  # tokens that must be left for a question and its answer, or th
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """learn_on: see the top of this file.
-    max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`, and of nothing else.
-    max_tokens: bound of all other rows; None leaves them as long as they are.
-    parse_specials: control tokens spelled in a text become control tokens (the old, unsafe behaviour).
-    system: stands in where a conversation brings none; None means DEFAULT_SYSTEM.
-    Raises UserError for a value that no row could be cut by.
+    """How conversations become rows.
+
+    Attributes:
+        learn_on: see the top of this file.
+        max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original` only.
+        max_tokens: bound of all other rows; None leaves them as long as they are.
+        parse_specials: control tokens spelled in a text become control tokens (the old, unsafe
+            behaviour).
+        system: stands in where a conversation brings none; None means DEFAULT_SYSTEM.
+
+    Raises:
+        UserError: a value that no row could be cut by.
     """
 
     learn_on: LearnOn = "original"
@@ -62,11 +71,8 @@ class EncodeOptions:
                 f"data.learn_on is {self.learn_on!r}; expected one of {', '.join(LEARN_ON)}"
             )
         for name, value, least in (
-            (
-                "max_prompt_tokens",
-                self.max_prompt_tokens,
-                3,
-            ),  # the tails that a cut restores must fit
+            # The tails that a cut restores must fit.
+            ("max_prompt_tokens", self.max_prompt_tokens, 3),
             ("max_answer_tokens", self.max_answer_tokens, 2),
             ("max_tokens", self.max_tokens, LEAST_ROOM),
         ):
@@ -76,10 +82,13 @@ class EncodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A training row. labels[i] is ids[i] where it is learnt and IGNORE elsewhere (the loss does the only shift).
+    """A training row. labels[i] is ids[i] or, where it is no target, IGNORE; the loss does the
+    shift.
 
-    prompt_cut, answer_cut: the question, the answer lost its end. turns_dropped: turns that are not in the row.
-    dropped: why there is no row (ids and labels are empty then); None if there is one.
+    Attributes:
+        prompt_cut, answer_cut: the question or the answer lost its end.
+        turns_dropped: turns that are not in the row.
+        dropped: why there is no row (ids and labels are empty then); None if there is one.
     """
 
     ids: list[int]
@@ -92,9 +101,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """One turn in tokens. ids is head + text + tail; a cut takes the end of the text, and keeps n_tail tokens.
+    """One turn in tokens: head + text + tail. A cut takes the end of the text and keeps the tail.
 
-    A question keeps its `/\\n`. An answer's ending counts as text (n_tail 0): once cut, it is not the ending.
+    A question keeps its `/\\n`. An answer's ending counts as text (n_tail 0): once cut, it is gone.
     """
 
     ids: list[int]
@@ -103,7 +112,7 @@ class _Segment:
     n_tail: int
 
     def cut(self, n_text: int) -> _Segment:
-        """The segment with the first n_text tokens of its text; itself if it has no more."""
+        """The segment with the first n_text tokens of its text, or all of them."""
         end = len(self.ids) - self.n_tail
         keep = min(self.n_head + n_text, end)
         return _Segment(
@@ -119,19 +128,21 @@ class _Segment:
 
 
 def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> Encoded:
-    """The training row of a conversation.
+    """Encode a conversation as a training row. No text raises: see `Encoded.dropped`.
 
-    A single-turn row under `original` whose prompt and answer have more than max_prompt_tokens + max_answer_tokens
-    together keeps the first max_prompt_tokens and max_answer_tokens of them, and then gets their tails back in place:
-    `/\\n#` and `/$`. (So a long prompt stays whole beside a short answer.)
+    A single-turn row under `original` whose prompt and answer together have more than
+    max_prompt_tokens + max_answer_tokens keeps the first max_prompt_tokens and max_answer_tokens of
+    them, and then gets their tails back in place: `/\\n#` and `/$`. (So a long prompt stays whole
+    beside a short answer.)
 
-    Any other row longer than max_tokens loses its oldest turns, a question with its answer at a time; the system turn
-    stays. If the last question and answer alone are too long, they share the room: each gets half of it, and what one
-    does not need goes to the other. A cut question keeps its tail. A cut answer ends in the middle, so that the model
-    does not learn to stop there; only under `original` it ends with `/$`, as single-turn rows do.
+    Any other row longer than max_tokens loses its oldest turns, a question with its answer at a
+    time; the system turn stays. If the last question and answer alone are too long, each gets half
+    of the room, and what one does not need goes to the other. A cut question keeps its tail. A cut
+    answer ends in the middle, so that the model does not learn to stop there; only under `original`
+    it ends with `/$`, as single-turn rows do.
 
-    A last question without an answer is left out, except under `official`, which leaves out a first answer without a
-    question instead. Never raises for a text: what cannot be a row comes back with `dropped`.
+    A last question without an answer is left out. `official` leaves out a first answer without a
+    question instead.
     """
     official = options.learn_on == "official"
     turns = conversation.turns
@@ -141,9 +152,8 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
         turns = turns[:-1]
     if not turns:
         return Encoded([], [], dropped="no answer" if conversation.turns else "no turns")
-    if not official and any(
-        turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)
-    ):
+    roles = ("user", "assistant")
+    if not official and any(turn.role != roles[i % 2] for i, turn in enumerate(turns)):
         return Encoded([], [], dropped="roles do not alternate")
     try:
         system = _system(enc, conversation, options)
@@ -167,12 +177,15 @@ def _system(enc: Encoding, conversation: Conversation, options: EncodeOptions) -
 
 @lru_cache(maxsize=64)
 def _system_segment(enc: Encoding, text: str, markers: bool, parse_specials: bool) -> _Segment:
-    """The system turn, kept for the next rows (nearly always they have the same one): never change its lists."""
+    """The system turn, cached because nearly all rows have the same one: never change its lists."""
     return _unlearnt(enc, "system", text_ids(enc, text, parse_specials), markers)
 
 
 def _unlearnt(enc: Encoding, role: str, text: list[int], markers: bool) -> _Segment:
-    """A turn of which nothing is learnt, or, with `markers`, the control tokens and the line break behind it."""
+    """A turn without target tokens.
+
+    With `markers` its control tokens and the line break behind it are targets.
+    """
     head, tail = header_ids(enc, role), footer_ids(enc)
     ids = [*head, *text, *tail]
     labels = [IGNORE] * len(ids)
@@ -235,7 +248,7 @@ def _bounded(
     turns_dropped: int,
     options: EncodeOptions,
 ) -> Encoded:
-    """The row within max_tokens: without its oldest turns, and if that is not enough with its last ones cut."""
+    """The row within max_tokens: first its oldest turns go, then its last ones are cut."""
     prompt_cut = answer_cut = False
     if options.max_tokens is not None:
         room = options.max_tokens - len(system.ids)
@@ -244,9 +257,8 @@ def _bounded(
         if _n_tokens(segments) > room:
             room -= sum(segment.n_head + segment.n_tail for segment in segments)
             if room < LEAST_ROOM:
-                return Encoded(
-                    [], [], dropped="the system text leaves no room within data.max_tokens"
-                )
+                no_room = "the system text leaves no room within data.max_tokens"
+                return Encoded([], [], dropped=no_room)
             shares = _share(room, [segment.n_text for segment in segments])
             is_cut = [
                 segment.n_text > share for segment, share in zip(segments, shares, strict=True)

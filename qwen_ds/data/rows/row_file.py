@@ -1,8 +1,8 @@
 """The file of token rows: Arrow IPC, written a block at a time and read through memory mapping.
 
-Each block is a record batch of `SCHEMA`. A last batch without rows carries, as JSON in its metadata,
-what is said of all rows at once: see `RowWriter.finish`. Arrow writes its footer after everything
-else, so a file that was cut short has none and is never taken for a whole one.
+Each block is a record batch of `SCHEMA`. A last batch without rows carries, as JSON in its
+metadata, what is said of all rows at once: see `RowWriter.finish`. Arrow writes its footer after
+everything else, so a file that was cut short has none and is never taken for a whole one.
 """
 
 from __future__ import annotations

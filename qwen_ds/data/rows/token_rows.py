@@ -28,8 +28,8 @@ class TokenRows:
 
     Attributes:
         lens: int32 [rows], tokens of each row.
-        learnt: int32 [rows], target tokens of each row: labels that are left after the shift by one.
-        parts: the data sets in order, with their weights: how often an epoch draws each of their rows.
+        learnt: int32 [rows], target tokens: labels that are left after the shift by one.
+        parts: the data sets in order, and how often an epoch draws each of their rows.
         pad_id: <|endoftext|>.
         sha256: of the rows' content and, of a part of a cache, which rows these are: equal means
             equal rows in equal order.
@@ -105,8 +105,8 @@ class TokenRows:
         """Return (the rest, about `fraction` of the rows).
 
         Rows with the same first user text stay on the same side, so that nothing is evaluated whose
-        question was trained. Which side depends on that text and the seed alone, so that adding rows
-        moves few others.
+        question was trained. Which side depends on that text and the seed alone, so that adding
+        rows moves few others.
 
         Raises:
             UserError: either side would be empty.
@@ -120,8 +120,9 @@ class TokenRows:
         aside = mixed <= np.partition(mixed, wanted - 1)[wanted - 1]
         if aside.all():
             raise UserError(
-                f"data.eval_fraction {fraction} leaves none of the {len(self)} rows to train on (rows "
-                "with the same first user text stay together); expected more rows, or data.eval"
+                f"data.eval_fraction {fraction} leaves none of the {len(self)} rows to train on "
+                "(rows with the same first user text stay together); expected more rows, or "
+                "data.eval"
             )
         every = np.arange(len(self)) if self._chosen is None else self._chosen
         rest, set_aside = (
@@ -158,7 +159,7 @@ def prepare(data: DataOptions, model_dir: Path, seed: int = 0) -> Prepared:
         seed: decides which rows data.eval_fraction sets aside.
 
     Raises:
-        UserError: whatever is wrong with the options or the rows; see `data_report.PartReport.check`.
+        UserError: options or rows that cannot be trained on; see `data_report.PartReport.check`.
     """
     check_data(data)
     options = encode_options(data, model_dir)

@@ -103,9 +103,9 @@ class Evaluator:
         partitioned = engine.stage == 3 and dist.world_size() > 1
 
         def all_done(done: bool) -> bool:
-            """Called after each token, which is progress. Ranks end together: one that left earlier
-            would leave the others waiting for its part of the weights."""
-            self._watchdog.touch()
+            self._watchdog.touch()  # a token is progress
+            # Ranks end together: one that left earlier would leave the others waiting for its
+            # part of the weights.
             return dist.sum_floats(float(not done)) == [0.0] if partitioned else done
 
         engine.train(False)
@@ -115,7 +115,8 @@ class Evaluator:
             try:
                 found = decode_batch(model, batch, vocabulary, engine.device, all_done)
                 answers = [completion.text for completion in found]
-            except LogitsNotFinite:  # on every rank alike; the loss beside the samples is NaN, too
+            except LogitsNotFinite:
+                # Every rank meets it alike, and the loss beside the samples is NaN as well.
                 answers = [""] * len(rows)
         engine.train(True)
         decode = vocabulary.decode

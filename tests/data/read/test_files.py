@@ -1,4 +1,4 @@
-"""files.py: what a file is comes from its content; rows keep their lines; damage is told and stays where it is."""
+"""Files: content decides how one is read, rows keep their lines, damage stays where it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every data set's sample gives its expected conversations, found by its keys and named by its format."""
+"""Formats: every sample of a public data set gives its expected conversations."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
     stem = stem_of(sample)
     expected = json.loads((FORMATS / f"{stem}.expected.json").read_text(encoding="utf-8"))
     fmt = READER_OF_SAMPLE[stem] if named else "auto"
-    # Broken lines are part of one sample's expectation: they are counted when the user lets them pass.
+    # Broken lines are part of one sample's expectation, counted when the user lets them pass.
     bad_rows = "skip" if stem.endswith("_broken") else "stop"
     assert [
         shown(result)

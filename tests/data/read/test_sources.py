@@ -1,4 +1,4 @@
-"""sources.py: files, folders and data sets to conversations; what is told, counted, and never lost."""
+"""Sources: paths to conversations, bad rows stopped or skipped, columns mapped, splits found."""
 
 from __future__ import annotations
 

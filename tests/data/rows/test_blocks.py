@@ -1,4 +1,4 @@
-"""Blocks: rows that hold nothing to learn are dropped, and runs of target tokens end with their row."""
+"""Blocks: rows without target tokens are dropped, runs of target tokens end with their row."""
 
 from __future__ import annotations
 

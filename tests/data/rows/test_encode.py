@@ -1,7 +1,7 @@
 """Training rows: what is learnt, what is cut, and what the model sees when it answers.
 
-The oracle for `original` is written here from the layout alone: the whole row as one text, encoded with its control
-tokens parsed, and the bounds applied to the finished lists.
+The oracle for `original` is written here from the layout alone: the whole row as one text, encoded
+with its control tokens parsed, and the bounds applied to the finished lists.
 """
 
 from __future__ import annotations
@@ -48,11 +48,9 @@ def oracle(
 ) -> tuple[list[int], list[int]]:
     """A single-turn row of the original project."""
     system = "You are a helpful assistant."
-    before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question.strip()}<|im_end|>\n<|im_start|>"
-    x, y = (
-        enc.with_specials(before),
-        enc.with_specials(f"assistant\n{answer}<|im_end|><|endoftext|>"),
-    )
+    before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question.strip()}"
+    x = enc.with_specials(f"{before}<|im_end|>\n<|im_start|>")
+    y = enc.with_specials(f"assistant\n{answer}<|im_end|><|endoftext|>")
     if len(x) + len(y) > n_x + n_y:
         x, y = x[:n_x], y[:n_y]
         x[-3:], y[-2:] = [IM_END, NEWLINE, IM_START], [IM_END, EOD]

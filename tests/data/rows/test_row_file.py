@@ -1,4 +1,4 @@
-"""The file of token rows: sources and rows come back, and a disk that is full is the user's matter."""
+"""The file of token rows: rows and sources come back, and a full disk is the user's matter."""
 
 from __future__ import annotations
 

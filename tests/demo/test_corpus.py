@@ -1,4 +1,4 @@
-"""The demo's corpus: deterministic, split without overlap, and of two styles that both follow from the attributes."""
+"""The demo's corpus: deterministic, split without overlap, in two styles of the same attributes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ EVERY_ITEM = SPLITS.pretrain + SPLITS.train + SPLITS.held_out
 
 
 def test_the_corpus_is_the_one_that_the_base_was_made_from() -> None:
-    # It was made by another process on another day: an order or a draw that is not the seed's would show here.
+    # It was made by another process on another day: an order or a draw that is not the seed's would
+    # show here.
     with safe_open(PACKED_FILE, "pt") as file:
         assert file.metadata()["corpus_sha256"] == corpus.sha256()
 

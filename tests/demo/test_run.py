@@ -63,11 +63,12 @@ def test_the_tour_types_what_a_user_would(
     shell: FakeShell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.tour(shell, Path("runs/demo"), 2, None)
+    evaluate = f"python -m serve.evaluate --data {shell.data} --model"
     assert shell.commands == [
         "deepspeed --num_gpus 2 launch/train.py",
-        f"python -m serve.evaluate --data {shell.data} --model /base --output_dir runs/demo/eval_before",
+        f"{evaluate} /base --output_dir runs/demo/eval_before",
         "python launch/merge.py --base /base --adapter runs/demo/adapter --output runs/demo/merged",
-        f"python -m serve.evaluate --data {shell.data} --model runs/demo/merged --output_dir runs/demo/eval_after",
+        f"{evaluate} runs/demo/merged --output_dir runs/demo/eval_after",
     ]
     shown = capsys.readouterr().out
     assert "2 steps, loss 2.000 -> 1.000" in shown
@@ -98,8 +99,8 @@ def test_the_tour_types_what_a_user_would(
 def test_another_folder_or_json_is_named_in_the_command(shell: FakeShell) -> None:
     run.tour(shell, Path("runs/demo-2"), 8, "ds_configs/zero3.json")
     assert shell.commands[0] == (
-        "deepspeed --num_gpus 8 launch/train.py --config launch/recipes/demo.yaml --output_dir runs/demo-2 "
-        "--deepspeed ds_configs/zero3.json"
+        "deepspeed --num_gpus 8 launch/train.py --config launch/recipes/demo.yaml "
+        "--output_dir runs/demo-2 --deepspeed ds_configs/zero3.json"
     )
 
 
