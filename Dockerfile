@@ -1,5 +1,6 @@
-# For machines with NVIDIA GPUs. The base is plain Python, not a CUDA image: torch's wheels bring the CUDA libraries that
-# they were built for, and a second copy could only disagree with them. The driver comes from the host.
+# For machines with NVIDIA GPUs. The base is plain Python, not a CUDA image: torch's wheels bring
+# the CUDA libraries that they were built for, and a second copy could only disagree with them. The
+# driver comes from the host.
 #
 #   docker build -t qwen-ds .
 #   docker run --rm --gpus all --ipc host -v /models:/models -v "$PWD/runs:/qwen-ds/runs" qwen-ds \
@@ -7,13 +8,14 @@
 #       --model.path /models/Qwen-7B-Chat --data.train /models/train.json --output_dir runs/adgen
 FROM python:3.11-slim
 
-# Only the offload configurations compile anything: DeepSpeed's CPU Adam, at its first use.
+# Only the offload configurations need a compiler: DeepSpeed compiles its CPU Adam at first use.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 qwen
 WORKDIR /qwen-ds
 COPY --chown=qwen . .
-# Nothing is compiled while DeepSpeed is installed. Editable, because launch/ is no package and imports qwen_ds from here.
+# DeepSpeed compiles nothing during its installation. The project is installed editable, because
+# launch/ is not a package and uses qwen_ds from here.
 RUN DS_BUILD_OPS=0 pip install --no-cache-dir -c constraints.txt -e '.[serve,demo,gpu]' && \
     mkdir -p runs && chown qwen . runs
 

@@ -1,8 +1,12 @@
-"""What the documents say is there: commands parse with their own parsers, paths exist, tables are complete."""
+"""The documents tell the truth: commands parse, links lead somewhere, tables are complete.
+
+A page of docs/ and its Chinese twin in docs/zh/ are checked as README.md and README_zh.md are.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -20,7 +24,7 @@ import pytest
 from qwen_ds.data.read.readers import READERS
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
-from qwen_ds.plan.deepspeed_json import read_json
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.recipe.loading import load_recipe, to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import Parser
@@ -28,8 +32,12 @@ from serve.options import EvaluateOptions, PredictOptions
 from serve.options import parse as parse_serving
 
 ROOT = Path(__file__).parents[1]
-READMES = ("README.md", "README_zh.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
+DOCS = sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+# A page in English and in Chinese.
+PAIRS = [("README.md", "README_zh.md"), *((f"docs/{n}", f"docs/zh/{n}") for n in DOCS)]
+PAGES = [name for pair in PAIRS for name in pair]
+DOCUMENTS = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md")
+TRAINING = ("docs/training.md", "docs/zh/training.md")
 RECIPES = sorted((ROOT / "launch" / "recipes").iterdir())
 CLUSTER = sorted((ROOT / "launch" / "cluster").iterdir())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -46,7 +54,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def split_commands(script: str) -> Iterator[Words]:
-    """Words of each command of a shell text: continued lines joined, comments dropped, `&&` separates."""
+    """Yield the words of each command: continued lines joined, comments dropped, split at `&&`."""
     for line in script.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while "&&" in words:
@@ -61,7 +69,7 @@ def commands_of(name: str) -> list[Words]:
 
 
 def opening_command(recipe: Path) -> Words:
-    """The command in the comment that a recipe opens with: its indented lines."""
+    """The command in the opening comment of a recipe: its indented lines."""
     comment = re.match(r"(?:#.*\n)*", recipe.read_text(encoding="utf-8"))
     assert comment is not None
     indented = re.findall(r"^#   +(.*)$", comment[0], re.MULTILINE)
@@ -77,25 +85,23 @@ def code_spans(text: str) -> list[str]:
 
 
 ALL_COMMANDS = sorted(
-    {w for name in (*READMES, "CONTRIBUTING.md") for w in commands_of(name)}
+    {w for name in (*PAGES, "CONTRIBUTING.md") for w in commands_of(name)}
     | {*map(opening_command, [*RECIPES, *CLUSTER])}
 )
 
 
 class Parsed(Exception):
-    """A command got through its parser: what it would do next is not this test's business."""
+    """A parser accepted its command. What the command would do next is not this test's business."""
 
 
 def stop_after_parsing(
     main: Callable[[], object], options: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run a command's main up to where its own parser accepted the options."""
+    """Run a command's main until its own parser has accepted the options."""
     real = Parser.parse
 
-    def parse(
-        self: Parser, argv: Sequence[str] | None = None, *, defaults: bool = True
-    ) -> NoReturn:
-        real(self, argv, defaults=defaults)
+    def parse(self: Parser, argv: Sequence[str] | None = None, **how: bool) -> NoReturn:
+        real(self, argv, **how)
         raise Parsed
 
     with monkeypatch.context() as patch:
@@ -114,17 +120,14 @@ def load_script(path: str) -> ModuleType:
 
 
 def check_program(program: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script (launch/x.py) or a module (serve.x) and its options, checked by the parser that it uses itself."""
+    """Check the options of a script (launch/x.py) or module (serve.x) with its own parser."""
     if program == "launch/train.py":
-        # --help prints and exits; without it the words are those of an empty recipe. The launcher adds --local_rank.
-        options = [
-            word for word in options if word != "--help" and not word.startswith("--local_rank")
-        ]
+        # --help would print and exit, and the launcher adds --local_rank.
+        options = [o for o in options if o != "--help" and not o.startswith("--local_rank")]
         loaded = load_recipe(options)
-        read_json(loaded.recipe.deepspeed)
-        assert not options or "output_dir" in loaded.set_keys, (
-            "a second run into runs/demo would be refused"
-        )
+        read_deepspeed_json(loaded.recipe.deepspeed)
+        # A second run into the default runs/demo would be refused.
+        assert not options or "output_dir" in loaded.set_keys
     elif program == "serve.predict":
         parse_serving(PredictOptions, "", options)
     elif program == "serve.evaluate":
@@ -139,13 +142,13 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
 
 
 def check_launcher(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's launcher with its own parser, then what it launches."""
+    """Check DeepSpeed's own options with its parser, then the command that it launches."""
     from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
     arguments = parse_args(list(words[1:]))
     assert arguments.num_gpus > 0 or fetch_hostfile(arguments.hostfile)
     assert arguments.module == (not arguments.user_script.endswith(".py"))
-    # The launcher hands its number to each process in front of the user's own options.
+    # The launcher puts each process's rank before the user's own options.
     check_program(arguments.user_script, ["--local_rank=0", *arguments.user_args], monkeypatch)
 
 
@@ -158,7 +161,7 @@ def check_tensorboard(words: Words) -> None:
 
 
 def check_docker(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`docker build` finds its file; `docker run IMAGE COMMAND` runs a command of ours on an image built before."""
+    """Check that the image is built from our Dockerfile and runs one of our commands."""
     if words[1] == "build":
         assert (ROOT / "Dockerfile").is_file() and words[-1] == "."
         return
@@ -172,7 +175,7 @@ def check_docker(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 def check_cluster_script(
     path: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A script that starts launch/train.py with options of its own and, after them, those of the user."""
+    """Check a script that adds the user's options to its own and starts launch/train.py."""
     assert (ROOT / path).is_file() and (ROOT / path).stat().st_mode & 0o111
     (own,) = [words for words in split_commands(read(path)) if "launch/train.py" in words]
     own = own[own.index("launch/train.py") + 1 :]
@@ -182,14 +185,10 @@ def check_cluster_script(
 def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
         case ("make", *targets):
-            assert targets and all(
-                re.search(rf"^{target}:", read("Makefile"), re.MULTILINE) for target in targets
-            )
+            known = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
+            assert targets and {*targets} <= {*known}
         case ("source", path):
-            assert (
-                path.removesuffix("/bin/activate")
-                == re.findall(r"^VENV := (.+)$", read("Makefile"), re.MULTILINE)[0]
-            )
+            assert f"VENV := {path.removesuffix('/bin/activate')}\n" in read("Makefile")
         case ("deepspeed", *_):
             check_launcher(words, monkeypatch)
         case ("python" | ".venv/bin/python", "-m", program, *options):
@@ -221,7 +220,7 @@ def test_every_command_is_accepted_by_its_own_parser(
     "line",
     [
         "deepspeed --num_gpus 8 launch/train.py --optim.lrr 1e-4 --output_dir x",
-        "deepspeed --num_gpus 8 launch/train.py --config launch/recipes/lora_zero9.yaml --output_dir x",
+        "deepspeed launch/train.py --config launch/recipes/lora_zero9.yaml --output_dir x",
         "deepspeed --num_gpus 8 launch/train.py --deepspeed ds_configs/zero9.json --output_dir x",
         "deepspeed --num_gpus 8 launch/train.py --optim.epochs three --output_dir x",
         "deepspeed --num_gpus eight launch/train.py",
@@ -246,44 +245,61 @@ def test_a_command_with_a_mistake_is_noticed(line: str, monkeypatch: pytest.Monk
         check_command(tuple(shlex.split(line)), monkeypatch)
 
 
-def test_both_languages_give_the_same_commands_and_examples() -> None:
-    english, chinese = READMES
+@pytest.mark.parametrize("english, chinese", PAIRS)
+def test_both_languages_give_the_same_commands_and_examples(english: str, chinese: str) -> None:
     assert commands_of(english) == commands_of(chinese)
     assert blocks(read(english), "python") == blocks(read(chinese), "python")
-    # What comes before the wide gap is the same: names of files, or a whole example.
-    left = [
-        [re.split(r" {4,}", line)[0] for b in blocks(read(name), "text") for line in b.splitlines()]
-        for name in READMES
-    ]
+    # Left of a wide gap both are the same: names of files, or a whole example.
+    left, spans, heads = [], [], []
+    for text in (read(english), read(chinese)):
+        lines = [line for block in blocks(text, "text") for line in block.splitlines()]
+        left.append([re.split(r" {4,}", line)[0] for line in lines])
+        spans.append({span for span in code_spans(text) if not span.startswith("README")})
+        heads.append(re.findall(r"^(#+) ", text, re.MULTILINE))
     assert left[0] == left[1]
-    spans = [{s for s in code_spans(read(name)) if not s.startswith("README")} for name in READMES]
     assert spans[0] == spans[1], "code spans that only one language has"
-    assert len(re.findall(r"^#+ ", read(english), re.MULTILINE)) == len(
-        re.findall(r"^#+ ", read(chinese), re.MULTILINE)
-    )
+    assert heads[0] == heads[1]
+
+
+def test_every_page_has_its_twin_and_is_linked_from_both_readmes() -> None:
+    assert sorted(file.name for file in (ROOT / "docs" / "zh").iterdir()) == DOCS
+    for readme, *pages in zip(*PAIRS, strict=True):
+        assert all(f"({page})" in read(readme) for page in pages)
+
+
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", read(name), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_link_and_path_exists(name: str) -> None:
-    text = read(name)
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    folders = ("launch/", "ds_configs/", "qwen_ds/", "serve/", "tests/", ".ci/")
-    spans = [span for span in code_spans(text) if span.startswith(folders) and " " not in span]
-    missing = [path for path in [*links, *spans] if path and not (ROOT / path).exists()]
-    assert not missing
+def test_every_link_and_path_leads_somewhere(name: str) -> None:
+    text, missing = read(name), []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        page = str(target.relative_to(ROOT))
+        if not target.exists() or (anchor and anchor not in anchors(page)):
+            missing.append(link)
+    folders = ("launch/", "ds_configs/", "qwen_ds/", "serve/", "tests/", "docs/", ".ci/")
+    paths = [word for span in code_spans(text) for word in span.split() if word.startswith(folders)]
+    assert not [*missing, *(path for path in paths if not (ROOT / path).exists())]
     modules = [
         s.removeprefix("python -m ").split()[0]
         for s in code_spans(text)
-        if re.match(r"(python -m )?qwen_ds\.", s)
+        if re.match(r"(python -m )?(qwen_ds|serve)\.", s)
     ]
     assert all(importlib.util.find_spec(module) for module in modules)
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", TRAINING)
 @pytest.mark.parametrize("folder", ["launch/recipes", "ds_configs"])
 def test_the_tables_list_every_recipe_and_configuration(name: str, folder: str) -> None:
     listed = re.findall(rf"^\| \[`({folder}/[^`]+)`\]\(([^)]+)\) \| \S", read(name), re.MULTILINE)
-    assert all(shown == target for shown, target in listed)
+    for shown, target in listed:
+        assert ((ROOT / name).parent / target).resolve() == ROOT / shown
     assert sorted(shown for shown, _ in listed) == sorted(
         f"{folder}/{f.name}" for f in (ROOT / folder).iterdir()
     )
@@ -291,7 +307,7 @@ def test_the_tables_list_every_recipe_and_configuration(name: str, folder: str) 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_opens_with_its_own_command(recipe: Path) -> None:
-    """The command names the file, or is one that takes it by itself; and the file is a recipe with an existing JSON."""
+    """The command names the recipe or uses it by default, and the recipe's JSON exists."""
     text = shlex.join(opening_command(recipe))
     by_itself = {
         "demo.yaml": "deepspeed --num_gpus 2 launch/train.py",
@@ -299,43 +315,27 @@ def test_every_recipe_opens_with_its_own_command(recipe: Path) -> None:
     }
     assert text.startswith(by_itself.get(recipe.name, "deepspeed --num_gpus 8 launch/train.py"))
     assert recipe.name in by_itself or f"--config launch/recipes/{recipe.name}" in text
-    read_json(load_recipe(["--config", str(recipe)]).recipe.deepspeed)
-
-
-def recipe_keys() -> set[str]:
-    keys = to_dict(Recipe())
-    return {key for key in keys if not isinstance(keys[key], dict)} | {
-        f"{section}.{key}"
-        for section in keys
-        if isinstance(keys[section], dict)
-        for key in keys[section]
-    }
+    read_deepspeed_json(load_recipe(["--config", str(recipe)]).recipe.deepspeed)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_option_in_the_text_exists(name: str) -> None:
-    sections = tuple(
-        f"{key}." for key, value in to_dict(Recipe()).items() if isinstance(value, dict)
-    )
-    options = {f"--{key}" for key in recipe_keys()} | {
-        f"--{field}"
-        for kind in (PredictOptions, EvaluateOptions)
-        for field in kind.__dataclass_fields__
-    }
-    options |= {
-        text
-        for action in load_script("launch/merge.py").command_line()._actions
-        for text in action.option_strings
-    }
-    in_blocks = [word.strip(";,") for block in blocks(read(name), "text") for word in block.split()]
-    for span in [*code_spans(read(name)), *in_blocks]:
-        word = span.split()[0]
-        assert not word.startswith("--") or word in {*options, "--help", "--config"}, span
-        if word.startswith(sections) and not word.endswith((".py", ".json", ".jsonl")):
-            assert word in recipe_keys(), span
+    recipe = to_dict(Recipe())
+    sections = tuple(key for key, value in recipe.items() if isinstance(value, dict))
+    keys = {key for key in recipe if key not in sections}
+    keys |= {f"{section}.{key}" for section in sections for key in recipe[section]}
+    serving = {**PredictOptions.__dataclass_fields__, **EvaluateOptions.__dataclass_fields__}
+    merging = load_script("launch/merge.py").command_line()._option_string_actions
+    options = {"--help", "--config", *merging, *(f"--{key}" for key in (*keys, *serving))}
+    texts = [b for b in blocks(read(name), "text") if not b.startswith("error: ")]
+    words = [word.strip(";,") for text in texts for word in text.split()]
+    for word in [*(span.split()[0] for span in code_spans(read(name))), *words]:
+        assert not word.startswith("--") or word in options, word
+        if word.split(".")[0] in sections and not word.endswith((".", ".py", ".json", ".jsonl")):
+            assert word in {*keys, *sections}, word
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ["docs/data.md", "docs/zh/data.md"])
 def test_every_reader_is_listed(name: str) -> None:
     paragraph = next(p for p in read(name).split("\n\n") if p.startswith("`messages` "))
     assert re.findall(r"`(\w+)`", paragraph) == list(READERS)
@@ -344,7 +344,7 @@ def test_every_reader_is_listed(name: str) -> None:
 def test_the_example_of_bad_input_is_what_a_user_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (example,) = [b.strip() for b in blocks(read("README.md"), "text") if b.startswith("error: ")]
+    (example,) = [b.strip() for b in blocks(read("docs/data.md"), "text")]
     found = re.fullmatch(r"error: (\S+?):(\d+): role is '(\w+)'; .*", example)
     assert found is not None
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -358,26 +358,35 @@ def test_the_example_of_bad_input_is_what_a_user_gets(
     assert f"error: {error.value}" == example
 
 
+def messages_in_the_code() -> Iterator[tuple[re.Pattern[str], int]]:
+    """Yield each sentence in the code as a pattern, with the number of its fixed characters.
+
+    The fields of an f-string match any text.
+    """
+    files = [f for folder in ("qwen_ds", "serve", "launch") for f in (ROOT / folder).rglob("*.py")]
+    for node in (node for f in files for node in ast.walk(ast.parse(f.read_text("utf-8")))):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        texts = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
+        if " " in "".join(texts):
+            yield re.compile("".join(re.escape(t) or ".+" for t in texts)), sum(map(len, texts))
+
+
+def test_every_message_in_troubleshooting_is_one_of_the_code() -> None:
+    patterns = [(pattern, fixed) for pattern, fixed in messages_in_the_code() if fixed > 12]
+    for message in map(str.strip, blocks(read("docs/troubleshooting.md"), "text")):
+        # "X is Y; expected Z" fits anything, but little of it is fixed.
+        fixed = max((n for pattern, n in patterns if pattern.search(message)), default=0)
+        assert fixed > len(message) / 4, message
+
+
 def test_the_container_installs_what_the_project_declares() -> None:
-    """Its pip command: extras that exist, the one constraints file, and nothing of the build is kept out of it."""
-    found = re.search(
-        r"pip install --no-cache-dir -c (\S+) -e '\.\[([\w,]+)\]'", read("Dockerfile")
-    )
-    assert (
-        found is not None and (ROOT / found[1]).is_file() and f"-c {found[1]}" in read("Makefile")
-    )
-    assert set(found[2].split(",")) <= PROJECT["optional-dependencies"].keys()
-    needed = (
-        "pyproject.toml",
-        found[1],
-        PROJECT["readme"],
-        "LICENSE",
-        "qwen_ds",
-        "serve",
-        "launch",
-        "ds_configs",
-    )
-    assert not set(read(".dockerignore").split()) & set(needed)
+    """Extras and constraints exist, and .dockerignore keeps out nothing that is needed."""
+    command = r"pip install --no-cache-dir -c (\S+) -e '\.\[([\w,]+)\]'"
+    ((constraints, extras),) = re.findall(command, read("Dockerfile"))
+    assert (ROOT / constraints).is_file() and f"-c {constraints}" in read("Makefile")
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    needed = {*"pyproject.toml LICENSE qwen_ds serve launch ds_configs".split(), constraints}
+    assert not set(read(".dockerignore").split()) & {*needed, PROJECT["readme"]}
 
 
 def test_the_changelog_begins_with_this_version() -> None:

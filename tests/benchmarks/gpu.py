@@ -3,15 +3,19 @@
     python tests/benchmarks/gpu.py                        # prints a table, writes gpu.json
     python tests/benchmarks/gpu.py --json results.json --minutes 9
 
-Needs nothing but the repository and its wheels: weights are random and made on the device. In this order:
+It needs nothing but the repository and its wheels: weights are random and made on the device. It
+measures, in this order:
 
-    official   batch 1, accumulation 8, LoRA r 64 on c_attn, c_proj, w1, w2 with recomputation of all blocks, at 256 to
-               8192 tokens; with embedding and head trained whole, too: GB and seconds a step beside the README of
-               QwenLM/Qwen (one A100-SXM4-80G)
-    best       2048 tokens, nothing recomputed: rows of a micro-batch, and compiled blocks; the fastest with its MFU
-    peer       HF Trainer + peft on Qwen2 of the same shape at 2048 tokens, with and without recomputation
+    official   batch 1, accumulation 8, LoRA r 64 on c_attn, c_proj, w1, w2, activation
+               checkpointing in all blocks, 256 to 8192 tokens; the same with embedding and head
+               trained whole. GB and seconds a step stand beside those in the README of QwenLM/Qwen
+               (one A100-SXM4-80G).
+    best       2048 tokens, nothing recomputed, 1 to 8 rows in a micro-batch, blocks compiled or not
+    peer       HF Trainer + peft on a Qwen2 of the same shape, 2048 tokens, with and without
+               activation checkpointing
 
-What does not fit the memory or the time is reported so. Rows are full: every token is a real one.
+A measurement that does not fit the memory or the time is reported as such. Rows are full: there is
+no padding.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -35,11 +40,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.plan.deepspeed_json import resolve
 from qwen_ds.plan.flops import step_flops, utilisation
 from qwen_ds.plan.gpus import recognise
+from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.train import lora, setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group, stop_process_group
@@ -49,17 +56,21 @@ from qwen_ds.train.observe.metrics import peak_memory_gb
 TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 # Length: (GB, seconds a step), README of QwenLM/Qwen.
 OFFICIAL = {
-    "LoRA": {256: (20.1, 1.2), 512: (20.4, 1.5), 1024: (21.5, 2.8), 2048: (23.8, 5.2), 4096: (29.7, 10.1),
-             8192: (36.6, 21.3)},
-    "LoRA + embedding and head": {256: (33.7, 1.4), 512: (34.1, 1.6), 1024: (35.2, 2.9), 2048: (35.1, 5.3),
-                                  4096: (39.2, 10.3), 8192: (48.5, 21.7)},
+    "LoRA": {
+        256: (20.1, 1.2), 512: (20.4, 1.5), 1024: (21.5, 2.8),
+        2048: (23.8, 5.2), 4096: (29.7, 10.1), 8192: (36.6, 21.3),
+    },
+    "LoRA + embedding and head": {
+        256: (33.7, 1.4), 512: (34.1, 1.6), 1024: (35.2, 2.9),
+        2048: (35.1, 5.3), 4096: (39.2, 10.3), 8192: (48.5, 21.7),
+    },
 }  # fmt: skip
 OUT_OF_MEMORY, OUT_OF_TIME = "does not fit the memory", "no time left"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured; a test makes it tiny."""
+    """The sizes of a measurement; a test makes them tiny."""
 
     config: QWenConfig
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
@@ -86,20 +97,18 @@ def recipe(
 
 @contextlib.contextmanager
 def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Iterator[TrainingEngine]:
-    """Our model, adapter and engine as training makes them, but for the weights, which are random."""
-    wanted = setup.choose_attention(wanted, device)
+    """Our model, adapter and engine as training makes them, with random weights."""
+    attention = "sdpa" if device.type == "cuda" else "eager"
     with torch.device(device):
         model = QWenLMHeadModel._from_config(
-            plan.config, dtype=torch.bfloat16, attn_implementation=wanted.model.attention
+            plan.config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    setup.recompute_blocks(model, wanted.model.activation_checkpointing)
+    setup.recompute_blocks(model, from_recipe(wanted.model.activation_checkpointing))
     if wanted.model.compile:
         setup.compile_blocks(model, device)
     wrapped = lora.add_lora(model, wanted.lora, base="", seed=0)
-    resolved = ds_config.resolve(
-        ds_config.read_json(None), wanted, frozenset(), hidden_size=plan.config.hidden_size, world=1,
-        ranks_per_machine=1, can_quantise=False,
-    )  # fmt: skip
+    size, zero2 = plan.config.hidden_size, read_deepspeed_json(None)
+    resolved = resolve(zero2, wanted, frozenset(), hidden_size=size, world=1)
     made = TrainingEngine(
         TrainingModel(wrapped, model.transformer, model.lm_head), wanted.optim, resolved
     )
@@ -111,7 +120,7 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
 
 
 def our_steps(plan: Plan, trained: TrainingEngine, rows: int, length: int) -> dict[str, float]:
-    """Seconds of an optimizer step of `micro_batches` micro-batches of full rows, after one that is not timed."""
+    """Time optimizer steps of `micro_batches` micro-batches of full rows, after a warm-up step."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(
         0, plan.config.vocab_size, (plan.micro_batches, rows, length), generator=draw
@@ -121,7 +130,7 @@ def our_steps(plan: Plan, trained: TrainingEngine, rows: int, length: int) -> di
         for i, ids_BT in enumerate(ids):
             loss_sum = trained.loss_sum(ids_BT, ids_BT)
             trained.backward(loss_sum / ids.numel(), last_of_step=i + 1 == len(ids))
-        assert trained.step().applied
+        assert not trained.step().not_finite
 
     return timed(plan, step, trained.device) | {"tokens": float(ids.numel())}
 
@@ -141,15 +150,16 @@ def timed(plan: Plan, step: Callable[[], object], device: torch.device) -> dict[
 
 
 def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str, float]:
-    """HF Trainer + peft, as a user writes it; a step is timed by its callbacks, from the second on."""
+    """Time HF Trainer + peft as a user writes it, by its callbacks, from the second step on."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     own = plan.config
     shape = Qwen2Config(
-        vocab_size=own.vocab_size, hidden_size=own.hidden_size, intermediate_size=own.intermediate_size // 2,
-        num_hidden_layers=own.num_hidden_layers, num_attention_heads=own.num_attention_heads,
-        num_key_value_heads=own.num_attention_heads, tie_word_embeddings=False, use_cache=False,
+        vocab_size=own.vocab_size, hidden_size=own.hidden_size, use_cache=False,
+        intermediate_size=own.intermediate_size // 2, num_hidden_layers=own.num_hidden_layers,
+        num_attention_heads=own.num_attention_heads, num_key_value_heads=own.num_attention_heads,
+        tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
@@ -174,10 +184,10 @@ def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str
             times.append(time.perf_counter())
 
     arguments = TrainingArguments(
-        output_dir="unused", use_cpu=device.type == "cpu", bf16=True, max_steps=steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=plan.micro_batches, gradient_checkpointing=recompute, save_strategy="no",
-        gradient_checkpointing_kwargs={"use_reentrant": False}, report_to="none", disable_tqdm=True,
-        logging_strategy="no",
+        output_dir="unused", use_cpu=device.type == "cpu", bf16=True, max_steps=steps,
+        per_device_train_batch_size=1, gradient_accumulation_steps=plan.micro_batches,
+        gradient_checkpointing=recompute, gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     seconds = (times[-1] - times[0]) / plan.timed_steps
@@ -189,7 +199,7 @@ def peer_steps(plan: Plan, device: torch.device, *, recompute: bool) -> dict[str
 
 
 class Results:
-    """Collects figures; what fails for want of memory or time is a figure, too."""
+    """The figures so far; a measurement that ran out of memory or time is recorded as well."""
 
     def __init__(self, minutes: float) -> None:
         self.found: dict[str, dict[str, float | str]] = {}
@@ -207,7 +217,7 @@ class Results:
                 }
             except torch.OutOfMemoryError:
                 self.found[name] = {"remark": OUT_OF_MEMORY}
-            except Exception as error:  # the figures before it and after it stand
+            except Exception as error:  # it must not cost the other figures
                 self.found[name] = {"remark": f"{type(error).__name__}: {error}".splitlines()[0]}
                 traceback.print_exc()
         print(name, self.found[name], flush=True)
@@ -217,21 +227,21 @@ class Results:
 
 
 def measure(plan: Plan, device: torch.device, results: Results) -> None:
-    """All parts, by their names."""
+    """Add the figures of all parts to `results`."""
     for name in OFFICIAL:
         with our_engine(plan, recipe(plan, whole=name != "LoRA"), device) as trained:
             for length in plan.lengths:
-                results.add(
-                    f"{name}, {length}", lambda n=length, e=trained: our_steps(plan, e, 1, n)
-                )  # type: ignore[misc]
+                run = functools.partial(our_steps, plan, trained, 1, length)
+                results.add(f"{name}, {length}", run)
     for compiled in (False, True)[: 1 + plan.compiled]:
         with our_engine(plan, recipe(plan, every="none", compiled=compiled), device) as trained:
             for rows in plan.best_rows:
                 name = f"best, {rows} x {plan.best_length}{', compiled' if compiled else ''}"
-                results.add(name, lambda n=rows, e=trained: our_steps(plan, e, n, plan.best_length))  # type: ignore[misc]
+                run = functools.partial(our_steps, plan, trained, rows, plan.best_length)
+                results.add(name, run)
     for recompute in (True, False):
         name = f"peer, recomputation {'of all' if recompute else 'of none'}"
-        results.add(name, lambda again=recompute: peer_steps(plan, device, recompute=again))  # type: ignore[misc]
+        results.add(name, functools.partial(peer_steps, plan, device, recompute=recompute))
 
 
 def report(found: dict[str, dict[str, float | str]], plan: Plan, device_name: str) -> str:
@@ -258,9 +268,8 @@ def report(found: dict[str, dict[str, float | str]], plan: Plan, device_name: st
             f"{utilisation(flops, seconds, 1, gpu):.1%}" if gpu and "embedding" not in name else ""
         )
         theirs = official or ("", "")
-        lines.append(
-            f"| {name} | {gb:.1f} | {theirs[0]} | {seconds:.2f} | {theirs[1]} | {speed:,.0f} | {mfu} |"
-        )
+        cells = f"{gb:.1f} | {theirs[0]} | {seconds:.2f} | {theirs[1]} | {speed:,.0f} | {mfu}"
+        lines.append(f"| {name} | {cells} |")
     measured = {
         name: float(figures["tokens_per_second"])
         for name, figures in found.items()
@@ -281,7 +290,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="nothing new is begun after so many minutes"
+        "--minutes", type=float, default=9.0, help="start nothing new after so many minutes"
     )
     options = parser.parse_args()
     device = choose_device("cuda")
@@ -294,7 +303,7 @@ def main() -> None:
     try:
         measure(plan, device, results)
         stop_process_group()
-    finally:  # what was measured before an error stands
+    finally:  # an error must not cost the figures before it
         about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
         sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "config"}
         options.json.write_text(

@@ -1,10 +1,11 @@
-"""How far ZeRO scales: communication predicted for 1 to 1,024 GPUs, and the prediction held against real collectives.
+"""How far ZeRO scales: communication predicted for 1 to 1,024 GPUs, and checked on CPU ranks.
 
-    python tests/benchmarks/scaling.py            # predicts, measures on 2, 4 and 8 CPU ranks, writes SCALING.md
-    python tests/benchmarks/scaling.py --ranks 2  # only so many ranks, prints only
+    python tests/benchmarks/scaling.py            # predicts, measures, writes SCALING.md
+    python tests/benchmarks/scaling.py --ranks 2  # measures on these ranks only, writes nothing
 
-Measured is what DeepSpeed's comms logger sees in one optimizer step of a tiny Qwen: the bytes that a rank puts into
-each collective. The prediction is made before (qwen_ds/plan/traffic.py) and printed beside it with its error.
+The measurement reads DeepSpeed's comms logger in one optimizer step of a tiny Qwen, on 2, 4 and 8
+CPU ranks: the bytes that a rank puts into each collective. The prediction (qwen_ds/plan/traffic.py)
+is made first and printed beside it with its error.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ import torch
 from qwen_ds import dist
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.plan import candidates as plan
-from qwen_ds.plan import deepspeed_json as ds_config
+from qwen_ds.model.family import QWEN
 from qwen_ds.plan.activations import Saving
-from qwen_ds.plan.candidates import Workload
+from qwen_ds.plan.deepspeed_json import ResolvedConfig, resolve
 from qwen_ds.plan.gpus import Gpu, gpu_named
+from qwen_ds.plan.run import Base, Machine, Run
+from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
 from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
-from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
+from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
+from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group, stop_process_group
@@ -43,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "golden" / "small"
 MICRO_BATCHES = 3
 RANKS = (2, 4, 8)
-# The stage of a case, and what it changes in that ds_configs/zero{stage}.json.
+# Stage of each case, and its changes to ds_configs/zero{stage}.json.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-1": (1, {}),
     "ZeRO-2": (2, {}),
@@ -51,8 +55,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-3, hpZ 2": (3, {"zero_hpz_partition_size": 2}),
 }
 QWEN_7B = Shape.of(QWenConfig())
-BF16 = ModelOptions(dtype="bfloat16")
-CHAT = LoraOptions(special_rows="off")  # a chat model's rows of control tokens are trained already
+BF16 = ModelOptions(dtype="bfloat16", attention="sdpa")
+CHAT = LoraOptions(special_rows="off")  # a chat model's control tokens are trained already
 PER_GPU_ROWS = 16  # 128 rows a step on 8 GPUs
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -63,11 +67,10 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 def zero_of(case: str, world: int, *, hpz: int | None = None) -> Zero:
     """ZeRO as ds_configs/zero{1,2,3}.json resolve for the 7B."""
     stage, changes = CASES[case]
-    config = ds_config.read_json(f"ds_configs/zero{stage}.json")
+    config = read_deepspeed_json(f"ds_configs/zero{stage}.json")
     config["zero_optimization"] |= changes
-    resolved = ds_config.resolve(
-        config, Recipe(), frozenset(), hidden_size=QWEN_7B.hidden, world=world
-    )
+    recipe = Recipe(model=BF16, lora=CHAT)
+    resolved = resolve(config, recipe, frozenset(), hidden_size=QWEN_7B.hidden, world=world)
     zero = Zero.of(resolved.engine_json, world)
     return dataclasses.replace(zero, hpz=min(hpz, world)) if hpz and zero.hpz > 1 else zero
 
@@ -83,18 +86,17 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how, zero = (
-        Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True),
-        zero_of(case, gpus, hpz=links.per_machine),
-    )
-    work = plan.split(Workload.like(rows, 157, 0.66, 508), gpus, 2048)
-    seconds = plan.step_seconds(QWEN_7B, how, zero, links, gpu, work, 0.66, 0)
-    sent = traffic(zero, plan.load(QWEN_7B, how, zero, work.micro_batches))
+    how = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True)
+    zero = zero_of(case, gpus, hpz=links.per_machine)
+    batch = BatchOptions(rows_per_step=rows, tokens_per_micro_batch=2048)
+    parts = split(Workload.like(rows, 157, 0.66, 508), gpus, batch)
+    seconds = step_seconds(Work(QWEN_7B, how, zero), Cluster(gpu, links), parts, 0.66, 0)
+    sent = traffic(zero, load(QWEN_7B, how, zero, parts.micro_batches))
     return Point(sum(c.moved for c in sent) / 1e9, seconds.total, seconds.waiting / seconds.total)
 
 
 def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
-    """Weak scaling (rows_in_all None: PER_GPU_ROWS for each GPU), or one step of so many rows on ever more GPUs."""
+    """A table of weak scaling (PER_GPU_ROWS for each GPU), or of one step of `rows_in_all` rows."""
     heads = "".join(f"| {case.replace(' 2', '')}: GB | s/step | waits " for case in CASES)
     lines = [f"| GPUs {heads}|", "|---:" * (1 + 3 * len(CASES)) + "|"]
     ends: dict[str, int] = {}
@@ -123,7 +125,7 @@ def scale_table(gpu: Gpu, links: Links, rows_in_all: int | None) -> list[str]:
 
 
 def logged_bytes(collective: Collective) -> float:
-    """What the comms logger counts: the tensor that a rank puts in, its share of what is gathered, or the whole."""
+    """Bytes as the comms logger counts them: a rank's share of a gather, the whole otherwise."""
     gathers = collective.name.startswith("gather")
     return collective.size / collective.ranks if gathers else collective.size
 
@@ -133,9 +135,9 @@ def predicted(case: str, world: int) -> dict[str, float]:
     recipe = small_recipe()
     resolved = resolve_small(case, recipe, shape, world)
     zero = Zero.of(resolved.engine_json, world)
-    load = plan.load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
+    sent = load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
     found = {"gather": 0.0, "reduce": 0.0}
-    for collective in traffic(zero, load):
+    for collective in traffic(zero, sent):
         found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(
             collective
         )
@@ -145,36 +147,40 @@ def predicted(case: str, world: int) -> dict[str, float]:
 def small_recipe() -> Recipe:
     return Recipe(
         device="cpu",
-        model=dataclasses.replace(BF16, path=str(SMALL), activation_checkpointing="none"),
+        model=ModelOptions(
+            path=str(SMALL), dtype="bfloat16", attention="eager", activation_checkpointing="none"
+        ),
         lora=CHAT,
     )
 
 
-def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ds_config.ResolvedConfig:
-    """ZeRO-3's bounds on what stays gathered in the proportion that the file's have to the 7B."""
+def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> ResolvedConfig:
+    """Resolve a case, with ZeRO-3's bounds on gathered parameters scaled down from the 7B's."""
     stage, changes = CASES[case]
-    config = ds_config.read_json(f"ds_configs/zero{stage}.json")
+    config = read_deepspeed_json(f"ds_configs/zero{stage}.json")
     section = config["zero_optimization"]
     section |= changes
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
         if key in section:
             section[key] = int(section[key] * shape.parameters / QWEN_7B.parameters)
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
-    return ds_config.resolve(config, recipe, frozenset(), hidden_size=shape.hidden, world=world)
+    return resolve(config, recipe, frozenset(), hidden_size=shape.hidden, world=world)
 
 
 def work(out: Path) -> None:
-    """One rank: for each case two steps, the second of them logged."""
+    """Run one rank: two steps of each case, the second one logged."""
     from deepspeed.comm import comm
 
     device = choose_device("cpu")
     start_process_group(device, 10)
-    shape = Shape.of(QWenConfig.from_pretrained(SMALL))
+    base = Base(QWEN, QWenConfig.from_pretrained(SMALL), {}, SMALL)
+    shape, world = Shape.of(base.config), dist.world_size()
+    machine = Machine(world, world, on_gpu=False, memory=0, memory_source="")
     results: dict[str, dict[str, float]] = {}
     for case in CASES:
         recipe = small_recipe()
-        resolved = resolve_small(case, recipe, shape, dist.world_size())
-        model = setup.load_model(recipe, resolved, device)
+        resolved = resolve_small(case, recipe, shape, world)
+        model = setup.load_model(Run(recipe, base, machine, resolved), device)
         trained = TrainingEngine(model.training, recipe.optim, resolved)
         trained.train(True)
         ids_BT = torch.randint(
@@ -213,7 +219,8 @@ def measured(world: int) -> dict[str, dict[str, float]]:
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", __file__, "--work", str(out)],
                 env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=None if rank == 0 else subprocess.DEVNULL,
+                cwd=ROOT, stdout=subprocess.DEVNULL,
+                stderr=None if rank == 0 else subprocess.DEVNULL,
             )
             for rank in range(world)
         ]  # fmt: skip
@@ -234,24 +241,25 @@ def compare(ranks: Sequence[int]) -> list[str]:
             for kind, expected in kinds.items():
                 found = after[case][kind]
                 error = f"{expected / found - 1:+.1%}" if found else "-"
-                lines.append(
-                    f"| {world} | {case} | {kind} | {expected / 1e3:.1f} | {found / 1e3:.1f} | {error} |"
-                )
+                both = f"{expected / 1e3:.1f} | {found / 1e3:.1f}"
+                lines.append(f"| {world} | {case} | {kind} | {both} | {error} |")
     return lines
 
 
 TEMPLATE = """# How far ZeRO scales
 
-Written by `python tests/benchmarks/scaling.py` on {date}. Nothing on this page has run on a GPU or on more than one
-machine: the first part is arithmetic, the second holds its bytes against real collectives on CPU ranks.
+Written by `python tests/benchmarks/scaling.py` on {date}. Nothing on this page has run on a GPU or
+on more than one machine: the first part is arithmetic, and the second checks its bytes against real
+collectives on CPU ranks.
 
 ## Predicted: Qwen-7B, LoRA r 8 on c_attn and c_proj, H100
 
-Rows like AdvertiseGen's (157 tokens, two thirds learnt), micro-batches of 2,048 tokens, nothing recomputed. GB: what
-each GPU receives in a step. Waits: the share of the step in which it waits for communication that nothing hides. NVLink
-450 GB/s in machines of 8; the volumes are `traffic`, the times `Links.seconds` of qwen_ds/plan/traffic.py (rings, and
-a latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so a few GPUs are faster
-each than one.
+Rows like AdvertiseGen's (157 tokens, two thirds of them targets), micro-batches of 2,048 tokens,
+nothing recomputed. GB: what each GPU receives in a step. Waits: the share of the step in which it
+waits for communication that nothing hides. NVLink at 450 GB/s in machines of 8. The volumes are
+those of `traffic`, the times those of `Links.seconds` in qwen_ds/plan/traffic.py (rings, with a
+latency for each step of a ring from NCCL's tuning table). A step of more rows pads less, so each of
+a few GPUs is faster than one alone.
 
 ### {rows} rows for each GPU, 400 Gb/s for each GPU between machines
 
@@ -265,32 +273,37 @@ each than one.
 
 {strong}
 
-What follows. With LoRA, ZeRO-2 scales as far as there are rows: it sends the adapter's gradients alone, 40 MB a
-micro-batch, whatever the number of GPUs. ZeRO-1 sends them once a step: on slow networks, and wherever ranks would wait
-for each other after every micro-batch, it is the better one for LoRA, whose gradients need no spreading. At 128 rows a
-step both end at 32 GPUs, where micro-batches are so small that a step no longer gets shorter. ZeRO-3 sends the weights
-twice for each micro-batch and ends at one machine: its ring has as many steps as there are GPUs, and every module's
-gathering pays the latency of each of them. hpZ (`zero_hpz_partition_size`, the GPUs of a machine) takes the weights off
-the network, since frozen ones never change: 400 Gb/s for a whole machine then serve as well as for each GPU. What is
-left are the gatherings of the adapters' own small matrices, one by one. hpZ costs a second copy of the weights in each
-machine; it is for what does not fit one GPU.
+With LoRA, ZeRO-2 scales as far as there are rows: it sends the adapter's gradients alone, 40 MB a
+micro-batch, whatever the number of GPUs. ZeRO-1 sends them once a step. It is the better choice for
+LoRA on slow networks, and wherever ranks would wait for each other after every micro-batch: the
+gradients of an adapter need no partitioning. At 128 rows a step both end at 32 GPUs, where
+micro-batches are so small that a step no longer gets shorter. ZeRO-3 sends the weights twice for
+each micro-batch and ends at one machine: its ring has as many steps as there are GPUs, and each
+module's gather pays the latency of all of them. hpZ (`zero_hpz_partition_size`, the GPUs of a
+machine) keeps the weights off the network, since frozen ones never change: 400 Gb/s for a whole
+machine then serve as well as for each GPU. The gathers of the adapter's own small matrices, one by
+one, remain. hpZ costs a second copy of the weights in each machine. It is for models that do not
+fit one GPU.
 
 ## Measured: DeepSpeed's comms logger, 2, 4 and 8 CPU ranks
 
-tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro} micro-batches; KB
-that a rank puts into its collectives (its share of what is gathered; the whole of what is reduced). ZeRO-3's bounds
-on what stays gathered are in the proportion that ds_configs/zero3.json has to the 7B.
+tests/golden/small (hidden 64, 3 blocks), LoRA r 8, bf16, gloo, the second of two steps of {micro}
+micro-batches. KB that a rank puts into its collectives: its share of a gather, the whole of a
+reduction. ZeRO-3's bounds on gathered parameters are scaled down from those of
+ds_configs/zero3.json for the 7B.
 
 {measured}
 
-This is the formula as corrected. The first prediction, made before anything was measured, was exact for ZeRO-2 and
-ZeRO-3's gradients, three times too much for ZeRO-1's (which was thought to average after each micro-batch as ZeRO-2
-does, 179.7 KB for 59.9), and too simple for what ZeRO-3 gathers: every weight twice, 18.6 % too much on 2 ranks
-(1,402.4 KB for 1,182.2); and, with the first correction in, under hpZ each forward gathering over all ranks, 29.9 % too
-little on 4 (818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the
-backward pass begins; the embedding and the first block's c_attn, through which no gradient flows), what is gathered
-after a step (tensors too small to be spread), and that frozen weights stay in the machine under hpZ; each was then
-found in DeepSpeed's code. The 8 ranks were measured for the first time with the formula as it is.
+This is the formula as corrected. The first prediction, made before anything was measured, was exact
+for ZeRO-2 and for ZeRO-3's gradients. It was three times too high for ZeRO-1's (179.7 KB for 59.9),
+which it assumed to average after each micro-batch as ZeRO-2 does. It was too simple for ZeRO-3's
+gathers: every weight twice, 18.6 % too much on 2 ranks (1,402.4 KB for 1,182.2). After the first
+correction it still took each forward gather under hpZ to span all ranks, 29.9 % too little on 4
+(818.3 KB for 1,166.7). The log showed what is gathered once (lm_head, which is still there when the
+backward pass begins; the embedding and the first block's c_attn, through which no gradient flows),
+what is gathered after a step (tensors too small to be partitioned), and that frozen weights stay in
+the machine under hpZ. Each was then found in DeepSpeed's code. The 8 ranks were measured for the
+first time with the formula as it is.
 """
 
 
@@ -308,7 +321,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="*", help="measure on so many ranks only, and write nothing"
+        "--ranks",
+        type=int,
+        nargs="*",
+        help="measure on these numbers of ranks only, and write nothing",
     )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The benchmarks of training run through on tiny shapes; their figures mean nothing there."""
+"""The training benchmarks run to the end on tiny shapes, where their figures mean nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_we_and_a_peer_train_the_same_rows(tmp_path: Path) -> None:
     found = train.measure(tmp_path, shape, 1, "c", ["--model.compile", "false"])
     (ours,), (peer,) = found["ours"], found["c"]
     assert len(ours["losses"]) == len(peer["losses"]) == 3
-    # One model and rows of one kind: the first losses agree, before anything was learnt.
+    # The same model and rows of one kind: the first losses agree, before any update.
     assert ours["losses"][0] == pytest.approx(peer["losses"][0], rel=0.01)
     for one in (ours, peer):
         assert one["tokens_per_second"] > one["rows_per_second"] > 0 and one["peak_gb"] > 0
@@ -38,8 +38,11 @@ from qwen_ds.train.engine.start import start_process_group, stop_process_group
 from tests.benchmarks import gpu
 device = choose_device("cpu")
 start_process_group(device, 1)
-sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16)
-plan = gpu.Plan(QWenConfig(**sizes, intermediate_size=64), (256, 512), 32, (1, 2), 2, 4, False, 1)
+config = QWenConfig(
+    vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16,
+    intermediate_size=64,
+)
+plan = gpu.Plan(config, (256, 512), 32, (1, 2), 2, 4, False, 1)
 results = gpu.Results(5)
 gpu.measure(plan, device, results)
 results.add("broken", lambda: 1 / 0)
@@ -64,9 +67,8 @@ def test_the_gpu_benchmark_runs_through_on_a_cpu() -> None:
         "broken",
     ]
     by_name = dict(zip(names, rows, strict=True))
-    assert by_name["LoRA, 512"][2].strip() == "20.4" and by_name["LoRA, 512"][6].strip().endswith(
-        "%"
-    )
+    official_gb, mfu = (by_name["LoRA, 512"][i].strip() for i in (2, 6))
+    assert official_gb == "20.4" and mfu.endswith("%")
     assert "times as fast as the faster peer" in run.stdout
 
 

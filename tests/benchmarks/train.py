@@ -1,21 +1,22 @@
 """Training speed against what a user would pick instead: HF Trainer + peft + DeepSpeed ZeRO-2.
 
-    python tests/benchmarks/train.py                # three rounds; prints a table and writes JSON (make bench)
-    python tests/benchmarks/train.py --rounds 1 --folder bench
+    python tests/benchmarks/train.py                # three rounds; prints a table (make bench)
+    python tests/benchmarks/train.py --rounds 1 --folder bench --json results.json
 
-No maintained trainer loads Qwen v1, so the peers train the same model in Qwen2's format (launch/merge.py --format
-qwen2), on the same token rows, with LoRA r 8 on the same maps, 32 rows a step, two CPU ranks of one thread each; all
-peers but (d) in bf16:
+No maintained trainer loads Qwen v1 on today's transformers. The peers therefore train the same
+model in the Qwen2 format (launch/merge.py --format qwen2), on the same token rows, with LoRA r 8 on
+the same matrices, 32 rows a step, on two CPU ranks of one thread each; all but (d) in bf16:
 
     a   the official recipe: every row padded to 512, activation checkpointing
-    b   micro-batches of 4 rows, padded to the longest, no checkpointing
+    b   micro-batches of 4 rows, padded to the longest, no activation checkpointing
     c   as b, with rows grouped by length
-    d   as c in fp32: what the CPU multiplies faster where it has no matrix unit for bf16 (AMX)
+    d   as c in fp32, which a CPU without a matrix unit for bf16 (AMX) multiplies faster
 
-The contenders take turns, each as a job of its own; a round gives each one figure, and the medians count. Real tokens,
-never padding. Ours compiles its blocks, which the warm-up steps bear, holds 640 tokens in a micro-batch, and runs
-ZeRO-1, which for an adapter stores little more than ZeRO-2 and communicates once a step. Its dtype is auto: bf16, or
-fp32 where the CPU has no AMX. Peak memory is the resident set of rank 0, the process as a whole.
+The contenders take turns, each as a job of its own. A round gives each contender one figure, and
+the table shows the medians. Only real tokens count, never padding. Ours compiles its blocks during
+the warm-up steps, puts 640 tokens into a micro-batch, and runs ZeRO-1: for an adapter it stores
+little more than ZeRO-2 and communicates once a step. Its dtype is auto: bf16, or fp32 where the CPU
+has no AMX. Peak memory is the resident set of rank 0's process.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ SPECIALS = 208
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The 7B's proportions: a head of a tenth of the blocks, w1 and w2 of 2.7 times the hidden width."""
+    """The 7B's proportions: head a tenth of the blocks, w1 and w2 2.7 times the hidden width."""
 
     hidden: int = 512
     layers: int = 8
@@ -72,12 +73,12 @@ class Shape:
     steps: Mapping[str, int] = field(
         default_factory=lambda: {"ours": 14, "a": 5, "b": 8, "c": 8, "d": 8}
     )
-    """Optimizer steps of each contender, WARM_UP of them not timed."""
+    """Optimizer steps of each contender; the first WARM_UP are not timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One contender in one round."""
+    """The figures of one contender in one round."""
 
     tokens_per_second: float
     rows_per_second: float
@@ -87,7 +88,7 @@ class Result:
 
 
 def write_inputs(folder: Path, shape: Shape) -> None:
-    """A random model in both formats, and the rows: as text for us, as token ids for the peers."""
+    """Write a random model in both formats, and the rows: text for us, token ids for the peers."""
     model, data = folder / "model", folder / "rows.jsonl"
     torch.manual_seed(0)
     config = QWenConfig(
@@ -130,8 +131,11 @@ def write_inputs(folder: Path, shape: Shape) -> None:
 
 
 def write_rows(path: Path, model: Path, count: int) -> None:
-    """Prompts and answers of log-normal length (medians 37 and 100 tokens, sigma 0.5) from words of one token each; the
-    encoder cuts both parts at 254 tokens, as by default."""
+    """Write prompts and answers of random words, one token each.
+
+    Lengths are log-normal (medians 37 and 100 tokens, sigma 0.5); the encoder cuts both parts at
+    254 tokens, its default.
+    """
     import base64
 
     tokens = [
@@ -174,15 +178,16 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
 
 
 def run_ours(folder: Path, shape: Shape, options: Sequence[str]) -> Result:
-    """launch/train.py as a user starts it."""
+    """Run launch/train.py as a user starts it."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         steps = shape.steps["ours"]
         launch(ROOT / "launch" / "train.py", [
             "--model.path", str(folder / "model"), "--data.train", str(folder / "rows.jsonl"),
-            "--data.cache_dir", str(folder / "cache"), "--output_dir", out, "--optim.lr", str(LR), "--device", "cpu",
-            "--optim.max_steps", str(steps), "--batch.rows_per_step", str(ROWS_PER_STEP), "--save.every_steps", "1000",
-            "--model.activation_checkpointing", "none", "--batch.tokens_per_micro_batch", "640",
-            "--deepspeed", "ds_configs/zero1.json", "--model.compile", "true", *options,
+            "--data.cache_dir", str(folder / "cache"), "--output_dir", out, "--device", "cpu",
+            "--optim.lr", str(LR), "--optim.max_steps", str(steps), "--save.every_steps", "1000",
+            "--batch.rows_per_step", str(ROWS_PER_STEP), "--batch.tokens_per_micro_batch", "640",
+            "--model.activation_checkpointing", "none", "--model.compile", "true",
+            "--deepspeed", "ds_configs/zero1.json", *options,
         ])  # fmt: skip
         lines = [
             json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
@@ -215,18 +220,17 @@ def run_peer(folder: Path, shape: Shape, peer: str) -> Result:
 
 
 def peer_main(folder: Path, peer: str, steps: int) -> None:
-    """One rank of a peer: what a user of HF Trainer writes, and a clock around its steps."""
+    """Run one rank of a peer: the script of an HF Trainer user, with a clock around its steps."""
     import deepspeed
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    # As in our engine: DeepSpeed's shared-memory op would be compiled first.
+    # As in our engine: otherwise DeepSpeed first compiles its shared-memory op.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
-    pad = (
-        max(max(row["input_ids"]) for row in rows) - 2
-    )  # <|endoftext|>: two before <|im_end|>, the largest id
+    # <|endoftext|> is two before <|im_end|>, the largest id.
+    pad = max(max(row["input_ids"]) for row in rows) - 2
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         length = PEER_LENGTH if peer == "a" else max(len(row["input_ids"]) for row in batch)
@@ -260,10 +264,11 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
             return super().training_step(model, inputs, *args, **kwargs)
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), use_cpu=True, bf16=peer != "d", max_steps=steps, learning_rate=LR,
-        lr_scheduler_type="constant", per_device_train_batch_size=PEER_MICRO_BATCH, logging_steps=1, report_to="none",
-        gradient_accumulation_steps=ROWS_PER_STEP // (RANKS * PEER_MICRO_BATCH), gradient_checkpointing=peer == "a",
-        gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "trainer"), use_cpu=True, bf16=peer != "d", max_steps=steps,
+        learning_rate=LR, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+        per_device_train_batch_size=PEER_MICRO_BATCH, save_strategy="no", disable_tqdm=True,
+        gradient_accumulation_steps=ROWS_PER_STEP // (RANKS * PEER_MICRO_BATCH),
+        gradient_checkpointing=peer == "a", gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="group_by_length" if peer in "cd" else "random",
         deepspeed={
             "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
@@ -298,13 +303,14 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
         }
         (folder / f"peer_{peer}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort a rank that exits
+    # Otherwise gloo's threads may abort a rank while it exits.
+    torch.distributed.destroy_process_group()
 
 
 def measure(
     folder: Path, shape: Shape, rounds: int, peers: str = "abcd", options: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """All contenders, `rounds` times in turns: their results by name ("ours", "a" ...)."""
+    """Run all contenders in turns, `rounds` times; their results by name ("ours", "a" ...)."""
     if not (folder / "tokens.jsonl").exists():
         write_inputs(folder, shape)
     found: dict[str, list[Result]] = {name: [] for name in ("ours", *peers)}
@@ -323,7 +329,7 @@ def measure(
 
 
 def table(found: dict[str, Any]) -> str:
-    """Medians over the rounds, and each contender's ratio to ours, taken round by round."""
+    """A table of the medians and of each contender's ratio to ours, taken round by round."""
     lines = [
         "| | real tokens/s | rows/s | ours is faster by | peak memory, GB | loss by step |",
         "|---|---|---|---|---|---|",
@@ -351,12 +357,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--folder", type=Path, help="where model and rows are kept for another run; unset: nowhere"
+        "--folder", type=Path, help="keep model and rows here for another run; unset: delete them"
     )
     parser.add_argument(
-        "--peers", default="abcd", help="which of them run; other options go to launch/train.py"
+        "--peers", default="abcd", help="the peers to run; unknown options go to launch/train.py"
     )
-    parser.add_argument("--json", type=Path, help="where to write all results")
+    parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
