@@ -1,4 +1,4 @@
-"""Fine-tune Qwen:  deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE]"""
+"""Fine-tune Qwen: deepspeed --num_gpus N launch/train.py [--config RECIPE] [--section.key VALUE]"""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 def main() -> int:
     options = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     note = "" if options else "no options given: the embedded demo (launch/recipes/demo.yaml)"
-    # Options first, DeepSpeed last: neither --help nor a mistake should wait for imports, and a typo
-    # must not cost the minutes in which rows are tokenised and a base is loaded.
+    # Options first, DeepSpeed last: neither --help nor a mistake should wait for imports, and a
+    # typo must not cost the minutes in which rows are tokenised and a base is loaded.
     asked = load_recipe(options or ["--config", str(DEMO_RECIPE)])
     from qwen_ds.plan.resolve import check
 

@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 from qwen_ds.decode.errors import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.parser import Parser
+from qwen_ds.recipe.parser import parse_options
+from qwen_ds.recipe.ranges import PositiveFloat, PositiveInt
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
@@ -21,7 +22,7 @@ class AnswerOptions:
 
     adapter: str | None = None
     """Folder of a PEFT adapter to put on the model, unmerged."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Rows decoded together. It changes the speed, not the answers."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU when there is one."""
@@ -46,11 +47,11 @@ class AnswerOptions:
     """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
     is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
     and count it."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Take only that many rows from the front."""
     overwrite: bool = False
     """Replace the output if it exists."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: PositiveFloat = 30.0
     """With several ranks: give up when none of them finishes a row for so long."""
     format: str = "auto"
     """Name of a reader, or auto to recognise each row by its keys."""
@@ -65,10 +66,6 @@ class AnswerOptions:
     tokens."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; expected 1 or more")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}; expected 1 or more")
         self.sampling()  # its checks
 
     def sampling(self) -> SamplingParams:
@@ -126,10 +123,6 @@ def parse(kind: type[Options], description: str, argv: Sequence[str] | None = No
         UserError: an unknown option, a value of the wrong type or out of range, a missing option.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(description=description)
-    parser.add_argument("--config", action="config", help="options as a YAML file")
-    parser.add_class_arguments(kind)
-    args = [_spelled_out(arg, after) for arg, after in zip(words, [*words[1:], "--"], strict=True)]
-    given = parser.parse(args)
-    given.pop("config", None)
-    return kind(**parser.instantiate_classes(given).as_dict())
+    following = [*words[1:], "--"]
+    spelled = [_spelled_out(arg, after) for arg, after in zip(words, following, strict=True)]
+    return parse_options(kind, description, spelled)
