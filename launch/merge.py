@@ -24,21 +24,22 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
+from qwen_ds import dist
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from qwen_ds.export.choices import FormatName, MergeDtype, Proof
+from qwen_ds.export.output_place import REPORT_NAME
+from qwen_ds.model.folder import find_model
 from qwen_ds.recipe.parser import Parser
 from qwen_ds.runlog import run_command
 
 if TYPE_CHECKING:
     from qwen_ds.export.merge_report import MergeReport
-
-# Spelled here, too: --help and a misspelt option should not wait for torch.
-FormatName = Literal["qwen", "qwen2"]
-MergeDtype = Literal["keep", "bfloat16", "float16", "float32"]
-Proof = Literal["auto", "full", "sampled", "off"]
 
 OPTIONS = {
     "from": (FormatName, "qwen", "format of the base; qwen2: back to the qwen format"),
@@ -70,22 +71,14 @@ OPTIONS = {
         [],
         "data files: every text in them must get the same ids from a converted tokenizer",
     ),
-    "dtype": (
-        MergeDtype,
-        "keep",
-        "dtype of all weights in the output; keep: each as in the base",
-    ),
+    "dtype": (MergeDtype, "keep", "dtype of all weights in the output; keep: each as in the base"),
     "verify": (
         Proof,
         "auto",
         "compare logits with base + adapters: of whole models, or layer by layer in the memory of"
         " one layer on shorter texts; auto: full if the model fits in memory",
     ),
-    "prompts": (
-        str | None,
-        None,
-        "text file, a prompt a line, instead of the built-in ones",
-    ),
+    "prompts": (str | None, None, "text file, a prompt a line, instead of the built-in ones"),
     "allow_pickle": (
         bool,
         False,
@@ -108,13 +101,9 @@ def command_line() -> Parser:
 
 
 def main() -> int:
-    from qwen_ds import dist
-
     options = command_line().parse()
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
-
-    from transformers.utils import logging as transformers_logging
 
     # The proof loads models through transformers and peft. The bar is the merge's, and their
     # notices to each other are nothing that a user of this command could act on.
@@ -128,7 +117,7 @@ def main() -> int:
     if not report.rejected:
         return EXIT_DONE
     print(
-        f"the proof failed: the output is left as {report.folder}; see merge_report.json in it",
+        f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it",
         file=sys.stderr,
     )
     return EXIT_FAILURE
@@ -136,12 +125,10 @@ def main() -> int:
 
 def merge_as_asked(options: Namespace) -> MergeReport:
     """Merge with a progress bar."""
-    from tqdm import tqdm
-
+    # Not above: --help and a misspelt option should not wait for peft and datasets.
     from qwen_ds.export.formats import find_format
     from qwen_ds.export.merge import MergeOptions, merge
     from qwen_ds.export.proof.verify import read_prompts
-    from qwen_ds.model.folder import find_model
 
     chosen = MergeOptions(
         weights=options.weights,
@@ -167,7 +154,6 @@ def merge_as_asked(options: Namespace) -> MergeReport:
 def convert_adapter_only(options: Namespace) -> int:
     """Write the adapter as one for the base's Qwen2, without the base's weights."""
     from qwen_ds.export.qwen2.adapter import convert_adapter
-    from qwen_ds.model.folder import find_model
 
     if len(options.adapter) != 1 or options.format != "qwen2":
         raise UserError(

@@ -1,4 +1,4 @@
-"""The place of this process among the ranks, and the few collectives of training, each by its meaning.
+"""The place of this process among the ranks, and the collectives of training by their meaning.
 
 This is the only module that reads a launcher's environment variables: those of torch and DeepSpeed
 (RANK, LOCAL_RANK, WORLD_SIZE), of Slurm (SLURM_*) and of Open MPI (OMPI_*). Reading them starts no
@@ -72,7 +72,7 @@ def export_ranks(master_addr: str | None = None, master_port: int | None = None)
 
 
 def has_rendezvous() -> bool:
-    """Whether the launcher says where the ranks meet. srun names their machines, which is enough."""
+    """Whether the launcher says where the ranks meet; that srun names their machines is enough."""
     return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or _started_by_srun()
 
 
@@ -102,7 +102,7 @@ def slurm_rendezvous() -> tuple[str, int]:
 
 
 def free_port_over_mpi() -> int:
-    """A port that is free on rank 0, sent to the others through MPI (a collective of mpirun's ranks).
+    """A port that is free on rank 0, sent to the others through MPI (mpirun's collective).
 
     Raises:
         UserError: MPI knows of other ranks than the environment, so nothing says where they meet.
@@ -112,8 +112,8 @@ def free_port_over_mpi() -> int:
     ranks = MPI.COMM_WORLD
     if ranks.Get_size() != world_size():
         raise UserError(
-            f"the environment says {world_size()} ranks and MPI {ranks.Get_size()}; expected mpirun, "
-            f"srun, or a launcher that sets MASTER_ADDR and MASTER_PORT"
+            f"the environment says {world_size()} ranks and MPI {ranks.Get_size()}; expected "
+            f"mpirun, srun, or a launcher that sets MASTER_ADDR and MASTER_PORT"
         )
     return int(ranks.bcast(free_port() if ranks.Get_rank() == 0 else None))
 
@@ -172,7 +172,7 @@ def max_floats(*values: float) -> list[float]:
 
 
 def broadcast(tensor: torch.Tensor) -> None:
-    """Overwrite every rank's tensor with rank 0's (a collective); same shape and dtype everywhere."""
+    """Overwrite each rank's tensor with rank 0's, of the same shape and dtype (a collective)."""
     torch_dist.broadcast(tensor, src=0)
 
 
@@ -208,8 +208,8 @@ def ranks_per_machine() -> list[int]:
             counts.append(0)
         if not counts or local != counts[-1]:
             raise UserError(
-                f"rank {index} is number {local} of its machine; expected consecutive ranks on each "
-                f"machine (srun --distribution=block, mpirun --map-by slot)"
+                f"rank {index} is number {local} of its machine; expected consecutive ranks on "
+                f"each machine (srun --distribution=block, mpirun --map-by slot)"
             )
         counts[-1] += 1
     return counts

@@ -17,7 +17,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def official_vocabulary() -> Path:
-    """The real qwen.tiktoken, carried by the dashscope wheel; located without importing that package."""
+    """The real qwen.tiktoken, carried by the dashscope wheel; located without importing that
+    package."""
     files = importlib.metadata.files("dashscope") or []
     (found,) = [f for f in files if f.name == "qwen.tiktoken"]
     return Path(str(found.locate()))
@@ -48,7 +49,8 @@ def _folder(target: Path, source: Path, vocabulary: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Golden `small` as a checkpoint folder: 512 rows, hidden 64, 3 layers, fp32, own mini vocabulary."""
+    """Golden `small` as a checkpoint folder: 512 rows, hidden 64, 3 layers, fp32, own mini
+    vocabulary."""
     return _folder(
         tmp_path_factory.mktemp("small"), GOLDEN / "small", GOLDEN / "small" / "mini.tiktoken"
     )
@@ -56,7 +58,8 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def full_dir(tmp_path_factory: pytest.TempPathFactory, vocab_path: Path) -> Path:
-    """Golden `full` as a checkpoint folder: the official 151,936 rows and vocabulary, hidden 8, 2 layers, bf16."""
+    """Golden `full` as a checkpoint folder: the official 151,936 rows and vocabulary, hidden 8, 2
+    layers, bf16."""
     return _folder(tmp_path_factory.mktemp("full"), GOLDEN / "full", vocab_path)
 
 
@@ -79,9 +82,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_job(small_dir: Path, rows_file: Path, tmp_path: Path) -> list[str]:
-    """Options of a job on the golden `small` model: fp32, no dropout, 10 steps of 16 rows, three micro-batches each."""
+    """Options of a job on the golden `small` model: fp32, no dropout, 10 steps of 16 rows, three
+    micro-batches each."""
     return [
-        "--model.path", str(small_dir), "--data.train", str(rows_file), "--data.cache_dir", str(tmp_path / "cache"),
+        "--model.path", str(small_dir), "--data.train", str(rows_file),
+        "--data.cache_dir", str(tmp_path / "cache"),
         "--model.dtype", "float32", "--lora.dropout", "0", "--batch.rows_per_step", "16",
         "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "10", "--optim.lr", "1e-3",
     ]  # fmt: skip
@@ -89,7 +94,8 @@ def small_job(small_dir: Path, rows_file: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def pytests_log_handlers() -> Iterator[None]:
-    """For tests of code that sends all log lines to its own file: pytest's handlers come back afterwards."""
+    """For tests of code that sends all log lines to its own file: pytest's handlers come back
+    afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield

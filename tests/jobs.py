@@ -1,5 +1,6 @@
-"""Whole training jobs as processes. They are forked off a process that has torch and DeepSpeed imported already, which
-saves each of them the seconds of importing; what the launchers add is tested on its own."""
+"""Whole training jobs as processes. They are forked off a process that has torch and DeepSpeed
+imported already, which saves each of them the seconds of importing; what the launchers add is
+tested on its own."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def _rank_main(
 
 
 class Job:
-    """A running or finished job: its ranks, the exit code of each (-9: killed), and what all of them printed."""
+    """A running or finished job: its ranks, the exit code of each (-9: killed), and what all of
+    them printed."""
 
     def __init__(self, arguments: Sequence[str], ranks: int, script: Path = SCRIPT) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -104,7 +106,8 @@ class Job:
         return self
 
     def wait(self, timeout: float = 300.0, mercy: float | None = None) -> Job:
-        """Wait for the end. `mercy`: what the ranks that are left get once one has failed, as from a launcher."""
+        """Wait for the end. `mercy`: what the ranks that are left get once one has failed, as from
+        a launcher."""
         ends = time.monotonic() + timeout
         while self.running and time.monotonic() < ends:
             if mercy is not None and any(self.codes):
@@ -124,6 +127,6 @@ class Job:
 
 
 def run_job(arguments: Sequence[str], ranks: int = 1, timeout: float = 300.0) -> Job:
-    """launch/train.py with the variables that a launcher sets, to its end. As a launcher does, the ranks that are left
-    are ended soon after one has failed."""
+    """launch/train.py with the variables that a launcher sets, to its end. As a launcher does, the
+    ranks that are left are ended soon after one has failed."""
     return Job(arguments, ranks).wait(timeout, mercy=20.0)

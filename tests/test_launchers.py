@@ -16,8 +16,8 @@ from qwen_ds.errors import UserError
 
 # Task 3 of `srun --nodes=2 --ntasks-per-node=2`, as Slurm 22.05 sets them.
 SRUN = {
-    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]",
-    "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2",
 }  # fmt: skip
 
 
@@ -124,9 +124,8 @@ def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(
     squeue = tmp_path / "squeue"
 
     def answer(text: str) -> None:
-        squeue.write_text(
-            f'#!/bin/sh\n[ "$*$SLURM_TIME_FORMAT" = "--noheader --job 41 --format %estandard" ] && {text}\n'
-        )
+        expected = "--noheader --job 41 --format %estandard"
+        squeue.write_text(f'#!/bin/sh\n[ "$*$SLURM_TIME_FORMAT" = "{expected}" ] && {text}\n')
         squeue.chmod(0o755)
 
     answer("echo 2026-11-24T12:48:55")
@@ -142,7 +141,8 @@ def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(
 
 
 def test_ranks_are_counted_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spread in turns over two machines, rank 3 would wait for what the first rank of the other machine makes."""
+    """Spread in turns over two machines, rank 3 would wait for what the first rank of the other
+    machine makes."""
     seen = [0, 1, 0, 1, 2]
     monkeypatch.setattr(dist, "gather", lambda value: seen)
     assert dist.ranks_per_machine() == [2, 3]
@@ -156,7 +156,8 @@ def test_ranks_are_counted_by_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_rank_of_each_machine_makes_what_all_need(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines with two ranks: the first of each tokenises. A mistake that it finds is its neighbour's, too."""
+    """Two machines with two ranks: the first of each tokenises. A mistake that it finds is its
+    neighbour's, too."""
 
     class Store(torch_dist.HashStore):
         def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:

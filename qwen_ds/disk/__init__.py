@@ -1,1 +1,1 @@
-"""How files are read and written: complete or absent, and nothing on trust."""
+"""Reading and writing of files: complete or absent, and nothing on trust."""

@@ -1,4 +1,4 @@
-"""Where something may be written: checked before any work is done for it."""
+"""Checks of a place to write in, made before any work is done for it."""
 
 from __future__ import annotations
 

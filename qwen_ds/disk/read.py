@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        UserError: the file is missing, not UTF-8, not JSON, or holds something else than an object.
+        UserError: the file is missing, not UTF-8, not JSON, or holds anything but an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

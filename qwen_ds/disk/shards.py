@@ -1,4 +1,4 @@
-"""The weight files of a model folder: which they are, what is in them, and how new ones are cut.
+"""The weight files of a model folder: how they are found, opened, cut and indexed.
 
 A folder holds one file, or several (shards) and an index that names the file of every tensor.
 """
@@ -91,7 +91,7 @@ class WeightFiles:
 
 
 def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | None:
-    """The weight files of a folder, all of which are there; None where it has none.
+    """Find the weight files of a folder, all of which are there; None where it has none.
 
     Raises:
         UserError: an index that is none, or that names a file that is missing or of another kind.
@@ -126,9 +126,12 @@ def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raise UserError unless every weight file is there and ends where its header says.
+    """Check that every weight file is there and ends where its header says.
 
     Of a pickle no more is known than that it is there.
+
+    Raises:
+        UserError: one is missing or damaged.
     """
     files = find_weight_files(folder)
     if files is None:

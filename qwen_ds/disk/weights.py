@@ -37,11 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """torch's dtype -> its name in a safetensors file."""
 FLOAT_DTYPES = {name: _DTYPES[name] for name in ("F32", "F16", "BF16")}
 """Name in a safetensors file -> torch's dtype, of those that weights may be computed in."""
-TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Name in a recipe, an option or config.json -> torch's dtype."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit

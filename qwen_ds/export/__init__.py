@@ -1,1 +1,1 @@
-"""What leaves the project: merged checkpoints, with proof."""
+"""Outputs for other tools: merged checkpoints, with proof."""

@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to the base.
+"""Checks that an adapter belongs to the base.
 
 Shapes do not tell: a chat model has those of the model that it was trained from.
 """
@@ -33,7 +33,7 @@ def base_name(folder: Path | str) -> str:
 
 
 def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
-    """What may be wrong and cannot be known, a line each.
+    """Possible mistakes that cannot be known for certain, a line each.
 
     An adapter may name another base than this one, but folders can be renamed. One without a
     configuration has a scale that is a guess.

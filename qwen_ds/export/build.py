@@ -27,11 +27,7 @@ ShowProgress = Callable[[int, int], None]
 
 
 def build_files(
-    plan: MergePlan,
-    source: Source,
-    folder: Path,
-    block_bytes: int,
-    progress: ShowProgress | None,
+    plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
 ) -> BuiltFiles:
     """Write all files of the output, but for its report, into `folder`.
 
@@ -50,11 +46,7 @@ def build_files(
 
 
 def _write_weights(
-    plan: MergePlan,
-    source: Source,
-    folder: Path,
-    block_bytes: int,
-    progress: ShowProgress | None,
+    plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
 ) -> dict[str, WrittenShard]:
     total = sum(plan.bytes_read(shard) for shard in plan.shards)
     done = 0

@@ -59,18 +59,19 @@ def write_card(folder: Path, origin: Origin) -> None:
     kind = "adapter" if is_adapter else str(config.get("model_type", QWEN.model_type))
     runs = [run for made in origin.adapters or (origin.base,) if (run := _run_of(made)) is not None]
     legal = legal_texts(folder)
+    seq_length = config.get("max_position_embeddings")
+    if kind == QWEN.model_type:
+        seq_length = QWenConfig.from_dict(config).seq_length
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
         metadata=_metadata(legal, origin, kind),
-        # Names, not paths: where files lay on somebody's machine is nobody else's business.
+        # Names, not paths: the places on somebody's machine are nobody else's business.
         base=base_name(origin.base),
         adapters=[_name_of(adapter) for adapter in origin.adapters],
         origin=origin,
         legal=legal,
         runs=[_training(run) for run in runs],
-        seq_length=QWenConfig.from_dict(config).seq_length
-        if kind == QWEN.model_type
-        else config.get("max_position_embeddings"),
+        seq_length=seq_length,
         rank=config.get("r"),
         unlike_lora=_unlike_plain_lora(config),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.shards import StoredWeights, open_stored
 from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.disk.write import replacing, write_json
 from qwen_ds.errors import UserError
+from qwen_ds.export.choices import FormatName
 from qwen_ds.export.layout import Layout, identity
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import layout_from_qwen2, layout_to_qwen2
@@ -26,8 +27,6 @@ from qwen_ds.model.carry_over import carry_over
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
-
-FormatName = Literal["qwen", "qwen2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Format:
 
 
 def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool = False) -> Format:
-    """How a folder in the format `source` becomes one in `target`; one of them is Qwen's own.
+    """Find the way from the format `source` to `target`, one of which is Qwen's own.
 
     Raises:
         UserError: both are Qwen2, or an adapter is to be merged into a Qwen2.

@@ -1,4 +1,4 @@
-"""How the output is made of the source: each tensor is blocks of rows of source tensors, stacked.
+"""The layout of an output: each of its tensors is blocks of rows of source tensors, stacked.
 
 So the formats differ by a table, and share the streamed merge, its checksums and its proof.
 """

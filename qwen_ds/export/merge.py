@@ -17,8 +17,9 @@ from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import check_copies
 from qwen_ds.export.build import ShowProgress, build_files
+from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
-from qwen_ds.export.merge_plan import MergeDtype, make_plan
+from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.export.merge_report import MergeReport, describe
 from qwen_ds.export.output_place import (
     REPORT_NAME,
@@ -28,7 +29,7 @@ from qwen_ds.export.output_place import (
     check_space,
     remove_rejected,
 )
-from qwen_ds.export.proof.verify import Proof, choose_proof, verify_merge
+from qwen_ds.export.proof.verify import choose_proof, verify_merge
 from qwen_ds.export.qwen2.tokenizer_check import texts_of
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import BLOCK_BYTES
@@ -112,8 +113,8 @@ def merge(
         if error.errno is None:  # a library's, not the system's
             raise
         raise UserError(
-            f"{error.filename or output.parent}: {error.strerror}; expected files that can be read and a"
-            f" disk that takes {output}"
+            f"{error.filename or output.parent}: {error.strerror}; expected files that can be read"
+            f" and a disk that takes {output}"
         ) from error
     return report
 

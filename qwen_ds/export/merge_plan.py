@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from qwen_ds.disk.shards import MAX_SHARD_BYTES, StoredWeights, open_stored, plan_shards
 from qwen_ds.disk.weights import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorSpec
 from qwen_ds.errors import UserError
+from qwen_ds.export.choices import MergeDtype
 from qwen_ds.export.formats import Format
 from qwen_ds.export.layout import Layout
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import check_adapter_fits
-
-MergeDtype = Literal["keep", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ def _output_spec(
 
 
 def _cut(base: StoredWeights, layout: Layout, specs: dict[str, TensorSpec]) -> tuple[Shard, ...]:
-    """The base's files under the base's names where none becomes too large or empty; else new ones.
+    """Keep the base's files and names where none becomes too large or empty; else cut new ones.
 
     Tensors keep the order of the base, so that it is read from front to back.
     """

@@ -53,7 +53,7 @@ class MergeReport:
     seconds: float
     """Time that the output took, without its proof."""
     warnings: list[str]
-    """What may be a mistake, a line each."""
+    """Possible mistakes, a line each."""
     tokenizer: TokenizerCheck | None = None
     """Whether the converted tokenizer agrees with the base's; None when it was not converted."""
     verification: Verification | None = None
@@ -66,7 +66,7 @@ class MergeReport:
 
     @property
     def folder(self) -> Path:
-        """Where the merged model lies."""
+        """The folder of the merged model."""
         return rejected_name(Path(self.output)) if self.rejected else Path(self.output)
 
     def as_json(self) -> dict[str, Any]:

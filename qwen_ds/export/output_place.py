@@ -1,8 +1,8 @@
-"""The place of an output: its name is free, no input lies in it, one merge at a time builds it.
+"""The place of an output: a free name, no input in it, and one merge at a time that builds it.
 
 An output is built in the folder `<output>.partial/model`, brought to the disk and renamed. Beside
-`model` lies a lock. It is what tells a killed merge's rest, which the next merge clears away, from
-what somebody else put there, which is refused.
+`model` lies a lock, and nothing else: so a killed merge's rest, which the next merge clears away,
+can be told from anything else, which is refused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from qwen_ds.disk.write import remove_folder
 from qwen_ds.errors import UserError
 
 REPORT_NAME = "merge_report.json"
-_LOCK_NAME = "merge.lock"
 
 
 def rejected_name(output: Path) -> Path:
-    """Where an output lies that failed its proof."""
+    """The folder of an output that failed its proof."""
     return output.with_name(output.name + ".rejected")
 
 
@@ -58,28 +57,29 @@ def building(output: Path) -> Iterator[Path]:
         OSError: of the disk.
     """
     place = _partial_name(output)
-    # A kill may come before the lock is there: an empty folder is ours, too.
-    foreign = place.exists() and (
-        not place.is_dir() or (any(place.iterdir()) and not (place / _LOCK_NAME).is_file())
-    )
-    if foreign or place.is_symlink():
+    lock, folder = place / "merge.lock", place / "model"
+    # The lock comes first and goes last: whenever a kill comes, the rest is known as ours.
+    ours: tuple[set[Path], ...] = (set(), {lock}, {lock, folder})
+    if (place.exists() or place.is_symlink()) and (
+        place.is_symlink() or not place.is_dir() or set(place.iterdir()) not in ours
+    ):
         raise UserError(
             f"{place}: in the way and not a killed merge's; expected to build the output there"
         )
     require_folder(place, make=True)
-    lock = place / _LOCK_NAME
     with lock.open("w") as file:
         if not _is_locked(file.fileno(), lock):
             raise UserError(
                 f"{place}: another merge is building this output; expected one at a time"
             )
         try:
-            _clear(place)
-            (place / "model").mkdir()
-            yield place / "model"
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
         finally:
-            # The lock goes last: whenever a kill comes, the rest is known as ours.
-            _clear(place)
+            if folder.exists():
+                shutil.rmtree(folder)
             lock.unlink()
             with suppress(OSError):  # the next merge has entered it meanwhile
                 place.rmdir()
@@ -92,14 +92,6 @@ def _is_locked(descriptor: int, lock: Path) -> bool:
     except OSError as error:  # others than these: a file system without locks
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
-
-
-def _clear(place: Path) -> None:
-    for path in place.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != _LOCK_NAME:
-            path.unlink()
 
 
 def check_names_free(output: Path) -> None:

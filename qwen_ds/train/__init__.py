@@ -1,1 +1,1 @@
-"""Training: set-up, loop, loss and adapter; the engine, what survives and what is observed have rooms of their own."""
+"""Training: set-up, loop, loss and adapter; rooms for the engine, for survival and observation."""

@@ -29,9 +29,8 @@ def train(session: Session) -> RunSummary:
             saved. Or the disk does not take the result.
         OSError: the run was asked to stop, and its state could not be saved.
     """
-    recipe, engine, saver, observer = (
-        session.recipe, session.engine, session.saver, session.observer
-    )  # fmt: skip
+    recipe, engine = session.recipe, session.engine
+    saver, observer = session.saver, session.observer
     steps, patience = session.steps, recipe.eval.patience
     start = session.start
     best, evaluated = start.best, start.evaluated
@@ -64,15 +63,13 @@ def train(session: Session) -> RunSummary:
 
             # All ranks, every eval.every_steps. A run that is asked to stop has little time: it
             # saves first, and makes up for the evaluation when it resumes.
-            due = session.evaluator is not None and session.evaluator.due(
-                number, steps, session.data.sampler.steps_per_epoch
-            )
+            due = session.evaluates_after(number)
             evaluated = not due or stop_because is None
             if due and evaluated:
                 best = evaluate(session, number, best)
 
-            # All ranks, every save.every_steps, after the best evaluation so far, and at the end.
-            # The ranks give their state; for LoRA rank 0 then writes it while the training continues.
+            # All ranks, every save.every_steps, after the best evaluation so far, and at the end:
+            # they give their state. For LoRA rank 0 then writes it while the training continues.
             last = number == steps or best.out_of_patience(patience)
             on_time = number % recipe.save.every_steps == 0
             saves = bool(stop_because) or last or on_time or best.step == number
@@ -115,10 +112,10 @@ def train_step(session: Session, number: int, window: Window) -> Step:
             with observer.part("forward"):
                 loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
             # All ranks, in the step's last micro-batch, under ZeRO-2 and 3 in each: the average of
-            # the gradients. Answers differ in length, so a mean of the ranks' means would let a rank
-            # with few target tokens weigh as much as one with many: the sum is divided by the whole
-            # step's token count, and DeepSpeed's average is cancelled by `world`.
-            # Without it test_gradient_does_not_depend_on_the_split fails.
+            # the gradients. Answers differ in length, so a mean of the ranks' means would let a
+            # rank with few target tokens weigh as much as one with many: the sum is divided by the
+            # whole step's token count, and DeepSpeed's average is cancelled by `world`. Without it
+            # test_gradient_does_not_depend_on_the_split fails.
             with observer.part("backward"):
                 last = i + 1 == len(window.batches)
                 engine.backward(loss_sum * (world / window.targets), last_of_step=last)

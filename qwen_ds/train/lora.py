@@ -1,8 +1,8 @@
 """LoRA for training: peft makes and names the adapter, and the branch is computed here.
 
 peft casts the activations up to the adapter's fp32, which is slow and keeps fp32 copies for the
-backward pass. Here the two small matrices are cast down to the activations' dtype instead: the branch
-runs at the base's speed, while the parameters, their gradients and AdamW's state stay fp32
+backward pass. Here the two small matrices are cast down to the activations' dtype instead: the
+branch runs at the base's speed, while the parameters, their gradients and AdamW's state stay fp32
 (test_the_branch_computes_in_the_activations_dtype).
 """
 
@@ -76,7 +76,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 class LoraLinear(peft_lora.Linear):
-    """peft's LoRA linear with the branch in the activations' dtype; x is [..., in], the result [..., out]."""
+    """peft's LoRA linear with the branch in the activations' dtype: [..., in] -> [..., out]."""
 
     cast_input_dtype_enabled = False  # read by peft: leave x alone
 
@@ -148,8 +148,8 @@ def add_lora(
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter, fp32 and trainable; A is random and B zero.
 
-    `model` may be partitioned by ZeRO-3. The parameters that start from the base's weights come from
-    gathered ones: DoRA's magnitudes, `options.modules_to_save` and the token rows.
+    `model` may be partitioned by ZeRO-3. The parameters that start from the base's weights come
+    from gathered ones: DoRA's magnitudes, `options.modules_to_save` and the token rows.
 
     Args:
         seed: of A, alike on every rank.
@@ -166,8 +166,8 @@ def add_lora(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    # peft's own wrappers keep a frozen copy of a saved module, and copy the whole matrix for some rows
-    # of it at every forward pass. These replacements use the same names and configuration.
+    # peft's own wrappers keep a frozen copy of a saved module, and copy the whole matrix for some
+    # rows of it at every forward pass. These replacements use the same names and configuration.
     embedding, head = model.get_submodule(QWEN.embedding), model.get_submodule(QWEN.head)
     assert isinstance(embedding, nn.Embedding)
     assert isinstance(head, nn.Linear)
@@ -213,7 +213,7 @@ def config_of(wrapped: PeftModel) -> LoraConfig:
 
 
 def check_init_from(options: LoraOptions, config: QWenConfig, row_ids: Sequence[int] = ()) -> None:
-    """Check that training can continue from the adapter `options.init_from`; loads no weight of a base.
+    """Check that training can continue from `options.init_from`, without a base's weights.
 
     Args:
         config: of the base.
@@ -232,8 +232,8 @@ def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
     """Continue from the adapter `options.init_from`: its values replace the fresh ones.
 
     Accepted are ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the
-    original project's `pytorch_model.bin`. Saved modules and token rows that the adapter lacks start
-    from the base's.
+    original project's `pytorch_model.bin`. Saved modules and token rows that the adapter lacks
+    start from the base's.
 
     Raises:
         UserError: the adapter has other modules or rows, another rank or another scale than the
@@ -255,7 +255,7 @@ def _trained(wrapped: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def _trained_rows(wrapped: PeftModel) -> list[int]:
-    """The token ids whose rows are trained, alike for embedding and head, in the order of training."""
+    """The token ids whose rows are trained, the same for embedding and head."""
     trained = config_of(wrapped).trainable_token_indices
     return trained[QWEN.ends[0]] if isinstance(trained, dict) else []
 
@@ -279,8 +279,8 @@ def _read_fitting(wrapped: PeftModel, options: LoraOptions) -> Adapter:
         if of_lora:
             keys = "lora.targets and lora.variant"
         raise UserError(
-            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the base "
-            f"(launch/merge.py) and start from the merged model"
+            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the "
+            f"base (launch/merge.py) and start from the merged model"
         )
     scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():

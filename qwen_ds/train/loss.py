@@ -1,7 +1,7 @@
 """The loss: cross-entropy summed over the target tokens, with logits that exist a chunk at a time.
 
-Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens of
-one chunk, K trainable token rows of the head (qwen_ds/train/special_rows.py).
+Shapes: B rows, T longest row, D hidden, V vocabulary, N target tokens of the micro-batch, C tokens
+of one chunk, K trainable token rows of the head (qwen_ds/train/special_rows.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class _HeadLoss(torch.autograd.Function):
     """Head and cross-entropy in one, with the gradients made in the forward pass.
 
     They are made while a chunk's logits exist, so nothing of size [N, V] is kept, and the backward
-    pass does not need the frozen head: d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
+    pass does not need the frozen head.
+
+    d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
     """
 
     @staticmethod
@@ -126,9 +128,9 @@ def cross_entropy_sum(
 class LossHead(nn.Module):
     """The head of the model inside the loss.
 
-    It is a module of its own, since ZeRO-3 gathers parameters at module boundaries: so lm_head comes
-    once for all chunks (the engine registers `borrowed`). The head stays a child of the model alone,
-    or every parameter would have two names.
+    It is a module of its own, since ZeRO-3 gathers parameters at module boundaries: so lm_head
+    comes once for all chunks (the engine registers `borrowed`). The head stays a child of the model
+    alone, or every parameter would have two names.
     """
 
     def __init__(self, lm_head: nn.Linear) -> None:
@@ -137,13 +139,13 @@ class LossHead(nn.Module):
 
     @property
     def borrowed(self) -> list[nn.Parameter]:
-        """The parameters that it uses: the head's matrix, and the trainable token rows beside it."""
+        """The head's parameters that the loss uses: its matrix, and its trainable token rows."""
         head = self._lm_head[0]
         rows = head.token_adapter.parameters() if isinstance(head, HeadWithRows) else ()
         return [*head.parameters(recurse=False), *rows]
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], IGNORE left out."""
+        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], bar IGNORE."""
         targets_BT = labels_BT[:, 1:]
         counts_BT = targets_BT != IGNORE
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
@@ -161,8 +163,8 @@ class LossHead(nn.Module):
 class TrainingModel(nn.Module):
     """The module that DeepSpeed trains: (ids, labels) -> loss sum.
 
-    It needs no attention mask: rows are right-padded, and under a causal mask a real token never sees
-    the pads to its right (test_padding_a_row_does_not_change_its_loss).
+    It needs no attention mask: rows are right-padded, and under a causal mask a real token never
+    sees the pads to its right (test_padding_a_row_does_not_change_its_loss).
 
     Args:
         model: the model or its PEFT wrapper, whose parameters are trained.
@@ -176,8 +178,8 @@ class TrainingModel(nn.Module):
         self.loss_head = LossHead(lm_head)
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        # extend_context: in evaluation mode, too, the loss is the training formula's, without NTK and
-        # LogN.
+        # extend_context: in evaluation mode, too, the loss is the training formula's, without NTK
+        # and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
         hidden_BTD = outputs.last_hidden_state
         return self.loss_head(hidden_BTD, labels_BT)

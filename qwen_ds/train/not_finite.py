@@ -1,4 +1,4 @@
-"""The end of a run whose loss or gradient is not finite: which rows are to blame, and what is kept."""
+"""The end of a run whose loss or gradient is not finite: the rows to blame, the weights kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotFinite(ArithmeticError):
 
 @torch.no_grad()
 def bad_alone(row_ids: list[int], rows: TokenRows, engine: TrainingEngine) -> list[int]:
-    """Those rows whose loss is not finite by themselves, or all of them if none is (a collective)."""
+    """The rows whose loss is not finite by themselves, or else all of them (a collective)."""
     # All ranks make as many forward passes: under ZeRO-3 each of them gathers the weights.
     count = int(dist.max_floats(len(row_ids))[0])
     found: list[int] = []
@@ -54,6 +54,6 @@ def stop_not_finite(
     folder = saver.save(engine, state)
     kept = f"are kept in {folder}" if saver.wait() else "could not be saved"
     raise UserError(
-        f"{error}; expected finite numbers (lower optim.lr, or look at those rows); the weights after "
-        f"step {state.step} {kept}"
+        f"{error}; expected finite numbers (lower optim.lr, or look at those rows); the weights "
+        f"after step {state.step} {kept}"
     ) from None

@@ -18,8 +18,8 @@ def total_steps(optim: OptimOptions, steps_per_epoch: int) -> int:
 def lr_at(step: int, total_steps: int, optim: OptimOptions) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total_steps`.
 
-    Linear warm-up over `warmup_steps` (the first step already moves), then constant, linear to 0, or
-    half a cosine to 0 (Loshchilov and Hutter 2017, without restarts).
+    Linear warm-up over `warmup_steps` (the first step already moves), then constant, linear to 0,
+    or half a cosine to 0 (Loshchilov and Hutter 2017, without restarts).
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

@@ -38,9 +38,13 @@ class Session:
         if self.saver.resumed is None:
             return self.state(0, BestLoss(), evaluated=True)
         saved = self.saver.resumed.state
-        return self.state(
-            saved["step"], BestLoss(**saved["best"]), evaluated=saved.get("evaluated", True)
-        )
+        best, evaluated = BestLoss(**saved["best"]), saved.get("evaluated", True)
+        return self.state(saved["step"], best, evaluated=evaluated)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after optimizer step `step` (1-based)."""
+        per_epoch = self.data.sampler.steps_per_epoch
+        return self.evaluator is not None and self.evaluator.due(step, self.steps, per_epoch)
 
     def state(self, step: int, best: BestLoss, *, evaluated: bool) -> RunState:
         """The state after `step` optimizer steps, weights and moments excepted."""
@@ -69,25 +73,15 @@ def open_session(
     """
     folder, resumed = saver.output.folder, saver.resumed
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
+    hardware = Hardware.of(engine.device, shape, recipe.method)
     progress = Progress(
-        folder,
-        steps,
-        recipe.log.every_steps,
-        Hardware.of(engine.device, shape, recipe.method),
-        resumed.step if resumed else 0,
-        resumed.state["progress"] if resumed else None,
-    )
+        folder, steps, recipe.log.every_steps, hardware,
+        *((resumed.step, resumed.state["progress"]) if resumed else ()),
+    )  # fmt: skip
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
         budget = recipe.batch.tokens_per_micro_batch
         evaluator = Evaluator(data.eval, encoding, recipe.eval, budget, saver.watchdog)
-    return Session(
-        recipe,
-        data,
-        engine,
-        saver,
-        Observer(saver.watchdog, profiler, progress),
-        evaluator,
-        steps,
-    )
+    observer = Observer(saver.watchdog, profiler, progress)
+    return Session(recipe, data, engine, saver, observer, evaluator, steps)

@@ -1,9 +1,9 @@
 """Trainable token rows: those of <|endoftext|>, <|im_start|> and <|im_end|> in embedding and head.
 
-A base model needs them to learn to stop. Pre-training never showed it the last two, so their rows are
-as initialisation left them, and LoRA on the layers between cannot make up for that: such a model
-answers and never stops. Here those rows alone are trained, as fp32 parameters beside the frozen
-matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
+A base model needs them to learn to stop. Pre-training never showed it the last two, so their rows
+are as initialisation left them, and LoRA on the layers between cannot make up for that: such a
+model answers and never stops. Here those rows alone are trained, as fp32 parameters beside the
+frozen matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
 (test_nothing_of_the_matrices_is_copied).
 
 Names and values are those of PEFT's `trainable_token_indices`. In spite of its name,
@@ -30,7 +30,7 @@ from qwen_ds.recipe.options import Recipe
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, str]:
-    """Resolve lora.special_rows' auto to on or off; returns also a line for the user where it is on.
+    """Resolve lora.special_rows' auto to on or off, with a line for the user where it is on.
 
     auto means on for LoRA on a base model, whose generation_config.json does not say chat_format
     "chatml", except where lora.modules_to_save already trains whole matrices.
@@ -45,8 +45,8 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
     if recipe.method == "lora" and wanted == "on" and options.modules_to_save:
         raise UserError(
             f"lora.special_rows is on and lora.modules_to_save is "
-            f"{', '.join(options.modules_to_save)}; expected one of them: a matrix trained whole has "
-            f"those rows in it"
+            f"{', '.join(options.modules_to_save)}; expected one of them: a matrix trained whole "
+            f"has those rows in it"
         )
     if wanted == "auto":
         found = _chat_format(Path(recipe.model.path))
@@ -55,8 +55,8 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
             reason = "has no chat_format" if found is None else f"says chat_format {found!r}"
             note = (
                 f"lora.special_rows is on: the model's generation_config.json {reason}, as a base "
-                f"model's; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> trained it "
-                f"would not learn to stop"
+                f"model's; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> trained "
+                f"it would not learn to stop"
             )
         wanted = "on" if is_on else "off"
     return replace(recipe, lora=replace(options, special_rows=wanted)), note
@@ -80,7 +80,7 @@ def special_ids(model: Path) -> list[int]:
 
 
 class _Rows(nn.Module):
-    """Some rows of a matrix, trainable. The module that holds them uses them: ZeRO-3 gathers by module."""
+    """Trainable rows of a matrix, in the module that uses them: ZeRO-3 gathers by module."""
 
     ids_K: Tensor
 
@@ -94,9 +94,9 @@ class EmbeddedRows(_Rows):
     def forward(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
         """x_BTD with the trained rows at the positions of their ids."""
         hit_BTK = ids_BT[..., None] == self.ids_K
-        # The rows are looked up in fp32 and then cast, so that the gradients of all positions add up
-        # in fp32. A position without a hit looks up a row that is not used and gets no gradient: a
-        # boolean index would make the CPU wait for the GPU.
+        # The rows are looked up in fp32 and then cast, so that the gradients of all positions add
+        # up in fp32. A position without a hit looks up a row that is not used and gets no gradient:
+        # a boolean index would make the CPU wait for the GPU.
         rows_BTD = F.embedding(hit_BTK.int().argmax(-1), self.trainable_tokens_delta)
         return torch.where(hit_BTK.any(-1, keepdim=True), rows_BTD.to(x_BTD.dtype), x_BTD)
 
@@ -109,7 +109,7 @@ class HeadRows(_Rows):
 
 
 class EmbeddingWithRows(nn.Embedding):
-    """A frozen embedding with some trainable rows. It takes over `base`'s parameter and its name."""
+    """A frozen embedding with some trainable rows; it takes over `base`'s parameter by name."""
 
     def __init__(self, base: nn.Embedding, ids: Sequence[int]) -> None:
         """`base`'s weight must be whole (gathered, under ZeRO-3)."""

@@ -1,10 +1,11 @@
-"""What saving costs a training: the adapter of the 7B's shape (r 64 on all four targets) with its moments, 1.7 GB.
+"""What saving costs a training: the adapter of the 7B's shape (r 64 on all four targets) with its
+moments, 1.7 GB.
 
     deepspeed --num_gpus 2 tests/benchmarks/checkpoint.py [--stage 2] [--rounds 3] [--folder DIR]
 
-Prints, for each round, how long the training stands still (the gather), how long the thread then writes and hashes, the
-memory that rank 0 needs for it as a multiple of the adapter's fp32 size, and beside them a plain `cp` and `sha256sum`
-of the same bytes.
+Prints, for each round, how long the training stands still (the gather), how long the thread then
+writes and hashes, the memory that rank 0 needs for it as a multiple of the adapter's fp32 size, and
+beside them a plain `cp` and `sha256sum` of the same bytes.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ import torch
 from torch import nn
 
 from qwen_ds import dist
+from qwen_ds.machine import choose_device
 from qwen_ds.plan import deepspeed_json as ds_config
 from qwen_ds.recipe.options import ModelOptions, OptimOptions, Recipe
-from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.engine import TrainingEngine
+from qwen_ds.train.engine.start import start_process_group, stop_process_group
 from qwen_ds.train.lora import LoraConfig
 from qwen_ds.train.survive.result import Output
 from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
 BLOCKS, RANK = 32, 64
-SHAPES = {"c_attn": (4096, 12288), "attn.c_proj": (4096, 4096), "w1": (4096, 11008), "w2": (4096, 11008),
-          "mlp.c_proj": (11008, 4096)}  # fmt: skip
+SHAPES = {
+    "c_attn": (4096, 12288), "attn.c_proj": (4096, 4096), "w1": (4096, 11008), "w2": (4096, 11008),
+    "mlp.c_proj": (11008, 4096),
+}  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -60,7 +65,7 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(saver: Saver, trained: engine.Engine, step: int, size: int) -> str:
+def measure(saver: Saver, trained: TrainingEngine, step: int, size: int) -> str:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -68,7 +73,8 @@ def measure(saver: Saver, trained: engine.Engine, step: int, size: int) -> str:
     stall = time.perf_counter() - start
     assert saver.wait()
     return (
-        f"training stands still {stall:.2f} s; written and hashed after {time.perf_counter() - start:.2f} s; "
+        f"training stands still {stall:.2f} s; "
+        f"written and hashed after {time.perf_counter() - start:.2f} s; "
         f"{(memory('VmHWM') - before) / size:.2f} x the adapter's fp32 size"
     )
 
@@ -80,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
-    engine.start_process_group(engine.choose_device("cpu"), 10)
+    start_process_group(choose_device("cpu"), 10)
     recipe = Recipe(model=ModelOptions(dtype="float32"))
     config = {"zero_optimization": {"stage": options.stage}}
     resolved = ds_config.resolve(
@@ -88,7 +94,7 @@ def main() -> None:
     )
     model: Any = Adapter()
     size = 4 * sum(p.numel() for p in model.parameters())
-    trained = engine.Engine(model, OptimOptions(), resolved)
+    trained = TrainingEngine(model, OptimOptions(), resolved)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     trained.backward(trained.loss_sum(ids, ids), last_of_step=True)
     trained.step()
@@ -117,7 +123,7 @@ def main() -> None:
         )
         shutil.rmtree(folder)
     dist.barrier()
-    engine.stop_process_group()
+    stop_process_group()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Merge an adapter of rank 64 into a random checkpoint of Qwen-7B's shape, beside `cp` and beside peft's own merge.
+"""Merge an adapter of rank 64 into random weights of Qwen-7B's shape, beside `cp` and peft's merge.
 
     python tests/benchmarks/merge.py --folder DIR [--layers 32] [--peft true]
 
-Needs three times the checkpoint on the disk of DIR (32 layers: 48 GB) and deletes what it made. Before each timed part
-the base leaves the page cache, and what earlier parts wrote is on the disk. Prints one line for each part.
+Needs three times the checkpoint on the disk of DIR (32 layers: 48 GB) and deletes what it made.
+Before each timed part the base leaves the page cache, and what earlier parts wrote is on the disk.
+Prints one line for each part.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ import json, resource, sys, time
 from pathlib import Path
 
 def kib(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
+    lines = [line.split() for line in open("/proc/self/status")]
+    return next(int(line[1]) for line in lines if line[0] == name + ":")
 
 def measured(work):
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts over
@@ -73,7 +75,8 @@ def measured(work):
     result = work()
     seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-    return result, {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": (kib("VmHWM") - imports) / 1024}
+    peak_mib = (kib("VmHWM") - imports) / 1024
+    return result, {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak_mib}
 
 base, adapter, output = map(Path, sys.argv[2:5])
 """
@@ -94,7 +97,8 @@ report, merged = measured(lambda: merge(base, [adapter], output, MergeOptions(pr
 plan = make_plan(base, Adapters((read_adapter(adapter),)), QWEN_FORMAT, "keep", False)
 proof, proven = measured(lambda: verify_merge(plan, output, "sampled"))
 merged |= {"changed": len(report.changed), "untouched": report.untouched}
-proven |= {"status": proof.status, "reason": proof.reason, "top1": proof.top1_agreement, "top1_noise": proof.top1_noise}
+proven |= {"status": proof.status, "reason": proof.reason}
+proven |= {"top1": proof.top1_agreement, "top1_noise": proof.top1_noise}
 print(json.dumps({"merge": merged, "sampled proof": proven}))
 """
 )
@@ -150,8 +154,9 @@ def make_base(folder: Path, shape: Shape, vocabulary: Path) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "kv_channels": shape.hidden // shape.heads, "intermediate_size": 2 * shape.inner, "seq_length": 8192,
+        "hidden_size": shape.hidden, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "kv_channels": shape.hidden // shape.heads,
+        "intermediate_size": 2 * shape.inner, "seq_length": 8192,
         "max_position_embeddings": 32768, "bf16": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -215,7 +220,10 @@ def run_child(program: str, *paths: Path) -> dict[str, Any]:
 def measure(
     folder: Path, shape: Shape, vocabulary: Path, with_peft: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The figures of each part, in an empty folder. Peaks: resident memory beyond the interpreter and its imports."""
+    """The figures of each part, in an empty folder.
+
+    Peaks are of resident memory beyond the interpreter and its imports.
+    """
     base, adapter = folder / "base", folder / "adapter"
     size = make_base(base, shape, vocabulary)
     make_adapter(adapter, shape)
@@ -259,7 +267,8 @@ def main() -> None:
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise UserError(
-            f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the benchmark"
+            f"{options.folder}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f} GB for the"
+            " benchmark"
         )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         print(

@@ -1,4 +1,4 @@
-"""Folders that the tests of a merge start from: adapters made by peft, bases in shards or as pickles."""
+"""Folders that the tests of a merge start from: adapters by peft, bases in shards or as pickles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 
 
 def peft_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> dict[str, Tensor]:
-    """Save an adapter of random values made by peft, and return peft's own merge of it, by official names."""
+    """Save an adapter of random values, and return peft's own merge of it, by official names."""
     torch.manual_seed(seed)
     model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
     chosen = {

@@ -1,4 +1,4 @@
-"""The model card: its metadata as the hub reads it, what it tells of the run, and code in it that runs."""
+"""The model card: metadata as the hub reads it, the run that it tells of, and code that runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from tests.export.folders import peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
 PART = {
-    "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90, "longest": "train.json:3",
+    "read": 12, "kept": 10, "tokens": 1000, "learnt_tokens": 400, "longest_tokens": 90,
+    "longest": "train.json:3",
     "dropped": {"empty answer": TALLY}, "skipped": {}, "truncated": {},
 }  # fmt: skip
 SCORES = {
@@ -213,3 +215,13 @@ def test_the_commands_in_the_cards_are_this_project_s_own(
         )
         assert set(re.findall(r"--\w+", line)) <= known
     assert "--max-lora-rank 4 " in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_template_is_part_of_the_package() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["qwen_ds.export"]
+    folder = root / "qwen_ds" / "export"
+    shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert {path for path in folder.iterdir() if path.suffix == ".j2"} == shipped
+    assert len(shipped) == 4

@@ -1,4 +1,4 @@
-"""The streamed merge under a layout that is not the base's own: rows split, stacked, renamed, and back."""
+"""The streamed merge under another layout than the base's: rows split, stacked and renamed."""
 
 from __future__ import annotations
 

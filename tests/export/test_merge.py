@@ -1,4 +1,4 @@
-"""The streamed merge against the official model's merged weights and against peft's own merge, tensor by tensor."""
+"""The streamed merge against the official model's merged weights and against peft's own merge."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(
     exact = base[f"{module}.weight"].double() + 2.0 * (b.double() @ a.double())
     rounded = exact.to(dtype)
     assert merged[f"{module}.weight"].dtype == dtype
-    # fp32's own error decides where the exact sum lies within 2**-20 of the middle between two values of the dtype.
+    # fp32's own error decides where the exact sum lies within 2**-20 of the middle between two
+    # values of the dtype.
     assert (merged[f"{module}.weight"] != rounded).float().mean() < 1e-3
     assert all(tensor.dtype == dtype for tensor in merged.values())
 

@@ -1,4 +1,4 @@
-"""What a merge says to wrong input: one line, before anything is written, and nothing that was there is touched."""
+"""Wrong input of a merge: one line, before anything is written, and all that was there stays."""
 
 from __future__ import annotations
 
@@ -109,15 +109,18 @@ def _only_pickles(base: Path, adapter: Path, output: Path) -> None:
         (_other_method, r"adapter_config\.json: peft_type is 'LOHA'; expected 'LORA'"),
         (
             _other_base,
-            r"h\.0\.mlp\.w1\.lora_B\.weight is \[200, 4\]; expected \[176, 4\], since .*w1\.weight is \[176, 64\]",
+            r"h\.0\.mlp\.w1\.lora_B\.weight is \[200, 4\]; expected \[176, 4\], since"
+            r" .*w1\.weight is \[176, 64\]",
         ),
         (
             _deeper_base,
-            r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base does not have",
+            r"h\.7\.mlp\.w1\.lora_A\.weight changes .*h\.7\.mlp\.w1\.weight, which this base"
+            " does not have",
         ),
         (
             _other_rank,
-            r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json says",
+            r"adapter: .*lora_A\.weight is \[4, \d+\]; expected rank 7, as adapter_config\.json"
+            " says",
         ),
         (_truncated_adapter, r"adapter_model\.safetensors: .*the file is cut off or damaged"),
         (_pickled_adapter, r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"),
@@ -194,7 +197,7 @@ def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
 def test_pickles_are_read_where_they_are_allowed(
     base_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    """As files of one, in shards, and as an adapter; the output is what the same weights in safetensors give."""
+    """One file, shards, or an adapter: the output is that of the same weights in safetensors."""
     adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
     merge(base_dir, [adapter], tmp_path / "expected", MergeOptions(proof="off"))
     expected = load_file(tmp_path / "expected" / "model.safetensors")
@@ -274,7 +277,7 @@ def test_a_pickle_may_hold_nothing_but_tensors(
 def test_no_input_lies_where_the_output_is_built(
     base_dir: Path, golden: Path, tmp_path: Path, place: str, which: str
 ) -> None:
-    """A merge removes an earlier `.rejected`, and what is unfinished: neither may be what it reads."""
+    """A merge removes an earlier `.rejected` and unfinished files: neither may be its input."""
     adapter = golden / "lora" / "adapter"
     given = tmp_path / ("real" if place == "link" else place)
     shutil.copytree(base_dir if which == "base" else adapter, given)
@@ -387,7 +390,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         UserError,
-        match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB \(8\d{5} bytes\)",
+        match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB"
+        r" \(8\d{5} bytes\)",
     ):
         merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
     assert not list(tmp_path.glob("out*"))

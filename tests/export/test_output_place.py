@@ -1,4 +1,4 @@
-"""The place where a merge builds: whenever it dies, the same command gives the undisturbed output."""
+"""The place where a merge builds: after a kill the same command gives the undisturbed output."""
 
 from __future__ import annotations
 
@@ -108,7 +108,11 @@ def test_a_killed_merge_s_rest_makes_room_and_anything_else_is_refused(tmp_path:
     ):
         pass
     assert (place / "model" / SHARDS[0]).read_text() == "half"
-    (place / "merge.lock").touch()
+    for name in ("merge.lock", "notes.txt"):
+        (place / name).touch()
+    with pytest.raises(UserError, match="in the way"), building(tmp_path / "out"):
+        pass
+    (place / "notes.txt").unlink()
     with building(tmp_path / "out") as folder:
         assert folder == place / "model" and not names(folder)
     assert not place.exists()
@@ -118,32 +122,31 @@ def test_a_killed_merge_s_rest_makes_room_and_anything_else_is_refused(tmp_path:
     assert not place.exists()
 
 
+@pytest.mark.parametrize("removals", range(3))
 def test_a_kill_during_the_clearing_leaves_what_is_known_as_a_merge_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removals: int
 ) -> None:
-    place = tmp_path / "out.partial"
+    """Two files of the output, then the lock: the kill comes after none, one or both files."""
+    place, left = tmp_path / "out.partial", removals
     (place / "model").mkdir(parents=True)
-    for name in ("merge.lock", "model/a", "model/b", "note"):
+    for name in ("merge.lock", "model/a", "model/b"):
         (place / name).touch()
-    removals = 0
-    while place.exists():
-        left = removals
 
-        def hook(path: str, *_: object, original: object = os.unlink, **options: object) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            original(path, **options)  # type: ignore[operator]
+    def hook(path: str, *_: object, original: object = os.unlink, **options: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        original(path, **options)  # type: ignore[operator]
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "unlink", hook)
-            try:
-                with building(tmp_path / "out"):
-                    pass
-            except KeyboardInterrupt:
-                removals += 1
-    assert removals >= 3
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", hook)
+        with building(tmp_path / "out"):
+            pass
+    assert (place / "merge.lock").exists()
+    with building(tmp_path / "out") as folder:
+        assert not names(folder)
+    assert not place.exists()
 
 
 # Forks a merge for each number given, and kills it with SIGKILL at that many file operations and

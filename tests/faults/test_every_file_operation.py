@@ -1,8 +1,9 @@
-"""A save is killed at each of its file operations in turn, half-way through where the operation is a write: the same
-command then goes on, and ends with the very files of a run that nobody disturbed.
+"""A save killed at each of its file operations in turn, half-way through where it writes a file.
 
-The runs are forked: the real loop, saver, checkpoints and resume around the golden model, with torch's AdamW in
-DeepSpeed's place (what DeepSpeed adds is killed as whole jobs in test_killed_jobs.py).
+The same command then resumes, and ends with the very files of a run that nobody disturbed.
+
+The runs are forked: the real loop, saver, checkpoints and resume around the golden model, with
+torch's AdamW in DeepSpeed's place (test_killed_jobs.py kills whole jobs, with DeepSpeed).
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ import torch
 from torch import Tensor
 
 from qwen_ds.data.batches import Part, StepSampler
+from qwen_ds.disk import weights
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
 from qwen_ds.train import lora
 from qwen_ds.train.engine.engine import StepResult
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.loop import train
 from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.session import open_session
 from qwen_ds.train.setup import Data
-from qwen_ds.train.survive import checkpoint, resume
+from qwen_ds.train.survive import checkpoint, resume, saver
 from qwen_ds.train.survive.result import Output
 from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
@@ -49,7 +54,7 @@ RECIPE = config.Recipe(
     eval=config.EvalOptions(every_steps=2, samples=0),
     save=config.SaveOptions(every_steps=3, keep=1),
 )
-OPERATIONS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir")
+OPERATIONS = ("open", "fsync", "close", "chmod", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 
 class Rows:
@@ -74,7 +79,7 @@ class Rows:
 class PlainEngine:
     """The engine's interface on one rank, without DeepSpeed."""
 
-    stage, uses_loss_scale, overflows, device = 0, False, 0, torch.device("cpu")
+    stage, overflows, device = 0, 0, torch.device("cpu")
 
     def __init__(self, model: TrainingModel) -> None:
         self.model = model
@@ -99,7 +104,7 @@ class PlainEngine:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(norm, applied=True)
+        return StepResult(norm)
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, _, tensor in self.state.gather(VALUE)}
@@ -113,7 +118,8 @@ def fresh_engine(model_dir: Path, recipe: config.Recipe) -> tuple[lora.PeftModel
 
 
 def take_one_step(model_dir: Path) -> None:
-    """What torch and peft set up at their first use, two thirds of a run's time, is then inherited by forked ones."""
+    """Let torch and peft set up what they need: forked runs inherit it, two thirds of their
+    time."""
     _, engine = fresh_engine(model_dir, RECIPE)
     ids_BT = torch.arange(8)[None]
     engine.backward(engine.loss_sum(ids_BT, ids_BT), last_of_step=True)
@@ -121,7 +127,7 @@ def take_one_step(model_dir: Path) -> None:
 
 
 def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None:
-    """The same command again: go on from what the folder holds, or begin."""
+    """Resume the run that the folder holds, or begin one."""
     torch.set_num_threads(1)
     wrapped, engine = fresh_engine(model_dir, recipe)
     rows: Any = Rows(10, seed=1)
@@ -134,40 +140,81 @@ def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None
     if found:
         resume.restore(engine, found)
     recipe = replace(recipe, output_dir=str(run))
-    train(
-        recipe, data, engine, Saver(output, identity, 1, watchdog, found), output, watchdog, found
-    )
+    saving = Saver(output, identity, 1, watchdog, found)
+    shape = Shape.of(QWenLMHeadModel.config_class.from_pretrained(model_dir))
+    train(open_session(recipe, data, engine, saving, shape, QWEN.load_encoding(model_dir)))
 
 
-def kill_at(number: int, save: int) -> Callable[[], None]:
-    """Patch the file operations of the saver's thread: operation `number` of save `save` (both from 1) is the last one
-    that this process makes. Returns a function that writes how many operations there were."""
-    counts = {"save": 0, "operation": 0}
-    run_thread = threading.Thread.run
+class KillAt:
+    """Makes operation `number` of save `save` (both from 1) the last one of this process.
 
-    def run(self: threading.Thread) -> None:
-        if self.name == "saver":
-            counts["save"] += 1
-        run_thread(self)
+    The operations are those of the saver's thread: calls of the system through `os`, and the two
+    calls that write a file's bytes, Path.write_bytes and safetensors' save_file (in Rust, out of
+    Python's sight). The process dies before a call of the system, and after half a file.
+    """
 
-    threading.Thread.run = run  # type: ignore[method-assign]
+    def __init__(self, number: int, save: int) -> None:
+        self.number, self.save = number, save
+        self.saves = self.operations = 0
+        self.writing = False
+        self.missed: list[str] = []
+        run_thread = threading.Thread.run
 
-    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(thread: threading.Thread) -> None:
+            self.saves += thread.name == "saver"
+            run_thread(thread)
+
+        threading.Thread.run = run  # type: ignore[method-assign]
+        for name in OPERATIONS:
+            setattr(os, name, self.killed_before(getattr(os, name)))
+        write_bytes, save_file = Path.write_bytes, weights.save_file
+        Path.write_bytes = self.killed_half_way(write_bytes, 0)  # type: ignore[method-assign]
+        weights.save_file = self.killed_half_way(save_file, 1)
+        sys.addaudithook(self.audit)
+
+    def counts(self) -> bool:
+        """Whether an operation of the calling thread counts."""
+        return threading.current_thread().name == "saver" and self.saves == self.save
+
+    def is_last(self) -> bool:
+        self.operations += 1
+        return self.operations == self.number
+
+    def killed_before(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread().name != "saver" or counts["save"] != save:
-                return real(*args, **kwargs)
-            counts["operation"] += 1
-            if counts["operation"] == number:
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
+            if self.counts() and self.is_last():
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
         return operation
 
-    for name in OPERATIONS:
-        setattr(os, name, counted(name, getattr(os, name)))
-    return lambda: print(counts["operation"], flush=True)
+    def killed_half_way(self, real: Callable[..., Any], at: int) -> Callable[..., Any]:
+        """`at`: the position of the path among the arguments."""
+
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            if not self.counts():
+                return real(*args, **kwargs)
+            self.writing = True
+            result = real(*args, **kwargs)
+            self.writing = False
+            if self.is_last():
+                os.truncate(args[at], Path(args[at]).stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return operation
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        """Note files that are opened for writing in another way than through the two calls."""
+        if event == "open" and not self.writing and self.counts():
+            path, mode, flags = args
+            if flags & (os.O_WRONLY | os.O_RDWR) and not str(path).endswith(".log"):
+                self.missed.append(f"{path} {mode}")
+
+    def report(self) -> None:
+        """Print the number of operations; every file's bytes must have gone through one of them."""
+        assert not self.missed, self.missed
+        print(self.operations, flush=True)
 
 
 def in_child(action: Callable[[], object], out: Path) -> int:
@@ -195,14 +242,11 @@ def in_child(action: Callable[[], object], out: Path) -> int:
 
 
 def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
-    """Adapter, metrics without what depends on the clock and the process, and what lies in the folder."""
+    """Adapter, metrics that depend on neither clock nor process, and the names in the folder."""
     timed = (
-        "seconds",
-        "tokens_per_second",
-        "tokens_per_second_per_rank",
-        "learnt_tokens_per_second",
+        "seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second",
         "memory_gb",
-    )
+    )  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if "tensorboard" not in p.parts)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -214,32 +258,31 @@ def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
 def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(
     small_dir: Path, tmp_path: Path, save: int, every: int
 ) -> None:
-    """Every operation of a save that also moves `best` and deletes what is too old; a sample of those of the first
-    save, which has nothing before it."""
+    """Every operation of a save that also moves `best` and deletes an old checkpoint, and a sample
+    of those of the first save, which has nothing before it."""
     take_one_step(small_dir)
     log, calm, before = tmp_path / "log", tmp_path / "calm", tmp_path / "before"
     assert in_child(lambda: run_once(small_dir, calm), log) == 0, log.read_text()
     expected = result(calm)
     if save == 1:
         before.mkdir()
-    else:  # what lies there when the save begins; a run that goes on from it makes that save as its first
-        assert (
-            in_child(lambda: (kill_at(1, save), run_once(small_dir, before)), log) == signal.SIGKILL
-        )
+    else:  # the folder when the save begins: a run that resumes from it makes that save first
+        died = in_child(lambda: (KillAt(1, save), run_once(small_dir, before)), log)
+        assert died == signal.SIGKILL, log.read_text()
 
     def disturbed(number: int, run: Path) -> int:
         shutil.copytree(before, run)
 
         def action() -> None:
-            tell = kill_at(number, 1)
+            kill = KillAt(number, 1)
             run_once(small_dir, run)
-            tell()
+            kill.report()
 
         return in_child(action, log)
 
     assert disturbed(0, tmp_path / "counting") == 0, log.read_text()
     operations = int(log.read_text().split()[-1])
-    assert operations > 30, "files, folders, state, pointers"
+    assert operations > 50, "files, folders, state, pointers"
     for number in range(1, operations + 1, every):
         run = tmp_path / f"killed_{number}"
         assert disturbed(number, run) == signal.SIGKILL, f"operation {number}: {log.read_text()}"
@@ -259,18 +302,16 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
     run, log = tmp_path / "run", tmp_path / "log"
 
     def action() -> None:
-        real = checkpoint.write_tensors
+        real = saver.save_tensors
 
         def slow(path: Path, tensors: dict[str, Tensor]) -> str:
-            ends = time.monotonic() + 60
-            while '"step": 4' not in (run / "metrics.jsonl").read_text() and "step_000002" in str(
-                path
-            ):
+            ends, metrics = time.monotonic() + 60, run / "metrics.jsonl"
+            while "step_000002" in str(path) and '"step": 4' not in metrics.read_text():
                 assert time.monotonic() < ends, "the training waits for the disk"
                 time.sleep(0.01)
             return real(path, tensors)
 
-        checkpoint.write_tensors = slow  # type: ignore[assignment]
+        saver.save_tensors = slow  # type: ignore[assignment]
         run_once(small_dir, run, replace(RECIPE, save=config.SaveOptions(every_steps=6)))
 
     assert in_child(action, log) == 0, log.read_text()
@@ -280,7 +321,8 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
 
 @pytest.mark.job
 def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
-    """Values and moments are three times the adapter's fp32 size; the bar is 3.2 times, with writing and hashing."""
+    """Values and moments are three times the adapter's fp32 size; the bar is 3.2 times, with
+    writing and hashing."""
     log = tmp_path / "log"
 
     def action() -> None:
@@ -294,11 +336,11 @@ def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
         output = Output(
             tmp_path / "run", tmp_path, torch.float32, lora.LoraConfig(r=2, target_modules=["m0"])
         )
-        saver = Saver(output, {}, 1, Watchdog(10, launched=False), None)
+        saving = Saver(output, {}, 1, Watchdog(10, launched=False), None)
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        saver.save(engine, RunState(1, 10, {}, {}))
-        assert saver.wait()
+        saving.save(engine, RunState(1, 10, {}, {}))
+        assert saving.wait()
         grown = memory("VmHWM") - before
         assert grown < 3.2 * size, f"{grown / size:.2f} times"
         assert grown > 2.9 * size, f"{grown / size:.2f} times: that was not measured"

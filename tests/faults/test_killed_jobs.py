@@ -1,4 +1,5 @@
-"""Whole jobs that are killed, stopped, starved and moved: the same command goes on, and nothing is lost on the way."""
+"""Whole jobs that are killed, stopped, starved and moved: the same command goes on, and nothing is
+lost on the way."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def until_saved(job: Job, run: Path) -> Job:
 def test_five_kills_at_random_instants_change_no_bit(
     options: list[str], tmp_path: Path, stage: int, steps: int
 ) -> None:
-    """SIGKILL to all ranks: two of the five come while the job starts, the others while it trains or saves."""
+    """SIGKILL to all ranks: two of the five come while the job starts, the others while it trains
+    or saves."""
     options = [
         *options,
         "--deepspeed",
@@ -110,7 +112,8 @@ def test_five_kills_at_random_instants_change_no_bit(
 def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(
     options: list[str], tmp_path: Path
 ) -> None:
-    """SIGTERM twice in a row to rank 1 only, and later SIGINT to both: exit code 3 each time, and no bit changes."""
+    """SIGTERM twice in a row to rank 1 only, and later SIGINT to both: exit code 3 each time, and
+    no bit changes."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     shared = set(os.listdir("/dev/shm"))
     Job([*options, "--output_dir", str(calm)], 2).wait().ok()
@@ -241,10 +244,14 @@ def test_ranks_end_when_their_launcher_disappears(options: list[str], tmp_path: 
         "--output_dir",
         str(run),
     ]
-    launcher = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); p.wait()"
+    launcher = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); p.wait()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, sys.executable, str(SCRIPT), *arguments],
-        env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
     )  # fmt: skip
     assert process.stdout is not None
     rank = int(process.stdout.readline())
@@ -281,7 +288,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_the_save_and_not_the_training(
     options: list[str], small_disk: Path, tmp_path: Path
 ) -> None:
-    """Room for a few checkpoints of a quarter of a megabyte; once there is room again, saving works again."""
+    """Room for a few checkpoints of a quarter of a megabyte; once there is room again, saving works
+    again."""
     calm, run = tmp_path / "calm", small_disk / "run"
     options = [*options, "--save.keep", "32"]
     Job([*options, "--output_dir", str(calm)], 2).wait().ok()
@@ -302,8 +310,9 @@ def test_a_full_disk_ends_the_save_and_not_the_training(
 
 
 def test_the_world_may_change_three_times(small_job: list[str], tmp_path: Path) -> None:
-    """2 ranks under ZeRO-3, then 1 under ZeRO-2, 2 under ZeRO-2, 3 under ZeRO-3: the adapter of an undisturbed run,
-    within rounding. 14,976 parameters don't divide evenly over three ranks. No dropout: it depends on the ranks."""
+    """2 ranks under ZeRO-3, then 1 under ZeRO-2, 2 under ZeRO-2, 3 under ZeRO-3: the adapter of an
+    undisturbed run, within rounding. 14,976 parameters don't divide evenly over three ranks. No
+    dropout: it depends on the ranks."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     longer = ["--optim.max_steps", "12", "--save.every_steps", "3"]
     Job([*small_job, *longer, "--output_dir", str(calm)], 1).wait().ok()
@@ -333,8 +342,8 @@ def test_the_world_may_change_three_times(small_job: list[str], tmp_path: Path) 
 
 
 def test_damage_is_passed_over_and_made_good(options: list[str], tmp_path: Path) -> None:
-    """A flipped byte in the newest checkpoint, half a file in the one before, `latest` gone: the job goes on from the
-    third, and ends as if nothing had been."""
+    """A flipped byte in the newest checkpoint, half a file in the one before, `latest` gone: the
+    job goes on from the third, and ends as if nothing had been."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     Job([*options, "--output_dir", str(calm)], 1).wait().ok()
     shutil.copytree(calm, run)
@@ -406,7 +415,8 @@ def test_early_stopping_keeps_the_best(small_job: list[str], tmp_path: Path) -> 
 def test_fp16_goes_on_with_its_loss_scale(
     job: Callable, small_job: list[str], tmp_path: Path
 ) -> None:
-    """The scale and its history are state, too: dynamic scaling begins at 65,536 and halves at each overflow."""
+    """The scale and its history are state, too: dynamic scaling begins at 65,536 and halves at each
+    overflow."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     options = [*small_job, "--model.dtype", "float16", "--save.every_steps", "2"]
     job([*options, "--output_dir", str(calm)], 2).ok()

@@ -1,4 +1,5 @@
-"""A longer soak, by `make test-faults`: runs of all kinds, each disturbed in random ways until it is through."""
+"""A longer soak, by `make test-faults`: runs of all kinds, each disturbed in random ways until it
+is through."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(
     chance = random.Random(seed)
     ranks, stage = chance.choice([1, 2, 3]), chance.choice([0, 1, 2, 3])
     options = [
-        *small_job, "--lora.dropout", "0.1", "--deepspeed", f"ds_configs/zero{stage}.json", "--optim.max_steps", "40",
-        "--optim.epochs", "99", "--save.every_steps", str(chance.choice([1, 2, 5])), "--save.keep", "2",
+        *small_job, "--lora.dropout", "0.1", "--deepspeed", f"ds_configs/zero{stage}.json",
+        "--optim.max_steps", "40", "--optim.epochs", "99",
+        "--save.every_steps", str(chance.choice([1, 2, 5])), "--save.keep", "2",
         "--data.eval_fraction", "0.1", "--eval.every_steps", "7", "--eval.sample_tokens", "3",
         "--log.every_steps", str(chance.choice([1, 3])),
     ]  # fmt: skip

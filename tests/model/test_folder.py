@@ -1,4 +1,4 @@
-"""Which checkpoint folders are taken, what is said about the others, and what is fetched from a hub."""
+"""The gate for models: folders that it takes, its word on all others, and what it fetches."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_file_is_not_a_folder(tmp_path):
         find_model(tmp_path / "x")
 
 
-# A hub, as far as huggingface_hub asks for one: acme/tiny with safetensors, acme/old with a .bin only.
+# A hub, as far as huggingface_hub asks for one: acme/tiny has safetensors, acme/old only a .bin.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -244,10 +244,14 @@ def hub(small_dir: Path) -> Iterator[str]:
 
 
 def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[str]:
-    """What find_model says to each name, in a new process: huggingface_hub reads its variables when imported."""
+    """find_model's answer to each name, in a new process.
+
+    huggingface_hub reads its variables when it is imported.
+    """
     code = (
         "import sys\nfrom qwen_ds.model.folder import find_model\n"
-        "for name in sys.argv[1:]:\n    try: print(find_model(name))\n    except ValueError as error: print(error)"
+        "for name in sys.argv[1:]:\n    try: print(find_model(name))\n"
+        "    except ValueError as error: print(error)"
     )
     env = {
         key: value
@@ -286,7 +290,8 @@ def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offlin
     assert not any(".py" in path for path in Hub.asked), "code was fetched"
     check_folder(Path(tiny))
 
-    # What HF_HOME and HF_HUB_OFFLINE=1 set when huggingface_hub is imported; a second process would take seconds.
+    # What HF_HOME and HF_HUB_OFFLINE=1 set when huggingface_hub is imported; a second process would
+    # take seconds.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(

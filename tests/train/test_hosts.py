@@ -1,4 +1,5 @@
-"""Training over several machines: two hosts made of this one, each with its own network, name, disk and processes."""
+"""Training over several machines: two hosts made of this one, each with its own network, name, disk
+and processes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
 SSHD = "/usr/sbin/sshd"
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch")
-# What a host does with itself, in its own namespaces: nothing of it is seen outside, and all of it goes with them.
+# What a host does with itself, in its own namespaces: nothing of it is seen outside, and all of it
+# goes with them.
 HOST = """
 mount --make-rprivate /
 hostname {name}
@@ -42,7 +44,8 @@ while sleep 1; do :; done  # a shell, which also buries what the daemons leave b
 
 @dataclass
 class Host:
-    """One host. `disk` is where its own disk is seen from outside; inside it lies where the other's lies there, too."""
+    """One host. `disk` is where its own disk is seen from outside; inside it lies where the other's
+    lies there, too."""
 
     name: str
     address: str
@@ -67,7 +70,8 @@ class Host:
         disk = self.disk.with_name("disk")
         left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         base = {k: v for k, v in os.environ.items() if k not in left_out} | {
-            "HOME": str(disk / "home"), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(disk / "home"), "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
         return subprocess.Popen(
             [*inside, "env", "--chdir", str(disk / "work"), *command], env=base | environment,
@@ -87,7 +91,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture
 def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
-    """Two hosts that reach each other by name and share the code and the model, but neither data nor home nor runs."""
+    """Two hosts that reach each other by name and share the code and the model, but neither data
+    nor home nor runs."""
     if os.geteuid() or not all(shutil.which(name) for name in ("unshare", "nsenter", "ip")):
         pytest.skip("making two hosts of one needs root, unshare, nsenter and ip")
     if subprocess.run(
@@ -141,8 +146,9 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
 def options(small_dir: Path, rows: Path, cache: Path | None = None) -> list[str]:
     """Options of a short job; without `cache` the token rows go under the home directory."""
     return [
-        "--model.path", str(small_dir), "--data.train", str(rows), "--model.dtype", "float32", "--lora.dropout", "0",
-        "--batch.rows_per_step", "16", "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "3",
+        "--model.path", str(small_dir), "--data.train", str(rows), "--model.dtype", "float32",
+        "--lora.dropout", "0", "--batch.rows_per_step", "16",
+        "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "3",
         "--optim.lr", "1e-3", *(["--data.cache_dir", str(cache)] if cache else []),
     ]  # fmt: skip
 
@@ -172,8 +178,9 @@ def one_host(
 def test_two_hosts_train_what_one_does(
     hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path
 ) -> None:
-    """The deepspeed command on each of two hosts with two ranks each, ZeRO-3 with hpZ, and no disk in common. Rank 0's
-    host has the whole run folder, the other no more than its own logs; each has its own cache of token rows."""
+    """The deepspeed command on each of two hosts with two ranks each, ZeRO-3 with hpZ, and no disk
+    in common. Rank 0's host has the whole run folder, the other no more than its own logs; each has
+    its own cache of token rows."""
     (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=2\n" for host in hosts))
     launcher = [
         "deepspeed",
@@ -293,9 +300,10 @@ def start_slurm(hosts: list[Host], folder: Path) -> dict[str, str]:
 def test_slurm_requeues_a_job_that_stops_before_its_time_limit(
     hosts: list[Host], one_host: Path, small_dir: Path, tmp_path: Path
 ) -> None:
-    """The sbatch script on a real Slurm: srun starts a rank on each host, which find each other by Slurm's variables.
-    The job's five minutes are less than save.before_minutes, so it stops after its first step; with more time, the
-    same job goes on from there to the adapter of a run that was never stopped."""
+    """The sbatch script on a real Slurm: srun starts a rank on each host, which find each other by
+    Slurm's variables. The job's five minutes are less than save.before_minutes, so it stops after
+    its first step; with more time, the same job goes on from there to the adapter of a run that was
+    never stopped."""
     conf = start_slurm(hosts, tmp_path)
     for host in hosts:
         (host.disk / "work" / "launch").symlink_to(ROOT / "launch")

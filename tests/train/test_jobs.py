@@ -1,4 +1,5 @@
-"""Whole training jobs: what a run computes does not depend on how it is spread, and what it leaves behind is whole."""
+"""Whole training jobs: what a run computes does not depend on how it is spread, and what it leaves
+behind is whole."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def largest_difference(
 def test_gradient_does_not_depend_on_the_split(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-0 on one rank, ZeRO-1 to 3 on two, compiled blocks and other micro-batches: one adapter. Answers
-    differ in length by a factor of five, so a mean of the ranks' means would be far off."""
+    """ZeRO-0 on one rank, ZeRO-1 to 3 on two, compiled blocks and other micro-batches: one adapter.
+    Answers differ in length by a factor of five, so a mean of the ranks' means would be far off."""
     runs = {
         "zero0": (1, ["--deepspeed", "ds_configs/zero0.json"]),
         "zero1": (2, ["--deepspeed", "ds_configs/zero1.json"]),
@@ -74,8 +75,8 @@ def test_gradient_does_not_depend_on_the_split(
 
 
 def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path: Path) -> None:
-    """With dropout on and two ranks: adapter and every number that is not a time. The rerun is told by what the first
-    run left in its folder."""
+    """With dropout on and two ranks: adapter and every number that is not a time. The rerun is told
+    by what the first run left in its folder."""
     job([*small_job, "--lora.dropout", "0.1", "--output_dir", str(tmp_path / "first")], 2).ok()
     recipe = str(tmp_path / "first" / "recipe.yaml")
     job(["--config", recipe, "--output_dir", str(tmp_path / "second")], 2).ok()
@@ -95,7 +96,8 @@ def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path:
 def test_the_command_of_the_readme_leaves_a_complete_run_folder(
     small_job: list[str], tmp_path: Path
 ) -> None:
-    """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the adapter."""
+    """The deepspeed launcher itself, ZeRO-3, evaluation and saved steps; stock peft loads the
+    adapter."""
     out = tmp_path / "run"
     options = [
         "--deepspeed",
@@ -123,8 +125,9 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(
     )
     assert run.returncode == 0, run.stderr[-3000:]
     for name in (
-        "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl", "loss.png",
-        "report.html", "adapter/adapter_config.json", "checkpoints/step_000010/adapter/adapter_model.safetensors",
+        "recipe.yaml", "ds_config.json", "environment.json", "data_report.json", "metrics.jsonl",
+        "loss.png", "report.html", "adapter/adapter_config.json",
+        "checkpoints/step_000010/adapter/adapter_model.safetensors",
         "checkpoints/step_000010/state.json", "latest", "best", "samples.jsonl",
     ):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
@@ -156,8 +159,8 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     job: Callable, small_job: list[str], tmp_path: Path, stage: int
 ) -> None:
-    """One embedding row is infinite, and one row of the data (line 41) spells it: the run stops in the step that draws
-    it, names it, and keeps an adapter that is finite."""
+    """One embedding row is infinite, and one row of the data (line 41) spells it: the run stops in
+    the step that draws it, names it, and keeps an adapter that is finite."""
     from safetensors.torch import save_file
 
     model = tmp_path / "model"
@@ -192,7 +195,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
 def test_zero_3_computes_what_zero_2_computes(
     job: Callable, small_job: list[str], tmp_path: Path, kind: str
 ) -> None:
-    """DoRA reads the base's weights in passing, which ZeRO-3 has taken apart; fp16 has DeepSpeed's loss scale."""
+    """DoRA reads the base's weights in passing, which ZeRO-3 has taken apart; fp16 has DeepSpeed's
+    loss scale."""
     options = ["--lora.variant", "dora"] if kind == "dora" else ["--model.dtype", "float16"]
     for stage in (2, 3):
         out = [
@@ -213,7 +217,8 @@ def test_zero_3_computes_what_zero_2_computes(
 def test_eight_ranks_with_fewer_rows_than_ranks_in_the_last_step(
     job: Callable, small_job: list[str], tmp_path: Path
 ) -> None:
-    """100 rows in steps of 16 leave 4 for the seventh: half of the ranks run the dummy row, and all stay in step."""
+    """100 rows in steps of 16 leave 4 for the seventh: half of the ranks run the dummy row, and all
+    stay in step."""
     out = tmp_path / "run"
     options = [
         "--deepspeed",

@@ -1,4 +1,5 @@
-"""The choice of dtype and attention, cheap dropout and compiled blocks: the numbers stay what they were."""
+"""The choice of dtype and attention, cheap dropout and compiled blocks: the numbers stay what they
+were."""
 
 from __future__ import annotations
 

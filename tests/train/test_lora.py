@@ -1,8 +1,10 @@
-"""The LoRA branch against peft's own, the parameter count of the real shape, and adapters to continue from."""
+"""The LoRA branch against peft's own, the parameter count of the real shape, and adapters to
+continue from."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -18,6 +20,7 @@ from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora
 from qwen_ds.train.lora import (
     add_lora,
+    check_init_from,
     config_of,
     count_parameters,
     init_from,
@@ -113,7 +116,8 @@ def test_attention_and_mlp_projections_can_be_told_apart(small_dir: Path) -> Non
 
 
 def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, golden: Path) -> None:
-    """Ours, the official finetune.py's stock folder, and the original project's pytorch_model.bin."""
+    """Ours, the official finetune.py's stock folder, and the original project's
+    pytorch_model.bin."""
     first = wrapped(small_dir)
     values = {plain_name(n): p.detach().clone() for n, p in trained(first).items()}
     write_adapter(tmp_path / "ours", config_of(first), trained(first))
@@ -125,21 +129,21 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
     options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6)
     for folder in ("ours", "bin"):
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, str(tmp_path / folder), options)
+        init_from(again, replace(options, init_from=str(tmp_path / folder)))
         assert all(torch.equal(values[plain_name(n)], p) for n, p in trained(again).items()), folder
     for variant in ("dora", "rslora"):
         options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6, variant=variant)  # type: ignore[arg-type]
         first = wrapped(small_dir, variant=variant)
         write_adapter(tmp_path / variant, config_of(first), trained(first))
         again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, str(tmp_path / variant), options)
+        init_from(again, replace(options, init_from=str(tmp_path / variant)))
         assert all(
             torch.equal(p, q)
             for p, q in zip(trained(first).values(), trained(again).values(), strict=True)
         )
     official = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=8)
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), official, base="", seed=8)
-    init_from(again, str(golden / "lora" / "adapter"), official)
+    init_from(again, replace(official, init_from=str(golden / "lora" / "adapter")))
     outputs = load_file(golden / "lora" / "outputs.safetensors")
     again.eval()
     loss = again(
@@ -164,8 +168,19 @@ def test_an_adapter_that_does_not_fit_the_recipe_is_refused(
     settings: dict[str, object] = {"dropout": 0.0, "targets": ALL, "r": 4, "alpha": 6, **change}
     options = LoraOptions(**settings)  # type: ignore[arg-type]
     again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
+    options = replace(options, init_from=str(tmp_path))
     with pytest.raises(UserError, match=expected):
-        init_from(again, str(tmp_path), options)
+        init_from(again, options)
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=expected):  # also before there are weights
+        check_init_from(options, again.get_base_model().config)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_missing_adapter_is_refused_before_there_are_weights(tmp_path: Path) -> None:
+    options = LoraOptions(init_from=str(tmp_path / "nonexistent"))
+    with pytest.raises(UserError, match="nonexistent"):
+        check_init_from(options, QWenConfig())
 
 
 def test_the_written_folder_is_plain_and_readable_by_all(small_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The loss head against plain cross-entropy, and the promise that logits exist only a chunk at a time."""
+"""The loss head against plain cross-entropy, and the promise that logits exist only a chunk at a
+time."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_the_loss_shifts_once_and_ignores_what_is_not_learnt() -> None:
     head = nn.Linear(12, 97, bias=False)
     hidden = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[IGNORE, IGNORE, 7, 8, IGNORE], [3, 4, IGNORE, IGNORE, 9]])
-    # By hand: (row, position of the hidden state) -> target; labels[1, 0] has nothing before it that could predict it.
+    # By hand: (row, position of the hidden state) -> target; labels[1, 0] has nothing before it
+    # that could predict it.
     pairs = {(0, 1): 7, (0, 2): 8, (1, 0): 4, (1, 3): 9}
     expected = sum(
         F.cross_entropy(head(hidden[at]), torch.tensor(target)) for at, target in pairs.items()
@@ -101,8 +103,9 @@ print(peak() - before)
 
 @pytest.mark.job
 def test_no_tensor_of_batch_by_length_by_vocabulary_exists(full_dir: Path) -> None:
-    """A training step on 4,088 targets over the real vocabulary: their logits alone would be 1.2 GB in bf16 and 2.5 GB
-    in fp32; beside one chunk (256 MiB in fp32, half of that in bf16, twice) little may be held."""
+    """A training step on 4,088 targets over the real vocabulary: their logits alone would be 1.2 GB
+    in bf16 and 2.5 GB in fp32; beside one chunk (256 MiB in fp32, half of that in bf16, twice)
+    little may be held."""
     command = [sys.executable, "-c", _MEMORY, str(full_dir)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 700e6, f"{int(run.stdout) / 1e9:.2f} GB"

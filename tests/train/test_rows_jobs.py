@@ -1,4 +1,5 @@
-"""Whole jobs on a base model: its control tokens' rows, or embedding and head whole, however the job is spread."""
+"""Whole jobs on a base model: its control tokens' rows, or embedding and head whole, however the
+job is spread."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ RUNS = {
 def test_what_is_trained_of_the_vocabulary_does_not_depend_on_the_stage(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Steps of 33 of 100 rows: in the fourth, one of two ranks runs the dummy row. Blocks are recomputed (default)."""
+    """Steps of 33 of 100 rows: in the fourth, one of two ranks runs the dummy row. Blocks are
+    recomputed (default)."""
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     (base / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
     (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))

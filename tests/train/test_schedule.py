@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_ds.recipe.options import OptimOptions, Recipe
-from qwen_ds.train.loop import dropout_seed, total_steps
-from qwen_ds.train.schedule import lr_at
+from qwen_ds.recipe.options import OptimOptions
+from qwen_ds.train.schedule import dropout_seed, lr_at, total_steps
 
 
 @pytest.mark.parametrize(
@@ -27,8 +26,8 @@ def test_two_steps_of_warm_up_then_the_schedule(schedule: str, expected: list[fl
     [(3.0, None, 27), (0.5, None, 5), (0.01, None, 1), (3.0, 4, 4), (1.0, 99, 9)],
 )
 def test_steps_of_a_run(epochs: float, max_steps: int | None, expected: int) -> None:
-    recipe = Recipe(optim=OptimOptions(epochs=epochs, max_steps=max_steps))
-    assert total_steps(recipe, steps_per_epoch=9) == expected
+    optim = OptimOptions(epochs=epochs, max_steps=max_steps)
+    assert total_steps(optim, steps_per_epoch=9) == expected
 
 
 def test_dropout_seeds_differ_by_position_and_repeat() -> None:

@@ -1,5 +1,5 @@
-"""Rows and whole matrices of the vocabulary that are trained beside the adapter: gradients, format, memory, and the end
-that a base model learns to find."""
+"""Rows and whole matrices of the vocabulary that are trained beside the adapter: gradients, format,
+memory, and the end that a base model learns to find."""
 
 from __future__ import annotations
 
@@ -189,7 +189,8 @@ class LargestNewTensor(TorchDispatchMode):
 
 
 def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> None:
-    """Forward and backward of a training step, and the plain forward; what peft's own module does shows the ruler."""
+    """Forward and backward of a training step, and the plain forward; what peft's own module does
+    shows the ruler."""
     model, ours = wrapped(small_dir, dtype=torch.bfloat16)
     training = TrainingModel(ours, model.transformer, model.lm_head).train()
     ids, labels = batch()
@@ -251,10 +252,11 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
 def test_the_official_base_model_adapter_gives_the_official_numbers(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    """Continued from, it has the official loss and gradients; written and merged, the official weights."""
+    """Continued from, it has the official loss and gradients; written and merged, the official
+    weights."""
     official = replace(WHOLE, r=6, alpha=9)
     model, ours = wrapped(small_dir, official, [])
-    init_from(ours, str(golden / "lora_base" / "adapter"), official)
+    init_from(ours, replace(official, init_from=str(golden / "lora_base" / "adapter")))
     expected = load_file(golden / "lora_base" / "outputs.safetensors")
     labels = expected["labels"].masked_fill(expected["attention_mask"] == 0, IGNORE)
     count = int((labels[:, 1:] != IGNORE).sum())
@@ -292,7 +294,7 @@ def test_training_continues_from_rows_and_matrices(
     _, first = wrapped(small_dir, options, ids)
     write_adapter(tmp_path / "same", config_of(first), trained(first))
     _, again = wrapped(small_dir, options, ids[::-1])
-    init_from(again, str(tmp_path / "same"), options)
+    init_from(again, replace(options, init_from=str(tmp_path / "same")))
     for name, parameter in trained(again).items():
         expected = trained(first)[name]
         torch.testing.assert_close(
@@ -302,7 +304,7 @@ def test_training_continues_from_rows_and_matrices(
     write_adapter(tmp_path / "without", config_of(plain), trained(plain))
     model = base_model(small_dir)
     fresh = add_lora(model, options, base="", seed=1, row_ids=ids)
-    init_from(fresh, str(tmp_path / "without"), options)
+    init_from(fresh, replace(options, init_from=str(tmp_path / "without")))
     tokens, _ = batch()
     torch.testing.assert_close(
         model.eval()(tokens).logits, plain.eval()(tokens).logits, rtol=0, atol=1e-4
@@ -311,21 +313,21 @@ def test_training_continues_from_rows_and_matrices(
         UserError,
         match=r"the recipe does not train it; make lora\.modules_to_save and lora\.special",
     ):
-        init_from(plain, str(tmp_path / "same"), OPTIONS)
+        init_from(plain, replace(OPTIONS, init_from=str(tmp_path / "same")))
     if kind == "rows":
         _, other = wrapped(small_dir, ids=[304, 305, 7])
         with pytest.raises(
             UserError, match=r"trains the rows \[304, 305, 306\] of .*; expected \[7, 304, 305\]"
         ):
-            init_from(other, str(tmp_path / "same"), OPTIONS)
+            init_from(other, replace(OPTIONS, init_from=str(tmp_path / "same")))
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
 def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
     small_dir: Path, tmp_path: Path, with_rows: bool
 ) -> None:
-    """The special rows are as initialisation leaves them. LoRA alone learns the answers, and then goes on: with rows
-    that short no hidden state gives <|im_end|> the largest logit of 512."""
+    """The special rows are as initialisation leaves them. LoRA alone learns the answers, and then
+    goes on: with rows that short no hidden state gives <|im_end|> the largest logit of 512."""
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(2)

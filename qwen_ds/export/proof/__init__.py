@@ -1,1 +1,1 @@
-"""The proof of a merge: logits of both sides, and how far they may differ."""
+"""The proof of a merge: logits of both sides, and the bounds of their difference."""

@@ -20,7 +20,7 @@ POSITIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class ProofRow:
-    """A text, and where in it logits are compared."""
+    """A text, and the positions in it at which logits are compared."""
 
     ids_T: Tensor  # int64
     positions: Tensor  # int64

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_ds.errors import UserError
+from qwen_ds.export.choices import Proof, ProofKind
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.layered import layered_outputs
 from qwen_ds.export.proof.sides import (
@@ -36,10 +37,6 @@ from qwen_ds.machine import available_memory
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.tokenizer import load_encoding
-
-Proof = Literal["auto", "full", "sampled", "off"]
-ProofKind = Literal["full", "sampled"]
-"""full: whole models; sampled: layer by layer, on shorter texts."""
 
 # Each of at least 16 tokens.
 PROMPTS = (

@@ -83,7 +83,8 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
         if error.errno is None:  # a library's, not the system's
             raise
         raise UserError(
-            f"{error.filename or output.parent}: {error.strerror}; expected a disk that takes {output}"
+            f"{error.filename or output.parent}: {error.strerror}; expected a disk that takes"
+            f" {output}"
         ) from error
     return len(pairs)
 

@@ -1,4 +1,4 @@
-"""Qwen and Qwen2: one architecture under two sets of names, and the way of every row, both ways."""
+"""Qwen and Qwen2, one architecture under two sets of names: the layouts of both ways."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def qwen2_modules(module: str) -> tuple[str, ...]:
 
 
 def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -> Layout:
-    """How Qwen2's tensors are cut from Qwen's, in the order of `shapes` (tensor name -> shape).
+    """The layout that cuts Qwen2's tensors from Qwen's, in the order of `shapes` (name -> shape).
 
     Raises:
         UserError: a tensor that Qwen does not have, that is missing, or of another shape than
@@ -57,7 +57,7 @@ def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -
 
 
 def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -> Layout:
-    """How Qwen's tensors are stacked from Qwen2's; `config` is the Qwen's.
+    """The layout that stacks Qwen's tensors from Qwen2's; `config` is the Qwen's.
 
     Raises:
         UserError: as `layout_to_qwen2`.

@@ -128,7 +128,7 @@ def check_tokenizer(
 def _compare(
     encoding: Encoding, tokenizer: Tokenizer, batch: list[tuple[str, str]]
 ) -> Iterator[Difference]:
-    """The first thing that differs, for each (source, text) where one does."""
+    """The first difference of each (source, text) that has one."""
     tokenizer.encode_special_tokens = False
     parsed = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
     tokenizer.encode_special_tokens = True

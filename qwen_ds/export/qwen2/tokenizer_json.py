@@ -130,13 +130,8 @@ def write_qwen2_tokenizer(
 
 
 def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -> dict[str, Any]:
-    flags = {
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    flags["special"] = True
     return {
         "add_prefix_space": False,
         "added_tokens_decoder": {

@@ -6,7 +6,7 @@ Shapes: O output features (rows), I input features, R rank, N rows of the block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -65,10 +65,7 @@ class Replacement:
 
     adapter: Adapter
     key: str
-
-    @property
-    def kind(self) -> str:
-        return "saved"
+    kind: ClassVar[str] = "saved"
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         return self.adapter.tensor(self.key, first, first + block.shape[0]).float()
@@ -79,10 +76,7 @@ class ReplacedRows:
     """Some rows replaced, the others as they are: trainable token rows."""
 
     values_by_index: dict[int, Tensor]
-
-    @property
-    def kind(self) -> str:
-        return "rows"
+    kind: ClassVar[str] = "rows"
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         changed = block.clone()

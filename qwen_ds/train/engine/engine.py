@@ -32,8 +32,8 @@ class StepResult:
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     not_finite: str = ""
-    """The quantity that is not finite, in words; the weights were left alone. "" also for DeepSpeed's
-    own fp16 overflow, which only skips the step and lowers the loss scale."""
+    """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow is
+    none: DeepSpeed skips the step and lowers the loss scale."""
 
 
 class TrainingEngine:

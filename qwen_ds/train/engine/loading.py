@@ -12,7 +12,7 @@ from qwen_ds.plan.deepspeed_json import ResolvedConfig
 
 @contextmanager
 def partitioned_loading(resolved: ResolvedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Let `from_pretrained` partition parameters as they arrive (ZeRO-3) and peft gather what it reads.
+    """Let `from_pretrained` partition parameters as they arrive, and peft gather them (ZeRO-3).
 
     At other stages it does nothing.
     """

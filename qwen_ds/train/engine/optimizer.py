@@ -18,8 +18,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019): torch's own, which needs no compiler.
 
-    DeepSpeed's compiled one serves only where the JSON offloads the optimizer on a GPU machine: there
-    the update runs on the CPU, and its speed counts.
+    DeepSpeed's compiled one serves only where the JSON offloads the optimizer on a GPU machine:
+    there the update runs on the CPU, and its speed counts.
     """
     settings: dict[str, Any] = {
         "lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay,

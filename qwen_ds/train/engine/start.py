@@ -1,4 +1,4 @@
-"""DeepSpeed before there is a model: the process group, its configuration, its compiled operations."""
+"""DeepSpeed before there is a model: process group, configuration, compiled operations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
         torch.cuda.set_device(device)
     else:  # on a machine with a GPU DeepSpeed would pick that one by itself
         set_accelerator(CPU_Accelerator())
-    # DeepSpeed's shared-memory all-reduce for CPUs compiles for 45 s, a killed run leaves a lock that
-    # hangs the next start, and it waits for ever for a dead peer. gloo is as fast and times out.
+    # DeepSpeed's shared-memory all-reduce for CPUs compiles for 45 s, a killed run leaves a lock
+    # that hangs the next start, and it waits for ever for a dead peer. gloo is as fast and times
+    # out.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     port = 0
     if dist.has_rendezvous():

@@ -47,7 +47,7 @@ class TrainableState:
 
     @property
     def steps(self) -> int:
-        """AdamW's count of updates, the exponent of its bias correction; skipped steps not counted."""
+        """AdamW's count of updates, without skipped steps: the exponent of its bias correction."""
         first = self._adamw.state.get(self._masters()[0], {})
         return int(first.get("step", 0))
 
@@ -133,7 +133,7 @@ class TrainableState:
         return self._zero.single_partition_of_fp32_groups
 
     def _make_moments(self, steps: int | None = None) -> None:
-        """Make AdamW's state before its first step would: zeros. `steps` sets its count of updates."""
+        """Make AdamW's state, zeros, before its first step does; `steps` sets its count."""
         in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's own counts in an int
         for master in self._masters():
             state = self._adamw.state[master]

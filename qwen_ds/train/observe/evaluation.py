@@ -1,4 +1,4 @@
-"""Evaluation during training: loss on held-out rows, answers to a few of them, the best loss so far.
+"""Evaluation during training: loss on held-out rows, answers to a few, the best loss so far.
 
 Shapes: L tokens of one row.
 """

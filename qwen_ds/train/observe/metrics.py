@@ -49,8 +49,8 @@ class Hardware:
     def mfu(self, steps: Sequence[Step], seconds: float) -> float | None:
         """Model FLOP utilisation of these steps; None where no peak is known.
 
-        The operations that the model needs (4 N a token for LoRA, 6 N for full training, real tokens
-        only, see plan/flops.py) over those that the GPUs could make in that time.
+        The operations that the model needs (4 N a token for LoRA, 6 N for full training, real
+        tokens only, see plan/flops.py) over those that the GPUs could make in that time.
         """
         if self.gpu is None:
             return None
@@ -94,7 +94,7 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this rank in 10^9 bytes: of the GPU where there is one, else of the process."""
+    """Peak memory of this rank in 10^9 bytes: of its GPU, or of the process on a CPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

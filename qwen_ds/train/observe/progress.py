@@ -1,4 +1,4 @@
-"""The progress of a run as it is written and shown: metrics.jsonl, samples, TensorBoard, the bar."""
+"""Progress of a run, written and shown: metrics.jsonl, samples.jsonl, TensorBoard, the bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of a finished run: the loss curve as a picture, and report.html with everything on it."""
+"""The pages of a finished run: loss.png, the curve, and report.html, with everything on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_ds.disk.write import write_text
 
 
 def write_report(folder: Path, summary: str, parameters: str) -> None:
-    """Write loss.png and report.html into the run folder, from the files that the run left there."""
+    """Write loss.png and report.html into the run folder, from the other files there."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     draw_loss(rows, folder / "loss.png")

@@ -6,8 +6,8 @@
     latest  best               in the run folder; each names a checkpoint
 
 A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py).
-So at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills a
-save at every one of its file operations).
+So at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills
+a save at every one of its file operations).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def pointed(run: Path, name: str) -> str | None:
 def keep_newest(run: Path, keep: int, step: int) -> None:
     """Delete all checkpoints up to `step` but the `keep` newest and the best.
 
-    Later ones are damaged, which is why the run has stepped back to `step`; it replaces them when it
-    reaches their steps.
+    Later ones are damaged, which is why the run has stepped back to `step`; it replaces them when
+    it reaches their steps.
     """
     found = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
     best = pointed(run, BEST)

@@ -1,4 +1,4 @@
-"""The result of a run: an adapter or a whole model, written by rank 0 from the state of all ranks."""
+"""The result of a run: an adapter or a whole model, written by rank 0 from all ranks' state."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Output:
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
-                f"{final}: the result cannot be written ({error}); expected room for it; the newest "
-                f"checkpoint holds it, and the same command writes it once there is room"
+                f"{final}: the result cannot be written ({error}); expected room for it; the "
+                f"newest checkpoint holds it, and the same command writes it once there is room"
             ) from error
 
     def write_values(self, parent: Path, tensors: Mapping[str, Tensor]) -> Files:

@@ -47,7 +47,7 @@ _FIXED = (
 
 
 def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
-    """The hashes in each checkpoint: of recipe and DeepSpeed JSON together, and of the token rows."""
+    """The hashes in each checkpoint: of recipe with DeepSpeed JSON, and of the token rows."""
     text = json.dumps(_comparable(to_dict(recipe), ds_json), sort_keys=True, default=str)
     return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
 
@@ -138,7 +138,8 @@ def find(run: Path) -> Checkpoint | None:
 
 
 def _search(run: Path, before: int | None) -> checkpoint.Search:
-    # Rank 0 reads every byte, seconds for an adapter and minutes for a model: too long for a collective.
+    # Rank 0 reads every byte, seconds for an adapter and minutes for a model: too long for a
+    # collective.
     searches: list[checkpoint.Search] = []
     dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
     return searches[0] if searches else checkpoint.Search()

@@ -39,8 +39,8 @@ def claim(folder: Path) -> None:
         strangers = {path.name for path in folder.iterdir()} - BEFORE_THE_RECIPE
         if strangers:
             raise UserError(
-                f"output_dir {folder} holds {min(strangers)!r} and is no run folder; expected a run "
-                f"folder, or a new or empty one; nothing was changed"
+                f"output_dir {folder} holds {min(strangers)!r} and is no run folder; expected a "
+                f"run folder, or a new or empty one; nothing was changed"
             )
     require_folder(folder, make=True)
 
@@ -63,7 +63,7 @@ def write_resolved(
     device: torch.device,
     count: ParameterCount,
 ) -> None:
-    """Write recipe.yaml, ds_config.json and environment.json, with which the run can be repeated."""
+    """Write recipe.yaml, ds_config.json and environment.json: with them a run can be repeated."""
     on_gpu = device.type == "cuda"
     write_json(folder / DS_CONFIG, ds_json)
     write_json(
@@ -82,6 +82,7 @@ def write_resolved(
             **{name: metadata.version(name) for name in PACKAGES},
         },
     )
-    # Last, and complete or absent: a folder with a recipe is a run's, and the next start compares it.
+    # Last, and complete or absent: a folder with a recipe is a run's, and the next start compares
+    # it.
     with replacing(folder / RECIPE) as unfinished:
         write_recipe(recipe, unfinished)

@@ -1,8 +1,8 @@
 """Saving during training: the ranks give their state, and rank 0 writes it in a thread of its own.
 
-A LoRA run's state is small: it is gathered whole on rank 0, and training stands still only for that.
-Full training's state is as large as the machine: each rank writes its own pieces, and all wait for
-the slowest.
+A LoRA run's state is small: it is gathered whole on rank 0, and training stands still only for
+that. Full training's state is as large as the machine: each rank writes its own pieces, and all
+wait for the slowest.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class Saver:
     def save(self, engine: TrainingEngine, state: RunState) -> Path:
         """Save the state after `state.step` (a collective); returns the folder it will have.
 
-        A failure (a full disk) is reported, leaves the older checkpoints alone, and does not end the
-        training.
+        A failure (a full disk) is reported, leaves the older checkpoints alone, and does not end
+        the training.
         """
         target = checkpoint.step_folder(self._run, state.step)
         self.wait()
-        # All ranks, once a save. Nothing has changed since a save of the same step, and replacing it
-        # would leave a moment without it.
+        # All ranks, once a save. Nothing has changed since a save of the same step, and replacing
+        # it would leave a moment without it.
         if dist.max_floats(dist.rank() == 0 and self._saved_step == state.step)[0]:
             return target
         # All ranks, once a save; a few kilobytes each.
@@ -157,7 +157,8 @@ class Saver:
         try:
             folder = checkpoint.unfinished_folder(self._run, step)
             files = self.output.write_values(folder, tensors[VALUE])
-            # An adapter file holds the fp32 values themselves, a model's what they are in its dtype.
+            # An adapter file holds the fp32 values themselves, a model's what they are in its
+            # dtype.
             kinds = MOMENTS if self.output.adapter_config is not None else (VALUE, *MOMENTS)
             held = {f"{name}.{kind}": t for kind in kinds for name, t in tensors[kind].items()}
             files[OPTIMIZER] = save_tensors(folder / OPTIMIZER, held)
@@ -224,8 +225,8 @@ class Saver:
         shutil.rmtree(unfinished, ignore_errors=True)
         self._failure = f"{error}"
         say(
-            f"step {step} is not saved: {error}; the checkpoints before it are kept and the training "
-            f"goes on"
+            f"step {step} is not saved: {error}; the checkpoints before it are kept and the "
+            f"training goes on"
         )
 
 

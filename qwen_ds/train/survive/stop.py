@@ -27,11 +27,12 @@ def leave_at_signals() -> None:
 
 
 class StopRequest:
-    """Notes signals while it is entered, and lets the ranks agree on the step after which they stop.
+    """Notes signals while it is entered, and lets the ranks agree on the step after which they
+    stop.
 
-    A launcher forwards a signal to one rank after the other, seconds apart, and may reach only some:
-    the handler merely notes it, and `agreed` asks all ranks at the end of each step. A repeated
-    signal changes nothing.
+    A launcher forwards a signal to one rank after the other, seconds apart, and may reach only
+    some: the handler merely notes it, and `agreed` asks all ranks at the end of each step. A
+    repeated signal changes nothing.
 
     Args:
         ends_at: when the job is killed (seconds since 1970), or None.

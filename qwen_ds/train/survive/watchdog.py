@@ -1,11 +1,12 @@
-"""The end of a run that cannot continue: a dead rank, a collective that no rank leaves, a lost launcher.
+"""The end of a run that cannot continue: a dead rank, a collective that no rank leaves, a lost
+launcher.
 
-A collective waits for a dead or stuck peer as long as its time-out, which gloo and NCCL keep unevenly
-and DeepSpeed's groups may not have at all. So a thread of each rank posts once a second where the
-training is (a "beat") at the rendezvous store, through a connection of its own. Rank 0, which serves
-the store, reads all beats and passes a verdict. The others read only that, so the store's load is
-linear in the ranks. A rank that learns of the end leaves its process at once: no collective begins
-once a peer is known to be dead.
+A collective waits for a dead or stuck peer as long as its time-out, which gloo and NCCL keep
+unevenly and DeepSpeed's groups may not have at all. So a thread of each rank posts once a second
+where the training is (a "beat") at the rendezvous store, through a connection of its own. Rank 0,
+which serves the store, reads all beats and passes a verdict. The others read only that, so the
+store's load is linear in the ranks. A rank that learns of the end leaves its process at once: no
+collective begins once a peer is known to be dead.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
-# Beats come from a thread of their own: a long silence means that the process is gone, or its machine.
+# Beats come from a thread of their own: a long silence means that the process is gone, or its
+# machine.
 SILENT_SECONDS = 30.0
 # After a collective has failed on this rank, a shorter silence tells which peer is to blame.
 SUSPECT_SECONDS = 3.0

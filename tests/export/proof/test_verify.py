@@ -1,4 +1,4 @@
-"""The proof of a merge: passes where it should, with figures that mean something, and fails where it must."""
+"""The proof of a merge: it passes where it should, with sound figures, and fails where it must."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(
         bf16_dir, [golden / name / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
     ).verification
     assert proof is not None and proof.status == "passed"
-    # Were the bound a guess, the two would not agree; a wrong size or shape of the noise shows here.
+    # Were the bound a guess, the two would not agree; wrong noise shows here.
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
     assert proof.rms_difference < proof.max_difference < 0.35
     assert 0.95 < proof.top1_agreement <= 1.0 and 0.95 < proof.top1_noise <= 1.0
@@ -87,7 +87,7 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(
 def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
     bf16_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
 ) -> None:
-    """Of a head and embeddings of its own in fp32: the base's weights beneath it say nothing about them."""
+    """Head and embeddings of its own, in fp32: the base's weights do not matter for them."""
     rows = {"wte": list(range(300))}
     peft_adapter(
         bf16_dir, tmp_path / "a", target_modules=["h.0.mlp.w1"], modules_to_save=["lm_head"]
@@ -199,7 +199,7 @@ def test_both_proofs_agree_and_pass_on_every_variant(
 def test_a_bf16_merge_of_a_change_near_the_noise_is_judged_over_all_logits(
     bf16_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    """A tenth too much of a small change is within the largest error that one rounding makes, but everywhere."""
+    """A tenth too much of a small change is an error as of one rounding, but everywhere."""
     adapter = Path(shutil.copytree(golden / "lora" / "adapter", tmp_path / "adapter"))
     path = adapter / "adapter_model.safetensors"
     tensors = {name: t * (0.05 if "lora_B" in name else 1) for name, t in load_file(path).items()}
@@ -328,7 +328,7 @@ def test_a_model_that_does_not_fit_in_memory_is_proven_layer_by_layer(
 
 
 def test_more_changes_of_the_most_probable_token_than_by_chance_do_not_pass() -> None:
-    """However small the differences: as many are allowed as one more rounding makes, thrice, and five."""
+    """However small the differences: thrice those of one more rounding are allowed, plus five."""
     expected_PV = torch.zeros(64, 3)
     expected_PV[:, 0] = 1e-7
     merged_PV = expected_PV.clone()

@@ -1,4 +1,4 @@
-"""A converted adapter in stock PEFT on stock Qwen2: the same logits as the adapter on the native model."""
+"""A converted adapter in stock PEFT on stock Qwen2: the logits are those of the native model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS_BT = torch.arange(5, 45)[None]
 
 
 def trained(base: Path, folder: Path, **options: Any) -> Tensor:
-    """Save an adapter of random values made by stock PEFT on the native model; returns its logits on IDS_BT."""
+    """Save an adapter of random values on the native model; returns its logits on IDS_BT."""
     torch.manual_seed(3)
     model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
     wrapped = get_peft_model(

@@ -1,4 +1,4 @@
-"""The Qwen2 format against stock transformers: the same function under other names, and back to the same bytes."""
+"""The Qwen2 format in stock transformers: the same function, and back to the same bytes."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alon
 def test_where_a_foreign_qwen2_ends_its_replies_tells_its_chat_format(
     small_dir: Path, tmp_path: Path, in_generation: object, in_config: object, chat_format: str
 ) -> None:
-    """As other trainers write it: one id, or no generation_config.json at all. 304 ends a document, 306 a reply."""
+    """Other trainers write one id, or no file at all. 304 ends a document, 306 a reply."""
     merge(small_dir, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
     spoil(tmp_path / "out", eos_token_id=in_config)
     generation = tmp_path / "out" / "generation_config.json"
@@ -324,7 +324,8 @@ def test_the_report_has_the_checksum_of_every_file_that_was_read(
     back = merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
     weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert back.inputs.keys() == weights | {
-        "config.json", "generation_config.json", "model.safetensors.index.json", "LICENSE", "tokenizer.json"
+        "config.json", "generation_config.json", "model.safetensors.index.json", "LICENSE",
+        "tokenizer.json",
     }  # fmt: skip
     same = merge(base, [], tmp_path / "same", MergeOptions(dtype="float16", proof="off"))
     assert same.inputs.keys() == there - {"README.md"}
@@ -360,8 +361,9 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(
 ) -> None:
     torch.manual_seed(5)
     config = Qwen2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
@@ -381,7 +383,7 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(
 def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(
     small_qwen2: Path, tmp_path: Path
 ) -> None:
-    """Its config.json still carries the original settings, which are no longer those of its function."""
+    """Its config.json still carries the original settings, which no longer hold."""
     base = Path(shutil.copytree(small_qwen2, tmp_path / "base"))
     spoil(
         base,
@@ -435,17 +437,25 @@ def assert_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: spoil(f, kv_channels=8), r"json: kv_channels 8 x num_attention_heads 4 is not hidden_size 64"),
+        (lambda f: spoil(f, kv_channels=8),
+         r"json: kv_channels 8 x num_attention_heads 4 is not hidden_size 64"),
         (lambda f: spoil(f, rotary_pct=0.5), r"config\.json: rotary_pct is 0\.5; expected 1"),
         (lambda f: spoil(f, no_bias=False), r"config\.json: no_bias is False; expected True"),
-        (lambda f: spoil(f, scale_attn_weights=False), r"config\.json: scale_attn_weights is False; expected True"),
-        (lambda f: spoil(f, tie_word_embeddings=True), r"config\.json: tie_word_embeddings is True; expected False"),
-        (lambda f: spoil(f, intermediate_size=353), r"intermediate_size is 353; expected twice the width"),
+        (lambda f: spoil(f, scale_attn_weights=False),
+         r"config\.json: scale_attn_weights is False; expected True"),
+        (lambda f: spoil(f, tie_word_embeddings=True),
+         r"config\.json: tie_word_embeddings is True; expected False"),
+        (lambda f: spoil(f, intermediate_size=353),
+         r"intermediate_size is 353; expected twice the width"),
         (lambda f: spoil(f, hidden_size="64"), r"config\.json: .*hidden_size"),
-        (lambda f: spoil(f, num_hidden_layers=4), r"transformer\.h\.3\..*: in none of the shards; expected the 35"),
-        (lambda f: spoil(f, intermediate_size=354), r"0\.mlp\.c_proj\.weight is \[64, 176\]; expected"),
-        (lambda f: drop_tensor(f, "transformer.ln_f.weight"), r"transformer\.ln_f\.weight: in none of the shards"),
-        (lambda f: add_tensor(f, "visual.conv.weight", torch.zeros(2)), r"visual\.conv\.weight: in the weights and"),
+        (lambda f: spoil(f, num_hidden_layers=4),
+         r"transformer\.h\.3\..*: in none of the shards; expected the 35"),
+        (lambda f: spoil(f, intermediate_size=354),
+         r"0\.mlp\.c_proj\.weight is \[64, 176\]; expected"),
+        (lambda f: drop_tensor(f, "transformer.ln_f.weight"),
+         r"transformer\.ln_f\.weight: in none of the shards"),
+        (lambda f: add_tensor(f, "visual.conv.weight", torch.zeros(2)),
+         r"visual\.conv\.weight: in the weights and"),
     ],
 )  # fmt: skip
 def test_what_qwen2_cannot_be_is_named_before_anything_is_written(
@@ -457,16 +467,23 @@ def test_what_qwen2_cannot_be_is_named_before_anything_is_written(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: spoil(f, num_key_value_heads=2), r"num_key_value_heads is 2; expected 4, the only one"),
-        (lambda f: spoil(f, use_sliding_window=True), r"use_sliding_window is True; expected False"),
-        (lambda f: spoil(f, tie_word_embeddings=True), r"tie_word_embeddings is True; expected False"),
+        (lambda f: spoil(f, num_key_value_heads=2),
+         r"num_key_value_heads is 2; expected 4, the only one"),
+        (lambda f: spoil(f, use_sliding_window=True),
+         r"use_sliding_window is True; expected False"),
+        (lambda f: spoil(f, tie_word_embeddings=True),
+         r"tie_word_embeddings is True; expected False"),
         (lambda f: spoil(f, hidden_act="gelu"), r"hidden_act is 'gelu'; expected 'silu'"),
         (lambda f: spoil(f, head_dim=32), r"head_dim is 32; expected 16"),
-        (lambda f: spoil(f, rope_scaling={"type": "yarn", "factor": 4}, rope_parameters={}), r"rope_type is 'yarn'"),
+        (lambda f: spoil(f, rope_scaling={"type": "yarn", "factor": 4}, rope_parameters={}),
+         r"rope_type is 'yarn'"),
         (lambda f: spoil(f, hidden_size=None), r"hidden_size is None; expected a positive number"),
-        (lambda f: drop_tensor(f, "model.norm.weight"), r"model\.norm\.weight: in none of the shards"),
-        (lambda f: spoil(f, vocab_size=500, qwen=None), r"are 512 tokens but config\.json says vocab_size 500"),
-        (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file; expected the tokenizer of"),
+        (lambda f: drop_tensor(f, "model.norm.weight"),
+         r"model\.norm\.weight: in none of the shards"),
+        (lambda f: spoil(f, vocab_size=500, qwen=None),
+         r"are 512 tokens but config\.json says vocab_size 500"),
+        (lambda f: (f / "tokenizer.json").unlink(),
+         r"tokenizer\.json: no such file; expected the tokenizer of"),
     ],
 )  # fmt: skip
 def test_what_qwen_cannot_be_is_named_before_anything_is_written(
@@ -484,7 +501,7 @@ def test_tables_that_early_releases_stored_are_left_out(small_dir: Path, tmp_pat
 
 
 def test_a_sharded_export_is_ready_for_the_hub(small_dir: Path, tmp_path: Path) -> None:
-    """Index and shards as huggingface_hub's and transformers' own loaders take them; everybody may read all files."""
+    """The hub's and transformers' loaders take index and shards; everybody may read all files."""
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     (base / "LICENSE").write_text("terms")
     (base / "NOTICE.md").write_text("notice")
@@ -500,8 +517,9 @@ def test_a_sharded_export_is_ready_for_the_hub(small_dir: Path, tmp_path: Path) 
     out = tmp_path / "out"
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
     expected = {
-        "README.md", "LICENSE", "NOTICE.md", "config.json", "generation_config.json", "merge_report.json",
-        "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "model.safetensors.index.json",
+        "README.md", "LICENSE", "NOTICE.md", "config.json", "generation_config.json",
+        "merge_report.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+        "model.safetensors.index.json",
     }  # fmt: skip
     assert {path.name for path in out.iterdir() if not path.name.startswith("model-")} == expected
     index = settings(out, "model.safetensors.index.json")

@@ -1,4 +1,4 @@
-"""The converted tokenizer in stock hands: the official ids, the same ChatML, and back to the same qwen.tiktoken."""
+"""The converted tokenizer: official ids, the same ChatML, and back to the same qwen.tiktoken."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_chat_template_encodes_as_our_chatml(
 def test_a_message_that_begins_with_a_line_break_is_the_template_s_limit(
     stock, enc: Encoding
 ) -> None:
-    """Ours encodes each message by itself; a template only writes text, in which two line breaks are one token."""
+    """Ours encodes each message by itself; in a template's text two line breaks are one token."""
     chat = [{"role": "user", "content": "\nhi"}]
     assert stock.apply_chat_template(chat, tokenize=False).count("\n\nhi") == 1
     assert stock.apply_chat_template(chat)["input_ids"] != encode_turns(enc, turns_of(chat))
@@ -227,7 +227,9 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{broken\n')
     for file, message in (
-        ("none.json", "no such file"), ("bad.txt", "expected a text file in UTF-8"), ("bad.jsonl", r"bad\.jsonl:2: ")
+        ("none.json", "no such file"),
+        ("bad.txt", "expected a text file in UTF-8"),
+        ("bad.jsonl", r"bad\.jsonl:2: "),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             merge(

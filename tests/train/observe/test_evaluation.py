@@ -62,7 +62,8 @@ def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
     engine = SimpleNamespace(
         model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
     )
-    return Evaluator(rows, small_dir, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
+    encoding = QWEN.load_encoding(small_dir)
+    return Evaluator(rows, encoding, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
 
 
 def test_samples_are_the_models_greedy_answers(
@@ -95,8 +96,22 @@ def test_a_model_of_nan_has_empty_answers_and_training_decides_what_follows(
     assert engine.model.model.training
 
 
-def test_the_best_loss_is_the_lowest_finite_one() -> None:
-    best = BestLoss().after(2.0, 10).after(float("nan"), 20).after(1.5, 30).after(1.6, 40)
-    assert (best.loss, best.step, best.since) == (1.5, 30, 1)
-    assert best.out_of_patience(1) and not best.out_of_patience(2)
+def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:
+    best = BestLoss()
+    for step, loss in enumerate([3.0, 2.0, float("nan"), 2.0], 1):
+        best = best.after(loss, step)
+    assert best == BestLoss(2.0, 2, since=2), "an equal loss is no better one, NaN never is"
+    assert best.out_of_patience(2) and not best.out_of_patience(3)
     assert not best.out_of_patience(None)
+
+
+@pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])
+def test_an_evaluation_is_due_every_so_many_steps_and_at_the_end(
+    small_dir: Path, every: int | None, due: list[int]
+) -> None:
+    """Without a number: after each epoch, here of five steps."""
+    nothing: Any = None
+    encoding = QWEN.load_encoding(small_dir)
+    rows: Any = FakeRows(small_dir)
+    evaluator = Evaluator(rows, encoding, EvalOptions(every_steps=every), 400, nothing)
+    assert [step for step in range(11) if evaluator.due(step, 10, 5)] == due

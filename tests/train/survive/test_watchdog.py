@@ -1,8 +1,10 @@
-"""The watchdog's verdicts, from beats in a dictionary that plays the store and a clock that the test moves."""
+"""The watchdog's verdicts, from beats in a dictionary that plays the store and a clock that the
+test moves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import sleep as real_sleep
 
 import pytest
 
@@ -139,6 +141,24 @@ def test_a_rank_that_gets_on_within_its_place_is_not_stuck(
             one._post()
         clock(30)
         assert ranks[0]._judge() is None
+
+
+def test_a_rank_that_waits_for_a_disk_is_not_stuck(ranks: list[Watchdog]) -> None:
+    """The action runs in a thread of its own until the watchdog has been touched twice."""
+    ranks[0].at(5, "saving")
+
+    def write() -> str:
+        while ranks[0]._own.touches < 2:
+            real_sleep(0.01)
+        return "sha256"
+
+    assert ranks[0].touch_during(write) == "sha256"
+
+    def full() -> str:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        ranks[0].touch_during(full)
 
 
 def test_an_error_of_the_network_is_blamed_on_the_peer_that_failed(

@@ -1,0 +1,77 @@
+"""Metrics files: a resumed run writes the lines that an undisturbed one writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.plan.shape import Shape
+from qwen_ds.train.observe.metrics import Hardware
+from qwen_ds.train.observe.progress import Progress
+from tests.train.observe.test_metrics import step
+
+HARDWARE = Hardware(1, Shape.of(QWenConfig()), "lora", None)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "memory_gb")
+    return [{k: v for k, v in row.items() if k not in timed and "second" not in k} for row in found]
+
+
+def train(progress: Progress, first: int, last: int) -> None:
+    for number in range(first, last + 1):
+        progress.begin_step()
+        progress.end_step(step(number))
+        if number == 4:
+            progress.evaluated(number, 1.5)
+
+
+def test_a_resumed_run_writes_the_same_lines(tmp_path: Path) -> None:
+    """Stopped in the middle of a line's steps, after lines that the checkpoint does not know."""
+    for name in ("calm", "stopped"):
+        (tmp_path / name).mkdir()
+    calm = Progress(tmp_path / "calm", 6, 2, HARDWARE)
+    train(calm, 1, 6)
+    calm.close()
+    first = Progress(tmp_path / "stopped", 6, 2, HARDWARE)
+    train(first, 1, 3)
+    saved = json.loads(json.dumps(first.state()))
+    train(first, 4, 5)
+    first.close()
+    second = Progress(tmp_path / "stopped", 6, 2, HARDWARE, 3, saved)
+    train(second, 4, 6)
+    second.close()
+    assert lines(tmp_path / "calm") == lines(tmp_path / "stopped")
+    assert [row["step"] for row in lines(tmp_path / "calm")] == [2, 4, 4, 6]
+    assert second.summary().tokens == calm.summary().tokens
+    assert second.summary().eval_losses == [(4, 1.5)]
+
+
+def test_tensorboard_on_a_full_disk_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    progress = Progress(tmp_path, 2, 1, HARDWARE)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    train(progress, 1, 2)
+    progress.close()
+    assert len(lines(tmp_path)) == 2
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, 2, 1, HARDWARE)
+    progress.evaluated(1, float("nan"))
+    progress.evaluated(2, 800.0)
+    progress.close()
+    first, second = lines(tmp_path)
+    assert first["eval_loss"] is None and first["eval_perplexity"] is None
+    assert second["eval_loss"] == 800.0 and second["eval_perplexity"] is None

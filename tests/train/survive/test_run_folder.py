@@ -1,0 +1,39 @@
+"""A run folder is ours, new, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_ds.errors import UserError
+from qwen_ds.recipe.options import Recipe
+from qwen_ds.train.lora import ParameterCount
+from qwen_ds.train.survive import run_folder
+
+
+def test_a_folder_with_anything_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds 'thesis.tex' and is no run folder"):
+        run_folder.claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_leftovers_of_a_killed_start_are_no_strangers(tmp_path: Path) -> None:
+    """Killed before recipe.yaml, or while it was written: such a folder holds no run yet."""
+    (tmp_path / "logs").mkdir()
+    for name in ("ds_config.json", ".environment.json.unfinished", ".recipe.yaml.unfinished"):
+        (tmp_path / name).write_text("{")
+    run_folder.claim(tmp_path)
+    assert not run_folder.holds_run(tmp_path)
+    run_folder.write_resolved(tmp_path, Recipe(), {}, torch.device("cpu"), ParameterCount(1, 2))
+    assert run_folder.holds_run(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+def test_a_run_is_finished_once_result_and_report_are_there(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    assert not run_folder.is_finished(tmp_path)
+    (tmp_path / "report.html").touch()
+    assert run_folder.is_finished(tmp_path)
