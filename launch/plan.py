@@ -1,7 +1,6 @@
 """Predict what a recipe needs on a machine: memory by part, time of a step, and the best command.
 
-    python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu_memory 80 --gpu
-    h100
+    python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu h100
 
 All options of a recipe are taken as launch/train.py takes them, and what is planned is what
 training would run. Nothing of a model is loaded but its settings and vocabulary; without

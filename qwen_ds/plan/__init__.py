@@ -1,2 +1,1 @@
-"""What will run, and whether it fits: memory, time and traffic, predicted without loading a
-model."""
+"""The plan: how a recipe will run and whether it fits, predicted without loading a model."""

@@ -54,7 +54,7 @@ class Saving:
 
     @classmethod
     def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family = QWEN) -> Saving:
-        """What a recipe without any auto saves, but for activation checkpointing."""
+        """Take it from a recipe without any "auto" but that of activation checkpointing."""
         full, lora = recipe.method == "full", recipe.lora
         assert full or lora.special_rows != "auto", (
             "plan/resolve.py decides about trainable token rows"

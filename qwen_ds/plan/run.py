@@ -1,4 +1,4 @@
-"""What was decided: a run without any "auto" left, and the facts that it was decided from."""
+"""The decisions: a run without any "auto" left, and the facts that it was decided from."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Base:
 
     @property
     def chat_format(self) -> str | None:
-        """What generation_config.json says about the way the model answers; None if nothing."""
+        """The one that generation_config.json names; None if it names none."""
         found = self.generation.get("chat_format")
         return None if found is None else str(found)
 
@@ -145,7 +145,7 @@ class Run:
 
     @property
     def zero(self) -> Zero:
-        """What the DeepSpeed JSON decides about memory and traffic."""
+        """The decisions of the DeepSpeed JSON about memory and traffic."""
         return Zero.of(self.deepspeed.engine_json, self.machine.ranks)
 
     @property

@@ -1,4 +1,4 @@
-"""What ZeRO spreads over the ranks, what it sends for that, and how long the links take.
+"""ZeRO's part: what it spreads over the ranks, what it sends for that, and how long the links take.
 
 Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and
 DeepSpeed 0.19's own code for what it really does (stage_1_and_2.py, stage3.py,
@@ -60,7 +60,7 @@ class Zero:
         )
 
     def share(self, from_stage: int) -> float:
-        """What one rank holds of something that is spread from that stage on."""
+        """Share that one rank holds of something that is spread from that stage on."""
         return 1 / self.world if self.stage >= from_stage else 1.0
 
 
@@ -97,7 +97,7 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a step must send, whatever the stage; forward to small are ZeRO-3's."""
+    """Messages of one step, whatever the stage; forward to small are ZeRO-3's."""
 
     forward: Tensors
     """Gathered in a forward pass."""

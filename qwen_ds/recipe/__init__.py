@@ -1,1 +1,1 @@
-"""What was asked: the options of a run, and the parser of every command line."""
+"""The request: the options of a run, and the parser of every command line."""
