@@ -13,24 +13,16 @@ from qwen_ds.recipe.options import LoraOptions
 
 
 def read_first_adapter(options: LoraOptions) -> Adapter:
-    """Read the adapter of lora.init_from, without its tensors, and compare its scale.
+    """Read the adapter of lora.init_from, without its tensors.
 
     Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original
     project's `pytorch_model.bin` are read.
 
     Raises:
-        UserError: no adapter there, or its updates are scaled otherwise than the recipe scales.
+        UserError: no adapter there.
     """
     assert options.init_from is not None
-    adapter = read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
-    scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
-    for module, pair in adapter.pairs.items():
-        if not math.isclose(pair.scaling, scaling):
-            raise UserError(
-                f"lora.init_from {options.init_from}: {module} is scaled by {pair.scaling:g}; the "
-                f"recipe's lora.alpha and lora.r say {scaling:g}; expected the same"
-            )
-    return adapter
+    return read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
 
 
 def trained_keys(options: LoraOptions, base: Base) -> set[str]:
@@ -58,8 +50,8 @@ def check_first_adapter(options: LoraOptions, base: Base) -> None:
     Trainable token rows and saved modules that the adapter lacks start from the base.
 
     Raises:
-        UserError: it has other modules or rows, another rank or another base's shape; the first is
-            named.
+        UserError: it has other modules or rows, another rank or scale, or another base's shapes;
+            the first is named.
     """
     adapter = read_first_adapter(options)
     check_adapter_fits(adapter, Shape.of(base.config, base.family).tensors())
@@ -78,7 +70,13 @@ def check_first_adapter(options: LoraOptions, base: Base) -> None:
             f"lora.init_from {options.init_from}: {key}: {side}; make {options_to_match} match, or "
             "merge it into the base (launch/merge.py) and start from the merged model"
         )
+    scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
     for module, pair in adapter.pairs.items():
+        if not math.isclose(pair.scaling, scaling):
+            raise UserError(
+                f"lora.init_from {options.init_from}: {module} is scaled by {pair.scaling:g}; the "
+                f"recipe's lora.alpha and lora.r say {scaling:g}; expected the same"
+            )
         if pair.r != options.r:
             raise UserError(
                 f"lora.init_from {options.init_from}: {module} has rank {pair.r}; expected "

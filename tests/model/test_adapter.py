@@ -248,9 +248,7 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
         read_adapter(adapter_dir / "nowhere")
     whole = (adapter_dir / "adapter_model.safetensors").read_bytes()
     (adapter_dir / "adapter_model.safetensors").write_bytes(whole[:5000])
-    with pytest.raises(
-        UserError, match=r"adapter_model\.safetensors: not a whole safetensors file"
-    ):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: .* the file is cut off"):
         read_adapter(adapter_dir)
     (adapter_dir / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):

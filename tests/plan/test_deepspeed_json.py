@@ -292,7 +292,7 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
     assert max(off.values()) < 1e-4, off
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+@pytest.mark.parametrize("name", ["docs/training.md", "docs/zh/training.md"])
 def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
     """7B on 8 GPUs, hpZ on 2 machines of 8: what a stage spreads over the GPUs is divided by their
     number."""

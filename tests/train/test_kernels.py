@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from qwen_ds import machine
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.plan.deepspeed_json import resolve
-from qwen_ds.recipe.loading import LoadedRecipe
-from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
+from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import setup
 from qwen_ds.train.lora import add_lora, drop
 from qwen_ds.train.loss import LossHead, TrainingModel
@@ -84,51 +82,6 @@ def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
     assert (torch.corrcoef(of_four.T) - torch.eye(4)).abs().max() < 0.02
     torch.manual_seed(0)
     assert torch.equal(drop(x, 0.3)[0], dropped)
-
-
-@pytest.mark.parametrize(
-    ("fast_bf16", "device", "recipe", "chosen"),
-    [
-        (True, "cpu", Recipe(), ("bfloat16", "eager")),
-        (False, "cpu", Recipe(), ("float32", "sdpa")),
-        (True, "cuda", Recipe(), ("bfloat16", "sdpa")),
-        (False, "cuda", Recipe(), ("bfloat16", "sdpa")),
-        (False, "cpu", Recipe(method="full"), ("bfloat16", "eager")),
-        (
-            False,
-            "cpu",
-            Recipe(model=ModelOptions(dtype="bfloat16", attention="sdpa")),
-            ("bfloat16", "sdpa"),
-        ),
-        (True, "cpu", Recipe(model=ModelOptions(dtype="float32")), ("float32", "sdpa")),
-    ],
-)
-def test_the_choice_of_dtype_and_attention(
-    monkeypatch: pytest.MonkeyPatch,
-    fast_bf16: bool,
-    device: str,
-    recipe: Recipe,
-    chosen: tuple[str, str],
-) -> None:
-    monkeypatch.setattr(setup, "has_fast_bf16", lambda: fast_bf16)
-    where = torch.device(device)
-    loaded = setup.choose_dtype(LoadedRecipe(recipe, frozenset({"model.dtype"})), where)
-    model = setup.choose_attention(loaded.recipe, where).model
-    assert (model.dtype, model.attention) == chosen
-
-
-@pytest.mark.parametrize(("section", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
-def test_a_json_s_precision_overrules_auto(
-    monkeypatch: pytest.MonkeyPatch, section: str, dtype: str
-) -> None:
-    """Also where the user wrote auto, and where the CPU would choose float32."""
-    monkeypatch.setattr(setup, "has_fast_bf16", lambda: False)
-    wrote_auto = LoadedRecipe(Recipe(), frozenset({"model.dtype"}))
-    loaded = setup.choose_dtype(wrote_auto, torch.device("cpu"))
-    resolved = resolve(
-        {section: {"enabled": True}}, loaded.recipe, loaded.set_keys, hidden_size=64, world=1
-    )
-    assert resolved.recipe.model.dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qwen_ds.train.observe.metrics import Hardware, Step, metrics
 def step(number: int) -> Step:
     window = WindowStatistics(
         rows=8, tokens=8 * 2048, squared_tokens=8 * 2048**2, padded_tokens=10 * 2048,
-        micro_batches=8, padding_share=0.2, imbalance=1.0,
+        micro_batches=8, imbalance=1.0,
     )  # fmt: skip
     return Step(number, 0, 100.0, 8 * 2048, 1e-3, 1.0, 0, window)
 
