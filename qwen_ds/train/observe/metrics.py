@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What turns tokens and seconds into a share of the devices' peak."""
+    """The devices of a run and its model: they turn tokens and seconds into a share of the peak."""
 
     ranks: int
     shape: Shape

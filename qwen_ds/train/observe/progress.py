@@ -64,7 +64,7 @@ class Progress:
         self._seconds_before = self._summary.seconds
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to write the same lines; {} on ranks that write none."""
+        """State from which a resumed run writes the same lines; {} on ranks that write none."""
         if not self._writes:
             return {}
         return {

@@ -51,7 +51,7 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """What one checkpoint holds beside weights and moments."""
+    """Contents of one checkpoint beside weights and moments."""
 
     state: RunState
     description: dict[str, Any]  # goes into state.json
