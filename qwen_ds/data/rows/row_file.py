@@ -137,7 +137,7 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
 
 
 class _Views(NamedTuple):
-    """What a row is read from: numpy views of one record batch, whose bytes stay on disk."""
+    """Source of a row: numpy views of one record batch, whose bytes stay on disk."""
 
     ids: np.ndarray
     id_offsets: np.ndarray
