@@ -7,6 +7,7 @@ already. They neither copy the training process, with its threads and its GPU, n
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -92,6 +93,7 @@ def _start(vocabulary: Path, options: EncodeOptions) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = load_encoding(vocabulary), options
+    gc.freeze()  # a collection would touch, and so copy, every page shared with the fork server
 
 
 def _end_with_parent() -> None:

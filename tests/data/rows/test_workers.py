@@ -141,6 +141,8 @@ with encoding_pool(Path(sys.argv[1]), EncodeOptions(), 2) as submit:
     print("encoding", flush=True)
     for future in futures:
         future.result()
+    if not futures:
+        time.sleep(120)  # with idle workers
 """
 
 
@@ -197,8 +199,9 @@ def test_no_process_outlives_a_killed_parent(small_dir: Path) -> None:
         wait_until_alone(process.pid)
 
 
-def test_ctrl_c_ends_the_pool_and_the_parent_alone_says_so(small_dir: Path) -> None:
-    with running(small_dir, 10_000) as process:
+@pytest.mark.parametrize("chunks", [0, 10_000], ids=["idle", "encoding"])
+def test_ctrl_c_ends_the_pool_and_the_parent_alone_says_so(small_dir: Path, chunks: int) -> None:
+    with running(small_dir, chunks) as process:
         wait_for(process, "encoding")
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
