@@ -105,15 +105,14 @@ class EvaluateOptions(AnswerOptions):
 Options = TypeVar("Options", bound=AnswerOptions)
 # Training calls these data.format and so on; here --data.format is the same as --format.
 _DATA_OPTIONS = ("format", "columns", "system", "special_tokens_in_text")
-_SWITCHES = ("--overwrite", "--do_sample")
 
 
-def _spelled_out(arg: str, after: str) -> str:
-    """`--data.format` as `--format`, and a lone `--overwrite` as `--overwrite=true`."""
+def _without_section(arg: str) -> str:
+    """`--data.format` as `--format`."""
     name, equals, value = arg.partition("=")
     if name.startswith("--data.") and name.removeprefix("--data.") in _DATA_OPTIONS:
         return "--" + name.removeprefix("--data.") + equals + value
-    return f"{arg}=true" if arg in _SWITCHES and after.startswith("--") else arg
+    return arg
 
 
 def parse(kind: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
@@ -122,7 +121,5 @@ def parse(kind: type[Options], description: str, argv: Sequence[str] | None = No
     Raises:
         UserError: an unknown option, a value of the wrong type or out of range, a missing option.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    following = [*words[1:], "--"]
-    spelled = [_spelled_out(arg, after) for arg, after in zip(words, following, strict=True)]
-    return parse_options(kind, description, spelled)
+    words = sys.argv[1:] if argv is None else argv
+    return parse_options(kind, description, [_without_section(word) for word in words])

@@ -16,19 +16,25 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_ds import dist
+from qwen_ds.data.options import EncodeCommand, InspectCommand, RowOptions
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.options import DataOptions
-from qwen_ds.recipe.parser import Parser
+from qwen_ds.recipe.parser import parse_options
 from qwen_ds.runlog import run_command
 
-COMMANDS = ("encode", "inspect")
+if TYPE_CHECKING:
+    from qwen_ds.data.rows.token_rows import TokenRows
+    from qwen_ds.model.tokenizer import Encoding
+
+
+COMMANDS = {"encode": EncodeCommand, "inspect": InspectCommand}
 
 
 def main() -> int:
-    command, *options = sys.argv[1:] or ["--help"]
+    command, *words = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -37,56 +43,47 @@ def main() -> int:
             f"the command is {command!r}; expected {' or '.join(COMMANDS)}: "
             "python -m qwen_ds.data --help"
         )
-    prog = f"python -m qwen_ds.data {command}"
-    parser = Parser(
-        prog=prog,
-        description=f"{command} the rows of data.train, each once whatever data.weights says",
+    about = f"{command} the rows of data.train, each once whatever data.weights says"
+    options: RowOptions = parse_options(
+        COMMANDS[command], about, words, prog=f"python -m qwen_ds.data {command}"
     )
-    parser.add_argument(
-        "--model.path", type=str, required=True, help="folder or hub id of a Qwen checkpoint"
-    )
-    parser.add_class_arguments(DataOptions, "data")
-    if command == "encode":
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            default=None,
-            help="file for the rows; unset: standard output",
-        )
-        parser.add_argument("--overwrite", action="store_true", help="let --output replace a file")
-    else:
-        parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
-        parser.add_argument(
-            "--at", type=str | None, default=None, help="show the rows of this file:line instead"
-        )
-    given = parser.parse(options)
     if dist.rank():
         return 0  # a launcher started many ranks: one of them does it
-    ready = parser.instantiate(given)
-    data = replace(ready.data, weights=None, eval=[], eval_fraction=0.0)
-    if command == "encode":
-        encode(ready.model.path, data, ready.output, ready.overwrite)
+    if isinstance(options, EncodeCommand):
+        encode(options)
     else:
-        inspect(ready.model.path, data, ready.rows, ready.at)
+        assert isinstance(options, InspectCommand)
+        inspect(options)
     return 0
 
 
-def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -> None:
+def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
+    """All rows of data.train, each once, and the vocabulary that encoded them."""
+    from qwen_ds.data.rows.token_rows import prepare
+    from qwen_ds.model.family import QWEN
+    from qwen_ds.model.folder import find_model
+
+    folder = find_model(options.model.path, weights=False)
+    encoding = QWEN.load_encoding(folder)
+    seq_length = QWEN.config_class.from_pretrained(folder).seq_length
+    data = replace(options.data, weights=None, eval=[], eval_fraction=0.0)
+    return prepare(data, encoding, seq_length).train, encoding
+
+
+def encode(options: EncodeCommand) -> None:
     """Write the rows to a file, complete or absent, or to standard output.
 
     Raises:
         UserError: the file exists, or cannot be written.
     """
     from qwen_ds.data.rows.data_report import summary
-    from qwen_ds.data.rows.token_rows import prepare
-    from qwen_ds.model.folder import find_model
 
-    path = None if output is None else Path(output)
-    if path is not None and path.exists() and not overwrite:
+    path = None if options.output is None else Path(options.output)
+    if path is not None and path.exists() and not options.overwrite:
         raise UserError(f"{path}: exists; expected a new file, or --overwrite")
     if path is not None and not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder; expected one for --output")
-    rows = prepare(data, find_model(model, weights=False)).train
+    rows, _ = prepared(options)
 
     def lines() -> Iterator[str]:
         for row in range(len(rows)):
@@ -112,7 +109,7 @@ def encode(model: str, data: DataOptions, output: str | None, overwrite: bool) -
     print("\n".join(summary(rows.report)), file=sys.stderr)
 
 
-def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
+def inspect(options: InspectCommand) -> None:
     """Print the first rows, or those of one place, then row lengths and the data report.
 
     Raises:
@@ -121,16 +118,10 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
     from rich.console import Console
 
     from qwen_ds.data.rows.data_report import summary
-    from qwen_ds.data.rows.token_rows import prepare
     from qwen_ds.data.show import show_lengths, show_row
-    from qwen_ds.model.folder import find_model
-    from qwen_ds.model.tokenizer import load_encoding
 
-    if n_rows < 0:
-        raise UserError(f"--rows is {n_rows}; expected 0 or a positive number")
-    folder = find_model(model, weights=False)
-    rows = prepare(data, folder).train
-    shown = list(range(min(n_rows, len(rows))))
+    rows, encoding = prepared(options)
+    shown, at = list(range(min(options.rows, len(rows)))), options.at
     if at is not None:
         shown = [row for row in range(len(rows)) if f"/{rows.source(row)}".endswith(f"/{at}")]
         if not shown:
@@ -139,7 +130,6 @@ def inspect(model: str, data: DataOptions, n_rows: int, at: str | None) -> None:
                 f"{rows.source(0)}"
             )
     console = Console(highlight=False)
-    encoding = load_encoding(folder)
     for row in shown:
         show_row(rows, row, encoding, console)
     show_lengths(rows.lens, console)

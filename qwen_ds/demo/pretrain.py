@@ -15,6 +15,7 @@ import base64
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ from qwen_ds.demo.base import (
     seeded_rows,
     write_folder,
 )
-from qwen_ds.demo.run import RANKS_HELP
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model.tokenizer import Encoding, load_encoding
+from qwen_ds.recipe.parser import parse_options
+from qwen_ds.recipe.ranges import PositiveInt
 from qwen_ds.runlog import run_command
 
 RECIPE = "launch/recipes/demo_base.yaml"
@@ -145,17 +147,21 @@ def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
     pack_base(output / "second_run" / "model", packed)
 
 
-def main() -> None:
-    from qwen_ds.recipe.parser import Parser
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """Where the base model is made."""
 
-    parser = Parser(
-        description="Pre-train the demo's base model from scratch and pack it into the package."
-    )
-    folder = "new folder for the vocabulary, the corpus and the runs"
-    parser.add_argument("--output", type=str, required=True, help=folder)
-    parser.add_argument("--num_gpus", type=int, default=2, help=RANKS_HELP)
-    parser.add_argument("--packed", type=str, default=str(PACKED_FILE), help="file to write")
-    options = parser.parse()
+    output: str
+    """New folder for the vocabulary, the corpus and the runs."""
+    num_gpus: PositiveInt = 2
+    """Ranks: GPUs where there are any, else CPU processes."""
+    packed: str = str(PACKED_FILE)
+    """File to write."""
+
+
+def main() -> None:
+    about = "Pre-train the demo's base model from scratch and pack it into the package."
+    options = parse_options(PretrainOptions, about)
     output, packed = Path(options.output), Path(options.packed)
     if output.exists():
         raise UserError(f"--output {output} exists; expected a new folder")

@@ -21,6 +21,8 @@ import yaml
 
 from qwen_ds.demo import corpus
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
+from qwen_ds.recipe.parser import parse_options
+from qwen_ds.recipe.ranges import PositiveInt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = "launch/recipes/demo.yaml"
@@ -28,7 +30,6 @@ DEFAULT_OUTPUT = "runs/demo"
 SAMPLES = 3
 LOG_LINES = 15
 SECONDS_BETWEEN_LINES = 20.0
-RANKS_HELP = "ranks; GPUs where there are any, else CPU processes"
 
 
 class StepFailed(Exception):
@@ -206,17 +207,22 @@ def _fine_tune(
     return resolved["model"]["path"], resolved["data"]["eval"][0]
 
 
+@dataclass(frozen=True)
+class DemoOptions:
+    """How the demo runs."""
+
+    num_gpus: PositiveInt = 2
+    """Ranks: GPUs where there are any, else CPU processes."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON. Unset: the recipe's own."""
+    output_dir: str = DEFAULT_OUTPUT
+    """Run folder in the repository."""
+
+
 def main() -> int:
     """Parse, run, and say where the log lies when a command fails."""
-    from qwen_ds.recipe.parser import Parser
-
-    parser = Parser(description="The embedded demo: fine-tune, merge and evaluate a tiny Qwen.")
-    parser.add_argument("--num_gpus", type=int, default=2, help=RANKS_HELP)
-    parser.add_argument("--deepspeed", type=str, help="DeepSpeed JSON; the recipe's own otherwise")
-    parser.add_argument(
-        "--output_dir", type=str, default=DEFAULT_OUTPUT, help="run folder in the repository"
-    )
-    options = parser.parse()
+    about = "The embedded demo: fine-tune, merge and evaluate a tiny Qwen."
+    options = parse_options(DemoOptions, about)
     folder = free_folder(REPOSITORY / options.output_dir)
     run, log = shown(folder), folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)

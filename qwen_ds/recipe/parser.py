@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ class Parser(jsonargparse.ArgumentParser):
         Raises:
             UserError: an unknown option, a value of the wrong type or out of its range.
         """
-        args = self._fold_lists(list(sys.argv[1:] if argv is None else argv))
+        args = self._fold_lists(self._switch_on(list(sys.argv[1:] if argv is None else argv)))
         try:
             parsed = self.parse_args(args, defaults=defaults)
         except argparse.ArgumentError as error:
@@ -93,6 +94,14 @@ class Parser(jsonargparse.ArgumentParser):
         """Long option strings of the actions for which `holds` is true."""
         actions = (action for action in self._actions if holds(action))
         return {s for action in actions for s in action.option_strings if s.startswith("--")}
+
+    def _switch_on(self, args: list[str]) -> list[str]:
+        """Let `--overwrite` alone say what `--overwrite true` says, for every true-or-false option."""
+        switches = self._names(lambda action: _kind(action) is bool)
+        return [
+            f"{arg}=true" if arg in switches and after.startswith("--") else arg
+            for arg, after in itertools.zip_longest(args, args[1:], fillvalue="--")
+        ]
 
     def _fold_lists(self, args: list[str]) -> list[str]:
         """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list.
@@ -148,16 +157,19 @@ def expected(kind: Any) -> str:
 
 
 def parse_options(
-    kind: type[Options], description: str, argv: Sequence[str] | None = None
+    kind: type[Options],
+    description: str,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
 ) -> Options:
     """Options of a command that are one dataclass, from argv and the YAML file that --config names.
 
     Raises:
         UserError: as `Parser.parse`, or what the dataclass itself refuses.
     """
-    parser = Parser(description=description)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="options as a YAML file")
     parser.add_class_arguments(kind)
     given = parser.parse(argv)
     given.pop("config", None)
-    return kind(**parser.instantiate(given).as_dict())
+    return kind(**parser.instantiate(given))

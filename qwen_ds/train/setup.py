@@ -16,7 +16,7 @@ import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows.data_report import data_report
-from qwen_ds.data.rows.token_rows import TokenRows, prepare
+from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
@@ -66,8 +66,12 @@ def load_data(run: Run) -> Data:
         UserError: data that cannot be trained on, or other rows on another machine.
     """
     recipe, batch = run.recipe, run.recipe.batch
-    dist.once_per_machine(lambda: prepare(recipe.data, run.base_folder, seed=recipe.seed), "data")
-    rows = prepare(recipe.data, run.base_folder, seed=recipe.seed)
+
+    def prepared() -> Prepared:
+        return prepare(recipe.data, run.encoding, run.base.config.seq_length, recipe.seed)
+
+    dist.once_per_machine(prepared, "data")
+    rows = prepared()
     sampler = StepSampler(
         rows.train,
         batch.rows_per_step,

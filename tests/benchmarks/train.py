@@ -46,6 +46,7 @@ from qwen_ds.dist import free_port
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.tokenizer import load_encoding
 from qwen_ds.recipe.options import DataOptions
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def write_inputs(folder: Path, shape: Shape) -> None:
         capture_output=True,
     )
     options = DataOptions(train=[str(data)], cache_dir=str(folder / "cache"))
-    rows = prepare(options, model, seed=0).train
+    rows = prepare(options, load_encoding(model), 2048).train
     with (folder / "tokens.jsonl").open("w") as file:
         for i in range(len(rows)):
             ids, labels = (array.tolist() for array in rows[i])

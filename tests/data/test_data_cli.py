@@ -50,7 +50,9 @@ def run(tmp_path: Path, small_dir: Path, train: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def rows(tmp_path: Path, small_dir: Path, train: Path) -> TokenRows:
-    return prepare(DataOptions([str(train)], cache_dir=str(tmp_path / "c")), small_dir).train
+    return prepare(
+        DataOptions([str(train)], cache_dir=str(tmp_path / "c")), load_encoding(small_dir), 64
+    ).train
 
 
 def test_encode_writes_one_object_a_row(

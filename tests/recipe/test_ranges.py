@@ -20,6 +20,7 @@ from qwen_ds.recipe.loading import load_recipe
         ("data.max_prompt_tokens", "3", "2"),
         ("data.max_answer_tokens", "2", "1"),
         ("data.max_tokens", "16", "15"),
+        ("data.eval_fraction", "0.99", "1.0"),
     ],
 )
 def test_a_range_ends_where_it_says(key: str, inside: str, outside: str) -> None:

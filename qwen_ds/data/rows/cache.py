@@ -32,13 +32,14 @@ from qwen_ds.data.rows.workers import encode_all
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model import chatml, tokenizer
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import DataOptions
 
 DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 
 
 def make_or_find(
-    data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions
+    data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
 ) -> Path:
     """Return the cache file with the token rows of some paths; make it where it is missing.
 
@@ -47,8 +48,7 @@ def make_or_find(
     Raises:
         UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
     """
-    vocabulary = tokenizer.load_encoding(model_dir)
-    key = _key(data, [locate(path) for path in paths], options, vocabulary.sha256)
+    key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
     path = cache / f"{key}.arrow"
     if is_whole(path):
@@ -64,7 +64,7 @@ def make_or_find(
                     left.unlink()
         # Without a lock several processes may make the file at once, each under a name of its own.
         unfinished = stack.enter_context(replacing(path, owner=str(os.getpid())))
-        _fill(unfinished, data, paths, model_dir, options)
+        _fill(unfinished, data, paths, encoding, options)
         with cache_errors(cache):
             stack.close()
     return path
@@ -136,7 +136,11 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _fill(
-    target: Path, data: DataOptions, paths: Sequence[str], model_dir: Path, options: EncodeOptions
+    target: Path,
+    data: DataOptions,
+    paths: Sequence[str],
+    encoding: Encoding,
+    options: EncodeOptions,
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     reports = [PartReport(path) for path in paths]
@@ -149,12 +153,11 @@ def _fill(
     with RowWriter(target) as writer:
         # Shown on a terminal only, and not for the seconds that a small data set takes.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
-            encode_all(streams, writer, model_dir, options, bar.update)
+            encode_all(streams, writer, encoding, options, bar.update)
         for report, count in zip(reports, counts, strict=True):
             report.read = count["rows"]
             report.formats = _formats(data, locate(report.path))
             report.check()
-        encoding = tokenizer.load_encoding(model_dir)
         reading_options = {"format": data.format, "columns": data.columns}
         writer.finish(
             {

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.row_file import RowFile
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
-from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import DataOptions
 
 
@@ -147,25 +146,28 @@ class Prepared:
     eval: TokenRows | None
 
 
-def prepare(data: DataOptions, model_dir: Path, seed: int = 0) -> Prepared:
+def prepare(
+    data: DataOptions, encoding: Encoding, seq_length: int | None, seed: int = 0
+) -> Prepared:
     """Make or open the token rows of data.train, and of data.eval or a share of data.train.
 
     Any number of processes may call this at once: the first of a machine makes the rows, the others
     wait for it.
 
     Args:
-        model_dir: a checkpoint folder (its vocabulary, and its seq_length where data.max_tokens is
-            unset).
+        encoding: the vocabulary of the model.
+        seq_length: of the model; bounds the rows where data.max_tokens is unset (None: nothing
+            does).
         seed: decides which rows data.eval_fraction sets aside.
 
     Raises:
         UserError: options or rows that cannot be trained on; see `data_report.PartReport.check`.
     """
     check_data(data)
-    options = encode_options(data, model_dir)
+    options = encode_options(data, seq_length)
 
     def rows(paths: Sequence[str], weights: Sequence[float] | None = None) -> TokenRows:
-        return TokenRows(RowFile(make_or_find(data, paths, model_dir, options)), weights)
+        return TokenRows(RowFile(make_or_find(data, paths, encoding, options)), weights)
 
     train = rows(data.train, data.weights)
     if data.eval:
@@ -175,16 +177,13 @@ def prepare(data: DataOptions, model_dir: Path, seed: int = 0) -> Prepared:
     return Prepared(train, None)
 
 
-def encode_options(data: DataOptions, model_dir: Path) -> EncodeOptions:
+def encode_options(data: DataOptions, seq_length: int | None) -> EncodeOptions:
     """How rows are encoded for a model: data.max_tokens defaults to its seq_length."""
-    max_tokens = data.max_tokens
-    if max_tokens is None:
-        max_tokens = QWenConfig.from_pretrained(model_dir).seq_length
     return EncodeOptions(
         learn_on=data.learn_on,
         max_prompt_tokens=data.max_prompt_tokens,
         max_answer_tokens=data.max_answer_tokens,
-        max_tokens=max_tokens,
+        max_tokens=seq_length if data.max_tokens is None else data.max_tokens,
         parse_specials=data.special_tokens_in_text == "parse",
         system=data.system,
     )

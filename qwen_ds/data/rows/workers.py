@@ -17,7 +17,6 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from pathlib import Path
 
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.rows.blocks import Block, encode_block
@@ -25,7 +24,7 @@ from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.row_file import RowWriter
 from qwen_ds.model.chatml import Conversation
-from qwen_ds.model.tokenizer import Encoding, load_encoding
+from qwen_ds.model.tokenizer import Encoding
 
 # Reading rows takes the parent about a third of the time that encoding them takes: more workers
 # would wait for it.
@@ -47,7 +46,7 @@ def default_workers() -> int:
 
 
 @contextlib.contextmanager
-def encoding_pool(vocabulary: Path, options: EncodeOptions, count: int) -> Iterator[Submit]:
+def encoding_pool(encoding: Encoding, options: EncodeOptions, count: int) -> Iterator[Submit]:
     """Start processes that encode; yields the function that hands a chunk to the next idle one.
 
     The function returns None until the first process is up. When a process dies, every result that
@@ -55,7 +54,7 @@ def encoding_pool(vocabulary: Path, options: EncodeOptions, count: int) -> Itera
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(count, context, _start, (vocabulary, options))
+    pool = ProcessPoolExecutor(count, context, _start, (encoding, options))
     with _main_hidden():
         ready = pool.submit(os.getpid)
 
@@ -87,12 +86,12 @@ def _main_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _start(vocabulary: Path, options: EncodeOptions) -> None:
+def _start(encoding: Encoding, options: EncodeOptions) -> None:
     global _encoder
     # Ctrl-C reaches the whole group: the parent alone answers it, and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = load_encoding(vocabulary), options
+    _encoder = encoding, options
     gc.freeze()  # a collection would touch, and so copy, every page shared with the fork server
 
 
@@ -114,7 +113,7 @@ def _encode(conversations: list[Conversation]) -> Block:
 def encode_all(
     streams: Sequence[tuple[PartReport, Stream]],
     writer: RowWriter,
-    vocabulary: Path,
+    encoding: Encoding,
     options: EncodeOptions,
     on_rows: Callable[[int], None],
 ) -> None:
@@ -125,10 +124,9 @@ def encode_all(
     stays the same however many rows come.
 
     Args:
-        vocabulary: file or checkpoint folder.
         on_rows: told of each chunk that was written, in source rows.
     """
-    encoding, n_workers = load_encoding(vocabulary), default_workers()
+    n_workers = default_workers()
     pending: deque[tuple[Future[Block] | Block, list[str], int, PartReport]] = deque()
     submit: Submit | None = None
     seen = 0
@@ -142,7 +140,7 @@ def encode_all(
         for part, (report, stream) in enumerate(streams):
             for conversations, sources in _chunks(report, stream):
                 if submit is None and n_workers and seen >= INLINE_ROWS:
-                    submit = stack.enter_context(encoding_pool(vocabulary, options, n_workers))
+                    submit = stack.enter_context(encoding_pool(encoding, options, n_workers))
                 seen += len(sources)
                 block: Future[Block] | Block | None = None
                 if submit and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers:

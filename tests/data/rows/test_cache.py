@@ -16,6 +16,7 @@ from qwen_ds.data.rows import cache as row_cache
 from qwen_ds.data.rows.row_file import RowWriter
 from qwen_ds.data.rows.token_rows import prepare
 from qwen_ds.errors import UserError
+from qwen_ds.model.tokenizer import load_encoding
 from qwen_ds.recipe.options import DataOptions
 
 
@@ -34,8 +35,10 @@ def times_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_rows_are_made_once(data: DataOptions, small_dir: Path, times_made: list[int]) -> None:
-    first = prepare(data, small_dir).train
-    again = prepare(replace(data, weights=[2.0, 0.5], eval_fraction=0.25), small_dir)
+    first = prepare(data, load_encoding(small_dir), 64).train
+    again = prepare(
+        replace(data, weights=[2.0, 0.5], eval_fraction=0.25), load_encoding(small_dir), 64
+    )
     assert len(times_made) == 1, "weights and splits are choices among the same rows"
     assert again.train.sha256 != first.sha256 and len(again.train) < len(first)
 
@@ -56,27 +59,29 @@ CHANGES = {
 def test_whatever_decides_a_row_makes_new_rows(
     data: DataOptions, small_dir: Path, times_made: list[int], name: str
 ) -> None:
-    prepare(data, small_dir)
-    prepare(replace(data, **{name: CHANGES[name] or data.train[::-1]}), small_dir)
+    prepare(data, load_encoding(small_dir), 64)
+    prepare(
+        replace(data, **{name: CHANGES[name] or data.train[::-1]}), load_encoding(small_dir), 64
+    )
     assert len(times_made) == 2
 
 
 def test_changed_code_makes_new_rows(
     data: DataOptions, small_dir: Path, times_made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(data, small_dir)
+    prepare(data, load_encoding(small_dir), 64)
     monkeypatch.setattr(row_cache, "_code_sha256", lambda: "a mended reader")
-    prepare(data, small_dir)
+    prepare(data, load_encoding(small_dir), 64)
     assert len(times_made) == 2
 
 
 def test_a_changed_file_makes_new_rows(
     data: DataOptions, small_dir: Path, times_made: list[int]
 ) -> None:
-    before = prepare(data, small_dir).train
+    before = prepare(data, load_encoding(small_dir), 64).train
     with Path(data.train[0]).open("a", encoding="utf-8") as file:
         file.write('{"content": "q", "summary": "a"}\n')
-    after = prepare(data, small_dir).train
+    after = prepare(data, load_encoding(small_dir), 64).train
     assert len(times_made) == 2
     assert before.sha256 != after.sha256
 
@@ -87,7 +92,10 @@ def test_another_vocabulary_makes_new_rows(
     other = Path(shutil.copytree(small_dir, tmp_path / "other"))
     lines = (other / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
     (other / "qwen.tiktoken").write_bytes(b"".join(lines[:-20]))
-    assert prepare(data, small_dir).train.pad_id - 20 == prepare(data, other).train.pad_id
+    assert (
+        prepare(data, load_encoding(small_dir), 64).train.pad_id - 20
+        == prepare(data, load_encoding(other), 64).train.pad_id
+    )
 
 
 def test_one_of_many_at_once_makes_the_rows(
@@ -95,7 +103,9 @@ def test_one_of_many_at_once_makes_the_rows(
 ) -> None:
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(prepare(data, small_dir).train.sha256))
+        threading.Thread(
+            target=lambda: found.append(prepare(data, load_encoding(small_dir), 64).train.sha256)
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -108,7 +118,7 @@ def test_one_of_many_at_once_makes_the_rows(
 
 def test_a_cache_that_cannot_be_written_is_named(data: DataOptions, small_dir: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: .*data\.cache_dir"):
-        prepare(replace(data, cache_dir=data.train[0]), small_dir)
+        prepare(replace(data, cache_dir=data.train[0]), load_encoding(small_dir), 64)
 
 
 def raising(number: int) -> Callable[..., None]:
@@ -120,7 +130,7 @@ def test_an_unreadable_file_is_named(
 ) -> None:
     monkeypatch.setattr(row_cache, "_file_sha256", raising(errno.EACCES))
     with pytest.raises(UserError, match=r"a\.jsonl: Permission denied; expected a readable file"):
-        prepare(data, small_dir)
+        prepare(data, load_encoding(small_dir), 64)
 
 
 def cache_of(data: DataOptions) -> Path:
@@ -131,10 +141,10 @@ def cache_of(data: DataOptions) -> Path:
 def test_a_file_that_was_cut_short_is_made_again(
     data: DataOptions, small_dir: Path, times_made: list[int], share: float
 ) -> None:
-    good = prepare(data, small_dir).train[3][0].tolist()
+    good = prepare(data, load_encoding(small_dir), 64).train[3][0].tolist()
     (file,) = cache_of(data).glob("*.arrow")
     os.truncate(file, int(share * file.stat().st_size))
-    assert prepare(data, small_dir).train[3][0].tolist() == good
+    assert prepare(data, load_encoding(small_dir), 64).train[3][0].tolist() == good
     assert len(times_made) == 2
 
 
@@ -144,11 +154,11 @@ def test_a_run_that_broke_off_leaves_nothing_that_counts(
     with monkeypatch.context() as patch:
         patch.setattr(RowWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare(data, small_dir)
+            prepare(data, load_encoding(small_dir), 64)
     (lock,) = cache_of(data).iterdir()
     # As SIGKILL would have left it.
     (cache_of(data) / f".{lock.stem}.arrow.99999.unfinished").write_bytes(b"half")
-    assert len(prepare(data, small_dir).train) == 12
+    assert len(prepare(data, load_encoding(small_dir), 64).train) == 12
     names = {path.name for path in cache_of(data).iterdir()}
     assert names == {f"{lock.stem}.arrow", lock.name}
 
@@ -163,12 +173,12 @@ def test_without_locks_each_process_writes_a_file_of_its_own(
         if not other:
             other.append(target)
             monkeypatch.setattr(row_cache.os, "getpid", lambda: 99999)
-            other.append(prepare(data, small_dir).train.sha256)
+            other.append(prepare(data, load_encoding(small_dir), 64).train.sha256)
         fill(target, *args)  # type: ignore[arg-type]
 
     fill = row_cache._fill
     monkeypatch.setattr(row_cache, "_fill", meanwhile)
-    assert prepare(data, small_dir).train.sha256 == other[1]
+    assert prepare(data, load_encoding(small_dir), 64).train.sha256 == other[1]
 
 
 def test_the_cache_is_not_blamed_for_other_failures(
@@ -177,7 +187,7 @@ def test_the_cache_is_not_blamed_for_other_failures(
     # Stands for everything besides the file, such as starting the workers.
     monkeypatch.setattr(row_cache, "encode_all", raising(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
-        prepare(data, small_dir)
+        prepare(data, load_encoding(small_dir), 64)
 
 
 def test_the_cache_is_blamed_for_a_file_that_the_disk_does_not_keep(
@@ -185,4 +195,4 @@ def test_the_cache_is_blamed_for_a_file_that_the_disk_does_not_keep(
 ) -> None:
     monkeypatch.setattr("qwen_ds.disk.write.sync", raising(errno.ENOSPC))
     with pytest.raises(UserError, match=r"cache: No space left on device; .*data\.cache_dir"):
-        prepare(data, small_dir)
+        prepare(data, load_encoding(small_dir), 64)

@@ -10,6 +10,7 @@ import pytest
 from qwen_ds.data.rows.data_report import PartReport, data_report, summary, total
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
+from qwen_ds.model.tokenizer import load_encoding
 from qwen_ds.recipe.options import DataOptions
 
 # Rows of a data set under other keys than the reader's that the user names.
@@ -25,7 +26,7 @@ def write(path: Path, rows: list[object]) -> str:
 def rows_of(tmp_path: Path, small_dir: Path, *files: list[object], **options: object) -> TokenRows:
     paths = [write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
     data = DataOptions(train=paths, cache_dir=str(tmp_path / "cache"), **options)  # type: ignore[arg-type]
-    return prepare(data, small_dir).train
+    return prepare(data, load_encoding(small_dir), 64).train
 
 
 def test_every_row_is_accounted_for(tmp_path: Path, small_dir: Path) -> None:
@@ -181,5 +182,5 @@ def test_the_format_of_every_file_is_reported(tmp_path: Path, small_dir: Path) -
     write(folder / "a.jsonl", [{"content": "q", "summary": "a"}])
     write(folder / "b.json", [{"scene": [{"prompt": "p", "response": "r"}]}])
     data = DataOptions(train=[str(folder)], cache_dir=str(tmp_path / "cache"))
-    (found,) = prepare(data, small_dir).train.report["data_sets"]
+    (found,) = prepare(data, load_encoding(small_dir), 64).train.report["data_sets"]
     assert found["formats"] == {f"{folder}/a.jsonl": "adgen", f"{folder}/b.json": "prompt"}

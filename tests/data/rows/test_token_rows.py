@@ -26,8 +26,8 @@ def test_rows_are_what_encoding_each_conversation_gives(
     data: DataOptions, small_dir: Path, learn_on: str
 ) -> None:
     data = replace(data, learn_on=learn_on)  # type: ignore[arg-type]
-    rows = prepare(data, small_dir).train
-    encoding, options = load_encoding(small_dir), encode_options(data, small_dir)
+    rows = prepare(data, load_encoding(small_dir), 64).train
+    encoding, options = load_encoding(small_dir), encode_options(data, 64)
     expected = [
         (encode_row(encoding, c, options), source) for c, source in iter_conversations(data.train)
     ]
@@ -54,7 +54,7 @@ def test_evaluation_rows_are_set_aside_by_question(
     data = DataOptions(
         [write_rows("a.jsonl", questions)], cache_dir=str(tmp_path / "c"), eval_fraction=0.2
     )
-    both = prepare(data, small_dir, seed=1)
+    both = prepare(data, load_encoding(small_dir), 64, seed=1)
     assert both.eval is not None
     train, aside = ({rows.source(i) for i in range(len(rows))} for rows in (both.train, both.eval))
     assert len(train) + len(aside) == 200 and not train & aside
@@ -62,8 +62,12 @@ def test_evaluation_rows_are_set_aside_by_question(
     lines = {int(source.rpartition(":")[2]) for source in aside}
     assert {(line + 99) % 200 + 1 for line in lines} == lines, "lines i and i + 100 ask the same"
     assert len(both.train.lens) == len(both.train) and both.train.parts == (Part(len(train), 1.0),)
-    again = prepare(data, small_dir, seed=1)
-    assert again.train.sha256 == both.train.sha256 != prepare(data, small_dir, seed=2).train.sha256
+    again = prepare(data, load_encoding(small_dir), 64, seed=1)
+    assert (
+        again.train.sha256
+        == both.train.sha256
+        != prepare(data, load_encoding(small_dir), 64, seed=2).train.sha256
+    )
     assert both.eval.sha256 != both.train.sha256
 
 
@@ -74,7 +78,9 @@ def test_added_rows_leave_the_split_of_the_others(
         rows = [{"content": f"类型#裙*{i}", "summary": f"好看{i}"} for i in range(n)]
         path = write_rows("a.jsonl", rows)
         found = prepare(
-            DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.2), small_dir
+            DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.2),
+            load_encoding(small_dir),
+            64,
         ).eval
         assert found is not None
         return {found.source(i) for i in range(len(found))}
@@ -88,12 +94,18 @@ def test_a_split_that_leaves_nothing_is_refused(
 ) -> None:
     path = write_rows("a.jsonl", [{"content": "same", "summary": str(i)} for i in range(9)])
     with pytest.raises(UserError, match=r"eval_fraction 0\.1 leaves none of the 9 rows"):
-        prepare(DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.1), small_dir)
+        prepare(
+            DataOptions([path], cache_dir=str(tmp_path / "c"), eval_fraction=0.1),
+            load_encoding(small_dir),
+            64,
+        )
 
 
 def test_evaluation_files_are_rows_of_their_own(data: DataOptions, small_dir: Path) -> None:
     both = prepare(
-        replace(data, train=data.train[:1], eval=data.train[1:], weights=[3.0]), small_dir
+        replace(data, train=data.train[:1], eval=data.train[1:], weights=[3.0]),
+        load_encoding(small_dir),
+        64,
     )
     assert both.eval is not None
     assert both.train.parts == (Part(6, 3.0),) and both.eval.parts == (Part(6, 1.0),)
@@ -105,9 +117,6 @@ def test_evaluation_files_are_rows_of_their_own(data: DataOptions, small_dir: Pa
     [
         ({"train": []}, "data.train is empty"),
         ({"weights": [1.0]}, "data.weights has 1 numbers and data.train 2 entries"),
-        ({"weights": [1.0, 0.0]}, "data.weights has 0.0"),
-        ({"weights": [1.0, float("nan")]}, "data.weights has nan"),
-        ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
         ({"eval_fraction": 0.5, "eval": ["x"]}, "both given"),
         ({"max_tokens": 1}, "data.max_tokens is 1"),
     ],
@@ -116,9 +125,9 @@ def test_impossible_options_are_the_users_mistake(
     data: DataOptions, small_dir: Path, options: dict[str, object], named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
-        prepare(replace(data, **options), small_dir)  # type: ignore[arg-type]
+        prepare(replace(data, **options), load_encoding(small_dir), 64)  # type: ignore[arg-type]
 
 
 def test_too_long_rows_are_bounded_by_the_models_length(small_dir: Path) -> None:
-    assert encode_options(DataOptions(), small_dir).max_tokens == 64
-    assert encode_options(DataOptions(max_tokens=99), small_dir).max_tokens == 99
+    assert encode_options(DataOptions(), 64).max_tokens == 64
+    assert encode_options(DataOptions(max_tokens=99), 64).max_tokens == 99

@@ -54,7 +54,9 @@ def test_workers_give_the_same_rows_in_the_same_order(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataOptions(train=[str(file)], max_answer_tokens=20, max_prompt_tokens=30)
 
-    alone = prepare(replace(data, cache_dir=str(tmp_path / "alone")), small_dir).train
+    alone = prepare(
+        replace(data, cache_dir=str(tmp_path / "alone")), load_encoding(small_dir), 64
+    ).train
     plain, given = workers.encoding_pool, []
 
     @contextlib.contextmanager
@@ -66,7 +68,9 @@ def test_workers_give_the_same_rows_in_the_same_order(
     monkeypatch.setattr(workers, "CHUNK_ROWS", 16)
     monkeypatch.setattr(workers, "INLINE_ROWS", 32)
     monkeypatch.setattr(workers, "default_workers", lambda: 2)
-    together = prepare(replace(data, cache_dir=str(tmp_path / "together")), small_dir).train
+    together = prepare(
+        replace(data, cache_dir=str(tmp_path / "together")), load_encoding(small_dir), 64
+    ).train
 
     assert len(given) > 4, "chunks that the pool encoded"
     assert together.sha256 == alone.sha256
@@ -76,7 +80,7 @@ def test_workers_give_the_same_rows_in_the_same_order(
 
 
 def test_any_text_survives_the_way_between_processes(small_dir: Path) -> None:
-    with encoding_pool(small_dir, EncodeOptions("answer"), 1) as submit:
+    with encoding_pool(load_encoding(small_dir), EncodeOptions("answer"), 1) as submit:
         block = handed_over(submit, [TALK]).result(timeout=60)
     here = encode_block(load_encoding(small_dir), [TALK], EncodeOptions("answer"))
     assert block.ids_N.tolist() == here.ids_N.tolist()
@@ -84,7 +88,7 @@ def test_any_text_survives_the_way_between_processes(small_dir: Path) -> None:
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang(small_dir: Path) -> None:
-    with encoding_pool(small_dir, EncodeOptions(), 1) as submit:
+    with encoding_pool(load_encoding(small_dir), EncodeOptions(), 1) as submit:
         handed_over(submit, [TALK]).result(timeout=60)
         (worker,) = multiprocessing.active_children()
         worker.kill()
@@ -92,9 +96,17 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(small_dir: Path) -> None:
             handed_over(submit, [TALK]).result(timeout=60)
 
 
-def test_a_worker_that_cannot_start_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+class Unloadable:
+    """Pickles, and cannot be loaded in the worker."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return load_encoding, ("/no/such/file",)
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_hang() -> None:
+    broken: Any = Unloadable()
     with (
-        encoding_pool(tmp_path / "no.tiktoken", EncodeOptions(), 1) as submit,
+        encoding_pool(broken, EncodeOptions(), 1) as submit,
         pytest.raises(BrokenProcessPool),
     ):
         handed_over(submit, [TALK]).result(timeout=60)
@@ -119,7 +131,7 @@ def test_memory_does_not_grow_with_the_rows(
 
     report = PartReport("x")
     with RowWriter(tmp_path / "x") as rows:
-        encode_all([(report, stream())], rows, small_dir, EncodeOptions(), on_rows)
+        encode_all([(report, stream())], rows, load_encoding(small_dir), EncodeOptions(), on_rows)
     assert (report.kept, done) == (500, 500)
     assert most <= 20, "rows under way"
 
@@ -130,10 +142,11 @@ from pathlib import Path
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.workers import encoding_pool
 from qwen_ds.model.chatml import Conversation, Turn
+from qwen_ds.model.tokenizer import load_encoding
 
 print("started", flush=True)
 talks = [Conversation(None, (Turn("user", "q" * 9), Turn("assistant", "a" * 999)))] * 500
-with encoding_pool(Path(sys.argv[1]), EncodeOptions(), 2) as submit:
+with encoding_pool(load_encoding(Path(sys.argv[1])), EncodeOptions(), 2) as submit:
     while (first := submit(talks)) is None:
         time.sleep(0.05)
     futures = [submit(talks) for _ in range(int(sys.argv[2]))]
