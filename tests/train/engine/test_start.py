@@ -1,4 +1,4 @@
-"""DeepSpeed before there is a model: mistakes in its JSON, and what its compiled operations need."""
+"""DeepSpeed before there is a model: mistakes in its JSON, and its compiled operations."""
 
 from __future__ import annotations
 
