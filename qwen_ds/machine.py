@@ -48,7 +48,8 @@ def choose_device(wanted: str) -> torch.device:
         raise UserError(
             f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) "
             "cannot use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
-            "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu (see docs/training.md, drivers and CUDA)"
+            "CUDA_VISIBLE_DEVICES that is not empty, or --device cpu (see docs/training.md, "
+            "drivers and CUDA)"
         )
     if wanted == "cuda":
         raise UserError(

@@ -64,6 +64,7 @@ class Rows:
         generator = np.random.default_rng(seed)
         self.lens = generator.integers(4, 12, count).astype(np.int32)
         self._ids = [generator.integers(0, 500, n).astype(np.int32) for n in self.lens]
+        self.learnt = self.lens - 1  # target tokens: all but the first, which nothing predicts
         self.parts, self.pad_id, self.sha256 = [Part(count, 1.0)], 0, f"rows {seed}"
 
     def __len__(self) -> int:

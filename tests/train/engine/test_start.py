@@ -1,0 +1,37 @@
+"""DeepSpeed before there is a model: mistakes in its JSON, and its compiled operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_ds import dist
+from qwen_ds.errors import UserError
+from qwen_ds.train.engine import start
+
+GOOD: dict[str, Any] = {"train_batch_size": 1, "zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [({"stage": 2, "reduce_buckt_size": 5}, "reduce_buckt_size"), ({"stage": "two"}, "stage")],
+)
+def test_a_mistake_within_a_section_is_named_in_one_line(
+    zero: dict[str, Any], expected: str
+) -> None:
+    start.check_config(GOOD)
+    with pytest.raises(UserError, match=f"^DeepSpeed JSON: .*{expected}") as error:
+        start.check_config(GOOD | {"zero_optimization": zero})
+    assert "\n" not in str(error.value)
+
+
+def test_a_cpu_has_no_quantiser_and_one_rank_without_it_decides_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not start.can_quantise_weights(torch.device("cpu"))
+    monkeypatch.setattr(start, "installed_ops", {"quantizer": True})
+    assert start.can_quantise_weights(torch.device("cuda"))
+    monkeypatch.setattr(dist, "gather", lambda ready: [ready, False])
+    assert not start.can_quantise_weights(torch.device("cuda"))

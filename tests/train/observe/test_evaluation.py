@@ -1,0 +1,117 @@
+"""Evaluation while training: sampled answers of real rows, by the decoding core.
+
+Losses, and samples under ZeRO-3, are in test_jobs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
+from qwen_ds.model.family import QWEN
+from qwen_ds.recipe.options import EvalOptions
+from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
+
+
+class FakeRows:
+    """Two rows whose targets begin with the role of the turn, as data.learn_on original has it."""
+
+    pad_id = 304
+
+    def __init__(self, folder: Path) -> None:
+        encoding = QWEN.load_encoding(folder)
+        self.rows, self.prompts = [], []
+        header, end = encoding.ordinary("assistant\n"), encoding.im_end_id
+        for question, answer in (("colour#1", "abc de 0"), ("a", "b")):
+            prompt = encode_prompt(encoding, Conversation(None, (Turn("user", question),)))
+            labels = [*header, *encoding.ordinary(answer), end]
+            ids_L = [*prompt[: -len(header)], *labels]
+            unlearnt = [IGNORE] * (len(ids_L) - len(labels))
+            self.rows.append((torch.tensor(ids_L), torch.tensor([*unlearnt, *labels])))
+            self.prompts.append(prompt)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rows[row]
+
+
+class FakeWatchdog:
+    def __init__(self) -> None:
+        self.touched = 0
+
+    def at(self, step: int, place: str) -> None:
+        assert (step, place) == (7, "sampled answers")
+
+    def touch(self) -> None:
+        self.touched += 1
+
+
+@pytest.fixture
+def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
+    rows, watchdog = FakeRows(small_dir), FakeWatchdog()
+    options = EvalOptions(samples=5, sample_tokens=6)
+    model = QWEN.model_class.from_pretrained(small_dir)
+    engine = SimpleNamespace(
+        model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
+    )
+    encoding = QWEN.load_encoding(small_dir)
+    return Evaluator(rows, encoding, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
+
+
+def test_samples_are_the_models_greedy_answers(
+    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog], small_dir: Path
+) -> None:
+    evaluator, engine, rows, watchdog = setting
+    encoding, model = QWEN.load_encoding(small_dir), engine.model.model
+    found = evaluator.samples(engine, 7)
+    assert watchdog.touched == 6 and model.training
+    assert [sample.reference for sample in found] == ["abc de 0", "b"]
+    model.eval()
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=304)
+    for sample, prompt in zip(found, rows.prompts, strict=True):
+        assert sample.prompt == encoding.decode(prompt)
+        ids = torch.tensor([prompt])
+        stops = list(QWEN.stop_ids(encoding))
+        (alone,) = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, eos_token_id=stops
+        )
+        new = [i for i in alone[len(prompt) :].tolist() if i not in stops]
+        assert sample.answer == encoding.decode(new)
+
+
+def test_a_model_of_nan_has_empty_answers_and_training_decides_what_follows(
+    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog],
+) -> None:
+    evaluator, engine, *_ = setting
+    engine.model.model.lm_head.weight.data.fill_(torch.nan)
+    assert [sample.answer for sample in evaluator.samples(engine, 7)] == ["", ""]
+    assert engine.model.model.training
+
+
+def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:
+    best = BestLoss()
+    for step, loss in enumerate([3.0, 2.0, float("nan"), 2.0], 1):
+        best = best.after(loss, step)
+    assert best == BestLoss(2.0, 2, since=2), "an equal loss is no better one, NaN never is"
+    assert best.out_of_patience(2) and not best.out_of_patience(3)
+    assert not best.out_of_patience(None)
+
+
+@pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])
+def test_an_evaluation_is_due_every_so_many_steps_and_at_the_end(
+    small_dir: Path, every: int | None, due: list[int]
+) -> None:
+    """Without a number: after each epoch, here of five steps."""
+    nothing: Any = None
+    encoding = QWEN.load_encoding(small_dir)
+    rows: Any = FakeRows(small_dir)
+    evaluator = Evaluator(rows, encoding, EvalOptions(every_steps=every), 400, nothing)
+    assert [step for step in range(11) if evaluator.due(step, 10, 5)] == due
