@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.plan.memory import chunk_tokens
 from qwen_ds.train.special_rows import HeadWithRows
-
-# fp32 logits of one chunk: 441 tokens of the 151,936-row vocabulary.
-CHUNK_BYTES = 256 * 2**20
-
-
-def chunk_tokens(vocab_rows: int) -> int:
-    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocab_rows))
 
 
 class _HeadLoss(torch.autograd.Function):

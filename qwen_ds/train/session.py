@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_ds.model.tokenizer import Encoding
-from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.run import Run
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
@@ -14,8 +13,11 @@ from qwen_ds.train.observe.observer import Observer
 from qwen_ds.train.observe.profiler import StepProfiler
 from qwen_ds.train.observe.progress import Progress
 from qwen_ds.train.schedule import lr_at, total_steps
-from qwen_ds.train.setup import Data
+from qwen_ds.train.setup import Data, Model, output_of
+from qwen_ds.train.survive import resume
+from qwen_ds.train.survive.checkpoint import Checkpoint
 from qwen_ds.train.survive.saver import RunState, Saver
+from qwen_ds.train.survive.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +60,23 @@ class Session:
 
 
 def open_session(
-    recipe: Recipe,
-    data: Data,
-    engine: TrainingEngine,
-    saver: Saver,
-    shape: Shape,
-    encoding: Encoding,
+    run: Run, data: Data, model: Model, watchdog: Watchdog, found: Checkpoint | None
 ) -> Session:
-    """Open the run folder's metrics files, and gather what the loop needs.
+    """Start DeepSpeed, restore the checkpoint that the run resumes from, and open the metrics files
+    (a collective)."""
+    engine = TrainingEngine(model.training, run.recipe.optim, run.deepspeed)
+    identity = resume.identity(run.recipe, run.deepspeed.stored_json(), data.sha256)
+    saver = Saver(output_of(run, model), identity, run.recipe.save.keep, watchdog, found)
+    if found:
+        resume.restore(engine, found)
+    return assemble(run, data, engine, saver)
 
-    Args:
-        engine: already restored where the run resumes.
-        shape, encoding: of the base.
-    """
-    folder, resumed = saver.output.folder, saver.resumed
+
+def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Session:
+    """Put a session around an engine that stands where the run begins or resumes."""
+    recipe, folder, resumed = run.recipe, saver.output.folder, saver.resumed
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
-    hardware = Hardware.of(engine.device, shape, recipe.method)
+    hardware = Hardware.of(engine.device, run.shape, recipe.method)
     progress = Progress(
         folder, steps, recipe.log.every_steps, hardware,
         *((resumed.step, resumed.state["progress"]) if resumed else ()),
@@ -82,6 +85,6 @@ def open_session(
     evaluator = None
     if data.eval is not None:
         budget = recipe.batch.tokens_per_micro_batch
-        evaluator = Evaluator(data.eval, encoding, recipe.eval, budget, saver.watchdog)
+        evaluator = Evaluator(data.eval, run.encoding, recipe.eval, budget, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
     return Session(recipe, data, engine, saver, observer, evaluator, steps)

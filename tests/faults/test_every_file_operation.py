@@ -29,8 +29,8 @@ from torch import Tensor
 
 from qwen_ds.data.batches import Part, StepSampler
 from qwen_ds.disk import weights
-from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.run import Base
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
 from qwen_ds.train import lora
@@ -38,7 +38,7 @@ from qwen_ds.train.engine.engine import StepResult
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.loop import train
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.session import open_session
+from qwen_ds.train.session import assemble
 from qwen_ds.train.setup import Data
 from qwen_ds.train.survive import checkpoint, resume, saver
 from qwen_ds.train.survive.result import Output
@@ -135,15 +135,18 @@ def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None
     data = Data(rows, Rows(5, seed=2), StepSampler(rows, 4, 7, 1, 0, 64))  # type: ignore[arg-type]
     run.mkdir(exist_ok=True)
     output = Output(run, model_dir, torch.float32, lora.config_of(wrapped))
-    found = resume.find(run)
+    found = resume.newest_whole(run)
     watchdog = Watchdog(10, launched=False)
     identity = resume.identity(recipe, {}, data.sha256)
     if found:
         resume.restore(engine, found)
     recipe = replace(recipe, output_dir=str(run))
     saving = Saver(output, identity, 1, watchdog, found)
-    shape = Shape.of(QWenLMHeadModel.config_class.from_pretrained(model_dir))
-    train(open_session(recipe, data, engine, saving, shape, QWEN.load_encoding(model_dir)))
+    base = Base.read(model_dir)
+    decided: Any = SimpleNamespace(
+        recipe=recipe, shape=Shape.of(base.config), encoding=base.encoding
+    )
+    train(assemble(decided, data, engine, saving))
 
 
 class KillAt:

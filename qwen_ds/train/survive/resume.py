@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import Json
+from qwen_ds.plan.run import Run
 from qwen_ds.recipe.loading import to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import say
@@ -27,10 +28,10 @@ from qwen_ds.train import lora
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.state import VALUE
 from qwen_ds.train.observe.evaluation import BestLoss
+from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
-from qwen_ds.train.survive import run_folder as runfolder
 from qwen_ds.train.survive.checkpoint import Checkpoint
-from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE
+from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE, holds_run, is_finished
 from qwen_ds.train.survive.saver import OPTIMIZER, RNG, shard_name
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -50,6 +51,35 @@ def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
     """The hashes in each checkpoint: of recipe with DeepSpeed JSON, and of the token rows."""
     text = json.dumps(_comparable(to_dict(recipe), ds_json), sort_keys=True, default=str)
     return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
+
+
+def find_checkpoint(run: Run) -> Checkpoint | None:
+    """The checkpoint to resume from, once it is clear that the folder holds this run.
+
+    None: from the start. A collective: rank 0 alone may see the folder.
+
+    Raises:
+        UserError: the folder holds a run of another recipe.
+    """
+    if not dist.from_rank_0(holds_run(run.folder)):
+        return None
+    ds_json = run.deepspeed.stored_json()
+    dist.once(lambda: check_same_run(run.folder, run.recipe, ds_json), "compare the recipes")
+    return newest_whole(run.folder)
+
+
+def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:
+    """Whether the checkpoint is of a finished run (a collective).
+
+    Raises:
+        UserError: the run began with other rows, or its pieces do not fit this world.
+    """
+    check_same_data(found.state, run.recipe, data_sha256)
+    check_world(found, run.deepspeed.stage)
+    best, steps = BestLoss(**found.state["best"]), total_steps(run.recipe.optim, steps_per_epoch)
+    through = found.step >= steps or best.out_of_patience(run.recipe.eval.patience)
+    # Rank 0 looks into the folder, and all ranks hear what it saw.
+    return dist.from_rank_0(through and is_finished(run.folder))
 
 
 def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
@@ -112,7 +142,7 @@ def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, inner
 
 
-def find(run: Path) -> Checkpoint | None:
+def newest_whole(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint, the same on every rank (a collective).
 
     Says which ones are passed over, and why.
@@ -143,13 +173,6 @@ def _search(run: Path, before: int | None) -> checkpoint.Search:
     searches: list[checkpoint.Search] = []
     dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
     return searches[0] if searches else checkpoint.Search()
-
-
-def is_finished(found: Checkpoint, run: Path, recipe: Recipe, steps: int) -> bool:
-    """Whether nothing is left to do (a collective: rank 0 looks into the folder)."""
-    best = BestLoss(**found.state["best"])
-    through = found.step >= steps or best.out_of_patience(recipe.eval.patience)
-    return dist.from_rank_0(through and runfolder.is_finished(run))
 
 
 def check_world(found: Checkpoint, stage: int) -> None:

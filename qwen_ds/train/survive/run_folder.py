@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,21 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.disk.place import require_folder
-from qwen_ds.disk.write import replacing, unfinished_name, write_json
+from qwen_ds.disk.write import unfinished_name, write_json
 from qwen_ds.errors import UserError
+from qwen_ds.plan.run import Run
 from qwen_ds.recipe.loading import write_recipe
-from qwen_ds.recipe.options import Recipe
+from qwen_ds.recipe.options import ResumeOptions
 from qwen_ds.train.lora import ParameterCount
 
 PACKAGES = (
     "torch", "transformers", "peft", "deepspeed", "datasets", "tiktoken", "safetensors", "numpy",
 )  # fmt: skip
 RECIPE, DS_CONFIG, REPORT = "recipe.yaml", "ds_config.json", "report.html"
-ENVIRONMENT = "environment.json"
+ENVIRONMENT, DATA_REPORT = "environment.json", "data_report.json"
 # A start that was killed may leave these. recipe.yaml comes last and makes the folder a run's.
-BEFORE_THE_RECIPE = {"logs", DS_CONFIG, ENVIRONMENT} | {
-    unfinished_name(Path(name)).name for name in (RECIPE, DS_CONFIG, ENVIRONMENT)
+BEFORE_THE_RECIPE = {"logs", DS_CONFIG, DATA_REPORT, ENVIRONMENT} | {
+    unfinished_name(Path(name)).name for name in (RECIPE, DS_CONFIG, DATA_REPORT, ENVIRONMENT)
 }
 
 
@@ -57,15 +59,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def write_resolved(
-    folder: Path,
-    recipe: Recipe,
-    ds_json: dict[str, Any],
-    device: torch.device,
-    count: ParameterCount,
+    run: Run, device: torch.device, count: ParameterCount, data_report: dict[str, Any]
 ) -> None:
-    """Write recipe.yaml, ds_config.json and environment.json: with them a run can be repeated."""
-    on_gpu = device.type == "cuda"
-    write_json(folder / DS_CONFIG, ds_json)
+    """Write recipe.yaml, ds_config.json and environment.json, with which a run can be repeated, and
+    data_report.json."""
+    folder, on_gpu = run.folder, device.type == "cuda"
+    write_json(folder / DS_CONFIG, run.deepspeed.stored_json())
+    write_json(folder / DATA_REPORT, data_report)
     write_json(
         folder / ENVIRONMENT,
         {
@@ -82,7 +82,7 @@ def write_resolved(
             **{name: metadata.version(name) for name in PACKAGES},
         },
     )
-    # Last, and complete or absent: a folder with a recipe is a run's, and the next start compares
-    # it.
-    with replacing(folder / RECIPE) as unfinished:
-        write_recipe(recipe, unfinished)
+    # Last: a folder with a recipe is a run's, and the next start compares it. A run that is started
+    # from its stored recipe says anew what may differ.
+    path = str((folder / DS_CONFIG).resolve())
+    write_recipe(replace(run.recipe, deepspeed=path, resume=ResumeOptions()), folder / RECIPE)

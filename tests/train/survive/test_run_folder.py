@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.options import Recipe
+from qwen_ds.plan.resolve import resolve
+from qwen_ds.plan.run import Base, Machine
+from qwen_ds.recipe.loading import load_recipe
 from qwen_ds.train.lora import ParameterCount
 from qwen_ds.train.survive import run_folder
 
@@ -20,14 +22,17 @@ def test_a_folder_with_anything_else_is_refused_and_left_alone(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_the_leftovers_of_a_killed_start_are_no_strangers(tmp_path: Path) -> None:
+def test_the_leftovers_of_a_killed_start_are_no_strangers(small_dir: Path, tmp_path: Path) -> None:
     """Killed before recipe.yaml, or while it was written: such a folder holds no run yet."""
     (tmp_path / "logs").mkdir()
     for name in ("ds_config.json", ".environment.json.unfinished", ".recipe.yaml.unfinished"):
         (tmp_path / name).write_text("{")
     run_folder.claim(tmp_path)
     assert not run_folder.holds_run(tmp_path)
-    run_folder.write_resolved(tmp_path, Recipe(), {}, torch.device("cpu"), ParameterCount(1, 2))
+    asked = load_recipe(["--model.path", str(small_dir), "--output_dir", str(tmp_path)])
+    machine = Machine(ranks=1, ranks_per_machine=1, on_gpu=False, memory=1e10, memory_source="")
+    run = resolve(asked, machine, Base.read(small_dir), rows=False)
+    run_folder.write_resolved(run, torch.device("cpu"), ParameterCount(1, 2), {})
     assert run_folder.holds_run(tmp_path)
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
