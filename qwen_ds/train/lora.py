@@ -8,7 +8,6 @@ branch runs at the base's speed, while the parameters, their gradients and AdamW
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,13 @@ from torch import Tensor, nn
 
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
-from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    Adapter,
-    check_adapter_fits,
-    read_adapter,
 )
-from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.first_adapter import read_first_adapter
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
 
@@ -118,14 +113,6 @@ class ParameterCount:
 
 def lora_config(options: LoraOptions, base: str) -> LoraConfig:
     """The PEFT configuration of a recipe."""
-    unknown = [name for name in options.targets if name not in QWEN.target_names]
-    if unknown or not options.targets:
-        came = unknown[0] if unknown else "nothing"
-        known = ", ".join(QWEN.target_names)
-        raise UserError(f"lora.targets: {came!r} matches no module; expected some of {known}")
-    if other := next((name for name in options.modules_to_save if name not in QWEN.ends), None):
-        known = ", ".join(QWEN.ends)
-        raise UserError(f"lora.modules_to_save: {other!r} came; expected some of {known}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -154,9 +141,6 @@ def add_lora(
     Args:
         seed: of A, alike on every rank.
         row_ids: token ids whose rows of embedding and head are trained.
-
-    Raises:
-        UserError: unknown names in lora.targets or lora.modules_to_save.
     """
     config = lora_config(options, base)
     config._register_custom_module({nn.Linear: LoraLinear})
@@ -212,35 +196,14 @@ def config_of(wrapped: PeftModel) -> LoraConfig:
     return config
 
 
-def check_init_from(options: LoraOptions, config: QWenConfig, row_ids: Sequence[int] = ()) -> None:
-    """Check that training can continue from `options.init_from`, without a base's weights.
-
-    Args:
-        config: of the base.
-        row_ids: as for `add_lora`.
-
-    Raises:
-        UserError: as `init_from`.
-    """
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = QWenLMHeadModel(config)
-        wrapped = add_lora(model, options, base="", seed=0, row_ids=row_ids)
-    _read_fitting(wrapped, options)
-
-
 def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
     """Continue from the adapter `options.init_from`: its values replace the fresh ones.
 
-    Accepted are ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the
-    original project's `pytorch_model.bin`. Saved modules and token rows that the adapter lacks
-    start from the base's.
-
-    Raises:
-        UserError: the adapter has other modules or rows, another rank or another scale than the
-            recipe says; the first is named.
+    It fits: plan/first_adapter.py has compared it with the recipe. Saved modules and token rows
+    that it lacks start from the base's.
     """
     own = _trained(wrapped)
-    adapter = _read_fitting(wrapped, options)
+    adapter = read_first_adapter(options)
     theirs = adapter.state_dict()
     for rows in adapter.token_rows.values():
         wanted = _trained_rows(wrapped)
@@ -258,56 +221,6 @@ def _trained_rows(wrapped: PeftModel) -> list[int]:
     """The token ids whose rows are trained, the same for embedding and head."""
     trained = config_of(wrapped).trainable_token_indices
     return trained[QWEN.ends[0]] if isinstance(trained, dict) else []
-
-
-def _read_fitting(wrapped: PeftModel, options: LoraOptions) -> Adapter:
-    """Read options.init_from and compare it with the adapter that the recipe trains."""
-    folder, own = options.init_from, _trained(wrapped)
-    assert folder is not None
-    adapter = read_adapter(folder, allow_pickle=True, alpha=options.alpha)
-    base = wrapped.get_base_model().named_parameters()
-    shapes = {name.replace(".base_layer.", "."): _full_shape(p) for name, p in base}
-    check_adapter_fits(adapter, shapes)
-    for name in sorted(set(own) ^ set(adapter.shapes)):
-        of_lora = ".lora_" in name
-        if name in own and not of_lora:
-            continue
-        side = "the recipe does not train it"
-        if name in own:
-            side = "the recipe trains it and the adapter lacks it"
-        keys = "lora.modules_to_save and lora.special_rows"
-        if of_lora:
-            keys = "lora.targets and lora.variant"
-        raise UserError(
-            f"lora.init_from {folder}: {name}: {side}; make {keys} match, or merge it into the "
-            f"base (launch/merge.py) and start from the merged model"
-        )
-    scaling = options.alpha / (math.sqrt(options.r) if options.variant == "rslora" else options.r)
-    for module, pair in adapter.pairs.items():
-        if not math.isclose(pair.scaling, scaling):
-            raise UserError(
-                f"lora.init_from {folder}: {module} is scaled by {pair.scaling:g}; the recipe's "
-                f"lora.alpha and lora.r say {scaling:g}; expected the same"
-            )
-    for module, rows in adapter.token_rows.items():
-        wanted = sorted(_trained_rows(wrapped))
-        if wanted != sorted(rows.indices):
-            raise UserError(
-                f"lora.init_from {folder}: it trains the rows {sorted(rows.indices)} of {module}; "
-                f"expected {wanted} (lora.special_rows)"
-            )
-    for name, shape in adapter.shapes.items():
-        if shape != tuple(own[name].shape):
-            raise UserError(
-                f"lora.init_from {folder}: {name} is {list(shape)}; expected "
-                f"{list(own[name].shape)} (lora.r)"
-            )
-    return adapter
-
-
-def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also while ZeRO-3 holds it in pieces."""
-    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
 def plain_name(name: str) -> str:

@@ -15,68 +15,11 @@ Shapes: B rows of a batch, T tokens, D hidden, V vocabulary, K special rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from qwen_ds.errors import UserError
-from qwen_ds.model.family import QWEN
-from qwen_ds.recipe.options import Recipe
-
-
-def resolve(recipe: Recipe) -> tuple[Recipe, str]:
-    """Resolve lora.special_rows' auto to on or off, with a line for the user where it is on.
-
-    auto means on for LoRA on a base model, whose generation_config.json does not say chat_format
-    "chatml", except where lora.modules_to_save already trains whole matrices.
-
-    Raises:
-        UserError: lora.special_rows is on beside lora.modules_to_save.
-    """
-    options = recipe.lora
-    wanted, note = options.special_rows, ""
-    if isinstance(wanted, bool):
-        wanted = "on" if wanted else "off"
-    if recipe.method == "lora" and wanted == "on" and options.modules_to_save:
-        raise UserError(
-            f"lora.special_rows is on and lora.modules_to_save is "
-            f"{', '.join(options.modules_to_save)}; expected one of them: a matrix trained whole "
-            f"has those rows in it"
-        )
-    if wanted == "auto":
-        found = _chat_format(Path(recipe.model.path))
-        is_on = recipe.method == "lora" and not options.modules_to_save and found != "chatml"
-        if is_on:
-            reason = "has no chat_format" if found is None else f"says chat_format {found!r}"
-            note = (
-                f"lora.special_rows is on: the model's generation_config.json {reason}, as a base "
-                f"model's; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> trained "
-                f"it would not learn to stop"
-            )
-        wanted = "on" if is_on else "off"
-    return replace(recipe, lora=replace(options, special_rows=wanted)), note
-
-
-def _chat_format(model: Path) -> str | None:
-    path = model / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    value = found.get("chat_format") if isinstance(found, dict) else None
-    return None if value is None else str(value)
-
-
-def special_ids(model: Path) -> list[int]:
-    """Ids of the tokens that end a turn, in the vocabulary of a model folder."""
-    return list(QWEN.stop_ids(QWEN.load_encoding(model)))
 
 
 class _Rows(nn.Module):

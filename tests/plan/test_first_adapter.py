@@ -21,16 +21,15 @@ def options(**values: Any) -> LoraOptions:
     return LoraOptions(**{"r": 4, "alpha": 8, "targets": ALL, "special_rows": "off"} | values)
 
 
-def written(model_dir: Path, folder: Path, recipe: LoraOptions) -> dict[str, Any]:
-    """A fresh adapter of this recipe on disk; its trained parameters by name."""
-    rows = Base.read(model_dir).family.stop_ids(Base.read(model_dir).encoding)
-    wrapped = add_lora(
-        QWenLMHeadModel.from_pretrained(model_dir),
-        recipe,
-        base="",
-        seed=0,
-        row_ids=list(rows) if recipe.special_rows == "on" else [],
-    )
+def written(
+    model_dir: Path, folder: Path, recipe: LoraOptions, rows: list[int] | None = None
+) -> dict[str, Any]:
+    """A fresh adapter of this recipe on disk, or with other rows; its trained parameters by name."""
+    base = Base.read(model_dir)
+    if rows is None and recipe.special_rows == "on":
+        rows = list(base.family.stop_ids(base.encoding))
+    model = QWenLMHeadModel.from_pretrained(model_dir)
+    wrapped = add_lora(model, recipe, base="", seed=0, row_ids=rows or [])
     trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     write_adapter(folder, config_of(wrapped), {name: p.detach() for name, p in trained.items()})
     return trained
@@ -82,6 +81,10 @@ def test_rows_that_the_adapter_lacks_start_from_the_base_and_others_are_refused(
     written(small_dir, tmp_path / "rows", options(special_rows="on"))
     with pytest.raises(UserError, match="lora.special_rows match"):
         check_first_adapter(options(init_from=str(tmp_path / "rows")), Base.read(small_dir))
+    written(small_dir, tmp_path / "other", options(), [304, 305, 7])
+    other = options(special_rows="on", init_from=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"rows \[7, 304, 305\] of .*; expected \[304, 305, 306\]"):
+        check_first_adapter(other, Base.read(small_dir))
 
 
 def test_the_official_adapter_fits_its_own_recipe(small_dir: Path, golden: Path) -> None:

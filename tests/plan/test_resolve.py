@@ -179,6 +179,9 @@ def test_special_rows_are_on_where_the_folder_does_not_say_chatml(
     for options in (["--lora.modules_to_save", "wte"], ["--method", "full"]):
         other = decided(tmp_path / "raw", *options, machine=GPU)
         assert other.recipe.lora.special_rows == "off" and other.special_ids == []
+    for given, expected in (("true", "on"), ("on", "on"), ("false", "off"), ("off", "off")):
+        chosen = decided(tmp_path / "raw", "--lora.special_rows", given, machine=GPU)
+        assert (chosen.recipe.lora.special_rows, chosen.notes) == (expected, ())
     with pytest.raises(UserError, match="expected one of them"):
         decided(small_dir, "--lora.special_rows", "on", "--lora.modules_to_save", "wte")
 

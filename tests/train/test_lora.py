@@ -13,14 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwen_ds.errors import UserError
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora
 from qwen_ds.train.lora import (
     add_lora,
-    check_init_from,
     config_of,
     count_parameters,
     init_from,
@@ -111,8 +109,6 @@ def test_attention_and_mlp_projections_can_be_told_apart(small_dir: Path) -> Non
     for target, others in (("attn.c_proj", "mlp"), ("mlp.c_proj", "attn")):
         names = trained(wrapped(small_dir, targets=[target]))
         assert names and all(target in n and f".{others}." not in n for n in names)
-    with pytest.raises(UserError, match="'q_proj' matches no module"):
-        wrapped(small_dir, targets=["q_proj"])
 
 
 def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, golden: Path) -> None:
@@ -150,37 +146,6 @@ def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, gol
         outputs["input_ids"], attention_mask=outputs["attention_mask"], labels=outputs["labels"]
     ).loss
     torch.testing.assert_close(loss, outputs["loss_eval"], rtol=0, atol=5e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"r": 8}, "scaled by|lora.r"),
-        ({"alpha": 7}, "scaled by 1.5"),
-        ({"targets": ["w1"]}, "does not train it"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_the_recipe_is_refused(
-    small_dir: Path, tmp_path: Path, change: dict[str, object], expected: str
-) -> None:
-    first = wrapped(small_dir)
-    write_adapter(tmp_path, config_of(first), trained(first))
-    settings: dict[str, object] = {"dropout": 0.0, "targets": ALL, "r": 4, "alpha": 6, **change}
-    options = LoraOptions(**settings)  # type: ignore[arg-type]
-    again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-    options = replace(options, init_from=str(tmp_path))
-    with pytest.raises(UserError, match=expected):
-        init_from(again, options)
-    state = torch.get_rng_state()
-    with pytest.raises(UserError, match=expected):  # also before there are weights
-        check_init_from(options, again.get_base_model().config)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_a_missing_adapter_is_refused_before_there_are_weights(tmp_path: Path) -> None:
-    options = LoraOptions(init_from=str(tmp_path / "nonexistent"))
-    with pytest.raises(UserError, match="nonexistent"):
-        check_init_from(options, QWenConfig())
 
 
 def test_the_written_folder_is_plain_and_readable_by_all(small_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen_ds.errors import UserError
 from qwen_ds.export.merge import merge
 from qwen_ds.model.adapter import load_adapter
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.recipe.options import LoraOptions, Recipe
-from qwen_ds.train import special_rows
+from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.lora import (
     add_lora,
     config_of,
@@ -309,17 +307,6 @@ def test_training_continues_from_rows_and_matrices(
     torch.testing.assert_close(
         model.eval()(tokens).logits, plain.eval()(tokens).logits, rtol=0, atol=1e-4
     )
-    with pytest.raises(
-        UserError,
-        match=r"the recipe does not train it; make lora\.modules_to_save and lora\.special",
-    ):
-        init_from(plain, replace(OPTIONS, init_from=str(tmp_path / "same")))
-    if kind == "rows":
-        _, other = wrapped(small_dir, ids=[304, 305, 7])
-        with pytest.raises(
-            UserError, match=r"trains the rows \[304, 305, 306\] of .*; expected \[7, 304, 305\]"
-        ):
-            init_from(other, replace(OPTIONS, init_from=str(tmp_path / "same")))
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
@@ -360,45 +347,3 @@ def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
     assert torch.equal(text[:, 6:10], answers)
     stops = torch.isin(text[:, 10:], torch.tensor(SPECIAL))
     assert (stops[:, 0].all() and (text[:, 10] == end).all()) if with_rows else not stops.any()
-
-
-@pytest.fixture
-def choose(tmp_path: Path) -> Callable[..., tuple[str | bool, str]]:
-    def resolved(
-        generation: dict[str, str] | None, method: str = "lora", **options: Any
-    ) -> tuple[str | bool, str]:
-        (tmp_path / "generation_config.json").unlink(missing_ok=True)
-        if generation is not None:
-            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-        recipe = Recipe(method=method, lora=LoraOptions(**options))  # type: ignore[arg-type]
-        recipe, note = special_rows.resolve(
-            replace(recipe, model=replace(recipe.model, path=str(tmp_path)))
-        )
-        return recipe.lora.special_rows, note
-
-    return resolved
-
-
-def test_auto_is_on_for_base_models_and_says_so(
-    choose: Callable[..., tuple[str | bool, str]],
-) -> None:
-    value, note = choose({"chat_format": "raw"})
-    assert value == "on" and "special_rows is on" in note and "chat_format 'raw'" in note
-    value, note = choose(None)
-    assert value == "on" and "has no chat_format" in note
-    assert choose({"chat_format": "chatml"}) == ("off", "")
-    assert choose({"chat_format": "raw"}, modules_to_save=["lm_head"]) == ("off", "")
-    assert choose({"chat_format": "raw"}, method="full") == ("off", "")
-    for given, resolved in ((True, "on"), ("on", "on"), (False, "off"), ("off", "off")):
-        assert choose({"chat_format": "raw"}, special_rows=given) == (resolved, "")
-    with pytest.raises(
-        UserError, match=r"special_rows is on and lora\.modules_to_save is wte; expected one"
-    ):
-        choose(None, special_rows="on", modules_to_save=["wte"])
-
-
-def test_only_the_embedding_and_the_head_can_be_saved_whole(small_dir: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"modules_to_save: 'ln_f' came; expected some of wte, lm_head"
-    ):
-        wrapped(small_dir, replace(OPTIONS, modules_to_save=["wte", "ln_f"]), [])
