@@ -176,7 +176,8 @@ def test_a_foreign_library_has_one_owner(library: str) -> None:
 
 
 def test_only_the_engine_brings_deepspeed_in() -> None:
-    """By what gets imported, not by what the sources say: every module but those above the engine."""
+    """By what gets imported, not by what the sources say: every module but those above the
+    engine."""
     above = {"qwen_ds.train.engine"}
     while grown := {
         name

@@ -43,8 +43,8 @@ def sync(path: Path) -> None:
 def replacing(path: Path, owner: str = "") -> Iterator[Path]:
     """Yield a hidden file name to write to; the file takes the place of `path` when the block ends.
 
-    After an error in the block the hidden file is removed and `path` is what it was. `owner` is that
-    of `unfinished_name`; the last rename wins.
+    After an error in the block the hidden file is removed and `path` is what it was. `owner` is
+    that of `unfinished_name`; the last rename wins.
 
     Raises:
         OSError: of the disk.

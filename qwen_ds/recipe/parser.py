@@ -96,7 +96,7 @@ class Parser(jsonargparse.ArgumentParser):
         return {s for action in actions for s in action.option_strings if s.startswith("--")}
 
     def _switch_on(self, args: list[str]) -> list[str]:
-        """Let `--overwrite` alone say what `--overwrite true` says, for every true-or-false option."""
+        """Let `--overwrite` alone say `--overwrite true`, for every true-or-false option."""
         switches = self._names(lambda action: _kind(action) is bool)
         return [
             f"{arg}=true" if arg in switches and after.startswith("--") else arg

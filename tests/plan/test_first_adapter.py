@@ -24,7 +24,7 @@ def options(**values: Any) -> LoraOptions:
 def written(
     model_dir: Path, folder: Path, recipe: LoraOptions, rows: list[int] | None = None
 ) -> dict[str, Any]:
-    """A fresh adapter of this recipe on disk, or with other rows; its trained parameters by name."""
+    """A fresh adapter of this recipe (and these rows) on disk; its trained parameters by name."""
     base = Base.read(model_dir)
     if rows is None and recipe.special_rows == "on":
         rows = list(base.family.stop_ids(base.encoding))
