@@ -254,7 +254,7 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
         read_adapter(adapter_dir, allow_pickle=True)
     (adapter_dir / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"adapter_config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: not readable as JSON"):
         read_adapter(adapter_dir)
 
 
