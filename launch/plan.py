@@ -12,14 +12,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from qwen_ds.errors import EXIT_DONE
+from qwen_ds.plan.run import Base
+from qwen_ds.plan.sources import find_sources
+from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
+from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
+from qwen_ds.runlog import run_command
+
 
 def main() -> int:
-    from qwen_ds.errors import EXIT_DONE
-    from qwen_ds.plan.run import Base
-    from qwen_ds.plan.sources import find_sources
-    from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
-    from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
-
     parser = recipe_parser()
     parser.description = "Predict memory and time of a recipe, and print the best command."
     parser.add_class_arguments(PlanOptions)
@@ -35,6 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from qwen_ds.runlog import run_command
-
     run_command(main)

@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -146,11 +145,6 @@ def job_ends_at() -> float | None:
         return datetime.datetime.fromisoformat(answer.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, no answer, or N/A
         return None
-
-
-def nvidia_card_present() -> bool:
-    """Whether the system has an NVIDIA GPU, also one that torch cannot use."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
 def _reduced(values: tuple[float, ...], op: torch_dist.ReduceOp.RedOpType) -> list[float]:

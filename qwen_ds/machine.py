@@ -18,9 +18,8 @@ def has_fast_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit
     (AMX) takes twice as long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16
     and at 165 in fp32, on one core."""
-    found: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # where this torch has it
+    # An older torch has no get_capabilities.
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 
@@ -44,7 +43,7 @@ def choose_device(wanted: str) -> torch.device:
                 "ranks here (--num_gpus)"
             )
         return torch.device("cuda", rank)
-    if dist.nvidia_card_present():
+    if nvidia_card_present():
         raise UserError(
             f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) "
             "cannot use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
@@ -56,6 +55,11 @@ def choose_device(wanted: str) -> torch.device:
             "--device cuda: this machine shows no NVIDIA GPU; expected one, or --device cpu"
         )
     return torch.device("cpu")
+
+
+def nvidia_card_present() -> bool:
+    """Whether the system has an NVIDIA GPU, even one that torch cannot use."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
 def available_memory() -> int:

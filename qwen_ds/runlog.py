@@ -59,12 +59,7 @@ class _LastLine(logging.Handler):
         self.text = (record.getMessage().splitlines() or [""])[0][:300]
 
 
-_last_line = _LastLine()
-
-
-def last_line() -> str:
-    """The last line of this rank's log."""
-    return _last_line.text
+last_line = _LastLine()
 
 
 def say(text: str) -> None:
@@ -85,7 +80,7 @@ def log_to_file(folder: Path) -> None:
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.addHandler(_last_line)
+    root.addHandler(last_line)
     for name in LIBRARY_LOGGERS:
         logger = logging.getLogger(name)
         for old in logger.handlers[:]:

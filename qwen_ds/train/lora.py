@@ -22,10 +22,7 @@ from torch import Tensor, nn
 
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
-from qwen_ds.model.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-)
+from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.first_adapter import read_first_adapter
@@ -202,25 +199,16 @@ def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
     It fits: plan/first_adapter.py has compared it with the recipe. Saved modules and token rows
     that it lacks start from the base's.
     """
-    own = _trained(wrapped)
+    own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = read_first_adapter(options)
     theirs = adapter.state_dict()
-    for rows in adapter.token_rows.values():
-        wanted = _trained_rows(wrapped)
-        theirs[rows.key] = theirs[rows.key][[rows.indices.index(i) for i in wanted]]
+    wanted = config_of(wrapped).trainable_token_indices
+    for rows in adapter.token_rows.values():  # theirs may be in another order
+        assert isinstance(wanted, dict)
+        order = [rows.indices.index(i) for i in wanted[QWEN.ends[0]]]
+        theirs[rows.key] = theirs[rows.key][order]
     for name, tensor in theirs.items():
         own[name].data.copy_(tensor)
-
-
-def _trained(wrapped: PeftModel) -> dict[str, nn.Parameter]:
-    """The trainable parameters by their names in an adapter file."""
-    return {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
-
-
-def _trained_rows(wrapped: PeftModel) -> list[int]:
-    """The token ids whose rows are trained, the same for embedding and head."""
-    trained = config_of(wrapped).trainable_token_indices
-    return trained[QWEN.ends[0]] if isinstance(trained, dict) else []
 
 
 def plain_name(name: str) -> str:

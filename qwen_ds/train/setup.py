@@ -24,7 +24,6 @@ from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
 from qwen_ds.train.engine.loading import partitioned_loading
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.survive.result import Output
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +117,6 @@ def load_model(run: Run, device: torch.device) -> Model:
         lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
-
-
-def output_of(run: Run, model: Model) -> Output:
-    """Where the result goes, and in which form."""
-    return Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
 
 
 def recompute_blocks(model: QWenLMHeadModel, every: int) -> None:

@@ -99,10 +99,9 @@ class _Comparison:
         self._buffers: dict[str, Tensor] = {}
         self._rounded = plan.rounded()
         if not plan.format.from_qwen:
-            layout = plan.layout.items()
             self._rounded = {
                 name: plan.tensors[name].dtype
-                for name, blocks in layout
+                for name, blocks in plan.layout.items()
                 if any(block.tensor in self._rounded for block in blocks)
             }
 

@@ -85,11 +85,6 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
     return [ProofRow(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
 
-def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
-    """Whether the adapter changes anything in `module`, whose names are the whole model's."""
-    return bool({name for name, _ in module.named_parameters()} & set(adapter.changed_tensors()))
-
-
 @torch.no_grad()
 def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     """Put adapters into the fp32 `module`, in place: a model, or a part with the whole's names.
@@ -97,7 +92,8 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     This is peft's own arithmetic, so that the merge is not held against itself. The last adapter
     of a sequence, most often the only one, stays beside its weights.
     """
-    members = [adapter for adapter in adapters.members if has_a_module(adapter, module)]
+    names = {name for name, _ in module.named_parameters()}
+    members = [one for one in adapters.members if not names.isdisjoint(one.changed_tensors())]
     if adapters.weights is None:
         for adapter in members[:-1]:
             _fold(module, adapter)

@@ -78,12 +78,6 @@ def point(run: Path, name: str, step: int) -> None:
     write_text(run / name, step_folder(run, step).name + "\n")
 
 
-def pointed(run: Path, name: str) -> str | None:
-    """The checkpoint that `latest` or `best` names."""
-    file = run / name
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
-
-
 def keep_newest(run: Path, keep: int, step: int) -> None:
     """Delete all checkpoints up to `step` but the `keep` newest and the best.
 
@@ -91,7 +85,8 @@ def keep_newest(run: Path, keep: int, step: int) -> None:
     it reaches their steps.
     """
     found = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
-    best = pointed(run, BEST)
+    file = run / BEST
+    best = file.read_text(encoding="utf-8").strip() if file.is_file() else None
     for old in found[: max(0, len(found) - keep)]:
         if old.name != best:
             remove_folder(old)
@@ -119,9 +114,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
-
-    def file(self, name: str) -> Path:
-        return self.folder / name
 
 
 @dataclass(slots=True)
@@ -161,7 +153,7 @@ def newest(run: Path, before: int | None = None) -> Search:
 def damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     """The first fault of these files, in words; None if all have the sha256 of state.json."""
     for name in names:
-        file = checkpoint.file(name)
+        file = checkpoint.folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file_sha256(file) != checkpoint.state["files"].get(name):

@@ -63,7 +63,7 @@ def write_resolved(
 ) -> None:
     """Write recipe.yaml, ds_config.json and environment.json, with which a run can be repeated, and
     data_report.json."""
-    folder, on_gpu = run.folder, device.type == "cuda"
+    folder, on_gpu, cpu = run.folder, device.type == "cuda", f"cpu ({platform.machine()})"
     write_json(folder / DS_CONFIG, run.deepspeed.stored_json())
     write_json(folder / DATA_REPORT, data_report)
     write_json(
@@ -73,9 +73,7 @@ def write_resolved(
             "ranks": dist.world_size(),
             "trainable_parameters": count.trainable,
             "total_parameters": count.total,
-            "device": torch.cuda.get_device_name(device)
-            if on_gpu
-            else f"cpu ({platform.machine()})",
+            "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),
             "cuda": torch.version.cuda,

@@ -190,7 +190,7 @@ class Watchdog:
 
     def _post(self) -> None:
         self._number += 1
-        beat = replace(self._own, number=self._number, log=last_line())
+        beat = replace(self._own, number=self._number, log=last_line.text)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
 
