@@ -2,9 +2,8 @@
 
     python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu h100
 
-All options of a recipe are taken as launch/train.py takes them, and what is planned is what
-training would run. Nothing of a model is loaded but its settings and vocabulary; without
---model.path it is Qwen-7B.
+It takes the options that launch/train.py takes, and plans the run that training would make. Of a
+model only settings and vocabulary are read; without --model.path it is Qwen-7B.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ def main() -> int:
     if "model.path" in asked.set_keys:
         asked = find_sources(asked, weights=False)
         base = Base.read(Path(asked.recipe.model.path))
+    # The command that is printed is for training: without the planner's and the launcher's options.
     ours = {f"--{name}" for name in own} | {"--local_rank", "--local-rank"}
     words = without_options(sys.argv[1:], ours)
     print(plan_text(plan(asked, PlanOptions(**own), base), words))

@@ -37,13 +37,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        code = 130
+        code = 130  # 128 + SIGINT, as a shell has it
     sys.exit(code or EXIT_DONE)
 
 
 def _print_error(line: str) -> None:
     # Every rank of a machine may have found the same mistake. The first speaks at once; a launcher
-    # then ends the others within their two seconds, and without one they speak, too.
+    # then ends the others within these two seconds; without one they speak, too.
     if dist.local_rank():
         time.sleep(2)
         line = f"[local rank {dist.local_rank()}] {line}"

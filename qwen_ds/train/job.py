@@ -29,7 +29,6 @@ def run_in_group(
         UserError: the data, the model or the folder is wrong, or the loss is not finite.
     """
     folder = Path(asked.recipe.output_dir)
-    # Rank 0 makes the folder, while the others wait.
     dist.once(lambda: run_folder.claim(folder), "claim the run folder")
     log_to_file(folder / "logs")
     if note:

@@ -63,8 +63,7 @@ class Session:
 def open_session(
     run: Run, data: Data, model: Model, watchdog: Watchdog, found: Checkpoint | None
 ) -> Session:
-    """Start DeepSpeed, restore the checkpoint that the run resumes from, and open the metrics files
-    (a collective)."""
+    """Start DeepSpeed, restore the checkpoint `found`, open the metrics files (a collective)."""
     engine = TrainingEngine(model.training, run.recipe.optim, run.deepspeed)
     identity = resume.identity(run.recipe, run.deepspeed.stored_json(), data.sha256)
     output = Output(run.folder, run.base_folder, run.dtype, model.adapter_config)

@@ -92,9 +92,9 @@ def load_data(run: Run) -> Data:
 def load_model(run: Run, device: torch.device) -> Model:
     """The base in its dtype, partitioned on arrival under ZeRO-3, and what is trained of it."""
     recipe, options = run.recipe, run.recipe.model
-    transformers_logging.disable_progress_bar()  # one bar per rank, over each other
-    # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, which
-    # are gathered only there.
+    transformers_logging.disable_progress_bar()  # the ranks' bars would overwrite each other
+    # The adapter is made inside, too: DoRA's first magnitudes come from the base's weights, which
+    # peft gathers only there.
     with partitioned_loading(run.deepspeed, run.dtype):
         model = AutoModelForCausalLM.from_pretrained(
             run.base_folder,

@@ -25,7 +25,7 @@ def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Ou
     spoil(model, plan.rounded(), RoundingNoise())
     noisy_PV = _logits(model, rows)
     del model
-    gc.collect()  # peft's wrappers refer to each other
+    gc.collect()  # peft's wrappers refer to each other, and would outlive `del`
     return Outputs(base_PV, expected_PV, noisy_PV, _logits(_load(merged), rows))
 
 

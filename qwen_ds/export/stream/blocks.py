@@ -15,8 +15,8 @@ from pathlib import Path
 
 from qwen_ds.disk.weights import TensorSpec, header_bytes
 
-# Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums
-# run side by side.
+# Blocks read ahead, and blocks waiting to be written: enough for the disk, the hashes and the sums
+# to run side by side.
 BLOCKS_IN_FLIGHT = 2
 
 

@@ -17,7 +17,7 @@ from qwen_ds.disk.weights import Header
 from qwen_ds.errors import UserError
 from qwen_ds.export.stream.blocks import BLOCKS_IN_FLIGHT, RowRange
 
-_HASH_BYTES = 2**20  # read at once where nothing but the checksum is wanted
+_HASH_BYTES = 2**20  # read at once where only the checksum is wanted
 
 
 class _File:

@@ -5,8 +5,8 @@
                                sha256 of every other file
     latest  best               in the run folder; each names a checkpoint
 
-A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py).
-So at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills
+A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py),
+so at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills
 a save at every one of its file operations).
 """
 
@@ -95,7 +95,7 @@ def keep_newest(run: Path, keep: int, step: int) -> None:
 def tidy(run: Path, step: int, best: int | None, keep: int) -> None:
     """Bring the folder up to date with its newest checkpoint: pointers, leftovers, old checkpoints.
 
-    A resumed run does it, too: a kill may have kept the save from it.
+    A resumed run does it, too: a kill may have come between the save and this.
     """
     clear_unfinished(run)
     point(run, LATEST, step)
@@ -164,7 +164,7 @@ def damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
 def _read_state(folder: Path) -> dict[str, Any] | str:
     file = folder / STATE
     if not file.is_file():
-        # Also what checkpoints of the first release are: weights without the optimizer's state.
+        # Checkpoints of the first release are like this: weights without the optimizer's state.
         return f"it has no {STATE}"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Resuming a run: whether it is the same one, which checkpoint is whole, and how it is restored.
+"""Resuming a run: whether it is the same one, which checkpoint is whole, how it is restored.
 
 For a LoRA run rank 0 alone reads the run folder: the other machines need not see its disk.
 """
@@ -220,7 +220,7 @@ def _restore_rng(found: Checkpoint) -> None:
         with safe_open(found.folder / RNG, framework="pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = f"rank_{dist.rank()}"
-    # All ranks, once. A rank that the saved run did not have starts with the states it has.
+    # All ranks, once. A rank that the saved run did not have keeps the states that it has.
     states = dist.from_rank_0(states)
     if f"{own}.cpu" in states:
         torch.set_rng_state(states[f"{own}.cpu"])
