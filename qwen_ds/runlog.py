@@ -118,7 +118,7 @@ class JsonLines:
             logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
 
     def position(self) -> int:
-        """Length of the file in bytes, all of them on the disk."""
+        """Length of the file in bytes, all on the disk, since a checkpoint records it."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
