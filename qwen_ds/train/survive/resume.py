@@ -78,7 +78,6 @@ def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epo
     check_world(found, run.deepspeed.stage)
     best, steps = BestLoss(**found.state["best"]), total_steps(run.recipe.optim, steps_per_epoch)
     through = found.step >= steps or best.out_of_patience(run.recipe.eval.patience)
-    # Rank 0 looks into the folder, and all ranks hear what it saw.
     return dist.from_rank_0(through and is_finished(run.folder))
 
 
