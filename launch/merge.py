@@ -105,8 +105,8 @@ def main() -> int:
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
 
-    # The proof loads models through transformers and peft. The bar is the merge's, and their
-    # notices to each other are nothing that a user of this command could act on.
+    # The proof loads models through transformers and peft. The only bar is the merge's, and a user
+    # of this command can do nothing about the warnings of those libraries.
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", RuntimeWarning)

@@ -2,9 +2,8 @@
 
     python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu h100
 
-All options of a recipe are taken as launch/train.py takes them, and what is planned is what
-training would run. Nothing of a model is loaded but its settings and vocabulary; without
---model.path it is Qwen-7B.
+It takes the options that launch/train.py takes, and plans the run that training would make. Of a
+model only settings and vocabulary are read; without --model.path it is Qwen-7B.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from qwen_ds.errors import EXIT_DONE
+from qwen_ds.plan.run import Base
+from qwen_ds.plan.sources import find_sources
+from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
+from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
+from qwen_ds.runlog import run_command
+
 
 def main() -> int:
-    from qwen_ds.errors import EXIT_DONE
-    from qwen_ds.plan.run import Base
-    from qwen_ds.plan.sources import find_sources
-    from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
-    from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
-
     parser = recipe_parser()
     parser.description = "Predict memory and time of a recipe, and print the best command."
     parser.add_class_arguments(PlanOptions)
@@ -28,6 +28,7 @@ def main() -> int:
     if "model.path" in asked.set_keys:
         asked = find_sources(asked, weights=False)
         base = Base.read(Path(asked.recipe.model.path))
+    # The command that is printed is for training: without the planner's and the launcher's options.
     ours = {f"--{name}" for name in own} | {"--local_rank", "--local-rank"}
     words = without_options(sys.argv[1:], ours)
     print(plan_text(plan(asked, PlanOptions(**own), base), words))
@@ -35,6 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from qwen_ds.runlog import run_command
-
     run_command(main)

@@ -13,10 +13,11 @@ DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 def main() -> int:
+    # DeepSpeed's launcher adds --local_rank to every command.
     options = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     note = "" if options else "no options given: the embedded demo (launch/recipes/demo.yaml)"
     # Options first, DeepSpeed last: neither --help nor a mistake should wait for imports, and a
-    # typo must not cost the minutes in which rows are tokenised and a base is loaded.
+    # typo must not cost the minutes that tokenising rows and loading a base take.
     asked = load_recipe(options or ["--config", str(DEMO_RECIPE)])
     from qwen_ds.plan.resolve import check
 

@@ -1,4 +1,4 @@
-"""The place of this process among the ranks, and the collectives of training by their meaning.
+"""This process's place among the ranks, and the collectives of training by their meaning.
 
 This is the only module that reads a launcher's environment variables: those of torch and DeepSpeed
 (RANK, LOCAL_RANK, WORLD_SIZE), of Slurm (SLURM_*) and of Open MPI (OMPI_*). Reading them starts no
@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-# Linux itself hands out ports from 32768 up: below, no process has one by chance.
+# Linux hands out ports from 32768 up by itself, so no process has one of these by chance.
 _SLURM_PORTS = range(20000, 32000)
 # Waiting at the store has no useful limit: tokenising a large corpus takes hours, and the watchdog
 # ends a run whose other ranks are gone.
@@ -72,7 +71,7 @@ def export_ranks(master_addr: str | None = None, master_port: int | None = None)
 
 
 def has_rendezvous() -> bool:
-    """Whether the launcher says where the ranks meet; that srun names their machines is enough."""
+    """Whether the launcher says where the ranks meet; srun naming their machines is enough."""
     return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or _started_by_srun()
 
 
@@ -97,6 +96,7 @@ def slurm_rendezvous() -> tuple[str, int]:
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)
     assert first is not None, nodes
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    # Sixteen ports for each job, whose steps may run side by side.
     port = _SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]), port
 
@@ -146,11 +146,6 @@ def job_ends_at() -> float | None:
         return datetime.datetime.fromisoformat(answer.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, no answer, or N/A
         return None
-
-
-def nvidia_card_present() -> bool:
-    """Whether the system has an NVIDIA GPU, also one that torch cannot use."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
 def _reduced(values: tuple[float, ...], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
@@ -274,6 +269,7 @@ def _lead(make: Callable[[], object], key: str, *, leads: bool, readers: int) ->
         try:
             make()
         except BaseException as error:
+            # U: the user's mistake, which all ranks raise alike. E: a defect of ours.
             store.set(key, f"U{error}" if isinstance(error, UserError) else f"E{error!r}")
             # Rank 0 serves the store: it must not leave before the others have read why.
             ends = time.monotonic() + 10

@@ -15,12 +15,13 @@ from qwen_ds.errors import UserError
 
 @cache
 def has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices faster than fp32 ones. An x86 without a matrix unit
-    (AMX) takes twice as long for them: products of 1,024 x 512 x 1,376 ran at 87 GFLOP/s in bf16
-    and at 165 in fp32, on one core."""
-    found: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # where this torch has it
+    """Whether the CPU multiplies bf16 matrices faster than fp32 ones.
+
+    An x86 without a matrix unit (AMX) is slower: on one core, products of 1,024 x 512 x 1,376 ran
+    at 87 GFLOP/s in bf16 and at 165 in fp32.
+    """
+    # An older torch has no get_capabilities.
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 
@@ -44,7 +45,7 @@ def choose_device(wanted: str) -> torch.device:
                 "ranks here (--num_gpus)"
             )
         return torch.device("cuda", rank)
-    if dist.nvidia_card_present():
+    if nvidia_card_present():
         raise UserError(
             f"torch {torch.__version__} (built for: {torch.version.cuda or 'no CUDA at all'}) "
             "cannot use this machine's NVIDIA GPU; expected a newer driver, another torch build, a "
@@ -58,6 +59,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def nvidia_card_present() -> bool:
+    """Whether the system has an NVIDIA GPU, even one that torch cannot use."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its container where that is
     less."""
@@ -65,7 +71,7 @@ def available_memory() -> int:
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
         free = {name: int(value) * 1024 for name, value, *_ in lines}["MemAvailable:"]
-    else:
+    else:  # not Linux: half of the machine's memory, a guess
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if (

@@ -37,13 +37,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        code = 130
+        code = 130  # 128 + SIGINT, as a shell has it
     sys.exit(code or EXIT_DONE)
 
 
 def _print_error(line: str) -> None:
     # Every rank of a machine may have found the same mistake. The first speaks at once; a launcher
-    # then ends the others within their two seconds, and without one they speak, too.
+    # then ends the others within these two seconds; without one they speak, too.
     if dist.local_rank():
         time.sleep(2)
         line = f"[local rank {dist.local_rank()}] {line}"
@@ -59,12 +59,7 @@ class _LastLine(logging.Handler):
         self.text = (record.getMessage().splitlines() or [""])[0][:300]
 
 
-_last_line = _LastLine()
-
-
-def last_line() -> str:
-    """The last line of this rank's log."""
-    return _last_line.text
+last_line = _LastLine()
 
 
 def say(text: str) -> None:
@@ -85,7 +80,7 @@ def log_to_file(folder: Path) -> None:
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.addHandler(_last_line)
+    root.addHandler(last_line)
     for name in LIBRARY_LOGGERS:
         logger = logging.getLogger(name)
         for old in logger.handlers[:]:
@@ -123,7 +118,7 @@ class JsonLines:
             logging.getLogger("qwen_ds").warning("%s: %s", self._path, error)
 
     def position(self) -> int:
-        """Length of the file in bytes, all of them on the disk."""
+        """Length of the file in bytes, all on the disk, since a checkpoint records it."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_ds import dist
+from qwen_ds import dist, machine
 from qwen_ds.errors import UserError
 from qwen_ds.machine import choose_device
 
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dist, "nvidia_card_present", lambda: False)
+    monkeypatch.setattr(machine, "nvidia_card_present", lambda: False)
     assert choose_device("cpu").type == choose_device("auto").type == "cpu"
     with pytest.raises(UserError, match="shows no NVIDIA GPU"):
         choose_device("cuda")
@@ -23,7 +23,7 @@ def test_a_card_that_torch_cannot_use_is_no_silent_cpu_run(
     monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dist, "nvidia_card_present", lambda: True)
+    monkeypatch.setattr(machine, "nvidia_card_present", lambda: True)
     with pytest.raises(UserError, match="cannot use .* NVIDIA GPU; .*CUDA_VISIBLE_DEVICES"):
         choose_device(wanted)
     assert choose_device("cpu").type == "cpu"

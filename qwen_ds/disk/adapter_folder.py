@@ -16,14 +16,12 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "pytorch_model.bin")
 
-# Options of peft that change the tensors' meaning. Ignoring one would give a model that nobody
-# trained.
+# Options of peft that change what the tensors mean: ignored, they give a model nobody trained.
 _UNSUPPORTED = (
     "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
     "target_parameters", "lora_bias", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Initialisations that take something out of the base: such an adapter changes weights that are not
-# the base's.
+# Initialisations that take something out of the base: such an adapter fits only what is left of it.
 _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

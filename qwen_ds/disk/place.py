@@ -18,7 +18,7 @@ def require_folder(folder: Path, make: bool = False) -> None:
         UserError: it cannot be written in.
     """
     above = folder
-    # Path.exists raises where it may not look.
+    # Not Path.exists, which raises where it may not look.
     while not os.path.exists(above) and above != above.parent:
         above = above.parent
     if not os.path.isdir(above):

@@ -36,8 +36,8 @@ MAX_SHARD_BYTES = 4_000_000_000 - 2**20
 def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
     """Cut tensors into files under the usual names.
 
-    Tensors keep their order, each file is filled before the next one begins. A tensor that is
-    larger than a file gets one of its own, since the format has no way to cut it.
+    Tensors keep their order, and each file is filled before the next one begins. A tensor larger
+    than a file gets one of its own, since the format has no way to cut it.
 
     Args:
         sizes: tensor's name -> bytes.
@@ -66,7 +66,7 @@ def write_index(
     Args:
         members: file name -> names of its tensors.
         num_bytes: of all tensors.
-        metadata: more to tell of the weights than their size.
+        metadata: further entries about the weights.
     """
     weight_map = {tensor: file for file, tensors in members.items() for tensor in tensors}
     return write_json(
@@ -94,7 +94,7 @@ def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | 
     """Find the weight files of a folder, all of which are there; None where it has none.
 
     Raises:
-        UserError: an index that is none, or that names a file that is missing or of another kind.
+        UserError: an index that is broken, or names a file that is missing or of another kind.
     """
     for single, index_name in _KINDS if allow_pickle else _KINDS[:1]:
         if (folder / single).is_file():
@@ -128,7 +128,7 @@ def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
 def check_weight_files(folder: Path) -> None:
     """Check that every weight file is there and ends where its header says.
 
-    Of a pickle no more is known than that it is there.
+    A pickle is only known to be there, and not to be a Git LFS pointer.
 
     Raises:
         UserError: one is missing or damaged.

@@ -104,8 +104,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        UserError: no such file, not safetensors, or a size that is not what the header says, as
-            after a download that broke off.
+        UserError: no such file, not safetensors, or a size that is not what the header says (a
+            download that broke off).
     """
 
     def bad(reason: str) -> UserError:
@@ -175,7 +175,7 @@ def save_tensors(
 ) -> str:
     """Write a safetensors file and wait until the disk has it; returns its sha256 in hex.
 
-    The file gets its own name at once: it belongs into a folder that is not published yet (see
+    The file gets its own name at once: it belongs to a folder that is not published yet (see
     qwen_ds/disk/write.py). Tensors that are contiguous and on the CPU are not copied.
 
     Raises:
@@ -184,7 +184,7 @@ def save_tensors(
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # the library's word for what the system refused
+    except SafetensorError as error:  # the library wraps what the system refused
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
@@ -196,7 +196,7 @@ def save_tensors(
 def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     """Read a pickle that holds tensors by name and nothing else.
 
-    Callers read one only where the user may have wanted it (--allow_pickle, lora.init_from). With
+    Callers read one only where the user may have meant to (--allow_pickle, lora.init_from). With
     `weights_only` no code in it can run.
 
     Args:

@@ -2,8 +2,8 @@
 
 Everything is written under a hidden name beside its place, `.NAME.unfinished`. Its bytes are
 brought to the disk, it gets its name in one rename, and the folder that holds the name is brought
-to the disk too. There is one spelling and one durability: a result that is seen under its name
-survives a power cut. Files have mode 0644, since a server may run under another user.
+to the disk too: a result that is seen under its name survives a power cut. Files have mode 0644,
+since a server may run under another user.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def unfinished_name(path: Path, owner: str = "") -> Path:
     """The hidden name under which `path` is put together.
 
     Args:
-        owner: set where several processes may build the same thing at once, for example to the
-            process id: each then works under a name of its own, and the first rename wins.
+        owner: tells apart processes that may build the same thing at once, for example by process
+            id. Of folders the first rename wins, of files the last.
     """
     return path.with_name(f".{path.name}{'.' if owner else ''}{owner}.unfinished")
 
@@ -44,7 +44,7 @@ def replacing(path: Path, owner: str = "") -> Iterator[Path]:
     """Yield a hidden file name to write to; the file takes the place of `path` when the block ends.
 
     After an error in the block the hidden file is removed and `path` is what it was. `owner` is
-    that of `unfinished_name`; the last rename wins.
+    that of `unfinished_name`.
 
     Raises:
         OSError: of the disk.

@@ -1,6 +1,6 @@
 """Checks that an adapter belongs to the base.
 
-Shapes do not tell: a chat model has those of the model that it was trained from.
+Shapes cannot tell: a chat model has those of the model that it was trained from.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def base_name(folder: Path | str) -> str:
 
 
 def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
-    """Possible mistakes that cannot be known for certain, a line each.
+    """Possible mistakes, a line each: an adapter names another base, or its scale is a guess.
 
-    An adapter may name another base than this one, but folders can be renamed. One without a
-    configuration has a scale that is a guess.
+    Neither is certain to be one: a folder may have been renamed, and a guess may be right.
     """
     ours, lines = base_name(base).rpartition("/")[2], []
     for adapter in adapters:
@@ -57,7 +56,7 @@ def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
 def check_copies(plan: MergePlan, source: Source, block_bytes: int) -> None:
     """Compare the adapters' unchanged copies of the base's tensors with this base.
 
-    Not done where an adapter goes onto what another one changed.
+    Except where an adapter is folded onto what another one changed.
 
     Raises:
         UserError: the two differ.

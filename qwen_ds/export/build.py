@@ -58,21 +58,21 @@ def _write_weights(
             progress(done, total)
 
     written, flushed = {}, []
-    # Publishing waits until the disk has every file. Here it takes one while the next is made.
+    # Publishing waits until the disk has every file. Here it takes one while the next is written.
     with ThreadPoolExecutor(max_workers=1) as flushing:
         for shard in plan.shards:
             path = folder / shard.name
             written[shard.name] = write_shard(plan, shard, source, path, block_bytes, advance)
             flushed.append(flushing.submit(sync, path))
     for done_flushing in flushed:
-        done_flushing.result()  # the disk's error, which it tells only once
+        done_flushing.result()  # raises the disk's error, which the system reports only once
     for shard in plan.shards:
         _check_header(folder, shard)
     return written
 
 
 def _check_header(folder: Path, shard: Shard) -> None:
-    """The safetensors library must read what our writer of blocks meant."""
+    """Check that the safetensors library reads what our block writer meant."""
     with safe_open(folder / shard.name, framework="pt") as file:
         found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}

@@ -31,7 +31,7 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
-    autoescape=False,  # the card is Markdown; what escapes HTML would spoil names in it
+    autoescape=False,  # the card is Markdown; escaping for HTML would spoil names in it
 )
 
 
@@ -51,8 +51,7 @@ class Origin:
 def write_card(folder: Path, origin: Origin) -> None:
     """Write README.md into `folder`, which is complete but for its card.
 
-    The folder's own name is not in it: it may be given another one, and a hub gives it another one
-    anyway.
+    The folder's own name is not in it: people rename folders, and hubs do anyway.
     """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
@@ -65,7 +64,7 @@ def write_card(folder: Path, origin: Origin) -> None:
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
         metadata=_metadata(legal, origin, kind),
-        # Names, not paths: the places on somebody's machine are nobody else's business.
+        # Names, not paths: where things lie on somebody's machine is nobody else's business.
         base=base_name(origin.base),
         adapters=[_name_of(adapter) for adapter in origin.adapters],
         origin=origin,
@@ -79,7 +78,7 @@ def write_card(folder: Path, origin: Origin) -> None:
 
 
 def _unlike_plain_lora(adapter: dict[str, Any]) -> str | None:
-    """The reason why other engines cannot take an adapter: they ignore what they do not know."""
+    """Why other engines cannot take this adapter: they ignore what they do not know."""
     if adapter.get("use_dora"):
         return "is DoRA"
     if adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
@@ -88,7 +87,7 @@ def _unlike_plain_lora(adapter: dict[str, Any]) -> str | None:
 
 
 def _metadata(legal: list[str], origin: Origin, kind: str) -> str:
-    """The hub's metadata. A base that is no hub id has no entry: the hub would refuse the card."""
+    """The hub's metadata. A base that is no hub id is left out: the hub would refuse the card."""
     tags = ["qwen"] + ["qwen2"] * (kind != QWEN.model_type) + ["lora"] * bool(origin.adapters)
     licences = [name for name in legal if re.search("licen[cs]e", name, re.IGNORECASE)]
     link = (licences + legal + [""])[0]
@@ -107,7 +106,7 @@ def _metadata(legal: list[str], origin: Origin, kind: str) -> str:
 
 
 def _name_of(adapter: Path) -> str:
-    """An adapter's folder is called "adapter"; its run has a name of its own."""
+    """The name of an adapter: its run's, since the folder itself is called "adapter"."""
     run = _run_of(adapter)
     return adapter.resolve().name if run is None else run.name
 
@@ -124,7 +123,7 @@ def _training(run: Path) -> dict[str, Any]:
     """Recipe, data and evaluations of a run."""
     try:
         data = summary(read_json(run / DATA_REPORT))
-    # A report of another version; a card is not worth the merge.
+    # A report of another version: no reason to lose the merge.
     except (UserError, KeyError, TypeError, ZeroDivisionError):
         data = [f"see {DATA_REPORT} of the run"]
     scores = (_scores(run, file) for file in sorted(run.glob("**/metrics.json")))
@@ -136,7 +135,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _without_places(recipe: str) -> str:
-    """The recipe with absolute paths cut to their last part; the rest is somebody's machine."""
+    """The recipe with absolute paths cut to their last part, which says nothing of the machine."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
@@ -149,7 +148,7 @@ def _without_places(recipe: str) -> str:
 
 
 def _scores(run: Path, file: Path) -> dict[str, Any] | None:
-    """An evaluation's origin and F scores; None where the file is no evaluation's."""
+    """An evaluation's origin and F scores; None if the file is not an evaluation's."""
     try:
         report = read_json(file)
     except UserError:

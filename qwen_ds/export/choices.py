@@ -1,7 +1,7 @@
 """The values that options of a merge may have.
 
-They are apart from the code that acts on them, whose imports take seconds: --help and a misspelt
-option need only this.
+Apart from the code that acts on them, whose imports take seconds: --help and a misspelt option
+need only this.
 """
 
 from __future__ import annotations

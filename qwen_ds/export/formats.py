@@ -106,7 +106,7 @@ def write_own_files(
 def _with_rms_norm_eps(config: dict[str, Any]) -> dict[str, Any]:
     """config.json with Qwen's `layer_norm_epsilon` also under the name that llama.cpp looks for.
 
-    It converts a Qwen without that key and then cannot load what it made.
+    Without that key llama.cpp converts a Qwen and then cannot load the outcome.
     """
     return {**config, "rms_norm_eps": QWenConfig.from_dict(config).layer_norm_epsilon}
 
@@ -169,7 +169,7 @@ def _write_qwen_files(
     encoding = read_qwen2_tokenizer(base)
     config, tokenizer_config = settings.from_qwen2(base)
     stored = torch_dtype or _stored_dtype(output)
-    # The settings are as old as the way there: the weights may have another dtype since.
+    # The settings date from the conversion to Qwen2: the weights may have another dtype since.
     if torch_dtype is not None or config.get("torch_dtype", config.get("dtype", stored)) != stored:
         config = _with_torch_dtype(config, stored)
     write_json(output / settings.CONFIG, _with_rms_norm_eps(config))

@@ -1,6 +1,6 @@
 """The layout of an output: each of its tensors is blocks of rows of source tensors, stacked.
 
-So the formats differ by a table, and share the streamed merge, its checksums and its proof.
+The formats differ by such a table, and share the streamed merge, its checksums and its proof.
 """
 
 from __future__ import annotations

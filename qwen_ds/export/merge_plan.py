@@ -43,7 +43,6 @@ class MergePlan:
 
     @property
     def has_index(self) -> bool:
-        """Whether the output gets an index."""
         return len(self.shards) > 1 or self.base.index_metadata is not None
 
     @property
@@ -142,5 +141,5 @@ def _cut(base: StoredWeights, layout: Layout, specs: dict[str, TensorSpec]) -> t
 
 
 def _safetensors_name(name: str) -> str:
-    """The usual name of what a pickle of that usual name holds; others stay."""
+    """The usual safetensors name for a pickle's usual name; other names stay."""
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

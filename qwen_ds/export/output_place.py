@@ -1,8 +1,8 @@
 """The place of an output: a free name, no input in it, and one merge at a time that builds it.
 
 An output is built in the folder `<output>.partial/model`, brought to the disk and renamed. Beside
-`model` lies a lock, and nothing else: so a killed merge's rest, which the next merge clears away,
-can be told from anything else, which is refused.
+`model` lies a lock, and nothing else. That tells the leftovers of a killed merge, which the next
+merge clears away, from anything else, which is refused.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def building(output: Path) -> Iterator[Path]:
     """
     place = _partial_name(output)
     lock, folder = place / "merge.lock", place / "model"
-    # The lock comes first and goes last: whenever a kill comes, the rest is known as ours.
+    # The lock comes first and goes last: whenever a kill comes, the leftovers are known as ours.
     ours: tuple[set[Path], ...] = (set(), {lock}, {lock, folder})
     if (place.exists() or place.is_symlink()) and (
         place.is_symlink() or not place.is_dir() or set(place.iterdir()) not in ours
@@ -81,7 +81,7 @@ def building(output: Path) -> Iterator[Path]:
             if folder.exists():
                 shutil.rmtree(folder)
             lock.unlink()
-            with suppress(OSError):  # the next merge has entered it meanwhile
+            with suppress(OSError):  # the next merge may have entered it meanwhile
                 place.rmdir()
 
 

@@ -9,10 +9,10 @@ STEPS_BETWEEN_COLLECTIONS = 100
 
 
 class HeldCollection:
-    """Collects at quiet points, on all ranks at the same step, and never within a step.
+    """Garbage collection at quiet points, on all ranks at the same step, never within a step.
 
     By itself the collector runs when a rank has made enough objects: in the middle of a step, on
-    each rank at another moment, and all ranks wait for that one in the next collective. The objects
+    each rank at another moment, and the others wait for that rank in the next collective. Objects
     that exist at the start (modules, torch, DeepSpeed) are frozen, since they stay for the whole
     run: walking them took 0.23 s, and a collection without them 0.4 ms. On runs of small models the
     gain is lost in the noise.
@@ -25,7 +25,7 @@ class HeldCollection:
         return self
 
     def after_step(self, number: int, *, quiet: bool) -> None:
-        """Collect after step `number` where the loop pauses anyway (`quiet`), or it is time."""
+        """Collect after step `number` if the loop pauses there anyway (`quiet`), or it is time."""
         if quiet or number % STEPS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
 

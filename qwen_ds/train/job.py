@@ -21,15 +21,11 @@ from qwen_ds.train.survive.watchdog import Watchdog
 def run_in_group(
     asked: LoadedRecipe, device: torch.device, watchdog: Watchdog, note: str = ""
 ) -> int:
-    """Train as the recipe says; returns the exit code (a collective throughout).
+    """Train as the recipe says; returns the exit code (a collective throughout; see `run`).
 
     One rank alone needs no process group until the engine starts.
-
-    Raises:
-        UserError: the data, the model or the folder is wrong, or the loss is not finite.
     """
     folder = Path(asked.recipe.output_dir)
-    # Rank 0 makes the folder, while the others wait.
     dist.once(lambda: run_folder.claim(folder), "claim the run folder")
     log_to_file(folder / "logs")
     if note:

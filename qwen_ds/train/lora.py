@@ -3,7 +3,7 @@
 peft casts the activations up to the adapter's fp32, which is slow and keeps fp32 copies for the
 backward pass. Here the two small matrices are cast down to the activations' dtype instead: the
 branch runs at the base's speed, while the parameters, their gradients and AdamW's state stay fp32
-(test_the_branch_computes_in_the_activations_dtype).
+(test_the_branch_computes_in_the_activations_dtype). DoRA's branch is peft's own, in fp32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from torch import Tensor, nn
 
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
-from qwen_ds.model.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-)
+from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.first_adapter import read_first_adapter
@@ -49,6 +46,7 @@ class CastEmbedding(nn.Embedding):
     """An embedding whose fp32 weight gives activations of the base's dtype."""
 
     def __init__(self, weight_VD: nn.Parameter, activations_dtype: torch.dtype) -> None:
+        # Made on meta, here and below: the weight is replaced at once, so none is allocated.
         super().__init__(weight_VD.shape[0], weight_VD.shape[1], device="meta")
         self.weight = weight_VD
         self.activations_dtype = activations_dtype
@@ -61,8 +59,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Dropout for CPUs: x with zeros, and the share that is kept, by which the caller divides.
 
     A CPU draws random numbers one after another. Here one draw of 64 bits decides on four elements,
-    so p is rounded to a multiple of 2^-16: 2048 x 512 elements took 3 ms so, and 16 ms with torch's
-    dropout.
+    so p is rounded to a multiple of 2^-16. 2048 x 512 elements took 3 ms, with torch's dropout 16.
     """
     dropped = round(p * 2**16)
     draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
@@ -72,8 +69,6 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 class LoraLinear(peft_lora.Linear):
     """peft's LoRA linear with the branch in the activations' dtype: [..., in] -> [..., out]."""
-
-    cast_input_dtype_enabled = False  # read by peft: leave x alone
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)
@@ -135,8 +130,8 @@ def add_lora(
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter, fp32 and trainable; A is random and B zero.
 
-    `model` may be partitioned by ZeRO-3. The parameters that start from the base's weights come
-    from gathered ones: DoRA's magnitudes, `options.modules_to_save` and the token rows.
+    ZeRO-3 may have partitioned `model`. Parameters that start from the base's weights (DoRA's
+    magnitudes, `options.modules_to_save`, the token rows) are made while those are gathered.
 
     Args:
         seed: of A, alike on every rank.
@@ -190,7 +185,7 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
 
 
 def config_of(wrapped: PeftModel) -> LoraConfig:
-    """The configuration that belongs into adapter_config.json."""
+    """The configuration that goes into adapter_config.json."""
     config = wrapped.peft_config[ADAPTER]
     assert isinstance(config, LoraConfig)
     return config
@@ -202,25 +197,16 @@ def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
     It fits: plan/first_adapter.py has compared it with the recipe. Saved modules and token rows
     that it lacks start from the base's.
     """
-    own = _trained(wrapped)
+    own = {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = read_first_adapter(options)
     theirs = adapter.state_dict()
-    for rows in adapter.token_rows.values():
-        wanted = _trained_rows(wrapped)
-        theirs[rows.key] = theirs[rows.key][[rows.indices.index(i) for i in wanted]]
+    wanted = config_of(wrapped).trainable_token_indices
+    for rows in adapter.token_rows.values():  # theirs may be in another order
+        assert isinstance(wanted, dict)
+        order = [rows.indices.index(i) for i in wanted[QWEN.ends[0]]]
+        theirs[rows.key] = theirs[rows.key][order]
     for name, tensor in theirs.items():
         own[name].data.copy_(tensor)
-
-
-def _trained(wrapped: PeftModel) -> dict[str, nn.Parameter]:
-    """The trainable parameters by their names in an adapter file."""
-    return {plain_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
-
-
-def _trained_rows(wrapped: PeftModel) -> list[int]:
-    """The token ids whose rows are trained, the same for embedding and head."""
-    trained = config_of(wrapped).trainable_token_indices
-    return trained[QWEN.ends[0]] if isinstance(trained, dict) else []
 
 
 def plain_name(name: str) -> str:
@@ -231,14 +217,14 @@ def plain_name(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count trainable and total parameters; also meta tensors and ZeRO-3's partitioned ones."""
+    """Count trainable and total parameters, including those that ZeRO-3 holds in pieces."""
     parameters = list(model.parameters())
     trainable = sum(numel(p) for p in parameters if p.requires_grad)
     return ParameterCount(trainable, sum(map(numel, parameters)))
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, also while ZeRO-3 holds it in pieces."""
+    """Elements of a parameter, even while ZeRO-3 holds it in pieces."""
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 

@@ -121,9 +121,9 @@ def cross_entropy_sum(
 class LossHead(nn.Module):
     """The head of the model inside the loss.
 
-    It is a module of its own, since ZeRO-3 gathers parameters at module boundaries: so lm_head
-    comes once for all chunks (the engine registers `borrowed`). The head stays a child of the model
-    alone, or every parameter would have two names.
+    A module of its own because ZeRO-3 gathers parameters at module boundaries: lm_head comes once
+    for all chunks (the engine registers `borrowed`). The head stays a child of the model alone, or
+    its parameters would have two names.
     """
 
     def __init__(self, lm_head: nn.Linear) -> None:
@@ -138,7 +138,7 @@ class LossHead(nn.Module):
         return [*head.parameters(recurse=False), *rows]
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum of the cross-entropy of labels_BT[:, t + 1] given hidden_BTD[:, t], bar IGNORE."""
+        """Cross-entropy sum of labels_BT[:, t + 1] given hidden_BTD[:, t], without IGNORE."""
         targets_BT = labels_BT[:, 1:]
         counts_BT = targets_BT != IGNORE
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
@@ -156,8 +156,8 @@ class LossHead(nn.Module):
 class TrainingModel(nn.Module):
     """The module that DeepSpeed trains: (ids, labels) -> loss sum.
 
-    It needs no attention mask: rows are right-padded, and under a causal mask a real token never
-    sees the pads to its right (test_padding_a_row_does_not_change_its_loss).
+    It needs no attention mask: rows are right-padded, and a causal mask hides what is to the right
+    of a token (test_padding_a_row_on_the_right_does_not_change_its_logits).
 
     Args:
         model: the model or its PEFT wrapper, whose parameters are trained.
@@ -171,8 +171,7 @@ class TrainingModel(nn.Module):
         self.loss_head = LossHead(lm_head)
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        # extend_context: in evaluation mode, too, the loss is the training formula's, without NTK
-        # and LogN.
+        # extend_context: evaluation takes the training formula, too, without NTK and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
         hidden_BTD = outputs.last_hidden_state
         return self.loss_head(hidden_BTD, labels_BT)

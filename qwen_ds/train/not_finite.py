@@ -23,7 +23,7 @@ class NotFinite(ArithmeticError):
 @torch.no_grad()
 def bad_alone(row_ids: list[int], rows: TokenRows, engine: TrainingEngine) -> list[int]:
     """The rows whose loss is not finite by themselves, or else all of them (a collective)."""
-    # All ranks make as many forward passes: under ZeRO-3 each of them gathers the weights.
+    # All ranks make the same number of forward passes: under ZeRO-3 each gathers the weights.
     count = int(dist.max_floats(len(row_ids))[0])
     found: list[int] = []
     for i in range(count):
@@ -37,7 +37,6 @@ def raise_not_finite(step: int, problem: str, row_ids: list[int], rows: TokenRow
     """Raise NotFinite on every rank, with the sources of all ranks' rows (a collective).
 
     Args:
-        step: optimizer step, 1-based.
         problem: completes the sentence up to the rows: "loss is not finite, in".
         row_ids: of this rank.
     """

@@ -11,6 +11,7 @@ from qwen_ds.recipe.options import OptimOptions
 
 def total_steps(optim: OptimOptions, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
+    # Less 1e-9: in floats, 0.07 epochs of 100 steps are 7.000000000000001 steps.
     steps = max(1, math.ceil(optim.epochs * steps_per_epoch - 1e-9))
     return steps if optim.max_steps is None else min(steps, optim.max_steps)
 

@@ -60,10 +60,10 @@ def device_name(run: Run) -> str:
 
 
 def disk_use(run: Run, steps: int, data: Data, model: Model) -> str:
-    """The room that checkpoints will take.
+    """The room that checkpoints will take, and a warning if the disk lacks it.
 
-    Each has 12 bytes for a trainable parameter (value and two moments in fp32), and in full
-    training the model itself.
+    Each checkpoint has 12 bytes for a trainable parameter (value and two moments in fp32), and in
+    full training the model itself.
     """
     recipe = run.recipe
     each = 12 * model.count.trainable

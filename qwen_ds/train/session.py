@@ -13,9 +13,10 @@ from qwen_ds.train.observe.observer import Observer
 from qwen_ds.train.observe.profiler import StepProfiler
 from qwen_ds.train.observe.progress import Progress
 from qwen_ds.train.schedule import lr_at, total_steps
-from qwen_ds.train.setup import Data, Model, output_of
+from qwen_ds.train.setup import Data, Model
 from qwen_ds.train.survive import resume
 from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.result import Output
 from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
@@ -62,11 +63,11 @@ class Session:
 def open_session(
     run: Run, data: Data, model: Model, watchdog: Watchdog, found: Checkpoint | None
 ) -> Session:
-    """Start DeepSpeed, restore the checkpoint that the run resumes from, and open the metrics files
-    (a collective)."""
+    """Start DeepSpeed, restore the checkpoint `found`, open the metrics files (a collective)."""
     engine = TrainingEngine(model.training, run.recipe.optim, run.deepspeed)
     identity = resume.identity(run.recipe, run.deepspeed.stored_json(), data.sha256)
-    saver = Saver(output_of(run, model), identity, run.recipe.save.keep, watchdog, found)
+    output = Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
+    saver = Saver(output, identity, run.recipe.save.keep, watchdog, found)
     if found:
         resume.restore(engine, found)
     return assemble(run, data, engine, saver)

@@ -24,7 +24,6 @@ from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
 from qwen_ds.train.engine.loading import partitioned_loading
 from qwen_ds.train.loss import TrainingModel
-from qwen_ds.train.survive.result import Output
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +92,9 @@ def load_data(run: Run) -> Data:
 def load_model(run: Run, device: torch.device) -> Model:
     """The base in its dtype, partitioned on arrival under ZeRO-3, and what is trained of it."""
     recipe, options = run.recipe, run.recipe.model
-    transformers_logging.disable_progress_bar()  # one bar per rank, over each other
-    # The adapter is made inside, too: DoRA's fresh magnitudes come from the base's weights, which
-    # are gathered only there.
+    transformers_logging.disable_progress_bar()  # the ranks' bars would overwrite each other
+    # The adapter is made inside, too: DoRA's first magnitudes come from the base's weights, which
+    # peft gathers only there.
     with partitioned_loading(run.deepspeed, run.dtype):
         model = AutoModelForCausalLM.from_pretrained(
             run.base_folder,
@@ -118,11 +117,6 @@ def load_model(run: Run, device: torch.device) -> Model:
         lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(wrapped, model.transformer, model.lm_head)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
-
-
-def output_of(run: Run, model: Model) -> Output:
-    """Where the result goes, and in which form."""
-    return Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
 
 
 def recompute_blocks(model: QWenLMHeadModel, every: int) -> None:

@@ -2,8 +2,8 @@
 
 A base model needs them to learn to stop. Pre-training never showed it the last two, so their rows
 are as initialisation left them, and LoRA on the layers between cannot make up for that: such a
-model answers and never stops. Here those rows alone are trained, as fp32 parameters beside the
-frozen matrices (24,576 parameters of the 7B), and nothing of the size of a matrix is ever copied
+model answers and never stops. Here only those rows are trained, as fp32 parameters beside the
+frozen matrices (24,576 parameters of the 7B). Nothing as large as a matrix is ever copied
 (test_nothing_of_the_matrices_is_copied).
 
 Names and values are those of PEFT's `trainable_token_indices`. In spite of its name,
@@ -38,8 +38,8 @@ class EmbeddedRows(_Rows):
         """x_BTD with the trained rows at the positions of their ids."""
         hit_BTK = ids_BT[..., None] == self.ids_K
         # The rows are looked up in fp32 and then cast, so that the gradients of all positions add
-        # up in fp32. A position without a hit looks up a row that is not used and gets no gradient:
-        # a boolean index would make the CPU wait for the GPU.
+        # up in fp32. Positions without a hit look up a row, too, which `where` drops: a boolean
+        # index would make the CPU wait for the GPU.
         rows_BTD = F.embedding(hit_BTK.int().argmax(-1), self.trainable_tokens_delta)
         return torch.where(hit_BTK.any(-1, keepdim=True), rows_BTD.to(x_BTD.dtype), x_BTD)
 

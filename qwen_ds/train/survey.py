@@ -40,6 +40,7 @@ def survey(device: torch.device) -> Machine:
         source = "of free memory for each rank"
     return Machine(
         ranks=dist.world_size(),
+        # Of unequal machines: hpZ's groups of this size must not cross from one to the next.
         ranks_per_machine=math.gcd(*dist.ranks_per_machine()),
         on_gpu=on_gpu,
         memory=min(dist.gather(free)),

@@ -1,7 +1,7 @@
 """The proof layer by layer: both sides' hidden states pass the blocks, one of which is in memory.
 
 The blocks are the native ones, with peft's layers on them. Embedding and head, which are too large
-to be held whole, are read in rows. So a model of any size is proven in the memory of one block.
+to be held whole, are read in rows. A model of any size is proven in the memory of one block.
 
 Shapes: B rows, T tokens of the longest, D hidden, P positions compared, V vocabulary, N rows of the
 head.
@@ -99,10 +99,9 @@ class _Comparison:
         self._buffers: dict[str, Tensor] = {}
         self._rounded = plan.rounded()
         if not plan.format.from_qwen:
-            layout = plan.layout.items()
             self._rounded = {
                 name: plan.tensors[name].dtype
-                for name, blocks in layout
+                for name, blocks in plan.layout.items()
                 if any(block.tensor in self._rounded for block in blocks)
             }
 

@@ -1,4 +1,4 @@
-"""The noise of rounding weights to a dtype, drawn at random: unavoidable where they are stored so.
+"""The noise of rounding weights to a dtype, drawn at random: storing them makes it unavoidable.
 
 Shapes: N values of the table.
 """
@@ -18,8 +18,8 @@ _ITEMS_AT_ONCE = 2**18  # 1 MB: stays in the processor's cache
 class RoundingNoise:
     """Noise as a rounding of weights to their dtype makes it: uniform, of half a step up or down.
 
-    Random numbers are drawn once and laid over each piece of a tensor from a random place on:
-    drawing billions would take longer than all else.
+    Random numbers are drawn once, and each piece of a tensor takes them from a random place on:
+    drawing billions would take longer than everything else.
     """
 
     def __init__(self) -> None:

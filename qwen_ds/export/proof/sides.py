@@ -57,8 +57,8 @@ def spread_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[P
 def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[ProofRow]:
     """The rows' beginnings, of `count` tokens in all, compared at every position.
 
-    So all that is computed counts. Of many rows the first few serve, since the beginnings should
-    not be too short to mean anything.
+    Nothing is computed in vain. Of many rows only the first few serve: beginnings of fewer than 16
+    tokens mean little.
     """
     rows, left = [], count
     for i, ids_T in enumerate(rows_T):
@@ -70,7 +70,7 @@ def first_positions(rows_T: Sequence[Tensor], count: int = POSITIONS) -> list[Pr
 
 
 def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
-    """A text of the tokens whose rows adapters replace, which no other text need hold.
+    """A text of the tokens whose rows adapters replace: no other text need contain them.
 
     Of many such tokens 64 serve, spread evenly.
     """
@@ -85,19 +85,15 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
     return [ProofRow(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
 
-def has_a_module(adapter: Adapter, module: nn.Module) -> bool:
-    """Whether the adapter changes anything in `module`, whose names are the whole model's."""
-    return bool({name for name, _ in module.named_parameters()} & set(adapter.changed_tensors()))
-
-
 @torch.no_grad()
 def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     """Put adapters into the fp32 `module`, in place: a model, or a part with the whole's names.
 
-    This is peft's own arithmetic, so that the merge is not held against itself. The last adapter
-    of a sequence, most often the only one, stays beside its weights.
+    By peft's own arithmetic, so that the merge is not compared with itself. The last adapter of a
+    sequence, most often the only one, stays beside its weights.
     """
-    members = [adapter for adapter in adapters.members if has_a_module(adapter, module)]
+    names = {name for name, _ in module.named_parameters()}
+    members = [one for one in adapters.members if not names.isdisjoint(one.changed_tensors())]
     if adapters.weights is None:
         for adapter in members[:-1]:
             _fold(module, adapter)

@@ -46,8 +46,8 @@ PROMPTS = (
     "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
 )
 
-# Two draws of the same noise: their largest entries over thousands of logits lie well within a
-# factor of 3.
+# Two draws of the same noise: their largest entries over thousands of logits differ by much less
+# than a factor of 3.
 ROUNDINGS_ALLOWED = 3.0
 # The order of fp32 sums alone moves the official model's logits by 1.2e-6 of the largest (golden
 # lora, 3 blocks); it grows with the root of the depth, so 32 blocks reach 4e-6.
@@ -55,8 +55,8 @@ FP32_NOISE = 2e-5
 # Over all logits the chances even out: 36 right merges in bf16 of the golden model lay between 0.98
 # and 1.28 times the noise, and a change that is a tenth too large at the edge of the noise at 1.6.
 RMS_ALLOWED = 1.5
-# Positions where two tokens are nearly equal change sides by chance: that many of 64 more than the
-# noise changes.
+# Where two tokens are nearly equal, the most probable one changes by chance: at this many of 64
+# positions, beside those that the noise changes.
 FLIPS_BY_CHANCE = 5
 
 

@@ -25,29 +25,28 @@ def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Ou
     spoil(model, plan.rounded(), RoundingNoise())
     noisy_PV = _logits(model, rows)
     del model
-    gc.collect()  # peft's wrappers refer to each other
+    gc.collect()  # peft's wrappers refer to each other, and would outlive `del`
     return Outputs(base_PV, expected_PV, noisy_PV, _logits(_load(merged), rows))
 
 
 def memory_needed(plan: MergePlan) -> int:
     """Bytes of memory that `whole_outputs` takes on CPUs."""
     specs = plan.base.tensors.values()
-    items = sum(spec.num_rows * spec.items_per_row for spec in specs)
+    items = [spec.num_rows * spec.items_per_row for spec in specs]
     added = sum(
         torch.Size(shape).numel()
         for adapter in plan.adapters.members
         for shape in adapter.shapes.values()
     )
     copies = 3 if plan.adapters.weights is not None else 1
-    # fp32; loading holds the largest tensor twice; four sets of logits; half a GB of activations.
-    largest = max(spec.num_rows * spec.items_per_row for spec in specs)
     replaced = sum(
         len(rows.indices)
         for adapter in plan.adapters.members
         for rows in adapter.token_rows.values()
     )
     logits = 4 * (POSITIONS + min(POSITIONS, replaced)) * max(spec.num_rows for spec in specs)
-    return 4 * (copies * items + 2 * added + largest + logits) + 2**29
+    # fp32; loading holds the largest tensor twice; four sets of logits; half a GB of activations.
+    return 4 * (copies * sum(items) + 2 * added + max(items) + logits) + 2**29
 
 
 def _load(folder: Path) -> nn.Module:

@@ -69,7 +69,7 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
     pairs = {
         target: pair for module, pair in source.pairs.items() for target in qwen2_modules(module)
     }
-    # The Qwen2 has no id of its own: named so that its Qwen can be told.
+    # The Qwen2 has no id of its own: this name tells its Qwen.
     name = f"{base_name(base).rpartition('/')[2]}-qwen2"
     try:
         with building(output) as folder:
@@ -117,7 +117,7 @@ def _config(
     )
     usual = source.config["lora_alpha"]
     alphas = {
-        # The twelfth digit: alpha came through a division, and 16 should stay 16.
+        # Twelve digits: alpha came through a division, and 16 should stay 16.
         target: float(f"{pair.scaling * _divisor(source, pair.r):.12g}")
         for target, pair in pairs.items()
         if pair.scaling != usual / _divisor(source, pair.r)

@@ -34,7 +34,7 @@ _SIZES = (
 
 
 def read_qwen_config(folder: Path) -> QWenConfig:
-    """The configuration of a Qwen folder, which must have an equal in Qwen2.
+    """The configuration of a Qwen folder, which must have an equivalent in Qwen2.
 
     Raises:
         UserError: names the key that has none.
@@ -122,7 +122,7 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
     function of that model.
 
     Raises:
-        UserError: names the key that Qwen has no equal for.
+        UserError: names the key that Qwen has no equivalent for.
     """
     found = read_json(base / CONFIG)
     function = _function_of_qwen2(found, base / CONFIG)
@@ -221,7 +221,7 @@ def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
     record = config.get(_ORIGINAL)
     original = record.get("generation_config") if isinstance(record, dict) else None
     ends = found.get("eos_token_id", config.get("eos_token_id"))
-    if ends is None:  # without a word on it the original format holds
+    if ends is None:  # it does not say: the original format holds
         chat_format = QWEN.chat_format(original if isinstance(original, dict) else {})
     else:  # a reply that ends elsewhere than a document has an end of its own
         in_chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))

@@ -140,7 +140,7 @@ def _compare(
             yield _first_difference(source, text, "ids", expected, found.ids)
         elif before != after:
             yield _first_difference(source, text, "decoded text", before, after)
-        elif "<|" in text:  # all others are the same as plain text
+        elif "<|" in text:  # without it, text with specials and plain text are the same
             plain = tokenizer.encode(text, add_special_tokens=False).ids
             ordinary = encoding.ordinary(text)
             if plain != ordinary:

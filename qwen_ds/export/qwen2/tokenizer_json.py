@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
         UserError: a token that no two lower ones make: such a vocabulary has no list of merges.
     """
     ranks, merges = encoding.ranks, []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token, rank in sorted(ranks.items(), key=itemgetter(1)):
         if len(token) > 1:
             parts = _joined(token, ranks, rank)
             if len(parts) != 2:
@@ -105,10 +106,8 @@ def write_qwen2_tokenizer(
         chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
         model_max_length: longest text in tokens.
     """
-    vocab = {
-        _spelled(token): rank
-        for token, rank in sorted(encoding.ranks.items(), key=lambda item: item[1])
-    }
+    ranks = sorted(encoding.ranks.items(), key=itemgetter(1))
+    vocab = {_spelled(token): rank for token, rank in ranks}
     merges = [(_spelled(left), _spelled(right)) for left, right in merges_of(encoding)]
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
@@ -179,7 +178,7 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
         ) from None
     lines = (
         base64.b64encode(token) + f" {rank}\n".encode()
-        for token, rank in sorted(ranks.items(), key=_by_rank)
+        for token, rank in sorted(ranks.items(), key=itemgetter(1))
     )
     try:
         encoding = encoding_of(b"".join(lines))
@@ -198,7 +197,3 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
                 " under its id"
             )
     return encoding
-
-
-def _by_rank(item: tuple[bytes, int]) -> int:
-    return item[1]

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from qwen_ds.disk.weights import TensorSpec, header_bytes
 
-# Blocks read ahead, and blocks waiting to be written: enough that the disk, the hashes and the sums
-# run side by side.
+# Blocks read ahead, and blocks waiting to be written: enough for the disk, the hashes and the sums
+# to run side by side.
 BLOCKS_IN_FLIGHT = 2
 
 
@@ -84,12 +83,7 @@ class BlockWriter:
         for done in self._pending.popleft():
             done.result()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             while self._pending and error is None:
                 self._wait()

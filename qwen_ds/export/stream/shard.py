@@ -104,8 +104,8 @@ def write_shard(
 def _one_thread() -> Iterator[None]:
     """Let torch compute in one thread.
 
-    More of them would spin while they wait, in the way of the threads that read, hash and write,
-    and products of this size are not what a merge waits for.
+    More would spin while they wait, in the way of the threads that read, hash and write. Products
+    of this size are not what a merge waits for.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

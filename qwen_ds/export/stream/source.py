@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from qwen_ds.disk.weights import Header
 from qwen_ds.errors import UserError
 from qwen_ds.export.stream.blocks import BLOCKS_IN_FLIGHT, RowRange
 
-_HASH_BYTES = 2**20  # read at once where nothing but the checksum is wanted
+_HASH_BYTES = 2**20  # read at once where only the checksum is wanted
 
 
 class _File:
@@ -90,12 +89,7 @@ class Source:
         self._files = {shard.path.name: _File(shard) for shard in self._shards}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._files.values():
             file.close()
 

@@ -32,8 +32,8 @@ class StepResult:
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     not_finite: str = ""
-    """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow is
-    none: DeepSpeed skips the step and lowers the loss scale."""
+    """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow does
+    not count: DeepSpeed skips the step and lowers the loss scale."""
 
 
 class TrainingEngine:
@@ -50,7 +50,7 @@ class TrainingEngine:
         self.overflows = 0
         self._uses_loss_scale = "fp16" in resolved.engine_json
         if self.stage == 3:
-            # ZeRO-3 gathers a weight for the module that owns it; these modules use another's.
+            # ZeRO-3 gathers a weight for the module that owns it. These modules use another's.
             for weight in model.loss_head.borrowed:
                 deepspeed.zero.register_external_parameter(model.loss_head, weight)
             for module, weight in borrowed_weights(model):
@@ -87,6 +87,8 @@ class TrainingEngine:
 
         A collective in the step's last micro-batch, under ZeRO-2 and 3 in each of them.
         """
+        # The number of micro-batches differs from step to step: DeepSpeed must neither count them
+        # nor divide the loss by a fixed number.
         self._ds.set_gradient_accumulation_boundary(last_of_step)
         self._ds.backward(loss, scale_wrt_gas=False)
 
@@ -108,7 +110,7 @@ class TrainingEngine:
         try:
             self._ds.step()
         except Exception as error:
-            # So DeepSpeed reports a gradient that overflows even at the smallest fp16 loss scale.
+            # DeepSpeed's way to say that the gradient overflows even at the smallest loss scale.
             if self._uses_loss_scale and "minimum" in str(error):
                 return StepResult(math.inf, "gradient (fp16 overflows at the smallest loss scale)")
             raise

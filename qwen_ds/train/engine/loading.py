@@ -21,12 +21,12 @@ def partitioned_loading(resolved: ResolvedConfig, dtype: torch.dtype) -> Iterato
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # zero.Init takes its dtype from this JSON, so it gets the base's own precision section, also
-    # where the training JSON has none: without it the base would arrive in fp32.
+    # zero.Init takes its dtype from this JSON, so it gets the base's own precision section even if
+    # the training JSON has none: without it the base would arrive in fp32.
     loading = {k: v for k, v in resolved.engine_json.items() if k not in ("bf16", "fp16")}
     if dtype != torch.float32:
         loading["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
-    alive = HfDeepSpeedConfig(loading)  # transformers looks for a living one
+    alive = HfDeepSpeedConfig(loading)  # transformers keeps only a weak reference
     try:
         yield
     finally:

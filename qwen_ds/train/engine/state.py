@@ -2,8 +2,8 @@
 
 DeepSpeed keeps the fp32 values ("masters") flat and cut over the ranks, each stage in its own way,
 and AdamW's moments beside them. Its own checkpoints are pickles of these pieces, tied to stage and
-world size. Here a small state is moved whole, by parameter name, so that it fits any stage and any
-number of ranks; a large one moves as each rank's pieces.
+world size. Here a small state moves whole, by parameter name, so that it fits any stage and any
+number of ranks. A large one moves as each rank's pieces.
 
 Nothing here imports deepspeed: the optimizer objects of the engine do the work.
 """
@@ -174,6 +174,8 @@ class TrainableState:
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
+            # As DeepSpeed does it around a load: the small weights that stay whole are gathered
+            # anew, and hpZ's second copies are dropped.
             self._zero._partition_all_parameters()
             for i in range(len(self._masters())):
                 self._zero._reassign_or_swap_out_partitioned_parameters(i)

@@ -92,8 +92,7 @@ class Evaluator:
         return loss / max(targets, 1.0)
 
     def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
-        """Greedy answers to the first rows, in one batch. All ranks decode the same rows side by
-        side: ZeRO-3 needs every rank in every forward pass."""
+        """Greedy answers to the first rows, in one batch that all ranks decode alike."""
         rows = [self._split(i) for i in range(min(self._options.samples, len(self._rows)))]
         if not rows:
             return []
@@ -104,19 +103,18 @@ class Evaluator:
 
         def all_done(done: bool) -> bool:
             self._watchdog.touch()  # a token is progress
-            # Ranks end together: one that left earlier would leave the others waiting for its
-            # part of the weights.
+            # Ranks end together: the others would wait for the weights of one that left earlier.
             return dist.sum_floats(float(not done)) == [0.0] if partitioned else done
 
         engine.train(False)
         model, vocabulary = engine.model.model, self._vocabulary
-        # Decoding meets the blocks with a cache, for which compiled ones would be compiled anew.
+        # Decoding runs the blocks with a cache, for which torch would compile them anew.
         with torch.compiler.set_stance("force_eager"):
             try:
                 found = decode_batch(model, batch, vocabulary, engine.device, all_done)
                 answers = [completion.text for completion in found]
             except LogitsNotFinite:
-                # Every rank meets it alike, and the loss beside the samples is NaN as well.
+                # Every rank gets here, and the loss beside the samples is NaN as well.
                 answers = [""] * len(rows)
         engine.train(True)
         decode = vocabulary.decode

@@ -49,8 +49,8 @@ class Hardware:
     def mfu(self, steps: Sequence[Step], seconds: float) -> float | None:
         """Model FLOP utilisation of these steps; None where no peak is known.
 
-        The operations that the model needs (4 N a token for LoRA, 6 N for full training, real
-        tokens only, see plan/flops.py) over those that the GPUs could make in that time.
+        The operations that the model needs (4 N a token for LoRA, 6 N for full training, see
+        plan/flops.py) over those that the GPUs could do in that time.
         """
         if self.gpu is None:
             return None
@@ -67,8 +67,8 @@ class Hardware:
 def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, Any]:
     """One line of metrics over some steps, each with its seconds.
 
-    The loss is in nats per target token over all of them. Tokens are real ones of all ranks, never
-    padding; rank_imbalance is that of the worst step.
+    The loss is in nats per target token. Tokens are those of all ranks, without padding;
+    rank_imbalance is that of the worst step.
     """
     last = steps[-1][0]
     seconds = max(sum(s for _, s in steps), 1e-9)
@@ -97,4 +97,4 @@ def peak_memory_gb() -> float:
     """Peak memory of this rank in 10^9 bytes: of its GPU, or of the process on a CPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

@@ -1,4 +1,4 @@
-"""The single line from the training loop to all that watch it."""
+"""The one connection from the training loop to all that watch it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qwen_ds.train.survive.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Hands on where the training is: to the watchdog, the profiler and the progress.
+    """Relay of the training's position to the watchdog, the profiler and the progress.
 
-    Nothing here is a collective, and none of the three changes a number. While it is entered the
-    metrics files are open.
+    Nothing here is a collective, and none of the three changes a number. Leaving it closes the
+    metrics files.
     """
 
     watchdog: Watchdog

@@ -48,11 +48,11 @@ class TimeSplit:
 
 @dataclass(slots=True)
 class StepProfiler:
-    """Profiles the steps from `steps[0]` to `steps[1]` (1-based, both included); None: no step.
+    """Profiler of the steps from `steps[0]` to `steps[1]` (1-based, both included); None: no step.
 
     Only rank 0 writes: a trace for TensorBoard, and profile.json. After each part of a profiled
-    step the CPU waits for the GPU, whose work would otherwise count to the part that happens to
-    wait: such steps are a little slower.
+    step the CPU waits for the GPU, whose work would otherwise be charged to whichever part happens
+    to wait. Such steps are a little slower.
     """
 
     steps: tuple[int, int] | None

@@ -27,12 +27,12 @@ STEPS_UNTIL_ESTIMATE = 10
 
 
 class Progress:
-    """Collects steps and writes a line of metrics every `log_every_steps`; only rank 0 writes.
+    """Record of the steps: a line of metrics every `log_every_steps`; only rank 0 writes.
 
     Args:
         steps: of the whole run.
         first_step: 0, or the step after which a resumed run continues.
-        saved: `state` at that step. Lines written after it are taken back.
+        saved: `state` at that step. Lines written after it are removed.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Progress:
             self._board: SummaryWriter | None = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=first_step + 1
             )
+        # Into a log file the bar is drawn seldom: each redrawing adds to the file.
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", disable=not self._writes,
             mininterval=0.2 if is_terminal() else 15.0, leave=False,
@@ -160,7 +161,7 @@ class Progress:
 
     def _on_board(self, method: Callable[..., object], *arguments: object) -> None:
         # TensorBoard's writer raises, in a later call, the error that its thread got from the disk.
-        # Then the curve ends there, and the training does not.
+        # That ends the curve and not the training.
         if self._board is not None:
             try:
                 method(self._board, *arguments)

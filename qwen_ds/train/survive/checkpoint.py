@@ -5,8 +5,8 @@
                                sha256 of every other file
     latest  best               in the run folder; each names a checkpoint
 
-A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py).
-So at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills
+A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py),
+so at each instant the newest folder whose checksums hold is a whole checkpoint (tests/faults kills
 a save at every one of its file operations).
 """
 
@@ -78,12 +78,6 @@ def point(run: Path, name: str, step: int) -> None:
     write_text(run / name, step_folder(run, step).name + "\n")
 
 
-def pointed(run: Path, name: str) -> str | None:
-    """The checkpoint that `latest` or `best` names."""
-    file = run / name
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
-
-
 def keep_newest(run: Path, keep: int, step: int) -> None:
     """Delete all checkpoints up to `step` but the `keep` newest and the best.
 
@@ -91,7 +85,8 @@ def keep_newest(run: Path, keep: int, step: int) -> None:
     it reaches their steps.
     """
     found = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
-    best = pointed(run, BEST)
+    file = run / BEST
+    best = file.read_text(encoding="utf-8").strip() if file.is_file() else None
     for old in found[: max(0, len(found) - keep)]:
         if old.name != best:
             remove_folder(old)
@@ -100,7 +95,7 @@ def keep_newest(run: Path, keep: int, step: int) -> None:
 def tidy(run: Path, step: int, best: int | None, keep: int) -> None:
     """Bring the folder up to date with its newest checkpoint: pointers, leftovers, old checkpoints.
 
-    A resumed run does it, too: a kill may have kept the save from it.
+    A resumed run does it, too: a kill may have come between the save and this.
     """
     clear_unfinished(run)
     point(run, LATEST, step)
@@ -119,9 +114,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
-
-    def file(self, name: str) -> Path:
-        return self.folder / name
 
 
 @dataclass(slots=True)
@@ -161,7 +153,7 @@ def newest(run: Path, before: int | None = None) -> Search:
 def damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     """The first fault of these files, in words; None if all have the sha256 of state.json."""
     for name in names:
-        file = checkpoint.file(name)
+        file = checkpoint.folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file_sha256(file) != checkpoint.state["files"].get(name):
@@ -172,7 +164,7 @@ def damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
 def _read_state(folder: Path) -> dict[str, Any] | str:
     file = folder / STATE
     if not file.is_file():
-        # Also what checkpoints of the first release are: weights without the optimizer's state.
+        # Checkpoints of the first release are like this: weights without the optimizer's state.
         return f"it has no {STATE}"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))

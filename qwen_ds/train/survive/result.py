@@ -64,7 +64,7 @@ class Output:
         try:
             if problem:
                 raise problem
-            # One may be there: of a run that was resumed after it had finished.
+            # A result may be there, if the run was resumed after it had finished.
             publish(unfinished / self.name, final, replace=True)
             shutil.rmtree(unfinished)
         except OSError as error:
@@ -102,7 +102,7 @@ class Output:
                 return {}
             return self._write_model(parent, engine.sizes(), rest, watchdog.touch_during)
         finally:
-            for _ in rest:  # each rank gives its part of every tensor, also when the disk is full
+            for _ in rest:  # each rank gives its part of every tensor, even if the disk is full
                 pass
 
     def _write_model(

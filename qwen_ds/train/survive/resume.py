@@ -1,4 +1,4 @@
-"""Resuming a run: whether it is the same one, which checkpoint is whole, and how it is restored.
+"""Resuming a run: whether it is the same one, which checkpoint is whole, how it is restored.
 
 For a LoRA run rank 0 alone reads the run folder: the other machines need not see its disk.
 """
@@ -78,7 +78,6 @@ def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epo
     check_world(found, run.deepspeed.stage)
     best, steps = BestLoss(**found.state["best"]), total_steps(run.recipe.optim, steps_per_epoch)
     through = found.step >= steps or best.out_of_patience(run.recipe.eval.patience)
-    # Rank 0 looks into the folder, and all ranks hear what it saw.
     return dist.from_rank_0(through and is_finished(run.folder))
 
 
@@ -99,9 +98,8 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
         ) from None
     old, new = _comparable(stored, stored_json), _comparable(to_dict(recipe), ds_json)
     defaults = _comparable(to_dict(Recipe()), {})
-    stage = (
-        "deepspeed.zero_optimization.stage"  # named first: other keys of the JSON follow from it
-    )
+    # Named first: other keys of the JSON follow from it.
+    stage = "deepspeed.zero_optimization.stage"
     for key in sorted({*old, *new}, key=lambda key: (key != stage, key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
         if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
@@ -190,14 +188,14 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
     """Restore weights, moments, loss scale and random states of a checkpoint (a collective)."""
     state = found.state
     if state["sharded"]:
-        file = found.file(shard_name(dist.rank(), dist.world_size()))
+        file = found.folder / shard_name(dist.rank(), dist.world_size())
         with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
         with ExitStack() as opened:
 
             def tensors(name: str) -> Any:
-                return opened.enter_context(safe_open(found.file(name), framework="pt"))
+                return opened.enter_context(safe_open(found.folder / name, framework="pt"))
 
             held = tensors(OPTIMIZER)
             adapter = tensors(ADAPTER) if ADAPTER in state["files"] else None
@@ -218,10 +216,10 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
 def _restore_rng(found: Checkpoint) -> None:
     states: dict[str, Tensor] = {}
     if dist.rank() == 0:
-        with safe_open(found.file(RNG), framework="pt") as file:
+        with safe_open(found.folder / RNG, framework="pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = f"rank_{dist.rank()}"
-    # All ranks, once. A rank that the saved run did not have starts with the states it has.
+    # All ranks, once. A rank that the saved run did not have keeps the states that it has.
     states = dist.from_rank_0(states)
     if f"{own}.cpu" in states:
         torch.set_rng_state(states[f"{own}.cpu"])

@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, and what it tells of the run."""
+"""The run folder: who may write into it, and what it says about the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEFORE_THE_RECIPE = {"logs", DS_CONFIG, DATA_REPORT, ENVIRONMENT} | {
 
 
 def claim(folder: Path) -> None:
-    """Make the run folder ours, or resume the run that it holds; rank 0 only.
+    """Make the run folder, or accept one that holds a run; rank 0 only.
 
     Raises:
         UserError: it holds something else. Nothing in it is touched.
@@ -63,7 +63,7 @@ def write_resolved(
 ) -> None:
     """Write recipe.yaml, ds_config.json and environment.json, with which a run can be repeated, and
     data_report.json."""
-    folder, on_gpu = run.folder, device.type == "cuda"
+    folder, on_gpu, cpu = run.folder, device.type == "cuda", f"cpu ({platform.machine()})"
     write_json(folder / DS_CONFIG, run.deepspeed.stored_json())
     write_json(folder / DATA_REPORT, data_report)
     write_json(
@@ -73,16 +73,14 @@ def write_resolved(
             "ranks": dist.world_size(),
             "trainable_parameters": count.trainable,
             "total_parameters": count.total,
-            "device": torch.cuda.get_device_name(device)
-            if on_gpu
-            else f"cpu ({platform.machine()})",
+            "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
             **{name: metadata.version(name) for name in PACKAGES},
         },
     )
-    # Last: a folder with a recipe is a run's, and the next start compares it. A run that is started
-    # from its stored recipe says anew what may differ.
+    # Last: a folder with a recipe is a run's, and the next start compares it. It has no `resume`: a
+    # run that is started from its stored recipe says anew what may differ.
     path = str((folder / DS_CONFIG).resolve())
     write_recipe(replace(run.recipe, deepspeed=path, resume=ResumeOptions()), folder / RECIPE)

@@ -1,8 +1,8 @@
 """Saving during training: the ranks give their state, and rank 0 writes it in a thread of its own.
 
 A LoRA run's state is small: it is gathered whole on rank 0, and training stands still only for
-that. Full training's state is as large as the machine: each rank writes its own pieces, and all
-wait for the slowest.
+that. Full training's state is too large for one rank: each writes its own pieces, and all wait for
+the slowest.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def shard_name(rank: int, world: int) -> str:
 
 
 class Saver:
-    """Writes checkpoints into the run folder.
+    """Writer of checkpoints into the run folder.
 
     Args:
         identity: hashes of recipe and data, which a resumed run must share; goes into state.json.
@@ -163,7 +163,7 @@ class Saver:
             held = {f"{name}.{kind}": t for kind in kinds for name, t in tensors[kind].items()}
             files[OPTIMIZER] = save_tensors(folder / OPTIMIZER, held)
             self._finish(folder, snapshot, files)
-        except Exception as error:  # also a defect of ours is no reason to lose a day's training
+        except Exception as error:  # not even a defect of ours is worth a day's training
             log.exception("saving step %d has failed", step)
             self._give_up(step, error)
 

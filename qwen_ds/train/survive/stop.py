@@ -13,7 +13,7 @@ from qwen_ds.errors import EXIT_STOPPED
 # SIGINT: Ctrl-C. SIGTERM: launchers, Kubernetes, Slurm's time limit. SIGUSR1: the choice of Slurm's
 # users for pre-emption.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_TIME_LIMIT = 1000.0  # above every signal's number
+_TIME_LIMIT = 1000.0  # above every signal's number, and so the maximum over the ranks
 
 
 def leave_at_signals() -> None:
@@ -27,12 +27,10 @@ def leave_at_signals() -> None:
 
 
 class StopRequest:
-    """Notes signals while it is entered, and lets the ranks agree on the step after which they
-    stop.
+    """A request to stop: signals while it is entered, or a deadline; the ranks agree on the step.
 
     A launcher forwards a signal to one rank after the other, seconds apart, and may reach only
-    some: the handler merely notes it, and `agreed` asks all ranks at the end of each step. A
-    repeated signal changes nothing.
+    some: the handler merely notes it, and `agreed` asks all ranks at the end of each step.
 
     Args:
         ends_at: when the job is killed (seconds since 1970), or None.

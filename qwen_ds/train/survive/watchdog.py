@@ -1,5 +1,4 @@
-"""The end of a run that cannot continue: a dead rank, a collective that no rank leaves, a lost
-launcher.
+"""The end of a run that cannot continue: a rank is dead, no rank moves, or the launcher is gone.
 
 A collective waits for a dead or stuck peer as long as its time-out, which gloo and NCCL keep
 unevenly and DeepSpeed's groups may not have at all. So a thread of each rank posts once a second
@@ -31,8 +30,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
-# Beats come from a thread of their own: a long silence means that the process is gone, or its
-# machine.
+# Beats come from a thread of their own: a long silence means a lost process, or a lost machine.
 SILENT_SECONDS = 30.0
 # After a collective has failed on this rank, a shorter silence tells which peer is to blame.
 SUSPECT_SECONDS = 3.0
@@ -59,7 +57,7 @@ class Beat:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; the training reports its position with `at`.
+    """Watch over the ranks from `start` to `stop`; the training reports its position with `at`.
 
     Args:
         timeout_minutes: how long all ranks may stand still within a step.
@@ -160,12 +158,12 @@ class Watchdog:
     def _guard(self) -> None:
         """Watch the launcher, and whether the store answers at all, in a thread that never waits.
 
-        A machine without power closes no connection: the other thread may wait for it for ever.
+        A machine that loses power closes no connection: the other thread may wait for it for ever.
         """
         last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
-            # This whole process stood still, as when it was suspended: no other rank is to blame.
+            # This whole process stood still (it was suspended, say): no other rank is to blame.
             if now - last > SILENT_SECONDS / 3:
                 self._seen, self._answered = {}, now
             last = now
@@ -190,7 +188,7 @@ class Watchdog:
 
     def _post(self) -> None:
         self._number += 1
-        beat = replace(self._own, number=self._number, log=last_line())
+        beat = replace(self._own, number=self._number, log=last_line.text)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
 
