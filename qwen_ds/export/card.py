@@ -19,7 +19,6 @@ from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, hub_id
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.carry_over import legal_texts
-from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 
 CARD_NAME = "README.md"
@@ -60,7 +59,7 @@ def write_card(folder: Path, origin: Origin) -> None:
     legal = legal_texts(folder)
     seq_length = config.get("max_position_embeddings")
     if kind == QWEN.model_type:
-        seq_length = QWenConfig.from_dict(config).seq_length
+        seq_length = QWEN.config_class.from_dict(config).seq_length
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
         metadata=_metadata(legal, origin, kind),

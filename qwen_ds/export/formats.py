@@ -24,7 +24,6 @@ from qwen_ds.export.qwen2.tokenizer_json import (
     write_qwen2_tokenizer,
 )
 from qwen_ds.model.carry_over import carry_over
-from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 
@@ -108,7 +107,7 @@ def _with_rms_norm_eps(config: dict[str, Any]) -> dict[str, Any]:
 
     Without that key llama.cpp converts a Qwen and then cannot load the outcome.
     """
-    return {**config, "rms_norm_eps": QWenConfig.from_dict(config).layer_norm_epsilon}
+    return {**config, "rms_norm_eps": QWEN.config_class.from_dict(config).layer_norm_epsilon}
 
 
 def _with_torch_dtype(config: dict[str, Any], torch_dtype: str) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def _layout_to_qwen2(stored: StoredWeights) -> Layout:
 
 
 def _layout_from_qwen2(stored: StoredWeights) -> Layout:
-    config = QWenConfig.from_dict(settings.from_qwen2(stored.folder)[0])
+    config = QWEN.config_class.from_dict(settings.from_qwen2(stored.folder)[0])
     n_vocab = read_qwen2_tokenizer(stored.folder).n_vocab
     if n_vocab > config.vocab_size:
         raise UserError(

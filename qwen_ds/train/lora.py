@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
 from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.family import QWEN, LanguageModel
 from qwen_ds.plan.first_adapter import read_first_adapter
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
@@ -121,7 +120,7 @@ def lora_config(options: LoraOptions, base: str) -> LoraConfig:
 
 
 def add_lora(
-    model: QWenLMHeadModel,
+    model: LanguageModel,
     options: LoraOptions,
     *,
     base: str,

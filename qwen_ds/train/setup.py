@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.callback import on_compile_end, on_compile_start
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -18,7 +19,7 @@ from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows.data_report import data_report
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
-from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.family import Family, LanguageModel
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
@@ -91,7 +92,7 @@ def load_data(run: Run) -> Data:
 
 def load_model(run: Run, device: torch.device) -> Model:
     """The base in its dtype, partitioned on arrival under ZeRO-3, and what is trained of it."""
-    recipe, options = run.recipe, run.recipe.model
+    recipe, options, family = run.recipe, run.recipe.model, run.base.family
     transformers_logging.disable_progress_bar()  # the ranks' bars would overwrite each other
     # The adapter is made inside, too: DoRA's first magnitudes come from the base's weights, which
     # peft gathers only there.
@@ -102,24 +103,28 @@ def load_model(run: Run, device: torch.device) -> Model:
             dtype=run.dtype,
             attn_implementation=options.attention,
         )
-        assert isinstance(model, QWenLMHeadModel)
+        assert isinstance(model, family.model_class)
         if run.deepspeed.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
         recompute_blocks(model, from_recipe(options.activation_checkpointing))
         if options.compile:
-            compile_blocks(model, device)
+            compile_blocks(model, family, device)
         if recipe.method == "full":
-            whole = TrainingModel(model, model.transformer, model.lm_head)
-            return Model(whole, None, lora.count_parameters(model))
+            return Model(training_model(model, model), None, lora.count_parameters(model))
         base, seed = options.path, recipe.seed
         wrapped = lora.add_lora(model, recipe.lora, base=base, seed=seed, row_ids=run.special_ids)
     if recipe.lora.init_from:
         lora.init_from(wrapped, recipe.lora)
-    training = TrainingModel(wrapped, model.transformer, model.lm_head)
+    training = training_model(wrapped, model)
     return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
 
 
-def recompute_blocks(model: QWenLMHeadModel, every: int) -> None:
+def training_model(trained: nn.Module, model: LanguageModel) -> TrainingModel:
+    """The module that DeepSpeed gets: `trained` is the model itself, or peft's wrapper of it."""
+    return TrainingModel(trained, model.base_model, model.get_output_embeddings())
+
+
+def recompute_blocks(model: LanguageModel, every: int) -> None:
     """Switch activation checkpointing on in every every-th block; 1: in all, 0: in none."""
     if every:
         model.activation_checkpointing_enable(
@@ -128,7 +133,7 @@ def recompute_blocks(model: QWenLMHeadModel, every: int) -> None:
         model.transformer.checkpoint_every = every
 
 
-def compile_blocks(model: QWenLMHeadModel, device: torch.device) -> None:
+def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -> None:
     """Compile each block by itself, for any row count and length.
 
     All blocks share the code, so depth costs nothing. The log says how long compilation took.
@@ -136,7 +141,7 @@ def compile_blocks(model: QWenLMHeadModel, device: torch.device) -> None:
     # On a CPU dropout draws the numbers that it draws without compilation; on a GPU they are made
     # in the kernel.
     options = {"fallback_random": True} if device.type == "cpu" else None
-    for block in model.transformer.h:
+    for block in model.get_submodule(family.blocks).children():
         block.compile(dynamic=True, options=options)
     began = total = 0.0
 

@@ -26,9 +26,7 @@ from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters, spoil
 from qwen_ds.export.stream.blocks import row_ranges
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.source import Source
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.modeling import QWenBlock
+from qwen_ds.model.family import QWEN, ModelConfig
 from qwen_ds.model.rotary import rotary_tables
 
 _HEAD_ROWS = 1024  # of the head at once, in fp32 16 MB at 7B
@@ -79,7 +77,7 @@ def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> 
         identity(plan.base) if from_qwen else plan.layout,
         inverse(plan.layout) if from_qwen else identity(written),
     )
-    config = QWenConfig.from_pretrained(str(plan.base.folder if from_qwen else merged))
+    config = QWEN.config_class.from_pretrained(str(plan.base.folder if from_qwen else merged))
     with ExitStack() as stack:
         base, output = (
             Weights(stored, layout, stack.enter_context(Source(stored)))
@@ -91,7 +89,9 @@ def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> 
 class _Comparison:
     """Four hidden states on their way: base, base + adapters, that on a noisy base, and output."""
 
-    def __init__(self, plan: MergePlan, config: QWenConfig, base: Weights, output: Weights) -> None:
+    def __init__(
+        self, plan: MergePlan, config: ModelConfig, base: Weights, output: Weights
+    ) -> None:
         self._plan, self._config, self._base, self._output = plan, config, base, output
         self._noise = RoundingNoise()
         # One block's weights, filled again for every block: fresh memory of that size costs more
@@ -162,9 +162,9 @@ class _Comparison:
             base_BTD = expected_BTD
         return [base_BTD, expected_BTD, noisy_BTD, merged_BTD]
 
-    def _block(self, i: int, weights: Weights) -> QWenBlock:
+    def _block(self, i: int, weights: Weights) -> nn.Module:
         with torch.device("meta"):
-            block = QWenBlock(self._config, i)
+            block = QWEN.block_class(self._config, i)
         state = {}
         for name, empty in block.state_dict().items():
             buffer = self._buffers.setdefault(name, torch.empty(empty.shape, device="cpu"))

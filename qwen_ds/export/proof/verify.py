@@ -35,7 +35,7 @@ from qwen_ds.export.proof.sides import (
 from qwen_ds.export.proof.whole import memory_needed, whole_outputs
 from qwen_ds.machine import available_memory
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
-from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.tokenizer import load_encoding
 
 # Each of at least 16 tokens.
@@ -141,7 +141,10 @@ def verify_merge(
     """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
     started = time.monotonic()
     native = plan.base.folder if plan.format.from_qwen else merged
-    encoding, seq_length = load_encoding(native), QWenConfig.from_pretrained(str(native)).seq_length
+    encoding, seq_length = (
+        load_encoding(native),
+        QWEN.config_class.from_pretrained(str(native)).seq_length,
+    )
     special = replaced_rows(plan.adapters, seq_length)
     if kind == "sampled":
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.layout import Layout, RowBlock
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import QWEN
+from qwen_ds.model.family import QWEN, ModelConfig
 
 # Modules of a block. Several on the right: the rows of the left one in equal blocks.
 # The gate is w2: Qwen computes w1(x) * silu(w2(x)), Qwen2 silu(gate_proj(x)) * up_proj(x).
@@ -38,7 +37,7 @@ def qwen2_modules(module: str) -> tuple[str, ...]:
     return _OUTSIDE.get(module, ())
 
 
-def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -> Layout:
+def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Layout:
     """The layout that cuts Qwen2's tensors from Qwen's, in the order of `shapes` (name -> shape).
 
     Raises:
@@ -56,7 +55,7 @@ def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -
     return layout
 
 
-def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: QWenConfig) -> Layout:
+def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Layout:
     """The layout that stacks Qwen's tensors from Qwen2's; `config` is the Qwen's.
 
     Raises:
@@ -82,7 +81,7 @@ def _qwen2_tensors(name: str) -> tuple[str, ...]:
     return tuple(f"{target}.{parameter}" for target in qwen2_modules(module))
 
 
-def qwen_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
+def qwen_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of Qwen's tensors."""
     hidden, vocabulary = (config.hidden_size,), (config.vocab_size, config.hidden_size)
     block: dict[str, tuple[int, ...]] = {f"{norm}.weight": hidden for norm in QWEN.block_norms}

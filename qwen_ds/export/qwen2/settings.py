@@ -18,8 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import QWEN
+from qwen_ds.model.family import QWEN, ModelConfig
 
 Settings = dict[str, Any]  # a JSON object of settings
 CONFIG = "config.json"
@@ -33,7 +32,7 @@ _SIZES = (
 )  # fmt: skip
 
 
-def read_qwen_config(folder: Path) -> QWenConfig:
+def read_qwen_config(folder: Path) -> ModelConfig:
     """The configuration of a Qwen folder, which must have an equivalent in Qwen2.
 
     Raises:
@@ -42,9 +41,9 @@ def read_qwen_config(folder: Path) -> QWenConfig:
     return _checked(read_json(folder / CONFIG), folder / CONFIG)
 
 
-def _checked(settings: Settings, path: Path) -> QWenConfig:
+def _checked(settings: Settings, path: Path) -> ModelConfig:
     try:
-        config = QWenConfig.from_dict(settings)
+        config = QWEN.config_class.from_dict(settings)
     except (UserError, StrictDataclassError) as error:
         said = " ".join(str(error).removeprefix("config: ").split())
         raise UserError(f"{path}: {said}") from None
@@ -61,7 +60,7 @@ def _checked(settings: Settings, path: Path) -> QWenConfig:
     return config
 
 
-def _function(config: QWenConfig) -> Settings:
+def _function(config: ModelConfig) -> Settings:
     """The settings that decide the function that is computed, in Qwen2's terms."""
     return {
         "vocab_size": config.vocab_size,
