@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwen_ds.data.read.dialogue import (
     Dropped,
@@ -71,8 +72,8 @@ class ReadOptions:
     """See the top of this file."""
     system: str | None = None
     """System text of rows that have none."""
-    bad_rows: str = "stop"
-    """stop or skip: what becomes of a row that cannot be read."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What becomes of a row that cannot be read."""
 
 
 def iter_conversations(
@@ -251,8 +252,6 @@ class _Reading:
 
     @staticmethod
     def of(options: ReadOptions, for_prompts: bool, counts: Counter[str] | None) -> _Reading:
-        if options.bad_rows not in ("stop", "skip"):
-            raise UserError(f"data.bad_rows is {options.bad_rows!r}; expected stop or skip")
         reader = None if options.format == "auto" else reader_named(options.format)
         columns = options.columns or {}
         if columns:

@@ -161,8 +161,6 @@ def test_options_and_paths_are_checked_before_the_first_row(tmp_path: Path) -> N
     path = write(tmp_path / "rows", AD)
     with pytest.raises(UserError, match="data.format is 'adgenn'.*did you mean adgen"):
         iter_conversations([path], ReadOptions(format="adgenn"))
-    with pytest.raises(UserError, match="data.bad_rows is 'ignore'; expected stop or skip"):
-        iter_conversations([path], ReadOptions(bad_rows="ignore"))
     with pytest.raises(UserError, match="nothing.json: no such file or folder"):
         iter_conversations([path, tmp_path / "nothing.json"])
     with pytest.raises(UserError, match="nothing.json: no such file or folder"):
