@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_ds.plan.deepspeed_json import Json
+from qwen_ds.recipe.deepspeed_json import Json
 
 # Latency of one step of a ring under NCCL's Simple protocol, in seconds, over NVLink and over the
 # network: the table hwLat of NCCL's own tuning model (src/graph/tuning.cc).
