@@ -97,7 +97,7 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a step may have to send, at any stage; `forward` to `small` concern ZeRO-3 only."""
+    """Tensors that a step may have to send; `forward` to `small` concern ZeRO-3 only."""
 
     forward: Tensors
     """Gathered in a forward pass."""
