@@ -235,7 +235,7 @@ class StepSampler:
         tokens_per_micro_batch: padded tokens of a micro-batch at most (a longer row runs alone).
 
     Raises:
-        UserError: no rows, or a number that is not positive.
+        UserError: no rows.
     """
 
     def __init__(
@@ -247,14 +247,6 @@ class StepSampler:
         rank: int,
         tokens_per_micro_batch: int,
     ) -> None:
-        for name, value in (
-            ("rows_per_step", rows_per_step),
-            ("tokens_per_micro_batch", tokens_per_micro_batch),
-        ):
-            if value < 1:
-                raise UserError(f"batch.{name} is {value}; expected a positive number")
-        if seed < 0:
-            raise UserError(f"seed is {seed}; expected 0 or a positive number")
         if not len(rows):
             raise UserError("there are no rows to train on; expected one at least, in data.train")
         assert 0 <= rank < world, (rank, world)

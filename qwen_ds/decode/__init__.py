@@ -1,1 +1,1 @@
-"""Decoding: sampling, stops, text and batches of any causal language model, row by row."""
+"""Decoding with any causal language model: sampling, stopping, text and batches, row by row."""

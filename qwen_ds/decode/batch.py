@@ -1,7 +1,7 @@
 """Decoding of one static batch: prompts in, completions out, each row by its own parameters.
 
-Greedy answers are those of the row alone, token for token, in fp32. In bf16 the last bit of a logit
-depends on the shape of the matrix products, so near ties may fall otherwise.
+In fp32 a row's greedy answer is the one that it gets alone, token for token. In bf16 the last bit
+of a logit depends on the shape of the matrix products, so a near tie may go the other way.
 
 Shapes: B rows, T tokens of the longest prompt, S decoding steps, V rows of the head.
 """
@@ -38,17 +38,17 @@ class CausalModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The facts of a tokenizer that decoding needs."""
+    """The properties of a tokenizer that decoding needs."""
 
     size: int
-    """Ids from here on are padding rows of the head and are never chosen."""
+    """Number of tokens; the head's rows beyond it are padding and are never chosen."""
     pad_id: int
     decode: Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodingRow:
-    """A prompt of at least one token, and how it is to be answered."""
+    """A prompt of at least one token, and how to answer it."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -88,15 +88,15 @@ def decode_batch(
     device: torch.device,
     all_done: Callable[[bool], bool] = bool,
 ) -> list[Completion]:
-    """Completions of the rows, in their order. A row that has ended computes along with the others.
+    """Completions of the rows, in their order. A row that has ended stays in the batch.
 
     Args:
-        all_done: asked after each token with whether the rows here have ended; decoding ends when
-            it says so. Ranks that must make the same number of forward passes agree in it.
+        all_done: called after each token with whether all rows here have ended; decoding ends when
+            it returns true. Ranks that must make the same number of forward passes agree in it.
 
     Raises:
-        LogitsNotFinite: after the prompts; later steps are not looked at, which would cost a
-            synchronisation each.
+        LogitsNotFinite: at the first new token; checking later ones would cost a synchronisation
+            each.
     """
     ids_BT, mask_BT = pad_left([row.prompt for row in rows], vocabulary.pad_id, device)
     params = [row.sampling for row in rows]
@@ -109,10 +109,8 @@ def decode_batch(
             input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        cache, logits_BV = (
-            outputs.past_key_values,
-            only_tokens(outputs.logits[:, -1], vocabulary.size),
-        )
+        cache = outputs.past_key_values
+        logits_BV = only_tokens(outputs.logits[:, -1], vocabulary.size)
         if step == 0 and not bool(logits_BV.max(-1).values.isfinite().all()):
             raise LogitsNotFinite
         next_B = draw(logits_BV, groups, uniform_BS[:, step])

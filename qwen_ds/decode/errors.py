@@ -20,7 +20,7 @@ class PromptTooLong(DecodingError):
 
     Args:
         tokens: length of the prompt.
-        room: the most tokens that it may have: the model's context less the new tokens.
+        room: the most tokens that it may have, which is the model's context less the new tokens.
     """
 
     def __init__(self, tokens: int, room: int) -> None:
@@ -29,7 +29,7 @@ class PromptTooLong(DecodingError):
 
 
 class LogitsNotFinite(DecodingError):
-    """Logits that are no numbers: NaN weights, or activations beyond float16."""
+    """Logits that are NaN or infinite: from such weights, or activations that overflow float16."""
 
     def __init__(self) -> None:
         super().__init__("the model's logits are not finite; expected numbers")

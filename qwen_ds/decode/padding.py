@@ -1,5 +1,4 @@
-"""Rows of different lengths as one batch: padded on the left, so that the next token of every row
-stands in the last column.
+"""Left padding of a batch, so that the next token of every row follows the last column.
 
 Shapes: B rows, T tokens of the longest.
 """
@@ -15,7 +14,7 @@ from torch import Tensor
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """ids_BT and mask_BT (1 for real tokens), both int64, on `device`."""
+    """Pad rows into ids_BT and mask_BT (1 for real tokens), both int64, on `device`."""
     longest = max(map(len, rows))
     ids_BT = torch.full((len(rows), longest), pad_id)
     mask_BT = torch.zeros_like(ids_BT)

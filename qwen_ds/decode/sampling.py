@@ -17,12 +17,12 @@ from torch import Tensor
 
 from qwen_ds.decode.errors import InvalidSampling
 
-PREFILTER = 1024  # candidates that are looked at before the whole vocabulary is sorted for top-p
+PREFILTER = 1024  # candidates that top-p tries before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token of one row is chosen. The numbers are the original project's.
+    """How the next token of one row is chosen. The defaults are the original project's.
 
     Raises:
         InvalidSampling: a number out of its range.
@@ -50,20 +50,20 @@ class SamplingParams:
                 raise InvalidSampling(name, vars(self)[name], expected)
 
     def of_row(self, row_id: int) -> SamplingParams:
-        """The parameters of one of many rows under one seed: its random numbers are its own."""
+        """The parameters of one of many rows, with a seed of its own."""
         return replace(self, seed=row_seed(self.seed, row_id))
 
 
 def row_seed(seed: int, row_id: int) -> int:
-    """63 bits that depend on both numbers: nearby rows and nearby seeds share no stream."""
+    """A seed of 63 bits, hashed so that neighbouring rows and seeds share no stream."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def uniforms(rows: Sequence[SamplingParams], device: torch.device) -> Tensor:
-    """All random numbers of a batch, uniform_BS in [0, 1), zeros behind a row's max_new_tokens.
+    """All random numbers of a batch, uniform_BS in [0, 1), zeros after a row's max_new_tokens.
 
-    They are drawn on the CPU from a generator per row, so they are the same on every device.
+    Each row has a generator of its own on the CPU, so they are the same on every device.
     """
     uniform_BS = torch.zeros(len(rows), max(row.max_new_tokens for row in rows))
     for row, uniform_S in zip(rows, uniform_BS, strict=True):
@@ -86,10 +86,10 @@ class SamplingGroup:
 def sampling_groups(
     rows: Sequence[SamplingParams], device: torch.device
 ) -> tuple[SamplingGroup, ...]:
-    """The rows that are drawn, in groups of the same top_k; greedy rows are in none.
+    """The sampled rows, grouped by top_k; greedy rows are in no group.
 
-    The groups make a row's candidates, to the last bit, those of the row alone: a softmax over
-    padded candidates may be summed in another order.
+    With one top_k for all, candidates need no padding. A softmax over padded ones may sum in
+    another order, and then a row's last bits would depend on the batch.
     """
     groups = []
     for top_k in sorted({row.top_k for row in rows if row.do_sample}):
@@ -104,15 +104,15 @@ def sampling_groups(
 def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn and their probabilities: temperature, then top-k, then top-p.
 
-    A token stays when the more probable ones together have less than top_p, so the first always
-    does. Without a top-k the sum runs over the whole vocabulary, but only the PREFILTER most
-    probable tokens are sorted, unless in some row these do not reach top_p: the result is the same.
+    A token stays if the more probable ones together have less than top_p, so the first always does.
+    Without a top-k the softmax runs over the whole vocabulary, but only the PREFILTER most probable
+    tokens are sorted, or all where these do not reach top_p in some row: the result is the same.
 
     Args:
         logits_GV: fp32, of the group's rows.
 
     Returns:
-        probs_GN (fp32, falling, 0 where dropped, not renormalised) and ids_GN (int64).
+        probs_GN (fp32, descending, 0 where dropped, not renormalised) and ids_GN (int64).
     """
     scaled_GV = logits_GV / group.temperature_G1
     vocabulary = scaled_GV.shape[1]
@@ -134,12 +134,12 @@ def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]
 
 
 def draw(logits_BV: Tensor, groups: Iterable[SamplingGroup], uniform_B: Tensor) -> Tensor:
-    """Next tokens ids_B (int64): the most probable ones, or the cumulative distribution inverted.
+    """Next tokens ids_B (int64): the most probable, or the inverse of the cumulative distribution.
 
     Args:
         logits_BV: fp32.
-        groups: of `sampling_groups`.
-        uniform_B: in [0, 1); greedy rows do not read theirs.
+        groups: from `sampling_groups`.
+        uniform_B: in [0, 1); greedy rows ignore theirs.
     """
     chosen_B = logits_BV.argmax(-1)
     for group in groups:
@@ -147,14 +147,14 @@ def draw(logits_BV: Tensor, groups: Iterable[SamplingGroup], uniform_B: Tensor) 
         cumulative_GN = probs_GN.cumsum(-1)
         uniform_G1 = uniform_B[group.index_G].unsqueeze(1).to(cumulative_GN)
         rank_G1 = (cumulative_GN <= uniform_G1 * cumulative_GN[:, -1:]).sum(-1, keepdim=True)
-        # Rounding must not lead past the last token that is kept.
+        # Rounding must not lead beyond the last token that is kept.
         last_G1 = (probs_GN > 0).sum(-1, keepdim=True) - 1
         chosen_B[group.index_G] = ids_GN.gather(1, rank_G1.minimum(last_G1)).squeeze(1)
     return chosen_B
 
 
 def only_tokens(logits_BV: Tensor, vocabulary: int) -> Tensor:
-    """fp32 logits without the head's padding rows, whose ids have no token: those become -inf."""
+    """fp32 logits in which the head's padding rows, ids without a token, are -inf."""
     masked_BV = logits_BV.to(torch.float32, copy=True)
     masked_BV[:, vocabulary:] = -torch.inf
     return masked_BV

@@ -1,4 +1,4 @@
-"""The one rule for the end of an answer: stop tokens, stop sequences, and where they cut."""
+"""The one rule for the end of an answer: stop tokens, stop sequences, and where they cut it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Ids and token sequences that end a row. The answer is what stands before the first of them.
+    """Ids and token sequences that end a row. The answer is what precedes the first of them.
 
     Raises:
         ValueError: a sequence without tokens, which would end every answer at once.

@@ -8,11 +8,11 @@ from typing import Literal
 
 
 class TextStream:
-    """Token ids in, text out; the bytes of a character that is not whole yet are held back.
+    """Token ids in, text out; the bytes of an incomplete character are held back.
 
     Args:
-        token_bytes: the bytes of an id.
-        errors: for bytes that can no longer become a character, as in bytes.decode.
+        token_bytes: gives the bytes of an id.
+        errors: as in bytes.decode, for bytes that can no longer become a character.
     """
 
     def __init__(
@@ -24,9 +24,9 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token: int) -> str:
-        """The text that is whole now and was not before; may be empty."""
+        """The text that this token completes; may be empty."""
         return self._decoder.decode(self._token_bytes(token))
 
     def finish(self) -> str:
-        """The text of the bytes still held back, as `errors` has it; the stream is then empty."""
+        """The text of the bytes still held back, as `errors` says; the stream is then empty."""
         return self._decoder.decode(b"", final=True)

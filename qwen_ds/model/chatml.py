@@ -54,25 +54,24 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-Messages = Sequence[
-    Mapping[str, object]
-]  # [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it
+# [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it.
+Messages = Sequence[Mapping[str, object]]
 
 
-def turns_of(conversation: Conversation | Messages, system: str = DEFAULT_SYSTEM) -> list[Turn]:
-    """All turns, the system turn in front; `system` stands in where the conversation has none.
+def turns_of(conversation: Conversation | Messages) -> list[Turn]:
+    """All turns, the system turn in front; DEFAULT_SYSTEM stands in where there is none.
 
     Raises:
         UserError: a message without a role of ROLES, or without a content that is a string or a
             list of {"type": "text", "text": ..} parts (which are joined without a separator).
     """
     if isinstance(conversation, Conversation):
-        given = system if conversation.system is None else conversation.system
+        given = DEFAULT_SYSTEM if conversation.system is None else conversation.system
         return [Turn("system", given), *conversation.turns]
     turns = [_turn(message, place) for place, message in enumerate(conversation)]
     if not turns:
         raise UserError("the chat is empty; expected at least one message")
-    return turns if turns[0].role == "system" else [Turn("system", system), *turns]
+    return turns if turns[0].role == "system" else [Turn("system", DEFAULT_SYSTEM), *turns]
 
 
 def _turn(message: object, place: int) -> Turn:
@@ -147,18 +146,11 @@ def render_turns(
 
 
 def encode_prompt(
-    enc: Encoding,
-    conversation: Conversation | Messages,
-    parse_specials: bool = False,
-    system: str = DEFAULT_SYSTEM,
+    enc: Encoding, conversation: Conversation | Messages, parse_specials: bool = False
 ) -> list[int]:
     """Ids of a prompt: every turn, then `<|im_start|>assistant\\n`. Texts are not stripped.
 
-    `system` stands in where the conversation has none. The ids are the official make_context's.
+    The ids are the official make_context's.
     """
-    return encode_turns(
-        enc,
-        turns_of(conversation, system),
-        add_generation_prompt=True,
-        parse_specials=parse_specials,
-    )
+    turns = turns_of(conversation)
+    return encode_turns(enc, turns, add_generation_prompt=True, parse_specials=parse_specials)

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
+from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
@@ -52,7 +50,6 @@ class Family:
     config_class: type[ModelConfig]
     model_class: type[LanguageModel]
     """With its head; `from_pretrained` loads a checkpoint folder."""
-    block_class: type[nn.Module]
     linears: tuple[Linear, ...]
     """Of a block, in the order in which they run."""
     blocks: str
@@ -68,8 +65,6 @@ class Family:
     """The tokenizer of a checkpoint folder."""
     context: Callable[[ModelConfig], int]
     """Tokens that prompt and answer may have together."""
-    extends_context: Callable[[ModelConfig], bool]
-    """Whether the model answers beyond the length that it was trained on."""
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -142,7 +137,6 @@ QWEN = Family(
     model_type=QWenConfig.model_type,
     config_class=QWenConfig,
     model_class=QWenLMHeadModel,
-    block_class=QWenBlock,
     linears=(
         Linear("attn.c_attn", "qkv", _hidden, lambda config: 3 * config.hidden_size),
         Linear("attn.c_proj", "attention_out", _hidden, _hidden),
@@ -158,6 +152,5 @@ QWEN = Family(
     stop_tokens=(END_OF_TEXT, IM_START, IM_END),
     load_encoding=load_encoding,
     context=_context,
-    extends_context=lambda config: bool(config.use_dynamic_ntk),
 )
 FAMILIES = {QWEN.model_type: QWEN}

@@ -1,7 +1,7 @@
-"""Bytes that autograd keeps from the forward pass for the backward pass, tensor by tensor.
+"""Bytes that autograd saves in the forward pass for the backward pass, tensor by tensor.
 
 Each line of the functions below is one saved tensor, in the order in which the model's code runs.
-Two uses of one storage count once; parameters do not count. Held against what
+A storage that is used twice counts once; parameters do not count. Checked against what
 torch.autograd.graph.saved_tensors_hooks sees (test_saved_tensors_are_predicted).
 
 Symbols: B rows, T tokens of a row, N = B T, D hidden, I inner width of the MLP, H heads, r LoRA
@@ -22,7 +22,7 @@ FP32 = 4
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of equal length; targets are those of all rows."""
+    """Rows padded to one length, and the target tokens of them all."""
 
     rows: int
     length: int
@@ -30,7 +30,6 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Padded tokens."""
         return self.rows * self.length
 
 
@@ -42,19 +41,18 @@ class Saving:
     full: bool
     whole_embedding: bool
     whole_head: bool
-    """Whether these two are trained whole."""
     rows: bool
-    """Whether token rows of both are trained."""
+    """Whether token rows of embedding and head are trained."""
     r: int
     targets: frozenset[str]
-    """Names below the block of the linear maps that LoRA is on; none in full training."""
+    """Linear maps with LoRA, by their names below the block; empty in full training."""
     dropout: bool
     eager: bool
     on_gpu: bool
 
     @classmethod
     def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family = QWEN) -> Saving:
-        """Take it from a recipe without any "auto" but that of activation checkpointing."""
+        """Take it from a recipe in which only activation checkpointing may still be "auto"."""
         full, lora = recipe.method == "full", recipe.lora
         assert full or lora.special_rows != "auto", (
             "plan/resolve.py decides about trainable token rows"
@@ -88,12 +86,12 @@ def blocks_bytes(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> in
     """Bytes of all blocks, the rotary tables and the last norm, for one micro-batch.
 
     Args:
-        every: each every-th block is recomputed (1: all, 0: none) and keeps its input alone.
+        every: recompute every n-th block (1: all, 0: none); such a block saves only its input.
     """
     total = 2 * batch.length * (shape.hidden // shape.heads // 2) * FP32  # cos and sin, [1, T, W/2]
-    total += batch.length**2 if every and how.eager else 0  # the mask, as an input
-    total += batch.tokens * 8 if how.embedding else 0  # ids, for the embedding's gradient
-    total += batch.tokens if how.rows else 0  # and where they are special
+    total += batch.length**2 if every and how.eager else 0  # the mask, an input of the block
+    total += batch.tokens * 8 if how.embedding else 0  # int64 ids, for the embedding's gradient
+    total += batch.tokens if how.rows else 0  # a bool each: which of them are trained rows
     for layer in range(shape.layers):
         if every and layer % every == 0:
             total += batch.tokens * shape.hidden * how.b
@@ -114,7 +112,7 @@ def block_bytes(shape: Shape, how: Saving, batch: MicroBatch, *, first: bool) ->
     flows = flows or how.trains(shape, "qkv")
     if flows:
         total += _attention(shape, how, batch)
-    # SDPA's result lies in memory as the output projection reads it, and is saved already.
+    # The output projection reads SDPA's result without a copy, and attention has saved that.
     total += _inputs(shape, how, n, ("attention_out",), flows, kept=flows and not how.eager)
     flows = flows or how.trains(shape, "attention_out")
     if flows:
@@ -127,20 +125,19 @@ def block_bytes(shape: Shape, how: Saving, batch: MicroBatch, *, first: bool) ->
 
 
 def _norm(shape: Shape, how: Saving, n: int) -> int:
-    """RMSNorm: its input (torch's CPU path keeps the fp32 copy) and 1 / rms.
-
-    With a trained weight the product's other factor comes on top.
-    """
+    """RMSNorm: its input (torch's CPU path keeps the fp32 copy) and 1 / rms in fp32; with a trained
+    weight also the normalised input, from which the weight's gradient follows."""
     total = n * shape.hidden * (how.b if how.on_gpu else FP32) + n * FP32
     return total + (n * shape.hidden * how.b if how.full else 0)
 
 
 def _attention(shape: Shape, how: Saving, batch: MicroBatch) -> int:
-    """q and k after the rotation, v, and what the kernel adds.
+    """q and k after the rotation (2 D), v, and what the kernel adds.
 
-    SDPA (Dao et al. 2022, algorithm 1): the result and one log-sum-exp a row. v is a view of the
-    fused projection's result, which stays whole. Eager: copies of q, k and v (one row needs none
-    and keeps what they are views of), the softmax in fp32 and rounded, the inverted mask.
+    v is a view of the fused projection's result, which therefore stays whole (3 D). SDPA (Dao et
+    al. 2022, algorithm 1) adds its result (D) and one log-sum-exp for each query and head. Eager
+    saves copies of q, k and v (with one row no copy is made, and what they are views of stays), the
+    softmax in fp32 and rounded, and the inverted mask.
     """
     n, d, h, b = batch.tokens, shape.hidden, shape.heads, how.b
     if not how.eager:
@@ -153,11 +150,11 @@ def _attention(shape: Shape, how: Saving, batch: MicroBatch) -> int:
 def _inputs(
     shape: Shape, how: Saving, n: int, roles: tuple[Role, ...], flows: bool, *, kept: bool
 ) -> int:
-    """Bytes that linear maps keep of the x which they all read, and of their LoRA branches.
+    """Bytes that linear maps save: the input x that they share, and their LoRA branches.
 
     Args:
         flows: whether x needs a gradient.
-        kept: x is saved anyway.
+        kept: whether another operation has saved x already.
     """
     linears = shape.of_role(*roles)
     x = n * linears[0].width_in * how.b
@@ -166,22 +163,22 @@ def _inputs(
     trained = [linear for linear in linears if linear.name in how.targets]
     total = x if trained and not how.dropout and not kept else 0
     for linear in trained:
-        if how.dropout:  # A's input is a tensor of its own, and its mask a byte each
+        if how.dropout:  # each branch has a dropped-out x of its own, and a mask, one byte a number
             total += x + (n * linear.width_in if flows else 0)
         total += n * how.r * how.b  # between A and B
-        if how.b != FP32:  # B in the activations' dtype, and A where x needs a gradient
+        if how.b != FP32:  # casts of B, and of A where x needs a gradient, to the dtype of x
             total += how.r * (linear.width_out + (linear.width_in if flows else 0)) * how.b
     return total
 
 
 def head_bytes(shape: Shape, how: Saving, batch: MicroBatch) -> int:
-    """Bytes of the loss head: the gradient of the gathered hidden states, made on the way forward,
-    and a byte a token for which of them are targets; with a trained head its gradient in fp32."""
+    """Bytes of the loss head: the gradient of the gathered hidden states, computed in the forward
+    pass, and a mask of the targets, a byte a token; for a trained head its fp32 gradient."""
     states = batch.targets * shape.hidden * how.b
     head = shape.head * FP32 if how.whole_head else 0
     return states + batch.rows * (batch.length - 1) + head
 
 
 def recomputed_blocks(layers: int, every: int) -> int:
-    """How many blocks run forward twice."""
+    """Number of blocks whose forward pass runs twice."""
     return -(-layers // every) if every else 0

@@ -11,7 +11,7 @@ from qwen_ds.plan.run import Run
 from qwen_ds.plan.seconds import Cluster, Seconds, Work, step_seconds
 from qwen_ds.plan.step import Workload, split
 
-BUDGETS = (1024, 2048, 4096, 8192, 16384)
+BUDGETS = (1024, 2048, 4096, 8192, 16384)  # tokens_per_micro_batch, beside the recipe's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def candidates(
         for budget in sorted({*BUDGETS, run.recipe.batch.tokens_per_micro_batch}):
             batch = replace(run.recipe.batch, tokens_per_micro_batch=budget)
             parts = split(workload, run.machine.ranks, batch)
-            if parts == last:  # as with the smaller budget
+            if parts == last:  # the rows are too few or too short for the budget to matter
                 continue
             last = parts
 
@@ -60,7 +60,7 @@ def candidates(
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
-    """The fastest that fits; of equals (to a hundredth) the one with the smallest memory."""
+    """The fastest that fits; of those within 1 % of it, the one that needs the least memory."""
     fitting = [candidate for candidate in found if candidate.fit.fits]
     if not fitting:
         return None

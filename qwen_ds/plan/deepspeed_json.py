@@ -1,4 +1,4 @@
-"""DeepSpeed JSON and recipe made one: every "auto" resolved, every contradiction named.
+"""The DeepSpeed JSON merged with the recipe: every "auto" resolved, every contradiction named.
 
 DeepSpeed itself knows no "auto": it drops such keys. So each is settled here, before it sees the
 JSON. Pure functions without a deepspeed import.
@@ -16,7 +16,7 @@ from qwen_ds.recipe.options import Recipe
 
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-# Those of their parameters that our schedules have one value for.
+# Parameters of theirs that our schedules fix: the JSON may only repeat the value.
 _FIXED_PARAMS = {
     "warmup_min_lr": 0,
     "warmup_min_ratio": 0,
@@ -30,7 +30,7 @@ _ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction"}
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """The JSON for `deepspeed.initialize`, and the recipe with what the JSON filled in."""
+    """The JSON for `deepspeed.initialize`, and the recipe completed from it."""
 
     engine_json: Json
     recipe: Recipe
@@ -38,20 +38,15 @@ class ResolvedConfig:
     offload_optimizer: bool
 
     def stored_json(self) -> Json:
-        """The JSON that resolves to this one again.
-
-        It has the rows of an optimizer step in place of the engine's own 1 / 1 / world.
-        """
+        """The JSON that resolves to this one again: with the rows of an optimizer step in place of
+        the batch sizes that the engine is told."""
         engine_only = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         stored = {k: v for k, v in self.engine_json.items() if k not in engine_only}
         return stored | {"train_batch_size": self.recipe.batch.rows_per_step}
 
 
 class _Merger:
-    """A recipe on its way through the JSON: the JSON fills what the user left unset.
-
-    `origin` names the file in messages.
-    """
+    """A recipe while it is merged with the JSON, which fills what the user left unset."""
 
     def __init__(self, recipe: Recipe, set_keys: frozenset[str]) -> None:
         self.recipe, self.set_keys = recipe, set_keys
@@ -61,7 +56,7 @@ class _Merger:
         return UserError(f"{self.origin}: {key} is {came!r}; expected {expected}")
 
     def agree(self, json_key: str, value: Any, recipe_key: str) -> None:
-        """Take the JSON's value into the recipe, unless the user's own says otherwise."""
+        """Take the JSON's value into the recipe; UserError if the user set another one there."""
         if value is None or value == "auto":
             return
         section, _, name = recipe_key.partition(".")
@@ -104,11 +99,11 @@ def resolve(
             written).
         world: number of ranks.
         ranks_per_machine: hpZ's "auto" partition size; None means that all ranks share a machine.
-        can_quantise: DeepSpeed's CUDA quantiser is there, or can be compiled here.
+        can_quantise: whether DeepSpeed's CUDA quantiser is built, or can be compiled here.
 
     Raises:
         UserError: a contradiction, an optimizer or scheduler that we don't have, quantised weights
-            where there is no quantiser; names the key.
+            without a quantiser; names the key.
     """
     config = copy.deepcopy(config)
     merger = _Merger(recipe, set_keys)
@@ -129,11 +124,12 @@ def resolve(
             raise merger.refuse(key, "nvme", "'cpu' or 'none': no checkpoint could be made of it")
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
-        # torch's AdamW serves where DeepSpeed's compiled CPU optimizer is not to be had.
+        # Else DeepSpeed refuses torch's AdamW beside offloading, and accepts only its own, which
+        # has to be compiled.
         config["zero_force_ds_cpu_optimizer"] = False
     config |= {
-        # Micro-batches differ in rows and in number per step, so DeepSpeed's own bookkeeping is
-        # switched to one, and the loop says itself where an optimizer step ends.
+        # Steps differ in their number of micro-batches, and these in rows. So DeepSpeed is told 1
+        # and 1, and the loop itself says where an optimizer step ends.
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -195,7 +191,7 @@ def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
-    """Explicit numbers say how many rows a step has, or must agree with the recipe about it."""
+    """Take the rows of a step from explicit batch sizes, or check that they agree with them."""
 
     def number(key: str) -> int | None:
         value = config.get(key)
@@ -282,10 +278,10 @@ def _resolve_zeropp(
     zero: Json, merger: _Merger, world: int, ranks_per_machine: int, can_quantise: bool
 ) -> None:
     """Resolve ZeRO++ (Wang et al. 2023): hpZ's second copy of the weights within each machine, and
-    weights that travel as int8.
+    weights sent as int8.
 
     "auto" quantises full training only. A gather joins many weights before they are cut into int8
-    groups, and an adapter's small values would share a scale with the base's large ones: in six
+    groups, so an adapter's small values would share a scale with the base's large ones: after six
     steps on the small test model, with a torch stand-in for the CUDA kernels, the adapter was off
     by 16 %, full training by 0.5 %.
     """
@@ -307,8 +303,8 @@ def _resolve_zeropp(
 
 
 def _drop_auto(config: Json) -> None:
-    """Remove what is still "auto": it has no counterpart in the recipe, so DeepSpeed's default
-    holds, and the stored file says no "auto"."""
+    """Remove every key that is still "auto": the recipe has no counterpart, so DeepSpeed's default
+    applies."""
     for key, value in list(config.items()):
         if value == "auto":
             del config[key]

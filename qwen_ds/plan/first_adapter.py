@@ -1,5 +1,4 @@
-"""The adapter of lora.init_from, held against what the recipe trains, before any weight is
-loaded."""
+"""The adapter of lora.init_from, checked against the recipe before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +12,8 @@ from qwen_ds.recipe.options import LoraOptions
 
 
 def read_first_adapter(options: LoraOptions) -> Adapter:
-    """Read the adapter of lora.init_from, without its tensors.
-
-    Ours, the official finetune.py's and LLaMA-Factory's (stock PEFT folders), and the original
-    project's `pytorch_model.bin` are read.
+    """Read the adapter of lora.init_from, without its tensors: a stock PEFT folder, or the original
+    project's `pytorch_model.bin`.
 
     Raises:
         UserError: no adapter there.
@@ -26,7 +23,7 @@ def read_first_adapter(options: LoraOptions) -> Adapter:
 
 
 def trained_keys(options: LoraOptions, base: Base) -> set[str]:
-    """Keys, in PEFT's spelling, of everything that a recipe without any auto trains."""
+    """PEFT's keys of everything that a recipe without any "auto" trains."""
     family = base.family
     parts = ["lora_A.weight", "lora_B.weight"]
     parts += ["lora_magnitude_vector"] if options.variant == "dora" else []

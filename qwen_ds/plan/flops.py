@@ -1,20 +1,19 @@
-"""Floating point operations of an optimizer step: what the model needs, and the share of the
-hardware that this is.
+"""Floating point operations that the model needs for an optimizer step, and the share of the
+hardware's peak that they make (MFU).
 
-Counted are matrix products, a multiplication with its addition as two operations, as the model
-needs them: real tokens without padding, nothing recomputed, attention only below the diagonal. A
-product with N weights costs 2N a token forward, 2N for the gradient of its input and 2N for the
-gradient of the weights (Kaplan et al. 2020, appendix B; Chowdhery et al. 2022, appendix B). Hence
+Only matrix products count, a multiply-add as two operations: of real tokens without padding,
+without recomputation, and with attention below the diagonal only. A product with N weights costs 2N
+a token forward, 2N for the gradient of its input and 2N for the gradient of its weights (Kaplan et
+al. 2020, appendix B; Chowdhery et al. 2022, appendix B). Hence
 
     full training   6 N a token,
-    LoRA            4 N a token: frozen weights have no gradient of their own; the adapter's own
-        products (well under
-                    1 % of a 7B's) are not counted,
+    LoRA            4 N a token, since frozen weights get no gradient; the adapter's own products,
+                    well under 1 % of a 7B's, are left out,
 
-with N_blocks for every real token and N_head only for the learnt ones, where alone logits exist.
-Attention costs 4 D T^2 / 2 for a row of T tokens and a block forward (scores, and their product
-with the values, halved by causality),
-and twice that backward, however much is trained: 6 D T^2 L.
+where N is the weights of the blocks for every real token, and the head's only for target tokens,
+since no others get logits. For a row of T tokens attention costs 4 D T^2 / 2 in each block forward
+(scores, and their product with the values, halved by causality), and twice that backward, however
+much is trained: 6 D T^2 L in all.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def step_flops(
 
     Args:
         tokens: real tokens.
-        targets: learnt tokens.
-        squared_tokens: the sum over the rows of their squared lengths.
+        targets: target tokens.
+        squared_tokens: sum of the rows' squared lengths.
     """
     a_weight = 4 if method == "lora" else 6
     products = a_weight * (shape.block_matrices * tokens + shape.head * targets)
@@ -46,11 +45,11 @@ def step_flops(
 
 
 def attention_flops(shape: Shape, squared_tokens: float) -> float:
-    """Forward and backward attention of rows whose squared lengths add up to this: 6 D T^2 L."""
+    """Operations of attention, forward and backward: 6 D T^2 L, T^2 summed over the rows."""
     return 6.0 * shape.hidden * shape.layers * squared_tokens
 
 
 def utilisation(flops: float, seconds: float, ranks: int, gpu: Gpu) -> float:
-    """Model FLOP utilisation (Chowdhery et al. 2022), 0 to 1: needed operations over those that the
-    GPUs could do."""
+    """Model FLOP utilisation (Chowdhery et al. 2022), 0 to 1: operations needed over operations
+    that the GPUs could have done."""
     return flops / (seconds * ranks * gpu.flops)

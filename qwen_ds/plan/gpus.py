@@ -10,23 +10,22 @@ class Gpu:
     """One model of GPU."""
 
     key: str
-    """As the command line names it."""
+    """Its name on the command line."""
     marks: tuple[str, ...]
-    """Words that are all in the name by which CUDA calls it, in small letters."""
+    """Lower-case words that all occur in CUDA's name for it."""
     flops: float
-    """Peak of bf16 matrix products with fp32 sums, dense, operations a second (V100 and T4:
-    fp16)."""
+    """Dense peak in bf16 with fp32 accumulation, operations a second (V100 and T4: fp16)."""
     memory_gb: float
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Memory bandwidth, bytes a second."""
     link: float
-    """To the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI Express where
-    there is none."""
+    """Bandwidth to the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI
+    Express where there is none."""
 
 
 _PCIE_4, _PCIE_5 = 32e9, 64e9
-# NVIDIA's data sheets; figures "with sparsity" halved. Of names that contain each other the longer
-# comes first.
+# From NVIDIA's data sheets, figures "with sparsity" halved. The first match wins: of GPUs with a
+# common mark the one with more marks comes first.
 GPUS = (
     Gpu("b200", ("b200",), 2250e12, 180, 8.0e12, 900e9),
     Gpu("h200", ("h200",), 989e12, 141, 4.8e12, 450e9),
@@ -56,12 +55,12 @@ GPUS = (
 
 
 def gpu_named(key: str) -> Gpu | None:
-    """The GPU of that key, or None."""
+    """The GPU with this key, or None."""
     return next((gpu for gpu in GPUS if gpu.key == key), None)
 
 
 def recognise(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so ("NVIDIA A100-SXM4-80GB"), or None for one that is not listed."""
+    """The GPU with this CUDA name ("NVIDIA A100-SXM4-80GB"), or None if it is not listed."""
     words = device_name.lower().replace("-", " ")
     for gpu in GPUS:
         if all(f" {mark} " in f" {words} " for mark in gpu.marks):

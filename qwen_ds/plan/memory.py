@@ -1,8 +1,7 @@
 """Peak memory of one rank by part: arithmetic over the model's shape, the recipe and the JSON.
 
-Nothing here is fitted to a measurement. Held against the official table of Qwen-7B
-(test_official_memory_is_predicted) and against the tensors that autograd saves
-(plan/activations.py).
+Nothing here is fitted to a measurement. Checked against the official table of Qwen-7B
+(test_official_memory_is_predicted) and the tensors that autograd saves (plan/activations.py).
 
 Symbols: N tokens of a micro-batch, D hidden, I inner width of the MLP, V vocabulary, b bytes of a
 number.
@@ -17,14 +16,14 @@ from qwen_ds.plan.activations import FP32, MicroBatch, Saving
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
 
-# The CUDA context with the kernels in use: since CUDA 11.7 loads kernels lazily 0.3 GB for the bare
-# context (PyTorch issue 107667), and about 0.5 GB once cuBLAS and attention kernels are in.
+# The CUDA context with the kernels in use. Since CUDA 11.7, which loads kernels lazily, a bare
+# context takes 0.3 GB (PyTorch issue 107667); with cuBLAS and attention kernels about 0.5 GB.
 CUDA_CONTEXT = 0.5e9
 # 32 channels with two neighbours each, NCCL_BUFFSIZE = 4 MiB (NCCL's documented defaults).
 NCCL_BUFFERS = 32 * 2 * 4 * 2**20
 MOMENTS = 2  # of AdamW
-# What torch's foreach AdamW makes beside them, in copies of the trained parameters: the root of the
-# second moment; torch 2.0 also kept that plus epsilon.
+# Temporaries of torch's foreach AdamW, in copies of the trained parameters: the root of the second
+# moment; torch 2.0 also kept that root plus epsilon.
 TEMPORARIES, TEMPORARIES_TORCH_2_0 = 1, 2
 # fp32 logits of one chunk of the loss head: 441 tokens of the 151,936-row vocabulary.
 CHUNK_BYTES = 256 * 2**20
@@ -36,11 +35,12 @@ class Memory:
 
     weights: float
     adapter_and_optimizer: float
-    """Trained parameters of LoRA, masters, AdamW's moments; at the optimizer's own peak its
-    temporaries."""
+    """LoRA's parameters, fp32 masters and AdamW's moments; also AdamW's temporaries, where its step
+    is the peak."""
     gradients: float
     activations: float
-    """What the backward pass needs, with the block that is being recomputed and its temporaries."""
+    """Saved tensors; where backward is the peak, also those of the block being recomputed, and its
+    temporaries."""
     loss_head: float
     zero_buffers: float
     context: float
@@ -51,13 +51,12 @@ class Memory:
 
 
 def chunk_tokens(vocab_rows: int) -> int:
-    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16; train/loss.py makes no more at
-    once."""
+    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16: what train/loss.py takes at once."""
     return max(16, CHUNK_BYTES // (4 * vocab_rows))
 
 
 def trained_parameters(shape: Shape, how: Saving) -> int:
-    """Number of the parameters that a recipe trains."""
+    """Number of parameters that a recipe trains."""
     if how.full:
         return shape.parameters
     rows = 2 * len(shape.family.stop_tokens) * shape.hidden if how.rows else 0  # of both matrices
@@ -65,7 +64,7 @@ def trained_parameters(shape: Shape, how: Saving) -> int:
 
 
 def _whole_parameters(shape: Shape, how: Saving) -> int:
-    """Numbers of embedding and head, as far as LoRA trains them whole."""
+    """Parameters of embedding and head that LoRA trains whole."""
     return 0 if how.full else shape.head * (how.whole_embedding + how.whole_head)
 
 
@@ -74,11 +73,11 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
 
     Args:
         batch: the largest micro-batch.
-        every: each every-th block is recomputed; 1: all, 0: none.
+        every: recompute every n-th block; 1: all, 0: none.
     """
     trained = trained_parameters(shape, how)
-    # Trained parameters of LoRA are fp32 (fp16 under DeepSpeed's fp16 section: counted as fp32,
-    # too); those of full training are the weights, in their dtype.
+    # LoRA's parameters are fp32 (under DeepSpeed's fp16 section they are fp16, and still counted as
+    # fp32). In full training they are the weights themselves, in the weights' dtype.
     frozen_or_full = shape.parameters - _whole_parameters(shape, how)
     weights = 0.0 if zero.offload_parameters else how.b * frozen_or_full * zero.share(3)
     optimizer = 0.0 if how.full else FP32 * trained * zero.share(3)
@@ -121,9 +120,9 @@ def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:
-    """Backward through one block: what it saved when it was recomputed, and the larger of the MLP's
-    gradients (w1, w2 and their product, with two of the residual stream) and the rotation of q and
-    k in fp32 (three tensors of 2 D)."""
+    """Working set of the backward pass through one block: what its recomputation saves, and the
+    larger of the MLP's gradients (w1, w2 and their product, with two of the residual stream) and
+    the rotation of q and k in fp32 (three tensors of 2 D)."""
     n = batch.tokens
     again = activations.block_bytes(shape, how, batch, first=False) if every else 0
     return again + n * max(
@@ -132,15 +131,15 @@ def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int)
 
 
 def _gradients(trained: int, zero: Zero) -> float:
-    """fp32, accumulated over the micro-batches: whole without ZeRO-2, and under ZeRO-1 a rank's
-    averaged share, too."""
+    """fp32 gradients, accumulated over the micro-batches: whole below ZeRO-2; under ZeRO-1 a rank
+    also holds its averaged share."""
     return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
 
 
 def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
-    """Gradient buckets (DeepSpeed holds two of the full size where it overlaps; untouched pages of
-    a CPU's cost nothing), and what ZeRO-3 has gathered, bounded by stage3_max_live_parameters;
-    hpZ's second copy."""
+    """Gradient buckets (two of the full size where DeepSpeed overlaps communication; on a CPU the
+    untouched pages of a bucket cost nothing), the parameters that ZeRO-3 has gathered, bounded by
+    stage3_max_live_parameters, and hpZ's second copy."""
     if zero.stage == 0:
         return 0.0
     bucket = zero.reduce_bucket if how.on_gpu else min(zero.reduce_bucket, trained)
@@ -155,18 +154,17 @@ def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
 
 
 def official_memory(shape: Shape, length: int, *, embedding: bool, r: int = 64) -> float:
-    """Peak of the official finetune.py on one GPU without DeepSpeed: one row, padded to `length`;
-    bytes.
+    """Peak in bytes of the official finetune.py on one GPU without DeepSpeed: one row, padded to
+    `length`.
 
-    What its code and the libraries of its time hold (torch 2.0, peft 0.5, autocast in bf16, AdamW,
-    gradient checkpointing): the base in bf16; adapters, their gradients and moments in fp32 (peft
-    0.5 makes them in torch's default dtype); for a base model (`embedding`) copies of wte and
-    lm_head with gradients and moments in bf16. Then the larger of two moments. At the loss: the
-    inputs of all blocks; the logits of every token in bf16, their shifted copy, the fp32 copy that
-    autocast makes for log_softmax, and its result (in the backward pass as much: the result and two
-    gradients in fp32). In AdamW's step: two results of foreach kernels, the size of all trained
-    parameters. A
-    recomputed block is smaller than the logits: 12 V bytes a token.
+    This is what its code holds with the libraries of its time (torch 2.0, peft 0.5, autocast in
+    bf16, AdamW, gradient checkpointing). Always: the base in bf16; adapters, their gradients and
+    moments in fp32 (peft 0.5 makes them in torch's default dtype); for a base model (`embedding`)
+    copies of wte and lm_head, with gradients and moments, in bf16. On top comes the larger of two
+    peaks. At the loss: the inputs of all blocks; the logits of every token in bf16, their shifted
+    copy, the fp32 copy that autocast makes for log_softmax, and its result (backward takes as much:
+    the result and two gradients in fp32). In AdamW's step: two foreach temporaries as large as all
+    trained parameters. A recomputed block is smaller than the logits, 12 V bytes a token.
     """
     adapter = 4.0 * shape.lora_parameters(r, shape.family.target_names)
     copies = 2.0 * 2 * shape.head if embedding else 0.0

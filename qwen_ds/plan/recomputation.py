@@ -11,7 +11,7 @@ from qwen_ds.plan.memory import Memory, peak_memory
 from qwen_ds.plan.run import Note, Run
 from qwen_ds.plan.step import largest_micro_batch
 
-# What stays free: the allocator's fragments, and what a library allocates that no formula knows.
+# Share that stays free, for fragmentation and for what libraries allocate unknown to the formulas.
 MARGIN = 0.08
 
 
@@ -20,13 +20,14 @@ class Fit:
     """A choice of recomputation and the memory that it takes."""
 
     every: int
-    """Each every-th block is recomputed; 1: all, 0: none."""
+    """Recompute every n-th block; 1: all, 0: none."""
     memory: Memory
     fits: bool
 
 
 def recomputations(layers: int) -> list[int]:
-    """Every choice from no recomputation to all: 0, then the fewest blocks first, at last 1."""
+    """Every choice, from no recomputation (0) over ever more blocks to all (1)."""
+    # Different n can recompute equally many blocks (16 to 31: two of 32); the smallest is kept.
     by_count = {recomputed_blocks(layers, every): every for every in range(layers, 0, -1)}
     return [0, *(by_count[count] for count in sorted(by_count))]
 
@@ -38,7 +39,7 @@ def least_recomputation(layers: int, fit: Callable[[int], Fit]) -> Fit:
 
 
 def fit_of(run: Run, batch: MicroBatch, every: int) -> Fit:
-    """The memory of a run whose largest micro-batch is `batch`, with this recomputation."""
+    """The memory of a run whose largest micro-batch is `batch`, and whether it fits."""
     shape, zero = run.shape, run.zero
     how = Saving.of(run.recipe, on_gpu=run.machine.on_gpu, family=run.base.family)
     memory = peak_memory(shape, how, zero, batch, every)
@@ -51,15 +52,15 @@ def in_recipe(every: int) -> Literal["none", "all"] | int:
 
 
 def from_recipe(choice: str | int) -> int:
-    """The choice that model.activation_checkpointing spells; it must not be auto."""
+    """The inverse of `in_recipe`; the choice must not be "auto"."""
     return {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
 
 
 def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
     """The run with `auto` activation checkpointing replaced by the least that fits.
 
-    The largest micro-batch that any step may have must fit, with a share MARGIN to spare. All ranks
-    decide alike: under ZeRO-3 they gather in step, so they must recompute alike.
+    The largest micro-batch of any step must fit, with MARGIN to spare. All ranks decide alike:
+    under ZeRO-3 they gather in lock-step, so they must recompute alike.
 
     Args:
         longest: tokens of the longest row.

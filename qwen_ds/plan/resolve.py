@@ -1,8 +1,8 @@
 """From what was asked to what will run: every option checked, every "auto" replaced, with reasons.
 
-`check` needs nothing but the files that options name and takes well under a second, so a typo is
-refused before DeepSpeed is imported, a row is read or a weight is loaded. `resolve` needs the
-machine, too.
+`check` needs only the files that options name and takes well under a second, so a typo is refused
+before DeepSpeed is imported, a row is read or a weight is loaded. `resolve` also needs the machine
+and the base model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.recipe.loading import LoadedRecipe, check_values
 from qwen_ds.recipe.options import Recipe
 
-# A step of the 7B takes minutes on a CPU. Whoever wants that says so.
+# More parameters than this run on a CPU only if asked for: there a step of the 7B takes minutes.
 CPU_PARAMETERS = 1_000_000_000
 
 
@@ -30,7 +30,7 @@ def check(asked: LoadedRecipe, rows: bool = True) -> None:
     """Check every option that can be checked without the machine and the base model.
 
     Args:
-        rows: whether data will be read; the planner is told how long the rows are.
+        rows: whether data will be read; the planner only needs the lengths that it is told.
 
     Raises:
         UserError: the first mistake, named by its option.
@@ -48,7 +48,7 @@ def check(asked: LoadedRecipe, rows: bool = True) -> None:
 
 
 def _check_lora(recipe: Recipe) -> None:
-    """The names that the adapter's options hold, in any family; and the adapter to begin with."""
+    """Check the module names in lora.*, of any family, and that the first adapter can be read."""
     if recipe.method != "lora":
         return
     options = recipe.lora
@@ -76,8 +76,7 @@ def _check_lora(recipe: Recipe) -> None:
 
 
 def _check_allowed_changes(recipe: Recipe) -> None:
-    """resume.allow_changes names keys or sections of a recipe; a misspelt one would allow
-    nothing."""
+    """Check the names in resume.allow_changes: a misspelt one would allow nothing."""
     sections = dataclasses.asdict(recipe)
     known = {
         *sections,
@@ -133,7 +132,7 @@ def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 
 def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
-    """A real model on a CPU must be what the user wants."""
+    """Refuse a large model on a CPU that the user did not ask for."""
     total = Shape.of(base.config, base.family).parameters
     if not machine.on_gpu and recipe.device == "auto" and total > CPU_PARAMETERS:
         raise UserError(
@@ -143,9 +142,9 @@ def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
 
 
 def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
-    """Take the faster of the dtypes that hold a bf16 base exactly.
+    """Take the faster of bf16 and fp32; both hold a bf16 base exactly.
 
-    Only LoRA may have its base in fp32: in full training the dtype is that of the result.
+    Only LoRA may have its base in fp32: in full training this is also the dtype of the result.
     """
     if recipe.method == "lora" and not machine.on_gpu and not machine.fast_bf16:
         notes.append(
@@ -156,8 +155,8 @@ def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe
 
 
 def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
-    """Take the faster kernel: plain bf16 products beat SDPA on CPUs, whose backward pass is slow in
-    bf16; in fp32 SDPA is the faster one."""
+    """Take the faster kernel: on CPUs SDPA's backward pass is slow in bf16, so that plain products
+    beat it; in fp32 SDPA is faster."""
     if recipe.model.attention != "auto":
         return recipe
     if not machine.on_gpu and recipe.model.dtype == "bfloat16":
@@ -168,7 +167,7 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 
 
 def _choose_special_rows(recipe: Recipe, base: Base, notes: list[Note]) -> Recipe:
-    """Replace auto by on for LoRA on a base model: one whose folder does not say "chatml".
+    """Replace "auto": on for LoRA on a base model, which is one whose folder does not say "chatml".
 
     Pre-training never showed such a model the rows of <|im_start|> and <|im_end|>. Where
     lora.modules_to_save trains whole matrices, they are trained already.

@@ -22,7 +22,7 @@ from qwen_ds.recipe.options import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A choice that was made for the user: one line of the start screen."""
+    """A choice made for the user: one line of the start screen."""
 
     option: str
     choice: object
@@ -34,16 +34,16 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The ranks and what each of them has to give; equal on every rank."""
+    """The ranks and what each of them can use; equal on every rank."""
 
     ranks: int
     ranks_per_machine: int
     """Greatest common divisor over the machines."""
     on_gpu: bool
     memory: float
-    """Bytes that a rank may fill; of the rank with the least."""
+    """Bytes that a rank may fill: those of the rank with the least."""
     memory_source: str
-    """Where that number comes from, as it stands behind "GB"."""
+    """Where that number comes from: the words that follow "GB" in messages."""
     fast_bf16: bool = True
     """Whether bf16 products are faster than fp32 ones on every rank."""
     can_quantise: bool = False
@@ -52,19 +52,19 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base model, as far as decisions need it: everything but its weights."""
+    """The base model without its weights, which no decision needs."""
 
     family: Family
     config: QWenConfig
     generation: Mapping[str, Any]
-    """generation_config.json; empty without one."""
+    """generation_config.json; empty if there is none."""
     folder: Path | None = None
     """None: only the configuration is known."""
     encoding: Encoding | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Base:
-        """Read a checkpoint folder that `find_model` has checked: config.json and vocabulary once.
+        """Read a checkpoint folder that `find_model` has checked.
 
         Raises:
             UserError: generation_config.json is no JSON object, or config.json describes a model
@@ -83,12 +83,12 @@ class Base:
 
     @classmethod
     def qwen_7b(cls) -> Base:
-        """Qwen-7B without its files: a base model, whose chat format is "raw"."""
+        """Qwen-7B, the base model, without its files."""
         return cls(QWEN, QWenConfig(), {"chat_format": "raw"})
 
     @property
     def chat_format(self) -> str | None:
-        """The one that generation_config.json names; None if it names none."""
+        """Chat format in generation_config.json; None if it names none."""
         found = self.generation.get("chat_format")
         return None if found is None else str(found)
 
@@ -97,9 +97,9 @@ class Base:
 class Run:
     """A recipe as it will run, with all that was decided for it.
 
-    Training, planner and start screen take the same one. Only activation checkpointing may still
-    be "auto": it depends on the length of the rows, so plan/recomputation.py decides it once they
-    are known.
+    Training, planner and start screen share this one. Only activation checkpointing may still be
+    "auto": it depends on the lengths of the rows, so plan/recomputation.py decides it once they are
+    known.
     """
 
     recipe: Recipe
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen base and the activations."""
+        """Dtype of the frozen base and the activations."""
         return TORCH_DTYPES[self.recipe.model.dtype]
 
     @property
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def base_folder(self) -> Path:
-        """The checkpoint folder of the base. A run that only the planner looks at may have none."""
+        """The checkpoint folder of the base; a run that is only planned may have none."""
         assert self.base.folder is not None, "a run that trains has read its base from a folder"
         return self.base.folder
 
@@ -140,17 +140,15 @@ class Run:
 
     @property
     def shape(self) -> Shape:
-        """Sizes of the model."""
         return Shape.of(self.base.config, self.base.family)
 
     @property
     def zero(self) -> Zero:
-        """The decisions of the DeepSpeed JSON about memory and traffic."""
         return Zero.of(self.deepspeed.engine_json, self.machine.ranks)
 
     @property
     def special_ids(self) -> list[int]:
-        """Ids of the trainable token rows; empty where none are trained."""
+        """Ids of the trainable token rows; empty if there are none."""
         if self.recipe.method != "lora" or self.recipe.lora.special_rows != "on":
             return []
         return list(self.base.family.stop_ids(self.encoding))

@@ -1,8 +1,5 @@
-"""Time of an optimizer step on the busiest rank.
-
-It is the sum of matrix products, attention, passes over memory, the optimizer, and what of the
-communication does not hide behind them.
-"""
+"""Time of an optimizer step on the busiest rank: the sum of matrix products, attention, passes over
+memory, the optimizer, waiting for the CPU, and communication that does not overlap with them."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Split
 from qwen_ds.plan.traffic import Links, Load, Tensors, Zero, traffic
 
-# Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (an H200 gives about 790 of
-# its 989 TFLOP/s), and FlashAttention 2 forward and backward together (Dao 2023, section 4: 50 to
-# 73 % on an A100).
+# Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (about 790 of an H200's 989
+# TFLOP/s), and FlashAttention 2, forward and backward together (Dao 2023, section 4: 50 to 73 % on
+# an A100).
 PRODUCTS_SHARE, ATTENTION_SHARE = 0.8, 0.5
-# A saved number is written and read once forward and, with its gradient, once each backward.
+# A saved number is written and read forward; backward, it and its gradient take one pass each.
 PASSES = 4
-# PyTorch dispatches an operation in some 7 microseconds of one CPU core. A block runs about 25
-# forward, and 7 more for each LoRA branch; its backward pass twice as many. A GPU that is done
+# PyTorch takes some 7 microseconds of one CPU core to dispatch an operation. A block has about 25
+# operations forward, plus 7 for each LoRA branch, and twice as many backward. A GPU that is done
 # sooner waits for the CPU.
 DISPATCH, BLOCK_OPERATIONS, BRANCH_OPERATIONS = 7e-6, 25, 7
 
@@ -51,7 +48,6 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Seconds of the whole step."""
         return float(sum(astuple(self)))
 
 
@@ -67,12 +63,13 @@ class Work:
 def step_seconds(
     work: Work, cluster: Cluster, split: Split, target_share: float, every: int
 ) -> Seconds:
-    """Time of one optimizer step on the busiest rank; every: see `peak_memory`."""
+    """Predict the time of one optimizer step on the busiest rank; every: see `peak_memory`."""
     shape, how, zero, gpu = work.shape, work.how, work.zero, cluster.gpu
     trained = trained_parameters(shape, how)
     adapter = 0 if how.full else trained
     again = activations.recomputed_blocks(shape.layers, every) / shape.layers
-    # 2 N operations a token forward, 2 N for the input's gradient, 2 N for the weights' (flops.py).
+    # 2 N operations a token forward, 2 N for the input's gradient, 2 N for the weights' (flops.py);
+    # a recomputed block runs forward once more: 2 N, or a third of attention.
     a_weight = 6 if how.full else 4
     per_token = (a_weight + 2 * again) * shape.block_matrices + (6 + 2 * again) * adapter
     targets = split.padded_tokens * target_share
@@ -99,18 +96,18 @@ def _waiting(work: Work, links: Links, micro_batches: int, busy: float) -> float
     sent = traffic(zero, load(work.shape, work.how, zero, micro_batches))
     last = sum(links.seconds(c) for c in sent if c.name == "gather updated parameters")
     beside = sum(links.seconds(c) for c in sent) - last
-    # ZeRO-0 and 1 average once a step: beside the last micro-batch alone.
+    # ZeRO-0 and 1 average once a step, so only the last micro-batch can hide it.
     while_busy = busy / (1 if zero.stage > 1 else micro_batches)
     hidden = min(beside, while_busy) if zero.overlap else 0.0
     return last + beside - hidden
 
 
 def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
-    """Bytes that ZeRO must send; ZeRO-3's small tensors lie on every rank.
+    """Bytes that ZeRO must send. ZeRO-3 does not shard small tensors: every rank has them.
 
-    The backward pass gathers neither the head, which is still there, nor what no gradient flows
-    through: an embedding that is not trained whole, and the first block's q, k and v where nothing
-    of the embedding is trained.
+    The backward pass gathers neither the head, which is still there, nor weights that no gradient
+    flows through: an embedding that is not trained whole, and the first block's q, k and v unless
+    some of the embedding is trained.
     """
     qkv = float(how.b * sum(linear.size for linear in shape.of_role("qkv")))
     embedding, head = (

@@ -1,4 +1,4 @@
-"""The sizes of a model that decide its memory and its time, and where its parameters lie.
+"""The sizes of a model that decide its memory and time, and the shapes of its parameters.
 
 Symbols: D hidden, I width of the MLP's inner matrices, V vocabulary rows, L blocks, r LoRA rank.
 """
@@ -14,7 +14,7 @@ from qwen_ds.model.family import QWEN, Family, Role
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """A linear map of a block: its name below the block, what it does there, and its widths."""
+    """A linear map of a block: its name below the block, its role there, and its widths."""
 
     name: str
     role: Role
@@ -23,13 +23,12 @@ class LinearShape:
 
     @property
     def size(self) -> int:
-        """Numbers of its matrix."""
         return self.width_in * self.width_out
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a model."""
+    """The sizes of a model."""
 
     family: Family
     vocab: int
@@ -37,13 +36,12 @@ class Shape:
     layers: int
     heads: int
     linears: tuple[LinearShape, ...]
-    """Of a block, in running order."""
+    """Those of one block, in running order."""
     context: int
-    """Tokens of the longest row that is trained: the config's seq_length."""
+    """Tokens of the longest row that can be trained: the config's seq_length."""
 
     @classmethod
     def of(cls, config: QWenConfig, family: Family = QWEN) -> Shape:
-        """The sizes that config.json gives."""
         assert config.seq_length is not None
         return cls(
             family,
@@ -59,7 +57,7 @@ class Shape:
         )
 
     def of_role(self, *roles: Role) -> tuple[LinearShape, ...]:
-        """The linear maps of a block that do one of these things."""
+        """The linear maps of a block in any of these roles."""
         return tuple(linear for linear in self.linears if linear.role in roles)
 
     def matched(self, targets: Sequence[str]) -> tuple[LinearShape, ...]:
@@ -69,12 +67,11 @@ class Shape:
 
     @property
     def inner(self) -> int:
-        """Width of the MLP's inner matrices."""
         return self.of_role("down")[0].width_in
 
     @property
     def block_matrices(self) -> int:
-        """Parameters that multiply matrices in all blocks: L (4 D^2 + 3 D I)."""
+        """Parameters of the linear maps in all blocks: L (4 D^2 + 3 D I)."""
         return self.layers * sum(linear.size for linear in self.linears)
 
     @property
@@ -85,25 +82,23 @@ class Shape:
 
     @property
     def head(self) -> int:
-        """Parameters of the head, and as many of the embedding: V D."""
+        """Parameters of the head, V D; the embedding has as many."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All of them: 7,721,324,544 in Qwen-7B."""
+        """Parameters in all: 7,721,324,544 in Qwen-7B."""
         return self.block_matrices + self.small_parameters + 2 * self.head
 
     def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
-        """L r (in + out) summed over the targets: 10,158,080 for r 8 on c_attn and c_proj of
+        """Sum over the targets of L r (in + out): 10,158,080 for r 8 on c_attn and c_proj of
         Qwen-7B."""
         linears = self.matched(targets)
         return self.layers * r * sum(each.width_in + each.width_out for each in linears)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each matrix and of each norm, by the model's parameter names.
-
-        It is what an adapter can change. Biases are left out.
-        """
+        """Shape of each tensor that an adapter can change (matrices and the last norm), by
+        parameter name."""
         family, ends = self.family, (self.vocab, self.hidden)
         shapes: dict[str, tuple[int, ...]] = {
             f"{family.blocks}.{i}.{linear.name}": (linear.width_out, linear.width_in)

@@ -1,4 +1,4 @@
-"""Where a recipe's model and data come from: folders in place of `demo` and of hub ids."""
+"""The places of a recipe's model and data: folders for `demo` and for hub ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def find_sources(asked: LoadedRecipe, weights: bool = True) -> LoadedRecipe:
     Any number of processes may call this at once.
 
     Args:
-        weights: without them none are fetched or expected.
+        weights: if false, none are fetched or expected.
 
     Raises:
         UserError: no such model, or one that cannot be used.

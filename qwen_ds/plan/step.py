@@ -1,4 +1,4 @@
-"""The rows of an optimizer step, and how they lie on the ranks."""
+"""The rows of an optimizer step, and how they are dealt to the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_ds.data.batches import cut_windows, deal
 from qwen_ds.plan.activations import MicroBatch
 from qwen_ds.recipe.options import BatchOptions
 
-# Spread of the logarithm of row lengths in instruction data (AdvertiseGen, prompt and answer).
+# Standard deviation of the logarithm of row lengths (AdvertiseGen, prompt and answer).
 LENGTH_SPREAD = 0.3
 
 
@@ -24,14 +24,13 @@ class Workload:
     lens: np.ndarray
     """int32 [rows], tokens."""
     target_share: float
-    """Target tokens among the real ones, 0 to 1."""
+    """Share of target tokens among the real ones, 0 to 1."""
     longest: int
-    """Tokens of the longest row that may come in any step."""
+    """Tokens of the longest row in any step."""
 
     @classmethod
     def like(cls, rows: int, median: int, target_share: float, longest: int) -> Workload:
-        """Log-normal lengths, at the middles of equal shares of the distribution; no random
-        draw."""
+        """Log-normal lengths at evenly spaced quantiles, so that nothing is random."""
         normal = NormalDist(math.log(median), LENGTH_SPREAD)
         lens = [math.exp(normal.inv_cdf((i + 0.5) / rows)) for i in range(rows)]
         return cls(np.clip(lens, 2, longest).astype(np.int32), target_share, longest)
@@ -39,17 +38,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A step as it lies on its busiest rank."""
+    """A step as its busiest rank sees it."""
 
     micro_batches: int
     padded_tokens: int
     squared_tokens: int
     largest: MicroBatch
-    """The micro-batch that the memory must hold, of any step."""
+    """The micro-batch, of any step, that the memory must hold."""
 
 
 def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
-    """Cut and deal the step as training does."""
+    """Cut a step into micro-batches and deal them to the ranks, as training does."""
     budget = batch.tokens_per_micro_batch
     ranks = deal(workload.lens, cut_windows(workload.lens, world, budget), world)
 
@@ -69,11 +68,11 @@ def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
 
 
 def largest_micro_batch(longest: int, num_rows: int, batch: BatchOptions, world: int) -> MicroBatch:
-    """A micro-batch that none of training on such rows exceeds.
+    """A micro-batch that no micro-batch of a training on such rows exceeds.
 
-    It is full to the budget, or one longer row, and never more than an even share of the longest
-    rows, since cutting makes the largest micro-batch as small as can be. Every token may be a
-    target.
+    It fills the budget or is one longer row, but holds no more than an even share of a step whose
+    rows are all the longest: `cut_windows` makes the largest micro-batch as small as possible.
+    Every token may be a target.
 
     Args:
         longest: tokens of the longest row.

@@ -59,7 +59,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """All ways to run a recipe, and the rows that they were planned for."""
+    """All ways to run a recipe, and the workload that they were planned for."""
 
     asked: LoadedRecipe
     options: PlanOptions
@@ -101,18 +101,17 @@ def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
 
 
 def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
-    """The machine that the options describe."""
     memory = (options.gpu_memory or gpu.memory_gb) * 1e9
     return Machine(options.gpus, options.gpus_here, True, memory, "of the GPU", can_quantise=True)
 
 
 def _runs(asked: LoadedRecipe, options: PlanOptions, machine: Machine, base: Base) -> list[Run]:
-    """ZeRO-0 to 3: the recipe's own JSON at its own stage, the project's files at the others."""
+    """Runs under ZeRO-0 to 3: the recipe's own JSON at its stage, ds_configs/ at the others."""
     runs = []
     for stage in range(4):
         recipe = replace(asked.recipe, deepspeed=_json_path(asked, stage, options))
         run = resolve(replace(asked, recipe=recipe), machine, base, rows=False)
-        if run.deepspeed.stage == stage:  # full training and fp16 make ZeRO-1 of 0
+        if run.deepspeed.stage == stage:  # `resolve` may turn stage 0 into 1, which is in the list
             runs.append(run)
     return runs
 
@@ -198,7 +197,7 @@ def _closing(planned: Planned, words: Sequence[str], winner: Candidate | None) -
 
 
 def command(planned: Planned, words: Sequence[str], chosen: Candidate) -> str:
-    """The launch command of a candidate, the user's own words before what was chosen."""
+    """The launch command of a candidate: the user's own words, then what was chosen."""
     options = planned.options
     machines = -(-options.gpus // options.gpus_per_machine)
     launcher = ["deepspeed", *(["--num_nodes", str(machines)] if machines > 1 else [])]

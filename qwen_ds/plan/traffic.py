@@ -1,7 +1,7 @@
-"""ZeRO's part: what it spreads over the ranks, what it sends for that, and how long the links take.
+"""ZeRO: what it shards over the ranks, what it sends for that, and how long the links take.
 
-Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ; and
-DeepSpeed 0.19's own code for what it really does (stage_1_and_2.py, stage3.py,
+Sources: Rajbhandari et al. 2020 (ZeRO), section 7; Wang et al. 2023 (ZeRO++), section 3, for hpZ;
+and for what DeepSpeed 0.19 really does, its code (stage_1_and_2.py, stage3.py,
 partitioned_param_coordinator.py).
 """
 
@@ -11,30 +11,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_ds.plan.deepspeed_json import Json
+from qwen_ds.recipe.deepspeed_json import Json
 
-# Latency of one step of a ring under NCCL's Simple protocol, in seconds, over NVLink and over the
+# Latency in seconds of one step of a ring under NCCL's Simple protocol, over NVLink and over the
 # network: the table hwLat of NCCL's own tuning model (src/graph/tuning.cc).
 NVLINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 14e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """The keys of a zero_optimization section that decide memory and traffic; left out, DeepSpeed's
+    """The keys of a zero_optimization section that decide memory and traffic, with DeepSpeed's
     defaults."""
 
     stage: int
     world: int
     reduce_bucket: int = 500_000_000
-    """Numbers of a gradient bucket; held while gradients are made."""
+    """Elements of a gradient bucket, which is held while gradients are computed."""
     overlap: bool = False
     contiguous: bool = True
     live: int = 1_000_000_000
     """Parameters that ZeRO-3 may keep gathered."""
     small: int = 100_000
-    """Tensors of no more parameters are never spread by ZeRO-3."""
+    """Parameters up to which ZeRO-3 does not shard a tensor."""
     hpz: int = 1
-    """Ranks that hold a second copy of the parameters among them, ZeRO-3."""
+    """Ranks over which ZeRO-3 shards a second copy of the parameters; 1: there is none."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -60,18 +60,18 @@ class Zero:
         )
 
     def share(self, from_stage: int) -> float:
-        """Share that one rank holds of something that is spread from that stage on."""
+        """Share that one rank holds of what is sharded from that stage on."""
         return 1 / self.world if self.stage >= from_stage else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """Equal collectives of one step: an all-gather or a reduce-scatter moves `size` once around the
-    ring, an all-reduce twice."""
+    """All collectives of one kind in a step. On a ring an all-gather or a reduce-scatter moves
+    `size` round once, an all-reduce twice."""
 
     name: str
     size: float
-    """Bytes of the whole tensor, over all of them."""
+    """Bytes of the whole tensors, summed over the collectives."""
     count: float
     ranks: int
     rounds: int = 1
@@ -85,7 +85,7 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Some tensors: bytes in all, and how many, since ZeRO-3 gathers module by module."""
+    """Total bytes of some tensors, and their number: ZeRO-3 gathers module by module."""
 
     size: float
     count: int
@@ -97,16 +97,16 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Messages of one step, whatever the stage; forward to small are ZeRO-3's."""
+    """Tensors that a step may have to send; `forward` to `small` concern ZeRO-3 only."""
 
     forward: Tensors
     """Gathered in a forward pass."""
     backward: Tensors
     """Gathered again in a backward pass."""
     trained: Tensors
-    """Of those of the forward pass, what each step changes."""
+    """Those of `forward` that each step changes."""
     small: Tensors
-    """Too small to be spread; gathered after each step."""
+    """Too small to be sharded; gathered after each step."""
     trained_parameters: int
     """Their gradients, and under ZeRO-2 their values, travel in fp32."""
     micro_batches: int
@@ -115,13 +115,12 @@ class Load:
 def traffic(zero: Zero, load: Load) -> list[Collective]:
     """All collectives of one optimizer step whose size grows with the model.
 
-    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 those of every micro-batch, bucket
-    by bucket (by all-reduce, although each rank keeps its own share only: DeepSpeed's default,
+    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 after every micro-batch, bucket by
+    bucket (by all-reduce, although each rank keeps only its own share: DeepSpeed's default,
     use_multi_rank_bucket_allreduce). ZeRO-1 and 2 then gather the updated parameters. ZeRO-3
     gathers the weights for the forward and again for the backward pass of each micro-batch, and
-    reduce-scatters the gradients. Under hpZ it gathers within the machine what
-    has been there since it last changed: all but the first gathering of what is trained, and for
-        ever what is frozen.
+    reduce-scatters the gradients. Under hpZ a gather stays within the machine unless the weight has
+    changed since the last one: only the first gather in a step of what is trained leaves it.
     """
     n, m = zero.world, load.micro_batches
     gradient = 4.0 * load.trained_parameters
@@ -160,7 +159,7 @@ def traffic(zero: Zero, load: Load) -> list[Collective]:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How GPUs are joined; bytes a second, one direction, for each GPU."""
+    """The links of a GPU: bytes a second, one direction."""
 
     per_machine: int
     inside: float
@@ -168,8 +167,8 @@ class Links:
     """400 Gb/s: one network adapter for each GPU."""
 
     def seconds(self, collective: Collective) -> float:
-        """Time of these collectives on a ring through all machines, which is as slow as its slowest
-        link; each of its n - 1 steps costs its latency."""
+        """Time of these collectives on a ring through all machines: its slowest link sets the pace,
+        and each of its n - 1 steps costs a latency."""
         n = collective.ranks
         near = min(n, self.per_machine)
         machines = math.ceil(n / self.per_machine)

@@ -1,6 +1,6 @@
 """The user's DeepSpeed JSON, read and checked at its top level.
 
-DeepSpeed ignores misspelt top-level keys, so they are found here, before it sees the file.
+DeepSpeed ignores misspelt top-level keys, so they are refused here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_deepspeed_json(path: str | None) -> Json:
         return copy.deepcopy(DEFAULT_JSON)
     file = Path(path)
     if not file.is_absolute() and not file.exists():
-        # ds_configs/zero2.json is the project's own wherever the command is run from.
+        # So that ds_configs/zero2.json is found wherever the command is run from.
         file = Path(__file__).parents[2] / path
     if not file.is_file():
         raise UserError(

@@ -1,4 +1,4 @@
-"""A recipe from its file and the command line, and back into a file."""
+"""Recipes read from a file and the command line, and written back into a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen_ds.recipe.ranges import plain_number
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe as it was asked for, and which of its keys the user wrote, in a file or by hand."""
+    """A recipe as asked for, and the keys that the user set, in a file or on the command line."""
 
     recipe: Recipe
     set_keys: frozenset[str]
@@ -46,9 +46,10 @@ def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
 def load_recipe_with(
     parser: Parser, argv: Sequence[str] | None
 ) -> tuple[LoadedRecipe, dict[str, Any]]:
-    """`load_recipe` for a command that gave `recipe_parser` options of its own.
+    """Load a recipe for a command that gave `recipe_parser` options of its own.
 
-    Their values come beside the recipe.
+    Returns:
+        The recipe, and the values of those options by name.
     """
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
@@ -66,7 +67,7 @@ def load_recipe_with(
 
 
 def check_values(recipe: Recipe) -> None:
-    """Raise UserError for a value out of its range, in a recipe that was not parsed as it is."""
+    """Raise UserError for a value out of its range, in a recipe that was changed after parsing."""
     try:
         recipe_parser().parse_object(_plain(to_dict(recipe)))
     except ArgumentError as error:
@@ -84,7 +85,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Only what YAML has words for: no tuples, no restricted numbers."""
+    """The value in types that YAML can write: no tuples, no restricted numbers."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The parser of every command line: jsonargparse with this project's manners."""
+"""The parser of every command line: jsonargparse with this project's conventions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen_ds.recipe.ranges import IN_WORDS
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Options = TypeVar("Options")
-# jsonargparse names the key and repeats the value in one of these ways.
+# The ways in which jsonargparse's messages name the key and repeat the value.
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _VALUES = (
     re.compile(r"(?:Given value|Got value): (.+)$"),
@@ -30,9 +30,9 @@ _VALUES = (
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A command line on which a mistake is one UserError line that names the key.
+    """A parser that reports a mistake as a UserError of one line that names the key.
 
-    `--key A B C` fills a list option, and `--local_rank`, which DeepSpeed's launcher appends, is
+    `--key A B C` fills a list option, and `--local_rank`, which DeepSpeed's launcher adds, is
     accepted everywhere.
     """
 
@@ -51,7 +51,7 @@ class Parser(jsonargparse.ArgumentParser):
         """Parse argv; None takes the process's own.
 
         Args:
-            defaults: without them only what the user wrote is in the result.
+            defaults: if false, the result holds only what the user wrote.
 
         Raises:
             UserError: an unknown option, a value of the wrong type or out of its range.
@@ -69,7 +69,7 @@ class Parser(jsonargparse.ArgumentParser):
         return parsed
 
     def _explain(self, message: str) -> str:
-        """One line for one of jsonargparse's messages, which run over several."""
+        """Turn one of jsonargparse's messages, which run over several lines, into one line."""
         text = re.sub(r"\s+", " ", message).strip()
         in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
         in_file = re.search(r"Option '([\w.]+)' is not accepted", text)
@@ -96,7 +96,7 @@ class Parser(jsonargparse.ArgumentParser):
         return {s for action in actions for s in action.option_strings if s.startswith("--")}
 
     def _switch_on(self, args: list[str]) -> list[str]:
-        """Let `--overwrite` alone say `--overwrite true`, for every true-or-false option."""
+        """Let a bare `--overwrite` mean `--overwrite true`, for every true-or-false option."""
         switches = self._names(lambda action: _kind(action) is bool)
         return [
             f"{arg}=true" if arg in switches and after.startswith("--") else arg
@@ -104,9 +104,9 @@ class Parser(jsonargparse.ArgumentParser):
         ]
 
     def _fold_lists(self, args: list[str]) -> list[str]:
-        """`--data.train a b` becomes `--data.train=["a", "b"]` for options whose type is a list.
+        """Turn `--data.train a b` into `--data.train=["a", "b"]`, for options whose type is a list.
 
-        Given twice, such an option would lose its first values: that is an error.
+        Given twice, such an option would lose its first values: that is a UserError.
         """
         is_list = re.compile(r"(list|tuple)\[", re.IGNORECASE)
         lists = self._names(lambda action: bool(is_list.search(str(_kind(action)))))
@@ -136,13 +136,12 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _kind(action: argparse.Action) -> Any:
-    """The type of an option; None for a switch. jsonargparse keeps it in an attribute of its
-    own."""
+    """The type of an option, which jsonargparse keeps in an attribute of its own; None without."""
     return vars(action).get("_typehint")
 
 
 def expected(kind: Any) -> str:
-    """A type in the words of a message: what a value of it looks like."""
+    """The words by which a message describes the values of a type."""
     arguments = [inner for inner in get_args(kind) if inner is not NoneType]
     if get_origin(kind) is Literal:
         return " or ".join(", ".join(map(str, arguments)).rsplit(", ", 1))
@@ -162,7 +161,7 @@ def parse_options(
     argv: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> Options:
-    """Options of a command that are one dataclass, from argv and the YAML file that --config names.
+    """Parse a command's options into a dataclass, from argv and the YAML file of --config.
 
     Raises:
         UserError: as `Parser.parse`, or what the dataclass itself refuses.

@@ -1,7 +1,7 @@
-"""Number types with a range, for the fields of options: the rule stands with the field it is for.
+"""Number types with a range, for the fields of options, so that each field carries its own rule.
 
-jsonargparse checks them on the command line and in files; `parser.py` words what it finds. For a
-type checker each is the plain number that it restricts.
+jsonargparse checks them on the command line and in files; `parser.py` words the errors. For a type
+checker each is the plain number that it restricts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ else:
     NonNegativeFloat = restricted_number_type("NonNegativeFloat", float, (">=", 0))
     Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
     Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
-    # A cut row gets its closing tokens back in place, so they must fit; see data/rows/encode.py.
+    # A row that is cut gets its closing tokens back, so the bound must leave room for them; see
+    # data/rows/encode.py. RowBound's 16 is its LEAST_ROOM.
     PromptBound = restricted_number_type("PromptBound", int, (">=", 3))
     AnswerBound = restricted_number_type("AnswerBound", int, (">=", 2))
     RowBound = restricted_number_type("RowBound", int, (">=", 16))
 
-# What a message says was expected.
+# Each range in the words of an error message.
 IN_WORDS = {
     "PositiveInt": "a positive whole number",
     "NonNegativeInt": "0 or a positive whole number",
@@ -47,7 +48,7 @@ IN_WORDS = {
 
 
 def plain_number(value: Any) -> Any:
-    """The bare int or float of a restricted number, which YAML has no word for; else `value`."""
+    """The bare int or float of a restricted number, which YAML cannot write; else `value`."""
     for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)

@@ -303,16 +303,6 @@ def test_evaluation_sees_every_row_once_in_equal_counts() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("rows_per_step", "budget", "n", "named"),
-    [
-        (0, 10, 3, "rows_per_step is 0"),
-        (4, -1, 3, "tokens_per_micro_batch is -1"),
-        (4, 10, 0, "no rows"),
-    ],
-)
-def test_impossible_numbers_are_the_users_mistake(
-    rows_per_step: int, budget: int, n: int, named: str
-) -> None:
-    with pytest.raises(UserError, match=named):
-        StepSampler(FakeRows(np.full(n, 5, np.int32)), rows_per_step, 0, 1, 0, budget)
+def test_no_rows_are_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="no rows"):
+        StepSampler(FakeRows(np.empty(0, np.int32)), 4, 0, 1, 0, 10)

@@ -79,8 +79,7 @@ def test_the_system_turn_of_a_chat_without_one_is_the_default(enc):
     default = encode_prompt(enc, Conversation(DEFAULT_SYSTEM, hello))
     assert encode_prompt(enc, Conversation(None, hello)) == default
     assert encode_prompt(enc, [{"role": "user", "content": "你好"}]) == default
-    poet = encode_prompt(enc, Conversation("诗人", hello))
-    assert encode_prompt(enc, Conversation(None, hello), system="诗人") == poet != default
+    assert encode_prompt(enc, Conversation("诗人", hello)) != default
     # An empty system text is a text: its turn stays, and stays empty.
     assert encode_prompt(enc, Conversation("", hello))[:5] == [
         IM_START,

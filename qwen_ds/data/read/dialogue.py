@@ -154,10 +154,10 @@ def json_name(value: object) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def quoted(value: object, longest: int = 60) -> str:
+def quoted(value: object) -> str:
     """A value for an error message: in quotes, on one line, cut when long."""
     shown = repr(value)
-    return shown if len(shown) <= longest else f"{shown[:longest]}..."
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def names(keys: Iterable[str], most: int = 12) -> str:

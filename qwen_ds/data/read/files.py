@@ -32,7 +32,6 @@ from qwen_ds.data.read.files_json import (
 )
 from qwen_ds.errors import UserError
 
-KINDS = ("auto", "json", "csv", "parquet")
 DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
 _OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
@@ -65,27 +64,22 @@ class _Content:
     is_member: bool = False
 
 
-def read_rows(path: str | Path, kind: str = "auto") -> Iterator[SourceRow | BadRow]:
+def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
     """The rows of one file in their order; a BadRow says where and why one cannot be read.
 
     `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
     "file:member:line" in an archive.
 
-    Args:
-        kind: json, csv or parquet; auto looks at the content.
-
     Raises:
         UserError: a file that is missing, empty, damaged or of another type.
     """
-    if kind not in KINDS:
-        raise UserError(f"the kind of file is {kind!r}; expected one of {', '.join(KINDS)}")
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file"
         )
     try:
-        yield from _rows(_Content(str(path), lambda: path.open("rb")), kind)
+        yield from _rows(_Content(str(path), lambda: path.open("rb")))
     except OSError as error:  # includes damaged gzip data
         raise UserError(f"{path}: {error.strerror or error}; expected a readable file") from error
     except (EOFError, zlib.error, tarfile.TarError) as error:
@@ -106,7 +100,7 @@ def _is_hidden(part: str) -> bool:
     return part == "__MACOSX" or (part.startswith(".") and part != ".")
 
 
-def _rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
+def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
     head = _head(content)
     if head.startswith(_GZIP):
         packed = content
@@ -116,22 +110,22 @@ def _rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
             with tempfile.TemporaryFile() as unpacked, content.open() as stream:
                 shutil.copyfileobj(stream, unpacked)
                 yield from _unpacked_rows(
-                    _Content(content.name, lambda: unpacked, content.is_member), head, kind
+                    _Content(content.name, lambda: unpacked, content.is_member), head
                 )
             return
-    yield from _unpacked_rows(content, head, kind)
+    yield from _unpacked_rows(content, head)
 
 
-def _unpacked_rows(content: _Content, head: bytes, kind: str) -> Iterator[SourceRow | BadRow]:
+def _unpacked_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
     if _is_tar(head) and not content.is_member:
-        yield from _tar_rows(content, kind)
-    elif head.startswith(_PARQUET) or kind == "parquet":
+        yield from _tar_rows(content)
+    elif head.startswith(_PARQUET):
         yield from _parquet_rows(content)
     else:
-        yield from _text_rows(content, head, kind)
+        yield from _text_rows(content, head)
 
 
-def _text_rows(content: _Content, head: bytes, kind: str) -> Iterator[SourceRow | BadRow]:
+def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise UserError(f"{content.name}: {what}; expected {_EXPECTED}")
@@ -141,27 +135,23 @@ def _text_rows(content: _Content, head: bytes, kind: str) -> Iterator[SourceRow 
     if not first:
         raise UserError(f"{content.name}: the file is empty; expected {_EXPECTED}")
     opens = first.lstrip()[0]
-    header = None if opens in "{[" or kind == "json" else _csv_header(first)
-    if opens == "[" and kind != "csv":
-        with content.open() as stream:
+    header = None if opens in "{[" else _csv_header(first)
+    with content.open() as stream:
+        if opens == "[":
             yield from iter_array(_decoded(stream, content.name, encoding), content.name)
-    elif opens == "{" and kind != "csv" and not stands_alone(first):
-        with content.open() as stream:
+        elif opens == "{" and not stands_alone(first):
             yield from iter_objects(stream, content.name, encoding)
-    elif header is not None:
-        with content.open() as stream:
+        elif header is not None:
             yield from _csv_rows(stream, content.name, encoding, *header)
-    elif kind != "csv" and (
-        opens == "{" or kind == "json" or any(line.startswith("{") for line in lines[:10])
-    ):
-        with content.open() as stream:
+        # Lines even where the first is broken: those behind it may be whole.
+        elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
             yield from iter_lines(stream, content.name, encoding)
-    else:
-        number = lines.index(first) + 1
-        raise UserError(
-            f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; "
-            f"expected {_EXPECTED}"
-        )
+        else:
+            number = lines.index(first) + 1
+            raise UserError(
+                f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; "
+                f"expected {_EXPECTED}"
+            )
 
 
 def encoding_of(head: bytes) -> str:
@@ -297,7 +287,7 @@ def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
             ) from error
 
 
-def _tar_rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
+def _tar_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
     with content.open() as stream:
         stream.seek(0)
         with tarfile.open(fileobj=stream) as archive:
@@ -309,7 +299,7 @@ def _tar_rows(content: _Content, kind: str) -> Iterator[SourceRow | BadRow]:
                     assert inside is not None, "only regular members are chosen"
                     return inside
 
-                yield from _rows(_Content(f"{content.name}:{name}", opened, is_member=True), kind)
+                yield from _rows(_Content(f"{content.name}:{name}", opened, is_member=True))
 
 
 class _Unzipped(gzip.GzipFile):

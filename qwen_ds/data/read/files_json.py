@@ -43,8 +43,16 @@ class BadRow:
 
 def stands_alone(line: str) -> bool:
     """Whether every object and array that the line opens also ends in it, as in JSON lines."""
-    depth, inside = _depth_after(line, 0)
-    return inside or depth <= 0
+    depth = 0
+    for token in _STRUCTURE.finditer(line):
+        mark = token[0]
+        if mark in "{[":
+            depth += 1
+        elif mark in "}]":
+            depth -= 1
+        elif not token["closed"]:
+            return True  # no JSON string goes over a line break: it is one broken line
+    return depth <= 0
 
 
 def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
@@ -178,8 +186,7 @@ class _Arriving:
 
     def skip_space(self) -> None:
         while True:
-            match = _SPACE.match(self.text, self.place)
-            self.move_to(match.end() if match else self.place)
+            self.move_to(_end_of_space(self.text, self.place))
             if self.place < len(self.text) or self.is_complete:
                 return
             self.more()
@@ -238,19 +245,6 @@ def _end_of(text: str, place: int) -> int:
             if depth <= 0:
                 return token.end() if depth == 0 else -1
     return -1
-
-
-def _depth_after(line: str, depth: int) -> tuple[int, bool]:
-    """The depth of brackets after a line, and whether it ends inside a string (not JSON)."""
-    for token in _STRUCTURE.finditer(line):
-        mark = token[0]
-        if mark in "{[":
-            depth += 1
-        elif mark in "}]":
-            depth -= 1
-        elif not token["closed"]:
-            return depth, True
-    return depth, False
 
 
 def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:

@@ -155,8 +155,8 @@ def as_row(row: object) -> Row:
 
 
 @lru_cache(maxsize=1024)
-def nearest(keys: tuple[str, ...], most: int = 3) -> str:
-    """The shapes nearest to some keys, in words, for the message about a row that has none."""
+def nearest(keys: tuple[str, ...]) -> str:
+    """The three shapes nearest to some keys, in words, for the message about a row without one."""
     keys = keys[:50]
 
     def likeness(reader: Reader) -> tuple[int, float, bool]:
@@ -175,7 +175,7 @@ def nearest(keys: tuple[str, ...], most: int = 3) -> str:
 
     usual = ("messages", "sharegpt", "alpaca", "adgen")
     ranked = sorted(TABLE, key=likeness, reverse=True) if keys else []
-    shown = ranked[:most] if keys else [READERS[name] for name in usual]
+    shown = ranked[:3] if keys else [READERS[name] for name in usual]
     return ", or ".join(f"{reader.expected} ({reader.name})" for reader in shown)
 
 

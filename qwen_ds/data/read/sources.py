@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwen_ds.data.read.dialogue import (
     Dropped,
@@ -71,8 +72,8 @@ class ReadOptions:
     """See the top of this file."""
     system: str | None = None
     """System text of rows that have none."""
-    bad_rows: str = "stop"
-    """stop or skip: what becomes of a row that cannot be read."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What becomes of a row that cannot be read."""
 
 
 def iter_conversations(
@@ -83,13 +84,13 @@ def iter_conversations(
     """The conversations of all paths in order, each with its source; a Dropped for a row without
     one.
 
-    A row may give several conversations (a tree), several rows one (single messages). A row that
-    cannot be read (broken JSON, wrong types, an unknown role, unknown keys) comes as a Dropped with
-    `unreadable` set where bad_rows is "skip". `Dropped.detail` names the row's keys and the keys of
-    its format. Options and paths are checked before the first row is asked for.
+    A row may give several conversations (a tree), several rows one (single messages). Where
+    bad_rows is "skip", a row that cannot be read (broken JSON, wrong types, an unknown role,
+    unknown keys) comes as a Dropped with `unreadable` set. Options and paths are checked at once,
+    not when the first row is asked for.
 
     Args:
-        counts: gets "rows" (read), "kept" and "dropped" (given).
+        counts: its "rows" counts the source rows as they are read.
 
     Raises:
         UserError: "source: what came; what was expected", when a row that cannot be read is reached
@@ -100,28 +101,27 @@ def iter_conversations(
     def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
         for place in places:
             for outcome, source, row in _outcomes(place, reading):
-                if isinstance(outcome, Dropped):
-                    yield _counted(outcome, row, reading), source
-                else:
-                    found = as_conversation(outcome, options.system)
-                    yield _counted(found, row, reading), source
+                found = (
+                    outcome
+                    if isinstance(outcome, Dropped)
+                    else as_conversation(outcome, options.system)
+                )
+                yield _explained(found, row, reading), source
 
     return conversations()
 
 
 def iter_prompts(
-    paths: Sequence[str | Path],
-    options: ReadOptions = ReadOptions(),
-    counts: Counter[str] | None = None,
+    paths: Sequence[str | Path], options: ReadOptions = ReadOptions()
 ) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
     messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..}
-    or {"text": ..}. Of several turns the last answer is the reference; None stands for a missing
-    one. A row without a question comes as (Dropped, None, source), so that no row is lost.
+    or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
+    question comes as (Dropped, None, source), so that no row is lost.
     """
-    reading, places = _Reading.of(options, True, counts), _places(paths)
+    reading, places = _Reading.of(options, True, None), _places(paths)
 
     def prompts() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
         for place in places:
@@ -131,7 +131,7 @@ def iter_prompts(
                     found, reference = outcome, None
                 else:
                     found, reference = as_prompt(outcome, options.system)
-                yield _counted(found, row, reading), reference, source
+                yield _explained(found, row, reading), reference, source
 
     return prompts()
 
@@ -251,8 +251,6 @@ class _Reading:
 
     @staticmethod
     def of(options: ReadOptions, for_prompts: bool, counts: Counter[str] | None) -> _Reading:
-        if options.bad_rows not in ("stop", "skip"):
-            raise UserError(f"data.bad_rows is {options.bad_rows!r}; expected stop or skip")
         reader = None if options.format == "auto" else reader_named(options.format)
         columns = options.columns or {}
         if columns:
@@ -281,14 +279,11 @@ def _reader_of_columns(
     )
 
 
-def _counted(
+def _explained(
     result: Conversation | Dropped, row: object, reading: _Reading
 ) -> Conversation | Dropped:
-    if not isinstance(result, Dropped):
-        reading.counts["kept"] += 1
-        return result
-    reading.counts["dropped"] += 1
-    if result.detail or not isinstance(row, dict):
+    """The result; a Dropped without a detail names the row's keys and those of its format."""
+    if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
         return result
     try:
         expected = (reading.reader or find_reader(row, reading.for_prompts)).expected

@@ -38,7 +38,6 @@ from qwen_ds.model.chatml import (
 from qwen_ds.model.tokenizer import Encoding
 
 LearnOn = Literal["original", "answer", "official"]
-LEARN_ON: tuple[LearnOn, ...] = ("original", "answer", "official")
 LEAST_ROOM = 16  # tokens that must be left for a question and its answer, or the row is dropped
 
 
@@ -53,9 +52,6 @@ class EncodeOptions:
         parse_specials: control tokens spelled in a text become control tokens (the old, unsafe
             behaviour).
         system: stands in where a conversation brings none; None means DEFAULT_SYSTEM.
-
-    Raises:
-        UserError: a value that no row could be cut by.
     """
 
     learn_on: LearnOn = "original"
@@ -64,20 +60,6 @@ class EncodeOptions:
     max_tokens: int | None = None
     parse_specials: bool = False
     system: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.learn_on not in LEARN_ON:
-            raise UserError(
-                f"data.learn_on is {self.learn_on!r}; expected one of {', '.join(LEARN_ON)}"
-            )
-        for name, value, least in (
-            # The tails that a cut restores must fit.
-            ("max_prompt_tokens", self.max_prompt_tokens, 3),
-            ("max_answer_tokens", self.max_answer_tokens, 2),
-            ("max_tokens", self.max_tokens, LEAST_ROOM),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"data.{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -351,17 +351,6 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         next(read_rows(tmp_path / "no.json"))
     with pytest.raises(UserError, match="a folder"):
         next(read_rows(tmp_path))
-    with pytest.raises(UserError, match="kind of file is 'xml'; expected one of auto, json"):
-        next(read_rows(tmp_path, "xml"))
-
-
-def test_a_named_kind_takes_the_place_of_looking(tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    path.write_text("prompt\n{1}\n", encoding="utf-8")
-    assert next(read_rows(path, "csv")) == SourceRow({"prompt": "{1}"}, f"{path}:2")
-    assert [isinstance(row, BadRow) for row in read_rows(path, "json")] == [True, True]
-    with pytest.raises(UserError, match="damaged parquet"):
-        next(read_rows(path, "parquet"))
 
 
 @pytest.mark.parametrize("arrangement", ["lines", "lines.gz", "array", "objects", "csv"])

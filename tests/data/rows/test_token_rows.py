@@ -118,7 +118,6 @@ def test_evaluation_files_are_rows_of_their_own(data: DataOptions, small_dir: Pa
         ({"train": []}, "data.train is empty"),
         ({"weights": [1.0]}, "data.weights has 1 numbers and data.train 2 entries"),
         ({"eval_fraction": 0.5, "eval": ["x"]}, "both given"),
-        ({"max_tokens": 1}, "data.max_tokens is 1"),
     ],
 )
 def test_impossible_options_are_the_users_mistake(
