@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
@@ -50,6 +52,7 @@ class Family:
     config_class: type[ModelConfig]
     model_class: type[LanguageModel]
     """With its head; `from_pretrained` loads a checkpoint folder."""
+    block_class: type[nn.Module]
     linears: tuple[Linear, ...]
     """Of a block, in the order in which they run."""
     blocks: str
@@ -65,6 +68,8 @@ class Family:
     """The tokenizer of a checkpoint folder."""
     context: Callable[[ModelConfig], int]
     """Tokens that prompt and answer may have together."""
+    extends_context: Callable[[ModelConfig], bool]
+    """Whether the model answers beyond the length that it was trained on."""
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -137,6 +142,7 @@ QWEN = Family(
     model_type=QWenConfig.model_type,
     config_class=QWenConfig,
     model_class=QWenLMHeadModel,
+    block_class=QWenBlock,
     linears=(
         Linear("attn.c_attn", "qkv", _hidden, lambda config: 3 * config.hidden_size),
         Linear("attn.c_proj", "attention_out", _hidden, _hidden),
@@ -152,5 +158,6 @@ QWEN = Family(
     stop_tokens=(END_OF_TEXT, IM_START, IM_END),
     load_encoding=load_encoding,
     context=_context,
+    extends_context=lambda config: bool(config.use_dynamic_ntk),
 )
 FAMILIES = {QWEN.model_type: QWEN}

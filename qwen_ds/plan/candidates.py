@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qwen_ds.plan.activations import MicroBatch, Saving
-from qwen_ds.plan.recomputation import Fit, fit_of, least_recomputation
+from qwen_ds.plan.recomputation import Fit, fit_of, from_recipe, least_recomputation
 from qwen_ds.plan.run import Run
 from qwen_ds.plan.seconds import Cluster, Seconds, Work, step_seconds
 from qwen_ds.plan.step import Workload, split
@@ -31,16 +31,20 @@ def candidates(
     workload: Workload,
     every: Sequence[int] | None = None,
 ) -> list[Candidate]:
-    """Each run with each token budget, and the least recomputation that fits (all, if none does).
+    """Each run with each token budget, and the recomputation that the recipe asks for.
+
+    Under "auto" that is the least that fits; all, if none does.
 
     Args:
         runs: the recipe under different ZeRO stages.
-        every: choices of recomputation to list instead of the least that fits.
+        every: choices of recomputation to list instead.
     """
     found = []
     for run in runs:
         how = Saving.of(run.recipe, on_gpu=run.machine.on_gpu, family=run.base.family)
         work, last = Work(run.shape, how, run.zero), None
+        asked = run.recipe.model.activation_checkpointing
+        choices = every or (() if asked == "auto" else (from_recipe(asked),))
         for budget in sorted({*BUDGETS, run.recipe.batch.tokens_per_micro_batch}):
             batch = replace(run.recipe.batch, tokens_per_micro_batch=budget)
             parts = split(workload, run.machine.ranks, batch)
@@ -51,7 +55,7 @@ def candidates(
             def fit(choice: int, run: Run = run, largest: MicroBatch = parts.largest) -> Fit:
                 return fit_of(run, largest, choice)
 
-            fits = [fit(choice) for choice in every or ()]
+            fits = [fit(choice) for choice in choices]
             for choice in fits or [least_recomputation(run.shape.layers, fit)]:
                 share = workload.target_share
                 seconds = step_seconds(work, cluster, parts, share, choice.every)

@@ -49,7 +49,7 @@ class PlanOptions:
     """Tokens of the longest row. Unset: data.max_tokens, else data.max_prompt_tokens +
     data.max_answer_tokens."""
     every_choice: bool = False
-    """Show each choice of recomputation, not only the least that fits."""
+    """Show several choices of recomputation, not only the one that training would make."""
 
     @property
     def gpus_here(self) -> int:

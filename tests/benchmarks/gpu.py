@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.deepspeed_json import resolve
 from qwen_ds.plan.flops import step_flops, utilisation
@@ -105,7 +106,7 @@ def our_engine(plan: Plan, wanted: config.Recipe, device: torch.device) -> Itera
         )
     setup.recompute_blocks(model, from_recipe(wanted.model.activation_checkpointing))
     if wanted.model.compile:
-        setup.compile_blocks(model, device)
+        setup.compile_blocks(model, QWEN, device)
     wrapped = lora.add_lora(model, wanted.lora, base="", seed=0)
     size, zero2 = plan.config.hidden_size, read_deepspeed_json(None)
     resolved = resolve(zero2, wanted, frozenset(), hidden_size=size, world=1)

@@ -27,6 +27,7 @@ def model() -> nn.Module:
 def test_names_are_those_of_the_modules(model: nn.Module) -> None:
     blocks = model.get_submodule(QWEN.blocks)
     assert len(blocks) == CONFIG.num_hidden_layers
+    assert all(isinstance(block, QWEN.block_class) for block in blocks)
     assert model.get_input_embeddings() is model.get_submodule(QWEN.embedding)
     assert model.get_output_embeddings() is model.get_submodule(QWEN.head)
     named = {QWEN.embedding, QWEN.head, QWEN.final_norm} | {
@@ -84,7 +85,7 @@ def test_the_context_exceeds_the_trained_length_with_dynamic_ntk_alone(
     ntk: bool, context: int
 ) -> None:
     config = QWEN.config_class(**{**CONFIG.to_dict(), "use_dynamic_ntk": ntk})
-    assert QWEN.context(config) == context
+    assert (QWEN.context(config), QWEN.extends_context(config)) == (context, ntk)
     shorter = QWEN.config_class(seq_length=512, max_position_embeddings=256, use_dynamic_ntk=ntk)
     assert QWEN.context(shorter) == 512
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ds import machine
+from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import setup
@@ -111,7 +112,7 @@ def test_compiled_blocks_train_alike(
     transformer = compiled.model.get_base_model().transformer
     for model in (plain, compiled):
         setup.recompute_blocks(model.model.get_base_model(), recompute)
-    setup.compile_blocks(compiled.model.get_base_model(), torch.device("cpu"))
+    setup.compile_blocks(compiled.model.get_base_model(), QWEN, torch.device("cpu"))
     assert all(block._compiled_call_impl is not None for block in transformer.h)
     wanted, found = gradients(plain), gradients(compiled)
     assert max(error(found[name], wanted[name].double()) for name in wanted) < bound
