@@ -161,3 +161,8 @@ QWEN = Family(
     extends_context=lambda config: bool(config.use_dynamic_ntk),
 )
 FAMILIES = {QWEN.model_type: QWEN}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family whose model_type a configuration has."""
+    return FAMILIES[config.model_type]

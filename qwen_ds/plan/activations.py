@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_ds.disk.weights import TORCH_DTYPES
-from qwen_ds.model.family import QWEN, Family, Role
+from qwen_ds.model.family import Family, Role
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import Recipe
 
@@ -51,7 +51,7 @@ class Saving:
     on_gpu: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family = QWEN) -> Saving:
+    def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family) -> Saving:
         """Take it from a recipe in which only activation checkpointing may still be "auto"."""
         full, lora = recipe.method == "full", recipe.lora
         assert full or lora.special_rows != "auto", (

@@ -51,7 +51,7 @@ def check_first_adapter(options: LoraOptions, base: Base) -> None:
             the first is named.
     """
     adapter = read_first_adapter(options)
-    check_adapter_fits(adapter, Shape.of(base.config, base.family).tensors())
+    check_adapter_fits(adapter, Shape.of(base.config).tensors())
     ours = trained_keys(options, base)
     for key in sorted(ours ^ set(adapter.shapes)):
         if key in ours and ".lora_" not in key:

@@ -11,8 +11,7 @@ import torch
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import TORCH_DTYPES
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import FAMILIES, QWEN, Family
+from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.plan.shape import Shape
@@ -55,7 +54,7 @@ class Base:
     """The base model without its weights, which no decision needs."""
 
     family: Family
-    config: QWenConfig
+    config: ModelConfig
     generation: Mapping[str, Any]
     """generation_config.json; empty if there is none."""
     folder: Path | None = None
@@ -75,7 +74,7 @@ class Base:
         family = FAMILIES[settings["model_type"]]
         return cls(
             family,
-            QWenConfig.from_dict(settings),
+            family.config_class.from_dict(settings),
             read_json(generation) if generation.is_file() else {},
             folder.resolve(),
             family.load_encoding(folder),
@@ -84,7 +83,7 @@ class Base:
     @classmethod
     def qwen_7b(cls) -> Base:
         """Qwen-7B, the base model, without its files."""
-        return cls(QWEN, QWenConfig(), {"chat_format": "raw"})
+        return cls(QWEN, QWEN.config_class(), {"chat_format": "raw"})
 
     @property
     def chat_format(self) -> str | None:
@@ -140,7 +139,7 @@ class Run:
 
     @property
     def shape(self) -> Shape:
-        return Shape.of(self.base.config, self.base.family)
+        return Shape.of(self.base.config)
 
     @property
     def zero(self) -> Zero:

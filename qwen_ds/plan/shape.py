@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import QWEN, Family, Role
+from qwen_ds.model.family import Family, ModelConfig, Role, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,9 @@ class Shape:
     """Tokens of the longest row that can be trained: the config's seq_length."""
 
     @classmethod
-    def of(cls, config: QWenConfig, family: Family = QWEN) -> Shape:
+    def of(cls, config: ModelConfig) -> Shape:
         assert config.seq_length is not None
+        family = family_of(config)
         return cls(
             family,
             config.vocab_size,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
 from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
-from qwen_ds.model.family import QWEN, LanguageModel
+from qwen_ds.model.family import LanguageModel, family_of
 from qwen_ds.plan.first_adapter import read_first_adapter
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
@@ -146,23 +146,24 @@ def add_lora(
             parameter.data = parameter.data.float()
     # peft's own wrappers keep a frozen copy of a saved module, and copy the whole matrix for some
     # rows of it at every forward pass. These replacements use the same names and configuration.
-    embedding, head = model.get_submodule(QWEN.embedding), model.get_submodule(QWEN.head)
+    family = family_of(model.config)
+    embedding, head = model.get_submodule(family.embedding), model.get_submodule(family.head)
     assert isinstance(embedding, nn.Embedding)
     assert isinstance(head, nn.Linear)
-    embedding_name, head_name = QWEN.ends
+    embedding_name, head_name = family.ends
     if row_ids:
         with gather_params_ctx(embedding.parameters(), modifier_rank=None):
-            model.set_submodule(QWEN.embedding, EmbeddingWithRows(embedding, row_ids))
+            model.set_submodule(family.embedding, EmbeddingWithRows(embedding, row_ids))
         with gather_params_ctx(head.parameters(), modifier_rank=None):
-            model.set_submodule(QWEN.head, HeadWithRows(head, row_ids))
-        config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in QWEN.ends}
+            model.set_submodule(family.head, HeadWithRows(head, row_ids))
+        config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in family.ends}
     if embedding_name in options.modules_to_save:
         copy = _fp32_copy(embedding.weight)
-        model.set_submodule(QWEN.embedding, CastEmbedding(copy, embedding.weight.dtype))
+        model.set_submodule(family.embedding, CastEmbedding(copy, embedding.weight.dtype))
     if head_name in options.modules_to_save:
         cast = CastLinear(head.in_features, head.out_features, bias=False, device="meta")
         cast.weight = _fp32_copy(head.weight)
-        model.set_submodule(QWEN.head, cast)
+        model.set_submodule(family.head, cast)
     config_of(wrapped).modules_to_save = list(options.modules_to_save) or None
     return wrapped
 
@@ -202,7 +203,7 @@ def init_from(wrapped: PeftModel, options: LoraOptions) -> None:
     wanted = config_of(wrapped).trainable_token_indices
     for rows in adapter.token_rows.values():  # theirs may be in another order
         assert isinstance(wanted, dict)
-        order = [rows.indices.index(i) for i in wanted[QWEN.ends[0]]]
+        order = [rows.indices.index(i) for i in next(iter(wanted.values()))]
         theirs[rows.key] = theirs[rows.key][order]
     for name, tensor in theirs.items():
         own[name].data.copy_(tensor)

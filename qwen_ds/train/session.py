@@ -86,6 +86,6 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     evaluator = None
     if data.eval is not None:
         budget = recipe.batch.tokens_per_micro_batch
-        evaluator = Evaluator(data.eval, run.encoding, recipe.eval, budget, saver.watchdog)
+        evaluator = Evaluator(data.eval, run.base, recipe.eval, budget, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
     return Session(recipe, data, engine, saver, observer, evaluator, steps)

@@ -86,7 +86,7 @@ class Point:
 
 
 def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
-    how = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True)
+    how = Saving.of(Recipe(model=BF16, lora=CHAT), on_gpu=True, family=QWEN)
     zero = zero_of(case, gpus, hpz=links.per_machine)
     batch = BatchOptions(rows_per_step=rows, tokens_per_micro_batch=2048)
     parts = split(Workload.like(rows, 157, 0.66, 508), gpus, batch)
@@ -135,7 +135,7 @@ def predicted(case: str, world: int) -> dict[str, float]:
     recipe = small_recipe()
     resolved = resolve_small(case, recipe, shape, world)
     zero = Zero.of(resolved.engine_json, world)
-    sent = load(shape, Saving.of(recipe, on_gpu=False), zero, MICRO_BATCHES)
+    sent = load(shape, Saving.of(recipe, on_gpu=False, family=QWEN), zero, MICRO_BATCHES)
     found = {"gather": 0.0, "reduce": 0.0}
     for collective in traffic(zero, sent):
         found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(

@@ -143,9 +143,7 @@ def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None
     recipe = replace(recipe, output_dir=str(run))
     saving = Saver(output, identity, 1, watchdog, found)
     base = Base.read(model_dir)
-    decided: Any = SimpleNamespace(
-        recipe=recipe, shape=Shape.of(base.config), encoding=base.encoding
-    )
+    decided: Any = SimpleNamespace(recipe=recipe, shape=Shape.of(base.config), base=base)
     train(assemble(decided, data, engine, saving))
 
 

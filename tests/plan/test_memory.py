@@ -114,7 +114,7 @@ def test_saved_tensors_are_predicted(recipe: Recipe, rows: int, length: int) -> 
     labels_BT[:, :10] = -100
     every = from_recipe(recipe.model.activation_checkpointing)
     batch = MicroBatch(rows, length, rows * (length - 10))
-    how, shape = Saving.of(recipe, on_gpu=False), Shape.of(TINY)
+    how, shape = Saving.of(recipe, on_gpu=False, family=QWEN), Shape.of(TINY)
     predicted = blocks_bytes(shape, how, batch, every)
     predicted += head_bytes(shape, how, batch)
     assert predicted == pytest.approx(saved_bytes(model, ids_BT, labels_BT), rel=0.02)
@@ -137,7 +137,9 @@ def test_official_memory_is_predicted(length: int, embedding: bool) -> None:
 
 @pytest.mark.parametrize("length", OFFICIAL[False])
 def test_the_same_lora_is_predicted_to_need_less_here(length: int) -> None:
-    how = Saving.of(lora_recipe(ALL_FOUR, 0.05, "bfloat16", "sdpa", "all"), on_gpu=True)
+    how = Saving.of(
+        lora_recipe(ALL_FOUR, 0.05, "bfloat16", "sdpa", "all"), on_gpu=True, family=QWEN
+    )
     ours = peak_memory(QWEN_7B, how, Zero(0, 1), MicroBatch(1, length, length), every=1).total
     assert ours / 1e9 < OFFICIAL[False][length]
     assert length < 8192 or ours < 24e9
@@ -153,7 +155,9 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
     for more in ({}, {"special_rows": "on"}, {"modules_to_save": ["wte"]}):
         recipe = lora_recipe(ALL_FOUR, 0.0, "bfloat16", "sdpa", "none", **more)
         trained = [p.numel() for p in training_model(recipe).parameters() if p.requires_grad]
-        assert sum(trained) == trained_parameters(Shape.of(TINY), Saving.of(recipe, on_gpu=False))
+        assert sum(trained) == trained_parameters(
+            Shape.of(TINY), Saving.of(recipe, on_gpu=False, family=QWEN)
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,9 @@ def test_each_zero_stage_spreads_its_part_over_the_ranks(
     stage: int, spread: tuple[str, ...]
 ) -> None:
     """Full training in bf16: 2 bytes a weight, 4 a gradient, 12 of fp32 master and two moments."""
-    how = Saving.of(Recipe(method="full", model=ModelOptions(dtype="bfloat16")), on_gpu=False)
+    how = Saving.of(
+        Recipe(method="full", model=ModelOptions(dtype="bfloat16")), on_gpu=False, family=QWEN
+    )
     parts = peak_memory(QWEN_7B, how, Zero(stage, 8), MicroBatch(1, 8192, 8192), every=1)
     whole = {"weights": 2, "gradients": 4, "adapter_and_optimizer": 12}
     for name, size in whole.items():
@@ -179,6 +185,7 @@ def test_longer_rows_and_less_recomputation_never_need_less() -> None:
     how = Saving.of(
         lora_recipe([linear.name for linear in QWEN.linears], 0.05, "bfloat16", "sdpa", "none"),
         on_gpu=True,
+        family=QWEN,
     )
 
     def peak(length: int, every: int) -> float:

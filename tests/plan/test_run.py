@@ -31,7 +31,7 @@ def test_a_base_is_read_once_and_without_its_weights(
     base = Base.read(small_dir)
     assert opened["config.json"] == opened["qwen.tiktoken"] == 1
     assert not [name for name in opened if name.endswith(".safetensors")]
-    assert Shape.of(base.config, base.family).hidden == 64 and base.folder == small_dir.resolve()
+    assert Shape.of(base.config).hidden == 64 and base.folder == small_dir.resolve()
 
 
 def test_a_broken_generation_config_is_named(small_dir: Path, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_broken_generation_config_is_named(small_dir: Path, tmp_path: Path) ->
 
 def test_qwen_7b_is_known_without_its_files() -> None:
     base = Base.qwen_7b()
-    assert Shape.of(base.config, base.family).parameters == 7_721_324_544
+    assert Shape.of(base.config).parameters == 7_721_324_544
     assert base.chat_format == "raw" and base.folder is None and base.encoding is None
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.family import QWEN
 from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.gpus import gpu_named
 from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
@@ -18,7 +19,7 @@ from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Reci
 QWEN_7B = Shape.of(QWenConfig())
 BF16 = ModelOptions(dtype="bfloat16")
 OFF = LoraOptions(special_rows="off")
-HOW = Saving.of(Recipe(model=BF16, lora=OFF), on_gpu=True)
+HOW = Saving.of(Recipe(model=BF16, lora=OFF), on_gpu=True, family=QWEN)
 
 
 def test_time_grows_linearly_with_the_tokens() -> None:
@@ -61,7 +62,7 @@ def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machi
     assert adapter.size + near.size == pytest.approx(far.size)
     full = load(
         QWEN_7B,
-        Saving.of(Recipe(method="full", model=BF16, lora=OFF), on_gpu=True),
+        Saving.of(Recipe(method="full", model=BF16, lora=OFF), on_gpu=True, family=QWEN),
         zero,
         micro_batches=5,
     )

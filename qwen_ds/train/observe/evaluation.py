@@ -18,8 +18,7 @@ from qwen_ds.decode.errors import LogitsNotFinite
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import IGNORE
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.plan.run import Base
 from qwen_ds.recipe.options import EvalOptions
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
@@ -60,14 +59,16 @@ class Evaluator:
     def __init__(
         self,
         rows: TokenRows,
-        encoding: Encoding,
+        base: Base,
         options: EvalOptions,
         tokens_per_micro_batch: int,
         watchdog: Watchdog,
     ) -> None:
         self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
+        assert base.encoding is not None
+        encoding = base.encoding
         self._vocabulary = Vocabulary(encoding.n_vocab, rows.pad_id, encoding.decode)
-        self._stop = StopRule(QWEN.stop_ids(encoding))
+        self._stop = StopRule(base.family.stop_ids(encoding))
         self._header = tuple(encoding.ordinary("assistant\n"))
         self._watchdog = watchdog
 

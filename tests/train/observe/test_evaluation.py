@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.family import QWEN
+from qwen_ds.plan.run import Base
 from qwen_ds.recipe.options import EvalOptions
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
 
@@ -62,8 +63,8 @@ def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
     engine = SimpleNamespace(
         model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
     )
-    encoding = QWEN.load_encoding(small_dir)
-    return Evaluator(rows, encoding, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
+    base = Base.read(small_dir)
+    return Evaluator(rows, base, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
 
 
 def test_samples_are_the_models_greedy_answers(
@@ -111,7 +112,7 @@ def test_an_evaluation_is_due_every_so_many_steps_and_at_the_end(
 ) -> None:
     """Without a number: after each epoch, here of five steps."""
     nothing: Any = None
-    encoding = QWEN.load_encoding(small_dir)
+    base = Base.read(small_dir)
     rows: Any = FakeRows(small_dir)
-    evaluator = Evaluator(rows, encoding, EvalOptions(every_steps=every), 400, nothing)
+    evaluator = Evaluator(rows, base, EvalOptions(every_steps=every), 400, nothing)
     assert [step for step in range(11) if evaluator.due(step, 10, 5)] == due
