@@ -3,7 +3,7 @@
     python -m qwen_ds.data encode  --model.path DIR --data.train FILE... [--output rows.jsonl]
     python -m qwen_ds.data inspect --model.path DIR --data.train FILE... [--rows 3] [--at FILE:LINE]
 
-encode writes one JSON object a row: input_ids, labels (-100: not learnt), source. inspect prints
+encode writes one JSON object a row: input_ids, labels (-100: no target), source. inspect prints
 rows with their target tokens in green, and how long the rows are. Both take the data.* options of a
 recipe and use the same cache as training.
 """

@@ -19,7 +19,10 @@ def read_first_adapter(options: LoraOptions) -> Adapter:
         UserError: no adapter there.
     """
     assert options.init_from is not None
-    return read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
+    try:
+        return read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
+    except UserError as error:
+        raise UserError(f"lora.init_from: {error}") from None
 
 
 def trained_keys(options: LoraOptions, base: Base) -> set[str]:

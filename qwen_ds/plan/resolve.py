@@ -177,14 +177,17 @@ def _choose_special_rows(recipe: Recipe, base: Base, notes: list[Note]) -> Recip
         is_lora = recipe.method == "lora" and not recipe.lora.modules_to_save
         wanted = is_lora and base.chat_format != "chatml"
         if wanted:
-            says = f"says chat_format {base.chat_format!r}" if base.chat_format else "has none"
+            format_named = f"says chat_format {base.chat_format!r}"
+            says = format_named if base.chat_format else "has no chat_format"
+            why = f"generation_config.json {says}, as a base model's"
+            if base.folder is None:
+                why = "Qwen-7B is a base model"
             notes.append(
                 Note(
                     "lora.special_rows",
                     "on",
-                    f"generation_config.json {says}, as a base model's; without its rows of "
-                    "<|endoftext|>, <|im_start|> and <|im_end|> trained the model would not learn "
-                    "to stop",
+                    f"{why}; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> "
+                    "trained the model would not learn to stop",
                 )
             )
     return _with(recipe, "lora", special_rows="on" if wanted in ("on", True) else "off")

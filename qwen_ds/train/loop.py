@@ -52,6 +52,7 @@ def train(session: Session) -> RunSummary:
             try:
                 step = train_step(session, number, window)
             except NotFinite as error:
+                # All ranks, once: they save the weights of the last good step, and end.
                 state = session.state(number - 1, best, evaluated=evaluated)
                 stop_not_finite(error, engine, saver, state)
             observer.end_step(step)
@@ -129,6 +130,7 @@ def train_step(session: Session, number: int, window: Window) -> Step:
         # All ranks, once a step, before the gradient can reach the weights: all stop, or none.
         loss, num_bad = dist.sum_floats(sum(values), len(bad))
         if num_bad:
+            # All ranks, once: each tries its own bad rows alone, and rank 0 names them all.
             bad = bad_alone(bad, rows, engine)
             raise_not_finite(number, "loss is not finite, in", bad, rows)
         # All ranks, once a step: the gradient's norm, and under ZeRO the updated weights.

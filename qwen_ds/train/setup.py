@@ -70,6 +70,7 @@ def load_data(run: Run) -> Data:
     def prepared() -> Prepared:
         return prepare(recipe.data, run.encoding, run.base.config.seq_length, recipe.seed)
 
+    # The first rank of each machine tokenises; then all open what it wrote.
     dist.once_per_machine(prepared, "data")
     rows = prepared()
     sampler = StepSampler(
@@ -81,6 +82,7 @@ def load_data(run: Run) -> Data:
         batch.tokens_per_micro_batch,
     )
     data = Data(rows.train, rows.eval, sampler)
+    # All ranks, once: machines may have files of their own.
     seen = dist.gather(data.sha256)
     if other := next((rank for rank, sha256 in enumerate(seen) if sha256 != seen[0]), None):
         raise UserError(

@@ -43,6 +43,7 @@ def survey(device: torch.device) -> Machine:
         # Of unequal machines: hpZ's groups of this size must not cross from one to the next.
         ranks_per_machine=math.gcd(*dist.ranks_per_machine()),
         on_gpu=on_gpu,
+        # All ranks must decide alike, so the one with the least decides.
         memory=min(dist.gather(free)),
         memory_source=source,
         fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from qwen_ds import dist
 from qwen_ds.data.read.sources import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
-from qwen_ds.decode.errors import LogitsNotFinite, RowOutOfMemory
+from qwen_ds.decode.errors import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import QWEN
@@ -148,6 +148,8 @@ def _errors_for_the_terminal() -> Iterator[None]:
             "one row does not fit the GPU's memory; expected a shorter prompt or fewer "
             "--max_new_tokens"
         ) from None
+    except DecodingError as error:
+        raise UserError(str(error)) from None
 
 
 def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:

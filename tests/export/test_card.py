@@ -141,7 +141,7 @@ def test_the_card_tells_where_the_model_comes_from(
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(recipe) == yaml.safe_load((run / "recipe.yaml").read_text())
     assert (
-        "10 rows of 12 read, 1,000 tokens (400 learnt)" in text
+        "10 rows of 12 read, 1,000 tokens (400 targets)" in text
         and "2 dropped: empty answer" in text
     )
     assert "eval/metrics.json: 100 rows of dev.json" in text

@@ -182,7 +182,7 @@ def test_special_rows_are_on_where_the_folder_does_not_say_chatml(
     assert run.recipe.lora.special_rows == "on" and "says chat_format 'raw'" in str(run.notes[0])
     assert run.special_ids == list(QWEN.stop_ids(run.encoding))
     settings.unlink()
-    assert "has none" in str(decided(tmp_path / "raw", machine=GPU).notes[0])
+    assert "has no chat_format" in str(decided(tmp_path / "raw", machine=GPU).notes[0])
     for options in (["--lora.modules_to_save", "wte"], ["--method", "full"]):
         other = decided(tmp_path / "raw", *options, machine=GPU)
         assert other.recipe.lora.special_rows == "off" and other.special_ids == []

@@ -213,8 +213,7 @@ def test_two_hosts_train_what_one_does(
     assert files[1] == ["run/logs/rank_2.log", "run/logs/rank_3.log"]
     assert "run/adapter/adapter_model.safetensors" in files[0] and files[1][0] not in files[0]
     caches = [
-        [p.name for p in (host.disk / "home/.cache/qwen_ds/rows").iterdir() if p.is_dir()]
-        for host in hosts
+        [p.name for p in (host.disk / "home/.cache/qwen_ds/rows").glob("*.arrow")] for host in hosts
     ]
     assert caches[0] == caches[1] and len(caches[0]) == 1
     stored = json.loads((first / "run" / "ds_config.json").read_text())["zero_optimization"]

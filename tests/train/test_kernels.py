@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen_ds import machine
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import setup
 from qwen_ds.train.lora import add_lora, drop
@@ -111,7 +112,7 @@ def test_compiled_blocks_train_alike(
     plain, compiled = (training_model(small_dir, 0.1, dtype) for _ in range(2))
     transformer = compiled.model.get_base_model().transformer
     for model in (plain, compiled):
-        setup.recompute_blocks(model.model.get_base_model(), recompute)
+        setup.recompute_blocks(model.model.get_base_model(), from_recipe(recompute))
     setup.compile_blocks(compiled.model.get_base_model(), QWEN, torch.device("cpu"))
     assert all(block._compiled_call_impl is not None for block in transformer.h)
     wanted, found = gradients(plain), gradients(compiled)

@@ -126,7 +126,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     kept, tokens = found["kept"], found["tokens"]
     lines = [
         f"{kept:,} rows of {found['read']:,} read, {tokens:,} tokens "
-        f"({found['learnt_tokens']:,} learnt), mean {tokens / kept:.0f}, "
+        f"({found['learnt_tokens']:,} targets), mean {tokens / kept:.0f}, "
         f"longest {found['longest_tokens']:,}"
     ]
     for fate, tallies in (("dropped", found["dropped"]), ("could not be read", found["skipped"])):

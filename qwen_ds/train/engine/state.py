@@ -81,6 +81,7 @@ class TrainableState:
                     assert full.shape == shape, (name, kind, full.shape, shape)
                 else:
                     full = torch.empty(tuple(shape), dtype=torch.float32, device=self._device)
+                # All ranks, once for each value and moment: rank 0 alone has read the file.
                 dist.broadcast(full)
                 self._set(parameter, kind, full)
         self._push_down()

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.write import write_text
+from qwen_ds.disk.write import replacing, write_text
 
 
 def write_report(folder: Path, summary: str, parameters: str) -> None:
@@ -51,4 +51,5 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("loss per target token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png")

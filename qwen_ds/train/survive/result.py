@@ -57,6 +57,7 @@ class Output:
                     watchdog.touch_during(partial(self.write_values, unfinished, tensors))
         except OSError as error:  # on rank 0, which alone writes
             problem = error
+        # All ranks, once: rank 0 gives the result its name, and all hear whether it could.
         dist.once(lambda: self._publish(unfinished, problem), "the result")
 
     def _publish(self, unfinished: Path, problem: OSError | None) -> None:

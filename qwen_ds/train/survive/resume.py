@@ -64,6 +64,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if not dist.from_rank_0(holds_run(run.folder)):
         return None
     ds_json = run.deepspeed.stored_json()
+    # All ranks, once: rank 0 compares, and all end with its error.
     dist.once(lambda: check_same_run(run.folder, run.recipe, ds_json), "compare the recipes")
     return newest_whole(run.folder)
 
@@ -156,6 +157,8 @@ def newest_whole(run: Path) -> Checkpoint | None:
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
         if not state["sharded"] or state["ranks"] != dist.world_size():
             return found
+        # All ranks, once a candidate: each reads its own shard, which may take minutes, so they meet
+        # before the collective with its time-out. One damaged shard makes all pass on.
         damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
         dist.meet("shards read")
         damage = next((text for text in dist.gather(damage) if text), None)
