@@ -157,8 +157,8 @@ def newest_whole(run: Path) -> Checkpoint | None:
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
         if not state["sharded"] or state["ranks"] != dist.world_size():
             return found
-        # All ranks, once a candidate: each reads its own shard, which may take minutes, so they meet
-        # before the collective with its time-out. One damaged shard makes all pass on.
+        # All ranks, once a candidate: each reads its own shard. That may take minutes, so they meet
+        # before the collective, which has a time-out. One damaged shard makes all pass on.
         damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
         dist.meet("shards read")
         damage = next((text for text in dist.gather(damage) if text), None)
