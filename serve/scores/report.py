@@ -1,4 +1,4 @@
-"""Evaluation: predict, unless predictions are given, score, report as JSON and on the terminal."""
+"""Evaluation: predict, unless predictions are given; score; report as JSON and on the terminal."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
         )
         if figures is None:
             return None
-        # Not splitlines: an answer may hold one of the many other characters that end a line there.
+        # Not splitlines, which also splits at other characters, such as U+2028, that answers hold.
         text = predictions_file.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.split("\n")[:-1]]
     scores = metrics.score_all(
@@ -88,7 +88,7 @@ def report_of(
         **count_outcomes(lines),
     }
     if figures is not None:
-        # Rows of an interrupted run cost this one no time.
+        # This run spent no time on the rows of an interrupted one.
         tokens = report["completion_tokens"] * (figures.rows_of_this_run / figures.rows)
         report |= {
             "prompts_cut": figures.prompts_cut,
@@ -151,7 +151,7 @@ def _prediction_lines(file: Path, limit: int | None) -> Iterator[dict[str, Any]]
 def in_words(
     report: dict[str, Any], scores: dict[str, metrics.Scores], lines: Sequence[dict[str, Any]]
 ) -> str:
-    """The report for a terminal: a line of counts, the table, some answers beside references."""
+    """The report for a terminal: a line of counts, the table, and some answers with references."""
     counts = [f"{report['rows']} rows", f"{report['empty_predictions']} empty predictions"]
     counts += [f"{count} ended by {reason}" for reason, count in report["finish_reasons"].items()]
     if report.get("tokens_per_second"):
