@@ -57,7 +57,7 @@ Messages = Sequence[Mapping[str, object]]
 
 
 def turns_of(conversation: Conversation | Messages) -> list[Turn]:
-    """All turns, the system turn in front; DEFAULT_SYSTEM stands in where there is none.
+    """All turns, the system turn first; without one it is DEFAULT_SYSTEM.
 
     Raises:
         UserError: a message without a role of ROLES, or without a content that is a string or a

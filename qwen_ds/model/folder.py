@@ -19,7 +19,7 @@ _FETCHED = [
     "*.json", "*.tiktoken", "*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*",
 ]  # fmt: skip
 _SAFETENSORS = ["*.safetensors"]
-# Fetched only where a repository has no safetensors, as the releases of August 2023.
+# Fetched only if a repository has no safetensors, like the releases of August 2023.
 _PICKLES = ["pytorch_model*.bin"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -282,7 +282,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         """Logits [B, T, V] in the model's dtype, and the loss where labels are given.
 
         Args (the others as in QWenModel):
-            labels: int64 [B, T], each under its own token, -100 where it is no target. The loss is
+            labels: int64 [B, T], each at its own token, -100 where it is no target. The loss is
                 the mean cross entropy of the targets, in fp32 (the official code's is in the
                 model's dtype); NaN if there are none.
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.

@@ -78,7 +78,7 @@ def report_of(
     scores: dict[str, metrics.Scores],
     figures: PredictionFigures | None,
 ) -> dict[str, Any]:
-    """The content of metrics.json: data and options, the scores of both profiles, counts, speed."""
+    """The content of metrics.json: data, options, counts, speed, and both profiles' scores."""
     report: dict[str, Any] = {
         "model": options.model,
         "adapter": options.adapter,
@@ -99,9 +99,8 @@ def report_of(
 
 
 def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:
-    """Lines of serve.predict, or any rows with `prediction` and `reference`.
-
-    References of --data go before the lines' own.
+    """Lines of serve.predict, or any rows with `prediction` and `reference`; references of --data
+    take precedence.
 
     Raises:
         UserError: no predictions, another number of references, or a row without a text to score
@@ -163,7 +162,7 @@ def in_words(
 
 
 def sample(line: dict[str, Any], columns: int) -> str:
-    """One answer for the eye: question, reference and prediction, wrapped behind their names."""
+    """One answer to read: question, reference and prediction, each wrapped after its name."""
     out = [str(line.get("source", ""))]
     for name in ("prompt", "reference", "prediction"):
         text = " ".join(str(line.get(name) or "").split()) or "(empty)"

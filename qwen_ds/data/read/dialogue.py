@@ -110,7 +110,7 @@ def is_blank(text: str) -> bool:
 
 
 def text_of(row: Row, key: str) -> str:
-    """The text under a key, "" where it is absent or null. Raises RowError on anything else."""
+    """The text under a key, "" if it is absent or null. Raises RowError for anything else."""
     value = row.get(key)
     if value is None:
         return ""
@@ -120,7 +120,7 @@ def text_of(row: Row, key: str) -> str:
 
 
 def system_of(row: Row, key: str = "system") -> str | None:
-    """The system text under a key, stripped; None where it is absent, null or blank."""
+    """The system text under a key, stripped; None if it is absent, null or blank."""
     if key not in row:
         return None
     return text_of(row, key).strip() or None
@@ -133,7 +133,7 @@ def object_of(value: object, what: str) -> Row:
 
 
 def list_of(row: Row, key: str) -> list[object]:
-    """The list under a key, empty where it is absent or null. Raises RowError on anything else."""
+    """The list under a key, empty if it is absent or null. Raises RowError for anything else."""
     value = row.get(key)
     if value is None:
         return []

@@ -142,7 +142,7 @@ def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
             yield from iter_objects(stream, content.name, encoding)
         elif header is not None:
             yield from _csv_rows(stream, content.name, encoding, *header)
-        # Lines even where the first is broken: those behind it may be whole.
+        # JSON lines even if the first is broken: others may be whole.
         elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
             yield from iter_lines(stream, content.name, encoding)
         else:
@@ -194,7 +194,7 @@ def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
 def _csv_header(line: str) -> tuple[str, list[str]] | None:
     """(delimiter, column names) of a line that can be a CSV header, None for any other.
 
-    Its names are short, distinct and without JSON's signs, which tells it from running text.
+    A header's names are short, distinct and free of JSON's signs, unlike running text.
     """
     best: tuple[str, list[str]] | None = None
     for delimiter in _DELIMITERS:

@@ -49,7 +49,7 @@ class EncodeOptions:
         learn_on: see the top of this file.
         max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`.
         max_tokens: bound of all other rows; None: no bound.
-        parse_specials: parse control tokens spelled in a text (the original, unsafe behaviour).
+        parse_specials: parse control tokens spelled in a text (the old, unsafe behaviour).
         system: system text of conversations without one; None means DEFAULT_SYSTEM.
     """
 
