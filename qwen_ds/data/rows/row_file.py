@@ -112,7 +112,7 @@ class RowWriter:
         """Write the last batch and the footer.
 
         Its metadata is `about` with format_version; names (beginnings and ends of sources); sha256
-        (of all content hashes in order); and duplicates (number of rows that repeat another).
+        (of all content hashes in order); and duplicates (rows that repeat an earlier one).
         """
         contents = np.concatenate([np.empty(0, "<u8"), *self._contents])
         found = {
