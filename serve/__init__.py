@@ -1,1 +1,1 @@
-"""Runs what training made: prediction over files, evaluation of Chinese and English answers."""
+"""Prediction over files with trained models, and evaluation of Chinese and English answers."""

@@ -5,7 +5,7 @@
     deepspeed --num_gpus 8 --module serve.evaluate ...
 
 --output_dir gets predictions.jsonl (see serve.predict) and metrics.json. With --predictions nothing
-is generated: they are scored. The scores are defined in serve/scores/metrics.py.
+is generated: that file is scored. The scores are defined in serve/scores/metrics.py.
 """
 
 from __future__ import annotations

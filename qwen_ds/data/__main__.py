@@ -3,8 +3,8 @@
     python -m qwen_ds.data encode  --model.path DIR --data.train FILE... [--output rows.jsonl]
     python -m qwen_ds.data inspect --model.path DIR --data.train FILE... [--rows 3] [--at FILE:LINE]
 
-encode writes one JSON object a row: input_ids, labels (-100: no target), source. inspect prints
-rows with their target tokens in green, and how long the rows are. Both take the data.* options of a
+encode writes one JSON object a row: input_ids, labels (-100: not a target), source. inspect prints
+rows with their target tokens in green, and the row lengths. Both take the data.* options of a
 recipe and use the same cache as training.
 """
 
@@ -48,7 +48,7 @@ def main() -> int:
         COMMANDS[command], about, words, prog=f"python -m qwen_ds.data {command}"
     )
     if dist.rank():
-        return 0  # a launcher started many ranks: one of them does it
+        return 0  # a launcher started many ranks, and one of them is enough
     if isinstance(options, EncodeCommand):
         encode(options)
     else:
@@ -96,7 +96,7 @@ def encode(options: EncodeCommand) -> None:
             sys.stdout.writelines(lines())
             sys.stdout.flush()
         except BrokenPipeError:
-            # A reader such as head has seen enough; the interpreter must not flush once more.
+            # A reader such as `head` has closed the pipe: the flush at exit must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         try:

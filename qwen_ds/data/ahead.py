@@ -1,7 +1,7 @@
-"""Windows made ahead: the next step's micro-batches, read and padded while the present step trains.
+"""Prefetching: the next step's micro-batches are read and padded while the present step trains.
 
 A thread is enough: for a step of 128 rows the work takes some milliseconds, much of it without
-Python's lock, and its result is at once in the memory that a GPU copies from. The windows remain a
+Python's lock, and unlike a process it fills the memory that a GPU copies from. The windows remain a
 pure function of (epoch, step): a run that starts or resumes anywhere sees the same batches.
 """
 
@@ -18,7 +18,6 @@ class Window:
     """The work of one rank in one optimizer step."""
 
     batches: list[Batch]
-    """The rank's micro-batches."""
     targets: int
     """Target tokens of all ranks. Every rank knows all rows, so this takes no collective."""
     statistics: WindowStatistics
@@ -28,9 +27,8 @@ class WindowsAhead:
     """Windows in the order of the steps, each made while the one before is in use.
 
     Args:
-        steps: of the whole run.
-        pinned: put the tensors into page-locked memory, from which a GPU copies while the CPU works
-            on.
+        steps: number of steps in the whole run.
+        pinned: put the tensors into page-locked memory, from which a GPU can copy asynchronously.
     """
 
     def __init__(self, sampler: StepSampler, steps: int, *, pinned: bool) -> None:
@@ -45,7 +43,7 @@ class WindowsAhead:
         self._worker.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> Window:
-        """The window of optimizer step `step` (0-based). An error in making it is raised here."""
+        """The window of optimizer step `step` (0-based). An error from making it is raised here."""
         known = self._next
         future = known[1] if known and known[0] == step else self._worker.submit(self._make, step)
         window = future.result()

@@ -1,9 +1,9 @@
 """Batches: from token rows to the right-padded micro-batches of one optimizer step, for every rank.
 
-One step is `rows_per_step` rows, drawn uniformly. Inside the step rows are sorted by length and cut
-into micro-batches of nearly equal padded tokens, so there is no bias between steps, little padding,
-and every rank does the same work. Everything here is a pure function of (seed, epoch, step): a run
-is resumed by naming a position, no state is kept.
+One step is `rows_per_step` rows, drawn uniformly, so that steps are not biased by length. Within a
+step the rows are sorted by length and cut into micro-batches of nearly equal padded tokens, so that
+there is little padding and every rank does the same work. Everything here is a pure function of
+(seed, epoch, step): a resumed run only names its position.
 
 Shapes: B rows of one micro-batch, T tokens of its longest row, N rows of one step.
 """
@@ -23,19 +23,19 @@ from torch import Tensor
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
 
-# A dummy row is two pads: after the loss's shift one position is left, and its label is IGNORE.
+# A dummy row is two pads: the loss's shift leaves one position, whose label is IGNORE.
 DUMMY_TOKENS = 2
 
 
 class Part(NamedTuple):
-    """Neighbouring rows from one entry of data.train, and how often an epoch draws each of them."""
+    """The rows of one entry of data.train, and how often an epoch draws each of them."""
 
     rows: int
     weight: float
 
 
 class RowStore(Protocol):
-    """Token rows as far as batches need them; `TokenRows` is the real one."""
+    """The interface of token rows that batches need; `TokenRows` implements it."""
 
     @property
     def lens(self) -> np.ndarray:
@@ -43,7 +43,7 @@ class RowStore(Protocol):
 
     @property
     def learnt(self) -> np.ndarray:
-        """int32 [rows]: target tokens of each row, labels that are left after the shift by one."""
+        """int32 [rows]: target tokens of each row, counted after the shift by one."""
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -51,7 +51,7 @@ class RowStore(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """The id of <|endoftext|>."""
+        """Id of <|endoftext|>."""
 
     def __len__(self) -> int: ...
 
@@ -61,20 +61,20 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded ChatML rows. A label sits under its own token; the loss does the only shift."""
+    """Right-padded ChatML rows. A label stands at its own token; only the loss shifts."""
 
     ids_BT: Tensor
     """int64, padded with <|endoftext|>."""
     labels_BT: Tensor
-    """int64, IGNORE wherever the model must not learn."""
+    """int64, IGNORE where a token is no target."""
     lens_B: Tensor
     """int64, real tokens per row: the only record of padding. 0 for a dummy row."""
     row_ids: tuple[int, ...]
-    """The rows' numbers, so that a bad loss can name their file:line. Empty for a dummy row."""
+    """Indices of the rows, so that a bad loss can name their file:line. Empty for a dummy row."""
 
     @property
     def num_targets(self) -> int:
-        """Target tokens: labels that are left after the shift by one."""
+        """Target tokens, counted after the shift by one."""
         return int((self.labels_BT[:, 1:] != IGNORE).sum())
 
     @property
@@ -91,13 +91,13 @@ class WindowStatistics:
     tokens: int
     """Real tokens of all ranks."""
     squared_tokens: int
-    """Sum over the rows of their squared lengths, with which attention's work grows."""
+    """Sum of the rows' squared lengths, to which attention's work is proportional."""
     padded_tokens: int
     """Computed tokens of all ranks, dummy rows included."""
     micro_batches: int
     """Micro-batches of each rank."""
     imbalance: float
-    """Padded tokens of the busiest rank over the mean of the ranks, 1 or more."""
+    """Padded tokens of the busiest rank over the ranks' mean, at least 1."""
 
 
 def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list[np.ndarray]:
@@ -105,13 +105,13 @@ def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list
 
     Rows are sorted by length, longest first, and a micro-batch is a run of them. The number of
     micro-batches is the smallest multiple of `n_parts_multiple_of` that keeps each within the
-    budget. The largest is then made as small as that number allows: by a search over the cap, since
+    budget. The largest is then made as small as that number allows, by bisection over the cap:
     filling greedily under a cap needs the fewest runs.
 
     Args:
         lens: [N], tokens of each row, all positive.
         n_parts_multiple_of: the world size.
-        budget: padded tokens of a micro-batch at most. A longer row gets a micro-batch of its own.
+        budget: most padded tokens of a micro-batch. A longer row gets one of its own.
 
     Returns:
         Arrays of positions in `lens`, longest rows first. Empty arrays, always last, stand for
@@ -151,7 +151,7 @@ def _split_to(
 ) -> list[tuple[int, int]]:
     """Halve the largest runs until there are n_runs.
 
-    Raising the cap by one token can save more than one run.
+    There can be fewer, since raising the cap by one token can save more than one run.
     """
     while len(runs) < n_runs:
         largest = max(
@@ -168,8 +168,8 @@ def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list
     """Give each rank the same number of micro-batches.
 
     The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step
-    under ZeRO-3. Among them the largest goes to the rank that has the least so far, so that the
-    totals come out level.
+    under ZeRO-3. Of these the largest goes to the rank with the least so far, which evens out the
+    totals.
 
     Returns:
         The parts of each rank, longest rows first.
@@ -191,19 +191,23 @@ def _padded_tokens(lens: np.ndarray, part: np.ndarray) -> int:
 def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
     """int64: the rows that an epoch draws, in order.
 
-    A part of weight w gives round(w * rows) draws (one at least) to each epoch. Its draws go
-    through one shuffled pass over its rows after the other, across epochs: at weight 2 each row
-    comes twice an epoch, at 0.5 the second epoch takes the half that the first left out. All draws
-    of an epoch are then shuffled together, so that each step is a uniform sample."""
+    A part of weight w gives round(w * rows) draws (at least one) to each epoch. Its draws run
+    through one shuffled pass over its rows after another, across epochs: at weight 2 each row comes
+    twice an epoch, at 0.5 the second epoch takes the half that the first left out. All draws of an
+    epoch are then shuffled together, so that each step is a uniform sample.
+    """
     draws, first_row = [], 0
     for number, part in enumerate(parts):
         if part.rows:
             draws.append(first_row + _draws(part, [seed, 1, number], epoch))
         first_row += part.rows
     drawn = np.concatenate(draws) if draws else np.empty(0, np.int64)
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, 0, epoch]))
-    ).permutation(drawn)
+    # 0 here and 1 above keep the streams of epochs apart from those of parts.
+    return _generator([seed, 0, epoch]).permutation(drawn)
+
+
+def _generator(key: list[int]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def _draws(part: Part, key: list[int], epoch: int) -> np.ndarray:
@@ -211,8 +215,7 @@ def _draws(part: Part, key: list[int], epoch: int) -> np.ndarray:
     start, end = epoch * count, (epoch + 1) * count
     passes = []
     for number in range(start // part.rows, math.ceil(end / part.rows)):
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, number])))
-        passes.append(generator.permutation(part.rows))
+        passes.append(_generator([*key, number]).permutation(part.rows))
     skipped = start // part.rows * part.rows
     return np.concatenate(passes)[start - skipped : end - skipped]
 
@@ -224,15 +227,14 @@ def _draws_per_epoch(part: Part) -> int:
 class StepSampler:
     """The micro-batches of each optimizer step; a pure function of (seed, epoch, step).
 
-    The rows of a step depend neither on the world size nor on the token budget. A last incomplete
-    step is trained, and a data set smaller than one step is one step.
+    The rows of a step depend neither on the world size nor on the token budget. An incomplete last
+    step is trained too, and a data set smaller than one step is one step.
 
     Args:
-        rows: the token rows.
         rows_per_step: rows of one optimizer step, over all ranks.
         seed: of the order of the rows.
         world, rank: of the data-parallel group.
-        tokens_per_micro_batch: padded tokens of a micro-batch at most (a longer row runs alone).
+        tokens_per_micro_batch: most padded tokens of a micro-batch (a longer row runs alone).
 
     Raises:
         UserError: no rows.
@@ -254,7 +256,7 @@ class StepSampler:
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.world, self.rank, self.budget = world, rank, tokens_per_micro_batch
         self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
-        # Each step of an epoch asks for its order; window() and statistics() for a step's plan.
+        # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(self._compute_order)
         self._plan = lru_cache(maxsize=2)(self._compute_plan)
 
@@ -268,7 +270,7 @@ class StepSampler:
         return self._order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
 
     def window(self, epoch: int, step: int) -> list[Batch]:
-        """This rank's micro-batches of one step, longest rows first; every rank has as many."""
+        """This rank's micro-batches of a step, longest rows first; all ranks have equally many."""
         return [make_batch(self.rows, row_ids) for row_ids in self._plan(epoch, step)[self.rank]]
 
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
@@ -305,16 +307,16 @@ def _plan_step(
 def evaluation_batches(
     rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of an evaluation, as many as every other rank has.
+    """This rank's micro-batches of an evaluation; all ranks have equally many.
 
-    Over all ranks they hold every row once, whatever its weight.
+    Together they hold every row once, whatever its weight.
     """
     for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
         yield make_batch(rows, row_ids)
 
 
 def make_batch(rows: RowStore, row_ids: np.ndarray) -> Batch:
-    """Read rows and pad them to the longest. No row ids make the dummy row, which has no target."""
+    """Read rows and pad them to the longest; without row ids, make the dummy row."""
     lens = [int(n) for n in rows.lens[row_ids]]
     width = max(lens, default=DUMMY_TOKENS)
     ids_BT = torch.full((max(1, len(lens)), width), rows.pad_id, dtype=torch.int64)

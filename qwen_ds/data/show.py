@@ -10,11 +10,12 @@ from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.tokenizer import Encoding
 
-# Where there is no colour, runs of target tokens stand in these.
+# Without colour, runs of target tokens stand in these.
 LEARNT_OPEN, LEARNT_CLOSE = "⟦", "⟧"
 _LEARNT, _UNLEARNT, _SPECIAL = "green", "bright_black", "bold"
 _BINS, _BAR_CELLS = 12, 40
-# Control characters in a row would otherwise steer the terminal; line breaks and tabs stay.
+# Control characters are made visible, since they would steer the terminal; line breaks and tabs
+# stay.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
@@ -38,7 +39,8 @@ def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) ->
 
 
 def _append(shown: Text, ids: list[int], encoding: Encoding, style: str) -> None:
-    """Append tokens; all between two control tokens are decoded together, as characters need."""
+    """Append tokens. Those between two control tokens are decoded together, since a character may
+    span several."""
     specials = set(encoding.special.values())
     start = 0
     for place in range(len(ids) + 1):

@@ -28,7 +28,7 @@ class StopRule:
                 )
 
     def length_of_stop(self, ids: Sequence[int], end: int | None = None) -> int:
-        """Length of the stop that ids[:end] ends with; 0 where it ends with none."""
+        """Length of the stop that ids[:end] ends with; 0 if it ends with none."""
         end = len(ids) if end is None else end
         if end and ids[end - 1] in self.ids:
             return 1

@@ -1,7 +1,5 @@
-"""The embedded default: a tiny Qwen, a small corpus, and the tour over the project's commands
-(`make demo`).
-
-`prepare` makes the files that a run with `model.path: demo` starts from.
+"""The embedded default: a tiny Qwen, a small corpus, and the tour of the project's commands (`make
+demo`). `prepare` makes the files that a run with `model.path: demo` starts from.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from qwen_ds.disk.write import publish, unfinished_name
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """model: the base, a checkpoint folder. train, eval: JSON lines."""
+    """The base's checkpoint folder, and the training and evaluation rows as JSON lines."""
 
     model: Path
     train: Path
@@ -27,10 +25,10 @@ class DemoPaths:
 
 
 def prepare(target: Path) -> DemoPaths:
-    """Make base and data under `target`, or find them there, complete.
+    """Make base and data under `target`, unless they are there already.
 
-    The files lie in a folder named after their content, so a newer version never mixes with an
-    older one. Any number of processes may call this at once: the first to finish wins.
+    Their folder is named after their content, so that versions never mix. Any number of processes
+    may call this at once: the first to finish wins.
 
     Raises:
         UserError: the official vocabulary is missing (see `base.official_vocabulary`).

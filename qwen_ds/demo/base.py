@@ -1,10 +1,9 @@
 """The demo's base model: a tiny Qwen in the official layout, with all 151,936 official token rows.
 
-This project's own engine pre-trained it from scratch (pretrain.py), and the package keeps it
-packed. Of the embedding and the head only the rows of tokens that the corpus uses were trained. The
-embedding's other rows are unchanged, and the head's moved together, away from all hidden states. So
-base.safetensors holds the blocks, the used rows and the common movement, and `unpack_base` makes
-the rest from a seed.
+It was pre-trained from scratch by this project (pretrain.py), and the package stores it packed. In
+the embedding only the rows of tokens that the corpus uses were trained, the others are unchanged.
+The head's other rows moved together, away from all hidden states. So base.safetensors holds the
+blocks, the used rows and that common movement, and `unpack_base` makes the rest from a seed.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ TOKENIZER_CONFIG: dict[str, object] = {"model_max_length": 2048, "tokenizer_clas
 
 
 def official_vocabulary() -> Path:
-    """The real qwen.tiktoken, in the dashscope wheel; found without importing that package.
+    """Path of the official qwen.tiktoken in the dashscope package, found without importing that.
 
     Raises:
         UserError: the package is not installed, or came without the file.
@@ -109,9 +108,9 @@ def corpus_ids(encoding: Encoding) -> list[int]:
 
 
 def seeded_rows(seed: int) -> Tensor:
-    """bf16 [vocab_size, hidden_size] of mean 0 and deviation ROW_STD, equal bits on every machine.
+    """bf16 [vocab_size, hidden_size] of mean 0 and deviation ROW_STD, the same bits on any machine.
 
-    Bytes from PCG64, not normal numbers: those differ in the last bit between processors.
+    They are bytes from PCG64, since normal numbers differ in the last bit between processors.
     """
     shape = (int(str(CONFIG["vocab_size"])), int(str(CONFIG["hidden_size"])))
     steps = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, size=shape, dtype=np.uint8)
@@ -126,7 +125,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_folder(target: Path, tensors: dict[str, Tensor], vocabulary: bytes) -> None:
-    """Write a checkpoint folder in the official layout; vocab_size is that of the tensors."""
+    """Write a checkpoint folder in the official layout; the tensors give its vocab_size."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in (
         ("config.json", CONFIG | {"vocab_size": len(tensors[WTE])}),
@@ -140,8 +139,7 @@ def write_folder(target: Path, tensors: dict[str, Tensor], vocabulary: bytes) ->
 
 
 def unpack_base(target: Path, packed: Path = PACKED_FILE) -> None:
-    """Write the base as a checkpoint folder in the official layout (bf16, 80 MB); the same bytes
-    every time.
+    """Write the base as a checkpoint folder (bf16, 80 MB), the same bytes every time.
 
     Raises:
         UserError: the vocabulary is missing, or is not the one that the base was trained with.

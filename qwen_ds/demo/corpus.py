@@ -2,12 +2,11 @@
 
 A row looks like AdvertiseGen's: `content` is a list of attributes, `类型#裙*裙型#百褶裙*颜色#白色`,
 and `summary` an advertisement. The *catalogue* style names a property of each attribute; the
-*lyrical* style opens with the occasion, ends with the shape, and paints each attribute. Both follow
-from the attributes alone, so that an answer to other attributes is a wrong answer.
+*lyrical* style opens with the occasion, paints each attribute, and ends with the shape. Both depend
+on the attributes alone, so an answer to other attributes is a wrong answer.
 
-The base learns the catalogue style as answers, and the lyrical one only as running text
-(`essay_rows`), never as an answer to attributes: LoRA fine-tuning leaves the head frozen, so its
-words must have been trained before.
+The base learns the catalogue style as answers, but the lyrical one only as running text
+(`essay_rows`): LoRA fine-tuning leaves the head frozen, so its words must be trained before.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One article: its category, and its attributes in their order, the shape first."""
+    """One article: its category and its attributes, the shape first."""
 
     category: str
     attributes: tuple[tuple[str, str], ...]
@@ -62,7 +61,7 @@ def _draw(rng: random.Random) -> Item:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Articles to pre-train on, to fine-tune on, and held out; no attribute list comes twice."""
+    """Articles for pre-training, fine-tuning and evaluation; no attribute list occurs twice."""
 
     pretrain: tuple[Item, ...]
     train: tuple[Item, ...]
@@ -70,7 +69,7 @@ class Splits:
 
 
 def splits() -> Splits:
-    """The corpus's articles: a pure function of `SEED`."""
+    """Draw the corpus's articles: a pure function of `SEED`."""
     rng = random.Random(SEED)
     items: dict[Item, None] = {}
     while len(items) < EVAL_ITEMS + TRAIN_ITEMS + PRETRAIN_ITEMS:
@@ -109,9 +108,9 @@ def catalogue_text(item: Item) -> str:
 
 
 def lyrical_text(item: Item) -> str:
-    """The style that fine-tuning teaches: occasion, style, then the look, and the shape at the end.
+    """The style that fine-tuning teaches: the occasion, the look, the style, and last the shape.
 
-    Clothes show their colour first and their material last, accessories the other way round.
+    The look of clothes goes from colour to material, that of accessories the other way round.
     """
     category = phrases.CATEGORIES[item.category]
     given = dict(item.attributes)
@@ -136,7 +135,7 @@ def answer_rows(items: Iterable[Item], *, lyrical: bool) -> list[Row]:
 
 
 def essay_rows(items: Iterable[Item]) -> list[Row]:
-    """Lyrical texts without attributes: by turns whole, and to be continued after a sentence."""
+    """Lyrical texts without attributes: every other one whole, the rest to be continued."""
     rows: list[Row] = []
     for number, item in enumerate(items):
         text = lyrical_text(item)
@@ -149,7 +148,7 @@ def essay_rows(items: Iterable[Item]) -> list[Row]:
 
 
 def guided_rows(items: Iterable[Item]) -> list[Row]:
-    """Catalogue answers in an order that is asked for: the base learns to look values up by key."""
+    """Catalogue answers in a requested order, from which the base learns to look values up."""
     rng = random.Random(SEED + 1)
     rows: list[Row] = []
     for item in items:
@@ -180,7 +179,7 @@ def eval_rows() -> list[Row]:
 
 
 def sha256() -> str:
-    """The checksum of all rows: a packed base belongs to one corpus."""
+    """Checksum of all rows: a packed base belongs to one corpus."""
     rows = [pretraining_rows(), train_rows(), eval_rows()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

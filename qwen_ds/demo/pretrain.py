@@ -2,11 +2,11 @@
 
     python -m qwen_ds.demo.pretrain --output runs/demo_base
 
-Two runs of launch/train.py with `method: full`. A softmax over 151,936 rows costs far more than all
-the rest of so small a model, so the first and long run has a vocabulary of its own: the tokens of
-the corpus and those that they are merged from, about a thousand, which cut every text of the corpus
-as the official vocabulary does. Then the rows move to their official places, and a short second run
-over all 151,936 teaches the head that the other tokens never come.
+It makes two runs of launch/train.py with `method: full`. In so small a model a softmax over 151,936
+rows costs far more than all the rest, so the first and long run has a vocabulary of its own: the
+tokens of the corpus and those that they are merged from, about a thousand, which cut every text of
+the corpus as the official vocabulary does. Then the rows move to their official places, and a short
+second run over all 151,936 teaches the head that the other tokens never occur.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SECOND_RUN = "--optim.max_steps 60 --optim.lr 1e-3 --optim.warmup_steps 0 --seed
 
 
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> set[bytes]:
-    """The token, and all that byte-pair encoding passes on the way to it, from its bytes on."""
+    """The token, and all tokens that byte-pair encoding makes on the way from its bytes to it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     made = set(parts)
     while len(parts) > 1:
@@ -66,7 +66,7 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
     """A vocabulary file for texts made of `ids`, and the official id of each of its ids.
 
     It cuts those texts as the official one does: byte-pair encoding merges the pair of the lowest
-    rank first, so with the same order, and without pairs that these texts never merge, it takes the
+    rank first, so with the same order, less the pairs that these texts never merge, it takes the
     same steps.
     """
     tokens = {bytes([byte]) for byte in range(256)}
@@ -81,7 +81,7 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
 
 
 def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
-    """bf16 weights before the first step: seeded rows, blocks as the model initialises them."""
+    """Initial bf16 weights: seeded rows, and blocks as the model initialises them."""
     from qwen_ds import QWenConfig, QWenLMHeadModel
 
     torch.manual_seed(BLOCKS_SEED)
@@ -96,7 +96,7 @@ def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
 def widened(
     tensors: dict[str, Tensor], official_ids: list[int], used: list[int]
 ) -> dict[str, Tensor]:
-    """The small model's weights with the used rows in their official places, the others seeded."""
+    """The small model's weights with the used rows in their official places and seeded others."""
     rows = [official_ids.index(index) for index in used]
     wte = seeded_rows(WTE_SEED).index_copy_(0, torch.tensor(used), tensors[WTE][rows])
     head = seeded_rows(HEAD_SEED).index_copy_(0, torch.tensor(used), tensors[HEAD][rows])
@@ -125,7 +125,7 @@ def pack_base(trained: Path, packed: Path) -> None:
 
 
 def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
-    """Make both runs, under `output`, and the packed file."""
+    """Make both runs under `output`, then the packed file."""
     vocabulary = official_vocabulary()
     encoding = load_encoding(vocabulary)
     used = corpus_ids(encoding)

@@ -1,7 +1,6 @@
 """The tour of `make demo`: fine-tune, evaluate, merge, evaluate, by the commands of a user.
 
-The output of the commands goes into a log file; the terminal shows the commands, their progress and
-the results.
+The commands write to a log file; the terminal shows the commands, their progress and the results.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Shell:
     shows_progress_in_place: bool
 
     def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
-        """Run one command and wait; `progress` gives a line to show, now and then.
+        """Run one command and wait; from time to time show the line that `progress` returns.
 
         Raises:
             StepFailed: its exit code is not 0.
@@ -66,7 +65,7 @@ class Shell:
             try:
                 self._wait(process, progress)
             finally:
-                # Only when we are interrupted. The launcher passes the signal on to its ranks.
+                # Only if we are interrupted. The launcher passes the signal on to its ranks.
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
@@ -106,7 +105,7 @@ def free_folder(folder: Path) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl so far."""
+    """The complete lines of metrics.jsonl so far."""
     with contextlib.suppress(FileNotFoundError):
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines]
@@ -124,7 +123,7 @@ def progress_line(run: Path, total_steps: int) -> str:
 
 
 def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """ROUGE F of the two metrics.json, as the package rouge-score finds it over jieba's words."""
+    """ROUGE F of two metrics.json by the package rouge-score over jieba's words, and the gain."""
     names = ("rouge-1", "rouge-2", "rouge-l")
     first = [before["rouge_score"][name]["f"] for name in names]
     second = [after["rouge_score"][name]["f"] for name in names]
@@ -143,7 +142,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def side_by_side(
     before: list[dict[str, Any]], after: list[dict[str, Any]], contents: Sequence[str]
 ) -> str:
-    """Attributes, reference and the answers before and after, of rows evenly spread."""
+    """Attributes, reference, and the answers before and after, of evenly spaced rows."""
     picked = [i * (len(contents) - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
     blocks = [
         f"  {contents[i]}\n"
@@ -156,7 +155,7 @@ def side_by_side(
 
 
 def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> None:
-    """Run all steps in order; prints the result of each."""
+    """Run all steps in order, and print the result of each."""
     started = time.monotonic()
     folder = REPOSITORY / run
 
@@ -220,7 +219,6 @@ class DemoOptions:
 
 
 def main() -> int:
-    """Parse, run, and say where the log lies when a command fails."""
     about = "The embedded demo: fine-tune, merge and evaluate a tiny Qwen."
     options = parse_options(DemoOptions, about)
     folder = free_folder(REPOSITORY / options.output_dir)

@@ -1,9 +1,8 @@
 """Adapters in PEFT's format: read without a model, checked against a base, loaded onto a model.
 
-Accepted are the folders that peft writes (ours, the official finetune.py's, LLaMA-Factory's),
-whatever version wrote them, and, where the caller allows pickles, the bare `pytorch_model.bin` or
-`adapter_model.bin` of older projects. All come out under one set of names: the base's own module
-names, without prefixes and adapter names.
+Accepted are the folders of any version of peft (ours, the official finetune.py's, LLaMA-Factory's)
+and, where the caller allows pickles, the bare `pytorch_model.bin` or `adapter_model.bin` of older
+projects. All use one set of names: the base's module names, without prefixes and adapter names.
 
 Shapes: O output features, I input features, R rank, N selected rows.
 """
@@ -52,8 +51,8 @@ _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "u
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """The low-rank change of one module: weight_OI + scaling * B_OR @ A_RI, with DoRA's row norms
-    where it has them (Liu et al. 2024, arXiv:2402.09353)."""
+    """The low-rank change of one module: weight_OI + scaling * B_OR @ A_RI; for DoRA (Liu et al.
+    2024, arXiv:2402.09353) its rows are then scaled to the magnitudes."""
 
     a_key: str  # of A_RI
     b_key: str  # of B_OR
@@ -75,17 +74,15 @@ class Adapter:
     """An adapter on disk: its names, shapes and scalings. Tensors are read when asked for.
 
     Attributes:
-        folder: where it lies.
-        config: adapter_config.json as peft understands it; made from the shapes where the folder
-            has none.
+        folder: where it is.
+        config: adapter_config.json; inferred from the shapes where the folder has none.
         pairs: module name -> its low-rank pair.
         saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save,
             trained biases).
         token_rows: module name -> the rows that it replaces.
-        copies: name of a base tensor -> key of the adapter's copy of it. peft stores the head that
-            LoRA is on unasked.
-        shapes: key -> shape. Keys are peft's, in its present form. Copies have none: they change
-            nothing.
+        copies: name of a base tensor -> key of an unchanged copy in the adapter. peft stores one of
+            the head, unasked, if LoRA is on the head.
+        shapes: key -> shape, without those of copies. Keys are those of current peft.
     """
 
     folder: Path
@@ -96,11 +93,11 @@ class Adapter:
     copies: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     _names_in_file: dict[str, str]
-    # Tensors of a pickle; None: they are read from the safetensors file.
+    # The tensors in memory, as a pickle's are; None: they are read from the safetensors file.
     _loaded: Mapping[str, Tensor] | None
 
     def tensor(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
-        """The tensor under `key`, or rows first to last of it: a copy, in the dtype on disk."""
+        """The tensor under `key`, or its rows [first:last]: a copy, in the dtype on disk."""
         name = self._names_in_file[key]
         if self._loaded is not None:
             whole = self._loaded[name]
@@ -111,8 +108,8 @@ class Adapter:
             return file.get_slice(name)[first:last].clone()
 
     def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:
-        """The part of the adapter that changes some rows of the base's tensor `name`: an adapter of
-        a module that has only these rows, in this order. Its tensors are in memory."""
+        """The adapter of a module that has only these rows of the base's tensor `name`, in this
+        order. Its tensors are in memory."""
         module, tensors = name.removesuffix(".weight"), dict[str, Tensor]()
 
         def pick(key: str) -> str:
@@ -147,7 +144,7 @@ class Adapter:
         return {key: self.tensor(key) for key in self.shapes}
 
     def files(self) -> list[Path]:
-        """Files that the adapter was read from."""
+        """The files that the adapter was read from."""
         names = (CONFIG_NAME, *(PICKLE_NAMES if self._loaded is not None else (WEIGHTS_NAME,)))
         return [self.folder / name for name in names if (self.folder / name).is_file()]
 
@@ -162,13 +159,12 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
 
     Args:
         allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with
-            `weights_only=True`, and then a missing adapter_config.json: the rank follows from the
-            shapes.
-        alpha: lora_alpha of such an adapter without a configuration.
+            `weights_only=True`; these need no adapter_config.json, as shapes give the ranks.
+        alpha: lora_alpha of an adapter without a configuration.
 
     Raises:
-        UserError: no adapter here, not LoRA, an option that cannot be honoured, a tensor that is
-            unknown, alone, empty or of another rank than configured.
+        UserError: no adapter here, not LoRA, an option that cannot be honoured, or a tensor that is
+            unknown, without its partner, empty, or not of the configured rank.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -270,11 +266,11 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
 def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
     """Put the adapter's parts for `module` in place, in fp32.
 
-    Rows and tensors of its own replace the module's, and peft wraps the linear layers that LoRA is
-    on. A part of a model will do, if its modules have their names in the whole.
+    Saved tensors and token rows overwrite the module's, and peft wraps the linear layers that LoRA
+    is on. `module` may be a part of a model, if its modules are named as in the whole model.
 
     Returns:
-        The wrapped module in eval mode; None where LoRA is on none of its layers.
+        The wrapped module in eval mode; None if LoRA is on none of its layers.
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
@@ -288,7 +284,7 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
     if not here:
         return None
     options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
-    # Layers are named in full: for a pattern peft would expect all that it can mean.
+    # Layers are named in full: for a pattern, peft would expect every module that matches it.
     wrapped = PeftModel(module, LoraConfig(target_modules=here, **options))
     pairs = [adapter.pairs[name] for name in here]
     keys = (key for pair in pairs for key in (pair.a_key, pair.b_key, pair.magnitude_key))
@@ -301,8 +297,7 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Put the adapter in `folder` (a stock PEFT folder) onto `model` for inference, in eval mode.
 
-    The model's modules are wrapped in place. LoRA matrices keep fp32; the rest keeps the model's
-    dtype.
+    The model's modules are wrapped in place. LoRA matrices stay fp32; the rest keeps its dtype.
 
     Raises:
         UserError: as `read_adapter` and `check_adapter_fits`.

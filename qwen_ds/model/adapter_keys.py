@@ -1,7 +1,6 @@
-"""Names of an adapter's tensors: peft's of any version, and of wrappers around the model, as one
-set.
+"""Names of an adapter's tensors: those of any version of peft, under any wrapper, as one set.
 
-A key is peft's name in its present form, `base_model.model.<module>.lora_A.weight`. The tensors of
+A key is the name that current peft uses, `base_model.model.<module>.lora_A.weight`. The tensors of
 a module are its parts: lora_A, lora_B, lora_magnitude_vector (DoRA's), rows (replaced token rows),
 weight and bias (saved whole).
 """
@@ -32,13 +31,13 @@ def sort_keys(
     """Sort the tensors of a file by module.
 
     Args:
-        in_file: names as they stand in the file.
+        in_file: the names in the file.
 
     Returns:
         key -> name in the file; and module -> part -> key.
 
     Raises:
-        UserError: an unknown name, or two names of one tensor.
+        UserError: an unknown name, or two names for one tensor.
     """
     names: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
@@ -73,7 +72,7 @@ def sort_keys(
 def check_pairs(
     folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise UserError unless every low-rank tensor has its partner, and a whole shape."""
+    """Raise UserError unless every low-rank tensor has its partner and is not empty."""
     wanted = (("lora_A", "lora_B", 2), ("lora_B", "lora_A", 2))
     for keys in parts.values():
         for kind, partner, dimensions in (*wanted, ("lora_magnitude_vector", "lora_A", 1)):
@@ -92,7 +91,7 @@ def check_pairs(
 def inferred_config(
     parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
 ) -> dict[str, Any]:
-    """An adapter_config.json for an adapter without one: ranks follow from the shapes."""
+    """Make an adapter_config.json for an adapter without one; ranks follow from the shapes."""
     ranks = {
         module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys
     }
@@ -116,7 +115,7 @@ def inferred_config(
 def pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
     """The value of the first pattern that names `module`.
 
-    The rule is peft's: a pattern is a regular expression for the last parts of the name.
+    As in peft, a pattern is a regular expression for the last parts of the name.
     """
     for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -127,7 +126,7 @@ def pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
 def token_indices(
     folder: Path, config: Mapping[str, Any], module: str, count: int
 ) -> tuple[int, ...]:
-    """Rows of `module` that the `count` stored ones replace; UserError where the numbers differ."""
+    """Rows of `module` that the `count` stored ones replace; UserError if the numbers differ."""
     configured = config.get("trainable_token_indices")
     # peft's short form, a bare list, means the input embedding.
     found = configured if isinstance(configured, list) else pattern_value(configured, module, None)

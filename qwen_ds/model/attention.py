@@ -15,12 +15,12 @@ from qwen_ds.model.rotary import apply_rotary
 
 
 class ResidualLinear(nn.Linear):
-    """A Linear that writes into the residual stream: a class of its own, since fresh weights of
-    these are smaller."""
+    """A Linear that writes into the residual stream; a class of its own, since its fresh weights
+    are smaller (`_init_weights`)."""
 
 
 class QWenAttention(nn.Module):
-    """Causal self-attention. `c_attn` gives q, k and v side by side and alone has a bias."""
+    """Causal self-attention. `c_attn` gives q, k and v side by side and always has a bias."""
 
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()

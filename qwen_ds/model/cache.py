@@ -1,9 +1,8 @@
 """The prompt lengths that dynamic NTK needs, kept in the key-value cache they belong to.
 
-Keys in a cache are already rotated, so the alpha that rotated them has to serve every later token
-of the row: it is fixed by the length of the row's whole prompt, also when that prompt is prefilled
-in chunks. The length therefore travels with the cache object, whichever class of transformers' that
-is.
+Keys in a cache are already rotated, so their alpha must serve every later token of the row: it is
+fixed by the length of the row's whole prompt, also when that is prefilled in chunks. The length
+therefore travels with the cache object, whichever of transformers' classes it has.
 
 Shapes: B rows, T new tokens.
 """
@@ -40,9 +39,9 @@ class NewTokens:
 
 
 def declare_prompt_lens(cache: Cache, lens: int | Tensor) -> None:
-    """Tell an empty cache how long the prompts are that will be prefilled into it.
+    """Tell an empty cache the lengths of the prompts that will be prefilled into it.
 
-    The same as `prompt_lens` of the model's forward, for callers that do not call that themselves.
+    The same as `prompt_lens` of the model's forward, for callers that do not call it themselves.
 
     Args:
         lens: tokens of each row's prompt, int64 [B], or one int for all rows.
@@ -51,11 +50,11 @@ def declare_prompt_lens(cache: Cache, lens: int | Tensor) -> None:
 
 
 def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | Tensor:
-    """True lengths of rows, int64 [B]; one int where that is enough: without a mask, or where no
-    row can exceed seq_length.
+    """True lengths of rows, int64 [B]; or one int, if there is no mask or no row can exceed
+    seq_length.
 
     Args:
-        mask_BT: [B, num_tokens], 1 for a real token; None: all are.
+        mask_BT: [B, num_tokens], 1 for a real token; None: all are real.
     """
     if mask_BT is None or num_tokens <= seq_length:
         return num_tokens
@@ -72,10 +71,9 @@ def prompt_lens_of(
     """The lengths that decide alpha: those given, else the cache's, else the rows' in this forward.
 
     Raises:
-        ValueError: the lengths cannot be known and matter, or the rows in the cache are not the
-            rows of this forward.
+        ValueError: lengths that matter cannot be known, or the cache holds another number of rows.
     """
-    # The attribute is ours on an object of transformers': it may be absent.
+    # An attribute of ours on an object of transformers, so it may be absent.
     prompt: _Prompt | None = None if cache is None else cache.__dict__.get("qwen_prompt")
     if given is not None:
         prompt = _Prompt(given, declared=True, started=True)
@@ -112,7 +110,7 @@ def _inferred_lens(new: NewTokens, attention_mask: Tensor | None, seq_length: in
 
 def _is_empty(past_len: int | Tensor) -> bool:
     if isinstance(past_len, Tensor) and torch.compiler.is_compiling():
-        # A compiled decoding step: reading the tensor would break the graph. Resets are not
+        # Reading the tensor would break the graph of a compiled decoding step, and no reset is
         # compiled.
         return False
     return int(past_len) == 0

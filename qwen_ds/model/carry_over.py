@@ -1,4 +1,4 @@
-"""The small files that travel with a model: settings, tokenizer and legal texts, and never code."""
+"""The small files that travel with a model: settings, tokenizer and legal texts, but never code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import replacing, write_json
 
 _LEGAL = r"(.*[ _.-])?(licen[cs]e|notice|copying|copyright)([ _.-].*)?|use[ _-]?policy.*"
-# A model card describes the base, not what was made of it, and stays behind.
+# Not the model card: it describes the base, not what was made of it.
 _CARRIED = re.compile(
     r"(config|configuration|generation_config|tokenizer_config|special_tokens_map|added_tokens"
     r"|tokenizer|vocab)\.json"
@@ -26,12 +26,12 @@ _NAMES_CODE = ("config.json", "tokenizer_config.json")  # in auto_map
 def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
     """Copy the small files of folder `base` to folder `target`, readable by everybody.
 
-    They are copied verbatim, but for `auto_map` in the settings: it names Python files that are
-    not carried. Engines with a Qwen of their own go by model_type and architectures, which stay.
+    They are copied verbatim, except that the settings lose `auto_map`, which names Python files
+    that are not copied. Engines with their own Qwen go by model_type and architectures, which stay.
 
     Args:
-        legal_only: the legal texts alone, for a folder in another format, which has settings and
-            a tokenizer of its own.
+        legal_only: copy the legal texts alone, for a folder in another format with settings and a
+            tokenizer of its own.
 
     Returns:
         The names of the files written.

@@ -1,7 +1,7 @@
-"""Chatting the official way: `model.chat`, `model.chat_stream` and the functions around them.
+"""The official chat interface: `model.chat`, `model.chat_stream` and the functions around them.
 
-Signatures and results are those of the official code, so that callers need not change. Where
-results differ on purpose, the docstring says so.
+Signatures and results are the official code's, so that callers need not change. Where a result
+differs on purpose, the docstring says so.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -35,17 +35,16 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """The prompt of a chat as text and as ids.
 
-    Of the history only so many of the latest pairs are kept that system turn and history together
-    stay below max_window_size tokens; the query is not counted. No text yields a control token.
-    "raw", for base models, is the bare query, which is the whole prompt: control tokens spelled in
-    it are meant.
+    The history keeps as many of its latest pairs as leave it and the system turn together below
+    max_window_size tokens; the query is not counted. No text yields a control token. "raw", for
+    base models, is the query alone; there, control tokens spelled in it are parsed.
     """
     encoding = tokenizer.encoding
     if chat_format == "raw":
         return query, encoding.with_specials(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
-    # A line break belongs to the turn that follows it.
+    # The official code counts a turn's closing line break with the turn that follows.
     size = len(turn_ids(encoding, "system", system)) - 1
     kept: list[Turn] = []
     for asked, answered in reversed(history or ()):
@@ -73,13 +72,13 @@ def decode_tokens(
     """The response among `tokens`: the context_length ids of a prompt, then the generated ones.
 
     The response ends at the first `<|im_end|>`, `<|im_start|>` ("chatml") or `<|endoftext|>` and is
-    stripped. Three results differ from the official code's, which are accidents of its way to cut:
-    a response without an end token keeps its last token; the prompt is cut off by its tokens and
-    not by its characters (raw_text_len has no effect), so that text which NFC shortens loses
-    nothing; "raw" ends at `<|endoftext|>` instead of closing up over it.
+    stripped. Three results differ from the official code's, where they are accidents: a response
+    without an end token keeps its last token; the prompt is cut off by its tokens instead of its
+    characters (raw_text_len has no effect), so that a text which NFC shortens loses nothing; "raw"
+    ends at `<|endoftext|>`, which the official code removes while it keeps what follows.
 
     Returns:
-        The response; with return_end_reason also the reason of its end, in the official words.
+        The response; with return_end_reason also why it ended, in the official words.
     """
     if chat_format not in ("chatml", "raw"):
         raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
@@ -106,10 +105,10 @@ def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[
 
 
 class StopWordsLogitsProcessor(LogitsProcessor):
-    """Forces the eos token behind a stop word, also behind one at the end of the prompt.
+    """Forces the eos token after a stop word, even after one at the end of the prompt.
 
     Args:
-        stop_words_ids: non-empty token sequences; one that is just the eos token is left out.
+        stop_words_ids: non-empty token sequences; one that is just an eos token is ignored.
         eos_token_id: the token to force; of several, the first.
     """
 
@@ -137,7 +136,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
 
 class _OnlyRealTokens(LogitsProcessor):
-    """Keeps the padding rows of the head, which have no token, from being chosen."""
+    """Excludes the padding rows of the head, which have no token."""
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
@@ -160,7 +159,7 @@ class ChatMixin:
         stop_words_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as transformers does; a row also ends (by the eos token) behind a stop word.
+        """Generate as transformers does; a row also ends (with the eos token) after a stop word.
 
         The official code drops the attention mask of a batch with one row. Here it is honoured.
         """
@@ -192,8 +191,8 @@ class ChatMixin:
         """Answer a query.
 
         `chat_format` and `max_window_size` of the generation config are honoured; kwargs go to
-        `generate`. The response is cut out by `decode_tokens`, whose differences to the official
-        code apply; and rows of the embedding that are no tokens are never generated.
+        `generate`. Unlike the official code it never generates ids without a token, and it differs
+        as `decode_tokens` does, which cuts out the response.
 
         Returns:
             The response, and the history with this exchange appended, as a new list.
@@ -257,8 +256,7 @@ class ChatMixin:
     ) -> dict[str, Any]:
         """The arguments of `generate` for one exchange."""
         config = self.generation_config if generation_config is None else generation_config
-        # An object of transformers': the official keys are there only if the folder's
-        # generation_config.json has them.
+        # An object of transformers: it has the official keys only if generation_config.json has.
         chat_format = getattr(config, "chat_format", "chatml")
         if chat_format != "chatml":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""ChatML: training rows, prompts, the chat template and the API all build theirs from here.
+"""ChatML: the one source of it for training rows, prompts, the chat template and the API.
 
 A turn is `<|im_start|>role\\ntext<|im_end|>\\n`. The control tokens are put in as ids and the text
 between them is encoded by itself, so a text that spells `<|im_end|>` stays text: it cannot close
@@ -18,9 +18,8 @@ IGNORE = -100  # the label of a token that is no target: torch's cross_entropy l
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
-# The same text as a Jinja template, for engines that know nothing of this package: it travels with
-# a saved tokenizer. They encode the finished text, so there a control token spelled in a message is
-# one.
+# The same text as a Jinja template, which travels with a saved tokenizer for other engines. They
+# encode the finished text, so there a control token spelled in a message becomes a real one.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' -}}"
@@ -39,7 +38,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a user or an assistant; of a system only where turns stand for messages."""
+    """One message; in a Conversation, which keeps its system text apart, never a system's."""
 
     role: str
     text: str
@@ -47,8 +46,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system text and alternating turns, the user's first. Without a text (None) the default
-    stands in."""
+    """A system text (None: the default one) and alternating turns, the user's first."""
 
     system: str | None
     turns: tuple[Turn, ...]
@@ -59,7 +57,7 @@ Messages = Sequence[Mapping[str, object]]
 
 
 def turns_of(conversation: Conversation | Messages) -> list[Turn]:
-    """All turns, the system turn in front; DEFAULT_SYSTEM stands in where there is none.
+    """All turns, the system turn first; without one it is DEFAULT_SYSTEM.
 
     Raises:
         UserError: a message without a role of ROLES, or without a content that is a string or a
@@ -95,7 +93,7 @@ def _turn(message: object, place: int) -> Turn:
 
 
 def text_ids(enc: Encoding, text: str, parse_specials: bool = False) -> list[int]:
-    """A text's ids: never a special one, unless `parse_specials` asks for those spelled in it."""
+    """Ids of a text: with no control token among them, unless `parse_specials` parses them."""
     return enc.with_specials(text) if parse_specials else enc.ordinary(text)
 
 
@@ -107,12 +105,12 @@ def header_ids(enc: Encoding, role: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def footer_ids(enc: Encoding) -> tuple[int, ...]:
-    """`<|im_end|>\\n`, the ids behind a turn's text."""
+    """`<|im_end|>\\n`, the ids after a turn's text."""
     return (enc.im_end_id, *enc.ordinary("\n"))
 
 
 def turn_ids(enc: Encoding, role: str, text: str, parse_specials: bool = False) -> list[int]:
-    """Ids of a whole turn; role, line breaks and text are each encoded by themselves."""
+    """Ids of a whole turn; role, line breaks and text are encoded separately."""
     return [*header_ids(enc, role), *text_ids(enc, text, parse_specials), *footer_ids(enc)]
 
 
@@ -126,8 +124,8 @@ def encode_turns(
     """Ids of the turns one after another.
 
     Args:
-        add_generation_prompt: `<|im_start|>assistant\\n` follows.
-        continue_final_turn: the last turn is left open after its text.
+        add_generation_prompt: append `<|im_start|>assistant\\n`.
+        continue_final_turn: leave the last turn open after its text.
     """
     ids = [token for turn in turns for token in turn_ids(enc, turn.role, turn.text, parse_specials)]
     if continue_final_turn:

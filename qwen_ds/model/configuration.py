@@ -28,12 +28,11 @@ class QWenConfig(PreTrainedConfig):
             only.
         rotary_emb_base: base of the rotary frequencies (10000; 1e6 in the 72B model).
         no_bias: no bias in `attn.c_proj` and the MLP (`attn.c_attn` always has one).
-        bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, `dtype=`
+        bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, and `dtype=`
             wins over them.
 
     Raises:
-        UserError: a geometry or an option that no official model has and this one does not
-            implement.
+        UserError: a geometry or an option of no official model, which is not implemented.
     """
 
     model_type: ClassVar[str] = "qwen"
@@ -77,8 +76,8 @@ class QWenConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         august = "n_embd" in kwargs or "n_layer" in kwargs
-        # The classes here are the only ones that ever serve this config: a reference to code in the
-        # folder must neither be followed nor be written back into a saved checkpoint.
+        # Only our own classes serve this config: a reference to code in the folder must neither be
+        # followed nor be written into a saved checkpoint.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         if self.layer_norm_epsilon is None:

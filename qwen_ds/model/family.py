@@ -20,8 +20,7 @@ from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
-# Types to annotate with where a configuration or a model of any family will do. A second family
-# makes each of them a union.
+# The types of a configuration and a model of any family; a second family makes them unions.
 ModelConfig = QWenConfig
 LanguageModel = QWenLMHeadModel
 
@@ -31,15 +30,15 @@ class Linear:
     """A linear map of a block. Its widths are functions of the configuration."""
 
     name: str
-    """Below the block, as lora.targets gives it: attn.c_proj."""
+    """Name below the block, as in lora.targets: attn.c_proj."""
     role: Role
-    """Its part in the block: maps of one group read the same input."""
+    """Its part in the block."""
     width_in: Callable[[ModelConfig], int]
     width_out: Callable[[ModelConfig], int]
 
     @property
     def last_name(self) -> str:
-        """Its own name without its parent's, which several linear maps may share: c_proj."""
+        """Name without its parent's, which several linear maps may share: c_proj."""
         return self.name.rpartition(".")[2]
 
 
@@ -51,19 +50,19 @@ class Family:
     """As in config.json."""
     config_class: type[ModelConfig]
     model_class: type[LanguageModel]
-    """With its head; `from_pretrained` loads a checkpoint folder."""
+    """The model with its head."""
     block_class: type[nn.Module]
     linears: tuple[Linear, ...]
-    """Of a block, in the order in which they run."""
+    """Those of one block, in running order."""
     blocks: str
     """Path of the blocks in the model."""
     embedding: str
     head: str
     block_norms: tuple[str, ...]
-    """Below the block."""
+    """Names below the block."""
     final_norm: str
     stop_tokens: tuple[str, ...]
-    """Each of them ends a generated turn."""
+    """Tokens that each end a generated turn."""
     load_encoding: Callable[[str | Path], Encoding]
     """The tokenizer of a checkpoint folder."""
     context: Callable[[ModelConfig], int]
@@ -73,17 +72,17 @@ class Family:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """First parts of all the model's parameter names."""
+        """First parts of the model's parameter names."""
         paths = (self.blocks, self.embedding, self.final_norm, self.head)
         return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
 
     @property
     def example(self) -> str:
-        """The name of one module, for messages that show what names look like."""
+        """The name of one module, as an example in messages."""
         return f"{self.blocks}.0.{self.linears[0].name}"
 
     def without_wrappers(self, name: str) -> str | None:
-        """A parameter's own name, without what wrappers put before it (base_model.model., module.,
+        """A parameter's name without the prefixes of wrappers (base_model.model., module.,
         _orig_mod. ...); None for a name that is not of this family."""
         roots = "|".join(map(re.escape, self.roots))
         found = re.match(rf"(?:\w+\.)*?((?:{roots})\..*)", name)
@@ -92,7 +91,7 @@ class Family:
     def matched(self, targets: tuple[str, ...] | list[str]) -> tuple[Linear, ...]:
         """The linear maps that a recipe's lora.targets name, in running order.
 
-        A target is a full name below the block, or a last name, which means all maps that end so.
+        A target is a full name below the block, or a last name, which means all maps with it.
         """
         return tuple(
             linear for linear in self.linears if {linear.name, linear.last_name} & set(targets)
@@ -115,15 +114,13 @@ class Family:
         return tuple(encoding.special[token] for token in self.stop_tokens)
 
     def chat_format(self, generation_config: dict[str, object]) -> Literal["chatml", "raw"]:
-        """How a model answers, by its generation_config.json.
-
-        The official base models say "raw". A folder that says nothing counts as ChatML.
-        """
+        """The chat format that generation_config.json names: "raw" in the official base models;
+        ChatML where it names none."""
         return "raw" if generation_config.get("chat_format", "chatml") == "raw" else "chatml"
 
 
 def _context(config: ModelConfig) -> int:
-    """Beyond seq_length only with dynamic NTK."""
+    """Tokens of the context, which exceeds seq_length only with dynamic NTK."""
     trained = config.seq_length or config.max_position_embeddings
     if not config.use_dynamic_ntk:
         return trained

@@ -1,4 +1,4 @@
-"""The gate for models: a checkpoint folder, or a hub id fetched into one, is checked here."""
+"""The gate for models: finds a checkpoint folder, or fetches a hub id into one, and checks it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FETCHED = [
     "*.json", "*.tiktoken", "*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*",
 ]  # fmt: skip
 _SAFETENSORS = ["*.safetensors"]
-# Fetched only where a repository has no safetensors, as the releases of August 2023.
+# Fetched only if a repository has no safetensors, like the releases of August 2023.
 _PICKLES = ["pytorch_model*.bin"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -40,7 +40,7 @@ def find_model(
     mirror (HF_ENDPOINT) and offline mode (HF_HUB_OFFLINE) apply.
 
     Args:
-        weights: without it none are fetched or expected.
+        weights: if false, none are fetched or expected.
         model_type: "qwen2" for a folder that is only to be converted.
 
     Raises:
@@ -64,10 +64,10 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=_FETCHED + _PICKLES))
-    # Of the hub, of HTTP, of the disk: whichever it is, the user's way out is the same.
+    # An error of the hub, of HTTP or of the disk: the user's way out is the same.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Below the first two lines, which say what happened and where, the library gives advice.
+        # The first two lines say what happened and where; the library's advice follows.
         reason = " ".join(lines[:2])[:300] or type(error).__name__
         raise UserError(
             f"{hub_id}: no such folder, and fetching it from the hub failed: {reason}"
@@ -78,8 +78,9 @@ def _fetch(hub_id: str, weights: bool) -> Path:
 def check_folder(folder: Path, weights: bool = True, model_type: str = QWEN.model_type) -> None:
     """Check that a folder holds a Qwen that can be loaded; reads headers only, no tensors.
 
-    That is: config.json with this model_type, not quantised, text only; a vocabulary that fits the
-    embedding (the converter checks a Qwen2's); and, with `weights`, every weight file whole.
+    That means: config.json has this model_type and is that of a text-only, unquantised model; the
+    vocabulary fits the embedding (the converter checks a Qwen2's); with `weights`, every weight
+    file is whole.
 
     Raises:
         UserError: it does not.

@@ -1,4 +1,4 @@
-"""Which keys a query may see, and when attention needs no mask to know.
+"""The keys that a query may see, and when attention needs no mask for that.
 
 Shapes: B rows, T new tokens (queries), K keys (cached and new).
 """
@@ -24,7 +24,7 @@ class Visibility:
     """int64: padding before each row's first token; None: no row has any."""
 
     def positions(self, num_queries: int, past_len: int | Tensor, device: torch.device) -> Tensor:
-        """int64 [B or 1, T]: index of the new tokens in their rows, not counting left padding."""
+        """int64 [B or 1, T]: indices of the new tokens in their rows, not counting left padding."""
         index_1T = (torch.arange(num_queries, device=device) + past_len).unsqueeze(0)
         if self.left_pads_B is None:
             return index_1T
@@ -40,13 +40,13 @@ def visibility(
 ) -> Visibility:
     """Decide the mask of a forward.
 
-    Right padding needs none: a real token never looks to its right. So a mask is built only for
-    padding before or inside a row, or where several queries meet a longer row of keys.
+    Right padding needs none: a real token never sees what is to its right. So a mask is built only
+    for padding before or inside a row, or where several queries meet a longer row of keys.
 
     Args:
         attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or
-            additive, used as it is.
-        num_keys: K. Larger than past + T in caches allocated up front.
+            additive, used as is.
+        num_keys: K, which exceeds past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
 
     Raises:
@@ -83,14 +83,14 @@ def causal_mask(
 def _real_keys(
     mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor
 ) -> Tensor | None:
-    """The mask as bool [B, K]; None where it only marks padding to the right and hides nothing."""
+    """The mask as bool [B, K]; None if it only marks padding to the right, which hides nothing."""
     if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
         raise ValueError(
             f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the "
             f"{past_len} cached and {num_queries} new tokens"
         )
     real_BT = mask_BT.bool()
-    # The only look at values, one synchronisation on an accelerator; training never passes a mask.
+    # The only look at values: one synchronisation on an accelerator. Training passes no mask.
     if bool((real_BT[:, 1:] <= real_BT[:, :-1]).all()):
         return None
     return F.pad(real_BT, (0, num_keys - real_BT.shape[-1]), value=True)

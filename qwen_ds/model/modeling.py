@@ -36,8 +36,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without a weight rms_norm rounds once, after the division: the weight's product must come
-        # after the rounding.
+        # The official code rounds before the product with the weight; given the weight, rms_norm
+        # would round only after it.
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
 
@@ -56,7 +56,7 @@ class QWenMLP(nn.Module):
 
 
 class QWenBlock(nn.Module):
-    """One layer. Its forward takes plain tensors and decides nothing by their values: it can be
+    """One layer. Its forward takes plain tensors and does not branch on their values, so it can be
     compiled by itself."""
 
     def __init__(self, config: QWenConfig, layer_idx: int):
@@ -111,8 +111,9 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw fresh weights from N(0, initializer_range).
 
-        The two matrices of each layer that write into the residual stream get 1/sqrt(2 * layers) of
-        that, so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019).
+        In the two matrices of each layer that write into the residual stream the deviation is
+        divided by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2,
+        Radford et al. 2019).
         """
         std = self.config.initializer_range
         if isinstance(module, ResidualLinear):
@@ -151,26 +152,24 @@ class QWenModel(QWenPreTrainedModel):
         extend_context: bool | None = None,
         prompt_lens: Tensor | int | None = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of all tokens.
-
-        Right-padded rows need no attention mask: their real tokens come out the same without one.
+        """Hidden states of all tokens. Right-padded rows need no attention mask.
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, past + T], 1 for real tokens; or [B, 1, T, K] bool or additive, used
-                as it is.
+                as is.
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
-            past_key_values: any transformers Cache; a new one is made when use_cache is set.
-            use_cache: default: the config's, and never in training mode.
+            past_key_values: any transformers Cache; a new one is made if use_cache is set.
+            use_cache: default: the config's, but off in training mode.
             extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval
                 mode only, as in the official code; False gives the training formula in eval mode.
             prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
                 decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
                 the rows' lengths in this forward.
         Returns:
-            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings,
-            then the output of each block, where ln_f's stands in for the last one's.
+            last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings and
+            the output of each block, the last one after ln_f.
 
         Raises:
             ValueError: prompt_lens are needed and not given: beyond seq_length with a 4-D mask,
@@ -231,7 +230,7 @@ class QWenModel(QWenPreTrainedModel):
         given: Tensor | int | None,
         device: torch.device,
     ) -> Tensor | None:
-        """Alpha of dynamic NTK, int64 [B] or [1]; None: 1, since no row exceeds seq_length."""
+        """Alpha of dynamic NTK, int64 [B] or [1]; None stands for 1: no row exceeds seq_length."""
         seq_length = self.config.seq_length
         assert seq_length is not None
         lens = prompt_lens_of(cache, new, attention_mask, given, seq_length)
@@ -283,7 +282,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         """Logits [B, T, V] in the model's dtype, and the loss where labels are given.
 
         Args (the others as in QWenModel):
-            labels: int64 [B, T], each under its own token, -100 where it is no target. The loss is
+            labels: int64 [B, T], each at its own token, -100 where it is no target. The loss is
                 the mean cross entropy of the targets, in fp32 (the official code's is in the
                 model's dtype); NaN if there are none.
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.
@@ -331,7 +330,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
         """Positions as forward makes them: only padding to the left is not counted (transformers
-        counts out every zero of the mask, also those inside a row)."""
+        skips every zero of the mask, even one inside a row)."""
         mask_BT = model_kwargs.get("attention_mask")
         if mask_BT is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

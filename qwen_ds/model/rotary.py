@@ -20,9 +20,8 @@ _MAX_DOUBLINGS = 24  # S * 2^24 tokens: longer than any context
 def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
     """Alpha of dynamic NTK for rows of L tokens: max(2^ceil(log2(L/S) + 1) - 1, 1), S = seq_length.
 
-    Counted in integers, k doublings of S being needed to hold L: 2^(k+1) - 1. Unlike the logarithm
-    that is exact at every power of two, and it needs neither Python nor a synchronisation on an
-    accelerator.
+    Computed in integers as 2^(k+1) - 1, where k doublings of S are needed to hold L. Unlike the
+    logarithm this is exact at every power of two, and it needs no accelerator synchronisation.
 
     Args:
         lens: int64, any shape: true lengths in tokens.
@@ -65,7 +64,7 @@ def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
     """LogN: max(1, log_S(p + 1)) for a query at 0-based position p, S = seq_length.
 
     Computed in float64 and rounded to fp32; the model rounds it again to its own dtype, as the
-    official table is.
+    official code does with its table.
 
     Returns:
         fp32, same shape as position_ids_BT.
@@ -76,7 +75,7 @@ def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of x's last dimension by the given angles, in fp32, rounded once.
 
-    x becomes fp32 before it is used twice, so that its gradient, too, is summed in fp32 and rounded
+    x becomes fp32 before it is used twice, so that its gradient is also summed in fp32 and rounded
     once.
 
     Args:

@@ -1,7 +1,7 @@
 """The official vocabulary, `qwen.tiktoken`, through tiktoken: text to ids and back, nothing else.
 
-`Encoding` is cheap to hand to worker processes. It agrees with the official tokenizer on every id
-and every decoded text (tests/golden/tokenizer). `QWenTokenizer` wraps it for transformers.
+`Encoding` agrees with the official tokenizer on every id and every decoded text
+(tests/golden/tokenizer). `QWenTokenizer` wraps it for transformers.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # 208 of them; their ids follow the vocabulary's own.
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
 
-# Text is cut into these pieces first, the first alternative that fits wins, and no token reaches
-# over a cut.
+# Text is first cut into these pieces, and no token spans a cut. The first alternative that fits
+# wins.
 PIECES = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the blank or sign before it
         r"\p{N}",  # each digit by itself
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the line breaks behind them
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the line breaks after them
         r"\s*[\r\n]+",
-        r"\s+(?!\S)",  # blanks, save the last one before a word
+        r"\s+(?!\S)",  # blanks, except the last one before a word
         r"\s+",
     )
 )
-# The engine behind tiktoken panics (not an Exception) on about a million blanks in a row, with a
-# stack trace on stderr. A request or a data row must not take the process down, so such a text is
-# refused.
+# tiktoken's Rust engine panics (which no `except Exception` catches) on about a million blanks in a
+# row. A request or a data row must not take the process down, so such a text is refused.
 LONGEST_BLANK = 900_000
 _TOO_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
 
@@ -85,8 +84,8 @@ class Encoding:
     same vocabulary is built once (about 0.2 s).
 
     Attributes:
-        special: token text to id, the 208 of SPECIAL_TOKENS, which follow the vocabulary's ranks.
-        n_vocab: ranks and specials together (151,851 for the official file; the embedding has more
+        special: token text to id of SPECIAL_TOKENS; the ids follow the vocabulary's ranks.
+        n_vocab: ranks and specials together (151,851 in the official file; the embedding has more
             rows).
         sha256: of the vocabulary file, in hex.
     """
@@ -113,7 +112,7 @@ class Encoding:
         return encoding_of, (self.vocabulary,)
 
     def ordinary(self, text: str) -> list[int]:
-        """Ids of the text in NFC; a control token spelled in it is text like any other."""
+        """Ids of the text in NFC; a control token spelled in it is ordinary text."""
         return self._bpe.encode_ordinary(_normal(text))
 
     def with_specials(
@@ -134,7 +133,7 @@ class Encoding:
         """Text of the ids, control tokens spelled out.
 
         Args:
-            errors: for bytes that are no whole UTF-8, as in bytes.decode.
+            errors: as in bytes.decode, for bytes that are not valid UTF-8.
 
         Raises:
             KeyError: an id without a token (the embedding has rows beyond n_vocab).
@@ -163,12 +162,12 @@ def _normal(text: str) -> str:
 
 @lru_cache(maxsize=4)
 def encoding_of(vocabulary: bytes) -> Encoding:
-    """The vocabulary with these bytes, built once. UserError if it is damaged."""
+    """The encoding of these vocabulary bytes, built once. UserError if they are damaged."""
     return Encoding(vocabulary)
 
 
 def load_encoding(path: str | Path) -> Encoding:
-    """The vocabulary of a checkpoint folder, or of the file itself.
+    """The encoding of a checkpoint folder, or of a vocabulary file.
 
     Raises:
         UserError: it is missing or damaged.

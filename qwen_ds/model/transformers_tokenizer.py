@@ -30,9 +30,9 @@ def register() -> None:
     """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either
     of its configs).
 
-    Only the name is registered, on purpose: next to a tokenizer that is registered for the config's
-    class, transformers prefers the folder's own code wherever a caller allows remote code, and the
-    official folders name such code. A name that leads to a class outside transformers comes first.
+    Only the name is registered, on purpose. To a tokenizer registered for the config's class,
+    transformers prefers the folder's own code where a caller allows remote code, and the official
+    folders name such code. A name that leads to a class outside transformers wins over that code.
     """
     AutoTokenizer.register(_NameOnly, QWenTokenizer, exist_ok=True)
 
@@ -63,8 +63,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         for name in ("pad_token", "eos_token"):
             if kwargs.get(name) is None:
                 kwargs[name] = END_OF_TEXT
-        # A saved folder carries no code, so it must not name any. Its chat template is always ours
-        # (see below), and tokens listed as added are in the vocabulary already, or refused.
+        # A saved folder has no code, so it must not name any. The chat template is always ours, and
+        # tokens listed as added are in the vocabulary already, or refused.
         kwargs.pop("auto_map", None)
         kwargs.pop("chat_template", None)
         self._refuse_unknown(kwargs.pop("added_tokens_decoder", {}).values())
@@ -72,7 +72,6 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @property
     def encoding(self) -> Encoding:
-        """The bare encoding underneath."""
         return self._encoding
 
     @property
@@ -181,8 +180,8 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> str:
         """Decode as the official class does.
 
-        With `skip_special_tokens` ids without a token are left out, too; KeyError otherwise. Blanks
-        are never cleaned up, whatever a folder's settings say: the official class does not either.
+        `skip_special_tokens` also skips ids without a token, which are a KeyError otherwise. As in
+        the official class blanks are never cleaned up, whatever a folder's settings say.
         """
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         if skip_special_tokens:
@@ -210,12 +209,12 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> Any:
         """Chat messages, or a batch of them, as ChatML; arguments and results are transformers'.
 
-        With `tokenize` no content can yield a control token, so `sanitize_control_tokens` is always
+        With `tokenize` no content can yield a control token: `sanitize_control_tokens` is always
         on. A chat without a system message gets DEFAULT_SYSTEM.
 
         Raises:
-            ValueError: another template, tools, documents or an assistant mask; there is only
-            ChatML. UserError: a message that is none.
+            ValueError: another template, tools, documents or an assistant mask is asked for.
+            UserError: not a message.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
             raise ValueError(
@@ -226,7 +225,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             raise ValueError(
                 "add_generation_prompt starts a message and continue_final_message continues one"
             )
-        # As transformers does: a batch is a list of chats, a chat a list of messages.
+        # As in transformers, a batch is a list of chats, and a chat a list of messages.
         is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
         chats = [turns_of(chat) for chat in (conversation if is_batch else [conversation])]
         ending = (add_generation_prompt, bool(continue_final_message))

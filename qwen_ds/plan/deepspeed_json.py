@@ -134,7 +134,7 @@ def resolve(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": merger.recipe.optim.max_grad_norm,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10**9,  # never: the loop has its own lines of metrics
     }
     _precision_sections(config, merger.recipe)
     if stage == 0 and config.keys() & {"fp16", "bf16"}:

@@ -33,7 +33,7 @@ def recomputations(layers: int) -> list[int]:
 
 
 def least_recomputation(layers: int, fit: Callable[[int], Fit]) -> Fit:
-    """The first of `recomputations` that fits; all blocks where none does."""
+    """The first of `recomputations` that fits; all blocks if none does."""
     fits = map(fit, recomputations(layers))
     return next((found for found in fits if found.fits), fit(1))
 

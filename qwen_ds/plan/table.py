@@ -53,7 +53,7 @@ class PlanOptions:
 
     @property
     def gpus_here(self) -> int:
-        """GPUs of a machine, as far as that many are used."""
+        """GPUs used on a machine."""
         return min(self.gpus, self.gpus_per_machine)
 
 

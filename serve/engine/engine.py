@@ -16,12 +16,12 @@ from qwen_ds.decode.stop import StopRule
 
 @dataclass(frozen=True)
 class ServingEngine:
-    """A model in evaluation mode with what decoding needs to know; `load_engine` makes one."""
+    """A model in evaluation mode, with what decoding needs to know; `load_engine` makes one."""
 
     model: nn.Module
     vocabulary: Vocabulary
     stop: StopRule
-    """The model's own: it ends a turn where it was trained to."""
+    """The tokens by which the model ends a turn."""
     context: int
     """Tokens that prompt and answer may have together."""
 
@@ -38,10 +38,10 @@ class ServingEngine:
         """Yield (index into rows, completion) as batches finish: the longest prompts come first.
 
         Args:
-            batch_size: rows decoded together; halved for a batch that does not fit the GPU.
+            batch_size: rows decoded together; a batch that does not fit the GPU is halved.
 
         Raises:
-            PromptTooLong: a prompt leaves no room for its new tokens; before anything is decoded.
+            PromptTooLong: a prompt leaves no room for its new tokens; raised before any decoding.
             LogitsNotFinite, RowOutOfMemory: see qwen_ds/decode/errors.py.
         """
         for row in rows:
@@ -58,7 +58,7 @@ class ServingEngine:
         return [found[i] for i in range(len(rows))]
 
     def _batch(self, rows: Sequence[DecodingRow]) -> list[Completion]:
-        """Completions of the rows, in two halves where they do not fit the GPU together."""
+        """Completions of the rows, in two halves if they do not fit the GPU together."""
         with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode():
             return decode_batch(self.model, rows, self.vocabulary, self.device)
         if len(rows) == 1:

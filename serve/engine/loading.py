@@ -1,4 +1,4 @@
-"""From a checkpoint folder to an engine: the device, the dtype, an adapter on the model."""
+"""Loading of an engine from a checkpoint folder: device, dtype, and an adapter on the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from serve.engine.engine import ServingEngine
 
 
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. auto: as stored, but float32 for float16 on a CPU, which computes
-    float16 slowly and in part not at all."""
+    """The dtype to compute in. auto: as stored, but float32 for float16 on a CPU, where float16 is
+    slow and some operations lack it."""
     if name != "auto":
         return TORCH_DTYPES[name]
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
@@ -33,7 +33,7 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
 ) -> ServingEngine:
-    """Load a checkpoint folder or hub id, with an unmerged PEFT adapter on it if given.
+    """Load a checkpoint folder or hub id, and put an unmerged PEFT adapter on it if one is given.
 
     Args:
         device: auto, cuda or cpu.
@@ -55,8 +55,8 @@ def load_engine(
 
 
 def silence_libraries() -> None:
-    """Keep progress bars of loading and advice of transformers off a command's terminal."""
+    """Keep the loading bars and the advice of libraries off a command's terminal."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # peft calls transformers in ways that are deprecated; the user cannot change that.
+    # peft uses deprecated calls of transformers, which the user cannot change.
     warnings.simplefilter("ignore", FutureWarning)

@@ -1,10 +1,10 @@
 """The finished rows of all ranks on disk: a prediction run is resumed and joined from them.
 
-While OUTPUT is being made there is a folder OUTPUT.parts. Each rank appends its finished rows to a
-file of its own in it, a batch at a time, and reads there which rows need no more work: those of a
-run that was killed, whatever its number of ranks was. When all rows are there, rank 0 writes them
-in order to OUTPUT, which is complete or absent at every moment, and removes the folder. Ranks share
-nothing else: no process group, and so none that could hang.
+While OUTPUT is being made, there is a folder OUTPUT.parts. In it each rank appends its finished
+rows to a file of its own, a batch at a time, and finds the rows that a killed run has finished,
+whatever its number of ranks. Once all rows are there, rank 0 writes them in order to OUTPUT, which
+is complete or absent at every moment, and removes the folder. Ranks share nothing else, in
+particular no process group that could hang.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True, slots=True)
 class PredictionSettings:
-    """Everything that the rows of a folder depend on: rows made with other settings must not join
-    them."""
+    """Everything that the rows of a folder depend on; rows with other settings must not be mixed
+    in."""
 
     values: dict[str, Any]  # JSON
 
@@ -51,10 +51,8 @@ def _short(value: object) -> str:
 
 
 class PredictionParts:
-    """The folder OUTPUT.parts as one rank sees it.
-
-    Open it with `prepare` on rank 0 and `join_in` on the others. `rows` is the number of rows of
-    the whole run.
+    """The folder OUTPUT.parts as one rank sees it; open it with `prepare` on rank 0 and `join_in`
+    on the others. `rows` is the number of rows of the whole run.
     """
 
     def __init__(self, output: Path, rank: int, rows: int) -> None:
@@ -62,8 +60,8 @@ class PredictionParts:
         self.output, self.rows = output, rows
         self._own = self.folder / f"rank_{rank:05d}.jsonl"
         self._read_up_to: dict[Path, int] = {}
-        # Where each finished row lies: a file (index into _files, -1: not finished) and a range of
-        # bytes in it.
+        # The place of each finished row: a file (index into _files, -1: not finished) and a range
+        # of bytes in it.
         self._files: list[Path] = []
         self._file_R = np.full(rows, -1, dtype=np.int32)
         self._start_R = np.zeros(rows, dtype=np.int64)
@@ -73,7 +71,7 @@ class PredictionParts:
     def prepare(
         cls, output: Path, settings: PredictionSettings, rows: int, overwrite: bool
     ) -> PredictionParts:
-        """Rank 0: make the folder, or take up the one that a killed run left.
+        """Rank 0: make the folder, or take over the one that a killed run left.
 
         Raises:
             UserError: the folder holds rows made with other settings, and `overwrite` is not set.
@@ -109,10 +107,10 @@ class PredictionParts:
         """Another rank: wait until rank 0 has checked the input and made the folder.
 
         Args:
-            old: state of the output of an earlier run, which this one replaces.
+            old: state of the earlier output that this run replaces.
 
         Returns:
-            None if all was done by then.
+            None if all rows were done by then.
 
         Raises:
             RuntimeError: rank 0 has not made the folder in time.
@@ -124,7 +122,7 @@ class PredictionParts:
                 parts = cls(output, rank, left["rows"])
                 parts._open()
                 return parts
-            # In this order: the folder goes only after the output has come.
+            # In this order: the folder is removed only after the output is there.
             if not card.parent.exists() and file_state(output) not in (None, old):
                 return None
             if time.monotonic() > deadline:
@@ -134,7 +132,7 @@ class PredictionParts:
             time.sleep(POLL_SECONDS)
 
     def _open(self) -> None:
-        """Open this rank's file to append to, without the line that a kill cut off."""
+        """Open this rank's file for appending, without a last line that a kill cut off."""
         self._stream = self._own.open("ab")
         whole = self._own.read_bytes().rfind(b"\n") + 1
         if whole < self._stream.tell():
@@ -149,7 +147,7 @@ class PredictionParts:
         self._stream.flush()
 
     def refresh(self) -> int:
-        """Read the rows that all ranks have appended since the last time; returns the number of
+        """Find the rows that all ranks have appended since the last call; return the number of
         finished rows."""
         for file in sorted(self.folder.glob("rank_*.jsonl")):
             if file not in self._read_up_to:
@@ -169,7 +167,7 @@ class PredictionParts:
         return int((self._file_R >= 0).sum())
 
     def is_finished(self, row_id: int) -> bool:
-        """As of the last refresh."""
+        """Whether the row was finished at the last refresh."""
         return bool(self._file_R[row_id] >= 0)
 
     def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
@@ -213,7 +211,7 @@ FileState = tuple[int, int]
 
 
 def file_state(file: Path) -> FileState | None:
-    """Identity of a file that changes when the file is replaced; None: there is no file."""
+    """Identity of a file, which changes when the file is replaced; None if there is no file."""
     try:
         stat = file.stat()
     except FileNotFoundError:

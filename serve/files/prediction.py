@@ -27,7 +27,7 @@ from serve.files.parts import PredictionParts, PredictionSettings, check_output,
 from serve.files.prompts import PromptReader, PromptRow
 from serve.options import AnswerOptions
 
-# Batches whose rows are sorted by length together: little padding, and memory for no more rows.
+# Batches whose rows are sorted by length together: enough for little padding, and few in memory.
 WINDOW = 64
 
 _SETTINGS = (
@@ -38,8 +38,8 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class PredictionFigures:
-    """Rows and seconds of a run, of all ranks; rows that an interrupted run left cost it no
-    time."""
+    """Rows and seconds of a run, of all ranks; it did not spend time on an interrupted run's
+    rows."""
 
     rows: int
     rows_of_this_run: int
@@ -57,8 +57,7 @@ def predict(
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
     Returns:
-        Figures on rank 0 once the output is complete; None on the other ranks, when their share is
-        done.
+        Figures on rank 0, once the output is complete; None on other ranks, once their share is.
 
     Raises:
         UserError: anything wrong with model, input or output, before the first row is answered.
@@ -97,7 +96,7 @@ def predict(
 
 
 def _progress_bar(rows: int, done: int) -> tqdm:
-    pace = 0.5 if is_terminal() else 60.0  # seconds: into a log file a line a minute
+    pace = 0.5 if is_terminal() else 60.0  # seconds; a log file gets a line a minute
     hidden = dist.rank() != 0
     return tqdm(
         total=rows, initial=done, unit="row", desc="predict", disable=hidden, mininterval=pace
@@ -111,11 +110,11 @@ def _show(bar: tqdm, finished: int) -> None:
 def _answer_share(
     folder: Path, reader: PromptReader, parts: PredictionParts, options: AnswerOptions, bar: tqdm
 ) -> float:
-    """Answer this rank's unanswered rows; returns the seconds that loading the model took."""
+    """Answer this rank's unanswered rows; return the seconds that loading the model took."""
     rank, world = dist.rank(), dist.world_size()
     mine = (row for row in reader if row.id % world == rank and not parts.is_finished(row.id))
     window = list(islice(mine, WINDOW * options.batch_size))
-    if not window:  # nothing to do, and no model to load for it
+    if not window:  # nothing to do, so no model is loaded
         return 0.0
     started = time.monotonic()
     engine = load_engine(folder, options.adapter, options.device, options.dtype)
@@ -138,7 +137,7 @@ def _answer_share(
 
 @contextmanager
 def _errors_for_the_terminal() -> Iterator[None]:
-    """Word the engine's errors for somebody who can change a command's options."""
+    """Word the engine's errors for the user of a command, who can change its options."""
     try:
         yield
     except LogitsNotFinite as error:
@@ -187,7 +186,7 @@ def _file_card(file: Path) -> list[Any]:
 
 
 def count_outcomes(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of finished lines: how many ended for which reason, how many are empty, and their tokens."""
+    """Count finished lines: by the reason of their end, the empty ones, and their tokens."""
     reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
     return {
         "rows": len(lines),

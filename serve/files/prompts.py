@@ -28,7 +28,7 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class InputSurvey:
-    """Counts of a first pass over the whole input: rows, and prompts that had to be cut."""
+    """Counts of a first pass over the whole input: rows, and prompts that are cut."""
 
     rows: int
     cut: int
@@ -81,8 +81,7 @@ class PromptReader:
             yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
 
     def survey(self) -> InputSurvey:
-        """Read everything once: a mistake in the last row shows before the first one is
-        answered."""
+        """Read everything once, so that a mistake in the last row shows before any answer."""
         rows = cut = 0
         for row in self:
             rows, cut = rows + 1, cut + (row.tokens_cut > 0)
@@ -91,7 +90,7 @@ class PromptReader:
         return InputSurvey(rows, cut)
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
-        """Ids of the prompt and how many tokens had to go."""
+        """Ids of the prompt, and the number of tokens that were cut."""
         parse_specials = self.options.special_tokens_in_text == "parse"
         ids = whole = encode_prompt(self.encoding, conversation, parse_specials)
         if len(ids) > self.room and self.options.long_prompts == "stop":
@@ -105,6 +104,6 @@ class PromptReader:
             turns = turns[2:]
             ids = encode_prompt(self.encoding, replace(conversation, turns=turns), parse_specials)
         if len(ids) > self.room:
-            # As the original project cuts: the end goes, and what must follow a question stays.
+            # As in the original project: cut the end of the question, but not what must follow it.
             ids = ids[: self.room - self.tail] + ids[-self.tail :]
         return ids, len(whole) - len(ids)

@@ -1,5 +1,5 @@
-"""Scores of predictions against references, in two profiles that are defined so differently that a
-number means nothing without its profile:
+"""Scores of predictions against references, in two profiles so different that a number means
+nothing without its profile:
 
 `seed`: what the original project computes. jieba words; ROUGE-1/2/L precision, recall and F as the
 package `rouge` 1.0.1 defines them (sets of n-grams; ROUGE-L over the union of the sentences'
@@ -8,10 +8,10 @@ without spaces, nltk's sentence_bleu with smoothing method1. The prediction is s
 lower-cased, the reference is not. Every figure is the mean over all rows, 0..1.
 
 `rouge_score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and
-0-9: identical Chinese texts score 0 with it, and texts that share nothing but a digit score 1. Both
-sides are lower-cased, n-grams are counted, punctuation is dropped.
+0-9: identical Chinese texts score 0 with it, and texts that share only a digit score 1. Both sides
+are lower-cased, n-grams are counted with multiplicity, and punctuation is dropped.
 
-In both, an empty prediction counts 0 and an empty reference makes its row count 0.
+In both, a row with an empty prediction or reference scores 0.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ ZERO = Prf(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One row's scores, or the means of all rows, under one profile; bleu is None where the profile
-    has none."""
+    """One row's scores, or the means of rows, under one profile; bleu_4 is None if that has
+    none."""
 
     rouge_1: Prf
     rouge_2: Prf
@@ -73,9 +73,9 @@ class Scores:
 def _segmenter() -> jieba.Tokenizer:
     """Return jieba with its stock dictionary, which takes half a second once per process.
 
-    An instance of our own, filled by hand: jieba's shared one can have been given extra words by
-    other code, and it keeps its dictionary in a file of the common temporary folder, where any user
-    may have left a different one.
+    It is an instance of our own, filled by hand: other code may have added words to jieba's shared
+    one, which also caches its dictionary in the common temporary folder, where any user may have
+    left a different one.
     """
     logging.getLogger("jieba").setLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
@@ -85,14 +85,14 @@ def _segmenter() -> jieba.Tokenizer:
 
 
 def words(text: str) -> list[str]:
-    """Words of a text by jieba, in order; white space and punctuation are words. Thread-safe."""
+    """Words of a text by jieba, in order, white space and punctuation included. Thread-safe."""
     with _lock:  # two threads would build the dictionary twice
         segmenter = _segmenter()
     return segmenter.lcut(text)
 
 
 def sentences_of_words(text: str) -> list[list[str]]:
-    """Sentences of a text that holds words separated by spaces, as `rouge` 1.0.1 sees them.
+    """Sentences of a text of space-separated words, as `rouge` 1.0.1 sees them.
 
     A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is
     one empty word.
@@ -112,10 +112,10 @@ def _ngrams(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
 
 
 def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> list[str]:
-    """One longest common subsequence of two word lists, latest words first.
+    """One longest common subsequence of two word lists, last words first.
 
-    Which one of several equally long ones is found matters, since ROUGE-L counts the set of its
-    words: on a tie the walk back from the end leaves the prediction's word.
+    It matters which of several equally long ones is found, since ROUGE-L counts the set of its
+    words: on a tie the walk back from the end skips the prediction's word.
     """
     number: dict[str, int] = {}
     ref_N = np.array([number.setdefault(w, len(number)) for w in reference])
@@ -142,8 +142,8 @@ def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> l
 def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | None:
     """ROUGE-1, -2, -L of two texts of space-separated words as `rouge` 1.0.1 defines them.
 
-    None where one side has no sentence (nothing but full stops): that package raises there. Unlike
-    it, which recurses once per word, any length is scored.
+    None if one side has no sentence (only full stops), where that package raises. It recurses once
+    per word; here any length is scored.
     """
     pred_sentences, ref_sentences = sentences_of_words(prediction), sentences_of_words(reference)
     if not pred_sentences or not ref_sentences:
@@ -162,8 +162,7 @@ def rouge_of_sets(prediction: str, reference: str) -> tuple[Prf, Prf, Prf] | Non
 
 
 def score_seed(prediction: str, reference: str) -> Scores:
-    """One row under profile `seed`. Where ROUGE is not defined, BLEU counts 0 as well, as in the
-    original project."""
+    """One row under profile `seed`. As in the original project, BLEU is 0 if ROUGE is undefined."""
     predicted = " ".join(words(prediction.strip().lower()))
     expected = " ".join(words(reference))
     rouges = rouge_of_sets(predicted, expected) if predicted.strip() else None
@@ -221,7 +220,7 @@ def mean(rows: Sequence[Scores]) -> Scores:
 
 
 def score_all(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Scores]:
-    """Both profiles over rows in the same order: {"seed": .., "rouge_score": ..}."""
+    """Mean scores of the rows under both profiles: {"seed": .., "rouge_score": ..}."""
     assert len(predictions) == len(references)
     pairs = list(zip(predictions, references, strict=True))
     return {
@@ -231,7 +230,7 @@ def score_all(predictions: Sequence[str], references: Sequence[str]) -> dict[str
 
 
 def table(scores: dict[str, Scores]) -> str:
-    """Plain text: one line per profile and measure, F, P and R in columns, 4 decimals."""
+    """Plain-text table: a line per profile and measure; F, P and R with 4 decimals."""
     lines = [f"{'profile':<13}{'measure':<10}{'F':>8}{'P':>8}{'R':>8}"]
     for profile, s in scores.items():
         for name, prf in (("rouge-1", s.rouge_1), ("rouge-2", s.rouge_2), ("rouge-l", s.rouge_l)):

@@ -1,4 +1,4 @@
-"""Evaluation: predict, unless predictions are given, score, report as JSON and on the terminal."""
+"""Evaluation: predict, unless predictions are given; score; report as JSON and on the terminal."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
         )
         if figures is None:
             return None
-        # Not splitlines: an answer may hold one of the many other characters that end a line there.
+        # Not splitlines, which also splits at other characters, such as U+2028, that answers hold.
         text = predictions_file.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.split("\n")[:-1]]
     scores = metrics.score_all(
@@ -78,7 +78,7 @@ def report_of(
     scores: dict[str, metrics.Scores],
     figures: PredictionFigures | None,
 ) -> dict[str, Any]:
-    """The content of metrics.json: data and options, the scores of both profiles, counts, speed."""
+    """The content of metrics.json: data, options, counts, speed, and both profiles' scores."""
     report: dict[str, Any] = {
         "model": options.model,
         "adapter": options.adapter,
@@ -88,7 +88,7 @@ def report_of(
         **count_outcomes(lines),
     }
     if figures is not None:
-        # Rows of an interrupted run cost this one no time.
+        # This run spent no time on the rows of an interrupted one.
         tokens = report["completion_tokens"] * (figures.rows_of_this_run / figures.rows)
         report |= {
             "prompts_cut": figures.prompts_cut,
@@ -99,9 +99,8 @@ def report_of(
 
 
 def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:
-    """Lines of serve.predict, or any rows with `prediction` and `reference`.
-
-    References of --data go before the lines' own.
+    """Lines of serve.predict, or any rows with `prediction` and `reference`; references of --data
+    take precedence.
 
     Raises:
         UserError: no predictions, another number of references, or a row without a text to score
@@ -151,7 +150,7 @@ def _prediction_lines(file: Path, limit: int | None) -> Iterator[dict[str, Any]]
 def in_words(
     report: dict[str, Any], scores: dict[str, metrics.Scores], lines: Sequence[dict[str, Any]]
 ) -> str:
-    """The report for a terminal: a line of counts, the table, some answers beside references."""
+    """The report for a terminal: a line of counts, the table, and some answers with references."""
     counts = [f"{report['rows']} rows", f"{report['empty_predictions']} empty predictions"]
     counts += [f"{count} ended by {reason}" for reason, count in report["finish_reasons"].items()]
     if report.get("tokens_per_second"):
@@ -163,7 +162,7 @@ def in_words(
 
 
 def sample(line: dict[str, Any], columns: int) -> str:
-    """One answer for the eye: question, reference and prediction, wrapped behind their names."""
+    """One answer to read: question, reference and prediction, each wrapped after its name."""
     out = [str(line.get("source", ""))]
     for name in ("prompt", "reference", "prediction"):
         text = " ".join(str(line.get(name) or "").split()) or "(empty)"

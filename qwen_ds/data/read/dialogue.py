@@ -1,7 +1,7 @@
-"""The dialogue of a source row, its question and answer pairs: what every reader gives.
+"""The dialogue of a source row, which is the result of every reader: question and answer pairs.
 
-A reader does not decide whether a row is trained on or answered. `as_conversation` and `as_prompt`
-hold the rules on missing halves, so that training and prediction read every format alike.
+A reader does not know whether a row is trained on or answered. `as_conversation` and `as_prompt`
+hold the rules for missing halves, so that training and prediction read every format alike.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
 class RowError(ValueError):
     """A row that cannot be read: wrong types, an unknown role, a missing key.
 
-    `reason` is the same for all rows with this fault (it is counted); `detail` says what came and
-    what was expected.
+    `reason` is the same for all rows with this fault, for counting them; `detail` says what came
+    and what was expected.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -35,9 +35,8 @@ class RowError(ValueError):
 class Dropped:
     """A source row, or a branch of one, that gives no conversation.
 
-    `reason` is the same for all rows dropped for it; `detail` says more about this row.
-    `unreadable` marks rows that stop a run unless `bad_rows` is "skip" (broken JSON, an unknown
-    role); the others were read and hold nothing.
+    `reason` and `detail` are as in `RowError`. `unreadable` marks rows that stop a run unless
+    `bad_rows` is "skip" (broken JSON, an unknown role); others were read and hold nothing.
     """
 
     reason: str
@@ -59,7 +58,7 @@ Outcome = Dialogue | Dropped
 def as_conversation(
     dialogue: Dialogue, default_system: str | None = None
 ) -> Conversation | Dropped:
-    """The conversation to train on: complete pairs only, up to the first that lacks a side."""
+    """The conversation to train on: the pairs before the first that lacks a side."""
     turns: list[Turn] = []
     for question, answer in dialogue.pairs:
         if not question or is_blank(answer):
@@ -76,7 +75,7 @@ def as_conversation(
 def as_prompt(
     dialogue: Dialogue, default_system: str | None = None
 ) -> tuple[Conversation | Dropped, str | None]:
-    """The conversation up to its last question, and the row's own answer to it, if any."""
+    """The conversation up to its last question, and the row's own answer to that, if any."""
     turns: list[Turn] = []
     reference: str | None = None
     for question, answer in dialogue.pairs:
@@ -94,10 +93,8 @@ def as_prompt(
 
 
 def pair_up(turns: Iterable[tuple[str, str]]) -> tuple[Pair, ...] | Dropped:
-    """Pair (role, text) turns, which must alternate from the user's on.
-
-    A last question gets a blank answer.
-    """
+    """Pair (role, text) turns, which must alternate, the user's first; a last question gets a blank
+    answer."""
     texts: list[str] = []
     for place, (role, text) in enumerate(turns):
         if role != ("assistant" if place % 2 else "user"):
@@ -113,7 +110,7 @@ def is_blank(text: str) -> bool:
 
 
 def text_of(row: Row, key: str) -> str:
-    """The text under a key, "" where it is absent or null. Raises RowError on anything else."""
+    """The text under a key, "" if it is absent or null. Raises RowError for anything else."""
     value = row.get(key)
     if value is None:
         return ""
@@ -123,7 +120,7 @@ def text_of(row: Row, key: str) -> str:
 
 
 def system_of(row: Row, key: str = "system") -> str | None:
-    """The system text under a key, stripped; None where it is absent, null or blank."""
+    """The system text under a key, stripped; None if it is absent, null or blank."""
     if key not in row:
         return None
     return text_of(row, key).strip() or None
@@ -136,7 +133,7 @@ def object_of(value: object, what: str) -> Row:
 
 
 def list_of(row: Row, key: str) -> list[object]:
-    """The list under a key, empty where it is absent or null. Raises RowError on anything else."""
+    """The list under a key, empty if it is absent or null. Raises RowError for anything else."""
     value = row.get(key)
     if value is None:
         return []

@@ -1,8 +1,8 @@
-"""From files to source rows. The content decides how a file is read: most `.json` are JSON lines.
+"""Source rows from files. The content decides how a file is read: most `.json` are JSON lines.
 
 JSON is read in every arrangement (files_json.py), CSV with a header line, and parquet; each plain,
 as `.gz`, or inside a tar archive. Text is UTF-8, with or without a byte order mark, or GB18030.
-Nothing but a top-level JSON object is ever in memory as a whole.
+Only a top-level JSON object is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import csv
 import gzip
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -50,14 +49,14 @@ _FOREIGN = {
 }
 BinaryStream = IO[bytes] | gzip.GzipFile
 _DELIMITERS = ",\t;|"
-_LONGEST_CELL = 1 << 26
+_LONGEST_CELL = 1 << 26  # characters; csv's own limit of 131,072 is less than a long document
 _ONE_COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _EXPECTED = "JSON, JSON lines, CSV with a header line, or parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Bytes to read, with a name for messages: a file, a .gz's inside, an archive's member."""
+    """Bytes to read, with a name for messages: a file, a decompressed .gz, an archive's member."""
 
     name: str
     open: Callable[[], BinaryStream]
@@ -65,7 +64,7 @@ class _Content:
 
 
 def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
-    """The rows of one file in their order; a BadRow says where and why one cannot be read.
+    """The rows of one file in order; a BadRow says where and why one cannot be read.
 
     `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
     "file:member:line" in an archive.
@@ -89,7 +88,7 @@ def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
 def chosen_names(names: Iterable[str]) -> list[str]:
     """The data files among the names of a folder or an archive, sorted.
 
-    The suffix decides; where no name has a known one, all are taken.
+    The suffix decides; if no name has a known one, all are taken.
     """
     seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
@@ -106,7 +105,7 @@ def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
         packed = content
         content = _Content(packed.name, lambda: _Unzipped(packed.open()), packed.is_member)
         head = _head(content)
-        if head.startswith(_PARQUET) or _is_tar(head):  # these are read back and forth
+        if head.startswith(_PARQUET) or _is_tar(head):  # these need to seek
             with tempfile.TemporaryFile() as unpacked, content.open() as stream:
                 shutil.copyfileobj(stream, unpacked)
                 yield from _unpacked_rows(
@@ -143,7 +142,7 @@ def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
             yield from iter_objects(stream, content.name, encoding)
         elif header is not None:
             yield from _csv_rows(stream, content.name, encoding, *header)
-        # Lines even where the first is broken: those behind it may be whole.
+        # JSON lines even if the first is broken: others may be whole.
         elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
             yield from iter_lines(stream, content.name, encoding)
         else:
@@ -157,8 +156,8 @@ def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
 def encoding_of(head: bytes) -> str:
     """Choose utf-8 or gb18030 by the first megabytes of a file.
 
-    UTF-8 unless more characters fail in it than are well formed, and GB18030 has fewer faults. So
-    one damaged byte does not turn a UTF-8 file into wrong characters: its line is reported.
+    UTF-8, unless more characters are malformed in it than well formed, and fewer in GB18030. So one
+    damaged byte does not turn a UTF-8 file into wrong characters: its line is reported.
     """
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)
@@ -172,7 +171,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
-    """The text of a stream in pieces. A byte of another encoding is a UserError with its line."""
+    """The text of a stream in pieces; UserError with its line for an undecodable byte."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
     while True:
@@ -195,7 +194,7 @@ def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
 def _csv_header(line: str) -> tuple[str, list[str]] | None:
     """(delimiter, column names) of a line that can be a CSV header, None for any other.
 
-    A header has distinct short names, as no sentence does.
+    A header's names are short, distinct and free of JSON's signs, unlike running text.
     """
     best: tuple[str, list[str]] | None = None
     for delimiter in _DELIMITERS:
@@ -209,7 +208,7 @@ def _csv_header(line: str) -> tuple[str, list[str]] | None:
             best = delimiter, names
     if best is None:
         return None
-    named = [name for name in best[1] if name]  # pandas leaves the name of its index column empty
+    named = [name for name in best[1] if name]  # pandas writes its index column without a name
     if (
         len(set(named)) < len(named)
         or not named
@@ -237,7 +236,7 @@ class _DecodedLines:
 def _csv_rows(
     stream: BinaryStream, name: str, encoding: str, delimiter: str, header: list[str]
 ) -> Iterator[SourceRow | BadRow]:
-    csv.field_size_limit(min(_LONGEST_CELL, sys.maxsize))
+    csv.field_size_limit(_LONGEST_CELL)
     lines = _DecodedLines(stream, encoding)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     is_header = True

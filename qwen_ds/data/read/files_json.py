@@ -1,8 +1,8 @@
 """JSON as people ship it: lines, one array, or objects one after another; read piece by piece.
 
-The beginning of the first value decides. A first line that is complete makes the file JSON lines,
-where every line stands alone: a broken one cannot take others with it. A first object that goes on
-over several lines makes it a file of objects. `[` makes it an array.
+The beginning of the first value decides. `[` makes the file an array. A complete first line makes
+it JSON lines, where every line stands alone, so that a broken one does not spoil others. A first
+object that spans several lines makes it a file of objects.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from qwen_ds.errors import UserError
 NOT_JSON = "not valid JSON"
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Strings whole, so that brackets inside them do not count. A string that no quote ends runs to the
-# end of the text.
+# Brackets, and strings as a whole, so that brackets inside them do not count. A string without a
+# closing quote runs to the end of the text.
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
 _MORE_MUST_FOLLOW = (",", "[", "{", ":")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a file as json, csv or pyarrow give it. `source` is where it begins,
-    "file:line"."""
+    """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start."""
 
     row: object
     source: str
@@ -56,7 +55,7 @@ def stands_alone(line: str) -> bool:
 
 
 def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
-    """Rows of JSON lines. Blank lines are passed over; a broken line is a BadRow of its own."""
+    """Rows of JSON lines. Blank lines are skipped; a broken line is a BadRow of its own."""
     for number, raw in enumerate(lines, 1):
         if raw.isspace():
             continue
@@ -74,10 +73,10 @@ def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[Sou
 
 
 def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
-    """Rows of objects one after another, each over one or more lines; a single object, too.
+    """Rows of one or more objects one after another, each over one or more lines.
 
-    A broken object ends where a line opens the next one: at the first object's indentation, where
-    JSON allows none.
+    A broken object ends where a line opens the next one: with `{` at the first object's
+    indentation, where JSON allows no object.
     """
     parts: list[str] = []  # of the object being collected, which began on line `start`
     fault: BadRow | None = None
@@ -86,7 +85,7 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            # Reported in place of the object, once that closes.
+            # Reported instead of the object, once that closes.
             fault = undecodable(f"{name}:{number}", encoding, error)
             line = raw.decode(encoding, "replace")
         if number == 1:
@@ -122,8 +121,8 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
 def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
     """The elements of one JSON array, read as the text arrives.
 
-    A broken element whose end can be found is a BadRow. Where it cannot be found, or where the
-    array itself is broken, nothing after it can be trusted: UserError.
+    A broken element whose end can be found is a BadRow. If it cannot be found, or the array itself
+    is broken, nothing after that can be trusted: UserError.
     """
     text = _Arriving(chunks)
     text.skip_space()
@@ -157,7 +156,7 @@ def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow
 
 
 class _Arriving:
-    """A text that arrives in chunks, and our place in it; what lies behind us is freed."""
+    """A text that arrives in chunks, and our place in it; what has been read is freed."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
         self.chunks = chunks
@@ -167,7 +166,7 @@ class _Arriving:
         self.is_complete = False
 
     def more(self) -> None:
-        """Fetch as much again as lies before us, so that scanning a long element stays n log n."""
+        """Double the text ahead, so that the repeated scans of a long element stay linear."""
         ahead = len(self.text) - self.place
         parts = [self.text[self.place :]]
         fetched = 0
@@ -248,7 +247,7 @@ def _end_of(text: str, place: int) -> int:
 
 
 def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
-    """The line, which begins at `depth`, cut behind every object's end; and the depth after it."""
+    """The line, which begins at `depth`, cut after every object's end; and the depth after it."""
     pieces: list[str] = []
     start = 0
     for token in _STRUCTURE.finditer(line):
@@ -274,7 +273,7 @@ def _parsed(text: str, source: str) -> SourceRow | BadRow:
 
 
 def _several_on_a_line(text: str, source: str, error: Exception) -> Iterator[SourceRow | BadRow]:
-    """Objects one after another on one line; for anything else the error of the whole line."""
+    """Objects one after another on one line; for anything else, the error of the whole line."""
     rows: list[SourceRow | BadRow] = []
     place = 0
     try:
@@ -294,7 +293,7 @@ def _end_of_space(text: str, place: int) -> int:
 
 
 def _fault(error: Exception, start: int = 0) -> str:
-    """The fault of a JSON text in one line; its place is counted from the row's beginning."""
+    """The fault of a JSON text in one line; its position is counted from the start of the row."""
     if isinstance(error, json.JSONDecodeError):
         what = error.msg.removesuffix(" at")
         return (

@@ -1,8 +1,8 @@
-"""The table of row shapes that we read, and how a row finds its reader.
+"""The table of row shapes that we read, and the choice of a row's reader.
 
 A new shape is one line in `TABLE` and one function from a row to its dialogues. Rows are recognised
-one by one, by their keys alone; the first line of the table that fits wins. So a file may mix
-shapes, and no row's reading depends on another.
+one by one, by their keys; the first line of the table that fits wins. So a file may mix shapes, and
+no row's reading depends on another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from qwen_ds.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """One row shape. A row has it with all `keys` and, to train on, one of `answers` (if any).
+    """One row shape. A row has it if it has all `keys` and, for training, one of any `answers`.
 
-    `optional` keys are read where a row has them. With `pattern`, one key that matches it is
-    needed. `gathers`: a row is a part of a tree, and `MessageTrees` puts the rows of a data set
-    together.
+    `optional` keys are read if a row has them. With `pattern` a key must match it. `gathers`: a row
+    is one message of a tree, and `MessageTrees` puts the rows of a data set together.
     """
 
     name: str
@@ -97,7 +96,7 @@ TABLE: tuple[Reader, ...] = (
     _pair("query", "query", "response", "answer"),
     _pair("input", "input", "target", "output"),
     _pair("text", "text", "answer", "response"),
-    # Seeds without answers: read, so that they are counted as such instead of stopping the run.
+    # Instructions without answers: read, so that they are counted instead of stopping the run.
     Reader("instructionwild", flat.read_alpaca, ("instruction",), optional=("input", *_COLUMNS)),
 )
 # fmt: on
@@ -105,7 +104,7 @@ READERS: dict[str, Reader] = {reader.name: reader for reader in TABLE}
 
 
 def reader_named(name: str) -> Reader:
-    """The reader that `data.format` names. UserError, with the nearest name, when there is none."""
+    """The reader that `data.format` names. UserError, with the nearest name, if there is none."""
     if name in READERS:
         return READERS[name]
     near = difflib.get_close_matches(name, READERS, n=1)
@@ -117,10 +116,10 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     """The reader whose keys the row has.
 
     Args:
-        for_prompts: a row needs no answer. Rows that have one are still recognised by it first.
+        for_prompts: a row needs no answer, but one that has an answer is still recognised by it.
 
     Raises:
-        RowError: there is none; names the keys found and expected.
+        RowError: there is no such reader; names the keys found and expected.
     """
     row = as_row(row)
     keys = tuple(row)
@@ -130,7 +129,7 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
             "unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}"
         )
     for reader in candidates[:-1]:
-        # Arrow files carry every column in every row: a column that is null is no sign of a shape.
+        # Arrow files have every column in every row, so a null column says nothing about the shape.
         if all(row[key] is not None for key in reader.keys):
             return reader
     last = candidates[-1]
@@ -138,7 +137,7 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
 
 
 def check_fits(reader: Reader, row: object, for_prompts: bool = False) -> Row:
-    """The row, checked to have the keys of a reader that the user named; else RowError."""
+    """The row, if it has the keys of the reader that the user named; else RowError."""
     row = as_row(row)
     if not _fits(reader, tuple(row), for_prompts):
         expected = f"{reader.expected} (format {reader.name})"

@@ -1,8 +1,5 @@
 """Readers of rows whose question and answer are columns: alpaca, ADGEN, BELLE, COIG, HC3 and
-others.
-
-Every reader maps one row to its dialogues. Questions are stripped, answers kept as they stand, a
-leading line break included.
+others. Questions are stripped, answers kept as they are, a leading line break included.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ _ROUND = re.compile(r"round_(\d+)")
 
 
 def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row], list[Outcome]]:
-    """Reader of a question column and of the first of `answer_keys` that the row has."""
+    """Make a reader of a question column and the first of `answer_keys` that the row has."""
 
     def read(row: Row) -> list[Outcome]:
         answer = ""
@@ -48,8 +45,8 @@ def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row]
 def read_alpaca(row: Row) -> list[Outcome]:
     """Alpaca: instruction, input and output, with LLaMA-Factory's system and history.
 
-    A history that the instruction itself spells is read, too. Instruction and input are joined by a
-    tab, as in the original project.
+    A history spelled out in the instruction is also read. A tab joins instruction and input, as in
+    the original project.
     """
     instruction, extra, answer = (text_of(row, key) for key in ("instruction", "input", "output"))
     history = _history(row)
@@ -61,16 +58,13 @@ def read_alpaca(row: Row) -> list[Outcome]:
 
 
 def read_coig_translated(row: Row) -> list[Outcome]:
-    """COIG's translated instructions: the Chinese columns; those beside them are English."""
+    """COIG's translated instructions: the Chinese columns, not the English ones beside them."""
     question = _tab_joined(text_of(row, "trans_instruction"), text_of(row, "trans_input"))
     return [Dialogue(system_of(row), ((question, text_of(row, "trans_output")),))]
 
 
 def read_coig_exam(row: Row) -> list[Outcome]:
-    """COIG's exams and value alignment: the analysis, where there is one, is the answer.
-
-    COIG's own script does the same.
-    """
+    """COIG's exams and value alignment; as in COIG's script the analysis, if any, is the answer."""
     context = text_of(row, "textbox_q_context").strip()
     question = text_of(row, "textbox_question").strip()
     if question and context:

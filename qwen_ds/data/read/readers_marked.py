@@ -1,8 +1,7 @@
-"""Readers of dialogues that marks cut out of one text: BELLE, Guanaco, RefGPT, MOSS, ShareGPT-cn.
+"""Readers of one text that marks divide into turns: BELLE, Guanaco, RefGPT, MOSS, ShareGPT-cn.
 
-Texts cut out at marks are stripped. A mark counts only where its data set puts it (at the start of
-a line, anywhere, or only after the closing mark of the turn before), because the texts talk about
-marks, too.
+The turns are stripped. A mark counts only where its data set puts it (at the start of a line,
+anywhere, or only after the closing mark of the turn before), because texts also mention marks.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _GUANACO = re.compile(
 )
 _REFGPT = re.compile(r"(?P<user><user>)|(?P<assistant><assistant>)")
 _SHAREGPT_CN = re.compile(r"(?P<user><\|user\|>[:：])|(?P<assistant><\|bot\|>[:：])")
-# MOSS 002 opens a turn only right behind the closing mark of the turn before.
+# MOSS 002 opens a turn only right after the closing mark of the turn before.
 _MOSS_002 = re.compile(r"(?P<user>(?:\A|<eoa>)\s*\[Human\]:)|(?P<assistant><eoh>\s*\[MOSS\]:)")
 _MOSS_002_END = re.compile(r"<eo[ah]>\s*\Z")
 
@@ -68,8 +67,8 @@ def dialogue_in_instruction(
 ) -> Outcome | None:
     """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns, if any.
 
-    The text must open with a mark: a text that only quotes a dialogue further down is an ordinary
-    instruction, and so is a marked instruction whose input is not marked.
+    The text must open with a mark: one that only quotes a dialogue further down is an ordinary
+    instruction, and so is a marked instruction with an unmarked input.
     """
     if not (
         "Human" in instruction or "User" in instruction or "User" in extra or "System" in extra
@@ -116,9 +115,9 @@ def read_moss_002(row: Row) -> list[Outcome]:
 def read_moss_003(row: Row) -> list[Outcome]:
     """MOSS 003: questions and answers of turn_1, turn_2 .. in number order.
 
-    Thoughts, commands and results of plugins are left out, and with them the citations that point
-    to them: `<sup>..</sup>` and `<|n|>`. In a row without commands a `<sup>` that holds no such
-    number is somebody's exponent, and stays.
+    Thoughts, commands and results of plugins are left out, and so are the citations of them,
+    `<sup>..</sup>` and `<|n|>`. In a row without commands a `<sup>` without such a number is an
+    exponent, and stays.
     """
     if isinstance(row.get("chat"), list):
         return read_turns("chat")(row)  # somebody else's list of messages under MOSS's key

@@ -1,9 +1,9 @@
 """Open Assistant: trees of messages, as one row per tree or as one row per message.
 
 Every path from the root to a leaf is a conversation, depth first. Deleted messages and their
-replies are left out. A leaf that is a question has no answer: its path is cut there, and only the
-first of such siblings gives its path, as in Open Assistant's own training code, since their paths
-are the same up to the cut.
+replies are left out. A leaf that is a question has no answer: its path is cut there, and of such
+siblings, whose paths are the same up to the cut, only the first gives one, as in Open Assistant's
+training code.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
     if root.deleted:
         yield Dropped(NO_QUESTION), root.source
         return
-    # Each path with whether its end is a first sibling.
+    # (path, whether its last message is a first sibling)
     paths: list[tuple[tuple[Message, ...], bool]] = [((root,), True)]
     while paths:
         path, is_first = paths.pop()

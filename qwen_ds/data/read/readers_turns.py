@@ -26,8 +26,8 @@ from qwen_ds.data.read.dialogue import (
 )
 
 TOOL = "tool"
-# OpenAI's roles are a closed set, so "bot" there is a mistake. ShareGPT's `from` is whatever its
-# exporters wrote.
+# OpenAI's roles are a closed set, where "bot" is a mistake. ShareGPT's `from` is whatever an
+# exporter wrote.
 OPENAI_ROLES = {
     "system": "system",
     "user": "user",
@@ -47,11 +47,11 @@ _NOT_TEXT = "content is not text"
 
 
 class _NotText(Exception):
-    """A turn holds an image, a sound or another thing that is not text."""
+    """A turn holds something that is not text, such as an image."""
 
 
 def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
-    """Reader of the turns under `key`. A system turn at the front wins over a system column."""
+    """Make a reader of the turns under `key`. A leading system turn wins over a system column."""
 
     def read(row: Row) -> list[Outcome]:
         turns: list[tuple[str, str]] = []
@@ -72,7 +72,7 @@ def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
 
 
 def role_of(value: object, roles: dict[str, str], expected: str, key: str) -> str:
-    """Our name of a role. Raises RowError on one that the format does not have."""
+    """Our name of a role. Raises RowError for one that the format does not have."""
     role = roles.get(value) if isinstance(value, str) else None
     if role is None:
         raise RowError("unknown role", f"{key} is {quoted(value)}; expected one of {expected}")
@@ -80,8 +80,7 @@ def role_of(value: object, roles: dict[str, str], expected: str, key: str) -> st
 
 
 def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
-    # Files that went through Arrow carry every column in every row: a key counts when it is not
-    # null.
+    # Files from Arrow have every column in every row, so a key counts only if it is not null.
     if turn.get("role") is not None:
         role = role_of(turn["role"], OPENAI_ROLES, _EXPECTED_OPENAI, "role")
         if role == TOOL or turn.get("tool_calls") or turn.get("function_call"):

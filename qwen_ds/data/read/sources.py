@@ -1,12 +1,12 @@
-"""From the paths of a recipe (files, folders, hub data sets) to conversations, one after another.
+"""Conversations from the paths of a recipe: files, folders and hub data sets.
 
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
 order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
-"org/name", "org/name:split" or "org/name:config:split". Of a folder with several splits
-"folder:split" is read, "train" unless another is named.
+"org/name", "org/name:split" or "org/name:config:split". "folder:split" names one of several splits
+of a folder; without a name it is "train".
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
-"output": "a"}. Only the columns named in it are then read, by the reader whose keys are named.
+"output": "a"}. Then only the columns named in it are read, by the reader whose keys are named.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ARROW_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the rows of one path lie: in files, in a folder of `datasets`, or on the hub."""
+    """The place of one path's rows: files, a folder of `datasets`, or the hub."""
 
     path: str
     files: tuple[Path, ...] = ()
@@ -81,8 +81,7 @@ def iter_conversations(
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
 ) -> Iterator[tuple[Conversation | Dropped, str]]:
-    """The conversations of all paths in order, each with its source; a Dropped for a row without
-    one.
+    """The conversations of all paths in order, or a Dropped for a row without one, and its source.
 
     A row may give several conversations (a tree), several rows one (single messages). Where
     bad_rows is "skip", a row that cannot be read (broken JSON, wrong types, an unknown role,
@@ -137,7 +136,7 @@ def iter_prompts(
 
 
 def locate(path: str | Path) -> Place:
-    """Find where the rows of a path lie, without reading them. UserError for what is not there."""
+    """Find the rows of a path without reading them. UserError if they are not there."""
     path = str(path)
     folder, _, split = path.partition(":")
     if Path(path).is_file():
@@ -211,7 +210,7 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
             data = datasets.load_from_disk(str(place.saved))
         else:
             data = datasets.load_dataset(place.hub_id, place.config, split=place.split)
-    # Network, hub and library raise what they like: in any case the user's path did not load.
+    # Network, hub and library raise all kinds of errors; they all mean that the path did not load.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
@@ -293,7 +292,7 @@ def _explained(
 
 
 def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, object]]:
-    """Every outcome of a path with its source and, where one row gave it, that row."""
+    """Every outcome of a path, with its source and, if one row gave it, that row."""
     trees = MessageTrees()
     is_first = True
     for row in rows_of(place):

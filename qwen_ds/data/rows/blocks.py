@@ -1,4 +1,4 @@
-"""Blocks of token rows, in arrays: what worker processes make of a chunk of conversations.
+"""Blocks of token rows, as arrays: the result of a worker process for a chunk of conversations.
 
 A label is its own token or IGNORE, so a block keeps tokens once and, of the labels, only the runs
 of target tokens.
@@ -24,7 +24,7 @@ PROMPT_CUT, ANSWER_CUT, TURNS_DROPPED = "prompt cut", "answer cut", "oldest turn
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The rows of one chunk, one after another, and what became of its other conversations."""
+    """The rows of one chunk, and what became of its other conversations."""
 
     ids_N: np.ndarray
     """int32, the rows' tokens one after another."""
@@ -37,7 +37,7 @@ class Block:
     n_runs_K: np.ndarray
     """int32, runs of each row."""
     learnt_K: np.ndarray
-    """int32, target tokens of each row: labels that are left after the shift by one."""
+    """int32, target tokens of each row, counted after the shift by one."""
     content_K: np.ndarray
     """uint64, hash of a row's tokens and labels."""
     prompt_K: np.ndarray
@@ -45,16 +45,13 @@ class Block:
     dropped: list[tuple[int, str]]
     """(place in the chunk, reason) of conversations that give no row."""
     cuts: list[tuple[int, str]]
-    """(place in the chunk, what was cut) of rows that were too long; a row can stand here twice."""
+    """(place in the chunk, what was cut) of rows that were too long; a row can appear twice."""
 
 
 def encode_block(
     encoding: Encoding, conversations: Sequence[Conversation], options: EncodeOptions
 ) -> Block:
-    """Encode conversations one by one.
-
-    One that gives fewer than two tokens, or nothing to learn, is dropped with a reason.
-    """
+    """Encode conversations; those with fewer than two tokens or without a target are dropped."""
     ids: list[int] = []
     labels: list[int] = []
     places: list[int] = []
@@ -104,12 +101,12 @@ def encode_block(
 def _learnt_runs(
     ids_N: np.ndarray, labels_N: np.ndarray, length_K: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(runs_R2, n_runs_K, learnt_K) of rows that lie one after another."""
+    """(runs_R2, n_runs_K, learnt_K) of concatenated rows."""
     learnt_N = labels_N != IGNORE
     assert (labels_N[learnt_N] == ids_N[learnt_N]).all(), "a label is its own token or IGNORE"
     end_K = np.cumsum(length_K, dtype=np.int64)
     start_K = end_K - length_K
-    # A run begins where a learnt token follows none, or opens its row; it ends likewise.
+    # A run begins at a target that follows none, or opens its row; it ends likewise.
     before_N = np.concatenate([[False], learnt_N[:-1]])[: len(learnt_N)]
     before_N[start_K] = False
     after_N = np.concatenate([learnt_N[1:], [False]])[: len(learnt_N)]

@@ -1,8 +1,8 @@
 """The cache of token rows: one file for each set of inputs, named by a hash and never changed.
 
-The hash covers everything that decides a row: the bytes of the input files and their names (rows
+The hash covers everything that a row depends on: the bytes of the input files and their names (rows
 name their file:line), the options, the vocabulary, and the code that reads and encodes. So a
-changed input never meets an old file, and nothing has to be cleared by hand.
+changed input never finds an old file, and nothing has to be cleared by hand.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 def make_or_find(
     data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
 ) -> Path:
-    """Return the cache file with the token rows of some paths; make it where it is missing.
+    """Return the cache file with the token rows of some paths; make it if it is missing.
 
-    Any number of processes may call this at once: one of a machine makes the rows, the others wait.
+    Any number of processes may call this at once: one on each machine makes the rows, others wait.
 
     Raises:
         UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
@@ -59,7 +59,7 @@ def make_or_find(
             is_held = stack.enter_context(_lock(cache / f"{key}.lock"))
             if is_whole(path):
                 return path
-            if is_held:  # then nobody is at what lies here: a killed process left it
+            if is_held:  # so whatever is here is the remains of a killed process
                 for left in cache.glob(f".{path.name}.*"):
                     left.unlink()
         # Without a lock several processes may make the file at once, each under a name of its own.
@@ -86,14 +86,14 @@ def _key(
 
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    """Of the modules that make rows of files: old rows of a reader must not hide its repair."""
+    """Hash of the modules that make rows: rows cached before a bug fix must not hide it."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     files += [Path(chatml.__file__), Path(tokenizer.__file__)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _input_sha256(part: Place) -> list[Any]:
-    """The name of a data set, and a hash for each of its files; of one on the hub, for its rows."""
+    """The name of a data set, and a hash of each of its files or, on the hub, of its rows."""
     if part.hub_id is not None:
         digest = hashlib.sha256()
         for row in rows_of(part):
@@ -115,7 +115,7 @@ def _input_sha256(part: Place) -> list[Any]:
 
 @lru_cache(maxsize=4096)
 def _file_sha256(path: Path, size: int, changed_ns: int) -> str:
-    """Remembered while size and time stay the same: a run asks more than once."""
+    """Hash a file, once for each size and time of change: a run asks more than once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -151,7 +151,7 @@ def _fill(
         for report, count in zip(reports, counts, strict=True)
     ]
     with RowWriter(target) as writer:
-        # Shown on a terminal only, and not for the seconds that a small data set takes.
+        # Shown on a terminal only, and not for a small data set that takes a moment.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
             encode_all(streams, writer, encoding, options, bar.update)
         for report, count in zip(reports, counts, strict=True):
@@ -170,7 +170,7 @@ def _fill(
 
 
 def _formats(data: DataOptions, part: Place) -> dict[str, str]:
-    """File to the reader of its first row, as far as it has one."""
+    """By file, the reader of its first row."""
     if data.columns:
         return {part.path: f"columns {', '.join(data.columns)}"}
     if data.format != "auto":

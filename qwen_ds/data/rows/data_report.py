@@ -1,8 +1,8 @@
 """The fate of all rows: the content of data_report.json, and checks that stop a run before
 training.
 
-A data set is one entry of data.train or data.eval. If its rows all come out empty, all alike, or
-without target tokens, the keys or the format are wrong: a UserError.
+A data set is one entry of data.train or data.eval. If none of its rows can be trained on, or all
+come out identical, the keys or the format are wrong: a UserError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Tally:
     first: str = ""
     """file:line"""
     detail: str = ""
-    """More about the first one."""
 
     def add(self, source: str, detail: str = "") -> None:
         if not self.rows:
@@ -44,11 +43,11 @@ class PartReport:
     kept: int = 0
     """Token rows."""
     dropped: dict[str, Tally] = field(default_factory=dict)
-    """By reason, rows that were read and hold nothing to train on."""
+    """Rows with nothing to train on, by reason."""
     skipped: dict[str, Tally] = field(default_factory=dict)
-    """By reason, rows that could not be read (data.bad_rows skip)."""
+    """Rows that could not be read (data.bad_rows skip), by reason."""
     truncated: dict[str, Tally] = field(default_factory=dict)
-    """By "prompt cut", "answer cut" or "oldest turns dropped", rows that were too long."""
+    """Rows that were too long, by "prompt cut", "answer cut" or "oldest turns dropped"."""
     tokens: int = 0
     learnt_tokens: int = 0
     """Target tokens."""
@@ -66,7 +65,7 @@ class PartReport:
         self.truncated.setdefault(what, Tally()).add(source)
 
     def keep(self, block: Block, sources: Sequence[str]) -> None:
-        """Count the rows of a block; `sources` are those of its rows."""
+        """Count the rows of a block; `sources` has one entry a row."""
         self.kept += len(sources)
         self.tokens += int(block.length_K.sum())
         self.learnt_tokens += int(block.learnt_K.sum())
@@ -78,7 +77,7 @@ class PartReport:
         self.all_identical &= bool((block.content_K == self.first_content).all())
 
     def check(self) -> None:
-        """Raise UserError when there is nothing in this data set to train on."""
+        """Raise UserError if this data set has nothing to train on, or one row over and over."""
         fates = {**self.skipped, **self.dropped}
         if not self.kept:
             if not fates:
@@ -108,7 +107,7 @@ _TALLIES = ("dropped", "skipped", "truncated")
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the data sets' reports; a tally keeps the first place of the first data set."""
+    """Add up the data sets' reports; for each reason the first data set's place is kept."""
     summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in _SUMMED}
     for key in _TALLIES:
         summed[key] = {}
@@ -140,8 +139,6 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def data_report(train: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of data_report.json: the `TokenRows.report` of the training rows.
-
-    That of the evaluation rows stands in it under "eval", null without any.
-    """
+    """The content of data_report.json: the `TokenRows.report` of the training rows, with that of
+    the evaluation rows, if any, under "eval"."""
     return {**train, "eval": evaluation}

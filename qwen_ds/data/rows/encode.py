@@ -1,22 +1,22 @@
-"""From a conversation to a training row: token ids, and labels that mark its target tokens.
+"""Encoding of a conversation as a training row: token ids, and labels that mark its target tokens.
 
-`learn_on` has three meanings. [..] are target tokens; # stands for <|im_start|>, / for <|im_end|>
-and $ for <|endoftext|>:
+`learn_on` has three values. [..] are target tokens; # stands for <|im_start|>, / for <|im_end|> and
+$ for <|endoftext|>:
 
     original   #system\\nS/\\n#user\\nQ/\\n#[assistant\\nA/]\\n#user\\nQ/\\n#[assistant\\nA/$]
     answer     #system\\nS/\\n#user\\nQ/\\n#assistant\\n[A/]\\n#user\\nQ/\\n#assistant\\n[A/$]
     official
     [#]system\\nS[/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n#]user\\nQ[/\\n#]assistant\\n[A/\\n]
 
-original: the Qwen-SFT project's row, and its natural form for several turns: every answer is learnt
-as in a row of its own, and `$`, which ends a row, stands behind the last one only. Questions are
-stripped. `assistant\\n` and the answer are encoded as one text, so the line breaks that an answer
-begins with join the one before it.
-answer: the tokens that the model itself writes after a prompt, and nothing else.
+original: the Qwen-SFT project's row, and its natural extension to several turns: every answer is
+learnt as in a row of its own, and `$`, which ends a row, follows only the last. Questions are
+stripped. `assistant\\n` and the answer are encoded as one text, so the line breaks that open an
+answer merge with the one before it.
+answer: only the tokens that the model itself writes after a prompt.
 official: the labels of Qwen's own fine-tuning script, `#`, `/` and `\\n` of system and user turns
 included. Such a row has no `$`, so a base model trained with it stops at `/`.
 
-A row that is too long is cut (see `encode_row`); nothing is ever cut without a mark in `Encoded`.
+A row that is too long is cut (see `encode_row`), and `Encoded` says so.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ class EncodeOptions:
 
     Attributes:
         learn_on: see the top of this file.
-        max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original` only.
-        max_tokens: bound of all other rows; None leaves them as long as they are.
-        parse_specials: control tokens spelled in a text become control tokens (the old, unsafe
-            behaviour).
-        system: stands in where a conversation brings none; None means DEFAULT_SYSTEM.
+        max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`.
+        max_tokens: bound of all other rows; None: no bound.
+        parse_specials: parse control tokens spelled in a text (the old, unsafe behaviour).
+        system: system text of conversations without one; None means DEFAULT_SYSTEM.
     """
 
     learn_on: LearnOn = "original"
@@ -64,13 +63,12 @@ class EncodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A training row. labels[i] is ids[i] or, where it is no target, IGNORE; the loss does the
-    shift.
+    """A training row. labels[i] is ids[i], or IGNORE if that is no target; the loss shifts them.
 
     Attributes:
         prompt_cut, answer_cut: the question or the answer lost its end.
-        turns_dropped: turns that are not in the row.
-        dropped: why there is no row (ids and labels are empty then); None if there is one.
+        turns_dropped: number of turns that are not in the row.
+        dropped: why there is no row (then ids and labels are empty); None if there is one.
     """
 
     ids: list[int]
@@ -83,9 +81,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """One turn in tokens: head + text + tail. A cut takes the end of the text and keeps the tail.
+    """One turn in tokens: head + text + tail. A cut removes the end of the text and keeps the tail.
 
-    A question keeps its `/\\n`. An answer's ending counts as text (n_tail 0): once cut, it is gone.
+    A question keeps its `/\\n`. An answer's ending counts as text (n_tail 0), so a cut removes it.
     """
 
     ids: list[int]
@@ -114,14 +112,14 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
 
     A single-turn row under `original` whose prompt and answer together have more than
     max_prompt_tokens + max_answer_tokens keeps the first max_prompt_tokens and max_answer_tokens of
-    them, and then gets their tails back in place: `/\\n#` and `/$`. (So a long prompt stays whole
+    them, whose last tokens then become their tails: `/\\n#` and `/$`. (So a long prompt stays whole
     beside a short answer.)
 
     Any other row longer than max_tokens loses its oldest turns, a question with its answer at a
     time; the system turn stays. If the last question and answer alone are too long, each gets half
     of the room, and what one does not need goes to the other. A cut question keeps its tail. A cut
-    answer ends in the middle, so that the model does not learn to stop there; only under `original`
-    it ends with `/$`, as single-turn rows do.
+    answer just ends, so that the model does not learn to stop there; only under `original` it ends
+    with `/$`, as single-turn rows do.
 
     A last question without an answer is left out. `official` leaves out a first answer without a
     question instead.
@@ -159,15 +157,12 @@ def _system(enc: Encoding, conversation: Conversation, options: EncodeOptions) -
 
 @lru_cache(maxsize=64)
 def _system_segment(enc: Encoding, text: str, markers: bool, parse_specials: bool) -> _Segment:
-    """The system turn, cached because nearly all rows have the same one: never change its lists."""
+    """The system turn, cached since nearly all rows have the same one. Never mutate its lists."""
     return _unlearnt(enc, "system", text_ids(enc, text, parse_specials), markers)
 
 
 def _unlearnt(enc: Encoding, role: str, text: list[int], markers: bool) -> _Segment:
-    """A turn without target tokens.
-
-    With `markers` its control tokens and the line break behind it are targets.
-    """
+    """A turn whose text is no target; with `markers` its control tokens and last line break are."""
     head, tail = header_ids(enc, role), footer_ids(enc)
     ids = [*head, *text, *tail]
     labels = [IGNORE] * len(ids)
@@ -186,7 +181,7 @@ def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -
         raise UserError(f"role is {turn.role!r}; expected user or assistant")
     head = header_ids(enc, "assistant")
     if options.learn_on == "original":
-        head = head[:1]  # the rest of it is learnt, and one text with the answer
+        head = head[:1]  # the rest of it is a target, and one text with the answer
         text = f"assistant\n{turn.text}"
     else:
         text = turn.text
@@ -230,7 +225,7 @@ def _bounded(
     turns_dropped: int,
     options: EncodeOptions,
 ) -> Encoded:
-    """The row within max_tokens: first its oldest turns go, then its last ones are cut."""
+    """The row within max_tokens: first the oldest turns go, then the last two are cut."""
     prompt_cut = answer_cut = False
     if options.max_tokens is not None:
         room = options.max_tokens - len(system.ids)
@@ -261,7 +256,7 @@ def _n_tokens(segments: list[_Segment]) -> int:
 
 
 def _share(room: int, wanted: list[int]) -> list[int]:
-    """Tokens for each of one or two texts that together want more than there is room for."""
+    """Tokens for each of one or two texts that together want more than the room."""
     if len(wanted) == 1:
         return [room]
     half = room // 2

@@ -1,8 +1,8 @@
 """The file of token rows: Arrow IPC, written a block at a time and read through memory mapping.
 
-Each block is a record batch of `SCHEMA`. A last batch without rows carries, as JSON in its
-metadata, what is said of all rows at once: see `RowWriter.finish`. Arrow writes its footer after
-everything else, so a file that was cut short has none and is never taken for a whole one.
+Each block is a record batch of `SCHEMA`. A last batch without rows has, as JSON in its metadata,
+the facts about all rows (`RowWriter.finish`). Arrow writes its footer last, so a file that was cut
+short has none and is never taken for a whole one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         # Start and end of each run of target tokens, counted from the start of the row.
         "target_runs": pa.list_(pa.list_(pa.int32(), 2)),
-        "num_targets": pa.int32(),  # labels that are left after the shift by one
+        "num_targets": pa.int32(),  # target tokens, counted after the shift by one
         "content_hash": pa.uint64(),  # of tokens and labels
         "prompt_hash": pa.uint64(),  # of the first user text
         "part": pa.int32(),  # which entry of data.train
@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
     }
 )
 _ABOUT = "qwen_ds.token_rows"
+# What precedes the last number, the number, and the rest. Leading zeros, and digits beyond 18, stay
+# in the first part: the number must fit int64 and print as it was.
 _LAST_NUMBER = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([^0-9]*)", re.DOTALL)
 
 
@@ -56,11 +58,11 @@ def cache_errors(cache: Path) -> Iterator[None]:
 class RowWriter:
     """Writes blocks of rows to a file, in the order in which they come.
 
-    Memory grows by 8 bytes a row: the content hashes, from which repeated rows are counted.
-    As a context it closes the file; only `finish` makes the file a whole one.
+    Memory grows by 8 bytes a row: the content hashes, by which repeated rows are counted. Leaving
+    the context closes the file; only `finish` completes it.
 
     Raises:
-        UserError: the disk does not take the rows.
+        UserError: the rows cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +82,7 @@ class RowWriter:
             self._file.close()
 
     def add(self, block: Block, sources: Sequence[str], part: int, report: PartReport) -> None:
-        """Append a block. `sources` are those of its whole chunk; the report counts their fates."""
+        """Append a block and count its rows in the report; `sources` are those of its chunk."""
         for place, reason in block.dropped:
             report.drop(reason, sources[place])
         for place, what in block.cuts:
@@ -109,8 +111,8 @@ class RowWriter:
     def finish(self, about: dict[str, Any]) -> None:
         """Write the last batch and the footer.
 
-        Its metadata is `about`, and: format_version; names, the beginnings and ends of sources;
-        sha256, of all rows' content hashes in their order; duplicates, rows that repeat an earlier.
+        Its metadata is `about` with format_version; names (beginnings and ends of sources); sha256
+        (of all content hashes in order); and duplicates (rows that repeat an earlier one).
         """
         contents = np.concatenate([np.empty(0, "<u8"), *self._contents])
         found = {
@@ -137,7 +139,7 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
 
 
 class _Views(NamedTuple):
-    """Source of a row: numpy views of one record batch, whose bytes stay on disk."""
+    """Numpy views of one record batch, whose bytes stay on disk."""
 
     ids: np.ndarray
     id_offsets: np.ndarray
@@ -184,7 +186,7 @@ class RowFile:
         return np.concatenate([np.diff(views.id_offsets) for views in self._views])
 
     def column(self, name: str) -> np.ndarray:
-        """A copy of one of the schema's columns of numbers."""
+        """A copy of a numeric column of the schema."""
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
     def _find(self, row: int) -> tuple[_Views, int]:
@@ -215,7 +217,7 @@ def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there, complete and of this format."""
+    """Whether the file exists, complete and in this format."""
     try:
         with pa.memory_map(str(path)) as mapped:
             _read_about(pa.ipc.open_file(mapped))

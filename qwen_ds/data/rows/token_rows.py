@@ -1,4 +1,4 @@
-"""Token rows of a cache file: in memory each row is a few numbers, its tokens stay on disk."""
+"""Token rows of a cache file: a row is a few numbers in memory, and its tokens stay on disk."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class TokenRows:
 
     Attributes:
         lens: int32 [rows], tokens of each row.
-        learnt: int32 [rows], target tokens: labels that are left after the shift by one.
+        learnt: int32 [rows], target tokens of each row, counted after the shift by one.
         parts: the data sets in order, and how often an epoch draws each of their rows.
         pad_id: <|endoftext|>.
-        sha256: of the rows' content and, of a part of a cache, which rows these are: equal means
+        sha256: of the rows' content and, for some rows of a cache, of their choice: equal means
             equal rows in equal order.
-        report: what became of the source rows (of the whole cache), for data_report.json.
+        report: what became of all source rows of the cache, for data_report.json.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TokenRows:
         return len(self.lens)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, labels) of a row, int32 [lens[row]] each; copies, yours to change."""
+        """(ids, labels) of a row, int32 [lens[row]] each; copies, which the caller may change."""
         found, runs = self._file.row(self._at(row))
         ids = found.copy()
         labels = np.full_like(ids, IGNORE)
@@ -103,9 +103,8 @@ class TokenRows:
     def split(self, fraction: float, seed: int = 0) -> tuple[TokenRows, TokenRows]:
         """Return (the rest, about `fraction` of the rows).
 
-        Rows with the same first user text stay on the same side, so that nothing is evaluated whose
-        question was trained. Which side depends on that text and the seed alone, so that adding
-        rows moves few others.
+        Rows with the same first user text stay on the same side, so that no evaluated question was
+        trained on. The side depends on that text and the seed, so adding rows moves few others.
 
         Raises:
             UserError: either side would be empty.
@@ -140,7 +139,7 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Rows to train on, and rows for the evaluation loss where the recipe asks for any."""
+    """Rows to train on, and rows for the evaluation loss if the recipe asks for any."""
 
     train: TokenRows
     eval: TokenRows | None
@@ -151,13 +150,10 @@ def prepare(
 ) -> Prepared:
     """Make or open the token rows of data.train, and of data.eval or a share of data.train.
 
-    Any number of processes may call this at once: the first of a machine makes the rows, the others
-    wait for it.
+    Any number of processes may call this at once, see `make_or_find`.
 
     Args:
-        encoding: the vocabulary of the model.
-        seq_length: of the model; bounds the rows where data.max_tokens is unset (None: nothing
-            does).
+        seq_length: of the model; bounds the rows if data.max_tokens is unset (None: no bound).
         seed: decides which rows data.eval_fraction sets aside.
 
     Raises:
@@ -178,7 +174,7 @@ def prepare(
 
 
 def encode_options(data: DataOptions, seq_length: int | None) -> EncodeOptions:
-    """How rows are encoded for a model: data.max_tokens defaults to its seq_length."""
+    """EncodeOptions of a recipe: data.max_tokens defaults to the model's seq_length."""
     return EncodeOptions(
         learn_on=data.learn_on,
         max_prompt_tokens=data.max_prompt_tokens,

@@ -1,6 +1,6 @@
-"""Encoding of all conversations in their order, by this process and by a pool of others.
+"""Encoding of all conversations in their order, by this process and a pool of others.
 
-The pool's processes are forked off a fork server: a fresh interpreter that has this module imported
+The pool's processes are forked off a fork server, a fresh interpreter that has imported this module
 already. They neither copy the training process, with its threads and its GPU, nor import it anew.
 """
 
@@ -26,11 +26,10 @@ from qwen_ds.data.rows.row_file import RowWriter
 from qwen_ds.model.chatml import Conversation
 from qwen_ds.model.tokenizer import Encoding
 
-# Reading rows takes the parent about a third of the time that encoding them takes: more workers
-# would wait for it.
+# More workers would wait for the parent, which reads all the rows.
 MOST_WORKERS = 8
 CHUNK_ROWS = 1024
-# Starting workers takes some seconds, in which one process encodes this many rows.
+# Rows that one process encodes in the seconds that it takes to start workers.
 INLINE_ROWS = 16_384
 
 Stream = Iterator[tuple[Conversation | Dropped, str]]
@@ -41,7 +40,7 @@ _encoder: Encoder | None = None  # in a worker, what `_start` loaded for it
 
 
 def default_workers() -> int:
-    """One for each core that this process may use besides its own, 8 at most."""
+    """One for each core that this process may use besides its own, up to MOST_WORKERS."""
     return min(len(os.sched_getaffinity(0)) - 1, MOST_WORKERS)
 
 
@@ -49,8 +48,8 @@ def default_workers() -> int:
 def encoding_pool(encoding: Encoding, options: EncodeOptions, count: int) -> Iterator[Submit]:
     """Start processes that encode; yields the function that hands a chunk to the next idle one.
 
-    The function returns None until the first process is up. When a process dies, every result that
-    is still due raises BrokenProcessPool.
+    The function returns None until the first process is up. If a process dies, every outstanding
+    result raises BrokenProcessPool.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -61,21 +60,21 @@ def encoding_pool(encoding: Encoding, options: EncodeOptions, count: int) -> Ite
     def submit(conversations: list[Conversation]) -> Future[Block] | None:
         if not ready.done():
             return None
-        with _main_hidden():  # a process of the pool is started by the first chunk that needs it
+        with _main_hidden():  # the pool starts a process when the first chunk needs it
             return pool.submit(_encode, conversations)
 
     try:
         yield submit
     finally:
-        # Rows that ended before a process was up need not wait for it.
+        # If the rows ended before a process was up, there is nothing to wait for.
         pool.shutdown(wait=ready.done(), cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Keep multiprocessing from running the launch script once more in each process that it starts.
+    """Keep multiprocessing from running the launch script again in each process that it starts.
 
-    With it workers would import all of training, and a script without `if __name__ == "__main__"`
+    Else workers would import all of training, and a script without `if __name__ == "__main__"`
     would start over: test_the_launch_script_is_not_run_again.
     """
     main = sys.modules["__main__"]
@@ -88,7 +87,7 @@ def _main_hidden() -> Iterator[None]:
 
 def _start(encoding: Encoding, options: EncodeOptions) -> None:
     global _encoder
-    # Ctrl-C reaches the whole group: the parent alone answers it, and ends the pool.
+    # Ctrl-C reaches the whole process group; only the parent handles it, and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = encoding, options
@@ -96,8 +95,8 @@ def _start(encoding: Encoding, options: EncodeOptions) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker waits for chunks on a pipe that its siblings hold open as well: it would wait for
-    ever once the parent was killed (test_no_process_outlives_a_killed_parent)."""
+    """End this worker with its parent: it waits on a pipe that its siblings also hold open, and
+    would wait forever after a kill of the parent (test_no_process_outlives_a_killed_parent)."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -120,11 +119,11 @@ def encode_all(
     """Encode the conversations of every part into the writer, in their order.
 
     The first INLINE_ROWS are encoded here. If there are more, worker processes join in, and this
-    process encodes whenever they have enough to do. What is under way is bounded, so that memory
-    stays the same however many rows come.
+    process encodes whenever they have enough to do. The number of chunks under way is bounded, so
+    memory does not grow with the rows.
 
     Args:
-        on_rows: told of each chunk that was written, in source rows.
+        on_rows: called with the number of rows of each chunk that was written.
     """
     n_workers = default_workers()
     pending: deque[tuple[Future[Block] | Block, list[str], int, PartReport]] = deque()
