@@ -80,7 +80,6 @@ def train(session: Session) -> RunSummary:
             if stop_because:
                 return stopped(session, stop_because)
             garbage.after_step(number, quiet=due or saves)
-
         # All ranks, once: until the last save is on the disk, then to gather the result.
         saver.wait()
         observer.progress.flush()
