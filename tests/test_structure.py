@@ -266,7 +266,8 @@ def reached_by(test: Path) -> set[str]:
     """Our modules that a test file imports or names, those that they import, and all of a command
     that it runs."""
     text = test.read_text(encoding="utf-8")
-    direct = {*own_imports(test), *(name for name in MODULES if re.search(rf"\b{re.escape(name)}\b", text))}
+    named = {name for name in MODULES if re.search(rf"\b{re.escape(name)}\b", text)}
+    direct = named | set(own_imports(test))
     run: set[str] = set()
     new = {name for word, name in COMMANDS.items() if word in text}
     while new:

@@ -137,13 +137,15 @@ def test_memory_does_not_grow_with_the_rows(
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.workers import encoding_pool
 from qwen_ds.model.chatml import Conversation, Turn
 from qwen_ds.model.tokenizer import load_encoding
 
+# A shell starts its background jobs with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("started", flush=True)
 talks = [Conversation(None, (Turn("user", "q" * 9), Turn("assistant", "a" * 999)))] * 500
 with encoding_pool(load_encoding(Path(sys.argv[1])), EncodeOptions(), 2) as submit:
