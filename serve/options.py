@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
-from qwen_ds.decode.errors import InvalidSampling
+from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options

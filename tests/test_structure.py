@@ -94,7 +94,7 @@ COVERED_BY = {
     "qwen_ds/train/screen.py": "tests/train/test_jobs.py",
     "qwen_ds/train/setup.py": "tests/train/test_bad_input.py",
     "qwen_ds/train/survey.py": "tests/train/test_bad_input.py",
-    "qwen_ds/train/survive/saver.py": "tests/faults/test_every_file_operation.py",
+    "qwen_ds/train/survive/checkpoint_writer.py": "tests/faults/test_every_file_operation.py",
 }
 # Words by which a test runs a command, and the module that the command is.
 COMMANDS = {

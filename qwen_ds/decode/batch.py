@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qwen_ds.decode.errors import LogitsNotFinite, PromptTooLong
+from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong
 from qwen_ds.decode.padding import pad_left
 from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups, uniforms
 from qwen_ds.decode.stop import FinishReason, StopRule

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qwen_ds.decode.errors import InvalidSampling
+from qwen_ds.decode.exceptions import InvalidSampling
 
 PREFILTER = 1024  # candidates that top-p tries before it sorts the whole vocabulary
 

@@ -13,7 +13,7 @@ from qwen_ds.data.batches import make_batch
 from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.errors import UserError
 from qwen_ds.train.engine.engine import TrainingEngine
-from qwen_ds.train.survive.saver import RunState, Saver
+from qwen_ds.train.survive.checkpoint_writer import RunState, Saver
 
 
 class NotFinite(ArithmeticError):

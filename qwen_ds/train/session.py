@@ -16,8 +16,8 @@ from qwen_ds.train.schedule import lr_at, total_steps
 from qwen_ds.train.setup import Data, Model
 from qwen_ds.train.survive import resume
 from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.checkpoint_writer import RunState, Saver
 from qwen_ds.train.survive.result import Output
-from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
 

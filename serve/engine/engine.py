@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwen_ds.decode.batch import Completion, DecodingRow, Vocabulary, decode_batch
-from qwen_ds.decode.errors import RowOutOfMemory
+from qwen_ds.decode.exceptions import RowOutOfMemory
 from qwen_ds.decode.stop import StopRule
 
 
@@ -42,7 +42,7 @@ class ServingEngine:
 
         Raises:
             PromptTooLong: a prompt leaves no room for its new tokens; raised before any decoding.
-            LogitsNotFinite, RowOutOfMemory: see qwen_ds/decode/errors.py.
+            LogitsNotFinite, RowOutOfMemory: see qwen_ds/decode/exceptions.py.
         """
         for row in rows:
             row.require_room(self.context)

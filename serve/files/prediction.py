@@ -16,7 +16,7 @@ from tqdm import tqdm
 from qwen_ds import dist
 from qwen_ds.data.read.sources import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
-from qwen_ds.decode.errors import DecodingError, LogitsNotFinite, RowOutOfMemory
+from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import QWEN

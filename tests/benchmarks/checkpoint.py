@@ -28,8 +28,8 @@ from qwen_ds.recipe.options import ModelOptions, OptimOptions, Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group, stop_process_group
 from qwen_ds.train.lora import LoraConfig
+from qwen_ds.train.survive.checkpoint_writer import RunState, Saver
 from qwen_ds.train.survive.result import Output
-from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
 BLOCKS, RANK = 32, 64

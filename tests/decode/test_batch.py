@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen_ds.decode.batch import DecodingRow, Vocabulary, decode_batch
-from qwen_ds.decode.errors import LogitsNotFinite, PromptTooLong
+from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from tests.decode.fakes import VOCABULARY, FakeModel, spell

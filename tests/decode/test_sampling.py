@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qwen_ds.decode.errors import InvalidSampling
+from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import (
     SamplingGroup,
     SamplingParams,

@@ -40,9 +40,9 @@ from qwen_ds.train.loop import train
 from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.session import assemble
 from qwen_ds.train.setup import Data
-from qwen_ds.train.survive import checkpoint, resume, saver
+from qwen_ds.train.survive import checkpoint, checkpoint_writer, resume
+from qwen_ds.train.survive.checkpoint_writer import RunState, Saver
 from qwen_ds.train.survive.result import Output
-from qwen_ds.train.survive.saver import RunState, Saver
 from qwen_ds.train.survive.watchdog import Watchdog
 
 RECIPE = config.Recipe(
@@ -304,7 +304,7 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
     run, log = tmp_path / "run", tmp_path / "log"
 
     def action() -> None:
-        real = saver.save_tensors
+        real = checkpoint_writer.save_tensors
 
         def slow(path: Path, tensors: dict[str, Tensor]) -> str:
             ends, metrics = time.monotonic() + 60, run / "metrics.jsonl"
@@ -313,7 +313,7 @@ def test_the_training_goes_on_while_the_disk_is_slow(small_dir: Path, tmp_path: 
                 time.sleep(0.01)
             return real(path, tensors)
 
-        saver.save_tensors = slow  # type: ignore[assignment]
+        checkpoint_writer.save_tensors = slow  # type: ignore[assignment]
         run_once(small_dir, run, replace(RECIPE, save=config.SaveOptions(every_steps=6)))
 
     assert in_child(action, log) == 0, log.read_text()

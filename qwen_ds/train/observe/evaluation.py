@@ -14,7 +14,7 @@ from qwen_ds import dist
 from qwen_ds.data.batches import evaluation_batches
 from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.decode.batch import DecodingRow, Vocabulary, decode_batch
-from qwen_ds.decode.errors import LogitsNotFinite
+from qwen_ds.decode.exceptions import LogitsNotFinite
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import IGNORE

@@ -31,8 +31,8 @@ from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.checkpoint_writer import OPTIMIZER, RNG, shard_name
 from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE, holds_run, is_finished
-from qwen_ds.train.survive.saver import OPTIMIZER, RNG, shard_name
 
 ADAPTER = "adapter/adapter_model.safetensors"
 # Keys that may always differ: paths, and what changes no number.

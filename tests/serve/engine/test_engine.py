@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_ds.decode.batch import Completion, DecodingRow, decode_batch
-from qwen_ds.decode.errors import LogitsNotFinite, PromptTooLong, RowOutOfMemory
+from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong, RowOutOfMemory
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from serve.engine import engine as engine_module

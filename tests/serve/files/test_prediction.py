@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_ds.decode.batch import Completion, DecodingRow
-from qwen_ds.decode.errors import LogitsNotFinite, RowOutOfMemory
+from qwen_ds.decode.exceptions import LogitsNotFinite, RowOutOfMemory
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_ds.decode.errors import (
+from qwen_ds.decode.exceptions import (
     DecodingError,
     InvalidSampling,
     LogitsNotFinite,
