@@ -29,7 +29,6 @@ class LoadedRecipe:
 def recipe_parser() -> Parser:
     """The parser of launch/train.py."""
     parser = Parser(description="Fine-tune Qwen with LoRA or fully under DeepSpeed ZeRO.")
-    parser.add_argument("--config", action="config", help="recipe file (YAML)")
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -53,7 +52,6 @@ def load_recipe_with(
     """
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
-    whole.pop("config", None)
     keys = {field.name for field in dataclasses.fields(Recipe)}
     own = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
     recipe = Recipe(**parser.instantiate(whole))
@@ -62,7 +60,7 @@ def load_recipe_with(
         raise UserError(
             f"log.profile_steps is {list(steps)}; expected two steps, the first not after the last"
         )
-    set_keys = (key for key in given.as_flat().__dict__ if key != "config" and key not in own)
+    set_keys = (key for key in given.as_flat().__dict__ if key not in own)
     return LoadedRecipe(recipe, frozenset(set_keys)), own
 
 

@@ -32,12 +32,13 @@ _VALUES = (
 class Parser(jsonargparse.ArgumentParser):
     """A parser that reports a mistake as a UserError of one line that names the key.
 
-    `--key A B C` fills a list option, and `--local_rank`, which DeepSpeed's launcher adds, is
-    accepted everywhere.
+    Each takes options from a file, too (`--config`). `--key A B C` fills a list option, and
+    `--local_rank`, which DeepSpeed's launcher adds, is accepted.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(exit_on_error=False, **kwargs)
+        self.add_argument("--config", action="config", help="options as a YAML file")
         self.add_argument(
             "--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS, default=None
         )
@@ -65,7 +66,8 @@ class Parser(jsonargparse.ArgumentParser):
             raise UserError(
                 f"the recipe file is not UTF-8 ({error.reason} at byte {error.start})"
             ) from None
-        parsed.pop("local_rank", None)
+        for name in ("local_rank", "config"):
+            parsed.pop(name, None)
         return parsed
 
     def _explain(self, message: str) -> str:
@@ -167,8 +169,5 @@ def parse_options(
         UserError: as `Parser.parse`, or what the dataclass itself refuses.
     """
     parser = Parser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="options as a YAML file")
     parser.add_class_arguments(kind)
-    given = parser.parse(argv)
-    given.pop("config", None)
-    return kind(**parser.instantiate(given))
+    return kind(**parser.instantiate(parser.parse(argv)))
