@@ -46,19 +46,33 @@ def find_model(
     Raises:
         UserError: the folder cannot be found, fetched or used.
     """
+    check_place(path_or_hub_id, weights, model_type)
     path = Path(path_or_hub_id).expanduser()
     if not path.exists():
         path = _fetch(str(path_or_hub_id), weights)
-    check_folder(path, weights, model_type)
+        check_folder(path, weights, model_type)
     return path
 
 
-def _fetch(hub_id: str, weights: bool) -> Path:
-    if not _HUB_ID.fullmatch(hub_id):
+def check_place(
+    path_or_hub_id: str | Path, weights: bool = True, model_type: str = QWEN.model_type
+) -> None:
+    """Check what can be known of a model's place without the hub; arguments as for `find_model`.
+
+    Raises:
+        UserError: a folder that cannot be used, or neither a folder nor the form of a hub id.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        check_folder(path, weights, model_type)
+    elif not _HUB_ID.fullmatch(str(path_or_hub_id)):
         raise UserError(
-            f"{hub_id}: no such folder; expected a checkpoint folder or a hub id like"
+            f"{path_or_hub_id}: no such folder; expected a checkpoint folder or a hub id like"
             " Qwen/Qwen-7B-Chat"
         )
+
+
+def _fetch(hub_id: str, weights: bool) -> Path:
     wanted = _FETCHED + (_SAFETENSORS if weights else [])
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))

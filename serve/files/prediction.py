@@ -19,6 +19,7 @@ from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
+from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model
 from qwen_ds.runlog import is_terminal, say
@@ -67,6 +68,8 @@ def predict(
         check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
+    if options.adapter is not None:
+        read_adapter(options.adapter)  # its shapes; before minutes of reading rows
     context = QWEN.context(QWEN.config_class.from_pretrained(folder))
     reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
     settings = settings_of(folder, paths, options)

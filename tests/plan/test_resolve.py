@@ -37,6 +37,7 @@ def decided(small_dir: Path, *options: str, machine: Machine = CPU) -> Run:
 
 
 MISTAKES = {
+    "a model": (["--model.path", "/no/model"], "/no/model: no such folder; expected a checkpoint"),
     "a target": (["--lora.targets", "c_atn"], "lora.targets: 'c_atn' matches no module"),
     "no target": (["--lora.targets=[]"], "lora.targets: nothing matches no module"),
     "a module": (["--lora.modules_to_save", "wpe"], "lora.modules_to_save: 'wpe' came"),

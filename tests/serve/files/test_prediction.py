@@ -266,9 +266,8 @@ def test_what_is_not_there_is_named(small_dir: Path, rows: Path, tmp_path: Path)
         run(options_for(tmp_path, rows, output))
     with pytest.raises(UserError, match=r"adapter_config\.json|adapter"):
         run(options_for(small_dir, rows, output, "--adapter", str(tmp_path)))
-    run(
-        options_for(small_dir, rows, output)
-    )  # what that left answers no row, and is in nobody's way
+    assert sorted(tmp_path.iterdir()) == [rows]
+    run(options_for(small_dir, rows, output))
     assert len(read_lines(output)) == len(ROWS)
 
 
