@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,6 +30,16 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 CPU = Machine(1, 1, False, 8e9, "of free memory for each rank")
 GPU = replace(CPU, on_gpu=True, memory=80e9, memory_source="that are free on the GPU")
+
+
+class Watched(NamedTuple):
+    """What a command said, imported and opened."""
+
+    code: int
+    out: str
+    errors: str
+    packages: list[str]
+    opened: list[str]
 
 
 def decided(small_dir: Path, *options: str, machine: Machine = CPU) -> Run:
@@ -53,48 +64,65 @@ MISTAKES = {
     "an option": (["--lora.rnk", "4"], "unknown option lora.rnk"),
 }
 
+# Runs a command again and again in one process: torch alone takes seconds to import.
 WATCHED = """
-import json, os, runpy, sys
-opened = []
+import contextlib, io, json, runpy, sys
+script, found, opened = sys.argv[1], {}, []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
-try:
-    runpy.run_path("launch/train.py", run_name="__main__")
-finally:
-    print(json.dumps([sorted({name.split(".")[0] for name in sys.modules}), opened]))
+for name, options in json.load(sys.stdin).items():
+    opened.clear()
+    sys.argv = [script, *options]
+    code, out, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    packages = sorted({module.split(".")[0] for module in sys.modules})
+    found[name] = [code, out.getvalue(), errors.getvalue(), packages, list(opened)]
+print(json.dumps(found))
 """
+
+
+def watched(script: str, options: dict[str, list[str]]) -> dict[str, Watched]:
+    """What a command did with each of these options."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, script], input=json.dumps(options), cwd=ROOT,
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    return {name: Watched(*found) for name, found in json.loads(done.stdout).items()}
+
+
+@pytest.fixture(scope="module")
+def refused(
+    small_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Watched]:
+    """launch/train.py with each of MISTAKES."""
+    run = tmp_path_factory.mktemp("refused") / "run"
+    command = ["--model.path", str(small_dir), "--data.train", str(rows_file)]
+    command += ["--output_dir", str(run)]
+    found = watched("launch/train.py", {name: command + MISTAKES[name][0] for name in MISTAKES})
+    assert not run.exists()
+    return found
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_typo_is_refused_before_deepspeed_is_imported_or_a_row_is_read(
-    mistake: str, small_dir: Path, rows_file: Path, tmp_path: Path
+    mistake: str, refused: dict[str, Watched], rows_file: Path
 ) -> None:
     """So it costs seconds, however many rows there are and however large the base is."""
-    options, message = MISTAKES[mistake]
-    command = ["--model.path", str(small_dir), "--data.train", str(rows_file)]
-    command += ["--output_dir", str(tmp_path / "run"), *options]
-    script = f"import sys; sys.argv = ['launch/train.py', *{command!r}]\n{WATCHED}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1
-    modules, opened = json.loads(done.stdout.splitlines()[-1])
-    assert "deepspeed" not in modules
-    assert str(rows_file) not in opened
-    assert not [name for name in opened if name.endswith((".safetensors", ".bin"))]
-    assert not (tmp_path / "run").exists()
+    found = refused[mistake]
+    assert found.code == 2 and MISTAKES[mistake][1] in found.errors, found.errors
+    assert found.errors.count("\n") == 1
+    assert "deepspeed" not in found.packages
+    assert str(rows_file) not in found.opened
+    assert not [name for name in found.opened if name.endswith((".safetensors", ".bin"))]
 
 
 def test_the_planner_imports_neither_deepspeed_nor_peft() -> None:
-    script = "import sys; sys.argv = ['launch/plan.py', '--gpu', 'a100']\n" + WATCHED.replace(
-        "launch/train.py", "launch/plan.py"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    modules = json.loads(done.stdout.splitlines()[-1])[0]
-    assert not {"deepspeed", "peft"} & set(modules)
-    assert done.stdout.startswith("7.72 billion parameters") and not done.stderr
+    found = watched("launch/plan.py", {"plan": ["--gpu", "a100"]})["plan"]
+    assert not {"deepspeed", "peft"} & set(found.packages)
+    assert found.out.startswith("7.72 billion parameters") and not found.errors
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
