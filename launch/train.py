@@ -20,8 +20,10 @@ def main() -> int:
     # typo must not cost the minutes that tokenising rows and loading a base take.
     asked = load_recipe(options or ["--config", str(DEMO_RECIPE)])
     from qwen_ds.plan.resolve import check
+    from qwen_ds.plan.sources import check_sources
 
     check(asked)
+    check_sources(asked)
     logging.disable(logging.WARNING)  # DeepSpeed logs to the terminal while it is imported
     from qwen_ds.train.run import run
 

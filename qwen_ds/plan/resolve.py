@@ -14,7 +14,6 @@ from typing import Any
 from qwen_ds.data.rows.token_rows import check_data
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import FAMILIES
-from qwen_ds.model.folder import check_place
 from qwen_ds.plan import deepspeed_json
 from qwen_ds.plan.first_adapter import check_first_adapter, read_first_adapter
 from qwen_ds.plan.run import Base, Machine, Note, Run
@@ -43,8 +42,6 @@ def check(asked: LoadedRecipe, rows: bool = True) -> None:
         )
     if rows and (recipe.data.train or recipe.model.path != "demo"):  # the demo brings its own rows
         check_data(recipe.data)
-    if rows and recipe.model.path != "demo":
-        check_place(recipe.model.path, weights=False)
     read_deepspeed_json(recipe.deepspeed)
     _check_lora(recipe)
     _check_allowed_changes(recipe)

@@ -6,10 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_ds import demo
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.folder import check_place, find_model
 from qwen_ds.recipe.loading import LoadedRecipe
 
 DEMO_HOME = Path("~/.cache/qwen_ds/demo")
+
+
+def check_sources(asked: LoadedRecipe) -> None:
+    """Check what can be known of the model's place before anything is fetched or made.
+
+    Raises:
+        UserError: a folder that is no checkpoint, or neither a folder nor the form of a hub id.
+    """
+    if asked.recipe.model.path != "demo":
+        check_place(asked.recipe.model.path, weights=False)
 
 
 def find_sources(asked: LoadedRecipe, weights: bool = True) -> LoadedRecipe:

@@ -23,8 +23,9 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
         UserError: an option, the DeepSpeed JSON or the base model is wrong.
     """
     # The first rank of each machine fetches a model or makes the demo's; then all find it there.
-    dist.once_per_machine(lambda: find_sources(asked), "model")
-    asked = find_sources(asked)
+    found: list[LoadedRecipe] = []
+    dist.once_per_machine(lambda: found.append(find_sources(asked)), "model")
+    asked = found[0] if found else find_sources(asked)
     run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
     start.check_config(run.deepspeed.engine_json)
     return run

@@ -20,6 +20,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 # Brackets, and strings as a whole, so that brackets inside them do not count. A string without a
 # closing quote runs to the end of the text.
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
+_DEEPER = {"{": 1, "[": 1, "}": -1, "]": -1}  # of a match's text; a string changes no depth
 _MORE_MUST_FOLLOW = (",", "[", "{", ":")
 
 
@@ -44,12 +45,8 @@ def stands_alone(line: str) -> bool:
     """Whether every object and array that the line opens also ends in it, as in JSON lines."""
     depth = 0
     for token in _STRUCTURE.finditer(line):
-        mark = token[0]
-        if mark in "{[":
-            depth += 1
-        elif mark in "}]":
-            depth -= 1
-        elif not token["closed"]:
+        depth += _DEEPER.get(token[0], 0)
+        if token["closed"] == "":
             return True  # no JSON string goes over a line break: it is one broken line
     return depth <= 0
 
@@ -236,13 +233,10 @@ def _end_of(text: str, place: int) -> int:
     """Where the object or array that opens at `place` ends; -1 when the text ends before it."""
     depth = 0
     for token in _STRUCTURE.finditer(text, place):
-        mark = token[0]
-        if mark in "{[":
-            depth += 1
-        elif mark in "}]":
-            depth -= 1
-            if depth <= 0:
-                return token.end() if depth == 0 else -1
+        deeper = _DEEPER.get(token[0], 0)
+        depth += deeper
+        if deeper < 0 and depth <= 0:
+            return token.end() if depth == 0 else -1
     return -1
 
 
@@ -251,14 +245,11 @@ def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
     pieces: list[str] = []
     start = 0
     for token in _STRUCTURE.finditer(line):
-        mark = token[0]
-        if mark in "{[":
-            depth += 1
-        elif mark in "}]":
-            depth -= 1
-            if depth <= 0:
-                pieces.append(line[start : token.end()])
-                start, depth = token.end(), 0
+        deeper = _DEEPER.get(token[0], 0)
+        depth += deeper
+        if deeper < 0 and depth <= 0:
+            pieces.append(line[start : token.end()])
+            start, depth = token.end(), 0
     rest = line[start:]
     if rest and not rest.isspace():
         pieces.append(rest)
