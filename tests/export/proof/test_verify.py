@@ -21,7 +21,7 @@ from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.export.proof import verify
 from qwen_ds.export.proof.layered import layered_outputs
 from qwen_ds.export.proof.sides import Outputs, first_positions, spread_positions
-from qwen_ds.export.proof.verify import Proof
+from qwen_ds.export.proof.verify import Proof, Verification
 from qwen_ds.export.proof.whole import whole_outputs
 from qwen_ds.export.stream import changes
 from qwen_ds.export.stream.changes import Adapters, Change, LowRank, ReplacedRows, load_change
@@ -50,15 +50,22 @@ def scaled(factor: float) -> object:
     return load
 
 
+def proven(base: Path, adapters: list[Path], output: Path, options: MergeOptions) -> Verification:
+    """The proof of a merge, which it passes."""
+    proof = merge(base, adapters, output, options).verification
+    assert proof is not None and proof.status == "passed", proof
+    return proof
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["lora", "lora_base"])
 def test_an_fp32_merge_is_proven_to_fp32_noise(
     small_dir: Path, golden: Path, tmp_path: Path, name: str, kind: Literal["full", "sampled"]
 ) -> None:
-    proof = merge(
+    proof = proven(
         small_dir, [golden / name / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
-    ).verification
-    assert proof is not None and proof.status == "passed" and proof.kind == kind
+    )
+    assert proof.kind == kind
     assert (
         proof.max_difference < 3e-5 < 2e-4 > proof.bound
     )  # golden's own unmerged against merged: 7.9e-6
@@ -73,10 +80,9 @@ def test_the_noise_of_a_bf16_merge_is_that_of_one_rounding(
     bf16_dir: Path, golden: Path, tmp_path: Path, name: str, kind: Literal["full", "sampled"]
 ) -> None:
     """lora_base brings an embedding and a head of its own: their rounding is part of the noise."""
-    proof = merge(
+    proof = proven(
         bf16_dir, [golden / name / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
-    ).verification
-    assert proof is not None and proof.status == "passed"
+    )
     # Were the bound a guess, the two would not agree; wrong noise shows here.
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
     assert proof.rms_difference < proof.max_difference < 0.35
@@ -96,10 +102,9 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
         bf16_dir, tmp_path / "b", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
     )
     for name in "ab":
-        proof = merge(
+        proof = proven(
             bf16_dir, [tmp_path / name], tmp_path / f"out_{name}", MergeOptions(proof=kind)
-        ).verification
-        assert proof is not None and proof.status == "passed"
+        )
         assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
 
 
@@ -107,10 +112,7 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
 def test_a_conversion_is_proven_against_the_bare_base(
     small_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
 ) -> None:
-    proof = merge(
-        small_dir, [], tmp_path / "out", MergeOptions(dtype="float16", proof=kind)
-    ).verification
-    assert proof is not None and proof.status == "passed"
+    proof = proven(small_dir, [], tmp_path / "out", MergeOptions(dtype="float16", proof=kind))
     assert proof.adapter_effect == 0.0
     assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
 
@@ -240,10 +242,8 @@ def test_every_row_that_an_adapter_brings_is_among_what_is_compared(
     peft_adapter(
         small_dir, tmp_path / "adapter", target_modules=["h.0.mlp.w1"], trainable_token_indices=rows
     )
-    proof = merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "right", MergeOptions(proof=kind)
-    ).verification
-    assert proof is not None and proof.status == "passed" and proof.positions == 67
+    proof = proven(small_dir, [tmp_path / "adapter"], tmp_path / "right", MergeOptions(proof=kind))
+    assert proof.positions == 67
 
     def spoilt(adapter: Adapter, name: str) -> Change:
         change = load_change(adapter, name)
@@ -286,10 +286,8 @@ def test_an_adapter_of_nothing_but_rows_is_proven(
     save_file(
         {name: tensor for name, tensor in load_file(path).items() if "lora_" not in name}, path
     )
-    proof = merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
-    ).verification
-    assert proof is not None and proof.status == "passed" and proof.adapter_effect > 0
+    proof = proven(small_dir, [tmp_path / "adapter"], tmp_path / "out", MergeOptions(proof=kind))
+    assert proof.adapter_effect > 0
 
 
 def test_an_error_that_is_spread_over_all_logits_does_not_pass_for_small() -> None:
