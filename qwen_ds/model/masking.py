@@ -37,6 +37,7 @@ def visibility(
     num_keys: int,
     past_len: int | Tensor,
     device: torch.device,
+    causal_path: bool = True,
 ) -> Visibility:
     """Decide the mask of a forward.
 
@@ -48,42 +49,36 @@ def visibility(
             additive, used as is.
         num_keys: K, which exceeds past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
+        causal_path: whether attention can be causal without a mask.
 
-    Raises:
-        ValueError: a mask of another shape.
+    A mask of another shape is a ValueError.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return Visibility(attention_mask, is_causal=False)
-    real_BK = None
-    if attention_mask is not None:
-        real_BK = _real_keys(attention_mask, num_queries, num_keys, past_len)
+    real_BK = _real_keys(attention_mask, num_queries, num_keys, past_len)
     if real_BK is None:
-        if num_queries == num_keys:
+        if causal_path and num_queries == num_keys:
             return Visibility(None, is_causal=True)
         if isinstance(past_len, int) and num_keys == past_len + 1:
             return Visibility(None, is_causal=False)  # one new token, which sees everything
-        return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False)
     queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
     keys_K = torch.arange(num_keys, device=device)
+    causal = (keys_K <= queries_T1)[None, None]
+    if real_BK is None:
+        return Visibility(causal, is_causal=False)
     # Padding in front of a row sees itself: a softmax over no key at all would be NaN.
     in_front_BK = real_BK.cumsum(-1) == 0
-    mask = (keys_K <= queries_T1) & real_BK[:, None, None, :]
-    mask = mask | ((keys_K == queries_T1) & in_front_BK[:, None, None, :])
+    itself = (keys_K == queries_T1) & in_front_BK[:, None, None, :]
+    mask = (causal & real_BK[:, None, None, :]) | itself
     return Visibility(mask, is_causal=False, left_pads_B=real_BK.int().argmax(-1))
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device
-) -> Tensor:
-    """bool [1, 1, T, K]: query t, at index past + t, sees the keys up to its own."""
-    queries_T = torch.arange(num_queries, device=device) + past_len
-    return (torch.arange(num_keys, device=device) <= queries_T.unsqueeze(-1))[None, None]
-
-
 def _real_keys(
-    mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor
+    mask_BT: Tensor | None, num_queries: int, num_keys: int, past_len: int | Tensor
 ) -> Tensor | None:
     """The mask as bool [B, K]; None if it only marks padding to the right, which hides nothing."""
+    if mask_BT is None:
+        return None
     if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
         raise ValueError(
             f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the "

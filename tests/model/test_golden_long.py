@@ -246,6 +246,20 @@ def test_chunks_of_a_prompt_of_unknown_length_are_refused_beyond_seq_length(mode
         logits(model, ids[:, 65:], past_key_values=cache)
 
 
+def test_lengths_that_cannot_be_or_that_change_on_the_way_are_refused(model) -> None:
+    ids, cache = torch.arange(40).unsqueeze(0), DynamicCache()
+    for impossible in (-1, 2.5, torch.tensor([40.0])):
+        with pytest.raises(ValueError, match="^prompt_lens is .*; expected the tokens of each row"):
+            logits(model, ids, prompt_lens=impossible)
+    logits(model, ids, past_key_values=cache, prompt_lens=40)
+    logits(model, ids[:, :1], past_key_values=cache, prompt_lens=torch.tensor([40]))
+    with pytest.raises(ValueError, match=r"^prompt_lens is 41; expected \[40\] as in the first"):
+        logits(model, ids[:, :1], past_key_values=cache, prompt_lens=41)
+    lens_B = torch.tensor([40, 30])  # `generate` hands them on at every step, repeated for beams
+    options = {"prompt_lens": lens_B, "num_beams": 2, "max_new_tokens": 3}
+    assert model.generate(ids.repeat(2, 1), **options).shape == (2, 43)
+
+
 def test_keys_that_a_static_cache_has_in_reserve_are_no_tokens_of_a_prompt(model) -> None:
     ids, cache = torch.arange(40).unsqueeze(0), StaticCache(model.config, max_cache_len=160)
     assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), **TOLERANCE)
