@@ -90,30 +90,25 @@ def check_folder(folder: Path, weights: bool = True, model_type: str = QWEN.mode
         raise UserError(f"{folder}: {came}; expected a checkpoint")
     config = _read_config(folder, model_type)
     if model_type in FAMILIES:
-        _check_vocabulary(folder, config)
+        n_vocab = FAMILIES[model_type].load_encoding(folder).n_vocab
+        # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
+        n_rows = config.get("padded_vocab_size") or config.get("vocab_size")
+        if not isinstance(n_rows, int) or n_rows < n_vocab:
+            raise UserError(
+                f"{folder}: {VOCABULARY_FILE} has {n_vocab} tokens but config.json says vocab_size"
+                f" {n_rows}; expected an embedding row for every token"
+            )
     if weights:
         check_weight_files(folder)
-
-
-def _check_vocabulary(folder: Path, config: dict[str, Any]) -> None:
-    n_vocab = FAMILIES[config["model_type"]].load_encoding(folder).n_vocab
-    # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
-    n_rows = config.get("padded_vocab_size") or config.get("vocab_size")
-    if not isinstance(n_rows, int) or n_rows < n_vocab:
-        raise UserError(
-            f"{folder}: {VOCABULARY_FILE} has {n_vocab} tokens but config.json says vocab_size"
-            f" {n_rows}; expected an embedding row for every token"
-        )
 
 
 def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
+        came = "no config.json; expected a checkpoint folder"
         if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{folder}: an adapter, not a model; expected the folder of its base here"
-            )
-        raise UserError(f"{folder}: no config.json; expected a checkpoint folder")
+            came = "an adapter, not a model; expected the folder of its base here"
+        raise UserError(f"{folder}: {came}")
     config = read_json(path)
     model_type = config.get("model_type")
     if model_type != expected_type:
@@ -125,9 +120,8 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
         raise UserError(f"{folder}: quantised weights (Int4/Int8); expected bf16: use {use}")
     for part in ("visual", "audio"):
         if part in config:
-            raise UserError(
-                f"{path}: a Qwen with a part for {part} input; expected a text-only Qwen"
-            )
+            came = f"a Qwen with a part for {part} input"
+            raise UserError(f"{path}: {came}; expected a text-only Qwen")
     return config
 
 

@@ -16,12 +16,9 @@ from torch.nn import functional as F
 class Visibility:
     """The keys that each query sees, and the padding in front of the rows."""
 
-    mask: Tensor | None
-    """Bool (True: visible) or additive, [B or 1, 1, T, K]; None: none is needed."""
-    is_causal: bool
-    """SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left."""
-    left_pads_B: Tensor | None = None
-    """int64: padding before each row's first token; None: no row has any."""
+    mask: Tensor | None  # [B or 1, 1, T, K], bool (True: visible) or additive; None: not needed
+    is_causal: bool  # SDPA's own path; only ever True where T == K, since SDPA aligns it top-left
+    left_pads_B: Tensor | None = None  # int64: padding in front of each row; None: no row has any
 
     def positions(self, num_queries: int, past_len: int | Tensor, device: torch.device) -> Tensor:
         """int64 [B or 1, T]: indices of the new tokens in their rows, not counting left padding."""

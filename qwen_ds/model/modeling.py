@@ -257,9 +257,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             output_attentions: ValueError if true: attention weights are never materialised.
         """
         if output_attentions:
-            raise ValueError(
-                "output_attentions is True; expected False: attention weights are not materialised"
-            )
+            came = "output_attentions is True; expected False"
+            raise ValueError(f"{came}: attention weights are not materialised")
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

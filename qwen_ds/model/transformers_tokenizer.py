@@ -21,8 +21,7 @@ class _NameOnly(PreTrainedConfig):
 
 
 def register() -> None:
-    """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either
-    of its configs).
+    """Make AutoTokenizer use QWenTokenizer where a folder's configs name it (`tokenizer_class`).
 
     Only the name is registered, on purpose. To a tokenizer registered for the config's class,
     transformers prefers the folder's own code where a caller allows remote code, and the official
@@ -90,9 +89,8 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _refuse_unknown(self, tokens: Iterable[str | AddedToken]) -> None:
         unknown = [str(token) for token in tokens if str(token) not in self.encoding.special]
         if unknown:
-            raise ValueError(
-                f"cannot add {', '.join(map(repr, unknown))}: Qwen's vocabulary is fixed"
-            )
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"cannot add {names}: Qwen's vocabulary is fixed")
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         self._refuse_unknown(new_tokens or ())
@@ -127,16 +125,12 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Token of an id, or tokens of several. ValueError for an id without a token."""
         if isinstance(ids, int):
             return self.encoding.token(ids)
-        return [
-            self.encoding.token(int(i))
-            for i in ids
-            if not (skip_special_tokens and int(i) >= self.eod_id)
-        ]
+        kept = [int(i) for i in ids if not skip_special_tokens or int(i) < self.eod_id]
+        return [self.encoding.token(i) for i in kept]
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
         """Text of the tokens. A special between two parts of a character keeps them apart."""
-        parts: list[str] = []
-        pending = b""
+        parts, pending = list[str](), b""
         for token in (*tokens, ""):
             if isinstance(token, bytes):
                 pending += token
@@ -186,10 +180,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         tools, documents or an assistant mask is asked for; UserError for no message.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
-            raise ValueError(
-                "Qwen's ChatML has no other chat_template, no tools, no documents, no assistant "
-                "mask"
-            )
+            others = "no other chat_template, no tools, no documents, no assistant mask"
+            raise ValueError(f"Qwen's ChatML has {others}")
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt starts a message and continue_final_message continues one"
