@@ -27,23 +27,11 @@ from qwen_ds.disk.adapter_folder import (
     read_config,
 )
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter_keys import (
-    PEFT_PREFIX,
-    check_pairs,
-    inferred_config,
-    pattern_value,
-    sort_keys,
-    token_indices,
-)
+from qwen_ds.model import adapter_keys
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-__all__ = [
-    "CONFIG_NAME", "PEFT_PREFIX", "WEIGHTS_NAME", "Adapter", "LoraPair", "ReplacedTokenRows",
-    "check_adapter_fits", "load_adapter", "put_adapter", "read_adapter",
-]  # fmt: skip
 
 # The options of a configuration that change what its tensors do to the base.
 _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
@@ -171,7 +159,7 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
             "weights"
         )
 
-    names, parts = sort_keys(folder, shapes_in_file)
+    names, parts = adapter_keys.sort_keys(folder, shapes_in_file)
     if not parts:
         raise UserError(
             f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules"
@@ -183,15 +171,15 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     }
     copied = set(copies.values())
     shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copied}
-    check_pairs(folder, parts, shapes)
+    adapter_keys.check_pairs(folder, parts, shapes)
     if config is None:
-        config = inferred_config(parts, shapes, alpha)
+        config = adapter_keys.inferred_config(parts, shapes, alpha)
     pairs, rows, saved = dict[str, LoraPair](), dict[str, ReplacedTokenRows](), dict[str, str]()
     for module, keys in parts.items():
         if "lora_A" in keys:
             pairs[module] = _pair(folder, config, module, keys, shapes[keys["lora_A"]])
         if (key := keys.get("rows")) is not None:
-            indices = token_indices(folder, config, module, shapes[key][0])
+            indices = adapter_keys.token_indices(folder, config, module, shapes[key][0])
             rows[module] = ReplacedTokenRows(key, indices)
         saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
@@ -206,7 +194,6 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
 def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare every tensor of the adapter with the base's shapes (parameter name -> shape).
     UserError names the first one that does not fit, its shape and the base's."""
-
     folder = adapter.folder
 
     def weight_shape(name: str, key: str) -> tuple[int, ...]:
@@ -289,12 +276,13 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
 def _pair(
     folder: Path, config: dict[str, Any], module: str, keys: dict[str, str], came: tuple[int, ...]
 ) -> LoraPair:
-    r = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
+    of_module = adapter_keys.pattern_value
+    r = int(of_module(config.get("rank_pattern"), module, config["r"]))
     if came[0] != r:
         raise UserError(
             f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says"
         )
-    alpha = float(pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(of_module(config.get("alpha_pattern"), module, config["lora_alpha"]))
     magnitude, use_dora = keys.get("lora_magnitude_vector"), bool(config.get("use_dora"))
     if (magnitude is not None) != use_dora:
         raise UserError(
