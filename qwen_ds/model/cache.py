@@ -31,9 +31,16 @@ def declare_prompt_lens(cache: Cache, lens: int | Tensor) -> None:
 
 def row_lens(mask_BT: Tensor | None, num_tokens: int, seq_length: int) -> int | Tensor:
     """True lengths of rows of num_tokens, int64 [B]; or one int, if there is no mask or no row can
-    exceed seq_length. The mask is 1 for a real token."""
+    exceed seq_length. The mask is 1 for a real token; ValueError for a 4-D one, if a row can."""
     if mask_BT is None or num_tokens <= seq_length:
         return num_tokens
+    if mask_BT.dim() != 2:
+        # The longest row's alpha for all of them would be silently wrong: logits off by 12.
+        raise ValueError(
+            f"a {mask_BT.dim()}-D attention mask and {num_tokens} tokens, more than seq_length "
+            f"{seq_length}; expected prompt_lens, the tokens of each row's prompt, which such a "
+            "mask does not show"
+        )
     return mask_BT.sum(-1, dtype=torch.int64)
 
 
@@ -67,7 +74,7 @@ def prompt_lens_of(
         prompt = _Prompt(given, declared=True)
     elif prompt is None:
         # Not the number of keys, of which a static cache has more.
-        inferred = _inferred_lens(int(past_len) + length, attention_mask, seq_length)
+        inferred = row_lens(attention_mask, int(past_len) + length, seq_length)
         prompt = _Prompt(inferred, declared=False)
     elif not prompt.declared and length > 1 and int(past_len) + length > seq_length:
         raise ValueError(
@@ -102,18 +109,6 @@ def _check_given(given: int | Tensor, rows: int, first: int | Tensor | None) -> 
             f"prompt_lens is {lens.tolist()}; expected {known.tolist()} as in the first forward, "
             "for which the cached keys are rotated"
         )
-
-
-def _inferred_lens(num_tokens: int, attention_mask: Tensor | None, seq_length: int) -> int | Tensor:
-    if attention_mask is None or attention_mask.dim() == 2:
-        return row_lens(attention_mask, num_tokens, seq_length)
-    if num_tokens > seq_length:
-        # The longest row's alpha for all of them would be silently wrong: logits off by 12.
-        raise ValueError(
-            f"a 4-D attention mask and {num_tokens} tokens, more than seq_length {seq_length}; "
-            "expected prompt_lens, the tokens of each row's prompt, which such a mask does not show"
-        )
-    return num_tokens
 
 
 def _is_empty(past_len: int | Tensor) -> bool:

@@ -87,9 +87,6 @@ class QWenConfig(PreTrainedConfig):
         for name, default in (_AUGUST if is_august else _SEPTEMBER).items():
             if vars(self)[name] is None:
                 setattr(self, name, default)
-        self._check()
-
-    def _check(self) -> None:
         if self.kv_channels * self.num_attention_heads != self.hidden_size:
             raise UserError(
                 f"config: kv_channels {self.kv_channels} x num_attention_heads "

@@ -79,9 +79,8 @@ class Family:
 
         A target is a full name below the block, or a last name, which means all maps with it.
         """
-        return tuple(
-            linear for linear in self.linears if {linear.name, linear.last_name} & set(targets)
-        )
+        names = set(targets)
+        return tuple(one for one in self.linears if names & {one.name, one.last_name})
 
     @property
     def target_names(self) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ def visibility(
     """Decide the mask of a forward.
 
     Right padding needs none: a real token never sees what is to its right. So a mask is built only
-    for padding before or inside a row, or where several queries meet a longer row of keys.
+    for padding before or inside a row, or where several queries meet a longer row of keys. A mask
+    of a shape that does not fit is a ValueError.
 
     Args:
         attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or
@@ -47,8 +48,6 @@ def visibility(
         num_keys: K, which exceeds past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
         causal_path: whether attention can be causal without a mask.
-
-    A mask of another shape is a ValueError.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return Visibility(attention_mask, is_causal=False)

@@ -306,7 +306,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     ) -> Any:
         """Tell the cache the prompts' lengths, which the first of several chunks does not show."""
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
-        if cache is not None and int(cache.get_seq_length()) == 0:
+        is_told = model_kwargs.get("prompt_lens") is not None
+        if cache is not None and not is_told and int(cache.get_seq_length()) == 0:
             length = (input_ids if embeds is None else embeds).shape[1]
             assert self.config.seq_length is not None
             mask_BT = model_kwargs.get("attention_mask")
