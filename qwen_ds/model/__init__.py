@@ -1,2 +1,1 @@
-"""The model itself, without training: family, configuration, modeling, tokenizer, chat,
-adapters."""
+"""The model, without training: family, configuration, modeling, tokenizer, chat, adapters."""

@@ -27,23 +27,11 @@ from qwen_ds.disk.adapter_folder import (
     read_config,
 )
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter_keys import (
-    PEFT_PREFIX,
-    check_pairs,
-    inferred_config,
-    pattern_value,
-    sort_keys,
-    token_indices,
-)
+from qwen_ds.model import adapter_keys
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-__all__ = [
-    "CONFIG_NAME", "PEFT_PREFIX", "WEIGHTS_NAME", "Adapter", "LoraPair", "ReplacedTokenRows",
-    "check_adapter_fits", "load_adapter", "put_adapter", "read_adapter",
-]  # fmt: skip
 
 # The options of a configuration that change what its tensors do to the base.
 _MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
@@ -73,25 +61,19 @@ class ReplacedTokenRows:
 class Adapter:
     """An adapter on disk: its names, shapes and scalings. Tensors are read when asked for.
 
-    Attributes:
-        folder: where it is.
-        config: adapter_config.json; inferred from the shapes where the folder has none.
-        pairs: module name -> its low-rank pair.
-        saved: name of a base tensor -> key of the tensor that takes its place (modules_to_save,
-            trained biases).
-        token_rows: module name -> the rows that it replaces.
-        copies: name of a base tensor -> key of an unchanged copy in the adapter. peft stores one of
-            the head, unasked, if LoRA is on the head.
-        shapes: key -> shape, without those of copies. Keys are those of current peft.
+    Base tensors and modules go by their names, the adapter's tensors by the keys of current peft.
     """
 
     folder: Path
-    config: dict[str, Any]
-    pairs: dict[str, LoraPair]
+    config: dict[str, Any]  # adapter_config.json; inferred where the folder has none
+    pairs: dict[str, LoraPair]  # by module
+    # Base tensor -> the key of what takes its place (modules_to_save, trained biases).
     saved: dict[str, str]
-    token_rows: dict[str, ReplacedTokenRows]
+    token_rows: dict[str, ReplacedTokenRows]  # by module
+    # Base tensor -> the key of an unchanged copy. peft stores one of the head, unasked, if LoRA is
+    # on the head.
     copies: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # by key, without those of copies
     _names_in_file: dict[str, str]
     # The tensors in memory, as a pickle's are; None: they are read from the safetensors file.
     _loaded: Mapping[str, Tensor] | None
@@ -157,21 +139,18 @@ class Adapter:
 def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float = 16.0) -> Adapter:
     """Read names, shapes and configuration of the adapter in `folder`.
 
+    UserError: no adapter here, not LoRA, an option that cannot be honoured, or a tensor that is
+    unknown, without its partner, empty, or not of the configured rank.
+
     Args:
         allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with
             `weights_only=True`; these need no adapter_config.json, as shapes give the ranks.
         alpha: lora_alpha of an adapter without a configuration.
-
-    Raises:
-        UserError: no adapter here, not LoRA, an option that cannot be honoured, or a tensor that is
-            unknown, without its partner, empty, or not of the configured rank.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; expected an adapter folder with {CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}"
-        )
+        expected = f"an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        raise UserError(f"{folder}: no such folder; expected {expected}")
     config = read_config(folder)
     loaded, shapes_in_file = open_weights(folder, allow_pickle)
     if config is None and loaded is None:
@@ -180,7 +159,7 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
             "weights"
         )
 
-    names, parts = sort_keys(folder, shapes_in_file)
+    names, parts = adapter_keys.sort_keys(folder, shapes_in_file)
     if not parts:
         raise UserError(
             f"{folder}: the weights hold no tensor; expected lora_A and lora_B of some modules"
@@ -190,20 +169,17 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
         for module, keys in parts.items()
         if "lora_A" in keys and names.get(keys.get("weight", ""), "").endswith(".base_layer.weight")
     }
-    shapes = {
-        key: shapes_in_file[name] for key, name in names.items() if key not in copies.values()
-    }
-    check_pairs(folder, parts, shapes)
+    copied = set(copies.values())
+    shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copied}
+    adapter_keys.check_pairs(folder, parts, shapes)
     if config is None:
-        config = inferred_config(parts, shapes, alpha)
-    pairs: dict[str, LoraPair] = {}
-    rows: dict[str, ReplacedTokenRows] = {}
-    saved: dict[str, str] = {}
+        config = adapter_keys.inferred_config(parts, shapes, alpha)
+    pairs, rows, saved = dict[str, LoraPair](), dict[str, ReplacedTokenRows](), dict[str, str]()
     for module, keys in parts.items():
         if "lora_A" in keys:
             pairs[module] = _pair(folder, config, module, keys, shapes[keys["lora_A"]])
         if (key := keys.get("rows")) is not None:
-            indices = token_indices(folder, config, module, shapes[key][0])
+            indices = adapter_keys.token_indices(folder, config, module, shapes[key][0])
             rows[module] = ReplacedTokenRows(key, indices)
         saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
@@ -217,34 +193,27 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
 
 def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare every tensor of the adapter with the base's shapes (parameter name -> shape).
-
-    Raises:
-        UserError: names the first tensor that does not fit, its shape and the base's.
-    """
+    UserError names the first one that does not fit, its shape and the base's."""
+    folder = adapter.folder
 
     def weight_shape(name: str, key: str) -> tuple[int, ...]:
         if name not in base_shapes:
-            raise UserError(
-                f"{adapter.folder}: {key} changes {name}, which this base does not have"
-            )
+            raise UserError(f"{folder}: {key} changes {name}, which this base does not have")
         return base_shapes[name]
 
     def require(key: str, expected: tuple[int, ...], name: str) -> None:
         if adapter.shapes[key] != expected:
             raise UserError(
-                f"{adapter.folder}: {key} is {list(adapter.shapes[key])}; expected "
-                f"{list(expected)}, since the base's {name} is {list(base_shapes[name])}: an "
-                "adapter of another base"
+                f"{folder}: {key} is {list(adapter.shapes[key])}; expected {list(expected)}, since "
+                f"the base's {name} is {list(base_shapes[name])}: an adapter of another base"
             )
 
     for module, pair in adapter.pairs.items():
         name = f"{module}.weight"
         shape = weight_shape(name, pair.a_key)
         if len(shape) != 2:
-            raise UserError(
-                f"{adapter.folder}: {pair.a_key} changes {name} of shape {list(shape)}; expected a "
-                "matrix"
-            )
+            came = f"{pair.a_key} changes {name} of shape {list(shape)}"
+            raise UserError(f"{folder}: {came}; expected a matrix")
         require(pair.a_key, (pair.r, shape[1]), name)
         require(pair.b_key, (shape[0], pair.r), name)
         if pair.magnitude_key is not None:
@@ -255,11 +224,9 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         name = f"{module}.weight"
         shape = weight_shape(name, rows.key)
         require(rows.key, (len(rows.indices), *shape[1:]), name)
-        last = max(rows.indices)
-        if last >= shape[0]:
-            raise UserError(
-                f"{adapter.folder}: {rows.key} replaces row {last}; {name} has {shape[0]} rows"
-            )
+        if (last := max(rows.indices)) >= shape[0]:
+            came = f"{rows.key} replaces row {last}"
+            raise UserError(f"{folder}: {came}; {name} has {shape[0]} rows")
 
 
 @torch.no_grad()
@@ -267,10 +234,8 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
     """Put the adapter's parts for `module` in place, in fp32.
 
     Saved tensors and token rows overwrite the module's, and peft wraps the linear layers that LoRA
-    is on. `module` may be a part of a model, if its modules are named as in the whole model.
-
-    Returns:
-        The wrapped module in eval mode; None if LoRA is on none of its layers.
+    is on. `module` may be a part of a model, if its modules are named as in the whole model. The
+    result is the wrapped module in eval mode; None if LoRA is on none of its layers.
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
@@ -298,9 +263,7 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Put the adapter in `folder` (a stock PEFT folder) onto `model` for inference, in eval mode.
 
     The model's modules are wrapped in place. LoRA matrices stay fp32; the rest keeps its dtype.
-
-    Raises:
-        UserError: as `read_adapter` and `check_adapter_fits`.
+    UserErrors are those of `read_adapter` and `check_adapter_fits`.
     """
     from peft import PeftModel
 
@@ -311,24 +274,21 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
 
 
 def _pair(
-    folder: Path,
-    config: Mapping[str, Any],
-    module: str,
-    keys: Mapping[str, str],
-    came: tuple[int, ...],
+    folder: Path, config: dict[str, Any], module: str, keys: dict[str, str], came: tuple[int, ...]
 ) -> LoraPair:
-    r = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
+    of_module = adapter_keys.pattern_value
+    r = int(of_module(config.get("rank_pattern"), module, config["r"]))
     if came[0] != r:
         raise UserError(
             f"{folder}: {keys['lora_A']} is {list(came)}; expected rank {r}, as {CONFIG_NAME} says"
         )
-    alpha = float(pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    has_magnitude = "lora_magnitude_vector" in keys
-    if has_magnitude != bool(config.get("use_dora")):
+    alpha = float(of_module(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    magnitude, use_dora = keys.get("lora_magnitude_vector"), bool(config.get("use_dora"))
+    if (magnitude is not None) != use_dora:
         raise UserError(
-            f"{folder}: {module} comes {'with' if has_magnitude else 'without'} "
-            f"lora_magnitude_vector; {CONFIG_NAME} says use_dora {bool(config.get('use_dora'))}"
+            f"{folder}: {module} comes {'without' if magnitude is None else 'with'} "
+            f"lora_magnitude_vector; {CONFIG_NAME} says use_dora {use_dora}"
         )
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root of the rank.
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoraPair(keys["lora_A"], keys["lora_B"], keys.get("lora_magnitude_vector"), r, scaling)
+    return LoraPair(keys["lora_A"], keys["lora_B"], magnitude, r, scaling)

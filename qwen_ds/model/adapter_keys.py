@@ -23,22 +23,17 @@ _TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delt
 _SAVED = re.compile(
     r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$"
 )
+# Part, the part that it needs beside it, and its dimensions.
+_PARTNERS = (
+    ("lora_A", "lora_B", 2), ("lora_B", "lora_A", 2), ("lora_magnitude_vector", "lora_A", 1)
+)  # fmt: skip
 
 
 def sort_keys(
     folder: Path, in_file: Mapping[str, object]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Sort the tensors of a file by module.
-
-    Args:
-        in_file: the names in the file.
-
-    Returns:
-        key -> name in the file; and module -> part -> key.
-
-    Raises:
-        UserError: an unknown name, or two names for one tensor.
-    """
+    """Sort the tensors of a file by module: key -> name in the file; and module -> part -> key.
+    UserError: an unknown name, or two names for one tensor."""
     names: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
     for name in in_file:
@@ -73,18 +68,17 @@ def check_pairs(
     folder: Path, parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise UserError unless every low-rank tensor has its partner and is not empty."""
-    wanted = (("lora_A", "lora_B", 2), ("lora_B", "lora_A", 2))
     for keys in parts.values():
-        for kind, partner, dimensions in (*wanted, ("lora_magnitude_vector", "lora_A", 1)):
-            if kind not in keys:
+        for kind, partner, dimensions in _PARTNERS:
+            if (key := keys.get(kind)) is None:
                 continue
             if partner not in keys:
-                raise UserError(f"{folder}: {keys[kind]} has no {partner} beside it; expected both")
-            shape = shapes[keys[kind]]
+                raise UserError(f"{folder}: {key} has no {partner} beside it; expected both")
+            shape = shapes[key]
             if 0 in shape or len(shape) != dimensions:
                 raise UserError(
-                    f"{folder}: {keys[kind]} is {list(shape)}; expected a whole tensor (saved "
-                    "under ZeRO-3 without gathering?)"
+                    f"{folder}: {key} is {list(shape)}; expected a whole tensor (saved under "
+                    "ZeRO-3 without gathering?)"
                 )
 
 
@@ -92,9 +86,7 @@ def inferred_config(
     parts: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]], alpha: float
 ) -> dict[str, Any]:
     """Make an adapter_config.json for an adapter without one; ranks follow from the shapes."""
-    ranks = {
-        module: shapes[keys["lora_A"]][0] for module, keys in parts.items() if "lora_A" in keys
-    }
+    ranks = {name: shapes[keys["lora_A"]][0] for name, keys in parts.items() if "lora_A" in keys}
     usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
     return {
         "peft_type": "LORA",
@@ -104,8 +96,7 @@ def inferred_config(
         "target_modules": sorted(ranks),
         "rank_pattern": {module: r for module, r in ranks.items() if r != usual},
         "alpha_pattern": {},
-        "modules_to_save": sorted(module for module, keys in parts.items() if "weight" in keys)
-        or None,
+        "modules_to_save": sorted(name for name, keys in parts.items() if "weight" in keys) or None,
         "use_dora": any("lora_magnitude_vector" in keys for keys in parts.values()),
         "use_rslora": False,
         "bias": "none",
@@ -113,11 +104,9 @@ def inferred_config(
 
 
 def pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that names `module`.
-
-    As in peft, a pattern is a regular expression for the last parts of the name.
-    """
-    for pattern, value in (patterns or {}).items() if isinstance(patterns, dict) else ():
+    """The value of the first pattern that names `module`: as in peft, a regular expression for the
+    last parts of the name."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return otherwise
@@ -133,8 +122,6 @@ def token_indices(
     indices = found if isinstance(found, list) else []
     if len(indices) != count or not all(isinstance(i, int) and i >= 0 for i in indices):
         listed = len(indices) if isinstance(found, list) else "none"
-        raise UserError(
-            f"{folder}: {module} replaces {count} rows; trainable_token_indices lists {listed} for "
-            "it"
-        )
+        came = f"{module} replaces {count} rows"
+        raise UserError(f"{folder}: {came}; trainable_token_indices lists {listed} for it")
     return tuple(indices)

@@ -29,10 +29,9 @@ class QWenAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.kv_channels
         self.dropout = config.attn_dropout_prob
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = ResidualLinear(
-            config.hidden_size, config.hidden_size, bias=not config.no_bias
-        )
+        width = config.hidden_size
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = ResidualLinear(width, width, bias=not config.no_bias)
 
     def forward(
         self,
@@ -57,9 +56,7 @@ class QWenAttention(nn.Module):
         if self.config._attn_implementation == "eager":
             out = eager_attention(q, k, v, mask, dropout)
         else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout_p=dropout, is_causal=is_causal
-            )
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))
 
 

@@ -28,15 +28,10 @@ def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
 
     They are copied verbatim, except that the settings lose `auto_map`, which names Python files
     that are not copied. Engines with their own Qwen go by model_type and architectures, which stay.
-
-    Args:
-        legal_only: copy the legal texts alone, for a folder in another format with settings and a
-            tokenizer of its own.
-
-    Returns:
-        The names of the files written.
+    `legal_only` is for a folder in another format, with settings and a tokenizer of its own: the
+    legal texts alone. Returns the names of the files written.
     """
-    names = _files(base, _LEGAL_TEXT if legal_only else _CARRIED)
+    names = legal_texts(base) if legal_only else _files(base, _CARRIED)
     for name in names:
         settings = read_json(base / name) if name in _NAMES_CODE else {}
         if "auto_map" in settings:

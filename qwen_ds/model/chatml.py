@@ -57,12 +57,9 @@ Messages = Sequence[Mapping[str, object]]
 
 
 def turns_of(conversation: Conversation | Messages) -> list[Turn]:
-    """All turns, the system turn first; without one it is DEFAULT_SYSTEM.
-
-    Raises:
-        UserError: a message without a role of ROLES, or without a content that is a string or a
-            list of {"type": "text", "text": ..} parts (which are joined without a separator).
-    """
+    """All turns, the system turn first; without one it is DEFAULT_SYSTEM. UserError: a message
+    without a role of ROLES, or without a content that is a string or a list of
+    {"type": "text", "text": ..} parts (which are joined without a separator)."""
     if isinstance(conversation, Conversation):
         given = DEFAULT_SYSTEM if conversation.system is None else conversation.system
         return [Turn("system", given), *conversation.turns]
@@ -74,10 +71,8 @@ def turns_of(conversation: Conversation | Messages) -> list[Turn]:
 
 def _turn(message: object, place: int) -> Turn:
     if not isinstance(message, Mapping):
-        raise UserError(
-            f"messages[{place}] is {type(message).__name__}; expected an object with role and "
-            "content"
-        )
+        came = type(message).__name__
+        raise UserError(f"messages[{place}] is {came}; expected an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(ROLES)}")
@@ -89,7 +84,7 @@ def _turn(message: object, place: int) -> Turn:
         raise UserError(
             f"messages[{place}].content is not text; expected a string or a list of text parts"
         )
-    return Turn(str(role), "".join(str(text) for text in texts))
+    return Turn(str(role), "".join(map(str, texts)))
 
 
 def text_ids(enc: Encoding, text: str, parse_specials: bool = False) -> list[int]:
@@ -121,12 +116,8 @@ def encode_turns(
     continue_final_turn: bool = False,
     parse_specials: bool = False,
 ) -> list[int]:
-    """Ids of the turns one after another.
-
-    Args:
-        add_generation_prompt: append `<|im_start|>assistant\\n`.
-        continue_final_turn: leave the last turn open after its text.
-    """
+    """Ids of the turns one after another, then of `<|im_start|>assistant\\n` if it is asked for;
+    `continue_final_turn` leaves the last turn open after its text instead."""
     ids = [token for turn in turns for token in turn_ids(enc, turn.role, turn.text, parse_specials)]
     if continue_final_turn:
         return ids[: -len(footer_ids(enc))]
@@ -146,9 +137,7 @@ def render_turns(
 def encode_prompt(
     enc: Encoding, conversation: Conversation | Messages, parse_specials: bool = False
 ) -> list[int]:
-    """Ids of a prompt: every turn, then `<|im_start|>assistant\\n`. Texts are not stripped.
-
-    The ids are the official make_context's.
-    """
+    """Ids of a prompt: every turn, then `<|im_start|>assistant\\n`. Texts are not stripped: the ids
+    are the official make_context's."""
     turns = turns_of(conversation)
     return encode_turns(enc, turns, add_generation_prompt=True, parse_specials=parse_specials)

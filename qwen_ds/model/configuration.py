@@ -9,6 +9,12 @@ from transformers import PreTrainedConfig
 
 from qwen_ds.errors import UserError
 
+# What a file leaves out gets the default of its own time.
+_AUGUST = dict(layer_norm_epsilon=1e-5, seq_length=2048, use_dynamic_ntk=False, use_logn_attn=False)
+_SEPTEMBER = dict(
+    layer_norm_epsilon=1e-6, seq_length=8192, use_dynamic_ntk=True, use_logn_attn=True
+)
+
 
 @strict
 class QWenConfig(PreTrainedConfig):
@@ -16,10 +22,9 @@ class QWenConfig(PreTrainedConfig):
 
     Attributes carry the names of September 2023 (`hidden_size`, `num_hidden_layers` ...). Files of
     August 2023 (`n_embd`, `n_layer`, `n_head`, `n_positions`, `ffn_hidden_size`,
-    `padded_vocab_size` ...) load into the same attributes, and what such a file leaves out gets the
-    default of its own time: no dynamic NTK, no LogN, eps 1e-5, seq_length 2048 (September: both on,
-    1e-6, 8192). `padded_vocab_size`, where present, is the number of rows of the embedding and
-    replaces `vocab_size`.
+    `padded_vocab_size` ...) load into the same attributes, with defaults of their own.
+    `padded_vocab_size`, where present, is the number of rows of the embedding and replaces
+    `vocab_size`.
 
     Args (those whose meaning the name does not give):
         kv_channels: width of one attention head; times num_attention_heads it is hidden_size.
@@ -31,8 +36,7 @@ class QWenConfig(PreTrainedConfig):
         bf16, fp16, fp32: the official way to ask for a dtype; at most one may be true, and `dtype=`
             wins over them.
 
-    Raises:
-        UserError: a geometry or an option of no official model, which is not implemented.
+    A geometry or an option of no official model is not implemented: UserError.
     """
 
     model_type: ClassVar[str] = "qwen"
@@ -75,35 +79,23 @@ class QWenConfig(PreTrainedConfig):
     tokenizer_class: str | None = "QWenTokenizer"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        august = "n_embd" in kwargs or "n_layer" in kwargs
+        is_august = "n_embd" in kwargs or "n_layer" in kwargs
         # Only our own classes serve this config: a reference to code in the folder must neither be
         # followed nor be written into a saved checkpoint.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        if self.layer_norm_epsilon is None:
-            self.layer_norm_epsilon = 1e-5 if august else 1e-6
-        if self.seq_length is None:
-            self.seq_length = 2048 if august else 8192
-        if self.use_dynamic_ntk is None:
-            self.use_dynamic_ntk = not august
-        if self.use_logn_attn is None:
-            self.use_logn_attn = not august
-        self._check()
-
-    def _check(self) -> None:
+        for name, default in (_AUGUST if is_august else _SEPTEMBER).items():
+            if vars(self)[name] is None:
+                setattr(self, name, default)
         if self.kv_channels * self.num_attention_heads != self.hidden_size:
             raise UserError(
                 f"config: kv_channels {self.kv_channels} x num_attention_heads "
                 f"{self.num_attention_heads} is not hidden_size {self.hidden_size}; expected "
                 "equality, as in every official Qwen"
             )
-        for name, expected in (
-            ("rotary_pct", 1.0),
-            ("scale_attn_weights", True),
-            ("tie_word_embeddings", False),
-        ):
-            found = self.__dict__[name]
-            if found != expected:
+        fixed = {"rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
+        for name, expected in fixed.items():
+            if (found := vars(self)[name]) != expected:
                 raise UserError(
                     f"config: {name} is {found}; expected {expected}, as in every official Qwen"
                 )

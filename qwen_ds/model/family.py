@@ -1,8 +1,6 @@
 """One family of Qwen in one object: classes, module names, tokenizer, chat format, context rule.
 
 Everything outside qwen_ds/model reads these here, so that a second family is a second object.
-
-Symbols: D hidden, I width of the MLP's inner matrices.
 """
 
 from __future__ import annotations
@@ -29,10 +27,8 @@ LanguageModel = QWenLMHeadModel
 class Linear:
     """A linear map of a block. Its widths are functions of the configuration."""
 
-    name: str
-    """Name below the block, as in lora.targets: attn.c_proj."""
+    name: str  # below the block, as in lora.targets: attn.c_proj
     role: Role
-    """Its part in the block."""
     width_in: Callable[[ModelConfig], int]
     width_out: Callable[[ModelConfig], int]
 
@@ -44,31 +40,21 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Classes, names, tokenizer, chat format and context rule of one family of models."""
+    """One family of models."""
 
-    model_type: str
-    """As in config.json."""
+    model_type: str  # as in config.json
     config_class: type[ModelConfig]
-    model_class: type[LanguageModel]
-    """The model with its head."""
+    model_class: type[LanguageModel]  # with its head
     block_class: type[nn.Module]
-    linears: tuple[Linear, ...]
-    """Those of one block, in running order."""
-    blocks: str
-    """Path of the blocks in the model."""
+    linears: tuple[Linear, ...]  # those of one block, in running order
+    blocks: str  # path of the blocks in the model
     embedding: str
     head: str
-    block_norms: tuple[str, ...]
-    """Names below the block."""
+    block_norms: tuple[str, ...]  # names below the block
     final_norm: str
-    stop_tokens: tuple[str, ...]
-    """Tokens that each end a generated turn."""
-    load_encoding: Callable[[str | Path], Encoding]
-    """The tokenizer of a checkpoint folder."""
-    context: Callable[[ModelConfig], int]
-    """Tokens that prompt and answer may have together."""
-    extends_context: Callable[[ModelConfig], bool]
-    """Whether the model answers beyond the length that it was trained on."""
+    stop_tokens: tuple[str, ...]  # each of them ends a generated turn
+    load_encoding: Callable[[str | Path], Encoding]  # the tokenizer of a checkpoint folder
+    context: Callable[[ModelConfig], int]  # tokens that prompt and answer may have together
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -93,9 +79,8 @@ class Family:
 
         A target is a full name below the block, or a last name, which means all maps with it.
         """
-        return tuple(
-            linear for linear in self.linears if {linear.name, linear.last_name} & set(targets)
-        )
+        names = set(targets)
+        return tuple(one for one in self.linears if names & {one.name, one.last_name})
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -122,9 +107,7 @@ class Family:
 def _context(config: ModelConfig) -> int:
     """Tokens of the context, which exceeds seq_length only with dynamic NTK."""
     trained = config.seq_length or config.max_position_embeddings
-    if not config.use_dynamic_ntk:
-        return trained
-    return max(trained, config.max_position_embeddings)
+    return max(trained, config.max_position_embeddings) if config.use_dynamic_ntk else trained
 
 
 def _hidden(config: ModelConfig) -> int:
@@ -155,7 +138,6 @@ QWEN = Family(
     stop_tokens=(END_OF_TEXT, IM_START, IM_END),
     load_encoding=load_encoding,
     context=_context,
-    extends_context=lambda config: bool(config.use_dynamic_ntk),
 )
 FAMILIES = {QWEN.model_type: QWEN}
 

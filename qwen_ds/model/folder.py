@@ -15,20 +15,10 @@ from qwen_ds.model.family import FAMILIES, QWEN
 from qwen_ds.model.tokenizer import VOCABULARY_FILE
 
 # Without *.py: no code of a repository ever reaches this machine.
-_FETCHED = [
-    "*.json", "*.tiktoken", "*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*",
-]  # fmt: skip
-_SAFETENSORS = ["*.safetensors"]
-# Fetched only if a repository has no safetensors, like the releases of August 2023.
-_PICKLES = ["pytorch_model*.bin"]
-
+_LEGAL = ["*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*"]
+_FETCHED = ["*.json", "*.tiktoken", *_LEGAL]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_CHAT_MODEL_BY_HIDDEN_SIZE = {
-    2048: "Qwen-1_8B-Chat",
-    4096: "Qwen-7B-Chat",
-    5120: "Qwen-14B-Chat",
-    8192: "Qwen-72B-Chat",
-}
+_SIZE_BY_WIDTH = {2048: "1_8B", 4096: "7B", 5120: "14B", 8192: "72B"}
 
 
 def find_model(
@@ -37,14 +27,12 @@ def find_model(
     """Find the checkpoint folder of a path or of a hub id (`Qwen/Qwen-7B-Chat`), and check it.
 
     What exists on disk is never looked up on the hub. Fetching is huggingface_hub's: its cache,
-    mirror (HF_ENDPOINT) and offline mode (HF_HUB_OFFLINE) apply.
+    mirror (HF_ENDPOINT) and offline mode (HF_HUB_OFFLINE) apply. UserError if the folder cannot be
+    found, fetched or used.
 
     Args:
         weights: if false, none are fetched or expected.
         model_type: "qwen2" for a folder that is only to be converted.
-
-    Raises:
-        UserError: the folder cannot be found, fetched or used.
     """
     check_place(path_or_hub_id, weights, model_type)
     path = Path(path_or_hub_id).expanduser()
@@ -58,10 +46,7 @@ def check_place(
     path_or_hub_id: str | Path, weights: bool = True, model_type: str = QWEN.model_type
 ) -> None:
     """Check what can be known of a model's place without the hub; arguments as for `find_model`.
-
-    Raises:
-        UserError: a folder that cannot be used, or neither a folder nor the form of a hub id.
-    """
+    UserError: a folder that cannot be used, or neither a folder nor the form of a hub id."""
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
         check_folder(path, weights, model_type)
@@ -73,11 +58,16 @@ def check_place(
 
 
 def _fetch(hub_id: str, weights: bool) -> Path:
-    wanted = _FETCHED + (_SAFETENSORS if weights else [])
+    def download(*weight_files: str) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=[*_FETCHED, *weight_files]))
+
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=_FETCHED + _PICKLES))
+        if not weights:
+            return download()
+        folder = download("*.safetensors")
+        # Pickles only where there is nothing else, as in the releases of August 2023.
+        whole = any(folder.glob("*.safetensors"))
+        return folder if whole else download("pytorch_model*.bin")
     # An error of the hub, of HTTP or of the disk: the user's way out is the same.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -86,48 +76,39 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         raise UserError(
             f"{hub_id}: no such folder, and fetching it from the hub failed: {reason}"
         ) from None
-    return folder
 
 
 def check_folder(folder: Path, weights: bool = True, model_type: str = QWEN.model_type) -> None:
     """Check that a folder holds a Qwen that can be loaded; reads headers only, no tensors.
 
-    That means: config.json has this model_type and is that of a text-only, unquantised model; the
-    vocabulary fits the embedding (the converter checks a Qwen2's); with `weights`, every weight
-    file is whole.
-
-    Raises:
-        UserError: it does not.
+    UserError unless config.json has this model_type and is that of a text-only, unquantised model,
+    the vocabulary fits the embedding (the converter checks a Qwen2's) and, with `weights`, every
+    weight file is whole.
     """
     if not folder.is_dir():
         came = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {came}; expected a checkpoint")
     config = _read_config(folder, model_type)
     if model_type in FAMILIES:
-        _check_vocabulary(folder, config)
+        n_vocab = FAMILIES[model_type].load_encoding(folder).n_vocab
+        # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
+        n_rows = config.get("padded_vocab_size") or config.get("vocab_size")
+        if not isinstance(n_rows, int) or n_rows < n_vocab:
+            raise UserError(
+                f"{folder}: {VOCABULARY_FILE} has {n_vocab} tokens but config.json says vocab_size"
+                f" {n_rows}; expected an embedding row for every token"
+            )
     if weights:
         check_weight_files(folder)
-
-
-def _check_vocabulary(folder: Path, config: dict[str, Any]) -> None:
-    n_vocab = FAMILIES[config["model_type"]].load_encoding(folder).n_vocab
-    # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
-    n_rows = config.get("padded_vocab_size") or config.get("vocab_size")
-    if not isinstance(n_rows, int) or n_rows < n_vocab:
-        raise UserError(
-            f"{folder}: {VOCABULARY_FILE} has {n_vocab} tokens but config.json says vocab_size"
-            f" {n_rows}; expected an embedding row for every token"
-        )
 
 
 def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
+        came = "no config.json; expected a checkpoint folder"
         if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{folder}: an adapter, not a model; expected the folder of its base here"
-            )
-        raise UserError(f"{folder}: no config.json; expected a checkpoint folder")
+            came = "an adapter, not a model; expected the folder of its base here"
+        raise UserError(f"{folder}: {came}")
     config = read_json(path)
     model_type = config.get("model_type")
     if model_type != expected_type:
@@ -135,15 +116,12 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
         which = "(Qwen 1, not Qwen1.5 or later)" if native else "(--from qwen2)"
         raise UserError(f"{path}: model_type is {model_type!r}; expected {expected_type!r} {which}")
     if config.get("quantization_config") is not None or (folder / "quantize_config.json").is_file():
-        raise UserError(
-            f"{folder}: quantised weights (Int4/Int8); expected bf16: use"
-            f" {_unquantised(folder, config)}"
-        )
+        use = _unquantised(folder, config)
+        raise UserError(f"{folder}: quantised weights (Int4/Int8); expected bf16: use {use}")
     for part in ("visual", "audio"):
         if part in config:
-            raise UserError(
-                f"{path}: a Qwen with a part for {part} input; expected a text-only Qwen"
-            )
+            came = f"a Qwen with a part for {part} input"
+            raise UserError(f"{path}: {came}; expected a text-only Qwen")
     return config
 
 
@@ -153,6 +131,5 @@ def _unquantised(folder: Path, config: dict[str, Any]) -> str:
         found = re.search(r"(Qwen-[\w.]+?(-Chat)?)-Int[48]", name)
         if found:
             return f"Qwen/{found[1]}"
-    hidden_size = config.get("hidden_size") or config.get("n_embd")
-    chat_model = _CHAT_MODEL_BY_HIDDEN_SIZE.get(hidden_size or 0)
-    return "the model it was made from" if chat_model is None else f"Qwen/{chat_model}"
+    size = _SIZE_BY_WIDTH.get(config.get("hidden_size") or config.get("n_embd") or 0)
+    return f"Qwen/Qwen-{size}-Chat" if size else "the model it was made from"

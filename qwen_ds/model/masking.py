@@ -16,12 +16,9 @@ from torch.nn import functional as F
 class Visibility:
     """The keys that each query sees, and the padding in front of the rows."""
 
-    mask: Tensor | None
-    """Bool (True: visible) or additive, [B or 1, 1, T, K]; None: none is needed."""
-    is_causal: bool
-    """SDPA's own causal path; only ever True where T == K, since SDPA aligns it top-left."""
-    left_pads_B: Tensor | None = None
-    """int64: padding before each row's first token; None: no row has any."""
+    mask: Tensor | None  # [B or 1, 1, T, K], bool (True: visible) or additive; None: not needed
+    is_causal: bool  # SDPA's own path; only ever True where T == K, since SDPA aligns it top-left
+    left_pads_B: Tensor | None = None  # int64: padding in front of each row; None: no row has any
 
     def positions(self, num_queries: int, past_len: int | Tensor, device: torch.device) -> Tensor:
         """int64 [B or 1, T]: indices of the new tokens in their rows, not counting left padding."""
@@ -37,53 +34,47 @@ def visibility(
     num_keys: int,
     past_len: int | Tensor,
     device: torch.device,
+    causal_path: bool = True,
 ) -> Visibility:
     """Decide the mask of a forward.
 
     Right padding needs none: a real token never sees what is to its right. So a mask is built only
-    for padding before or inside a row, or where several queries meet a longer row of keys.
+    for padding before or inside a row, or where several queries meet a longer row of keys. A mask
+    of a shape that does not fit is a ValueError.
 
     Args:
         attention_mask: None; [B, past + T] with 1 for real tokens; or [B, 1, T, K], bool or
             additive, used as is.
         num_keys: K, which exceeds past + T in caches allocated up front.
         past_len: tokens in the cache (a tensor in static caches).
-
-    Raises:
-        ValueError: a mask of another shape.
+        causal_path: whether attention can be causal without a mask.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return Visibility(attention_mask, is_causal=False)
-    real_BK = None
-    if attention_mask is not None:
-        real_BK = _real_keys(attention_mask, num_queries, num_keys, past_len)
+    real_BK = _real_keys(attention_mask, num_queries, num_keys, past_len)
     if real_BK is None:
-        if num_queries == num_keys:
+        if causal_path and num_queries == num_keys:
             return Visibility(None, is_causal=True)
         if isinstance(past_len, int) and num_keys == past_len + 1:
             return Visibility(None, is_causal=False)  # one new token, which sees everything
-        return Visibility(causal_mask(num_queries, num_keys, past_len, device), is_causal=False)
     queries_T1 = (torch.arange(num_queries, device=device) + past_len).unsqueeze(-1)
     keys_K = torch.arange(num_keys, device=device)
+    causal = (keys_K <= queries_T1)[None, None]
+    if real_BK is None:
+        return Visibility(causal, is_causal=False)
     # Padding in front of a row sees itself: a softmax over no key at all would be NaN.
     in_front_BK = real_BK.cumsum(-1) == 0
-    mask = (keys_K <= queries_T1) & real_BK[:, None, None, :]
-    mask = mask | ((keys_K == queries_T1) & in_front_BK[:, None, None, :])
+    itself = (keys_K == queries_T1) & in_front_BK[:, None, None, :]
+    mask = (causal & real_BK[:, None, None, :]) | itself
     return Visibility(mask, is_causal=False, left_pads_B=real_BK.int().argmax(-1))
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, past_len: int | Tensor, device: torch.device
-) -> Tensor:
-    """bool [1, 1, T, K]: query t, at index past + t, sees the keys up to its own."""
-    queries_T = torch.arange(num_queries, device=device) + past_len
-    return (torch.arange(num_keys, device=device) <= queries_T.unsqueeze(-1))[None, None]
-
-
 def _real_keys(
-    mask_BT: Tensor, num_queries: int, num_keys: int, past_len: int | Tensor
+    mask_BT: Tensor | None, num_queries: int, num_keys: int, past_len: int | Tensor
 ) -> Tensor | None:
     """The mask as bool [B, K]; None if it only marks padding to the right, which hides nothing."""
+    if mask_BT is None:
+        return None
     if isinstance(past_len, int) and mask_BT.shape[-1] != past_len + num_queries:
         raise ValueError(
             f"attention_mask is {list(mask_BT.shape)}; expected one column for each of the "

@@ -1,5 +1,4 @@
-"""The original Qwen (v1) as a native transformers model: official parameter names, official
-numbers.
+"""The original Qwen (v1) as a transformers model, with the official parameter names and numbers.
 
 Shapes: B rows, T new tokens, K keys (cached and new), D hidden, F rotary frequencies, V vocabulary.
 """
@@ -19,16 +18,15 @@ from transformers.utils.generic import can_return_tuple
 
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.attention import QWenAttention, ResidualLinear
-from qwen_ds.model.cache import NewTokens, declare_prompt_lens, prompt_lens_of, row_lens
+from qwen_ds.model.cache import declare_prompt_lens, prompt_lens_of, row_lens
 from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.masking import causal_mask, visibility
+from qwen_ds.model.masking import visibility
 from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in that
-    dtype."""
+    """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in it."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -109,12 +107,9 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw fresh weights from N(0, initializer_range).
-
-        In the two matrices of each layer that write into the residual stream the deviation is
-        divided by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2,
-        Radford et al. 2019).
-        """
+        """Draw fresh weights from N(0, initializer_range); the deviation of the two matrices of
+        each layer that write into the residual stream is divided by sqrt(2 * layers), so that the
+        stream's variance does not grow with depth (GPT-2, Radford et al. 2019)."""
         std = self.config.initializer_range
         if isinstance(module, ResidualLinear):
             std /= math.sqrt(2 * self.config.num_hidden_layers)
@@ -156,8 +151,7 @@ class QWenModel(QWenPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, past + T], 1 for real tokens; or [B, 1, T, K] bool or additive, used
-                as is.
+            attention_mask: [B, past + T], 1 for real tokens; or as `visibility` takes it.
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
             past_key_values: any transformers Cache; a new one is made if use_cache is set.
@@ -165,50 +159,55 @@ class QWenModel(QWenPreTrainedModel):
             extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval
                 mode only, as in the official code; False gives the training formula in eval mode.
             prompt_lens: tokens of each row's whole prompt, int64 [B] or one int for all rows; they
-                decide alpha of dynamic NTK. The cache remembers them. Default: the cache's, else
-                the rows' lengths in this forward.
+                decide alpha of dynamic NTK. The cache remembers them, and later forwards may not
+                change them. Default: the cache's, else the rows' lengths in this forward. Needed
+                beyond seq_length with a 4-D mask, which does not tell padding from causality, and
+                for a prompt in chunks.
         Returns:
             last_hidden_state [B, T, D] after ln_f; hidden_states, if asked for: the embeddings and
             the output of each block, the last one after ln_f.
 
         Raises:
-            ValueError: prompt_lens are needed and not given: beyond seq_length with a 4-D mask,
-                which does not tell padding from causality, or for a prompt that arrives in chunks.
+            ValueError: prompt_lens are needed and not given, or impossible.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
-        if cache is None and (
-            use_cache if use_cache is not None else self.config.use_cache and not self.training
-        ):
-            cache = DynamicCache(config=self.config)
-        length, past_len = x_BTD.shape[1], 0 if cache is None else cache.get_seq_length()
+        config, cache = self.config, past_key_values
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = DynamicCache(config=config)
+        (rows, length), device = x_BTD.shape[:2], x_BTD.device
+        past_len = 0 if cache is None else cache.get_seq_length()
         num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        seen = visibility(attention_mask, length, num_keys, past_len, x_BTD.device)
-        extend = not self.training if extend_context is None else extend_context
-        alpha_B = None
-        if extend and self.config.use_dynamic_ntk:
-            new = NewTokens(x_BTD.shape[0], length, past_len)
-            alpha_B = self._alpha(new, attention_mask, cache, prompt_lens, x_BTD.device)
+        is_sdpa = config._attn_implementation != "eager"
+        seen = visibility(attention_mask, length, num_keys, past_len, device, is_sdpa)
         positions_BT = position_ids
         if positions_BT is None:
-            positions_BT = seen.positions(length, past_len, x_BTD.device)
+            positions_BT = seen.positions(length, past_len, device)
+        extend = not self.training if extend_context is None else extend_context
+        alpha_B, logn, seq_length = None, None, config.seq_length
+        assert seq_length is not None
+        if extend and config.use_dynamic_ntk:
+            new = (rows, length)
+            lens = prompt_lens_of(cache, new, past_len, attention_mask, prompt_lens, seq_length)
+            if isinstance(lens, Tensor) or lens > seq_length:  # else alpha is 1 in every row
+                alpha_B = ntk_alpha(torch.as_tensor(lens, device=device).view(-1), seq_length)
         # Positions that the caller chose may exceed seq_length however short the row is.
-        assert self.config.seq_length is not None
-        is_long = position_ids is not None or num_keys > self.config.seq_length
-        tables = self._tables(positions_BT, alpha_B, extend and is_long, x_BTD.dtype)
-        mask = seen.mask
-        if seen.is_causal and self.config._attn_implementation == "eager":
-            mask = causal_mask(length, length, 0, x_BTD.device)
+        is_long = position_ids is not None or num_keys > seq_length
+        if extend and is_long and config.use_logn_attn:
+            logn = logn_factors(positions_BT, seq_length).to(x_BTD.dtype)[:, :, None, None]
+        angles = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_B)
+        cos, sin = (table[:, :, None, None] for table in angles)  # fp32 [B or 1, T, 1, 1, F]
 
-        if self.training and self.config.emb_dropout_prob:
-            x_BTD = F.dropout(x_BTD, self.config.emb_dropout_prob)
+        if self.training and config.emb_dropout_prob:
+            x_BTD = F.dropout(x_BTD, config.emb_dropout_prob)
         states = [x_BTD] if output_hidden_states else []
         # A recomputed block would write into the cache a second time.
         recompute = self.gradient_checkpointing and self.training and cache is None
         for i, block in enumerate(self.h):
-            args = (x_BTD, *tables, mask, seen.is_causal, cache)
+            args = (x_BTD, cos, sin, logn, seen.mask, seen.is_causal, cache)
             if recompute and i % self.checkpoint_every == 0:
                 x_BTD = self._gradient_checkpointing_func(block.__call__, *args)
             else:
@@ -216,40 +215,8 @@ class QWenModel(QWenPreTrainedModel):
             if output_hidden_states:
                 states.append(x_BTD)
         x_BTD = self.ln_f(x_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=cache,
-            hidden_states=(*states[:-1], x_BTD) if output_hidden_states else None,
-        )
-
-    def _alpha(
-        self,
-        new: NewTokens,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        given: Tensor | int | None,
-        device: torch.device,
-    ) -> Tensor | None:
-        """Alpha of dynamic NTK, int64 [B] or [1]; None stands for 1: no row exceeds seq_length."""
-        seq_length = self.config.seq_length
-        assert seq_length is not None
-        lens = prompt_lens_of(cache, new, attention_mask, given, seq_length)
-        if isinstance(lens, int) and lens <= seq_length:
-            return None
-        return ntk_alpha(torch.as_tensor(lens, device=device).view(-1), seq_length)
-
-    def _tables(
-        self, positions_BT: Tensor, alpha_B: Tensor | None, with_logn: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tables of one forward: cos and sin, fp32 [B or 1, T, 1, 1, F]; LogN factors in `dtype`
-        [B or 1, T, 1, 1], or None."""
-        config = self.config
-        assert config.seq_length is not None
-        cos, sin = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_B)
-        logn = None
-        if with_logn and config.use_logn_attn:
-            logn = logn_factors(positions_BT, config.seq_length).to(dtype)[:, :, None, None]
-        return cos[:, :, None, None], sin[:, :, None, None], logn
+        hidden_states = (*states[:-1], x_BTD) if output_hidden_states else None
+        return BaseModelOutputWithPast(x_BTD, cache, hidden_states)
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
@@ -281,21 +248,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] in the model's dtype, and the loss where labels are given.
 
-        Args (the others as in QWenModel):
+        Args (the others, and the errors, as in QWenModel):
             labels: int64 [B, T], each at its own token, -100 where it is no target. The loss is
                 the mean cross entropy of the targets, in fp32 (the official code's is in the
                 model's dtype); NaN if there are none.
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.
             token_type_ids: without effect, as officially; the official tokenizer makes them.
-
-        Raises:
-            ValueError: attention weights are asked for (they are never materialised), or as
-                QWenModel does.
+            output_attentions: ValueError if true: attention weights are never materialised.
         """
         if output_attentions:
-            raise ValueError(
-                "output_attentions is True; expected False: attention weights are not materialised"
-            )
+            came = "output_attentions is True; expected False"
+            raise ValueError(f"{came}: attention weights are not materialised")
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -320,10 +283,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
                 logits_BTV[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
             )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss, logits_BTV, outputs.past_key_values, outputs.hidden_states
         )
 
     def _prepare_position_ids_for_generation(
@@ -346,7 +306,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     ) -> Any:
         """Tell the cache the prompts' lengths, which the first of several chunks does not show."""
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
-        if cache is not None and int(cache.get_seq_length()) == 0:
+        is_told = model_kwargs.get("prompt_lens") is not None
+        if cache is not None and not is_told and int(cache.get_seq_length()) == 0:
             length = (input_ids if embeds is None else embeds).shape[1]
             assert self.config.seq_length is not None
             mask_BT = model_kwargs.get("attention_mask")

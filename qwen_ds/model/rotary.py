@@ -23,10 +23,7 @@ def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
     Computed in integers as 2^(k+1) - 1, where k doublings of S are needed to hold L. Unlike the
     logarithm this is exact at every power of two, and it needs no accelerator synchronisation.
 
-    Args:
-        lens: int64, any shape: true lengths in tokens.
-    Returns:
-        int64 of the same shape: 1 up to S, 3 up to 2S, 7 up to 4S ...
+    `lens` is int64 of any shape; so is the result: 1 up to S, 3 up to 2S, 7 up to 4S ...
     """
     limits = seq_length * 2 ** torch.arange(_MAX_DOUBLINGS, device=lens.device)
     doublings = (lens.unsqueeze(-1) > limits).sum(-1)
@@ -46,17 +43,15 @@ def rotary_tables(
     Returns:
         cos and sin, fp32 [B or 1, T, F].
     """
-    exponents_F = (
-        torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32) / head_dim
-    )
+    dimensions_F = torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32)
+    exponents_F = dimensions_F / head_dim
     if alpha_B is None:
-        inv_freq_F = 1.0 / torch.pow(float(base), exponents_F)
-        angles = position_ids_BT.float().unsqueeze(-1) * inv_freq_F
+        inv_freq = 1.0 / torch.pow(float(base), exponents_F)
     else:
         # The scaled base is a float64 in the official code and rounded once, on entering the power.
         base_B = float(base) * alpha_B.double() ** (head_dim / (head_dim - 2))
-        inv_freq_BF = 1.0 / torch.pow(base_B.float().unsqueeze(-1), exponents_F)
-        angles = position_ids_BT.float().unsqueeze(-1) * inv_freq_BF.unsqueeze(1)
+        inv_freq = 1.0 / torch.pow(base_B.float()[:, None, None], exponents_F)  # [B, 1, F]
+    angles = position_ids_BT.float().unsqueeze(-1) * inv_freq
     return angles.cos(), angles.sin()
 
 
@@ -65,22 +60,15 @@ def logn_factors(position_ids_BT: Tensor, seq_length: int) -> Tensor:
 
     Computed in float64 and rounded to fp32; the model rounds it again to its own dtype, as the
     official code does with its table.
-
-    Returns:
-        fp32, same shape as position_ids_BT.
     """
     return (torch.log(position_ids_BT.double() + 1) / math.log(seq_length)).clamp(min=1.0).float()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of x's last dimension by the given angles, in fp32, rounded once.
+    """Rotate the halves of x [..., D] by the angles [..., D / 2], in fp32, rounded once.
 
     x becomes fp32 before it is used twice, so that its gradient is also summed in fp32 and rounded
     once.
-
-    Args:
-        x: [..., D], any floating dtype.
-        cos, sin: fp32, broadcastable to [..., D / 2].
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

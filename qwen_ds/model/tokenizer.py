@@ -48,15 +48,17 @@ Specials = Literal["all"] | Collection[str]
 def _parse(vocabulary: bytes) -> dict[bytes, int]:
     """Table of `base64-token rank` lines; UserError unless the ranks are 0 .. n-1 and every byte
     has one."""
-    fields = vocabulary.split()
-    try:
-        ranks = dict(
-            zip(map(binascii.a2b_base64, fields[0::2]), map(int, fields[1::2]), strict=True)
-        )
-    except ValueError:  # binascii.Error is one
-        raise UserError(f"{_bad_line(vocabulary)} is not a base64 token and its rank") from None
-    n_ranks = len(fields) // 2
-    if len(ranks) != n_ranks or sorted(ranks.values()) != list(range(n_ranks)):
+    ranks: dict[bytes, int] = {}
+    n_ranks = 0
+    for number, line in enumerate(vocabulary.splitlines(), 1):
+        if fields := line.split():
+            try:
+                token, rank = fields
+                ranks[binascii.a2b_base64(token)] = int(rank)
+            except ValueError:  # binascii.Error is one
+                raise UserError(f"line {number} is not a base64 token and its rank") from None
+            n_ranks += 1
+    if sorted(ranks.values()) != list(range(n_ranks)):
         raise UserError(
             f"{n_ranks} tokens without the ranks 0 to {n_ranks - 1}, one each; is the file "
             "complete?"
@@ -66,28 +68,13 @@ def _parse(vocabulary: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _bad_line(vocabulary: bytes) -> str:
-    for number, line in enumerate(vocabulary.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            binascii.a2b_base64(token)
-            int(rank)
-        except ValueError:
-            return f"line {number}"
-    return "the text"
-
-
 class Encoding:
     """Text to token ids and back, without transformers. `load_encoding` makes it; it never changes.
 
     It pickles as the vocabulary's bytes, so a worker process needs no file; inside one process the
-    same vocabulary is built once (about 0.2 s).
-
-    Attributes:
-        special: token text to id of SPECIAL_TOKENS; the ids follow the vocabulary's ranks.
-        n_vocab: ranks and specials together (151,851 in the official file; the embedding has more
-            rows).
-        sha256: of the vocabulary file, in hex.
+    same vocabulary is built once (about 0.2 s). `ranks` are the ordinary tokens' ids, `special` the
+    ids of SPECIAL_TOKENS, which follow; `n_vocab` counts both (151,851 in the official file; the
+    embedding has more rows); `sha256` is the vocabulary file's, in hex.
     """
 
     __slots__ = (
@@ -101,9 +88,8 @@ class Encoding:
         self.ranks = _parse(vocabulary)
         self.special = {token: len(self.ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(self.ranks) + len(self.special)
-        self.eod_id, self.im_start_id, self.im_end_id = (
-            self.special[t] for t in (END_OF_TEXT, IM_START, IM_END)
-        )
+        # They come first among the specials.
+        self.eod_id, self.im_start_id, self.im_end_id, *_ = self.special.values()
         self._bpe = tiktoken.Encoding(
             "qwen", pat_str=PIECES, mergeable_ranks=self.ranks, special_tokens=self.special
         )
@@ -119,25 +105,15 @@ class Encoding:
         self, text: str, allowed_special: Specials = "all", disallowed_special: Specials = ()
     ) -> list[int]:
         """Ids of the text in NFC; those of `allowed_special` that it spells become control tokens.
-
-        Raises:
-            ValueError: the text spells one of `disallowed_special` ("all": all that are not
-                allowed).
-        """
+        ValueError if it spells one of `disallowed_special` ("all": all that are not allowed)."""
         allowed = allowed_special if allowed_special == "all" else set(allowed_special)
         return self._bpe.encode(
             _normal(text), allowed_special=allowed, disallowed_special=disallowed_special
         )
 
     def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
-        """Text of the ids, control tokens spelled out.
-
-        Args:
-            errors: as in bytes.decode, for bytes that are not valid UTF-8.
-
-        Raises:
-            KeyError: an id without a token (the embedding has rows beyond n_vocab).
-        """
+        """Text of the ids, control tokens spelled out; `errors` as in bytes.decode. KeyError for an
+        id without a token (the embedding has rows beyond n_vocab)."""
         return self._bpe.decode(ids, errors=errors)
 
     def token_bytes(self, index: int) -> bytes:
@@ -167,20 +143,15 @@ def encoding_of(vocabulary: bytes) -> Encoding:
 
 
 def load_encoding(path: str | Path) -> Encoding:
-    """The encoding of a checkpoint folder, or of a vocabulary file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """The encoding of a checkpoint folder or a vocabulary file. UserError: missing or damaged."""
     path = Path(path)
     if path.is_dir():
         path = path / VOCABULARY_FILE
     try:
         vocabulary = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; expected the model's {VOCABULARY_FILE}"
-        ) from None
+        came = f"{path}: {error.strerror}"
+        raise UserError(f"{came}; expected the model's {VOCABULARY_FILE}") from None
     try:
         return encoding_of(vocabulary)
     except UserError as error:

@@ -6,18 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AddedToken,
-    AutoTokenizer,
-    BatchEncoding,
-    PreTrainedConfig,
-    PreTrainedTokenizer,
-)
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
 
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import CHAT_TEMPLATE, encode_turns, render_turns, turns_of
-from qwen_ds.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Encoding, Specials, load_encoding
+from qwen_ds.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Specials, load_encoding
 
 
 class _NameOnly(PreTrainedConfig):
@@ -27,8 +21,7 @@ class _NameOnly(PreTrainedConfig):
 
 
 def register() -> None:
-    """Make AutoTokenizer use QWenTokenizer wherever a folder names it (`tokenizer_class`, in either
-    of its configs).
+    """Make AutoTokenizer use QWenTokenizer where a folder's configs name it (`tokenizer_class`).
 
     Only the name is registered, on purpose. To a tokenizer registered for the config's class,
     transformers prefers the folder's own code where a caller allows remote code, and the official
@@ -58,8 +51,10 @@ class QWenTokenizer(PreTrainedTokenizer):
             raise UserError(
                 f"{where} has no {VOCABULARY_FILE}; expected the model's vocabulary file there"
             )
-        self._encoding = load_encoding(vocab_file)
+        self.encoding = load_encoding(vocab_file)
         self.errors = errors
+        self.eod_id = self.encoding.eod_id
+        self.im_start_id, self.im_end_id = self.encoding.im_start_id, self.encoding.im_end_id
         for name in ("pad_token", "eos_token"):
             if kwargs.get(name) is None:
                 kwargs[name] = END_OF_TEXT
@@ -71,48 +66,31 @@ class QWenTokenizer(PreTrainedTokenizer):
         super().__init__(errors=errors, chat_template=CHAT_TEMPLATE, **kwargs)
 
     @property
-    def encoding(self) -> Encoding:
-        return self._encoding
-
-    @property
-    def eod_id(self) -> int:
-        return self._encoding.eod_id
-
-    @property
-    def im_start_id(self) -> int:
-        return self._encoding.im_start_id
-
-    @property
-    def im_end_id(self) -> int:
-        return self._encoding.im_end_id
-
-    @property
     def special_tokens(self) -> dict[str, int]:
-        """Text to id of all 208 control tokens."""
-        return self._encoding.special
+        """Text to id of all 208 control tokens. An attribute would be pickled with each copy."""
+        return self.encoding.special
 
     @property
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Bytes to id of all other tokens."""
-        return self._encoding.ranks
+        return self.encoding.ranks
 
     @property
     def vocab_size(self) -> int:
-        return self._encoding.n_vocab
+        return self.encoding.n_vocab
 
     def __len__(self) -> int:
-        return self._encoding.n_vocab
+        return self.encoding.n_vocab
 
     def get_vocab(self) -> dict[Any, int]:
         """Token to id: bytes for ordinary tokens, text for the specials."""
-        return {**self._encoding.ranks, **self._encoding.special}
+        return {**self.encoding.ranks, **self.encoding.special}
 
     def _refuse_unknown(self, tokens: Iterable[str | AddedToken]) -> None:
-        unknown = [str(token) for token in tokens if str(token) not in self._encoding.special]
+        unknown = [str(token) for token in tokens if str(token) not in self.encoding.special]
         if unknown:
-            raise ValueError(
-                f"cannot add {', '.join(map(repr, unknown))}: Qwen's vocabulary is fixed"
-            )
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"cannot add {names}: Qwen's vocabulary is fixed")
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         self._refuse_unknown(new_tokens or ())
@@ -128,40 +106,31 @@ class QWenTokenizer(PreTrainedTokenizer):
         disallowed_special: Specials = (),
         **_: Any,
     ) -> list[bytes | str]:
-        """The text's tokens: bytes, and text for the specials.
-
-        Raises:
-            ValueError: as `Encoding.with_specials`.
-        """
+        """Tokens of the text: bytes, or text for specials. Errors as `Encoding.with_specials`."""
         if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
-            ids = self._encoding.ordinary(text)
+            ids = self.encoding.ordinary(text)
         else:
-            ids = self._encoding.with_specials(text, allowed_special, disallowed_special)
-        return [self._encoding.token(index) for index in ids]
+            ids = self.encoding.with_specials(text, allowed_special, disallowed_special)
+        return [self.encoding.token(index) for index in ids]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Id of a token (bytes, or a special's text), or ids of several; None for an unknown
-        one."""
+        """Id of a token (bytes, or a special's text), or ids of several; None: unknown."""
         if isinstance(tokens, bytes):
-            return self._encoding.ranks.get(tokens)
+            return self.encoding.ranks.get(tokens)
         if isinstance(tokens, str):
-            return self._encoding.special.get(tokens)
+            return self.encoding.special.get(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or tokens of several. ValueError for an id without a token."""
         if isinstance(ids, int):
-            return self._encoding.token(ids)
-        return [
-            self._encoding.token(int(i))
-            for i in ids
-            if not (skip_special_tokens and int(i) >= self.eod_id)
-        ]
+            return self.encoding.token(ids)
+        kept = [int(i) for i in ids if not skip_special_tokens or int(i) < self.eod_id]
+        return [self.encoding.token(i) for i in kept]
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
         """Text of the tokens. A special between two parts of a character keeps them apart."""
-        parts: list[str] = []
-        pending = b""
+        parts, pending = list[str](), b""
         for token in (*tokens, ""):
             if isinstance(token, bytes):
                 pending += token
@@ -178,15 +147,12 @@ class QWenTokenizer(PreTrainedTokenizer):
         errors: str | None = None,
         **_: Any,
     ) -> str:
-        """Decode as the official class does.
-
-        `skip_special_tokens` also skips ids without a token, which are a KeyError otherwise. As in
-        the official class blanks are never cleaned up, whatever a folder's settings say.
-        """
+        """Decode as the official class does: `skip_special_tokens` also skips ids without a token,
+        a KeyError otherwise, and blanks are never cleaned up, whatever a folder's settings say."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         if skip_special_tokens:
             ids = [index for index in ids if index < self.eod_id]
-        return self._encoding.decode(ids, errors=errors or self.errors)
+        return self.encoding.decode(ids, errors=errors or self.errors)
 
     def apply_chat_template(
         self,
@@ -210,17 +176,12 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Chat messages, or a batch of them, as ChatML; arguments and results are transformers'.
 
         With `tokenize` no content can yield a control token: `sanitize_control_tokens` is always
-        on. A chat without a system message gets DEFAULT_SYSTEM.
-
-        Raises:
-            ValueError: another template, tools, documents or an assistant mask is asked for.
-            UserError: not a message.
+        on. A chat without a system message gets DEFAULT_SYSTEM. ValueError if another template,
+        tools, documents or an assistant mask is asked for; UserError for no message.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
-            raise ValueError(
-                "Qwen's ChatML has no other chat_template, no tools, no documents, no assistant "
-                "mask"
-            )
+            others = "no other chat_template, no tools, no documents, no assistant mask"
+            raise ValueError(f"Qwen's ChatML has {others}")
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt starts a message and continue_final_message continues one"
@@ -232,8 +193,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         if not tokenize:
             texts = [render_turns(turns, *ending) for turns in chats]
             return texts if is_batch else texts[0]
-        ids = [encode_turns(self._encoding, turns, *ending) for turns in chats]
-        encoded: BatchEncoding = self(
+        ids = [encode_turns(self.encoding, turns, *ending) for turns in chats]
+        encoded = self(
             ids if is_batch else ids[0],
             add_special_tokens=False,
             padding=padding,
@@ -249,7 +210,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> tuple[str, ...]:
         """Write the vocabulary, byte for byte what was loaded."""
         name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
-        path = Path(save_directory) / name
+        path = Path(save_directory, name)
         with replacing(path) as unfinished:
-            unfinished.write_bytes(self._encoding.vocabulary)
+            unfinished.write_bytes(self.encoding.vocabulary)
         return (str(path),)

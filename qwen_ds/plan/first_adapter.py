@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import PEFT_PREFIX, Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.adapter_keys import PEFT_PREFIX
 from qwen_ds.plan.run import Base
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import LoraOptions

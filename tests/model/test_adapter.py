@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 
 PREFIX = "base_model.model."
 C_ATTN = "transformer.h.0.attn.c_attn"
+A_KEY, B_KEY = (f"{PREFIX}{C_ATTN}.lora_{side}.weight" for side in "AB")
+ROWS_KEY = f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta"
+ONE = torch.ones(4, 64)
 
 
 @pytest.fixture
@@ -38,19 +41,18 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def store(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+def store(folder: Path, changes: Mapping[str, Tensor | None], **config: Any) -> None:
+    """Change or drop (None) tensors of an adapter, and options of its configuration."""
+    tensors = {k: v for k, v in {**tensors_of(folder), **changes}.items() if v is not None}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
-    return folder
 
 
 def as_original_project(folder: Path, rename: Callable[[str], str]) -> Path:
     """The adapter as the original project left it: the trainable parameters alone, in a pickle,
     without a config."""
-    tensors = {
-        rename(name): torch.nn.Parameter(tensor) for name, tensor in tensors_of(folder).items()
-    }
+    tensors = {rename(name): torch.nn.Parameter(t) for name, t in tensors_of(folder).items()}
     for file in folder.iterdir():
         file.unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -65,10 +67,9 @@ def test_names_ranks_and_scalings_are_the_adapter_s(golden: Path, model: QWenLMH
     adapter = read_adapter(golden / "lora_base" / "adapter")
     assert len(adapter.pairs) == 15
     pair = adapter.pairs[C_ATTN]
-    assert (pair.a_key, pair.r, pair.scaling) == (f"{PREFIX}{C_ATTN}.lora_A.weight", 6, 1.5)
-    assert adapter.saved == {
-        name: PREFIX + name for name in ("lm_head.weight", "transformer.wte.weight")
-    }
+    assert (pair.a_key, pair.r, pair.scaling) == (A_KEY, 6, 1.5)
+    whole = ("lm_head.weight", "transformer.wte.weight")
+    assert adapter.saved == {name: PREFIX + name for name in whole}
     assert len(adapter.changed_tensors()) == 17
     check_adapter_fits(adapter, base_shapes(model))
 
@@ -77,9 +78,7 @@ def test_tensors_are_read_whole_and_by_rows(golden: Path) -> None:
     folder = golden / "lora_base" / "adapter"
     adapter = read_adapter(folder)
     stored = tensors_of(folder)
-    state = adapter.state_dict()
-    assert state.keys() == stored.keys()
-    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    torch.testing.assert_close(adapter.state_dict(), stored, rtol=0, atol=0)
     rows = adapter.tensor(f"{PREFIX}lm_head.weight", 10, 13)
     assert torch.equal(rows, stored[f"{PREFIX}lm_head.weight"][10:13])
 
@@ -100,10 +99,7 @@ def test_the_original_project_s_pickle_reads_like_peft_s_folder(
     expected = read_adapter(golden / "lora" / "adapter")
     adapter = read_adapter(as_original_project(adapter_dir, rename), allow_pickle=True, alpha=8)
     assert adapter.pairs == expected.pairs
-    wanted = expected.state_dict()
-    assert {name: tensor.tolist() for name, tensor in adapter.state_dict().items()} == {
-        name: tensor.tolist() for name, tensor in wanted.items()
-    }
+    torch.testing.assert_close(adapter.state_dict(), expected.state_dict(), rtol=0, atol=0)
     assert (adapter.config["r"], adapter.config["lora_alpha"]) == (4, 8)
     # alpha was a constant of that project: 16
     assert read_adapter(adapter_dir, allow_pickle=True).pairs[C_ATTN].scaling == 4.0
@@ -114,26 +110,16 @@ def test_an_inferred_configuration_puts_the_adapter_onto_a_model(
 ) -> None:
     as_original_project(adapter_dir, lambda name: name.replace(".weight", ".default.weight"))
     adapter = read_adapter(adapter_dir, allow_pickle=True, alpha=8)
-    wrapped = get_peft_model(
-        model, LoraConfig(**{k: v for k, v in adapter.config.items() if k != "peft_type"})
-    )
+    options = {name: value for name, value in adapter.config.items() if name != "peft_type"}
+    wrapped = get_peft_model(model, LoraConfig(**options))
     outcome: Any = set_peft_model_state_dict(wrapped, adapter.state_dict())
     assert outcome.unexpected_keys == []
     assert not [name for name in outcome.missing_keys if "lora_" in name]
-    expected = load_file(golden / "lora" / "outputs.safetensors")
-    mask = expected["attention_mask"]
-    with torch.inference_mode():
-        logits = wrapped.eval()(input_ids=expected["input_ids"], attention_mask=mask).logits
-    torch.testing.assert_close(
-        logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=3e-5
-    )
+    assert_official_logits(wrapped.eval(), golden / "lora", 3e-5)
 
 
 def test_ranks_that_differ_are_inferred_each(adapter_dir: Path) -> None:
-    tensors = tensors_of(adapter_dir)
-    for side, shape in (("A", (7, 64)), ("B", (192, 7))):
-        tensors[f"{PREFIX}{C_ATTN}.lora_{side}.weight"] = torch.ones(shape)
-    store(adapter_dir, tensors)
+    store(adapter_dir, {A_KEY: torch.ones(7, 64), B_KEY: torch.ones(192, 7)})
     adapter = read_adapter(as_original_project(adapter_dir, lambda name: name), allow_pickle=True)
     assert adapter.pairs[C_ATTN].r == 7 and adapter.pairs[C_ATTN].scaling == pytest.approx(16 / 7)
     assert adapter.config["rank_pattern"] == {C_ATTN: 7} and adapter.config["r"] == 4
@@ -146,9 +132,8 @@ def test_stock_pickles_are_read_with_their_configuration_where_pickles_are_allow
     torch.save(tensors_of(adapter_dir), adapter_dir / "adapter_model.bin")
     (adapter_dir / "adapter_model.safetensors").unlink()
     assert read_adapter(adapter_dir, allow_pickle=True, alpha=99).pairs == expected
-    with pytest.raises(
-        UserError, match=r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"
-    ):
+    refused = r"adapter_model\.bin: a pickle; expected adapter_model\.safetensors"
+    with pytest.raises(UserError, match=refused):
         read_adapter(adapter_dir)
 
 
@@ -192,53 +177,37 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_no_code(
 def test_a_configuration_that_cannot_be_honoured_is_refused(
     adapter_dir: Path, config: dict[str, Any], message: str
 ) -> None:
-    store(adapter_dir, tensors_of(adapter_dir), **config)
+    store(adapter_dir, {}, **config)
     with pytest.raises(UserError, match=message) as caught:
         read_adapter(adapter_dir)
     assert "\n" not in str(caught.value)
 
 
-ONE = torch.ones(4, 64)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": ONE},
-            "unknown tensor .*q_proj",
-        ),
+        ({f"{PREFIX}model.layers.0.q_proj.lora_A.weight": ONE}, "unknown tensor .*q_proj"),
         ({f"{PREFIX}{C_ATTN}.lora_A.bias": ONE}, r"unknown tensor .*lora_A\.bias"),
         ({f"{PREFIX}transformer.wte.lora_embedding_A": ONE}, "unknown tensor .*lora_embedding_A"),
-        (
-            {f"{PREFIX}{C_ATTN}.lora_A.other.weight": ONE},
-            "are the same tensor; expected one adapter",
-        ),
-        ({f"{PREFIX}{C_ATTN}.lora_B.weight": None}, r"c_attn\.lora_A\.weight has no lora_B"),
-        ({f"{PREFIX}{C_ATTN}.lora_A.weight": None}, r"c_attn\.lora_B\.weight has no lora_A"),
-        (
-            {f"{PREFIX}{C_ATTN}.lora_A.weight": torch.zeros(0)},
-            r"is \[0\]; expected a whole tensor .*ZeRO-3",
-        ),
+        ({f"{PREFIX}{C_ATTN}.lora_A.x.weight": ONE}, "are the same tensor; expected one adapter"),
+        ({B_KEY: None}, r"c_attn\.lora_A\.weight has no lora_B"),
+        ({A_KEY: None}, r"c_attn\.lora_B\.weight has no lora_A"),
+        ({A_KEY: torch.zeros(0)}, r"is \[0\]; expected a whole tensor .*ZeRO-3"),
         ({f"{PREFIX}{C_ATTN}.weight": ONE}, "c_attn is changed in two ways"),
-        (
-            {f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta": ONE},
-            "replaces 4 rows; .* lists none",
-        ),
+        ({ROWS_KEY: ONE}, "replaces 4 rows; .* lists none"),
     ],
 )
 def test_a_tensor_that_is_not_understood_is_named(
     adapter_dir: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
-    tensors = {**tensors_of(adapter_dir), **changes}
-    store(adapter_dir, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    store(adapter_dir, changes)
     with pytest.raises(UserError, match=message) as caught:
         read_adapter(adapter_dir)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_adapter_is_refused(adapter_dir: Path) -> None:
-    store(adapter_dir, {})
+    store(adapter_dir, dict.fromkeys(tensors_of(adapter_dir)))
     with pytest.raises(UserError, match="hold no tensor"):
         read_adapter(adapter_dir)
 
@@ -261,14 +230,8 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {f"{PREFIX}{C_ATTN}.lora_A.weight": torch.ones(4, 65)},
-            r"lora_A\.weight is \[4, 65\]; expected \[4, 64\]",
-        ),
-        (
-            {f"{PREFIX}{C_ATTN}.lora_B.weight": torch.ones(191, 4)},
-            r"lora_B\.weight is \[191, 4\]; expected \[192, 4\]",
-        ),
+        ({A_KEY: torch.ones(4, 65)}, r"lora_A\.weight is \[4, 65\]; expected \[4, 64\]"),
+        ({B_KEY: torch.ones(191, 4)}, r"lora_B\.weight is \[191, 4\]; expected \[192, 4\]"),
         (
             {f"{PREFIX}lm_head.weight": torch.ones(512, 32)},
             r"lm_head\.weight is \[512, 32\]; expected \[512, 64\]",
@@ -278,26 +241,16 @@ def test_a_missing_or_broken_file_is_named(adapter_dir: Path) -> None:
             r"h\.3\.ln_1\.weight, which this base does not have",
         ),
         (
-            {
-                f"{PREFIX}transformer.ln_f.lora_A.weight": torch.ones(4, 64),
-                f"{PREFIX}transformer.ln_f.lora_B.weight": torch.ones(64, 4),
-            },
+            {f"{PREFIX}transformer.ln_f.lora_{side}.weight": ONE.clone() for side in "AB"},
             r"of shape \[64\]; expected a matrix",
         ),
-        (
-            {f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta": torch.ones(2, 64)},
-            r"replaces row 600; transformer\.wte\.weight has 512 rows",
-        ),
+        ({ROWS_KEY: torch.ones(2, 64)}, r"row 600; transformer\.wte\.weight has 512 rows"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     adapter_dir: Path, model: QWenLMHeadModel, changes: dict[str, Tensor], message: str
 ) -> None:
-    store(
-        adapter_dir,
-        {**tensors_of(adapter_dir), **changes},
-        trainable_token_indices={"wte": [3, 600]},
-    )
+    store(adapter_dir, changes, trainable_token_indices={"wte": [3, 600]})
     adapter = read_adapter(adapter_dir)
     with pytest.raises(UserError, match=message):
         check_adapter_fits(adapter, base_shapes(model))
@@ -306,29 +259,23 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
 
 
 def test_a_list_of_token_rows_means_the_input_embedding(adapter_dir: Path) -> None:
-    key = f"{PREFIX}transformer.wte.token_adapter.trainable_tokens_delta"
-    store(
-        adapter_dir,
-        {**tensors_of(adapter_dir), key: torch.ones(2, 64)},
-        trainable_token_indices=[304, 305],
-    )
+    store(adapter_dir, {ROWS_KEY: torch.ones(2, 64)}, trainable_token_indices=[304, 305])
     rows = read_adapter(adapter_dir).token_rows["transformer.wte"]
-    assert (rows.key, rows.indices) == (key, (304, 305))
+    assert (rows.key, rows.indices) == (ROWS_KEY, (304, 305))
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_base"])
-def test_a_loaded_adapter_gives_the_official_logits(
-    golden: Path, model: QWenLMHeadModel, name: str
-) -> None:
-    wrapped = load_adapter(model, golden / name / "adapter")
-    assert not wrapped.training and not any(
-        parameter.requires_grad for parameter in wrapped.parameters()
-    )
-    expected = load_file(golden / name / "outputs.safetensors")
+def assert_official_logits(model: torch.nn.Module, folder: Path, tolerance: float) -> None:
+    expected = load_file(folder / "outputs.safetensors")
     mask = expected["attention_mask"]
     with torch.inference_mode():
-        logits = wrapped(input_ids=expected["input_ids"], attention_mask=mask).logits
-    tolerance = {"lora": 3e-5, "lora_base": 3e-4}[name]
-    torch.testing.assert_close(
-        logits[mask.bool()], expected["logits"][mask.bool()], rtol=0, atol=tolerance
-    )
+        logits = model(input_ids=expected["input_ids"], attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(logits, expected["logits"][mask.bool()], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("lora", 3e-5), ("lora_base", 3e-4)])
+def test_a_loaded_adapter_gives_the_official_logits(
+    golden: Path, model: QWenLMHeadModel, name: str, tolerance: float
+) -> None:
+    wrapped = load_adapter(model, golden / name / "adapter")
+    assert not wrapped.training and not any(p.requires_grad for p in wrapped.parameters())
+    assert_official_logits(wrapped, golden / name, tolerance)

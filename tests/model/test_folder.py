@@ -23,7 +23,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.folder import check_folder, find_model
 
 ROOT = Path(__file__).parents[2]
-INDEX = "model.safetensors.index.json"
+INDEX, GIT_LFS = "model.safetensors.index.json", "version https://git-lfs.github.com/spec/v1"
 
 
 @pytest.fixture
@@ -32,10 +32,9 @@ def folder(small_dir: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in drop})
-    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
 
 
 def shard(folder: Path) -> list[str]:
@@ -44,10 +43,7 @@ def shard(folder: Path) -> list[str]:
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     weight_map = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
     for name in names:
-        save_file(
-            {tensor: tensors[tensor] for tensor in tensors if weight_map[tensor] == name},
-            folder / name,
-        )
+        save_file({t: tensors[t] for t in tensors if weight_map[t] == name}, folder / name)
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
     return names
@@ -85,6 +81,10 @@ def without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 
 
+def with_text(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
+
+
 def cut_off(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -98,11 +98,8 @@ def cut_off(folder: Path) -> None:
             lambda f: (f / "config.json").rename(f / "adapter_config.json"),
             "an adapter, not a model",
         ),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
-        (
-            lambda f: (f / "config.json").write_text("[]"),
-            "config.json: a JSON list; expected an object",
-        ),
+        (with_text("config.json", "{"), "config.json: not readable as JSON"),
+        (with_text("config.json", "[]"), "config.json: a JSON list; expected an object"),
         (lambda f: edit(f, model_type="qwen2"), "model_type is 'qwen2'; expected 'qwen'"),
         (lambda f: edit(f, drop=("model_type",)), "model_type is None; expected 'qwen'"),
         (lambda f: edit(f, visual={"layers": 48}), "visual input; expected a text-only Qwen"),
@@ -111,27 +108,13 @@ def cut_off(folder: Path) -> None:
             "qwen.tiktoken has 512 tokens but config.json says vocab_size 511",
         ),
         (lambda f: edit(f, drop=("vocab_size",)), "says vocab_size None"),
-        (
-            without("qwen.tiktoken"),
-            "qwen.tiktoken: No such file or directory; expected the model's qwen.tiktoken",
-        ),
-        (
-            lambda f: (f / "qwen.tiktoken").write_text("version https://git-lfs"),
-            "qwen.tiktoken: line 1 is not",
-        ),
+        (without("qwen.tiktoken"), "No such file or directory; expected the model's qwen.tiktoken"),
+        (with_text("qwen.tiktoken", GIT_LFS), "qwen.tiktoken: line 1 is not"),
         (without("model.safetensors"), "no weights; expected model.safetensors or"),
         (cut_off, "the file is cut off or damaged"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "0 bytes hold no header"),
-        (
-            lambda f: (f / "model.safetensors").write_text(
-                "version https://git-lfs.github.com/spec/v1"
-            ),
-            "Git LFS pointer",
-        ),
-        (
-            lambda f: (f / shard(f)[1]).unlink(),
-            "00002.safetensors is missing (1 of 2 weight files are)",
-        ),
+        (with_text("model.safetensors", ""), "0 bytes hold no header"),
+        (with_text("model.safetensors", GIT_LFS), "Git LFS pointer"),
+        (lambda f: (f / shard(f)[1]).unlink(), "is missing (1 of 2 weight files are)"),
         (lambda f: shard(f) and (f / INDEX).write_text("{}"), "no weight_map"),
     ],
 )
@@ -165,9 +148,8 @@ def test_a_quantised_folder_is_refused_with_the_name_of_the_bf16_model(
 @pytest.mark.parametrize("path", ["/no/such/folder", "./model", "a/b/c", "", "models/*"])
 def test_a_path_to_nothing_is_never_looked_up_on_the_hub(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "qwen_ds.model.folder.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
-    )
+    asked = "qwen_ds.model.folder.snapshot_download"
+    monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match="no such folder|no config.json"):
         find_model(path)
 
@@ -193,19 +175,14 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         body, headers = None, {"X-Repo-Commit": COMMIT}
-        if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.files:
-            names = self.files["/".join(parts[2:4])]
+        if parts[:2] == ["api", "models"] and (name := "/".join(parts[2:4])) in self.files:
+            held = self.files[name].items()
+            siblings = [{"rfilename": path} for path, _ in held]
+            answer: Any = {"id": name, "sha": COMMIT, "siblings": siblings}
             if parts[4:5] == ["tree"]:
-                listed = [
-                    {"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
-                    for n, b in names.items()
-                ]
-                body = json.dumps(listed).encode()
-            else:
-                siblings = [{"rfilename": name} for name in names]
-                body = json.dumps(
-                    {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}
-                ).encode()
+                entry = {"type": "file", "oid": "0" * 40}
+                answer = [entry | {"path": path, "size": len(data)} for path, data in held]
+            body = json.dumps(answer).encode()
         elif parts[2:3] == ["resolve"]:
             body = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
             if body is not None:
@@ -227,11 +204,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def hub(small_dir: Path) -> Iterator[str]:
     tiny = {path.name: path.read_bytes() for path in small_dir.iterdir()}
-    tiny |= {
-        "modeling_qwen.py": b"raise SystemExit('ran')",
-        "LICENSE": b"free",
-        "pytorch_model.bin": b"pickle",
-    }
+    tiny |= {"modeling_qwen.py": b"raise SystemExit('ran')", "LICENSE": b"free"}
+    tiny["pytorch_model.bin"] = b"pickle"
     old = {name: body for name, body in tiny.items() if not name.endswith(".safetensors")}
     Hub.files, Hub.asked = {"acme/tiny": tiny, "acme/old": old}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -244,33 +218,18 @@ def hub(small_dir: Path) -> Iterator[str]:
 
 
 def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[str]:
-    """find_model's answer to each name, in a new process.
-
-    huggingface_hub reads its variables when it is imported.
-    """
+    """find_model's answer to each name, in a new process: huggingface_hub reads its variables when
+    it is imported."""
     code = (
         "import sys\nfrom qwen_ds.model.folder import find_model\n"
         "for name in sys.argv[1:]:\n    try: print(find_model(name))\n"
         "    except ValueError as error: print(error)"
     )
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("HF_", "HUGGINGFACE"))
-    }
-    env |= {
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "no_proxy": "127.0.0.1",
-        **variables,
-    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))}
+    env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
+    command = [sys.executable, "-c", code, *names]
     done = subprocess.run(
-        [sys.executable, "-c", code, *names],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        command, cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -279,13 +238,13 @@ def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[st
 def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offline(
     hub, tmp_path, monkeypatch
 ):
-    tiny, old, absent = find_in_a_process(
-        ["acme/tiny", "acme/old", "acme/none"], tmp_path, HF_ENDPOINT=hub
-    )
+    ids = ["acme/tiny", "acme/old", "acme/none"]
+    tiny, old, absent = find_in_a_process(ids, tmp_path, HF_ENDPOINT=hub)
+    failed = "acme/none: no such folder, and fetching it from the hub failed: "
     wanted = {"config.json", "generation_config.json", "qwen.tiktoken", "LICENSE"}
     assert {path.name for path in Path(tiny).iterdir()} == wanted | {"model.safetensors"}
     assert {path.name for path in Path(old).iterdir()} == wanted | {"pytorch_model.bin"}
-    assert absent.startswith("acme/none: no such folder, and fetching it from the hub failed: ")
+    assert absent.startswith(failed)
     assert any("resolve" in path for path in Hub.asked)
     assert not any(".py" in path for path in Hub.asked), "code was fetched"
     check_folder(Path(tiny))
@@ -294,11 +253,7 @@ def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offlin
     # take seconds.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(
-        socket.socket, "connect", lambda *_: pytest.fail("went to the network although offline")
-    )
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network"))
     assert find_model("acme/tiny") == Path(tiny)
-    with pytest.raises(
-        UserError, match="acme/none: no such folder, and fetching it from the hub failed: "
-    ):
+    with pytest.raises(UserError, match=failed):
         find_model("acme/none")

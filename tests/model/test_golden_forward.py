@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,18 +51,13 @@ def logits(model: torch.nn.Module, ids_BT: Tensor, **kwargs: object) -> Tensor:
 def test_right_padded_rows_have_official_logits(model, golden: Path) -> None:
     data = load_file(golden / "forward/right_pad.safetensors")
     ids, mask = data["input_ids"], data["attention_mask"]
-    masked, unmasked, real = (
-        logits(model, ids, attention_mask=mask),
-        logits(model, ids),
-        mask.bool(),
-    )
-    assert_close(masked[real], data["logits_mask"][real], **TOLERANCE)
+    masked, unmasked = logits(model, ids, attention_mask=mask), logits(model, ids)
+    assert_close(masked[mask.bool()], data["logits_mask"][mask.bool()], **TOLERANCE)
     assert_close(unmasked, data["logits_nomask"], **TOLERANCE)
     for row, length in enumerate(mask.sum(-1).tolist()):
-        assert_close(unmasked[row, :length], data[f"single.{row}.logits"], **TOLERANCE)
-        assert_close(
-            logits(model, ids[row : row + 1, :length])[0], data[f"single.{row}.logits"], **TOLERANCE
-        )
+        alone = logits(model, ids[row : row + 1, :length])[0]
+        for found in (unmasked[row, :length], alone):
+            assert_close(found, data[f"single.{row}.logits"], **TOLERANCE)
 
 
 @pytest.mark.usefixtures("attention")
@@ -107,21 +103,17 @@ def test_a_row_that_is_nothing_but_padding_stays_finite_and_changes_no_other(mod
 def test_every_module_gives_official_activations(model, golden: Path) -> None:
     data = load_file(golden / "forward/debug.safetensors")
     found: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, out, name=name: found.__setitem__(f"act.{name}", out[0])
-        )
-        for name, module in model.named_modules()
-    ]
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, __, out: found.update({f"act.{name}": out[0]})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     with torch.no_grad():
         out = model(data["input_ids"].unsqueeze(0), output_hidden_states=True, use_cache=True)
     for hook in hooks:
         hook.remove()
-    for name in data:
-        if name.startswith("act."):
-            assert_close(
-                found[name], data[name], msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE
-            )
+    expected = {name: tensor for name, tensor in data.items() if name.startswith("act.")}
+    assert_close({name: found[name] for name in expected}, expected, **TOLERANCE)
     for i, state in enumerate(out.hidden_states):
         assert_close(state[0], data[f"hidden_states.{i}"], **TOLERANCE)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
@@ -139,30 +131,22 @@ def test_full_vocabulary_has_official_last_logits(full_dir: Path, golden: Path) 
     assert_close(last[:, 0, data["columns"]], data["last_logits_at_columns"], **TOLERANCE)
     assert_close(last[:, 0].logsumexp(-1), data["last_logsumexp"], **TOLERANCE)
     values, indices = last[:, 0].topk(50)
-    assert_close(values, data["last_top50_values"], **TOLERANCE)
-    assert_close(
-        last[:, 0].gather(-1, data["last_top50_indices"]), data["last_top50_values"], **TOLERANCE
-    )
+    at_official = last[:, 0].gather(-1, data["last_top50_indices"])
+    for found in (values, at_official):
+        assert_close(found, data["last_top50_values"], **TOLERANCE)
     assert torch.equal(indices[:, 0], data["last_top50_indices"][:, 0])
     texts = json.loads((golden / "forward/full_vocab_texts.json").read_text())
     for row, text in enumerate(texts):  # a row alone, without padding
-        single = logits(model, torch.tensor([text["ids"]]), logits_to_keep=1)
-        assert_close(
-            single[0, 0, data["columns"]], data["last_logits_at_columns"][row], **TOLERANCE
-        )
+        found = logits(model, torch.tensor([text["ids"]]), logits_to_keep=1)[0, 0, data["columns"]]
+        assert_close(found, data["last_logits_at_columns"][row], **TOLERANCE)
 
 
 def test_bf16_logits_are_as_close_as_bf16_gets(bf16_model, golden: Path) -> None:
     data = load_file(golden / "forward/bf16.safetensors")
-    real = data["attention_mask"].bool()
-    long_ids = data["long.input_ids"].unsqueeze(0)
-    pairs = (
-        (
-            logits(bf16_model, data["input_ids"], attention_mask=data["attention_mask"])[real],
-            data["logits"][real],
-        ),
-        (logits(bf16_model, long_ids)[0, data["long.positions"]], data["long.logits"]),
-    )
+    mask = data["attention_mask"]
+    several = logits(bf16_model, data["input_ids"], attention_mask=mask)[mask.bool()]
+    long = logits(bf16_model, data["long.input_ids"].unsqueeze(0))[0, data["long.positions"]]
+    pairs = (several, data["logits"][mask.bool()]), (long, data["long.logits"])
     for found, expected in pairs:
         assert found.dtype == torch.bfloat16
         difference = (found.float() - expected.float()).abs()
@@ -172,10 +156,9 @@ def test_bf16_logits_are_as_close_as_bf16_gets(bf16_model, golden: Path) -> None
 def test_bf16_loss_is_in_fp32_and_near_the_official_one(bf16_model, golden: Path) -> None:
     data = load_file(golden / "forward/bf16_ops.safetensors")
     inputs = load_file(golden / "forward/bf16.safetensors")
+    known = {"attention_mask": inputs["attention_mask"], "labels": data["labels"]}
     with torch.no_grad():
-        loss = bf16_model(
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=data["labels"]
-        ).loss
+        loss = bf16_model(inputs["input_ids"], **known).loss
     assert loss.dtype == torch.float32
     assert_close(loss, data["loss_bf16"].float(), atol=0.1, rtol=0.0)
 
@@ -191,9 +174,8 @@ def test_bf16_rotary_and_logn_are_bit_exact(golden: Path) -> None:
     data = load_file(golden / "forward/bf16_ops.safetensors")
     positions = torch.arange(192).unsqueeze(0)
     cos, sin = rotary_tables(positions, 16, 10000, torch.tensor([3]))
-    assert torch.equal(
-        apply_rotary(data["rope.x"], cos[:, :, None], sin[:, :, None]), data["rope.out_alpha3"]
-    )
+    rotated = apply_rotary(data["rope.x"], cos[:, :, None], sin[:, :, None])
+    assert torch.equal(rotated, data["rope.out_alpha3"])
     table = logn_factors(positions, 64).bfloat16()
     assert torch.equal(table[0], data["logn.table_bf16"])
     assert torch.equal(data["rope.out_alpha3"] * table[:, :, None, None], data["logn.out"])
@@ -203,9 +185,8 @@ def test_the_gradient_of_the_rotation_is_rounded_once() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 50, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn_like(x)
-    cos, sin = (
-        table[:, :, None] for table in rotary_tables(torch.arange(50).unsqueeze(0), 16, 10000)
-    )
+    tables = rotary_tables(torch.arange(50).unsqueeze(0), 16, 10000)
+    cos, sin = (table[:, :, None] for table in tables)
     apply_rotary(x, cos, sin).backward(upstream)
     assert torch.equal(x.grad, apply_rotary(upstream, cos, -sin))
 
@@ -228,19 +209,16 @@ def test_position_ids_are_honoured(model) -> None:
     assert_close(packed[:, :5], logits(model, ids[:, :5]), **TOLERANCE)
     assert_close(packed[:, 5:], logits(model, ids[:, 5:]), **TOLERANCE)
     # Rotation is relative; only a gap between positions shows in the logits.
-    assert not torch.allclose(
-        logits(model, ids, position_ids=torch.arange(0, 24, 2).unsqueeze(0)), logits(model, ids)
-    )
+    apart = logits(model, ids, position_ids=torch.arange(0, 24, 2).unsqueeze(0))
+    assert not torch.allclose(apart, logits(model, ids))
 
 
 def test_logits_to_keep_gives_the_same_logits_for_fewer_tokens(model) -> None:
     ids = torch.arange(12).reshape(2, 6)
     everything = logits(model, ids)
-    assert_close(logits(model, ids, logits_to_keep=2), everything[:, -2:], atol=1e-5, rtol=0.0)
     picked = torch.tensor([0, 4])
-    assert_close(
-        logits(model, ids, logits_to_keep=picked), everything[:, picked], atol=1e-5, rtol=0.0
-    )
+    for kept, expected in ((2, everything[:, -2:]), (picked, everything[:, picked])):
+        assert_close(logits(model, ids, logits_to_keep=kept), expected, atol=1e-5, rtol=0.0)
 
 
 def test_embeddings_can_take_the_place_of_ids(model) -> None:
@@ -250,18 +228,15 @@ def test_embeddings_can_take_the_place_of_ids(model) -> None:
     assert torch.equal(found, logits(model, ids))
 
 
+FOUR = torch.ones(1, 4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
-        (
-            {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 3)},
-            "expected one column",
-        ),
-        (
-            {"input_ids": torch.ones(1, 4, dtype=torch.int64), "output_attentions": True},
-            "not materialised",
-        ),
+        ({"input_ids": FOUR, "attention_mask": torch.ones(1, 3)}, "expected one column"),
+        ({"input_ids": FOUR, "output_attentions": True}, "not materialised"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(model, arguments: dict, complaint: str) -> None:

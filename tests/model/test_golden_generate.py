@@ -22,6 +22,12 @@ from transformers import (
 import qwen_ds
 
 TOLERANCE = {"atol": 3e-5, "rtol": 0.0}
+WITH_LOGITS = {"output_logits": True, "return_dict_in_generate": True}
+
+
+@pytest.fixture(scope="module")
+def prompts(golden: Path) -> dict[str, Tensor]:
+    return load_file(golden / "generate/greedy.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +44,26 @@ def new_tokens(model: qwen_ds.QWenLMHeadModel, ids_BT: Tensor, n: int, **kwargs:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_greedy_batch_gives_official_tokens_and_scores(
-    model, golden: Path, monkeypatch, implementation: str
+    model, prompts, monkeypatch, implementation: str
 ) -> None:
     monkeypatch.setattr(model.config, "_attn_implementation", implementation)
-    data = load_file(golden / "generate/greedy.safetensors")
-    out = model.generate(
-        data["input_ids"],
-        attention_mask=data["attention_mask"],
-        max_new_tokens=24,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    assert torch.equal(out.sequences[:, 26:], data["new_tokens"])
-    assert_close(torch.stack(out.logits), data["scores"], **TOLERANCE)
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=24, **WITH_LOGITS)
+    assert torch.equal(out.sequences[:, 26:], prompts["new_tokens"])
+    assert_close(torch.stack(out.logits), prompts["scores"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("row", range(4))
 def test_a_row_alone_gives_its_official_tokens_with_and_without_cache(
-    model, golden: Path, row: int
+    model, prompts, row: int
 ) -> None:
-    data = load_file(golden / "generate/greedy.safetensors")
-    ids = data[f"single.{row}.input_ids"].unsqueeze(0)
+    ids = prompts[f"single.{row}.input_ids"].unsqueeze(0)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, **WITH_LOGITS}
     for use_cache in (True, False):
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        assert torch.equal(out.sequences[0, ids.shape[1] :], data[f"single.{row}.new_tokens"])
+        out = model.generate(ids, use_cache=use_cache, **options)
+        assert torch.equal(out.sequences[0, ids.shape[1] :], prompts[f"single.{row}.new_tokens"])
         scores = torch.stack(out.logits)[[0, -1], 0]
-        assert_close(scores, data[f"single.{row}.scores_first_last"], **TOLERANCE)
+        assert_close(scores, prompts[f"single.{row}.scores_first_last"], **TOLERANCE)
 
 
 def test_a_padded_batch_of_one_is_the_unpadded_prompt(model, golden: Path) -> None:
@@ -84,8 +77,7 @@ def test_a_padded_batch_of_one_is_the_unpadded_prompt(model, golden: Path) -> No
     assert_close(last, data["forward_with_mask_last_logits"], **TOLERANCE)
 
 
-def test_stop_words_end_rows_as_in_the_official_generate(model, golden: Path) -> None:
-    prompts = load_file(golden / "generate/greedy.safetensors")
+def test_stop_words_end_rows_as_in_the_official_generate(model, prompts, golden: Path) -> None:
     for case in json.loads((golden / "generate/stop_words.json").read_text())["cases"]:
         if case["rows"] == "all":
             ids, mask = prompts["input_ids"], prompts["attention_mask"]
@@ -97,11 +89,9 @@ def test_stop_words_end_rows_as_in_the_official_generate(model, golden: Path) ->
         assert found.tolist() == case["new_tokens"], case["name"]
 
 
-def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> None:
-    ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
-    config = GenerationConfig(
-        eos_token_id=304, pad_token_id=304, max_new_tokens=24, do_sample=False
-    )
+def test_stop_words_may_come_from_the_generation_config(model, prompts) -> None:
+    ids = prompts["single.3.input_ids"].unsqueeze(0)
+    config = GenerationConfig(**model.generation_config.to_diff_dict(), max_new_tokens=24)
     config.stop_words_ids = [[224]]
     found = model.generate(ids, config, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
     assert found.tolist() == [454, 149, 224, 304]
@@ -109,23 +99,20 @@ def test_stop_words_may_come_from_the_generation_config(model, golden: Path) -> 
 
 def test_a_stop_word_that_is_the_eos_token_or_longer_than_the_prompt_changes_nothing(model) -> None:
     ids = torch.tensor([[7, 304]])  # what ends here is the prompt, not the answer
-    assert torch.equal(
-        new_tokens(model, ids, 4, stop_words_ids=[[304], [1, 2, 3, 4, 5]]),
-        new_tokens(model, ids, 4),
-    )
+    found = new_tokens(model, ids, 4, stop_words_ids=[[304], [1, 2, 3, 4, 5]])
+    assert torch.equal(found, new_tokens(model, ids, 4))
 
 
 def test_stop_words_end_with_the_eos_token_of_the_call_and_leave_other_processors_alone(
-    model, golden: Path
+    model, prompts
 ) -> None:
     class Never(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             return scores.index_fill(1, torch.tensor([224]), -torch.inf)
 
-    ids = load_file(golden / "generate/greedy.safetensors")["single.3.input_ids"].unsqueeze(0)
-    assert new_tokens(model, ids, 6, stop_words_ids=[[149]], eos_token_id=[311, 304])[
-        0
-    ].tolist() == [454, 149, 311]
+    ids = prompts["single.3.input_ids"].unsqueeze(0)
+    found = new_tokens(model, ids, 6, stop_words_ids=[[149]], eos_token_id=[311, 304])
+    assert found[0].tolist() == [454, 149, 311]
     options = {"stop_words_ids": [[224]], "logits_processor": LogitsProcessorList([Never()])}
     found = new_tokens(model, ids, 6, **options)[0].tolist()
     assert found[:2] == [454, 149] and len(found) == 6 and 224 not in found
@@ -161,20 +148,16 @@ def test_several_tokens_on_a_cache_are_causal(model, golden: Path, chunk: int) -
     "options", [{"prefill_chunk_size": 7}, {"cache_implementation": "static"}, {"num_beams": 2}]
 )
 def test_other_ways_to_decode_give_each_row_what_it_gets_alone(
-    model, golden: Path, options: dict
+    model, prompts, options: dict
 ) -> None:
-    data = load_file(golden / "generate/greedy.safetensors")
     options = options | {"disable_compile": True}
-    batch = new_tokens(
-        model, data["input_ids"], 8, attention_mask=data["attention_mask"], **options
-    )
+    mask = prompts["attention_mask"]
+    batch = new_tokens(model, prompts["input_ids"], 8, attention_mask=mask, **options)
     for row in range(4):
-        assert torch.equal(
-            batch[row],
-            new_tokens(model, data[f"single.{row}.input_ids"].unsqueeze(0), 8, **options)[0],
-        )
+        ids = prompts[f"single.{row}.input_ids"].unsqueeze(0)
+        assert torch.equal(batch[row], new_tokens(model, ids, 8, **options)[0])
     if "num_beams" not in options:
-        assert torch.equal(batch, data["new_tokens"][:, :8])
+        assert torch.equal(batch, prompts["new_tokens"][:, :8])
 
 
 def test_a_hole_in_the_mask_keeps_its_position_while_generating(model) -> None:
@@ -182,8 +165,7 @@ def test_a_hole_in_the_mask_keeps_its_position_while_generating(model) -> None:
     count the hole out."""
     ids = torch.arange(30, 40).unsqueeze(0)
     mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
-    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
-    out = model.generate(ids, attention_mask=mask, **options)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=3, **WITH_LOGITS)
     for step, scores in enumerate(out.logits):
         seen = torch.cat((mask, torch.ones(1, step, dtype=torch.int64)), 1)
         with torch.no_grad():
@@ -199,9 +181,8 @@ def test_a_masked_cache_can_be_filled_in_pieces(model, golden: Path, kind: str) 
     pieces = []
     with torch.no_grad():
         for start, end in ((0, 6), (6, 13), (13, 14), (14, 21)):
-            pieces.append(
-                model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
-            )
+            known = {"attention_mask": mask[:, :end], "past_key_values": cache}
+            pieces.append(model(ids[:, start:end], **known).logits)
     real = mask.bool()
     assert_close(torch.cat(pieces, 1)[real], data["logits"][real], **TOLERANCE)
 

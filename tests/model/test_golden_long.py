@@ -32,6 +32,11 @@ def model(small_dir: Path) -> qwen_ds.QWenLMHeadModel:
 
 
 @pytest.fixture(scope="module")
+def single(golden: Path) -> dict[str, Tensor]:
+    return load_file(golden / "long/single.safetensors")
+
+
+@pytest.fixture(scope="module")
 def batch(golden: Path) -> dict[str, Tensor]:
     return load_file(golden / "long/batch.safetensors")
 
@@ -53,10 +58,8 @@ def at(values_BTV: Tensor, positions_BN: Tensor) -> Tensor:
 def test_alpha_is_official_at_every_length(golden: Path) -> None:
     table = json.loads((golden / "long/tables.json").read_text())["ntk_alpha"]
     for seq_length in {row[0] for row in table}:
-        lens = torch.tensor([row[1] for row in table if row[0] == seq_length])
-        assert ntk_alpha(lens, seq_length).tolist() == [
-            row[2] for row in table if row[0] == seq_length
-        ]
+        lens, alphas = zip(*(row[1:] for row in table if row[0] == seq_length), strict=True)
+        assert ntk_alpha(torch.tensor(lens), seq_length).tolist() == list(alphas)
 
 
 def test_logn_factors_are_official(golden: Path) -> None:
@@ -80,31 +83,23 @@ def test_rotary_tables_are_official(golden: Path, shape: str, head_dim: int, bas
         for name, half in (("cos", cos), ("sin", sin)):
             expected = data[f"{shape}.alpha{alpha}.{name}"]
             assert_close(torch.cat((half, half), -1)[0], expected, atol=1e-6, rtol=1e-6)
-    plain = rotary_tables(positions, head_dim, base)
-    assert_close(
-        torch.cat((plain[0], plain[0]), -1)[0], data[f"{shape}.alpha1.cos"], atol=1e-6, rtol=1e-6
-    )
+    cos, _ = rotary_tables(positions, head_dim, base)
+    expected = data[f"{shape}.alpha1.cos"]
+    assert_close(torch.cat((cos, cos), -1)[0], expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ntk, logn", FLAGS)
 @pytest.mark.parametrize("length", [100, 150])
-def test_a_long_row_has_official_logits(
-    model, golden: Path, length: int, ntk: bool, logn: bool
-) -> None:
-    data = load_file(golden / "long/single.safetensors")
+def test_a_long_row_has_official_logits(model, single, length: int, ntk: bool, logn: bool) -> None:
     model.config.use_dynamic_ntk, model.config.use_logn_attn = ntk, logn
-    ids, positions = data[f"L{length}.input_ids"].unsqueeze(0), data[f"L{length}.positions"]
+    ids, positions = single[f"L{length}.input_ids"].unsqueeze(0), single[f"L{length}.positions"]
     found = logits(model, ids)[0, positions]
-    assert_close(found, data[f"L{length}.ntk{ntk:d}_logn{logn:d}.logits"], **TOLERANCE)
-    assert_close(
-        logits(model, ids, extend_context=False)[0, positions],
-        data[f"L{length}.train_mode.logits"],
-        **TOLERANCE,
-    )
+    assert_close(found, single[f"L{length}.ntk{ntk:d}_logn{logn:d}.logits"], **TOLERANCE)
+    expected = single[f"L{length}.train_mode.logits"]
+    found = logits(model, ids, extend_context=False)[0, positions]
+    assert_close(found, expected, **TOLERANCE)
     model.train()
-    assert_close(
-        logits(model, ids)[0, positions], data[f"L{length}.train_mode.logits"], **TOLERANCE
-    )
+    assert_close(logits(model, ids)[0, positions], expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("ntk, logn", FLAGS)
@@ -128,9 +123,8 @@ def test_left_padded_long_rows_are_the_rows_alone(model, batch, ntk, logn) -> No
     if not logn:
         assert_close(found, batch[f"left.ntk{ntk:d}_logn0.logits_mask"], **TOLERANCE)
     for row, length in enumerate(mask.sum(-1).tolist()):
-        alone = logits(model, ids[row : row + 1, -length:])[
-            0, batch["left.positions"][row] - (140 - length)
-        ]
+        positions = batch["left.positions"][row] - (140 - length)
+        alone = logits(model, ids[row : row + 1, -length:])[0, positions]
         assert_close(alone, found[row], **TOLERANCE)
 
 
@@ -175,18 +169,11 @@ def test_a_4d_mask_beyond_seq_length_needs_the_prompts_lengths(model) -> None:
 def test_decoding_across_a_doubling_gives_official_tokens_and_scores(
     model, generated, prompt, use_cache
 ) -> None:
-    ids, name = (
-        generated[f"{prompt}.input_ids"].unsqueeze(0),
-        f"{prompt}.{'cache' if use_cache else 'nocache'}",
-    )
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=24,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    ids = generated[f"{prompt}.input_ids"].unsqueeze(0)
+    name = f"{prompt}.{'cache' if use_cache else 'nocache'}"
+    options = {"output_logits": True, "return_dict_in_generate": True, "use_cache": use_cache}
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=24, **options)
     assert torch.equal(out.sequences[0, ids.shape[1] :], generated[f"{name}.new_tokens"])
     assert_close(torch.stack(out.logits)[:, 0], generated[f"{name}.scores"], **TOLERANCE)
 
@@ -203,37 +190,31 @@ OPTIONS = [
 def test_a_left_padded_long_batch_decodes_as_its_rows_alone(
     model, generated, options: dict
 ) -> None:
-    ids, mask = generated["batch.input_ids"], generated["batch.attention_mask"]
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=24, **options)[
-        :, ids.shape[1] :
-    ]
+    ids, options = generated["batch.input_ids"], options | {"max_new_tokens": 24}
+    mask = generated["batch.attention_mask"]
+    found = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
     for row, length in enumerate(mask.sum(-1).tolist()):
+        expected = generated[f"batch.single.{row}.new_tokens"]
         if "num_beams" in options:
-            alone_ids = ids[row : row + 1, -length:]
-            alone = model.generate(
-                alone_ids, attention_mask=torch.ones_like(alone_ids), max_new_tokens=24, **options
-            )
-            assert torch.equal(found[row], alone[0, length:])
-        else:
-            assert torch.equal(found[row], generated[f"batch.single.{row}.new_tokens"])
+            alone = ids[row : row + 1, -length:]
+            mask_1T = torch.ones_like(alone)
+            expected = model.generate(alone, attention_mask=mask_1T, **options)[0, length:]
+        assert torch.equal(found[row], expected)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_long_prompt_in_chunks_is_the_prompt_at_once_when_its_length_is_given(
-    model, golden: Path, kind: str
+    model, single, kind: str
 ) -> None:
-    data = load_file(golden / "long/single.safetensors")
-    ids = data["L150.input_ids"].unsqueeze(0)
+    ids = single["L150.input_ids"].unsqueeze(0)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=160)
     for _ in range(2):  # the second time on the same cache after a reset
-        first = {"prompt_lens": 150}  # the cache remembers it
-        chunks = []
-        for start in range(0, 150, 40):
-            chunk = ids[:, start : start + 40]
-            chunks.append(logits(model, chunk, past_key_values=cache, **first))
-            first = {}
-        found = torch.cat(chunks, 1)[0, data["L150.positions"]]
-        assert_close(found, data["L150.ntk1_logn1.logits"], **TOLERANCE)
+        lens, chunks = 150, []
+        for chunk in ids.split(40, dim=1):
+            chunks.append(logits(model, chunk, past_key_values=cache, prompt_lens=lens))
+            lens = None  # the cache remembers it
+        found = torch.cat(chunks, 1)[0, single["L150.positions"]]
+        assert_close(found, single["L150.ntk1_logn1.logits"], **TOLERANCE)
         cache.reset()
 
 
@@ -246,14 +227,27 @@ def test_chunks_of_a_prompt_of_unknown_length_are_refused_beyond_seq_length(mode
         logits(model, ids[:, 65:], past_key_values=cache)
 
 
+def test_lengths_that_cannot_be_or_that_change_on_the_way_are_refused(model) -> None:
+    ids, cache = torch.arange(40).unsqueeze(0), DynamicCache()
+    for impossible in (-1, 2.5, torch.tensor([40.0])):
+        with pytest.raises(ValueError, match="^prompt_lens is .*; expected the tokens of each row"):
+            logits(model, ids, prompt_lens=impossible)
+    logits(model, ids, past_key_values=cache, prompt_lens=40)
+    logits(model, ids[:, :1], past_key_values=cache, prompt_lens=torch.tensor([40]))
+    with pytest.raises(ValueError, match=r"^prompt_lens is 41; expected \[40\] as in the first"):
+        logits(model, ids[:, :1], past_key_values=cache, prompt_lens=41)
+    lens_B = torch.tensor([40, 30])  # `generate` hands them on at every step, repeated for beams
+    options = {"prompt_lens": lens_B, "num_beams": 2, "max_new_tokens": 3}
+    assert model.generate(ids.repeat(2, 1), **options).shape == (2, 43)
+
+
 def test_keys_that_a_static_cache_has_in_reserve_are_no_tokens_of_a_prompt(model) -> None:
     ids, cache = torch.arange(40).unsqueeze(0), StaticCache(model.config, max_cache_len=160)
     assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), **TOLERANCE)
 
 
-def test_alpha_is_frozen_by_the_first_forward_and_forgotten_by_a_reset(model, golden: Path) -> None:
-    data = load_file(golden / "long/single.safetensors")
-    ids, positions = data["L100.input_ids"].unsqueeze(0), data["L100.positions"]
+def test_alpha_is_frozen_by_the_first_forward_and_forgotten_by_a_reset(model, single) -> None:
+    ids, positions = single["L100.input_ids"].unsqueeze(0), single["L100.positions"]
     cache = DynamicCache()
     short = logits(model, ids[:, :40], past_key_values=cache, prompt_lens=40)
     later = logits(model, ids[:, 40:], past_key_values=cache)
@@ -262,17 +256,12 @@ def test_alpha_is_frozen_by_the_first_forward_and_forgotten_by_a_reset(model, go
     model.config.use_dynamic_ntk = True
     cache.reset()
     found = logits(model, ids, past_key_values=cache)[0, positions]
-    assert_close(found, data["L100.ntk1_logn1.logits"], **TOLERANCE)
+    assert_close(found, single["L100.ntk1_logn1.logits"], **TOLERANCE)
 
 
 def test_a_cache_with_other_rows_than_it_was_filled_with_is_refused(model, batch) -> None:
-    cache = DynamicCache()
-    logits(
-        model,
-        batch["right.input_ids"],
-        attention_mask=batch["right.attention_mask"],
-        past_key_values=cache,
-    )
+    cache, mask = DynamicCache(), batch["right.attention_mask"]
+    logits(model, batch["right.input_ids"], attention_mask=mask, past_key_values=cache)
     cache.batch_select_indices(torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="filled with 4 rows and is used with 2"):
         logits(model, torch.tensor([[5], [6]]), past_key_values=cache)

@@ -26,19 +26,16 @@ def test_an_official_adapter_gives_official_outputs_and_gradients(
 ) -> None:
     model = tuned(small_dir, golden, name)
     data = load_file(golden / name / "outputs.safetensors")
-    out = model(
-        input_ids=data["input_ids"], attention_mask=data["attention_mask"], labels=data["labels"]
-    )
+    out = model(**{name: data[name] for name in ("input_ids", "attention_mask", "labels")})
     real = data["attention_mask"].bool()
     assert_close(out.logits[real], data["logits"][real], atol=tolerance, rtol=0.0)
     assert_close(out.loss, data["loss_eval"], atol=5e-6, rtol=0.0)
     out.loss.backward()
-    gradients = {
-        key.removeprefix("grad."): value for key, value in data.items() if key.startswith("grad.")
-    }
-    assert len(gradients) == 5
-    for key, expected in gradients.items():
-        found = model.get_parameter(key.replace(".weight", ".default.weight")).grad
+    names = [name for name in data if name.startswith("grad.")]
+    assert len(names) == 5
+    for name in names:
+        parameter = name.removeprefix("grad.").replace(".weight", ".default.weight")
+        found, expected = model.get_parameter(parameter).grad, data[name]
         assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0.0)
 
 
@@ -57,7 +54,5 @@ def test_merging_an_official_adapter_gives_official_weights(
         assert {key for key in base if not torch.equal(base[key], weights[key])} == set(changed)
     with torch.no_grad():
         logits = merged(data["input_ids"], attention_mask=data["attention_mask"]).logits
-    last = data["attention_mask"].sum(-1) - 1
-    assert_close(
-        logits[torch.arange(4), last], data["merged_last_logits"], atol=tolerance, rtol=0.0
-    )
+    found = logits[torch.arange(4), data["attention_mask"].sum(-1) - 1]
+    assert_close(found, data["merged_last_logits"], atol=tolerance, rtol=0.0)

@@ -9,49 +9,32 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import qwen_ds
 from qwen_ds.errors import UserError
 
 HOSTILE = "raise RuntimeError('code of the folder was run')\n"
-AUGUST = {  # the keys of the first release, small
-    "activation": "swiglu",
-    "architectures": ["QWenLMHeadModel"],
-    "attn_pdrop": 0.0,
-    "bos_token_id": 304,
-    "embd_pdrop": 0.0,
-    "eos_token_id": 304,
-    "ffn_hidden_size": 352,
-    "kv_channels": 16,
-    "layer_norm_epsilon": 0.0001,
-    "model_type": "qwen",
-    "n_embd": 64,
-    "n_head": 4,
-    "n_inner": None,
-    "n_layer": 3,
-    "n_positions": 512,
-    "no_bias": True,
-    "onnx_safe": None,
-    "padded_vocab_size": 512,
-    "params_dtype": "torch.bfloat16",
-    "pos_emb": "rotary",
-    "resid_pdrop": 0.1,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": 64,
-    "tie_word_embeddings": False,
-    "tokenizer_type": "QWenTokenizer",
-    "use_cache": True,
-    "use_flash_attn": True,
-    "vocab_size": 500,
-}
+# The keys of the first release, small.
+AUGUST = json.loads(
+    """{
+    "activation": "swiglu", "architectures": ["QWenLMHeadModel"], "attn_pdrop": 0.0,
+    "bos_token_id": 304, "embd_pdrop": 0.0, "eos_token_id": 304, "ffn_hidden_size": 352,
+    "kv_channels": 16, "layer_norm_epsilon": 0.0001, "model_type": "qwen", "n_embd": 64,
+    "n_head": 4, "n_inner": null, "n_layer": 3, "n_positions": 512, "no_bias": true,
+    "onnx_safe": null, "padded_vocab_size": 512, "params_dtype": "torch.bfloat16",
+    "pos_emb": "rotary", "resid_pdrop": 0.1, "rotary_emb_base": 10000, "rotary_pct": 1.0,
+    "scale_attn_weights": true, "seq_length": 64, "tie_word_embeddings": false,
+    "tokenizer_type": "QWenTokenizer", "use_cache": true, "use_flash_attn": true, "vocab_size": 500
+    }"""
+)
 
 
 def with_config(source: Path, target: Path, **changes: object) -> Path:
@@ -64,25 +47,20 @@ def with_config(source: Path, target: Path, **changes: object) -> Path:
 def test_importing_the_package_stays_cheap_and_opens_no_training_library() -> None:
     heavy = ["deepspeed", "peft", "datasets", "tensorboard", "matplotlib", "jieba", "rouge_score"]
     code = f"import sys, qwen_ds; print([name for name in {heavy} if name in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "[]"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("trust", [None, False, True])
 def test_our_classes_win_over_code_in_the_folder(
     small_dir: Path, tmp_path: Path, trust: bool | None
 ) -> None:
-    folder = with_config(
-        small_dir,
-        tmp_path / "hostile",
-        auto_map={
-            "AutoConfig": "configuration_qwen.QWenConfig",
-            "AutoModel": "modeling_qwen.QWenModel",
-            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-        },
-    )
+    auto_map = {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModel": "modeling_qwen.QWenModel",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    }
+    folder = with_config(small_dir, tmp_path / "hostile", auto_map=auto_map)
     tokenizer = {
         "tokenizer_class": "QWenTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
@@ -123,14 +101,8 @@ def test_saving_and_loading_gives_the_same_weights_and_config(
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    for key in (
-        "seq_length",
-        "kv_channels",
-        "layer_norm_epsilon",
-        "use_dynamic_ntk",
-        "use_logn_attn",
-        "intermediate_size",
-    ):
+    numbers = ("seq_length", "kv_channels", "layer_norm_epsilon", "intermediate_size")
+    for key in (*numbers, "use_dynamic_ntk", "use_logn_attn"):
         assert vars(again.config)[key] == vars(model.config)[key]
     assert again.generation_config.max_window_size == 400
 
@@ -142,50 +114,40 @@ def test_the_stored_dtype_is_kept_and_the_official_flags_choose_another(
     for flag, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for load in (AutoModelForCausalLM, qwen_ds.QWenLMHeadModel):
             assert load.from_pretrained(small_dir, **{flag: True}).dtype == dtype
-    assert (
-        AutoModelForCausalLM.from_pretrained(small_dir, bf16=True, dtype=torch.float16).dtype
-        == torch.float16
-    )
+    both = AutoModelForCausalLM.from_pretrained(small_dir, bf16=True, dtype=torch.float16)
+    assert both.dtype == torch.float16
+
+
+def load_with(source: Path, folder: Path, tensors: dict[str, Tensor]) -> tuple[Any, dict]:
+    """Load a copy of `source` that has these weights; the model and transformers' report."""
+    shutil.copytree(source, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
 
 
 def test_tables_that_early_checkpoints_stored_are_ignored(small_dir: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder = tmp_path / "early"
-    shutil.copytree(small_dir, folder)
-    extra = {
-        "transformer.rotary_emb.inv_freq": torch.ones(8),
-        "transformer.h.0.attn.masked_bias": torch.ones(1),
-    }
-    save_file(
-        load_file(small_dir / "model.safetensors") | extra,
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tensors = load_file(small_dir / "model.safetensors")
+    tensors["transformer.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["transformer.h.0.attn.masked_bias"] = torch.ones(1)
+    _, report = load_with(small_dir, tmp_path / "early", tensors)
     assert not any(report.values())
 
 
 def test_august_and_september_files_are_the_same_model(small_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "august"
     shutil.copytree(small_dir, folder)
-    (folder / "config.json").write_text(
-        json.dumps(AUGUST | {"use_dynamic_ntk": True, "use_logn_attn": True})
-    )
-    august, september = (
-        AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, small_dir)
-    )
-    assert (
-        august.config.vocab_size == 512
-    )  # padded_vocab_size, the rows of the embedding, whatever vocab_size says
+    config = AUGUST | {"use_dynamic_ntk": True, "use_logn_attn": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    august, september = map(AutoModelForCausalLM.from_pretrained, (folder, small_dir))
+    # padded_vocab_size, the rows of the embedding, whatever vocab_size says
+    assert august.config.vocab_size == 512
     ids = torch.arange(100).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(august(ids).logits, september(ids).logits)
     august.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/config.json").read_text())
-    assert (
-        saved["hidden_size"] == 64 and saved["intermediate_size"] == 352 and "n_embd" not in saved
-    )
+    assert (saved["hidden_size"], saved["intermediate_size"]) == (64, 352)
+    assert "n_embd" not in saved
 
 
 def test_what_a_config_leaves_out_gets_the_default_of_its_time() -> None:
@@ -226,16 +188,10 @@ OFFICIAL = {
 
 
 def official(name: str) -> qwen_ds.QWenConfig:
-    layers, hidden, heads, intermediate, rows, base, _ = OFFICIAL[name]
-    return qwen_ds.QWenConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        kv_channels=128,
-        intermediate_size=intermediate,
-        vocab_size=rows,
-        rotary_emb_base=base,
-    )
+    keys = "num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size".split()
+    *shape, base, _ = OFFICIAL[name]
+    shapes = dict(zip(keys, shape, strict=True))
+    return qwen_ds.QWenConfig(kv_channels=128, rotary_emb_base=base, **shapes)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -262,13 +218,9 @@ def test_parameter_names_are_the_official_ones_verbatim(golden: Path) -> None:
 
 def test_fresh_weights_are_drawn_as_officially() -> None:
     torch.manual_seed(0)
+    heads = {"hidden_size": 256, "num_attention_heads": 4, "kv_channels": 64}
     config = qwen_ds.QWenConfig(
-        vocab_size=800,
-        hidden_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        kv_channels=64,
-        intermediate_size=1024,
+        vocab_size=800, num_hidden_layers=8, intermediate_size=1024, **heads
     )
     for name, tensor in qwen_ds.QWenLMHeadModel(config).named_parameters():
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
@@ -282,40 +234,20 @@ def test_fresh_weights_are_drawn_as_officially() -> None:
 
 
 def test_a_missing_weight_is_drawn_and_the_others_stay(small_dir: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder = tmp_path / "missing"
-    shutil.copytree(small_dir, folder)
-    weights = load_file(small_dir / "model.safetensors")
-    gone = "transformer.h.1.mlp.c_proj.weight"
-    save_file(
-        {k: v for k, v in weights.items() if k != gone},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    weights, gone = load_file(small_dir / "model.safetensors"), "transformer.h.1.mlp.c_proj.weight"
+    del weights[gone]
+    model, report = load_with(small_dir, tmp_path / "missing", weights)
     assert report["missing_keys"] == {gone}
     loaded = model.state_dict()
     assert abs(loaded[gone].std().item() / (0.02 / math.sqrt(6)) - 1) < 0.1
-    for name in weights.keys() - {gone}:
-        assert torch.equal(loaded[name], weights[name]), name
+    for name, tensor in weights.items():
+        assert torch.equal(loaded[name], tensor), name
 
 
-def test_biases_everywhere_when_no_bias_is_false() -> None:
+def test_biases_everywhere_when_no_bias_is_false(small_dir: Path) -> None:
+    config = qwen_ds.QWenConfig.from_pretrained(small_dir, no_bias=False)
     with torch.device("meta"):
-        config = qwen_ds.QWenConfig(
-            hidden_size=64,
-            num_attention_heads=4,
-            kv_channels=16,
-            num_hidden_layers=1,
-            no_bias=False,
-            intermediate_size=64,
-        )
-        names = {
-            name
-            for name, _ in qwen_ds.QWenLMHeadModel(config).named_parameters()
-            if name.endswith("bias")
-        }
-    assert {name.removeprefix("transformer.h.0.") for name in names} == {
-        "attn.c_attn.bias", "attn.c_proj.bias", "mlp.w1.bias", "mlp.w2.bias", "mlp.c_proj.bias",
-    }  # fmt: skip
+        block = qwen_ds.QWenLMHeadModel(config).transformer.h[0]
+    names = {name for name, _ in block.named_parameters() if name.endswith("bias")}
+    linears = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+    assert names == {f"{linear}.bias" for linear in linears}

@@ -47,12 +47,8 @@ def test_padding_to_the_left_is_hidden_from_real_tokens_and_every_query_sees_a_k
     assert found.left_pads_B.tolist() == [0, 2, 0]
     triangle = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert found.mask[0, 0].int().tolist() == triangle
-    assert found.mask[1, 0].int().tolist() == [
-        [1, 0, 0, 0],
-        [0, 1, 0, 0],
-        [0, 0, 1, 0],
-        [0, 0, 1, 1],
-    ]
+    padded = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert found.mask[1, 0].int().tolist() == padded
     assert found.mask.any(-1).all()
 
 

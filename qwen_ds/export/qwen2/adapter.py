@@ -29,13 +29,13 @@ from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import qwen2_modules, qwen_shapes
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
-    PEFT_PREFIX,
     WEIGHTS_NAME,
     Adapter,
     LoraPair,
     check_adapter_fits,
     read_adapter,
 )
+from qwen_ds.model.adapter_keys import PEFT_PREFIX
 from qwen_ds.model.carry_over import carry_over
 from qwen_ds.model.family import QWEN
 
