@@ -60,14 +60,13 @@ def local_world_size() -> int:
 
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Export Slurm's and MPI's numbers, and the meeting point, under the names that torch reads."""
-    values: dict[str, object] = {"RANK": rank(), "LOCAL_RANK": local_rank()}
-    values["WORLD_SIZE"] = world_size()
     if master_addr is None and _started_by_srun():
         master_addr, master_port = slurm_rendezvous()
-    if master_addr is not None:
-        values |= {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
+    values: dict[str, object] = {"MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
+    values |= {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}
     for name, value in values.items():
-        os.environ.setdefault(name, str(value))
+        if value is not None:
+            os.environ.setdefault(name, str(value))
 
 
 def has_rendezvous() -> bool:
@@ -87,11 +86,8 @@ def _started_by_srun() -> bool:
 
 
 def slurm_rendezvous() -> tuple[str, int]:
-    """Address and port that each task of an srun derives by itself, alike on all of them.
-
-    The address is the step's first machine, where Slurm puts task 0; the port follows from the
-    numbers of job and step.
-    """
+    """Address and port that each task of an srun derives by itself, alike on all of them: the
+    step's first machine, where Slurm puts task 0, and a port by the numbers of job and step."""
     nodes = os.environ["SLURM_STEP_NODELIST"]  # such as gpu[01-03,7],big1
     first = re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)
     assert first is not None, nodes
@@ -104,8 +100,7 @@ def slurm_rendezvous() -> tuple[str, int]:
 def free_port_over_mpi() -> int:
     """A port that is free on rank 0, sent to the others through MPI (mpirun's collective).
 
-    Raises:
-        UserError: MPI knows of other ranks than the environment, so nothing says where they meet.
+    Raises UserError if MPI knows of other ranks than the environment: nothing says where they meet.
     """
     from mpi4py import MPI
 
@@ -166,11 +161,6 @@ def max_floats(*values: float) -> list[float]:
     return _reduced(values, torch_dist.ReduceOp.MAX)
 
 
-def broadcast(tensor: torch.Tensor) -> None:
-    """Overwrite each rank's tensor with rank 0's, of the same shape and dtype (a collective)."""
-    torch_dist.broadcast(tensor, src=0)
-
-
 def gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank (a collective). For small values only."""
     if not torch_dist.is_initialized():
@@ -193,9 +183,8 @@ def barrier() -> None:
 def ranks_per_machine() -> list[int]:
     """Number of ranks on each machine, in rank order (a collective).
 
-    Raises:
-        UserError: the ranks of a machine are not consecutive, on which `once_per_machine` and
-            ZeRO++'s hpZ rely.
+    Raises UserError unless each machine's ranks are consecutive: `once_per_machine` and ZeRO++'s
+    hpZ rely on it.
     """
     counts: list[int] = []
     for index, local in enumerate(gather(local_rank())):
@@ -215,10 +204,8 @@ def _default_store() -> Any:  # torch's type stubs lack both the function and St
 
 
 def own_store(name: str) -> torch_dist.Store:
-    """A connection of its own to the rendezvous store; its keys begin with `name`.
-
-    A call that waits on it blocks no other thread.
-    """
+    """A connection of its own to the rendezvous store, so that a call that waits on it blocks no
+    other thread; its keys begin with `name`."""
     return torch_dist.PrefixStore(name, _default_store().clone())
 
 
@@ -250,11 +237,8 @@ def once_per_machine(make: Callable[[], object], name: str) -> None:
     """Run `make` on the first rank of each machine while the others there wait.
 
     The ranks wait at the rendezvous store and not in a collective: preparing a large data set takes
-    longer than a collective's time-out, and a user's mistake that the first rank finds must reach
-    the others as that mistake.
-
-    Raises:
-        UserError: `make` raised it on the first rank; the waiting ranks raise the same text.
+    longer than a collective's time-out, and a UserError that `make` raises on the first rank must
+    reach the others, which raise it with the same text.
     """
     key = f"once_per_machine/{name}/{rank() - local_rank()}"
     _lead(make, key, leads=local_rank() == 0, readers=local_world_size() - 1)

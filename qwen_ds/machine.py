@@ -28,12 +28,10 @@ def has_fast_bf16() -> bool:
 def choose_device(wanted: str) -> torch.device:
     """The device of this rank: its own GPU where there is one, else the CPU.
 
-    Args:
-        wanted: auto, cuda or cpu. auto never falls back to the CPU beside an NVIDIA card that torch
-            cannot use: a run on the CPU by accident would look like a hang.
+    `wanted` is auto, cuda or cpu. auto never falls back to the CPU beside an NVIDIA card that torch
+    cannot use, since a run on the CPU by accident would look like a hang.
 
-    Raises:
-        UserError: more ranks than GPUs, no GPU where one is asked for, or one that cannot be used.
+    Raises UserError for more ranks than GPUs, and where a GPU is missing or cannot be used.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -65,8 +63,7 @@ def nvidia_card_present() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container where that is
-    less."""
+    """Bytes that this process may still take of its machine, or container where that is less."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
@@ -74,10 +71,7 @@ def available_memory() -> int:
     else:  # not Linux: half of the machine's memory, a guess
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if (
-        limit.is_file()
-        and used.is_file()
-        and (text := limit.read_text(encoding="ascii").strip()) != "max"
-    ):
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
+    allowed = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    if allowed != "max" and used.is_file():
+        free = min(free, int(allowed) - int(used.read_text(encoding="ascii")))
     return free

@@ -33,21 +33,17 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        _print_error(f"error: {error}")
-        code = EXIT_USER
+        line, code = f"error: {error}", EXIT_USER
+        # Every rank of a machine may have found the same mistake. The first speaks at once; a
+        # launcher then ends the others within these two seconds; without one they speak, too.
+        if dist.local_rank():
+            time.sleep(2)
+            line = f"[local rank {dist.local_rank()}] {line}"
+        print(line, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130  # 128 + SIGINT, as a shell has it
     sys.exit(code or EXIT_DONE)
-
-
-def _print_error(line: str) -> None:
-    # Every rank of a machine may have found the same mistake. The first speaks at once; a launcher
-    # then ends the others within these two seconds; without one they speak, too.
-    if dist.local_rank():
-        time.sleep(2)
-        line = f"[local rank {dist.local_rank()}] {line}"
-    print(line, file=sys.stderr, flush=True)
 
 
 class _LastLine(logging.Handler):
@@ -72,19 +68,14 @@ def say(text: str) -> None:
 def log_to_file(folder: Path) -> None:
     """Send this rank's log lines and warnings, libraries' included, to a file under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"rank_{dist.rank()}.log"
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.addHandler(last_line)
+    handler = logging.FileHandler(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(
+        level=logging.INFO, format=layout, handlers=[handler, last_line], force=True
+    )
     for name in LIBRARY_LOGGERS:
         logger = logging.getLogger(name)
-        for old in logger.handlers[:]:
-            logger.removeHandler(old)
+        logger.handlers.clear()
         logger.propagate = True
     logging.captureWarnings(True)
     warnings.simplefilter("default")
@@ -93,9 +84,7 @@ def log_to_file(folder: Path) -> None:
 class JsonLines:
     """An append-only file of one JSON object a line, flushed at once so that it can be followed.
 
-    Args:
-        keep: bytes of an existing file that stay. A resumed run repeats the lines after its
-            checkpoint.
+    Of an existing file `keep` bytes stay: a resumed run repeats the lines after its checkpoint.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -103,8 +92,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
         if path.stat().st_size > keep:
             self._file.truncate(keep)
-        self._bytes = path.stat().st_size
-        self._waiting = b""
+        self._bytes, self._waiting = path.stat().st_size, b""
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row. On a full disk the rest waits for the next call; training continues."""
@@ -127,8 +115,3 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def is_terminal() -> bool:
-    """Whether stderr is a terminal: progress bars redraw only there."""
-    return sys.stderr.isatty()

@@ -166,13 +166,9 @@ def test_one_rank_of_each_machine_makes_what_all_need(
     store = Store()
     monkeypatch.setattr(torch_dist.distributed_c10d, "_get_default_store", lambda: store)
     made: list[int] = []
+    variables |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}
     for rank in range(4):
-        variables |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % 2),
-            "WORLD_SIZE": "4",
-            "LOCAL_WORLD_SIZE": "1",
-        }
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
         dist.once_per_machine(lambda: made.append(dist.rank()), "data")
     assert made == [0, 2]
 

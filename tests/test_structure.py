@@ -55,7 +55,6 @@ COVERED_BY = {
     "qwen_ds/data/read/readers_tree.py": "tests/data/read/test_readers.py",
     "qwen_ds/data/read/readers_turns.py": "tests/data/read/test_readers.py",
     "qwen_ds/data/show.py": "tests/data/test_data_cli.py",
-    "qwen_ds/demo/phrases.py": "tests/demo/test_corpus.py",
     "qwen_ds/disk/adapter_folder.py": "tests/model/test_adapter.py",
     "qwen_ds/dist.py": "tests/test_launchers.py",
     "qwen_ds/export/base_check.py": "tests/export/test_merge_bad_input.py",

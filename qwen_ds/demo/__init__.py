@@ -28,16 +28,14 @@ def prepare(target: Path) -> DemoPaths:
     """Make base and data under `target`, unless they are there already.
 
     Their folder is named after their content, so that versions never mix. Any number of processes
-    may call this at once: the first to finish wins.
-
-    Raises:
-        UserError: the official vocabulary is missing (see `base.official_vocabulary`).
+    may call this at once: the first to finish wins. Raises UserError without the vocabulary.
     """
     from qwen_ds.demo import base
 
+    train_rows, eval_rows = corpus.train_rows(), corpus.eval_rows()
     digest = hashlib.sha256(base.PACKED_FILE.read_bytes())
     settings = [base.CONFIG, base.GENERATION_CONFIG, base.TOKENIZER_CONFIG, base.ROW_STD]
-    digest.update(json.dumps([settings, corpus.train_rows(), corpus.eval_rows()]).encode())
+    digest.update(json.dumps([settings, train_rows, eval_rows]).encode())
     folder = target / digest.hexdigest()[:12]
     paths = DemoPaths(folder / "base", folder / "train.jsonl", folder / "eval.jsonl")
     if folder.is_dir():
@@ -46,13 +44,12 @@ def prepare(target: Path) -> DemoPaths:
     unfinished.mkdir(parents=True)
     try:
         base.unpack_base(unfinished / "base")
-        corpus.write_rows(corpus.train_rows(), unfinished / "train.jsonl")
-        corpus.write_rows(corpus.eval_rows(), unfinished / "eval.jsonl")
-        try:
-            publish(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+        corpus.write_rows(train_rows, unfinished / "train.jsonl")
+        corpus.write_rows(eval_rows, unfinished / "eval.jsonl")
+        publish(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return paths

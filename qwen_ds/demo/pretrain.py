@@ -19,24 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_ds.demo import corpus
-from qwen_ds.demo.base import (
-    CONFIG,
-    HEAD,
-    HEAD_SEED,
-    PACKED_FILE,
-    UNUSED_HEAD,
-    USED_IDS,
-    WTE,
-    WTE_SEED,
-    corpus_ids,
-    official_vocabulary,
-    read_tensors,
-    seeded_rows,
-    write_folder,
-)
+from qwen_ds.demo import base, corpus
+from qwen_ds.demo.base import HEAD, UNUSED_HEAD, USED_IDS, WTE, seeded_rows
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
@@ -71,8 +58,7 @@ def small_vocabulary(encoding: Encoding, ids: list[int]) -> tuple[bytes, list[in
     """
     tokens = {bytes([byte]) for byte in range(256)}
     for index in ids:
-        token = encoding.token(index)
-        if isinstance(token, bytes):
+        if isinstance(token := encoding.token(index), bytes):
             tokens |= merged_from(token, encoding.ranks)
     official = sorted(encoding.ranks[token] for token in tokens)
     spelled = {rank: token for token, rank in encoding.ranks.items()}
@@ -85,66 +71,36 @@ def fresh_tensors(official_ids: list[int]) -> dict[str, Tensor]:
     from qwen_ds import QWenConfig, QWenLMHeadModel
 
     torch.manual_seed(BLOCKS_SEED)
-    state = QWenLMHeadModel(QWenConfig(**CONFIG | {"vocab_size": len(official_ids)})).state_dict()  # type: ignore
+    model = QWenLMHeadModel(QWenConfig(**base.CONFIG | {"vocab_size": len(official_ids)}))
+    state = model.state_dict()
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    return tensors | {
-        WTE: seeded_rows(WTE_SEED)[official_ids],
-        HEAD: seeded_rows(HEAD_SEED)[official_ids],
-    }
+    return tensors | {name: seeded_rows(name)[official_ids] for name in (WTE, HEAD)}
 
 
 def widened(
     tensors: dict[str, Tensor], official_ids: list[int], used: list[int]
 ) -> dict[str, Tensor]:
     """The small model's weights with the used rows in their official places and seeded others."""
-    rows = [official_ids.index(index) for index in used]
-    wte = seeded_rows(WTE_SEED).index_copy_(0, torch.tensor(used), tensors[WTE][rows])
-    head = seeded_rows(HEAD_SEED).index_copy_(0, torch.tensor(used), tensors[HEAD][rows])
+    rows, ids = [official_ids.index(index) for index in used], torch.tensor(used)
+    wte, head = (seeded_rows(n).index_copy_(0, ids, tensors[n][rows]) for n in (WTE, HEAD))
     return {**tensors, WTE: wte, HEAD: head}
 
 
 def pack_base(trained: Path, packed: Path) -> None:
     """Pack the part of a trained base that `unpack_base` cannot make from a seed."""
     encoding = load_encoding(trained)
-    ids = torch.tensor(corpus_ids(encoding))
-    tensors, _ = read_tensors(trained / "model.safetensors")
+    ids = torch.tensor(base.corpus_ids(encoding))
+    tensors = load_file(trained / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     wte, head = tensors.pop(WTE), tensors.pop(HEAD)
     unused = torch.ones(len(wte), dtype=torch.bool).index_fill_(0, ids, False)
-    assert torch.equal(wte[unused], seeded_rows(WTE_SEED)[unused]), "an unused row has moved"
-    movement = (head[unused].float() - seeded_rows(HEAD_SEED)[unused].float()).mean(dim=0)
-    tensors |= {
-        USED_IDS: ids.to(torch.int32),
-        WTE: wte[ids],
-        HEAD: head[ids],
-        UNUSED_HEAD: movement.to(torch.bfloat16),
-    }
+    assert torch.equal(wte[unused], seeded_rows(WTE)[unused]), "an unused row has moved"
+    movement = (head[unused].float() - seeded_rows(HEAD)[unused].float()).mean(dim=0)
+    tensors |= {USED_IDS: ids.to(torch.int32), WTE: wte[ids], HEAD: head[ids]}
+    tensors[UNUSED_HEAD] = movement.to(torch.bfloat16)
     about = {"vocabulary_sha256": encoding.sha256, "corpus_sha256": corpus.sha256()}
     with replacing(packed) as unfinished:
         save_tensors(unfinished, tensors, about)
-
-
-def pretrain(output: Path, packed: Path, num_gpus: int) -> None:
-    """Make both runs under `output`, then the packed file."""
-    vocabulary = official_vocabulary()
-    encoding = load_encoding(vocabulary)
-    used = corpus_ids(encoding)
-    small, official_ids = small_vocabulary(encoding, used)
-    rows = output / "pretraining.jsonl"
-    write_folder(output / "small", fresh_tensors(official_ids), small)
-    corpus.write_rows(corpus.pretraining_rows(), rows)
-
-    def train(model: Path, run: Path, *options: str) -> dict[str, Tensor]:
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_gpus)]
-        command += ["launch/train.py", "--config", RECIPE, "--model.path", str(model)]
-        command += ["--data.train", str(rows), "--output_dir", str(run), *options]
-        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
-        return read_tensors(run / "model" / "model.safetensors")[0]
-
-    trained = train(output / "small", output / "first_run")
-    write_folder(output / "widened", widened(trained, official_ids, used), vocabulary.read_bytes())
-    train(output / "widened", output / "second_run", *SECOND_RUN)
-    pack_base(output / "second_run" / "model", packed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +111,7 @@ class PretrainOptions:
     """New folder for the vocabulary, the corpus and the runs."""
     num_gpus: PositiveInt = 2
     """Ranks: GPUs where there are any, else CPU processes."""
-    packed: str = str(PACKED_FILE)
+    packed: str = str(base.PACKED_FILE)
     """File to write."""
 
 
@@ -165,7 +121,25 @@ def main() -> None:
     output, packed = Path(options.output), Path(options.packed)
     if output.exists():
         raise UserError(f"--output {output} exists; expected a new folder")
-    pretrain(output, packed, options.num_gpus)
+    vocabulary = base.official_vocabulary()
+    encoding = load_encoding(vocabulary)
+    used, rows = base.corpus_ids(encoding), output / "pretraining.jsonl"
+    small, official_ids = small_vocabulary(encoding, used)
+    base.write_folder(output / "small", fresh_tensors(official_ids), small)
+    corpus.write_rows(corpus.pretraining_rows(), rows)
+
+    def train(model: Path, run: Path, *changes: str) -> dict[str, Tensor]:
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"]
+        command += [str(options.num_gpus), "launch/train.py", "--config", RECIPE]
+        command += ["--model.path", str(model), "--data.train", str(rows)]
+        command += ["--output_dir", str(run), *changes]
+        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+        return load_file(run / "model" / "model.safetensors")
+
+    wide = widened(train(output / "small", output / "first_run"), official_ids, used)
+    base.write_folder(output / "widened", wide, vocabulary.read_bytes())
+    train(output / "widened", output / "second_run", *SECOND_RUN)
+    pack_base(output / "second_run" / "model", packed)
     print(f"{packed}: {packed.stat().st_size:,} bytes")
 
 

@@ -26,19 +26,15 @@ _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Read and check adapter_config.json; None where there is none.
-
-    Raises:
-        UserError: not LoRA, or an option that cannot be honoured.
-    """
+    """Read adapter_config.json; None where there is none. Raises UserError for anything but LoRA
+    and for options that cannot be honoured."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return None
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    if used:
+    if used := [name for name in _UNSUPPORTED if config.get(name)]:
         raise UserError(
             f"{path}: {used[0]} is {config[used[0]]!r}; expected an adapter trained without it"
         )
@@ -48,11 +44,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             f"{path}: init_lora_weights is {init!r}, which trains against a changed base; expected"
             " an adapter that was saved with peft's conversion to plain LoRA"
         )
-    rank, lora_alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(lora_alpha, int | float):
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
         raise UserError(
-            f"{path}: r is {rank!r}, lora_alpha is {lora_alpha!r}; expected a whole number and a"
-            " number"
+            f"{path}: r is {r!r}, lora_alpha is {alpha!r}; expected a whole number and a number"
         )
     return config
 
@@ -60,13 +55,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def open_weights(
     folder: Path, allow_pickle: bool
 ) -> tuple[Mapping[str, Tensor] | None, dict[str, tuple[int, ...]]]:
-    """Open an adapter's weights, under the file's own names.
+    """The tensors of an adapter's pickle, or None for a safetensors file; and the shape of each,
+    under the file's own names.
 
-    Returns:
-        The tensors of a pickle, or None for a safetensors file; and the shape of each tensor.
-
-    Raises:
-        UserError: no weights, a pickle that is not allowed, or a broken file.
+    Raises UserError for no weights, a pickle that is not allowed, or a broken file.
     """
     path = folder / WEIGHTS_NAME
     if path.is_file():

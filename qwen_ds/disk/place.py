@@ -9,18 +9,12 @@ from qwen_ds.errors import UserError
 
 
 def require_folder(folder: Path, make: bool = False) -> None:
-    """Check that `folder` is, or may be made, a folder to write in.
+    """Check that `folder` is, or may be made, a folder to write in, else raise UserError.
 
-    Args:
-        make: also make it.
-
-    Raises:
-        UserError: it cannot be written in.
+    With `make` it is also made.
     """
-    above = folder
     # Not Path.exists, which raises where it may not look.
-    while not os.path.exists(above) and above != above.parent:
-        above = above.parent
+    above = next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
     if not os.path.isdir(above):
         raise UserError(f"{above}: a file; expected a folder to write in")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -35,11 +29,7 @@ def require_folder(folder: Path, make: bool = False) -> None:
 
 
 def require_new_folder(output: Path) -> None:
-    """Check that a complete folder can be renamed to `output`; makes the folders above it.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Make the folders above `output`, and raise UserError if no folder can be renamed to it."""
     require_folder(output.parent, make=True)
     # A rename replaces an empty folder and nothing else.
     if output.is_symlink() or os.path.ismount(output):

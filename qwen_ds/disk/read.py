@@ -10,11 +10,7 @@ from qwen_ds.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        UserError: the file is missing, not UTF-8, not JSON, or holds anything but an object.
-    """
+    """The file's object. Raises UserError if it is missing, not UTF-8, not JSON, or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

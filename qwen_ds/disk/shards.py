@@ -13,14 +13,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.weights import (
-    DTYPE_NAMES,
-    Header,
-    TensorSpec,
-    read_header,
-    read_pickle,
-    refuse_lfs_pointer,
-)
+from qwen_ds.disk.weights import Header, TensorSpec, open_file, read_header, refuse_lfs_pointer
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 
@@ -34,23 +27,14 @@ MAX_SHARD_BYTES = 4_000_000_000 - 2**20
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-    """Cut tensors into files under the usual names.
+    """Cut tensors (name -> bytes) into files of the usual names (name -> its tensors).
 
     Tensors keep their order, and each file is filled before the next one begins. A tensor larger
-    than a file gets one of its own, since the format has no way to cut it.
-
-    Args:
-        sizes: tensor's name -> bytes.
-        max_bytes: of the tensors in one file.
-
-    Returns:
-        File name -> names of its tensors. One file needs no index.
+    than a file gets one of its own, since the format has no way to cut it. One file needs no index.
     """
+    pattern = "model{suffix}.safetensors"
     split = split_state_dict_into_shards_factory(
-        dict(sizes),
-        get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_bytes,
+        dict(sizes), get_storage_size=int, filename_pattern=pattern, max_shard_size=max_bytes
     )
     return split.filename_to_tensors
 
@@ -61,21 +45,14 @@ def write_index(
     num_bytes: int,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the index of a folder's shards; returns its sha256 in hex.
+    """Write the index of the shards `members` (file -> its tensors); returns its sha256 in hex.
 
-    Args:
-        members: file name -> names of its tensors.
-        num_bytes: of all tensors.
-        metadata: further entries about the weights.
+    `num_bytes` is that of all tensors, `metadata` are further entries about the weights.
     """
     weight_map = {tensor: file for file, tensors in members.items() for tensor in tensors}
-    return write_json(
-        folder / INDEX_NAME,
-        {
-            "metadata": {**(metadata or {}), "total_size": num_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        },
-    )
+    about = {**(metadata or {}), "total_size": num_bytes}
+    index = {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
+    return write_json(folder / INDEX_NAME, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +61,14 @@ class WeightFiles:
 
     names: tuple[str, ...]
     index_name: str | None = None
-    weight_map: Mapping[str, str] | None = None
-    """Tensor -> file."""
-    metadata: dict[str, Any] | None = None
-    """Of the index."""
+    weight_map: Mapping[str, str] | None = None  # tensor -> file
+    metadata: dict[str, Any] | None = None  # of the index
 
 
 def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | None:
-    """Find the weight files of a folder, all of which are there; None where it has none.
+    """The weight files of a folder, all of which are there; None where it has none.
 
-    Raises:
-        UserError: an index that is broken, or names a file that is missing or of another kind.
+    Raises UserError if an index is broken, or names a file that is missing or of another kind.
     """
     for single, index_name in _KINDS if allow_pickle else _KINDS[:1]:
         if (folder / single).is_file():
@@ -116,8 +90,7 @@ def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
             raise UserError(
                 f"{path}: names the shard {name!r}; expected a {suffix} file in the same folder"
             )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} weight files are);"
             f" expected every file that {index_name} names"
@@ -126,12 +99,9 @@ def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Check that every weight file is there and ends where its header says.
+    """Raise UserError unless every weight file is there and ends where its header says.
 
     A pickle is only known to be there, and not to be a Git LFS pointer.
-
-    Raises:
-        UserError: one is missing or damaged.
     """
     files = find_weight_files(folder)
     if files is None:
@@ -149,8 +119,7 @@ class StoredWeights:
 
     folder: Path
     shards: tuple[Header, ...]
-    index_metadata: dict[str, Any] | None = None
-    """None: one file without an index."""
+    index_metadata: dict[str, Any] | None = None  # None: one file without an index
     index_name: str | None = None
 
     @property
@@ -165,9 +134,8 @@ class StoredWeights:
 def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
     """Read the headers of a folder's weights, in one file or in shards.
 
-    Raises:
-        UserError: no weights of a kind that may be read, a missing or broken file, or an index
-            that disagrees with its files.
+    Raises UserError for no weights of a kind that may be read, a missing or broken file, and an
+    index that disagrees with its files.
     """
     files = find_weight_files(folder, allow_pickle)
     if files is None:
@@ -178,7 +146,7 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
             f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
             f"{advice if pickles else ''}"
         )
-    shards = tuple(_open_file(folder / name) for name in files.names)
+    shards = tuple(open_file(folder / name) for name in files.names)
     if files.weight_map is not None:
         found = {(spec.name, shard.path.name) for shard in shards for spec in shard.tensors}
         if odd := sorted(found ^ set(files.weight_map.items())):
@@ -187,19 +155,3 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
                 " expected an index made for them"
             )
     return StoredWeights(folder, shards, files.metadata, files.index_name)
-
-
-def _open_file(path: Path) -> Header:
-    if path.suffix == ".safetensors":
-        return read_header(path)
-    tensors = read_pickle(path, mmap=True)
-    odd = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
-    if odd:
-        raise UserError(
-            f"{path}: {odd[0]} has dtype {tensors[odd[0]].dtype}; expected one that safetensors has"
-        )
-    specs = tuple(
-        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    )
-    return Header(path, specs, {"format": "pt"}, 0, tensors)

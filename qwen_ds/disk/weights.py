@@ -49,8 +49,7 @@ class TensorSpec:
     """A tensor as a header describes it. Its rows are its first dimension; a scalar is one row."""
 
     name: str
-    dtype: str
-    """As in the file: "BF16"."""
+    dtype: str  # as in the file: "BF16"
     shape: tuple[int, ...]
 
     @property
@@ -101,11 +100,10 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+    """The checked header of a safetensors file.
 
-    Raises:
-        UserError: no such file, not safetensors, or a size that is not what the header says (a
-            download that broke off).
+    Raises UserError for no such file, one that is not safetensors, and a size that is not what the
+    header says (a download that broke off).
     """
 
     def bad(reason: str) -> UserError:
@@ -158,13 +156,9 @@ def header_bytes(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for spec in tensors:
-        end = position + spec.num_bytes
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
+        span = [position, position + spec.num_bytes]
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
+        position = span[1]
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
@@ -176,10 +170,8 @@ def save_tensors(
     """Write a safetensors file and wait until the disk has it; returns its sha256 in hex.
 
     The file gets its own name at once: it belongs to a folder that is not published yet (see
-    qwen_ds/disk/write.py). Tensors that are contiguous and on the CPU are not copied.
-
-    Raises:
-        OSError: of the disk.
+    qwen_ds/disk/write.py). Tensors that are contiguous and on the CPU are not copied. What the
+    disk refuses is an OSError.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
@@ -194,16 +186,13 @@ def save_tensors(
 
 
 def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
-    """Read a pickle that holds tensors by name and nothing else.
+    """Read a pickle that holds tensors by name; `mmap` maps them into memory instead.
 
     Callers read one only where the user may have meant to (--allow_pickle, lora.init_from). With
     `weights_only` no code in it can run.
 
-    Args:
-        mmap: map the tensors into memory instead of reading them.
-
-    Raises:
-        UserError: anything but a dict of tensors; with `mmap` also a file from before torch 1.6.
+    Raises UserError for anything but a dict of tensors, with `mmap` also for a file from before
+    torch 1.6.
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -212,11 +201,24 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
         ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(value, Tensor) for value in tensors.values()
-    ):
-        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    if isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values()):
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+    raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+
+
+def open_file(path: Path) -> Header:
+    """The header of a weight file of either kind; raises UserError as its readers do."""
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    tensors = read_pickle(path, mmap=True)
+    specs = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise UserError(
+                f"{path}: {name} has dtype {tensor.dtype}; expected one that safetensors has"
+            )
+        specs.append(TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)))
+    return Header(path, tuple(specs), {"format": "pt"}, 0, tensors)
 
 
 def file_sha256(path: Path) -> str:

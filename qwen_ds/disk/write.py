@@ -20,9 +20,8 @@ from pathlib import Path
 def unfinished_name(path: Path, owner: str = "") -> Path:
     """The hidden name under which `path` is put together.
 
-    Args:
-        owner: tells apart processes that may build the same thing at once, for example by process
-            id. Of folders the first rename wins, of files the last.
+    `owner` tells apart processes that may build the same thing at once, for example by process id.
+    Of folders the first rename wins, of files the last.
     """
     return path.with_name(f".{path.name}{'.' if owner else ''}{owner}.unfinished")
 
@@ -45,9 +44,6 @@ def replacing(path: Path, owner: str = "") -> Iterator[Path]:
 
     After an error in the block the hidden file is removed and `path` is what it was. `owner` is
     that of `unfinished_name`.
-
-    Raises:
-        OSError: of the disk.
     """
     unfinished = unfinished_name(path, owner)
     try:
@@ -74,24 +70,14 @@ def write_json(path: Path, value: object) -> str:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sync_tree(folder: Path) -> None:
-    """Bring everything in `folder` to the disk: files first, then each folder's names."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what lies deeper comes first
-        sync(path)
-    sync(folder)
-
-
 def publish(folder: Path, target: Path, *, replace: bool = False) -> None:
     """Give the finished `folder` the name `target`, once the disk has all of it.
 
-    Args:
-        replace: a folder that has the name already is set aside first and removed last. Without it
-            only an empty folder gives way.
-
-    Raises:
-        OSError: of the disk, or the name is taken.
+    With `replace` a folder that has the name already is set aside first and removed last. Without
+    it only an empty folder gives way, and a name that is taken is an OSError.
     """
-    sync_tree(folder)
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:  # the deeper, the earlier
+        sync(path)
     aside = target.with_name(f".{target.name}.replaced")
     if replace and target.exists():
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model
-from qwen_ds.runlog import is_terminal, say
+from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
 from serve.files.parts import PredictionParts, PredictionSettings, check_output, file_state
 from serve.files.prompts import PromptReader, PromptRow
@@ -99,7 +100,7 @@ def predict(
 
 
 def _progress_bar(rows: int, done: int) -> tqdm:
-    pace = 0.5 if is_terminal() else 60.0  # seconds; a log file gets a line a minute
+    pace = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file gets a line a minute
     hidden = dist.rank() != 0
     return tqdm(
         total=rows, initial=done, unit="row", desc="predict", disable=hidden, mininterval=pace

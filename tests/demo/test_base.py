@@ -20,9 +20,11 @@ from qwen_ds.model.chatml import IGNORE, Conversation, Turn
 from qwen_ds.model.folder import check_folder
 from qwen_ds.model.tokenizer import load_encoding
 
-# seeded_rows(1)[:64]: these bits must be the same on every machine, or a packed base unpacks into
+# seeded_rows(WTE)[:64]: these bits must be the same on every machine, or a packed base unpacks into
 # another model.
 FIRST_ROWS_SHA256 = "c8eea6578399b24d1874127f3ebc7ef5a362b232d969aebc7f359e4d78d84e46"
+
+_, _, HELD_OUT = corpus.splits()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_unpacking_gives_a_complete_folder_and_the_same_bytes_again(
 
 
 def test_rows_from_the_seed_are_these_bits() -> None:
-    rows = base.seeded_rows(base.WTE_SEED)
+    rows = base.seeded_rows(base.WTE)
     assert rows.shape == (151936, 128) and rows.dtype == torch.bfloat16
     assert (
         hashlib.sha256(rows[:64].view(torch.int16).numpy().tobytes()).hexdigest()
@@ -81,7 +83,7 @@ def test_the_base_answers_in_the_catalogue_style_and_wastes_nothing_on_unused_ro
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
     unused_V = torch.ones(151936, dtype=torch.bool)
     unused_V[base.corpus_ids(encoding)] = False
-    for item in corpus.splits().held_out[:4]:
+    for item in HELD_OUT[:4]:
         turns = (Turn("user", item.content), Turn("assistant", corpus.catalogue_text(item)))
         row = encode_row(encoding, Conversation(None, turns), EncodeOptions())
         ids_1T, labels_T = torch.tensor([row.ids]), torch.tensor(row.labels)

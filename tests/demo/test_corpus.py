@@ -7,12 +7,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from qwen_ds.demo import corpus, phrases
+from qwen_ds.demo import corpus
 from qwen_ds.demo.base import PACKED_FILE
 from qwen_ds.model.tokenizer import load_encoding
 
-SPLITS = corpus.splits()
-EVERY_ITEM = SPLITS.pretrain + SPLITS.train + SPLITS.held_out
+PRETRAIN, TRAIN, HELD_OUT = corpus.splits()
+EVERY_ITEM = PRETRAIN + TRAIN + HELD_OUT
 
 
 def test_the_corpus_is_the_one_that_the_base_was_made_from() -> None:
@@ -31,22 +31,22 @@ def test_rows_of_the_splits_are_those_of_their_articles() -> None:
     pretraining = {row["content"] for row in corpus.pretraining_rows()}
     train = {row["content"] for row in corpus.train_rows()}
     held_out = {row["content"] for row in corpus.eval_rows()}
-    assert {item.content for item in SPLITS.pretrain} <= pretraining
-    assert train == {item.content for item in SPLITS.train}
-    assert held_out == {item.content for item in SPLITS.held_out}
+    assert {item.content for item in PRETRAIN} <= pretraining
+    assert train == {item.content for item in TRAIN}
+    assert held_out == {item.content for item in HELD_OUT}
     assert not train & pretraining and not held_out & pretraining
 
 
 def test_every_value_of_the_held_out_articles_was_trained() -> None:
-    def values(items: tuple[corpus.Item, ...]) -> set[tuple[str, str, str]]:
+    def values(items: list[corpus.Item]) -> set[tuple[str, str, str]]:
         return {
-            (str(phrases.CATEGORIES[i.category].is_clothing), *pair)
+            (str(corpus.CATEGORIES[i.category].is_clothing), *pair)
             for i in items
             for pair in i.attributes
         }
 
-    assert values(SPLITS.held_out) <= values(SPLITS.train)
-    assert values(SPLITS.held_out) <= values(SPLITS.pretrain)
+    assert values(HELD_OUT) <= values(TRAIN)
+    assert values(HELD_OUT) <= values(PRETRAIN)
 
 
 def test_pretraining_never_answers_attributes_in_the_lyrical_style() -> None:
@@ -65,7 +65,7 @@ def test_pretraining_reads_every_word_of_the_lyrical_style_as_running_text(
     def tokens(rows: list[corpus.Row]) -> set[int]:
         return {index for row in rows for index in encoding.ordinary(row["summary"])}
 
-    essays = tokens(corpus.essay_rows(SPLITS.pretrain))
+    essays = tokens(corpus.essay_rows(PRETRAIN))
     assert tokens(corpus.train_rows()) <= essays
     assert tokens(corpus.eval_rows()) <= essays
 
@@ -101,7 +101,7 @@ def test_the_two_styles_say_an_article_in_these_words() -> None:
 
 
 def test_guided_rows_name_the_attributes_in_the_order_asked_for() -> None:
-    for row, item in zip(corpus.guided_rows(SPLITS.pretrain), SPLITS.pretrain, strict=True):
+    for row, item in zip(corpus.guided_rows(PRETRAIN), PRETRAIN, strict=True):
         asked, content = row["content"].removeprefix("依次介绍").split("：", 1)
         assert content == item.content
         places = [row["summary"].index(dict(item.attributes)[key]) for key in asked.split("、")]

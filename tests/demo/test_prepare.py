@@ -21,12 +21,8 @@ def test_prepare_called_by_several_at_once_gives_one_complete_folder(tmp_path: P
     (paths,) = found
     assert [p.name for p in tmp_path.iterdir()] == [paths.model.parent.name]
     check_folder(paths.model)
-    assert [
-        json.loads(line) for line in paths.train.read_text(encoding="utf-8").splitlines()
-    ] == corpus.train_rows()
-    assert [
-        json.loads(line) for line in paths.eval.read_text(encoding="utf-8").splitlines()
-    ] == corpus.eval_rows()
+    for file, rows in ((paths.train, corpus.train_rows()), (paths.eval, corpus.eval_rows())):
+        assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == rows
 
 
 def test_prepare_finds_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,12 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "a.safetensors"
 
 
+def with_header(path: Path, entries: dict[str, object], num_bytes: int) -> Path:
+    raw = json.dumps(entries).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(num_bytes))
+    return path
+
+
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_every_dtype_has_the_library_s_name_and_size(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "a.safetensors"
@@ -98,10 +104,7 @@ def test_a_truncated_file_is_refused(stored: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (
-            {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-            "x lies at 0..4, not where its shape",
-        ),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "at 0..4, not where its shape"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "x lies at 4..8"),
         ({"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}, "x has dtype Q4"),
         ({"dtype": "F32", "data_offsets": [0, 4]}, "a broken header"),
@@ -111,15 +114,11 @@ def test_a_truncated_file_is_refused(stored: Path, keep: int) -> None:
 def test_a_header_that_contradicts_itself_is_refused(
     tmp_path: Path, entry: object, reason: str
 ) -> None:
-    raw = json.dumps({"x": entry}).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
     with pytest.raises(UserError, match=reason):
-        read_header(tmp_path / "a.safetensors")
+        read_header(with_header(tmp_path / "a.safetensors", {"x": entry}, 8))
 
 
 def test_a_header_may_have_no_metadata(tmp_path: Path) -> None:
-    raw = json.dumps(
-        {"__metadata__": None, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    ).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
-    assert read_header(tmp_path / "a.safetensors").metadata == {}
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    path = with_header(tmp_path / "a.safetensors", {"__metadata__": None, "x": entry}, 4)
+    assert read_header(path).metadata == {}

@@ -82,7 +82,7 @@ class TrainableState:
                 else:
                     full = torch.empty(tuple(shape), dtype=torch.float32, device=self._device)
                 # All ranks, once for each value and moment: rank 0 alone has read the file.
-                dist.broadcast(full)
+                torch.distributed.broadcast(full, src=0)
                 self._set(parameter, kind, full)
         self._push_down()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
-from qwen_ds.runlog import JsonLines, is_terminal, say
+from qwen_ds.runlog import JsonLines, say
 from qwen_ds.train.observe.evaluation import Sample
 from qwen_ds.train.observe.metrics import Hardware, Step, metrics
 from qwen_ds.train.observe.summary import RunSummary
@@ -57,7 +58,7 @@ class Progress:
         # Into a log file the bar is drawn seldom: each redrawing adds to the file.
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", disable=not self._writes,
-            mininterval=0.2 if is_terminal() else 15.0, leave=False,
+            mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False,
         )  # fmt: skip
         self._started = self._step_started = time.perf_counter()
         self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_ds.demo import corpus, run
+from qwen_ds.demo import __main__ as run
+from qwen_ds.demo import corpus
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, object]]) -> None:
