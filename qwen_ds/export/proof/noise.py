@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24}
-_SMALLEST_STEP = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # between subnormal numbers
+from qwen_ds.disk.weights import FLOAT_DTYPES
+
 _EXPONENT = 0x7F800000  # of an fp32 number: alone, it is the power of two below the number
 _TABLE_SIZE = 2**23
 _ITEMS_AT_ONCE = 2**18  # 1 MB: stays in the processor's cache
@@ -29,15 +29,13 @@ class RoundingNoise:
 
     @torch.no_grad()
     def add(self, weight: Tensor, dtype: str) -> None:
-        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` would.
-
-        `dtype` is safetensors' name of it.
-        """
-        factor, smallest = 2.0 ** (1 - _SIGNIFICANT_BITS[dtype]), _SMALLEST_STEP[dtype]
+        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` would."""
+        info = torch.finfo(FLOAT_DTYPES[dtype])
+        smallest = info.smallest_normal * info.eps  # step between subnormal numbers
         for part in weight.view(-1).split(_ITEMS_AT_ONCE):
             step = self._step[: part.numel()]
             torch.bitwise_and(part.view(torch.int32), _EXPONENT, out=step.view(torch.int32))
-            step.mul_(factor).clamp_(min=smallest)
+            step.mul_(info.eps).clamp_(min=smallest)
             first = int(
                 torch.randint(_TABLE_SIZE - part.numel() + 1, (), generator=self._generator)
             )

@@ -22,6 +22,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import replacing, write_json, write_text
@@ -41,19 +42,8 @@ from qwen_ds.model.tokenizer import (
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
 
-def _alphabet() -> list[str]:
-    """Character of each byte: its own where it is printable, else the next from U+0100 on."""
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_CHARACTERS = _alphabet()
-_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+_CHARACTERS: dict[int, str] = bytes_to_unicode()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 
 def _spelled(token: bytes) -> str:
