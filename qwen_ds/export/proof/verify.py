@@ -12,7 +12,7 @@ Shapes: P positions compared, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,38 +141,25 @@ def verify_merge(
     """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
     started = time.monotonic()
     native = plan.base.folder if plan.format.from_qwen else merged
-    encoding, seq_length = (
-        load_encoding(native),
-        QWEN.config_class.from_pretrained(str(native)).seq_length,
-    )
-    special = replaced_rows(plan.adapters, seq_length)
-    if kind == "sampled":
+    encoding = load_encoding(native)
+    seq_length = QWEN.config_class.from_pretrained(str(native)).seq_length
+    sampled = kind == "sampled"
 
-        def bare(texts: Sequence[str], count: int) -> list[ProofRow]:
-            # Bare text: of the few tokens that there are, none goes to a system message.
-            return first_positions(
-                [torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count
-            )
-
-        outputs = layered_outputs(plan, merged, [*_filled_up(bare, prompts), *special])
-    else:
-
-        def chat(texts: Sequence[str], count: int) -> list[ProofRow]:
+    def rows_of(texts: Sequence[str], count: int) -> list[ProofRow]:
+        if sampled:  # bare text: of the few tokens that there are, none goes to a system message
+            ids = [encoding.ordinary(text) for text in texts]
+        else:
             turns = [Conversation(None, (Turn("user", text),)) for text in texts]
-            ids = [encode_prompt(encoding, turn)[:seq_length] for turn in turns]
-            return spread_positions([torch.tensor(row) for row in ids], count)
+            ids = [encode_prompt(encoding, turn) for turn in turns]
+        rows_T = [torch.tensor(row[:seq_length]) for row in ids]
+        return first_positions(rows_T, count) if sampled else spread_positions(rows_T, count)
 
-        outputs = whole_outputs(plan, merged, [*_filled_up(chat, prompts), *special])
-    return judge(outputs, kind, time.monotonic() - started)
-
-
-def _filled_up(
-    rows_of: Callable[[Sequence[str], int], list[ProofRow]], prompts: Sequence[str] | None
-) -> list[ProofRow]:
-    """Rows of the prompts, filled up to 64 positions by rows of the built-in ones."""
     rows = rows_of(prompts or (), POSITIONS)
-    left = POSITIONS - sum(len(row.positions) for row in rows)
-    return [*rows, *rows_of(PROMPTS, left)] if left else rows
+    if left := POSITIONS - sum(len(row.positions) for row in rows):
+        rows += rows_of(PROMPTS, left)
+    rows += replaced_rows(plan.adapters, seq_length)
+    outputs = (layered_outputs if sampled else whole_outputs)(plan, merged, rows)
+    return judge(outputs, kind, time.monotonic() - started)
 
 
 def judge(outputs: Outputs, kind: ProofKind, seconds: float) -> Verification:
