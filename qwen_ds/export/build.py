@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,11 @@ from qwen_ds.disk.shards import INDEX_NAME, write_index
 from qwen_ds.disk.weights import file_facts
 from qwen_ds.disk.write import sync
 from qwen_ds.export.base_check import doubts
-from qwen_ds.export.card import CARD_NAME, Origin, write_card
+from qwen_ds.export.card import CARD_NAME, write_card
 from qwen_ds.export.merge_plan import MergePlan, Shard
-from qwen_ds.export.merge_report import BuiltFiles
+from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.stream.changes import Adapters
-from qwen_ds.export.stream.shard import WrittenShard, sum_changed, write_shard
+from qwen_ds.export.stream.shard import ChangedTensor, add_changed, write_shard
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.carry_over import legal_texts
 
@@ -27,27 +28,61 @@ ShowProgress = Callable[[int, int], None]
 
 
 def build_files(
-    plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
-) -> BuiltFiles:
-    """Write all files of the output, but for its report, into `folder`.
+    plan: MergePlan,
+    source: Source,
+    folder: Path,
+    output: Path,
+    block_bytes: int,
+    progress: ShowProgress | None,
+) -> MergeReport:
+    """Write all files of `output`, but for its report, into `folder`.
+
+    Returns:
+        The report of the merge before its proof.
 
     Raises:
         UserError: the output's values are not finite.
         OSError: of the disk.
     """
-    shards = _write_weights(plan, source, folder, block_bytes, progress)
+    started = time.monotonic()
+    outputs, changed = _write_weights(plan, source, folder, block_bytes, progress)
     edits = _write_small_files(plan, folder)
-    outputs = {name: written.facts for name, written in sorted(shards.items())}
     for path in sorted(folder.iterdir()):
         if path.name not in outputs:
             outputs[path.name] = file_facts(path)
     inputs = _input_facts(plan, source, folder, outputs) | _adapter_facts(plan.adapters)
-    return BuiltFiles(sum_changed(shards.values()), edits, inputs, outputs)
+    seconds = time.monotonic() - started
+    stored, adapters = plan.base.tensors, plan.adapters
+    kept = {block.tensor for blocks in plan.layout.values() for block in blocks}
+    converted = {
+        block.tensor
+        for name, spec in plan.tensors.items()
+        for block in plan.layout[name]
+        if spec.dtype != stored[block.tensor].dtype and block.tensor not in changed
+    }
+    return MergeReport(
+        base=str(plan.base.folder),
+        adapters=[str(adapter.folder) for adapter in adapters.members],
+        weights=None if adapters.weights is None else list(adapters.weights),
+        output=str(output),
+        format=plan.format.name,
+        dtype=plan.dtype,
+        changed=changed,
+        untouched=len(kept) - len(changed) - len(converted),
+        converted=len(converted),
+        left_out=sorted(stored.keys() - kept),
+        edits=edits,
+        inputs=inputs,
+        outputs=outputs,
+        seconds=round(seconds, 3),
+        warnings=doubts(plan.base.folder, adapters.members),
+    )
 
 
 def _write_weights(
     plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
-) -> dict[str, WrittenShard]:
+) -> tuple[Facts, dict[str, ChangedTensor]]:
+    """Write the weight files; returns their facts, and the changes of the base's tensors."""
     total = sum(plan.bytes_read(shard) for shard in plan.shards)
     done = 0
 
@@ -57,18 +92,21 @@ def _write_weights(
         if progress is not None:
             progress(done, total)
 
-    written, flushed = {}, []
+    facts: Facts = {}
+    changed: dict[str, ChangedTensor] = {}
+    flushed = []
     # Publishing waits until the disk has every file. Here it takes one while the next is written.
     with ThreadPoolExecutor(max_workers=1) as flushing:
         for shard in plan.shards:
             path = folder / shard.name
-            written[shard.name] = write_shard(plan, shard, source, path, block_bytes, advance)
+            facts[shard.name], part = write_shard(plan, shard, source, path, block_bytes, advance)
+            add_changed(changed, part)  # a tensor's rows may lie in several files
             flushed.append(flushing.submit(sync, path))
     for done_flushing in flushed:
         done_flushing.result()  # raises the disk's error, which the system reports only once
     for shard in plan.shards:
         _check_header(folder, shard)
-    return written
+    return dict(sorted(facts.items())), dict(sorted(changed.items()))
 
 
 def _check_header(folder: Path, shard: Shard) -> None:
@@ -88,15 +126,7 @@ def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
     base, adapters = plan.base.folder, plan.adapters
     dtype = None if plan.dtype == "keep" else plan.dtype
     edits = plan.format.write_files(base, folder, dtype, bool(adapters.members))
-    origin = Origin(
-        base,
-        tuple(adapter.folder for adapter in adapters.members),
-        plan.format.name,
-        adapters.weights,
-        plan.dtype,
-        tuple(doubts(base, adapters.members)),
-    )
-    write_card(folder, origin)
+    write_card(folder, base, adapters, plan.format.name, plan.dtype)
     return edits
 
 

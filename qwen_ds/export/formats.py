@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from qwen_ds.export.choices import FormatName
 from qwen_ds.export.layout import Layout, identity
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import layout_from_qwen2, layout_to_qwen2
-from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck, check_tokenizer
 from qwen_ds.export.qwen2.tokenizer_json import (
     TOKENIZER,
     merges_of,
@@ -47,9 +46,7 @@ class Format:
     from_qwen: bool = True
     """Whether the source has the native names, so that `layout` leads away from them; otherwise
     the output has them. (Both, where the layout is the identity.)"""
-    check_tokenizer: Callable[[Path, Path, Sequence[str]], TokenizerCheck] | None = None
-    """(base folder, output folder, files of texts) -> whether the tokenizers of both agree. None
-    where the output has the base's."""
+    converts_tokenizer: bool = False
 
 
 def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool = False) -> Format:
@@ -188,21 +185,13 @@ def _stored_dtype(output: Path) -> str:
     return str(FLOAT_DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")
 
 
-def _check_tokenizer(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
-    return check_tokenizer(load_encoding(base), output, texts_files)
-
-
-def _check_tokenizer_back(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
-    return check_tokenizer(load_encoding(output), base, texts_files)
-
-
 QWEN_FORMAT = Format("qwen", identity, write_own_files)
 _QWEN2_FORMAT = Format(
     "qwen2",
     _layout_to_qwen2,
     _write_qwen2_files,
     (settings.CONFIG, settings.GENERATION_CONFIG, settings.TOKENIZER_CONFIG, VOCABULARY_FILE),
-    check_tokenizer=_check_tokenizer,
+    converts_tokenizer=True,
 )
 _BACK_TO_QWEN = Format(
     "qwen",
@@ -210,5 +199,5 @@ _BACK_TO_QWEN = Format(
     _write_qwen_files,
     (settings.CONFIG, settings.GENERATION_CONFIG, TOKENIZER),
     from_qwen=False,
-    check_tokenizer=_check_tokenizer_back,
+    converts_tokenizer=True,
 )

@@ -8,7 +8,6 @@ complete or absent. One that fails its proof stays as `<output>.rejected`.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +19,22 @@ from qwen_ds.export.build import ShowProgress, build_files
 from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
 from qwen_ds.export.merge_plan import make_plan
-from qwen_ds.export.merge_report import MergeReport, describe
+from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.output_place import (
     REPORT_NAME,
     building,
     check_inputs_elsewhere,
     check_names_free,
-    check_space,
-    remove_rejected,
+    make_room,
+    telling_errors,
 )
 from qwen_ds.export.proof.verify import choose_proof, verify_merge
-from qwen_ds.export.qwen2.tokenizer_check import texts_of
+from qwen_ds.export.qwen2.tokenizer_check import check_tokenizer, texts_of
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import BLOCK_BYTES
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.tokenizer import load_encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +93,24 @@ def merge(
         base, Adapters(members, weights), options.to, options.dtype, options.allow_pickle
     )
     kind = choose_proof(plan, options.proof)
-    try:
-        with Source(plan.base) as source, building(output) as folder:
-            check_names_free(output)
-            check_copies(plan, source, options.block_bytes)
-            check_space(output, plan.num_bytes)
-            remove_rejected(output)
-            started = time.monotonic()
-            built = build_files(plan, source, folder, options.block_bytes, progress)
-            report = describe(plan, output, built, time.monotonic() - started)
-            if (check := options.to.check_tokenizer) is not None:
-                report = replace(report, tokenizer=check(base, folder, options.check_texts))
-            if kind is not None:
-                proven = verify_merge(plan, folder, kind, options.prompts)
-                report = replace(report, verification=proven)
-            write_json(folder / REPORT_NAME, report.as_json())
-            publish(folder, report.folder)
-    except OSError as error:
-        if error.errno is None:  # a library's, not the system's
-            raise
-        raise UserError(
-            f"{error.filename or output.parent}: {error.strerror}; expected files that can be read"
-            f" and a disk that takes {output}"
-        ) from error
+    with (
+        telling_errors(output, "files that can be read and a disk"),
+        Source(plan.base) as source,
+        building(output) as folder,
+    ):
+        check_names_free(output)
+        check_copies(plan, source, options.block_bytes)
+        make_room(output, plan.num_bytes)
+        report = build_files(plan, source, folder, output, options.block_bytes, progress)
+        if options.to.converts_tokenizer:
+            native, other = (base, folder) if options.to.from_qwen else (folder, base)
+            check = check_tokenizer(load_encoding(native), other, options.check_texts)
+            report = replace(report, tokenizer=check)
+        if kind is not None:
+            proven = verify_merge(plan, folder, kind, options.prompts)
+            report = replace(report, verification=proven)
+        write_json(folder / REPORT_NAME, report.as_json())
+        publish(folder, report.folder)
     return report
 
 
@@ -130,7 +125,7 @@ def _check_options(num_adapters: int, options: MergeOptions) -> None:
             f"{len(options.weights)} weights and {num_adapters} adapters were given; expected one"
             " for each"
         )
-    if options.check_texts and options.to.check_tokenizer is None:
+    if options.check_texts and not options.to.converts_tokenizer:
         raise UserError(
             "check_texts was given, but the tokenizer stays as it is; expected --format or --from"
             " qwen2"

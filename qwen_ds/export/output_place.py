@@ -49,6 +49,20 @@ def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
 
 
 @contextmanager
+def telling_errors(output: Path, expected: str) -> Iterator[None]:
+    """Turn the system's errors in the block into one line for the user: UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library's, not the system's
+            raise
+        raise UserError(
+            f"{error.filename or output.parent}: {error.strerror}; expected {expected} that takes"
+            f" {output}"
+        ) from error
+
+
+@contextmanager
 def building(output: Path) -> Iterator[Path]:
     """Yield an empty folder to build `output` in; whatever is still in it at the end is removed.
 
@@ -110,23 +124,19 @@ def check_names_free(output: Path) -> None:
         )
 
 
-def check_space(output: Path, num_bytes: int) -> None:
-    """Check that the disk takes `num_bytes` of weights and the small files beside them.
+def make_room(output: Path, num_bytes: int) -> None:
+    """Remove an earlier merge's rejected output, if the disk then takes this one's weights.
 
     Raises:
-        UserError: there is too little room, also without an earlier rejected output.
+        UserError: it does not.
     """
-    needed = int(1.01 * num_bytes)  # headers and small files
-    replaced = sum(path.lstat().st_size for path in rejected_name(output).rglob("*"))
+    needed, rejected = int(1.01 * num_bytes), rejected_name(output)  # headers and small files, too
+    replaced = sum(path.lstat().st_size for path in rejected.rglob("*"))
     free = shutil.disk_usage(output.parent).free + replaced
     if free < needed:
         raise UserError(
             f"{output.parent}: {free / 1e9:.3g} GB ({free} bytes) free on the disk; expected"
             f" {needed / 1e9:.3g} GB ({needed} bytes) for the output"
         )
-
-
-def remove_rejected(output: Path) -> None:
-    """Remove an earlier merge's rejected output, once all is known to be possible."""
-    if (rejected := rejected_name(output)).exists():
+    if rejected.exists():
         remove_folder(rejected)

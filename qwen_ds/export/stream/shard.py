@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,28 +33,16 @@ class ChangedTensor:
     norm: float
     norm_of_change: float
 
-    def plus(self, other: ChangedTensor) -> ChangedTensor:
-        """The change of the rows of both."""
-        norm_of_change = math.hypot(self.norm_of_change, other.norm_of_change)
-        return ChangedTensor(self.kind, math.hypot(self.norm, other.norm), norm_of_change)
 
-
-@dataclass(frozen=True, slots=True)
-class WrittenShard:
-    """A finished file, and the changes of the rows of the base that went into it."""
-
-    facts: dict[str, Any]
-    """bytes and sha256."""
-    changed: dict[str, ChangedTensor]
-
-
-def sum_changed(shards: Iterable[WrittenShard]) -> dict[str, ChangedTensor]:
-    """The changes of whole tensors, whose rows may lie in several files."""
-    total: dict[str, ChangedTensor] = {}
-    for written in shards:
-        for name, change in written.changed.items():
-            total[name] = total[name].plus(change) if name in total else change
-    return dict(sorted(total.items()))
+def add_changed(total: dict[str, ChangedTensor], more: Mapping[str, ChangedTensor]) -> None:
+    """Add the changes of further rows to those of the tensors in `total`."""
+    for name, change in more.items():
+        if (before := total.get(name)) is not None:
+            norm_of_change = math.hypot(before.norm_of_change, change.norm_of_change)
+            change = ChangedTensor(
+                change.kind, math.hypot(before.norm, change.norm), norm_of_change
+            )
+        total[name] = change
 
 
 def write_shard(
@@ -64,14 +52,14 @@ def write_shard(
     target: Path,
     block_bytes: int,
     advance: Callable[[int], None],
-) -> WrittenShard:
-    """Write `shard` to the file `target`.
+) -> tuple[dict[str, Any], dict[str, ChangedTensor]]:
+    """Write `shard` to the file `target`; UserError if a value is not finite.
 
     Args:
         advance: called with the bytes read of each block.
 
-    Raises:
-        UserError: the output's values are not finite.
+    Returns:
+        The file's bytes and sha256, and the changes of the rows of the base that went into it.
     """
     tensors = plan.base.tensors
     pieces = [
@@ -93,11 +81,10 @@ def write_shard(
             else:
                 stored, norms = _changed_block(rows, block, change, dtype)
                 if change is not None:
-                    after = ChangedTensor(change.kind, *norms)
-                    changed[name] = changed[name].plus(after) if name in changed else after
+                    add_changed(changed, {name: ChangedTensor(change.kind, *norms)})
                 writer.write(stored.view(torch.uint8).reshape(-1).numpy().data)
             advance(rows.num_bytes)
-    return WrittenShard({"bytes": target.stat().st_size, "sha256": writer.sha256()}, changed)
+    return {"bytes": target.stat().st_size, "sha256": writer.sha256()}, changed
 
 
 @contextmanager
