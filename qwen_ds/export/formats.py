@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,9 @@ class Format:
 
 
 def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool = False) -> Format:
-    """Find the way from the format `source` to `target`, one of which is Qwen's own.
+    """Find the way from the format `source` to `target`.
 
-    Raises:
-        UserError: both are Qwen2, or an adapter is to be merged into a Qwen2.
+    UserError if both are Qwen2, or an adapter is to be merged into a Qwen2.
     """
     if source == "qwen":
         return QWEN_FORMAT if target == "qwen" else _QWEN2_FORMAT
@@ -73,21 +73,18 @@ def write_own_files(
 
     config.json gets `rms_norm_eps`, and `torch_dtype` where all weights were brought to one. An
     adapter is trained in ChatML, so a base model that one is merged into answers as a chat model.
-
-    Returns:
-        What was changed in the files, by file name.
     """
-    edits: dict[str, list[str]] = {}
+    edits: defaultdict[str, list[str]] = defaultdict(list)
     for name in carry_over(base, output):
         if (output / name).read_bytes() != (base / name).read_bytes():
-            edits[name] = ["auto_map removed: it names code that is not carried"]
+            edits[name].append("auto_map removed: it names code that is not carried")
     carried = read_json(output / settings.CONFIG)
     config = _with_rms_norm_eps(carried)
     if config != carried:
-        edits.setdefault(settings.CONFIG, []).append("rms_norm_eps added for llama.cpp")
+        edits[settings.CONFIG].append("rms_norm_eps added for llama.cpp")
     if torch_dtype is not None:
         config = _with_torch_dtype(config, torch_dtype)
-        edits.setdefault(settings.CONFIG, []).append(f"torch_dtype set to {torch_dtype}")
+        edits[settings.CONFIG].append(f"torch_dtype set to {torch_dtype}")
     if config != carried:
         write_json(output / settings.CONFIG, config)
     generation_file = output / settings.GENERATION_CONFIG
@@ -95,7 +92,7 @@ def write_own_files(
         generation = read_json(generation_file)
         if QWEN.chat_format(generation) == "raw":
             write_json(generation_file, {**generation, "chat_format": "chatml"})
-            edits.setdefault(generation_file.name, []).append("chat_format set to chatml")
+            edits[generation_file.name].append("chat_format set to chatml")
     return {name: "; ".join(what) for name, what in edits.items()}
 
 
@@ -139,7 +136,6 @@ def _layout_from_qwen2(stored: StoredWeights) -> Layout:
 def _write_qwen2_files(
     base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
 ) -> dict[str, str]:
-    """Write settings, tokenizer and legal texts of a Qwen2 folder made from the Qwen in `base`."""
     encoding = load_encoding(base)
     generation = settings.generation_of_qwen(base, merges_adapter)
     chatml = QWEN.chat_format(generation) == "chatml"
@@ -161,7 +157,6 @@ def _write_qwen2_files(
 def _write_qwen_files(
     base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
 ) -> dict[str, str]:
-    """Write settings, vocabulary and legal texts of a Qwen made from the Qwen2 in `base`."""
     encoding = read_qwen2_tokenizer(base)
     config, tokenizer_config = settings.from_qwen2(base)
     stored = torch_dtype or _stored_dtype(output)

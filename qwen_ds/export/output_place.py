@@ -32,11 +32,8 @@ def _partial_name(output: Path) -> Path:
 
 
 def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
-    """Check that no input lies where the output is built, gets its name, or replaces another.
-
-    Raises:
-        UserError: one does, or the output is the root.
-    """
+    """Raise UserError if an input lies where the output is built, gets its name, or replaces
+    another; or if the output is the root."""
     if not output.name:
         raise UserError(f"{output}: is the root; expected a new folder for the output")
     for place in (output, rejected_name(output), _partial_name(output)):
@@ -109,11 +106,7 @@ def _is_locked(descriptor: int, lock: Path) -> bool:
 
 
 def check_names_free(output: Path) -> None:
-    """Check that the output's name is free, and that of a rejected one free or an earlier merge's.
-
-    Raises:
-        UserError: something is in the way.
-    """
+    """Raise UserError if anything but an earlier rejected output has one of the output's names."""
     require_new_folder(output)
     rejected = rejected_name(output)
     earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
@@ -125,11 +118,7 @@ def check_names_free(output: Path) -> None:
 
 
 def make_room(output: Path, num_bytes: int) -> None:
-    """Remove an earlier merge's rejected output, if the disk then takes this one's weights.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Remove an earlier merge's rejected output; UserError unless the disk then takes this one."""
     needed, rejected = int(1.01 * num_bytes), rejected_name(output)  # headers and small files, too
     replaced = sum(path.lstat().st_size for path in rejected.rglob("*"))
     free = shutil.disk_usage(output.parent).free + replaced
