@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from safetensors import safe_open
 
 from qwen_ds.disk.shards import INDEX_NAME, write_index
-from qwen_ds.disk.weights import file_facts
+from qwen_ds.disk.weights import TensorSpec, file_facts
 from qwen_ds.disk.write import sync
 from qwen_ds.export.base_check import doubts
 from qwen_ds.export.card import CARD_NAME, write_card
-from qwen_ds.export.merge_plan import MergePlan, Shard
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import ChangedTensor, add_changed, write_shard
@@ -83,8 +83,7 @@ def _write_weights(
     plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
 ) -> tuple[Facts, dict[str, ChangedTensor]]:
     """Write the weight files; returns their facts, and the changes of the base's tensors."""
-    total = sum(plan.bytes_read(shard) for shard in plan.shards)
-    done = 0
+    total, done = plan.bytes_read, 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -97,31 +96,31 @@ def _write_weights(
     flushed = []
     # Publishing waits until the disk has every file. Here it takes one while the next is written.
     with ThreadPoolExecutor(max_workers=1) as flushing:
-        for shard in plan.shards:
-            path = folder / shard.name
-            facts[shard.name], part = write_shard(plan, shard, source, path, block_bytes, advance)
+        for name in plan.shards:
+            path = folder / name
+            facts[name], part = write_shard(plan, source, path, block_bytes, advance)
             add_changed(changed, part)  # a tensor's rows may lie in several files
             flushed.append(flushing.submit(sync, path))
     for done_flushing in flushed:
         done_flushing.result()  # raises the disk's error, which the system reports only once
-    for shard in plan.shards:
-        _check_header(folder, shard)
+    for name, specs in plan.shards.items():
+        _check_header(folder / name, specs)
     return dict(sorted(facts.items())), dict(sorted(changed.items()))
 
 
-def _check_header(folder: Path, shard: Shard) -> None:
+def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
     """Check that the safetensors library reads what our block writer meant."""
-    with safe_open(folder / shard.name, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
-    wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
-    assert read == wanted, f"{folder / shard.name}: safetensors reads another header than written"
+    wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in specs}
+    assert read == wanted, f"{path}: safetensors reads another header than written"
 
 
 def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
     """Write everything beside the weights; returns what was changed, by file name."""
     if plan.has_index:
-        members = {shard.name: [spec.name for spec in shard.tensors] for shard in plan.shards}
+        members = {file: [spec.name for spec in specs] for file, specs in plan.shards.items()}
         write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
     base, adapters = plan.base.folder, plan.adapters
     dtype = None if plan.dtype == "keep" else plan.dtype

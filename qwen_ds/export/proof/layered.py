@@ -21,7 +21,7 @@ from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.export.layout import Layout, identity, inverse
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
-from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters, spoil
+from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters
 from qwen_ds.export.stream.blocks import row_ranges
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.source import Source
@@ -86,17 +86,17 @@ class _Comparison:
         self, plan: MergePlan, config: ModelConfig, base: Weights, output: Weights
     ) -> None:
         self._plan, self._config, self._base, self._output = plan, config, base, output
-        self._noise = RoundingNoise()
         # One block's weights, filled again for every block: fresh memory of that size costs more
         # than the reading.
         self._buffers: dict[str, Tensor] = {}
-        self._rounded = plan.rounded()
+        rounded = plan.rounded()
         if not plan.format.from_qwen:
-            self._rounded = {
+            rounded = {
                 name: plan.tensors[name].dtype
                 for name, blocks in plan.layout.items()
-                if any(block.tensor in self._rounded for block in blocks)
+                if any(block.tensor in rounded for block in blocks)
             }
+        self._noise = RoundingNoise(rounded)
 
     def run(self, rows: Sequence[ProofRow]) -> Outputs:
         # Right padding needs no mask: a real token never looks to its right.
@@ -124,7 +124,7 @@ class _Comparison:
         put_adapters(whole, Adapters(tuple(members), self._plan.adapters.weights))
         adapted = whole.get_submodule(path)  # in peft's wrapper, where LoRA is on it
         expected = adapted(inputs[1])
-        spoil(whole, self._rounded, self._noise)
+        self._noise.spoil(whole)
         noisy = adapted(inputs[2])
         _set_weight(layer, self._output.chosen_rows(name, indices))
         return [base, expected, noisy, layer(inputs[3])]
@@ -147,7 +147,7 @@ class _Comparison:
             expected_BTD = block(expected_BTD, cos, sin)
         else:
             expected_BTD = base_BTD
-        spoil(whole, self._rounded, self._noise)
+        self._noise.spoil(whole)
         noisy_BTD = block(noisy_BTD, cos, sin)
         del block, whole
         gc.collect(1)  # peft's wrappers refer to each other; older objects are not among them

@@ -5,13 +5,12 @@ Shapes: T tokens of a row, P positions compared, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qwen_ds.export.proof.noise import RoundingNoise
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import Adapter, put_adapter
 
@@ -74,13 +73,8 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
 
     Of many such tokens 64 serve, spread evenly.
     """
-    indices = {
-        i
-        for adapter in adapters.members
-        for rows in adapter.token_rows.values()
-        for i in rows.indices
-    }
-    ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
+    ids = sorted(set(adapters.replaced_tokens()))
+    count = min(POSITIONS, seq_length or POSITIONS, len(ids))
     chosen = [ids[j * len(ids) // count] for j in range(count)]
     return [ProofRow(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
@@ -122,18 +116,3 @@ def _fold(module: nn.Module, adapter: Adapter) -> None:
     wrapped = put_adapter(module, adapter)
     if wrapped is not None:
         wrapped.merge_and_unload()
-
-
-def spoil(module: nn.Module, rounded: Mapping[str, str], noise: RoundingNoise) -> None:
-    """Round once more, in place, what the output stores rounded.
-
-    These are the base's weights beneath the adapters on `module`, and the tensors that adapters
-    bring in their place.
-
-    Args:
-        rounded: the base's tensor name -> dtype.
-    """
-    for name, parameter in module.named_parameters():
-        own = name.replace(".base_layer.", ".")  # peft's wrapper
-        if own in rounded:
-            noise.add(parameter.data, rounded[own])

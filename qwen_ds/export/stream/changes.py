@@ -137,6 +137,11 @@ class Adapters:
         """Names of the base's tensors that change."""
         return sorted({name for adapter in self.members for name in adapter.changed_tensors()})
 
+    def replaced_tokens(self) -> list[int]:
+        """Ids of the tokens whose rows are replaced, once for each adapter and tensor."""
+        tables = [rows for adapter in self.members for rows in adapter.token_rows.values()]
+        return [index for rows in tables for index in rows.indices]
+
 
 def load_changes(adapters: Adapters, name: str) -> Change:
     """Load the change of the base's tensor `name` by all adapters that change it, at least one."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge_plan import MergePlan, Shard
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.stream.blocks import BlockWriter, RowRange, row_ranges
 from qwen_ds.export.stream.changes import Change, load_changes
 from qwen_ds.export.stream.source import Source
@@ -47,13 +47,12 @@ def add_changed(total: dict[str, ChangedTensor], more: Mapping[str, ChangedTenso
 
 def write_shard(
     plan: MergePlan,
-    shard: Shard,
     source: Source,
     target: Path,
     block_bytes: int,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Any], dict[str, ChangedTensor]]:
-    """Write `shard` to the file `target`; UserError if a value is not finite.
+    """Write `target`, one of the plan's shards; UserError if a value is not finite.
 
     Args:
         advance: called with the bytes read of each block.
@@ -61,16 +60,16 @@ def write_shard(
     Returns:
         The file's bytes and sha256, and the changes of the rows of the base that went into it.
     """
-    tensors = plan.base.tensors
+    tensors, specs = plan.base.tensors, plan.shards[target.name]
     pieces = [
         (piece, spec.dtype)
-        for spec in shard.tensors
+        for spec in specs
         for block in plan.layout[spec.name]
         for piece in row_ranges(tensors[block.tensor], block.first, block.last, block_bytes)
     ]
     changed: dict[str, ChangedTensor] = {}
     name, change = "", None
-    with _one_thread(), BlockWriter(target, shard.tensors, shard.metadata) as writer:
+    with _one_thread(), BlockWriter(target, specs, plan.base.shards[0].metadata) as writer:
         blocks = source.blocks([rows for rows, _ in pieces])
         for (rows, dtype), block in zip(pieces, blocks, strict=True):
             if rows.spec.name != name:
