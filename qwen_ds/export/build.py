@@ -17,7 +17,6 @@ from qwen_ds.export.base_check import doubts
 from qwen_ds.export.card import CARD_NAME, write_card
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.merge_report import MergeReport
-from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import ChangedTensor, add_changed, write_shard
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.carry_over import legal_texts
@@ -35,14 +34,9 @@ def build_files(
     block_bytes: int,
     progress: ShowProgress | None,
 ) -> MergeReport:
-    """Write all files of `output`, but for its report, into `folder`.
+    """Write all files of `output` into `folder`, but for the report, which is returned.
 
-    Returns:
-        The report of the merge before its proof.
-
-    Raises:
-        UserError: the output's values are not finite.
-        OSError: of the disk.
+    It is that of a merge before its proof. UserError if a value of the output is not finite.
     """
     started = time.monotonic()
     outputs, changed = _write_weights(plan, source, folder, block_bytes, progress)
@@ -50,7 +44,7 @@ def build_files(
     for path in sorted(folder.iterdir()):
         if path.name not in outputs:
             outputs[path.name] = file_facts(path)
-    inputs = _input_facts(plan, source, folder, outputs) | _adapter_facts(plan.adapters)
+    inputs = _input_facts(plan, source, folder, outputs)
     seconds = time.monotonic() - started
     stored, adapters = plan.base.tensors, plan.adapters
     kept = {block.tensor for blocks in plan.layout.values() for block in blocks}
@@ -63,7 +57,7 @@ def build_files(
     return MergeReport(
         base=str(plan.base.folder),
         adapters=[str(adapter.folder) for adapter in adapters.members],
-        weights=None if adapters.weights is None else list(adapters.weights),
+        weights=adapters.weights,
         output=str(output),
         format=plan.format.name,
         dtype=plan.dtype,
@@ -119,7 +113,7 @@ def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
 
 def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
     """Write everything beside the weights; returns what was changed, by file name."""
-    if plan.has_index:
+    if len(plan.shards) > 1 or plan.base.index_metadata is not None:
         members = {file: [spec.name for spec in specs] for file, specs in plan.shards.items()}
         write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
     base, adapters = plan.base.folder, plan.adapters
@@ -130,21 +124,15 @@ def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
 
 
 def _input_facts(plan: MergePlan, source: Source, folder: Path, outputs: Facts) -> Facts:
-    """Size and sha256 of all files of the base that were read."""
-    facts = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
-    index = {plan.base.index_name} if plan.base.index_name is not None else set()
-    made = {INDEX_NAME, CARD_NAME}
-    carried = legal_texts(folder) if plan.format.reads else outputs.keys() - made
+    """Size and sha256 of all files of the base and the adapters that were read."""
+    base, adapters = plan.base, plan.adapters.members
+    facts = {shard.path.name: source.facts(shard.path.name) for shard in base.shards}
+    carried = legal_texts(folder) if plan.format.reads else outputs.keys() - {INDEX_NAME, CARD_NAME}
+    index = () if base.index_name is None else (base.index_name,)
     for name in sorted({*carried, *plan.format.reads, *index} - facts.keys()):
-        if (plan.base.folder / name).is_file():
-            facts[name] = file_facts(plan.base.folder / name)
-    return facts
-
-
-def _adapter_facts(adapters: Adapters) -> Facts:
-    """Size and sha256 of the adapters' files."""
-    facts: Facts = {}
-    for number, adapter in enumerate(adapters.members, start=1):
-        label = "adapter" if len(adapters.members) == 1 else f"adapter{number}"
+        if (base.folder / name).is_file():
+            facts[name] = file_facts(base.folder / name)
+    for number, adapter in enumerate(adapters, start=1):
+        label = "adapter" if len(adapters) == 1 else f"adapter{number}"
         facts |= {f"{label}/{path.name}": file_facts(path) for path in adapter.files()}
     return facts

@@ -72,7 +72,6 @@ def merge(
     """Write base + adapters to the folder `output`.
 
     Args:
-        base: a checkpoint folder.
         adapters: PEFT folders; each is folded onto the result of the one before, and the sum of
             all is rounded once. Without any the base is only brought to another dtype or format.
         progress: called with (bytes read, bytes in all) after each block.
@@ -88,10 +87,8 @@ def merge(
     output = Path(os.path.abspath(output))
     check_inputs_elsewhere(output, (base, *adapters))
     members = tuple(read_adapter(path, allow_pickle=options.allow_pickle) for path in adapters)
-    weights = None if options.weights is None else tuple(options.weights)
-    plan = make_plan(
-        base, Adapters(members, weights), options.to, options.dtype, options.allow_pickle
-    )
+    changes = Adapters(members, options.weights)
+    plan = make_plan(base, changes, options.to, options.dtype, options.allow_pickle)
     kind = choose_proof(plan, options.proof)
     with (
         telling_errors(output, "files that can be read and a disk"),

@@ -30,10 +30,6 @@ class MergePlan:
     """Weight file of the output -> its tensors in the order of their bytes."""
 
     @property
-    def has_index(self) -> bool:
-        return len(self.shards) > 1 or self.base.index_metadata is not None
-
-    @property
     def tensors(self) -> dict[str, TensorSpec]:
         """The output's tensors."""
         return {spec.name: spec for specs in self.shards.values() for spec in specs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class MergeReport:
 
     base: str
     adapters: list[str]
-    weights: list[float] | None
+    weights: Sequence[float] | None
     output: str
     format: str
     dtype: str

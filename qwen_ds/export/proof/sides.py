@@ -113,6 +113,5 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
 
 
 def _fold(module: nn.Module, adapter: Adapter) -> None:
-    wrapped = put_adapter(module, adapter)
-    if wrapped is not None:
+    if (wrapped := put_adapter(module, adapter)) is not None:
         wrapped.merge_and_unload()

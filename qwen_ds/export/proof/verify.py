@@ -98,19 +98,14 @@ class Verification:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-        UserError: no such file, not UTF-8, or nothing in it.
-    """
+    """The lines of a text file that are not blank; UserError if it cannot be read or has none."""
     try:
-        prompts = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: {error}; expected a text file in UTF-8, a prompt a line"
         ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no text; expected a prompt a line")
     return prompts
@@ -119,8 +114,7 @@ def read_prompts(path: Path) -> list[str]:
 def choose_proof(plan: MergePlan, proof: Proof) -> ProofKind | None:
     """Choose the kind of proof: "auto" takes the full one if the models fit in memory.
 
-    Raises:
-        UserError: a full one is asked for and they do not.
+    UserError if the full one is asked for and they do not.
     """
     if proof in ("off", "sampled"):
         return None if proof == "off" else "sampled"

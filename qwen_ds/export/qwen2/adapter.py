@@ -47,14 +47,9 @@ _KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora
 def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bool = False) -> int:
     """Write an adapter of Qwen as an adapter of the Qwen2 made from the same base.
 
-    Of the folder `base` only config.json and the legal texts are read.
-
-    Returns:
-        The number of modules that the new adapter changes.
-
-    Raises:
-        UserError: the adapter does not fit the base, replaces rows or whole tensors, or the output
-            exists.
+    Of the folder `base` only config.json and the legal texts are read. Returns the number of
+    modules that the new adapter changes. UserError if the adapter does not fit the base or replaces
+    rows or whole tensors, or the output exists.
     """
     config = settings.read_qwen_config(base)
     source = read_adapter(adapter, allow_pickle=allow_pickle)

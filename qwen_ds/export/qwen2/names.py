@@ -43,9 +43,7 @@ def qwen2_modules(module: str) -> tuple[str, ...]:
 def layout_to_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
     """The layout that cuts Qwen2's tensors from Qwen's, in the order of `shapes`.
 
-    Raises:
-        UserError: a tensor that Qwen does not have, that is missing, or of another shape than
-            config.json says.
+    UserError for a tensor that Qwen does not have, that is missing, or not as config.json says.
     """
     layout: dict[str, tuple[RowBlock, ...]] = {}
     for name, shape in _checked(shapes, qwen_shapes(config)).items():
@@ -60,8 +58,7 @@ def layout_to_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
 def layout_from_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
     """The layout that stacks Qwen's tensors from Qwen2's; `config` is the Qwen's.
 
-    Raises:
-        UserError: as `layout_to_qwen2`.
+    UserError as in `layout_to_qwen2`.
     """
     whole = qwen_shapes(config)
     cut = layout_to_qwen2(whole, config)

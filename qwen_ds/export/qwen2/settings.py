@@ -219,6 +219,4 @@ def _without(settings: Settings, keys: Sequence[str]) -> Settings:
 
 def _settings(path: Path) -> Settings:
     """A file of settings, without its reference to code, which is not carried; {} for no file."""
-    if not path.is_file():
-        return {}
-    return {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    return _without(read_json(path), ("auto_map",)) if path.is_file() else {}

@@ -52,12 +52,9 @@ def _spelled(token: bytes) -> str:
 
 @lru_cache(maxsize=2)
 def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
-    """The pairs whose union is a token, in the order of its rank.
+    """The pairs whose union is a token, in the order of its rank; 2 s for the official vocabulary.
 
-    Takes about 2 s for the official vocabulary.
-
-    Raises:
-        UserError: a token that no two lower ones make: such a vocabulary has no list of merges.
+    UserError for a token that no two lower ones make: such a vocabulary has no list of merges.
     """
     ranks, merges = encoding.ranks, []
     for token, rank in sorted(ranks.items(), key=itemgetter(1)):
@@ -92,9 +89,7 @@ def write_qwen2_tokenizer(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json (with the ChatML template), vocab and merges.
 
-    Args:
-        chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
-        model_max_length: longest text in tokens.
+    In `chatml` a reply ends with <|im_end|>, the tokenizer's eos; else with <|endoftext|>.
     """
     ranks = sorted(encoding.ranks.items(), key=itemgetter(1))
     vocab = {_spelled(token): rank for token, rank in ranks}
@@ -142,9 +137,8 @@ def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -
 def read_qwen2_tokenizer(folder: Path) -> Encoding:
     """Read the vocabulary in a Qwen2 folder's tokenizer.json, as `qwen.tiktoken` has it.
 
-    Raises:
-        UserError: no byte-level BPE with ranks from 0 on, other merges than its ranks give, or
-            special tokens that are not Qwen's first ones.
+    UserError unless it is byte-level BPE with ranks from 0 on, with the merges that its ranks give
+    and special tokens that are Qwen's first ones.
     """
     path = folder / TOKENIZER
     if not path.is_file():
