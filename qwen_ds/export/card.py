@@ -39,12 +39,8 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`, which is complete but for its card.
 
-    The folder's own name is not in it: people rename folders, and hubs do anyway.
-
-    Args:
-        base, adapters: the inputs that it was made from.
-        format: of the output, as the user calls it.
-        dtype: that all weights were brought to, or "keep".
+    The folder's own name is not in it: people rename folders, and hubs do anyway. `format` and
+    `dtype` of the folder are as the user chose them.
     """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
@@ -104,16 +100,14 @@ def _metadata(legal: list[str], base: Path, is_tuned: bool, kind: str) -> str:
 
 def _name_of(adapter: Path) -> str:
     """The name of an adapter: its run's, since the folder itself is called "adapter"."""
-    run = _run_of(adapter)
-    return adapter.resolve().name if run is None else run.name
+    return (_run_of(adapter) or adapter.resolve()).name
 
 
 def _run_of(made: Path) -> Path | None:
     """The folder of the run that an adapter or a fully trained model came out of."""
-    for folder in list(made.absolute().parents)[:3]:  # RUN/checkpoints/step_000382/adapter
-        if (folder / RECIPE).is_file() and (folder / DATA_REPORT).is_file():
-            return folder
-    return None
+    above = list(made.absolute().parents)[:3]  # RUN/checkpoints/step_000382/adapter
+    files = (RECIPE, DATA_REPORT)
+    return next((f for f in above if all((f / name).is_file() for name in files)), None)
 
 
 def _training(run: Path) -> dict[str, Any]:

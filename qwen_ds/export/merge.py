@@ -69,19 +69,15 @@ def merge(
     options: MergeOptions = _DEFAULTS,
     progress: ShowProgress | None = None,
 ) -> MergeReport:
-    """Write base + adapters to the folder `output`.
+    """Write base + adapters (PEFT folders) to the folder `output`; `<output>.rejected` if the
+    report says `rejected`.
+
+    Each adapter is folded onto the result of the one before, and the sum of all is rounded once.
+    Without any the base is only brought to another dtype or format. UserError if an adapter does
+    not fit, the base is broken, or the output exists or cannot be written.
 
     Args:
-        adapters: PEFT folders; each is folded onto the result of the one before, and the sum of
-            all is rounded once. Without any the base is only brought to another dtype or format.
         progress: called with (bytes read, bytes in all) after each block.
-
-    Returns:
-        The report. If it is `rejected`, the output is under the name `<output>.rejected` instead.
-
-    Raises:
-        UserError: an adapter that does not fit, a broken base, an output that exists or cannot be
-            written.
     """
     _check_options(len(adapters), options)
     output = Path(os.path.abspath(output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class MergeReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON, with null for a figure that is not a number, as in a failed proof."""
-        return dict(_without_nan(asdict(self)))
+        return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None))
 
     def in_words(self) -> list[str]:
         """A few lines for the screen."""
@@ -75,14 +75,5 @@ class MergeReport:
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
         if self.tokenizer is not None:
             lines += [f"  {line}" for line in self.tokenizer.in_words()]
-        if self.verification is None:
-            return [*lines, "  not verified"]
-        return [*lines, *self.verification.in_words()]
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        proof = ["  not verified"] if self.verification is None else self.verification.in_words()
+        return lines + proof

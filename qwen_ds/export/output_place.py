@@ -63,9 +63,7 @@ def telling_errors(output: Path, expected: str) -> Iterator[None]:
 def building(output: Path) -> Iterator[Path]:
     """Yield an empty folder to build `output` in; whatever is still in it at the end is removed.
 
-    Raises:
-        UserError: another merge builds this output, or something else is in the way.
-        OSError: of the disk.
+    UserError if another merge builds this output, or something else is in the way.
     """
     place = _partial_name(output)
     lock, folder = place / "merge.lock", place / "model"

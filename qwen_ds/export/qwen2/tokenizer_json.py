@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from functools import lru_cache
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,7 @@ def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     """The parts that tiktoken leaves of a token's bytes with the ranks below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        unions = [
-            ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         best = min(unions)
         if best >= limit:
             break

@@ -46,19 +46,12 @@ def add_changed(total: dict[str, ChangedTensor], more: Mapping[str, ChangedTenso
 
 
 def write_shard(
-    plan: MergePlan,
-    source: Source,
-    target: Path,
-    block_bytes: int,
-    advance: Callable[[int], None],
+    plan: MergePlan, source: Source, target: Path, block_bytes: int, advance: Callable[[int], None]
 ) -> tuple[dict[str, Any], dict[str, ChangedTensor]]:
-    """Write `target`, one of the plan's shards; UserError if a value is not finite.
+    """Write `target`, one of the plan's files; UserError if a value is not finite.
 
-    Args:
-        advance: called with the bytes read of each block.
-
-    Returns:
-        The file's bytes and sha256, and the changes of the rows of the base that went into it.
+    Each block's bytes are told to `advance`. Returns the file's bytes and sha256, and the changes
+    of the rows of the base that went into it.
     """
     tensors, specs = plan.base.tensors, plan.shards[target.name]
     pieces = [
@@ -108,16 +101,13 @@ def _changed_block(
     raw = block.view(FLOAT_DTYPES[rows.spec.dtype])
     shape = (rows.last - rows.first, *rows.spec.shape[1:]) if rows.spec.shape else ()
     base = raw.reshape(shape).float()
-    stored = (base if change is None else change.apply(base, rows.first)).to(
-        FLOAT_DTYPES[dtype], copy=True
-    )
-    norms = (
-        float(torch.linalg.vector_norm(base)),
-        float(torch.linalg.vector_norm(base.sub_(stored))),
-    )
-    if not math.isfinite(norms[1]):
+    changed = base if change is None else change.apply(base, rows.first)
+    stored = changed.to(FLOAT_DTYPES[dtype], copy=True)
+    norm = float(torch.linalg.vector_norm(base))
+    norm_of_change = float(torch.linalg.vector_norm(base.sub_(stored)))
+    if not math.isfinite(norm_of_change):
         raise UserError(
             f"{rows.spec.name}: rows {rows.first} to {rows.last} hold NaN or infinity after the"
             f" merge as {dtype}; expected a trained adapter and a dtype that holds its values"
         )
-    return stored, norms
+    return stored, (norm, norm_of_change)
