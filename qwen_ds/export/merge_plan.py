@@ -45,8 +45,8 @@ class MergePlan:
         blocks = [block for blocks in self.layout.values() for block in blocks]
         return sum(block.num_rows * stored[block.tensor].bytes_per_row for block in blocks)
 
-    def rounded(self) -> dict[str, str]:
-        """The base's tensors whose values are rounded -> the dtype that they are rounded to.
+    def rounded(self, of_output: bool = False) -> dict[str, str]:
+        """The base's tensors (or the output's) whose values are rounded -> the dtype rounded to.
 
         They are summed, or brought to a narrower dtype.
         """
@@ -55,7 +55,7 @@ class MergePlan:
             for block in self.layout[name]:
                 exact = spec.dtype in (stored[block.tensor].dtype, "F32")
                 if block.tensor in self.changed or not exact:
-                    found[block.tensor] = spec.dtype
+                    found[name if of_output else block.tensor] = spec.dtype
         return found
 
 

@@ -89,14 +89,7 @@ class _Comparison:
         # One block's weights, filled again for every block: fresh memory of that size costs more
         # than the reading.
         self._buffers: dict[str, Tensor] = {}
-        rounded = plan.rounded()
-        if not plan.format.from_qwen:
-            rounded = {
-                name: plan.tensors[name].dtype
-                for name, blocks in plan.layout.items()
-                if any(block.tensor in rounded for block in blocks)
-            }
-        self._noise = RoundingNoise(rounded)
+        self._noise = RoundingNoise(plan.rounded(of_output=not plan.format.from_qwen))
 
     def run(self, rows: Sequence[ProofRow]) -> Outputs:
         # Right padding needs no mask: a real token never looks to its right.
