@@ -107,7 +107,8 @@ def _cut(
     members: dict[str, list[str]] = {}
     for shard in base.shards:
         here = {spec.name for spec in shard.tensors}
-        file = _safetensors_name(shard.path.name)
+        # A pickle's usual name becomes the usual one of safetensors; other names stay.
+        file = shard.path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         members[file] = [name for name in names if layout[name][0].tensor in here]
     sizes = {name: specs[name].num_bytes for name in names}
     if any(
@@ -116,8 +117,3 @@ def _cut(
     ):
         members = plan_shards(sizes, MAX_SHARD_BYTES)
     return {file: tuple(specs[name] for name in group) for file, group in members.items()}
-
-
-def _safetensors_name(name: str) -> str:
-    """The usual safetensors name for a pickle's usual name; other names stay."""
-    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

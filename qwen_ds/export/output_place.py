@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from qwen_ds.disk.place import require_folder, require_new_folder
@@ -36,13 +37,13 @@ def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
     another; or if the output is the root."""
     if not output.name:
         raise UserError(f"{output}: is the root; expected a new folder for the output")
-    for place in (output, rejected_name(output), _partial_name(output)):
-        for given in inputs:
-            if given.resolve().is_relative_to(place.resolve()):
-                raise UserError(
-                    f"{output}: {given} is an input, and a merge to this output writes to {place};"
-                    " expected another name for the output"
-                )
+    places = (output, rejected_name(output), _partial_name(output))
+    for place, given in product(places, inputs):
+        if given.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"{output}: {given} is an input, and a merge to this output writes to {place};"
+                " expected another name for the output"
+            )
 
 
 @contextmanager

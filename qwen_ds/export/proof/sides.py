@@ -87,27 +87,22 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     sequence, most often the only one, stays beside its weights.
     """
     names = {name for name, _ in module.named_parameters()}
-    members = [one for one in adapters.members if not names.isdisjoint(one.changed_tensors())]
     if adapters.weights is None:
-        for adapter in members[:-1]:
+        here = [one for one in adapters.members if names.intersection(one.changed_tensors())]
+        for adapter in here[:-1]:
             _fold(module, adapter)
-        if members:
-            put_adapter(module, members[-1])
+        if here:
+            put_adapter(module, here[-1])
         return
-    weights = dict(zip(map(id, adapters.members), adapters.weights, strict=True))
-    base = {
-        name: value.clone()
-        for name, value in module.named_parameters()
-        if name in set(adapters.changed_tensors())
-    }
+    changed = names.intersection(adapters.changed_tensors())
+    base = {name: module.get_parameter(name).clone() for name in changed}
     total = {name: value.clone() for name, value in base.items()}
-    for adapter in members:
+    for adapter, weight in zip(adapters.members, adapters.weights, strict=True):
         _fold(module, adapter)
-        for name in adapter.changed_tensors():
-            if name in base:
-                parameter = module.get_parameter(name)
-                total[name].add_(parameter - base[name], alpha=weights[id(adapter)])
-                parameter.copy_(base[name])
+        for name in changed.intersection(adapter.changed_tensors()):
+            parameter = module.get_parameter(name)
+            total[name].add_(parameter - base[name], alpha=weight)
+            parameter.copy_(base[name])
     for name, value in total.items():
         module.get_parameter(name).copy_(value)
 

@@ -172,21 +172,14 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
 
 
 def generation_of_qwen(base: Path, merges_adapter: bool) -> Settings:
-    """generation_config.json of the Qwen that is converted, perhaps with an adapter merged.
-
-    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a
-    chat model does.
-    """
+    """generation_config.json of a Qwen; an adapter, trained in ChatML, makes it a chat model."""
     found = _settings(base / GENERATION_CONFIG)
     in_chatml = merges_adapter and QWEN.chat_format(found) == "raw"
     return {**found, "chat_format": "chatml"} if in_chatml else found
 
 
 def generation_to_qwen2(generation: Settings, end_of_text: int, end_of_reply: int) -> Settings:
-    """Qwen2's generation_config.json: Qwen's without the keys that only Qwen's own code knows.
-
-    It stops at the end of a reply in ChatML, and at the end of a document.
-    """
+    """Qwen2's generation_config.json: Qwen's without the keys that only Qwen's own code knows."""
     eos = end_of_text if end_of_reply == end_of_text else [end_of_reply, end_of_text]
     return {**_without(generation, _ONLY_QWEN), "eos_token_id": eos, "pad_token_id": end_of_text}
 
