@@ -14,20 +14,13 @@ from pathlib import Path
 
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
+from qwen_ds.export import output_place
 from qwen_ds.export.base_check import check_copies
 from qwen_ds.export.build import ShowProgress, build_files
 from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
 from qwen_ds.export.merge_plan import make_plan
 from qwen_ds.export.merge_report import MergeReport
-from qwen_ds.export.output_place import (
-    REPORT_NAME,
-    building,
-    check_inputs_elsewhere,
-    check_names_free,
-    make_room,
-    telling_errors,
-)
 from qwen_ds.export.proof.verify import choose_proof, verify_merge
 from qwen_ds.export.qwen2.tokenizer_check import check_tokenizer, texts_of
 from qwen_ds.export.stream.changes import Adapters
@@ -81,19 +74,19 @@ def merge(
     """
     _check_options(len(adapters), options)
     output = Path(os.path.abspath(output))
-    check_inputs_elsewhere(output, (base, *adapters))
+    output_place.check_inputs_elsewhere(output, (base, *adapters))
     members = tuple(read_adapter(path, allow_pickle=options.allow_pickle) for path in adapters)
     changes = Adapters(members, options.weights)
     plan = make_plan(base, changes, options.to, options.dtype, options.allow_pickle)
     kind = choose_proof(plan, options.proof)
     with (
-        telling_errors(output, "files that can be read and a disk"),
+        output_place.telling_errors(output, "files that can be read and a disk"),
         Source(plan.base) as source,
-        building(output) as folder,
+        output_place.building(output) as folder,
     ):
-        check_names_free(output)
+        output_place.check_names_free(output)
         check_copies(plan, source, options.block_bytes)
-        make_room(output, plan.num_bytes)
+        output_place.make_room(output, plan.num_bytes)
         report = build_files(plan, source, folder, output, options.block_bytes, progress)
         if options.to.converts_tokenizer:
             native, other = (base, folder) if options.to.from_qwen else (folder, base)
@@ -102,7 +95,7 @@ def merge(
         if kind is not None:
             proven = verify_merge(plan, folder, kind, options.prompts)
             report = replace(report, verification=proven)
-        write_json(folder / REPORT_NAME, report.as_json())
+        write_json(folder / output_place.REPORT_NAME, report.as_json())
         publish(folder, report.folder)
     return report
 

@@ -76,16 +76,14 @@ def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> 
     config = QWEN.config_class.from_pretrained(str(native))
     with Source(plan.base) as base, Source(written) as output:
         sides = Weights(plan.base, layouts[0], base), Weights(written, layouts[1], output)
-        return _Comparison(plan, config, *sides).run(rows)
+        return _Comparison(plan, config, sides).run(rows)
 
 
 class _Comparison:
     """Four hidden states on their way: base, base + adapters, that on a noisy base, and output."""
 
-    def __init__(
-        self, plan: MergePlan, config: ModelConfig, base: Weights, output: Weights
-    ) -> None:
-        self._plan, self._config, self._base, self._output = plan, config, base, output
+    def __init__(self, plan: MergePlan, config: ModelConfig, sides: tuple[Weights, Weights]):
+        self._plan, self._config, (self._base, self._output) = plan, config, sides
         # One block's weights, filled again for every block: fresh memory of that size costs more
         # than the reading.
         self._buffers: dict[str, Tensor] = {}

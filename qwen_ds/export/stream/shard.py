@@ -39,9 +39,8 @@ def add_changed(total: dict[str, ChangedTensor], more: Mapping[str, ChangedTenso
     for name, change in more.items():
         if (before := total.get(name)) is not None:
             norm_of_change = math.hypot(before.norm_of_change, change.norm_of_change)
-            change = ChangedTensor(
-                change.kind, math.hypot(before.norm, change.norm), norm_of_change
-            )
+            norm = math.hypot(before.norm, change.norm)
+            change = ChangedTensor(change.kind, norm, norm_of_change)
         total[name] = change
 
 
