@@ -54,12 +54,9 @@ def doubts(base: Path, adapters: Sequence[Adapter]) -> list[str]:
 
 
 def check_copies(plan: MergePlan, source: Source, block_bytes: int) -> None:
-    """Compare the adapters' unchanged copies of the base's tensors with this base.
+    """Raise UserError where an adapter's unchanged copy of a tensor is not this base's.
 
     Except where an adapter is folded onto what another one changed.
-
-    Raises:
-        UserError: the two differ.
     """
     earlier: set[str] = set()
     for adapter in plan.adapters.members:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 from safetensors import safe_open
 
 from qwen_ds.disk.shards import INDEX_NAME, write_index
-from qwen_ds.disk.weights import file_facts
+from qwen_ds.disk.weights import TensorSpec, file_facts
 from qwen_ds.disk.write import sync
 from qwen_ds.export.base_check import doubts
-from qwen_ds.export.card import CARD_NAME, Origin, write_card
-from qwen_ds.export.merge_plan import MergePlan, Shard
-from qwen_ds.export.merge_report import BuiltFiles
-from qwen_ds.export.stream.changes import Adapters
-from qwen_ds.export.stream.shard import WrittenShard, sum_changed, write_shard
+from qwen_ds.export.card import CARD_NAME, write_card
+from qwen_ds.export.merge_plan import MergePlan
+from qwen_ds.export.merge_report import MergeReport
+from qwen_ds.export.stream.shard import ChangedTensor, add_changed, write_shard
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.carry_over import legal_texts
 
@@ -27,29 +27,57 @@ ShowProgress = Callable[[int, int], None]
 
 
 def build_files(
-    plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
-) -> BuiltFiles:
-    """Write all files of the output, but for its report, into `folder`.
+    plan: MergePlan,
+    source: Source,
+    folder: Path,
+    output: Path,
+    block_bytes: int,
+    progress: ShowProgress | None,
+) -> MergeReport:
+    """Write all files of `output` into `folder`, but for the report, which is returned.
 
-    Raises:
-        UserError: the output's values are not finite.
-        OSError: of the disk.
+    It is that of a merge before its proof. UserError if a value of the output is not finite.
     """
-    shards = _write_weights(plan, source, folder, block_bytes, progress)
+    started = time.monotonic()
+    outputs, changed = _write_weights(plan, source, folder, block_bytes, progress)
     edits = _write_small_files(plan, folder)
-    outputs = {name: written.facts for name, written in sorted(shards.items())}
     for path in sorted(folder.iterdir()):
         if path.name not in outputs:
             outputs[path.name] = file_facts(path)
-    inputs = _input_facts(plan, source, folder, outputs) | _adapter_facts(plan.adapters)
-    return BuiltFiles(sum_changed(shards.values()), edits, inputs, outputs)
+    inputs = _input_facts(plan, source, folder, outputs)
+    seconds = time.monotonic() - started
+    stored, adapters = plan.base.tensors, plan.adapters
+    kept = {block.tensor for blocks in plan.layout.values() for block in blocks}
+    converted = {
+        block.tensor
+        for name, spec in plan.tensors.items()
+        for block in plan.layout[name]
+        if spec.dtype != stored[block.tensor].dtype and block.tensor not in changed
+    }
+    return MergeReport(
+        base=str(plan.base.folder),
+        adapters=[str(adapter.folder) for adapter in adapters.members],
+        weights=adapters.weights,
+        output=str(output),
+        format=plan.format.name,
+        dtype=plan.dtype,
+        changed=changed,
+        untouched=len(kept) - len(changed) - len(converted),
+        converted=len(converted),
+        left_out=sorted(stored.keys() - kept),
+        edits=edits,
+        inputs=inputs,
+        outputs=outputs,
+        seconds=round(seconds, 3),
+        warnings=doubts(plan.base.folder, adapters.members),
+    )
 
 
 def _write_weights(
     plan: MergePlan, source: Source, folder: Path, block_bytes: int, progress: ShowProgress | None
-) -> dict[str, WrittenShard]:
-    total = sum(plan.bytes_read(shard) for shard in plan.shards)
-    done = 0
+) -> tuple[Facts, dict[str, ChangedTensor]]:
+    """Write the weight files; returns their facts, and the changes of the base's tensors."""
+    total, done = plan.bytes_read, 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -57,65 +85,54 @@ def _write_weights(
         if progress is not None:
             progress(done, total)
 
-    written, flushed = {}, []
+    facts: Facts = {}
+    changed: dict[str, ChangedTensor] = {}
+    flushed = []
     # Publishing waits until the disk has every file. Here it takes one while the next is written.
     with ThreadPoolExecutor(max_workers=1) as flushing:
-        for shard in plan.shards:
-            path = folder / shard.name
-            written[shard.name] = write_shard(plan, shard, source, path, block_bytes, advance)
+        for name in plan.shards:
+            path = folder / name
+            facts[name], part = write_shard(plan, source, path, block_bytes, advance)
+            add_changed(changed, part)  # a tensor's rows may lie in several files
             flushed.append(flushing.submit(sync, path))
     for done_flushing in flushed:
         done_flushing.result()  # raises the disk's error, which the system reports only once
-    for shard in plan.shards:
-        _check_header(folder, shard)
-    return written
+    for name, specs in plan.shards.items():
+        _check_header(folder / name, specs)
+    return dict(sorted(facts.items())), dict(sorted(changed.items()))
 
 
-def _check_header(folder: Path, shard: Shard) -> None:
+def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
     """Check that the safetensors library reads what our block writer meant."""
-    with safe_open(folder / shard.name, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
-    wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in shard.tensors}
-    assert read == wanted, f"{folder / shard.name}: safetensors reads another header than written"
+    wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in specs}
+    assert read == wanted, f"{path}: safetensors reads another header than written"
 
 
 def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
     """Write everything beside the weights; returns what was changed, by file name."""
-    if plan.has_index:
-        members = {shard.name: [spec.name for spec in shard.tensors] for shard in plan.shards}
+    if len(plan.shards) > 1 or plan.base.index_metadata is not None:
+        members = {file: [spec.name for spec in specs] for file, specs in plan.shards.items()}
         write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
     base, adapters = plan.base.folder, plan.adapters
     dtype = None if plan.dtype == "keep" else plan.dtype
     edits = plan.format.write_files(base, folder, dtype, bool(adapters.members))
-    origin = Origin(
-        base,
-        tuple(adapter.folder for adapter in adapters.members),
-        plan.format.name,
-        adapters.weights,
-        plan.dtype,
-        tuple(doubts(base, adapters.members)),
-    )
-    write_card(folder, origin)
+    write_card(folder, base, adapters, plan.format.name, plan.dtype)
     return edits
 
 
 def _input_facts(plan: MergePlan, source: Source, folder: Path, outputs: Facts) -> Facts:
-    """Size and sha256 of all files of the base that were read."""
-    facts = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
-    index = {plan.base.index_name} if plan.base.index_name is not None else set()
-    made = {INDEX_NAME, CARD_NAME}
-    carried = legal_texts(folder) if plan.format.reads else outputs.keys() - made
+    """Size and sha256 of all files of the base and the adapters that were read."""
+    base, adapters = plan.base, plan.adapters.members
+    facts = {shard.path.name: source.facts(shard.path.name) for shard in base.shards}
+    carried = legal_texts(folder) if plan.format.reads else outputs.keys() - {INDEX_NAME, CARD_NAME}
+    index = () if base.index_name is None else (base.index_name,)
     for name in sorted({*carried, *plan.format.reads, *index} - facts.keys()):
-        if (plan.base.folder / name).is_file():
-            facts[name] = file_facts(plan.base.folder / name)
-    return facts
-
-
-def _adapter_facts(adapters: Adapters) -> Facts:
-    """Size and sha256 of the adapters' files."""
-    facts: Facts = {}
-    for number, adapter in enumerate(adapters.members, start=1):
-        label = "adapter" if len(adapters.members) == 1 else f"adapter{number}"
+        if (base.folder / name).is_file():
+            facts[name] = file_facts(base.folder / name)
+    for number, adapter in enumerate(adapters, start=1):
+        label = "adapter" if len(adapters) == 1 else f"adapter{number}"
         facts |= {f"{label}/{path.name}": file_facts(path) for path in adapter.files()}
     return facts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from qwen_ds.data.rows.data_report import summary
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import write_text
 from qwen_ds.errors import UserError
-from qwen_ds.export.base_check import base_name, hub_id
+from qwen_ds.export.base_check import base_name, doubts, hub_id
+from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.carry_over import legal_texts
 from qwen_ds.model.family import QWEN
@@ -34,39 +34,33 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The inputs that an output was made from, and its format."""
-
-    base: Path
-    adapters: tuple[Path, ...]
-    format: str
-    """Of the output, as the user calls it."""
-    weights: tuple[float, ...] | None = None
-    dtype: str = "keep"
-    notes: tuple[str, ...] = ()
-
-
-def write_card(folder: Path, origin: Origin) -> None:
+def write_card(
+    folder: Path, base: Path, adapters: Adapters, format: str, dtype: str = "keep"
+) -> None:
     """Write README.md into `folder`, which is complete but for its card.
 
-    The folder's own name is not in it: people rename folders, and hubs do anyway.
+    The folder's own name is not in it: people rename folders, and hubs do anyway. `format` and
+    `dtype` of the folder are as the user chose them.
     """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
     kind = "adapter" if is_adapter else str(config.get("model_type", QWEN.model_type))
-    runs = [run for made in origin.adapters or (origin.base,) if (run := _run_of(made)) is not None]
+    made = [adapter.folder for adapter in adapters.members]
+    runs = [run for place in made or [base] if (run := _run_of(place)) is not None]
     legal = legal_texts(folder)
     seq_length = config.get("max_position_embeddings")
     if kind == QWEN.model_type:
         seq_length = QWEN.config_class.from_dict(config).seq_length
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
-        metadata=_metadata(legal, origin, kind),
+        metadata=_metadata(legal, base, bool(made), kind),
         # Names, not paths: where things lie on somebody's machine is nobody else's business.
-        base=base_name(origin.base),
-        adapters=[_name_of(adapter) for adapter in origin.adapters],
-        origin=origin,
+        base=base_name(base),
+        adapters=[_name_of(adapter) for adapter in made],
+        weights=adapters.weights,
+        format=format,
+        dtype=dtype,
+        notes=doubts(base, adapters.members),
         legal=legal,
         runs=[_training(run) for run in runs],
         seq_length=seq_length,
@@ -85,20 +79,20 @@ def _unlike_plain_lora(adapter: dict[str, Any]) -> str | None:
     return None
 
 
-def _metadata(legal: list[str], origin: Origin, kind: str) -> str:
+def _metadata(legal: list[str], base: Path, is_tuned: bool, kind: str) -> str:
     """The hub's metadata. A base that is no hub id is left out: the hub would refuse the card."""
-    tags = ["qwen"] + ["qwen2"] * (kind != QWEN.model_type) + ["lora"] * bool(origin.adapters)
+    tags = ["qwen"] + ["qwen2"] * (kind != QWEN.model_type) + ["lora"] * is_tuned
     licences = [name for name in legal if re.search("licen[cs]e", name, re.IGNORECASE)]
-    link = (licences + legal + [""])[0]
     terms: dict[str, Any] = {}
-    if link:
+    if legal:
+        link = (licences or legal)[0]
         terms = {"license": "other", "license_name": "see-license-file", "license_link": link}
     data = ModelCardData(
         language=["zh", "en"],
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        base_model=hub_id(origin.base),
+        base_model=hub_id(base),
         **terms,
     )
     return data.to_yaml()
@@ -106,16 +100,14 @@ def _metadata(legal: list[str], origin: Origin, kind: str) -> str:
 
 def _name_of(adapter: Path) -> str:
     """The name of an adapter: its run's, since the folder itself is called "adapter"."""
-    run = _run_of(adapter)
-    return adapter.resolve().name if run is None else run.name
+    return (_run_of(adapter) or adapter.resolve()).name
 
 
 def _run_of(made: Path) -> Path | None:
     """The folder of the run that an adapter or a fully trained model came out of."""
-    for folder in list(made.absolute().parents)[:3]:  # RUN/checkpoints/step_000382/adapter
-        if (folder / RECIPE).is_file() and (folder / DATA_REPORT).is_file():
-            return folder
-    return None
+    above = list(made.absolute().parents)[:3]  # RUN/checkpoints/step_000382/adapter
+    files = (RECIPE, DATA_REPORT)
+    return next((f for f in above if all((f / name).is_file() for name in files)), None)
 
 
 def _training(run: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from qwen_ds.export.choices import FormatName
 from qwen_ds.export.layout import Layout, identity
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import layout_from_qwen2, layout_to_qwen2
-from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck, check_tokenizer
 from qwen_ds.export.qwen2.tokenizer_json import (
     TOKENIZER,
     merges_of,
@@ -47,16 +47,13 @@ class Format:
     from_qwen: bool = True
     """Whether the source has the native names, so that `layout` leads away from them; otherwise
     the output has them. (Both, where the layout is the identity.)"""
-    check_tokenizer: Callable[[Path, Path, Sequence[str]], TokenizerCheck] | None = None
-    """(base folder, output folder, files of texts) -> whether the tokenizers of both agree. None
-    where the output has the base's."""
+    converts_tokenizer: bool = False
 
 
 def find_format(source: FormatName, target: FormatName, *, merges_adapter: bool = False) -> Format:
-    """Find the way from the format `source` to `target`, one of which is Qwen's own.
+    """Find the way from the format `source` to `target`.
 
-    Raises:
-        UserError: both are Qwen2, or an adapter is to be merged into a Qwen2.
+    UserError if both are Qwen2, or an adapter is to be merged into a Qwen2.
     """
     if source == "qwen":
         return QWEN_FORMAT if target == "qwen" else _QWEN2_FORMAT
@@ -76,21 +73,18 @@ def write_own_files(
 
     config.json gets `rms_norm_eps`, and `torch_dtype` where all weights were brought to one. An
     adapter is trained in ChatML, so a base model that one is merged into answers as a chat model.
-
-    Returns:
-        What was changed in the files, by file name.
     """
-    edits: dict[str, list[str]] = {}
+    edits: defaultdict[str, list[str]] = defaultdict(list)
     for name in carry_over(base, output):
         if (output / name).read_bytes() != (base / name).read_bytes():
-            edits[name] = ["auto_map removed: it names code that is not carried"]
+            edits[name].append("auto_map removed: it names code that is not carried")
     carried = read_json(output / settings.CONFIG)
     config = _with_rms_norm_eps(carried)
     if config != carried:
-        edits.setdefault(settings.CONFIG, []).append("rms_norm_eps added for llama.cpp")
+        edits[settings.CONFIG].append("rms_norm_eps added for llama.cpp")
     if torch_dtype is not None:
         config = _with_torch_dtype(config, torch_dtype)
-        edits.setdefault(settings.CONFIG, []).append(f"torch_dtype set to {torch_dtype}")
+        edits[settings.CONFIG].append(f"torch_dtype set to {torch_dtype}")
     if config != carried:
         write_json(output / settings.CONFIG, config)
     generation_file = output / settings.GENERATION_CONFIG
@@ -98,7 +92,7 @@ def write_own_files(
         generation = read_json(generation_file)
         if QWEN.chat_format(generation) == "raw":
             write_json(generation_file, {**generation, "chat_format": "chatml"})
-            edits.setdefault(generation_file.name, []).append("chat_format set to chatml")
+            edits[generation_file.name].append("chat_format set to chatml")
     return {name: "; ".join(what) for name, what in edits.items()}
 
 
@@ -142,7 +136,6 @@ def _layout_from_qwen2(stored: StoredWeights) -> Layout:
 def _write_qwen2_files(
     base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
 ) -> dict[str, str]:
-    """Write settings, tokenizer and legal texts of a Qwen2 folder made from the Qwen in `base`."""
     encoding = load_encoding(base)
     generation = settings.generation_of_qwen(base, merges_adapter)
     chatml = QWEN.chat_format(generation) == "chatml"
@@ -164,7 +157,6 @@ def _write_qwen2_files(
 def _write_qwen_files(
     base: Path, output: Path, torch_dtype: str | None, merges_adapter: bool
 ) -> dict[str, str]:
-    """Write settings, vocabulary and legal texts of a Qwen made from the Qwen2 in `base`."""
     encoding = read_qwen2_tokenizer(base)
     config, tokenizer_config = settings.from_qwen2(base)
     stored = torch_dtype or _stored_dtype(output)
@@ -188,21 +180,13 @@ def _stored_dtype(output: Path) -> str:
     return str(FLOAT_DTYPES[max(set(dtypes), key=dtypes.count)]).removeprefix("torch.")
 
 
-def _check_tokenizer(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
-    return check_tokenizer(load_encoding(base), output, texts_files)
-
-
-def _check_tokenizer_back(base: Path, output: Path, texts_files: Sequence[str]) -> TokenizerCheck:
-    return check_tokenizer(load_encoding(output), base, texts_files)
-
-
 QWEN_FORMAT = Format("qwen", identity, write_own_files)
 _QWEN2_FORMAT = Format(
     "qwen2",
     _layout_to_qwen2,
     _write_qwen2_files,
     (settings.CONFIG, settings.GENERATION_CONFIG, settings.TOKENIZER_CONFIG, VOCABULARY_FILE),
-    check_tokenizer=_check_tokenizer,
+    converts_tokenizer=True,
 )
 _BACK_TO_QWEN = Format(
     "qwen",
@@ -210,5 +194,5 @@ _BACK_TO_QWEN = Format(
     _write_qwen_files,
     (settings.CONFIG, settings.GENERATION_CONFIG, TOKENIZER),
     from_qwen=False,
-    check_tokenizer=_check_tokenizer_back,
+    converts_tokenizer=True,
 )

@@ -8,33 +8,26 @@ complete or absent. One that fails its proof stays as `<output>.rejected`.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
+from qwen_ds.export import output_place
 from qwen_ds.export.base_check import check_copies
 from qwen_ds.export.build import ShowProgress, build_files
 from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
 from qwen_ds.export.merge_plan import make_plan
-from qwen_ds.export.merge_report import MergeReport, describe
-from qwen_ds.export.output_place import (
-    REPORT_NAME,
-    building,
-    check_inputs_elsewhere,
-    check_names_free,
-    check_space,
-    remove_rejected,
-)
+from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.proof.verify import choose_proof, verify_merge
-from qwen_ds.export.qwen2.tokenizer_check import texts_of
+from qwen_ds.export.qwen2.tokenizer_check import check_tokenizer, texts_of
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.shard import BLOCK_BYTES
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.tokenizer import load_encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,53 +62,41 @@ def merge(
     options: MergeOptions = _DEFAULTS,
     progress: ShowProgress | None = None,
 ) -> MergeReport:
-    """Write base + adapters to the folder `output`.
+    """Write base + adapters (PEFT folders) to the folder `output`; `<output>.rejected` if the
+    report says `rejected`.
+
+    Each adapter is folded onto the result of the one before, and the sum of all is rounded once.
+    Without any the base is only brought to another dtype or format. UserError if an adapter does
+    not fit, the base is broken, or the output exists or cannot be written.
 
     Args:
-        base: a checkpoint folder.
-        adapters: PEFT folders; each is folded onto the result of the one before, and the sum of
-            all is rounded once. Without any the base is only brought to another dtype or format.
         progress: called with (bytes read, bytes in all) after each block.
-
-    Returns:
-        The report. If it is `rejected`, the output is under the name `<output>.rejected` instead.
-
-    Raises:
-        UserError: an adapter that does not fit, a broken base, an output that exists or cannot be
-            written.
     """
     _check_options(len(adapters), options)
     output = Path(os.path.abspath(output))
-    check_inputs_elsewhere(output, (base, *adapters))
+    output_place.check_inputs_elsewhere(output, (base, *adapters))
     members = tuple(read_adapter(path, allow_pickle=options.allow_pickle) for path in adapters)
-    weights = None if options.weights is None else tuple(options.weights)
-    plan = make_plan(
-        base, Adapters(members, weights), options.to, options.dtype, options.allow_pickle
-    )
+    changes = Adapters(members, options.weights)
+    plan = make_plan(base, changes, options.to, options.dtype, options.allow_pickle)
     kind = choose_proof(plan, options.proof)
-    try:
-        with Source(plan.base) as source, building(output) as folder:
-            check_names_free(output)
-            check_copies(plan, source, options.block_bytes)
-            check_space(output, plan.num_bytes)
-            remove_rejected(output)
-            started = time.monotonic()
-            built = build_files(plan, source, folder, options.block_bytes, progress)
-            report = describe(plan, output, built, time.monotonic() - started)
-            if (check := options.to.check_tokenizer) is not None:
-                report = replace(report, tokenizer=check(base, folder, options.check_texts))
-            if kind is not None:
-                proven = verify_merge(plan, folder, kind, options.prompts)
-                report = replace(report, verification=proven)
-            write_json(folder / REPORT_NAME, report.as_json())
-            publish(folder, report.folder)
-    except OSError as error:
-        if error.errno is None:  # a library's, not the system's
-            raise
-        raise UserError(
-            f"{error.filename or output.parent}: {error.strerror}; expected files that can be read"
-            f" and a disk that takes {output}"
-        ) from error
+    with (
+        output_place.telling_errors(output, "files that can be read and a disk"),
+        Source(plan.base) as source,
+        output_place.building(output) as folder,
+    ):
+        output_place.check_names_free(output)
+        check_copies(plan, source, options.block_bytes)
+        output_place.make_room(output, plan.num_bytes)
+        report = build_files(plan, source, folder, output, options.block_bytes, progress)
+        if options.to.converts_tokenizer:
+            native, other = (base, folder) if options.to.from_qwen else (folder, base)
+            check = check_tokenizer(load_encoding(native), other, options.check_texts)
+            report = replace(report, tokenizer=check)
+        if kind is not None:
+            proven = verify_merge(plan, folder, kind, options.prompts)
+            report = replace(report, verification=proven)
+        write_json(folder / output_place.REPORT_NAME, report.as_json())
+        publish(folder, report.folder)
     return report
 
 
@@ -130,7 +111,7 @@ def _check_options(num_adapters: int, options: MergeOptions) -> None:
             f"{len(options.weights)} weights and {num_adapters} adapters were given; expected one"
             " for each"
         )
-    if options.check_texts and options.to.check_tokenizer is None:
+    if options.check_texts and not options.to.converts_tokenizer:
         raise UserError(
             "check_texts was given, but the tokenizer stays as it is; expected --format or --from"
             " qwen2"

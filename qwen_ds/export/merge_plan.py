@@ -16,19 +16,6 @@ from qwen_ds.model.adapter import check_adapter_fits
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """A weight file of the output, and its tensors in the order of their bytes."""
-
-    name: str
-    tensors: tuple[TensorSpec, ...]
-    metadata: dict[str, str]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(spec.num_bytes for spec in self.tensors)
-
-
-@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Input, changes and output of a merge."""
 
@@ -39,29 +26,27 @@ class MergePlan:
     layout: Layout
     changed: frozenset[str]
     """The base's tensors that the adapters change."""
-    shards: tuple[Shard, ...]
-
-    @property
-    def has_index(self) -> bool:
-        return len(self.shards) > 1 or self.base.index_metadata is not None
+    shards: dict[str, tuple[TensorSpec, ...]]
+    """Weight file of the output -> its tensors in the order of their bytes."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """The output's tensors."""
-        return {spec.name: spec for shard in self.shards for spec in shard.tensors}
+        return {spec.name: spec for specs in self.shards.values() for spec in specs}
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
+        return sum(spec.num_bytes for spec in self.tensors.values())
 
-    def bytes_read(self, shard: Shard) -> int:
-        """Bytes of the base that go into a file of the output."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the base that go into the output."""
         stored = self.base.tensors
-        blocks = [block for spec in shard.tensors for block in self.layout[spec.name]]
+        blocks = [block for blocks in self.layout.values() for block in blocks]
         return sum(block.num_rows * stored[block.tensor].bytes_per_row for block in blocks)
 
-    def rounded(self) -> dict[str, str]:
-        """The base's tensors whose values are rounded -> the dtype that they are rounded to.
+    def rounded(self, of_output: bool = False) -> dict[str, str]:
+        """The base's tensors (or the output's) whose values are rounded -> the dtype rounded to.
 
         They are summed, or brought to a narrower dtype.
         """
@@ -70,18 +55,14 @@ class MergePlan:
             for block in self.layout[name]:
                 exact = spec.dtype in (stored[block.tensor].dtype, "F32")
                 if block.tensor in self.changed or not exact:
-                    found[block.tensor] = spec.dtype
+                    found[name if of_output else block.tensor] = spec.dtype
         return found
 
 
 def make_plan(
     base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, allow_pickle: bool
 ) -> MergePlan:
-    """Read the headers and check that everything fits.
-
-    Raises:
-        UserError: an adapter that does not fit, or a broken base.
-    """
+    """Read the headers; UserError if an adapter does not fit, or the base is broken."""
     stored = open_stored(base, allow_pickle)
     for adapter in adapters.members:
         check_adapter_fits(adapter, stored.shapes)
@@ -108,38 +89,31 @@ def _output_spec(
                 f" {parts[0].dtype}; expected one dtype, since they become {name} (or choose a"
                 " --dtype)"
             )
-    whole = len(blocks) == 1 and blocks[0].num_rows == parts[0].num_rows
     num_rows = sum(block.num_rows for block in blocks)
-    shape = parts[0].shape if whole else (num_rows, *parts[0].shape[1:])
+    shape = (num_rows, *parts[0].shape[1:]) if parts[0].shape else ()
     stored_as = parts[0].dtype if dtype == "keep" else DTYPE_NAMES[TORCH_DTYPES[dtype]]
     return TensorSpec(name, stored_as, shape)
 
 
-def _cut(base: StoredWeights, layout: Layout, specs: dict[str, TensorSpec]) -> tuple[Shard, ...]:
+def _cut(
+    base: StoredWeights, layout: Layout, specs: dict[str, TensorSpec]
+) -> dict[str, tuple[TensorSpec, ...]]:
     """Keep the base's files and names where none becomes too large or empty; else cut new ones.
 
     Tensors keep the order of the base, so that it is read from front to back.
     """
-    places = [(at, spec.name) for at, shard in enumerate(base.shards) for spec in shard.tensors]
-    order = {name: (at, i) for i, (at, name) in enumerate(places)}
+    order = {name: i for i, name in enumerate(base.tensors)}
     names = sorted(layout, key=lambda name: (order[layout[name][0].tensor], layout[name][0].first))
-    files = [_safetensors_name(shard.path.name) for shard in base.shards]
-    members: dict[str, list[str]] = {file: [] for file in files}
-    for name in names:
-        members[files[order[layout[name][0].tensor][0]]].append(name)
+    members: dict[str, list[str]] = {}
+    for shard in base.shards:
+        here = {spec.name for spec in shard.tensors}
+        # A pickle's usual name becomes the usual one of safetensors; other names stay.
+        file = shard.path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        members[file] = [name for name in names if layout[name][0].tensor in here]
     sizes = {name: specs[name].num_bytes for name in names}
     if any(
         not group or (len(group) > 1 and sum(sizes[name] for name in group) > MAX_SHARD_BYTES)
         for group in members.values()
     ):
         members = plan_shards(sizes, MAX_SHARD_BYTES)
-    metadata = base.shards[0].metadata
-    return tuple(
-        Shard(file, tuple(specs[name] for name in group), metadata)
-        for file, group in members.items()
-    )
-
-
-def _safetensors_name(name: str) -> str:
-    """The usual safetensors name for a pickle's usual name; other names stay."""
-    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+    return {file: tuple(specs[name] for name in group) for file, group in members.items()}

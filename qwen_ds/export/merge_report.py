@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.export.base_check import doubts
-from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.output_place import rejected_name
 from qwen_ds.export.proof.verify import Verification
 from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck
 from qwen_ds.export.stream.shard import ChangedTensor
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltFiles:
-    """The files that a merge read and wrote, and what it changed in them."""
-
-    changed: dict[str, ChangedTensor]
-    edits: dict[str, str]
-    inputs: dict[str, dict[str, Any]]
-    outputs: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +20,7 @@ class MergeReport:
 
     base: str
     adapters: list[str]
-    weights: list[float] | None
+    weights: Sequence[float] | None
     output: str
     format: str
     dtype: str
@@ -71,7 +60,7 @@ class MergeReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON, with null for a figure that is not a number, as in a failed proof."""
-        return dict(_without_nan(asdict(self)))
+        return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None))
 
     def in_words(self) -> list[str]:
         """A few lines for the screen."""
@@ -86,43 +75,5 @@ class MergeReport:
         lines += [f"  {name}: {what}" for name, what in self.edits.items()]
         if self.tokenizer is not None:
             lines += [f"  {line}" for line in self.tokenizer.in_words()]
-        if self.verification is None:
-            return [*lines, "  not verified"]
-        return [*lines, *self.verification.in_words()]
-
-
-def describe(plan: MergePlan, output: Path, built: BuiltFiles, seconds: float) -> MergeReport:
-    """The report of a merge before its proof."""
-    stored = plan.base.tensors
-    kept = {block.tensor for blocks in plan.layout.values() for block in blocks}
-    converted = {
-        block.tensor
-        for name, spec in plan.tensors.items()
-        for block in plan.layout[name]
-        if spec.dtype != stored[block.tensor].dtype and block.tensor not in built.changed
-    }
-    return MergeReport(
-        base=str(plan.base.folder),
-        adapters=[str(adapter.folder) for adapter in plan.adapters.members],
-        weights=None if plan.adapters.weights is None else list(plan.adapters.weights),
-        output=str(output),
-        format=plan.format.name,
-        dtype=plan.dtype,
-        changed=built.changed,
-        untouched=len(kept) - len(built.changed) - len(converted),
-        converted=len(converted),
-        left_out=sorted(stored.keys() - kept),
-        edits=built.edits,
-        inputs=built.inputs,
-        outputs=built.outputs,
-        seconds=round(seconds, 3),
-        warnings=doubts(plan.base.folder, plan.adapters.members),
-    )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        proof = ["  not verified"] if self.verification is None else self.verification.in_words()
+        return lines + proof

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from qwen_ds.disk.place import require_folder, require_new_folder
@@ -32,29 +33,38 @@ def _partial_name(output: Path) -> Path:
 
 
 def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
-    """Check that no input lies where the output is built, gets its name, or replaces another.
-
-    Raises:
-        UserError: one does, or the output is the root.
-    """
+    """Raise UserError if an input lies where the output is built, gets its name, or replaces
+    another; or if the output is the root."""
     if not output.name:
         raise UserError(f"{output}: is the root; expected a new folder for the output")
-    for place in (output, rejected_name(output), _partial_name(output)):
-        for given in inputs:
-            if given.resolve().is_relative_to(place.resolve()):
-                raise UserError(
-                    f"{output}: {given} is an input, and a merge to this output writes to {place};"
-                    " expected another name for the output"
-                )
+    places = (output, rejected_name(output), _partial_name(output))
+    for place, given in product(places, inputs):
+        if given.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"{output}: {given} is an input, and a merge to this output writes to {place};"
+                " expected another name for the output"
+            )
+
+
+@contextmanager
+def telling_errors(output: Path, expected: str) -> Iterator[None]:
+    """Turn the system's errors in the block into one line for the user: UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library's, not the system's
+            raise
+        raise UserError(
+            f"{error.filename or output.parent}: {error.strerror}; expected {expected} that takes"
+            f" {output}"
+        ) from error
 
 
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
     """Yield an empty folder to build `output` in; whatever is still in it at the end is removed.
 
-    Raises:
-        UserError: another merge builds this output, or something else is in the way.
-        OSError: of the disk.
+    UserError if another merge builds this output, or something else is in the way.
     """
     place = _partial_name(output)
     lock, folder = place / "merge.lock", place / "model"
@@ -95,11 +105,7 @@ def _is_locked(descriptor: int, lock: Path) -> bool:
 
 
 def check_names_free(output: Path) -> None:
-    """Check that the output's name is free, and that of a rejected one free or an earlier merge's.
-
-    Raises:
-        UserError: something is in the way.
-    """
+    """Raise UserError if anything but an earlier rejected output has one of the output's names."""
     require_new_folder(output)
     rejected = rejected_name(output)
     earlier = (rejected / REPORT_NAME).is_file() and not rejected.is_symlink()
@@ -110,23 +116,15 @@ def check_names_free(output: Path) -> None:
         )
 
 
-def check_space(output: Path, num_bytes: int) -> None:
-    """Check that the disk takes `num_bytes` of weights and the small files beside them.
-
-    Raises:
-        UserError: there is too little room, also without an earlier rejected output.
-    """
-    needed = int(1.01 * num_bytes)  # headers and small files
-    replaced = sum(path.lstat().st_size for path in rejected_name(output).rglob("*"))
+def make_room(output: Path, num_bytes: int) -> None:
+    """Remove an earlier merge's rejected output; UserError unless the disk then takes this one."""
+    needed, rejected = int(1.01 * num_bytes), rejected_name(output)  # headers and small files, too
+    replaced = sum(path.lstat().st_size for path in rejected.rglob("*"))
     free = shutil.disk_usage(output.parent).free + replaced
     if free < needed:
         raise UserError(
             f"{output.parent}: {free / 1e9:.3g} GB ({free} bytes) free on the disk; expected"
             f" {needed / 1e9:.3g} GB ({needed} bytes) for the output"
         )
-
-
-def remove_rejected(output: Path) -> None:
-    """Remove an earlier merge's rejected output, once all is known to be possible."""
-    if (rejected := rejected_name(output)).exists():
+    if rejected.exists():
         remove_folder(rejected)

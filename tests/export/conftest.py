@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import MergeOptions, merge
+from tests.export.folders import merge_with
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def base_dir(small_dir: Path, tmp_path: Path) -> Path:
 
 
 def converted(base: Path, output: Path) -> Path:
-    report = merge(base, [], output, MergeOptions(to=find_format("qwen", "qwen2"), proof="off"))
+    report = merge_with(base, [], output, to=find_format("qwen", "qwen2"))
     assert not report.rejected and report.untouched > 0 and not report.changed
     return output
 

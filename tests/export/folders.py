@@ -1,9 +1,10 @@
-"""Folders that the tests of a merge start from: adapters by peft, bases in shards or as pickles."""
+"""A merge in one line, and the folders to start from: adapters by peft, shards, pickles."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,24 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_ds.export.build import ShowProgress
+from qwen_ds.export.choices import Proof
+from qwen_ds.export.merge import MergeOptions, merge
+from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.model.modeling import QWenLMHeadModel
+
+
+def merge_with(
+    base: Path,
+    adapters: Sequence[Path],
+    output: Path,
+    *,
+    proof: Proof = "off",
+    progress: ShowProgress | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merge with these `MergeOptions`, by default without a proof."""
+    return merge(base, adapters, output, MergeOptions(proof=proof, **options), progress)
 
 
 def peft_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> dict[str, Tensor]:

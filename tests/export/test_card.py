@@ -15,11 +15,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.recipe.loading import write_recipe
 from qwen_ds.recipe.options import Recipe
-from tests.export.folders import peft_adapter
+from tests.export.folders import merge_with, peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
 PART = {
@@ -67,12 +66,7 @@ def test_whose_scores_and_which_weights_are_told_and_nobody_s_paths(
         json.dumps(scored | {"model": str(cached_base), "adapter": None})
     )
     adapters = [run / "adapter", golden / "lora" / "adapter"]
-    merge(
-        cached_base,
-        adapters,
-        tmp_path / "out",
-        MergeOptions(weights=[0.7, 0.3], dtype="float16", proof="off"),
-    )
+    merge_with(cached_base, adapters, tmp_path / "out", weights=[0.7, 0.3], dtype="float16")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- Adapter: adgen, weight 0.7\n- Adapter: adapter, weight 0.3\n" in text
     assert "- Dtype: all weights brought to float16\n" in text
@@ -119,12 +113,7 @@ def cached_base(small_dir: Path, tmp_path: Path) -> Path:
 def test_the_card_tells_where_the_model_comes_from(
     cached_base: Path, run: Path, tmp_path: Path, target
 ) -> None:
-    merge(
-        cached_base,
-        [run / "adapter"],
-        tmp_path / "out",
-        MergeOptions(to=find_format("qwen", target), proof="off"),
-    )
+    merge_with(cached_base, [run / "adapter"], tmp_path / "out", to=find_format("qwen", target))
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "Qwen/Qwen-7B-Chat"
@@ -161,7 +150,7 @@ def test_a_data_report_of_another_version_costs_no_merge(
 ) -> None:
     (run / "data_report.json").write_text("[1]")
     (run / "eval" / "metrics.json").write_text("{")
-    merge(small_dir, [run / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
+    merge_with(small_dir, [run / "adapter"], tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "see data_report.json of the run" in text and "## Evaluation" not in text
 
@@ -184,13 +173,8 @@ def test_the_code_in_the_cards_runs(
     (base / "generation_config.json").write_text(json.dumps(generation))
     monkeypatch.chdir(tmp_path)
     adapter = golden / "lora" / "adapter"
-    merge(base, [adapter], tmp_path / "merged", MergeOptions(proof="off"))
-    merge(
-        base,
-        [],
-        tmp_path / "base-qwen2",
-        MergeOptions(to=find_format("qwen", "qwen2"), proof="off"),
-    )
+    merge_with(base, [adapter], tmp_path / "merged")
+    merge_with(base, [], tmp_path / "base-qwen2", to=find_format("qwen", "qwen2"))
     convert_adapter(base, adapter, tmp_path / "lora")
     for folder in ("merged", "base-qwen2", "lora"):
         (code,) = python_blocks(tmp_path / folder)
@@ -205,7 +189,7 @@ def test_the_commands_in_the_cards_are_this_project_s_own(
 ) -> None:
     """Those of other engines cannot be run here; ours must at least name options that there are."""
     convert_adapter(small_dir, golden / "lora" / "adapter", tmp_path / "lora")
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged", MergeOptions(proof="off"))
+    merge_with(small_dir, [golden / "lora" / "adapter"], tmp_path / "merged")
     launch = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "merge.py"))
     actions = launch["command_line"]()._actions
     known = {option for action in actions for option in action.option_strings}

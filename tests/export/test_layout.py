@@ -14,7 +14,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.export import merge_plan as plan_module
 from qwen_ds.export.formats import Format, write_own_files
 from qwen_ds.export.layout import Layout, RowBlock, identity, inverse
-from qwen_ds.export.merge import MergeOptions, merge
+from tests.export.folders import merge_with
 
 
 def split_qkv(stored: StoredWeights) -> Layout:
@@ -48,9 +48,7 @@ JOIN = Format("join", join_qkv, write_own_files, from_qwen=False)
 
 
 def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: Path) -> None:
-    report = merge(
-        small_dir, [], tmp_path / "split", MergeOptions(to=SPLIT, proof="off", block_bytes=1000)
-    )
+    report = merge_with(small_dir, [], tmp_path / "split", to=SPLIT, block_bytes=1000)
     base, split = (
         load_file(small_dir / "model.safetensors"),
         load_file(tmp_path / "split" / "model.safetensors"),
@@ -61,12 +59,7 @@ def test_split_and_joined_again_the_file_is_the_same(small_dir: Path, tmp_path: 
             assert torch.equal(split[f"transformer.h.1.attn.{part}.{kind}"], whole.chunk(3)[i])
     assert report.untouched == len(base) and not report.left_out
 
-    merge(
-        tmp_path / "split",
-        [],
-        tmp_path / "back",
-        MergeOptions(to=JOIN, proof="off", block_bytes=700),
-    )
+    merge_with(tmp_path / "split", [], tmp_path / "back", to=JOIN, block_bytes=700)
     again = load_file(tmp_path / "back" / "model.safetensors")
     assert again.keys() == base.keys() and all(
         torch.equal(again[name], base[name]) for name in base
@@ -77,13 +70,8 @@ def test_an_adapter_s_change_follows_its_rows(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
     adapter = golden / "lora" / "adapter"
-    report = merge(
-        small_dir,
-        [adapter],
-        tmp_path / "split",
-        MergeOptions(to=SPLIT, proof="off", block_bytes=1000),
-    )
-    plain = merge(small_dir, [adapter], tmp_path / "plain", MergeOptions(proof="off"))
+    report = merge_with(small_dir, [adapter], tmp_path / "split", to=SPLIT, block_bytes=1000)
+    plain = merge_with(small_dir, [adapter], tmp_path / "plain")
     split = load_file(tmp_path / "split" / "model.safetensors")
     merged = load_file(tmp_path / "plain" / "model.safetensors")
     name = "transformer.h.2.attn.c_attn.weight"
@@ -109,11 +97,8 @@ def test_tensors_without_a_place_are_left_out_and_named(small_dir: Path, tmp_pat
     def without_bias(stored: StoredWeights) -> Layout:
         return {name: rows for name, rows in identity(stored).items() if not name.endswith("bias")}
 
-    report = merge(
-        small_dir,
-        [],
-        tmp_path / "out",
-        MergeOptions(to=Format("less", without_bias, write_own_files), proof="off"),
+    report = merge_with(
+        small_dir, [], tmp_path / "out", to=Format("less", without_bias, write_own_files)
     )
     assert report.left_out == [f"transformer.h.{i}.attn.c_attn.bias" for i in range(3)]
     assert not any(
@@ -125,7 +110,7 @@ def test_files_that_would_be_too_large_are_cut(
     small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 200_000)
-    merge(small_dir, [], tmp_path / "out", MergeOptions(dtype="float32", proof="off"))
+    merge_with(small_dir, [], tmp_path / "out", dtype="float32")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(file.stat().st_size < 205_000 for file in files)
@@ -139,17 +124,12 @@ def test_files_that_would_be_too_large_are_cut(
 
 
 def test_pieces_of_one_tensor_must_be_of_one_dtype(small_dir: Path, tmp_path: Path) -> None:
-    merge(small_dir, [], tmp_path / "split", MergeOptions(to=SPLIT, proof="off"))
+    merge_with(small_dir, [], tmp_path / "split", to=SPLIT)
     tensors = load_file(tmp_path / "split" / "model.safetensors")
     tensors["transformer.h.1.attn.k.weight"] = tensors["transformer.h.1.attn.k.weight"].bfloat16()
     save_file(tensors, tmp_path / "split" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UserError, match=r"h\.1\.attn\.k\.weight is BF16 and .*h\.1\.attn\.q\.weight is F32"
     ):
-        merge(tmp_path / "split", [], tmp_path / "out", MergeOptions(to=JOIN, proof="off"))
-    merge(
-        tmp_path / "split",
-        [],
-        tmp_path / "out",
-        MergeOptions(to=JOIN, dtype="bfloat16", proof="off"),
-    )
+        merge_with(tmp_path / "split", [], tmp_path / "out", to=JOIN)
+    merge_with(tmp_path / "split", [], tmp_path / "out", to=JOIN, dtype="bfloat16")

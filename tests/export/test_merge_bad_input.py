@@ -17,10 +17,9 @@ from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import find_format
-from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.export.stream.blocks import BlockWriter
-from tests.export.folders import as_pickles, peft_adapter, shard
+from tests.export.folders import as_pickles, merge_with, peft_adapter, shard
 
 
 def _not_an_adapter(base: Path, adapter: Path, output: Path) -> None:
@@ -155,7 +154,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     spoil(base_dir, adapter, output)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
-        merge(base_dir, [adapter], output, MergeOptions(proof="off"))
+        merge_with(base_dir, [adapter], output)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -168,12 +167,7 @@ def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     assert "base_model.model.lm_head.base_layer.weight" in tensors
-    report = merge(
-        base_dir,
-        [tmp_path / "adapter"],
-        tmp_path / "out",
-        MergeOptions(proof="off", block_bytes=3000),
-    )
+    report = merge_with(base_dir, [tmp_path / "adapter"], tmp_path / "out", block_bytes=3000)
     assert {name: after.kind for name, after in report.changed.items()} == {
         "lm_head.weight": "lora"
     }
@@ -185,12 +179,7 @@ def test_a_copy_of_the_head_beside_lora_on_it_must_be_the_base_s(
         UserError,
         match=r"its copy of lm_head\.weight differs from the base's in rows \d+ to \d+; exp",
     ):
-        merge(
-            base_dir,
-            [tmp_path / "adapter"],
-            tmp_path / "other",
-            MergeOptions(proof="off", block_bytes=3000),
-        )
+        merge_with(base_dir, [tmp_path / "adapter"], tmp_path / "other", block_bytes=3000)
     assert not list(tmp_path.glob("other*"))
 
 
@@ -199,14 +188,14 @@ def test_pickles_are_read_where_they_are_allowed(
 ) -> None:
     """One file, shards, or an adapter: the output is that of the same weights in safetensors."""
     adapter, tensors = golden / "lora" / "adapter", load_file(base_dir / "model.safetensors")
-    merge(base_dir, [adapter], tmp_path / "expected", MergeOptions(proof="off"))
+    merge_with(base_dir, [adapter], tmp_path / "expected")
     expected = load_file(tmp_path / "expected" / "model.safetensors")
     single = Path(shutil.copytree(base_dir, tmp_path / "single"))
     as_pickles(single)
     pickled = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     _pickled_adapter(single, pickled, single)
-    report = merge(
-        single, [pickled], tmp_path / "out", MergeOptions(allow_pickle=True, block_bytes=3000)
+    report = merge_with(
+        single, [pickled], tmp_path / "out", proof="auto", allow_pickle=True, block_bytes=3000
     )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert all(
@@ -221,8 +210,8 @@ def test_pickles_are_read_where_they_are_allowed(
 
     shard(base_dir, tensors, 2)
     as_pickles(base_dir)
-    report = merge(
-        base_dir, [adapter], tmp_path / "sharded", MergeOptions(allow_pickle=True, proof="sampled")
+    report = merge_with(
+        base_dir, [adapter], tmp_path / "sharded", allow_pickle=True, proof="sampled"
     )
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
@@ -262,11 +251,12 @@ def test_a_pickle_may_hold_nothing_but_tensors(
     (base_dir / "model.safetensors").unlink()
     torch.save(content, base_dir / "pytorch_model.bin")
     with pytest.raises(UserError, match=message) as caught:
-        merge(
+        merge_with(
             base_dir,
             [golden / "lora" / "adapter"],
             tmp_path / "out",
-            MergeOptions(allow_pickle=True),
+            proof="auto",
+            allow_pickle=True,
         )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
@@ -287,7 +277,7 @@ def test_no_input_lies_where_the_output_is_built(
     before = {path: path.read_bytes() for path in given.iterdir()}
     base, adapters = (given, [adapter]) if which == "base" else (base_dir, [given])
     with pytest.raises(UserError, match="is an input"):
-        merge(base, adapters, tmp_path / "out", MergeOptions(proof="off"))
+        merge_with(base, adapters, tmp_path / "out")
     assert {path: path.read_bytes() for path in given.iterdir()} == before
 
 
@@ -301,9 +291,9 @@ def test_a_rejected_output_stays_until_the_next_merge_is_known_to_be_possible(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="free on the disk"):
-            merge(base_dir, adapters, tmp_path / "out", MergeOptions(proof="off"))
+            merge_with(base_dir, adapters, tmp_path / "out")
     assert (rejected / "merge_report.json").is_file()
-    merge(base_dir, adapters, tmp_path / "out", MergeOptions(proof="off"))
+    merge_with(base_dir, adapters, tmp_path / "out")
     assert not rejected.exists()
 
 
@@ -315,12 +305,7 @@ def test_an_adapter_without_a_configuration_is_told_of(
         load_file(golden / "lora" / "adapter" / "adapter_model.safetensors"),
         tmp_path / "bare" / "adapter_model.bin",
     )
-    report = merge(
-        base_dir,
-        [tmp_path / "bare"],
-        tmp_path / "out",
-        MergeOptions(proof="off", allow_pickle=True),
-    )
+    report = merge_with(base_dir, [tmp_path / "bare"], tmp_path / "out", allow_pickle=True)
     (told,) = report.warnings
     assert "bare has no adapter_config.json: lora_alpha is taken as 16" in told
 
@@ -340,9 +325,7 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_anything_is_w
         ("disk", "a mount point"),
     ):
         for build in (
-            lambda output: merge(
-                base_dir, [golden / "lora" / "adapter"], output, MergeOptions(proof="off")
-            ),
+            lambda output: merge_with(base_dir, [golden / "lora" / "adapter"], output),
             lambda output: convert_adapter(base_dir, golden / "lora" / "adapter", output),
         ):
             with pytest.raises(UserError, match=rf"{name}: is {what}; expected a new folder"):
@@ -355,7 +338,7 @@ def test_the_folder_that_one_is_in_can_be_the_output(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    merge(base_dir, [golden / "lora" / "adapter"], Path("."), MergeOptions(proof="off"))
+    merge_with(base_dir, [golden / "lora" / "adapter"], Path("."))
     assert (tmp_path / "here" / "merge_report.json").is_file()
 
 
@@ -364,15 +347,12 @@ def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2"):
-        merge(
+        merge_with(
             base_dir,
             [],
             tmp_path / "out",
-            MergeOptions(
-                to=find_format("qwen", "qwen2"),
-                proof="off",
-                check_texts=[str(tmp_path / "rows.jsonl")],
-            ),
+            to=find_format("qwen", "qwen2"),
+            check_texts=[str(tmp_path / "rows.jsonl")],
             progress=lambda done, total: pytest.fail("was writing already"),
         )
     assert not list(tmp_path.glob("out*"))
@@ -380,7 +360,7 @@ def test_a_bad_row_among_the_texts_is_found_before_anything_is_written(
 
 def test_nothing_to_do_is_refused(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a dtype"):
-        merge(base_dir, [], tmp_path / "out", MergeOptions(proof="off"))
+        merge_with(base_dir, [], tmp_path / "out")
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
@@ -393,7 +373,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
         match=r"0\.0008 GB \(800000 bytes\) free on the disk; expected 0\.000\d+ GB"
         r" \(8\d{5} bytes\)",
     ):
-        merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
+        merge_with(base_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -408,12 +388,10 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
         with pytest.raises(
             UserError, match=r"No space left on device; expected files .* takes .*out$"
         ) as caught:
-            merge(
-                base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
-            )
+            merge_with(base_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("out*"))
-    merge(base_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
+    merge_with(base_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
@@ -422,9 +400,4 @@ def test_an_output_below_a_file_is_named_before_anything_is_made(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file; expected a folder to write in"):
-        merge(
-            base_dir,
-            [golden / "lora" / "adapter"],
-            tmp_path / "file" / "a" / "out",
-            MergeOptions(proof="off"),
-        )
+        merge_with(base_dir, [golden / "lora" / "adapter"], tmp_path / "file" / "a" / "out")

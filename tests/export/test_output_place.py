@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from qwen_ds.errors import UserError
 from qwen_ds.export import merge as merge_module
 from qwen_ds.export.build import ShowProgress
-from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.export.output_place import building
-from tests.export.folders import shard
+from tests.export.folders import merge_with, shard
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -40,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(base: Path, adapter: Path, output: Path, progress: ShowProgress | None = None) -> None:
-    merge(base, [adapter], output, MergeOptions(proof="off", block_bytes=4000), progress)
+    merge_with(base, [adapter], output, block_bytes=4000, progress=progress)
 
 
 def names(folder: Path) -> set[str]:

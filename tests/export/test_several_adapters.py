@@ -11,9 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.model.modeling import QWenLMHeadModel
-from tests.export.folders import bf16_copy, peft_adapter
+from tests.export.folders import bf16_copy, merge_with, peft_adapter
 
 OPTIONS: list[dict[str, Any]] = [
     {"target_modules": ["c_attn", "w1"]},
@@ -32,9 +31,7 @@ def test_in_sequence_each_goes_onto_the_result_of_the_one_before(
     folders = [tmp_path / f"adapter{i}" for i in range(3)]
     for i, folder in enumerate(folders):
         peft_adapter(small_dir, folder, seed=i, **OPTIONS[i])
-    report = merge(
-        small_dir, folders, tmp_path / "out", MergeOptions(proof="off", block_bytes=3000)
-    )
+    report = merge_with(small_dir, folders, tmp_path / "out", block_bytes=3000)
     model = QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32)
     for folder in folders:
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
@@ -49,7 +46,7 @@ def test_in_sequence_each_goes_onto_the_result_of_the_one_before(
     assert report.adapters == [str(folder) for folder in folders] and report.weights is None
     assert {f"adapter{i}/adapter_model.safetensors" for i in (1, 2, 3)} < report.inputs.keys()
 
-    backwards = merge(small_dir, folders[::-1], tmp_path / "backwards", MergeOptions(proof="off"))
+    backwards = merge_with(small_dir, folders[::-1], tmp_path / "backwards")
     other = load_file(tmp_path / "backwards" / "model.safetensors")
     assert backwards.changed.keys() == report.changed.keys()
     assert not torch.equal(
@@ -65,12 +62,7 @@ def test_weighted_the_changes_of_the_bare_base_are_added_up(
     alone = [
         peft_adapter(small_dir, folder, seed=i, **OPTIONS[i]) for i, folder in enumerate(folders)
     ]
-    report = merge(
-        small_dir,
-        folders,
-        tmp_path / "out",
-        MergeOptions(weights=weights, proof="off", block_bytes=3000),
-    )
+    report = merge_with(small_dir, folders, tmp_path / "out", weights=weights, block_bytes=3000)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in base.items():
         change = sum(
@@ -89,7 +81,7 @@ def test_a_sequence_is_rounded_once(small_dir: Path, tmp_path: Path) -> None:
     base = bf16_copy(small_dir, tmp_path / "base")
     peft_adapter(base, tmp_path / "adapter", target_modules=["w1"], lora_alpha=0.001)
     name, weights = "transformer.h.0.mlp.w1.weight", load_file(base / "model.safetensors")
-    merge(base, [tmp_path / "adapter"] * 40, tmp_path / "at_once", MergeOptions(proof="off"))
+    merge_with(base, [tmp_path / "adapter"] * 40, tmp_path / "at_once")
     at_once = load_file(tmp_path / "at_once" / "model.safetensors")[name]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (
@@ -110,4 +102,4 @@ def test_every_adapter_needs_a_weight(small_dir: Path, golden: Path, tmp_path: P
         with pytest.raises(
             UserError, match=f"{count} weights and 2 adapters were given; expected one for each"
         ):
-            merge(small_dir, adapters, tmp_path / "out", MergeOptions(weights=weights, proof="off"))
+            merge_with(small_dir, adapters, tmp_path / "out", weights=weights)

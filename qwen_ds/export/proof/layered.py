@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.export.layout import Layout, identity, inverse
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
-from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters, spoil
+from qwen_ds.export.proof.sides import Outputs, ProofRow, put_adapters
 from qwen_ds.export.stream.blocks import row_ranges
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.source import Source
@@ -37,9 +36,7 @@ class Weights:
     """A folder's tensors in fp32, under the model's own names, whatever the folder calls them."""
 
     def __init__(self, stored: StoredWeights, layout: Layout, source: Source) -> None:
-        self._stored = stored.tensors
-        self._layout = layout
-        self._source = source
+        self._stored, self._layout, self._source = stored.tensors, layout, source
 
     def num_rows(self, name: str) -> int:
         return sum(block.num_rows for block in self._layout[name])
@@ -53,8 +50,7 @@ class Weights:
             start = max(first - passed, 0)
             end = max(min(last - passed, block.num_rows), start)
             spec = self._stored[block.tensor]
-            pieces = row_ranges(spec, block.first + start, block.first + end, _READ_BYTES)
-            for piece in pieces:
+            for piece in row_ranges(spec, block.first + start, block.first + end, _READ_BYTES):
                 at = passed + piece.first - block.first - first
                 stored = self._source.read(piece).view(FLOAT_DTYPES[spec.dtype])
                 part = target[at : at + piece.last - piece.first]
@@ -72,44 +68,31 @@ class Weights:
 @torch.no_grad()
 def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Outputs:
     """Compute logits of both sides; texts must not be longer than the model's seq_length."""
-    written, from_qwen = open_stored(merged), plan.format.from_qwen
-    layouts = (
-        identity(plan.base) if from_qwen else plan.layout,
-        inverse(plan.layout) if from_qwen else identity(written),
-    )
-    config = QWEN.config_class.from_pretrained(str(plan.base.folder if from_qwen else merged))
-    with ExitStack() as stack:
-        base, output = (
-            Weights(stored, layout, stack.enter_context(Source(stored)))
-            for stored, layout in zip((plan.base, written), layouts, strict=True)
-        )
-        return _Comparison(plan, config, base, output).run(rows)
+    written = open_stored(merged)
+    if plan.format.from_qwen:
+        native, layouts = plan.base.folder, (identity(plan.base), inverse(plan.layout))
+    else:
+        native, layouts = merged, (plan.layout, identity(written))
+    config = QWEN.config_class.from_pretrained(str(native))
+    with Source(plan.base) as base, Source(written) as output:
+        sides = Weights(plan.base, layouts[0], base), Weights(written, layouts[1], output)
+        return _Comparison(plan, config, sides).run(rows)
 
 
 class _Comparison:
     """Four hidden states on their way: base, base + adapters, that on a noisy base, and output."""
 
-    def __init__(
-        self, plan: MergePlan, config: ModelConfig, base: Weights, output: Weights
-    ) -> None:
-        self._plan, self._config, self._base, self._output = plan, config, base, output
-        self._noise = RoundingNoise()
+    def __init__(self, plan: MergePlan, config: ModelConfig, sides: tuple[Weights, Weights]):
+        self._plan, self._config, (self._base, self._output) = plan, config, sides
         # One block's weights, filled again for every block: fresh memory of that size costs more
         # than the reading.
         self._buffers: dict[str, Tensor] = {}
-        self._rounded = plan.rounded()
-        if not plan.format.from_qwen:
-            self._rounded = {
-                name: plan.tensors[name].dtype
-                for name, blocks in plan.layout.items()
-                if any(block.tensor in self._rounded for block in blocks)
-            }
+        self._noise = RoundingNoise(plan.rounded(of_output=not plan.format.from_qwen))
 
     def run(self, rows: Sequence[ProofRow]) -> Outputs:
         # Right padding needs no mask: a real token never looks to its right.
         ids_BT = nn.utils.rnn.pad_sequence([row.ids_T for row in rows], batch_first=True)
-        states = self._embed(ids_BT)
-        config = self._config
+        states, config = self._embed(ids_BT), self._config
         angles = rotary_tables(
             torch.arange(ids_BT.shape[1])[None], config.kv_channels, config.rotary_emb_base
         )
@@ -132,7 +115,7 @@ class _Comparison:
         put_adapters(whole, Adapters(tuple(members), self._plan.adapters.weights))
         adapted = whole.get_submodule(path)  # in peft's wrapper, where LoRA is on it
         expected = adapted(inputs[1])
-        spoil(whole, self._rounded, self._noise)
+        self._noise.spoil(whole)
         noisy = adapted(inputs[2])
         _set_weight(layer, self._output.chosen_rows(name, indices))
         return [base, expected, noisy, layer(inputs[3])]
@@ -149,17 +132,17 @@ class _Comparison:
         base_BTD, expected_BTD, noisy_BTD, merged_BTD = states
         block = self._block(i, self._base)
         whole = _placed(block, f"{QWEN.blocks}.{i}")
+        base_BTD = block(base_BTD, cos, sin)
         if self._plan.adapters.members:
-            base_BTD = block(base_BTD, cos, sin)
             put_adapters(whole, self._plan.adapters)
-        expected_BTD = block(expected_BTD, cos, sin)
-        spoil(whole, self._rounded, self._noise)
+            expected_BTD = block(expected_BTD, cos, sin)
+        else:
+            expected_BTD = base_BTD
+        self._noise.spoil(whole)
         noisy_BTD = block(noisy_BTD, cos, sin)
         del block, whole
         gc.collect(1)  # peft's wrappers refer to each other; older objects are not among them
         merged_BTD = self._block(i, self._output)(merged_BTD, cos, sin)
-        if not self._plan.adapters.members:
-            base_BTD = expected_BTD
         return [base_BTD, expected_BTD, noisy_BTD, merged_BTD]
 
     def _block(self, i: int, weights: Weights) -> nn.Module:

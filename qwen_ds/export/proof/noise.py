@@ -5,11 +5,13 @@ Shapes: N values of the table.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
-_SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24}
-_SMALLEST_STEP = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # between subnormal numbers
+import torch
+from torch import Tensor, nn
+
+from qwen_ds.disk.weights import FLOAT_DTYPES
+
 _EXPONENT = 0x7F800000  # of an fp32 number: alone, it is the power of two below the number
 _TABLE_SIZE = 2**23
 _ITEMS_AT_ONCE = 2**18  # 1 MB: stays in the processor's cache
@@ -22,23 +24,32 @@ class RoundingNoise:
     drawing billions would take longer than everything else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rounded: Mapping[str, str]) -> None:
+        self._rounded = rounded  # the base's tensor name -> dtype
         self._generator = torch.Generator().manual_seed(0)
         self._table_N = torch.rand(_TABLE_SIZE, generator=self._generator) - 0.5
         self._step = torch.empty(_ITEMS_AT_ONCE)
 
     @torch.no_grad()
-    def add(self, weight: Tensor, dtype: str) -> None:
-        """Spoil the contiguous fp32 tensor `weight` in place, as one rounding to `dtype` would.
+    def spoil(self, module: nn.Module) -> None:
+        """Round once more, in place, what the output stores rounded.
 
-        `dtype` is safetensors' name of it.
+        These are the base's weights beneath the adapters on `module`, and the tensors that adapters
+        bring in their place.
         """
-        factor, smallest = 2.0 ** (1 - _SIGNIFICANT_BITS[dtype]), _SMALLEST_STEP[dtype]
+        for name, parameter in module.named_parameters():
+            own = name.replace(".base_layer.", ".")  # peft's wrapper
+            if own in self._rounded:
+                self._add(parameter.data, self._rounded[own])
+
+    def _add(self, weight: Tensor, dtype: str) -> None:
+        """Spoil the contiguous fp32 tensor `weight` as one rounding to `dtype` would."""
+        info = torch.finfo(FLOAT_DTYPES[dtype])
+        smallest = info.smallest_normal * info.eps  # step between subnormal numbers
         for part in weight.view(-1).split(_ITEMS_AT_ONCE):
             step = self._step[: part.numel()]
             torch.bitwise_and(part.view(torch.int32), _EXPONENT, out=step.view(torch.int32))
-            step.mul_(factor).clamp_(min=smallest)
-            first = int(
-                torch.randint(_TABLE_SIZE - part.numel() + 1, (), generator=self._generator)
-            )
+            step.mul_(info.eps).clamp_(min=smallest)
+            last_start = _TABLE_SIZE - part.numel()
+            first = int(torch.randint(last_start + 1, (), generator=self._generator))
             part.addcmul_(step, self._table_N[first : first + part.numel()])

@@ -5,13 +5,12 @@ Shapes: T tokens of a row, P positions compared, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qwen_ds.export.proof.noise import RoundingNoise
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import Adapter, put_adapter
 
@@ -74,13 +73,8 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
 
     Of many such tokens 64 serve, spread evenly.
     """
-    indices = {
-        i
-        for adapter in adapters.members
-        for rows in adapter.token_rows.values()
-        for i in rows.indices
-    }
-    ids, count = sorted(indices), min(POSITIONS, seq_length or POSITIONS, len(indices))
+    ids = sorted(set(adapters.replaced_tokens()))
+    count = min(POSITIONS, seq_length or POSITIONS, len(ids))
     chosen = [ids[j * len(ids) // count] for j in range(count)]
     return [ProofRow(torch.tensor(chosen), torch.arange(count))] if chosen else []
 
@@ -93,47 +87,26 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
     sequence, most often the only one, stays beside its weights.
     """
     names = {name for name, _ in module.named_parameters()}
-    members = [one for one in adapters.members if not names.isdisjoint(one.changed_tensors())]
     if adapters.weights is None:
-        for adapter in members[:-1]:
+        here = [one for one in adapters.members if names.intersection(one.changed_tensors())]
+        for adapter in here[:-1]:
             _fold(module, adapter)
-        if members:
-            put_adapter(module, members[-1])
+        if here:
+            put_adapter(module, here[-1])
         return
-    weights = dict(zip(map(id, adapters.members), adapters.weights, strict=True))
-    base = {
-        name: value.clone()
-        for name, value in module.named_parameters()
-        if name in set(adapters.changed_tensors())
-    }
+    changed = names.intersection(adapters.changed_tensors())
+    base = {name: module.get_parameter(name).clone() for name in changed}
     total = {name: value.clone() for name, value in base.items()}
-    for adapter in members:
+    for adapter, weight in zip(adapters.members, adapters.weights, strict=True):
         _fold(module, adapter)
-        for name in adapter.changed_tensors():
-            if name in base:
-                parameter = module.get_parameter(name)
-                total[name].add_(parameter - base[name], alpha=weights[id(adapter)])
-                parameter.copy_(base[name])
+        for name in changed.intersection(adapter.changed_tensors()):
+            parameter = module.get_parameter(name)
+            total[name].add_(parameter - base[name], alpha=weight)
+            parameter.copy_(base[name])
     for name, value in total.items():
         module.get_parameter(name).copy_(value)
 
 
 def _fold(module: nn.Module, adapter: Adapter) -> None:
-    wrapped = put_adapter(module, adapter)
-    if wrapped is not None:
+    if (wrapped := put_adapter(module, adapter)) is not None:
         wrapped.merge_and_unload()
-
-
-def spoil(module: nn.Module, rounded: Mapping[str, str], noise: RoundingNoise) -> None:
-    """Round once more, in place, what the output stores rounded.
-
-    These are the base's weights beneath the adapters on `module`, and the tensors that adapters
-    bring in their place.
-
-    Args:
-        rounded: the base's tensor name -> dtype.
-    """
-    for name, parameter in module.named_parameters():
-        own = name.replace(".base_layer.", ".")  # peft's wrapper
-        if own in rounded:
-            noise.add(parameter.data, rounded[own])

@@ -12,7 +12,7 @@ Shapes: P positions compared, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,19 +98,14 @@ class Verification:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-        UserError: no such file, not UTF-8, or nothing in it.
-    """
+    """The lines of a text file that are not blank; UserError if it cannot be read or has none."""
     try:
-        prompts = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: {error}; expected a text file in UTF-8, a prompt a line"
         ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no text; expected a prompt a line")
     return prompts
@@ -119,8 +114,7 @@ def read_prompts(path: Path) -> list[str]:
 def choose_proof(plan: MergePlan, proof: Proof) -> ProofKind | None:
     """Choose the kind of proof: "auto" takes the full one if the models fit in memory.
 
-    Raises:
-        UserError: a full one is asked for and they do not.
+    UserError if the full one is asked for and they do not.
     """
     if proof in ("off", "sampled"):
         return None if proof == "off" else "sampled"
@@ -141,38 +135,25 @@ def verify_merge(
     """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
     started = time.monotonic()
     native = plan.base.folder if plan.format.from_qwen else merged
-    encoding, seq_length = (
-        load_encoding(native),
-        QWEN.config_class.from_pretrained(str(native)).seq_length,
-    )
-    special = replaced_rows(plan.adapters, seq_length)
-    if kind == "sampled":
+    encoding = load_encoding(native)
+    seq_length = QWEN.config_class.from_pretrained(str(native)).seq_length
+    sampled = kind == "sampled"
 
-        def bare(texts: Sequence[str], count: int) -> list[ProofRow]:
-            # Bare text: of the few tokens that there are, none goes to a system message.
-            return first_positions(
-                [torch.tensor(encoding.ordinary(text)[:seq_length]) for text in texts], count
-            )
-
-        outputs = layered_outputs(plan, merged, [*_filled_up(bare, prompts), *special])
-    else:
-
-        def chat(texts: Sequence[str], count: int) -> list[ProofRow]:
+    def rows_of(texts: Sequence[str], count: int) -> list[ProofRow]:
+        if sampled:  # bare text: of the few tokens that there are, none goes to a system message
+            ids = [encoding.ordinary(text) for text in texts]
+        else:
             turns = [Conversation(None, (Turn("user", text),)) for text in texts]
-            ids = [encode_prompt(encoding, turn)[:seq_length] for turn in turns]
-            return spread_positions([torch.tensor(row) for row in ids], count)
+            ids = [encode_prompt(encoding, turn) for turn in turns]
+        rows_T = [torch.tensor(row[:seq_length]) for row in ids]
+        return first_positions(rows_T, count) if sampled else spread_positions(rows_T, count)
 
-        outputs = whole_outputs(plan, merged, [*_filled_up(chat, prompts), *special])
-    return judge(outputs, kind, time.monotonic() - started)
-
-
-def _filled_up(
-    rows_of: Callable[[Sequence[str], int], list[ProofRow]], prompts: Sequence[str] | None
-) -> list[ProofRow]:
-    """Rows of the prompts, filled up to 64 positions by rows of the built-in ones."""
     rows = rows_of(prompts or (), POSITIONS)
-    left = POSITIONS - sum(len(row.positions) for row in rows)
-    return [*rows, *rows_of(PROMPTS, left)] if left else rows
+    if left := POSITIONS - sum(len(row.positions) for row in rows):
+        rows += rows_of(PROMPTS, left)
+    rows += replaced_rows(plan.adapters, seq_length)
+    outputs = (layered_outputs if sampled else whole_outputs)(plan, merged, rows)
+    return judge(outputs, kind, time.monotonic() - started)
 
 
 def judge(outputs: Outputs, kind: ProofKind, seconds: float) -> Verification:

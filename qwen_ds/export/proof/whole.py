@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
-from qwen_ds.export.proof.sides import POSITIONS, Outputs, ProofRow, put_adapters, spoil
+from qwen_ds.export.proof.sides import POSITIONS, Outputs, ProofRow, put_adapters
 
 
 def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Outputs:
@@ -22,7 +22,7 @@ def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Ou
     if plan.adapters.members:
         put_adapters(model, plan.adapters)
         expected_PV = _logits(model, rows)
-    spoil(model, plan.rounded(), RoundingNoise())
+    RoundingNoise(plan.rounded()).spoil(model)
     noisy_PV = _logits(model, rows)
     del model
     gc.collect()  # peft's wrappers refer to each other, and would outlive `del`
@@ -39,12 +39,8 @@ def memory_needed(plan: MergePlan) -> int:
         for shape in adapter.shapes.values()
     )
     copies = 3 if plan.adapters.weights is not None else 1
-    replaced = sum(
-        len(rows.indices)
-        for adapter in plan.adapters.members
-        for rows in adapter.token_rows.values()
-    )
-    logits = 4 * (POSITIONS + min(POSITIONS, replaced)) * max(spec.num_rows for spec in specs)
+    positions = POSITIONS + min(POSITIONS, len(plan.adapters.replaced_tokens()))
+    logits = 4 * positions * max(spec.num_rows for spec in specs)
     # fp32; loading holds the largest tensor twice; four sets of logits; half a GB of activations.
     return 4 * (copies * sum(items) + 2 * added + max(items) + logits) + 2**29
 

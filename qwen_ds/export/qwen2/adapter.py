@@ -22,11 +22,12 @@ from qwen_ds.disk.place import require_new_folder
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
-from qwen_ds.export.base_check import base_name, doubts
-from qwen_ds.export.card import Origin, write_card
-from qwen_ds.export.output_place import building, check_inputs_elsewhere
+from qwen_ds.export.base_check import base_name
+from qwen_ds.export.card import write_card
+from qwen_ds.export.output_place import building, check_inputs_elsewhere, telling_errors
 from qwen_ds.export.qwen2 import settings
 from qwen_ds.export.qwen2.names import qwen2_modules, qwen_shapes
+from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -46,14 +47,9 @@ _KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora
 def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bool = False) -> int:
     """Write an adapter of Qwen as an adapter of the Qwen2 made from the same base.
 
-    Of the folder `base` only config.json and the legal texts are read.
-
-    Returns:
-        The number of modules that the new adapter changes.
-
-    Raises:
-        UserError: the adapter does not fit the base, replaces rows or whole tensors, or the output
-            exists.
+    Of the folder `base` only config.json and the legal texts are read. Returns the number of
+    modules that the new adapter changes. UserError if the adapter does not fit the base or replaces
+    rows or whole tensors, or the output exists.
     """
     config = settings.read_qwen_config(base)
     source = read_adapter(adapter, allow_pickle=allow_pickle)
@@ -71,21 +67,12 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
     }
     # The Qwen2 has no id of its own: this name tells its Qwen.
     name = f"{base_name(base).rpartition('/')[2]}-qwen2"
-    try:
-        with building(output) as folder:
-            save_tensors(folder / WEIGHTS_NAME, _tensors(source))
-            write_json(folder / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
-            carry_over(base, folder, legal_only=True)
-            notes = tuple(doubts(base, [source]))
-            write_card(folder, Origin(base, (adapter,), "qwen2", notes=notes))
-            publish(folder, output)
-    except OSError as error:
-        if error.errno is None:  # a library's, not the system's
-            raise
-        raise UserError(
-            f"{error.filename or output.parent}: {error.strerror}; expected a disk that takes"
-            f" {output}"
-        ) from error
+    with telling_errors(output, "a disk"), building(output) as folder:
+        save_tensors(folder / WEIGHTS_NAME, _tensors(source))
+        write_json(folder / CONFIG_NAME, _config(source, pairs, config.num_hidden_layers, name))
+        carry_over(base, folder, legal_only=True)
+        write_card(folder, base, Adapters((source,)), "qwen2")
+        publish(folder, output)
     return len(pairs)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+
+import torch
 
 from qwen_ds.errors import UserError
-from qwen_ds.export.layout import Layout, RowBlock
+from qwen_ds.export.layout import Layout, RowBlock, inverse
 from qwen_ds.model.family import QWEN, ModelConfig
 
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor's name -> shape."""
 # Modules of a block. Several on the right: the rows of the left one in equal blocks.
 # The gate is w2: Qwen computes w1(x) * silu(w2(x)), Qwen2 silu(gate_proj(x)) * up_proj(x).
 _IN_BLOCK = {
@@ -37,67 +40,43 @@ def qwen2_modules(module: str) -> tuple[str, ...]:
     return _OUTSIDE.get(module, ())
 
 
-def layout_to_qwen2(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Layout:
-    """The layout that cuts Qwen2's tensors from Qwen's, in the order of `shapes` (name -> shape).
+def layout_to_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
+    """The layout that cuts Qwen2's tensors from Qwen's, in the order of `shapes`.
 
-    Raises:
-        UserError: a tensor that Qwen does not have, that is missing, or of another shape than
-            config.json says.
+    UserError for a tensor that Qwen does not have, that is missing, or not as config.json says.
     """
-    shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
-    _check_shapes(shapes, qwen_shapes(config))
     layout: dict[str, tuple[RowBlock, ...]] = {}
-    for name, shape in shapes.items():
-        targets = _qwen2_tensors(name)
+    for name, shape in _checked(shapes, qwen_shapes(config)).items():
+        module, _, parameter = name.rpartition(".")
+        targets = qwen2_modules(module)
         size = shape[0] // len(targets)
         for i, target in enumerate(targets):
-            layout[target] = (RowBlock(name, i * size, (i + 1) * size),)
+            layout[f"{target}.{parameter}"] = (RowBlock(name, i * size, (i + 1) * size),)
     return layout
 
 
-def layout_from_qwen2(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Layout:
+def layout_from_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
     """The layout that stacks Qwen's tensors from Qwen2's; `config` is the Qwen's.
 
-    Raises:
-        UserError: as `layout_to_qwen2`.
+    UserError as in `layout_to_qwen2`.
     """
-    expected = qwen_shapes(config)
-    parts = {name: _qwen2_tensors(name) for name in expected}
-    cut = {
-        target: (shape[0] // len(parts[name]), *shape[1:])
-        for name, shape in expected.items()
-        for target in parts[name]
-    }
-    shapes = {name: shape for name, shape in shapes.items() if not _COMPUTED.fullmatch(name)}
-    _check_shapes(shapes, cut)
-    return {
-        name: tuple(RowBlock(target, 0, shapes[target][0]) for target in targets)
-        for name, targets in parts.items()
-    }
+    whole = qwen_shapes(config)
+    cut = layout_to_qwen2(whole, config)
+    expected = {name: (rows.num_rows, *whole[rows.tensor][1:]) for name, (rows,) in cut.items()}
+    _checked(shapes, expected)
+    return inverse(cut)
 
 
-def _qwen2_tensors(name: str) -> tuple[str, ...]:
-    module, _, parameter = name.rpartition(".")
-    return tuple(f"{target}.{parameter}" for target in qwen2_modules(module))
-
-
-def qwen_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def qwen_shapes(config: ModelConfig) -> Shapes:
     """Shape of each of Qwen's tensors."""
-    hidden, vocabulary = (config.hidden_size,), (config.vocab_size, config.hidden_size)
-    block: dict[str, tuple[int, ...]] = {f"{norm}.weight": hidden for norm in QWEN.block_norms}
-    for linear in QWEN.linears:
-        block[f"{linear.name}.weight"] = (linear.width_out(config), linear.width_in(config))
-    fused = QWEN.linears[0]  # q|k|v, the only one with a bias
-    block[f"{fused.name}.bias"] = (fused.width_out(config),)
-    shapes: dict[str, tuple[int, ...]] = {f"{QWEN.embedding}.weight": vocabulary}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"{QWEN.blocks}.{i}.{name}": shape for name, shape in block.items()}
-    return {**shapes, f"{QWEN.final_norm}.weight": hidden, f"{QWEN.head}.weight": vocabulary}
+    with torch.device("meta"):
+        model = QWEN.model_class(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_shapes(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def _checked(found: Shapes, expected: Shapes) -> Shapes:
+    """The shapes `found`, all as expected, but for the tables that are computed."""
+    found = {name: shape for name, shape in found.items() if not _COMPUTED.fullmatch(name)}
     for name in sorted(found.keys() ^ expected.keys()):
         extra = "the weights and not in the model that config.json describes"
         where = extra if name in found else "none of the shards"
@@ -107,3 +86,4 @@ def _check_shapes(
             raise UserError(
                 f"{name} is {list(shape)}; expected {list(expected[name])}, as config.json says"
             )
+    return found

@@ -30,14 +30,12 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
 )  # fmt: skip
+# Settings of a Qwen2 that have one value in every Qwen.
+_ONLY_CHOICE = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
 
 
 def read_qwen_config(folder: Path) -> ModelConfig:
-    """The configuration of a Qwen folder, which must have an equivalent in Qwen2.
-
-    Raises:
-        UserError: names the key that has none.
-    """
+    """The configuration of a Qwen folder; UserError names a key without equivalent in Qwen2."""
     return _checked(read_json(folder / CONFIG), folder / CONFIG)
 
 
@@ -60,23 +58,23 @@ def _checked(settings: Settings, path: Path) -> ModelConfig:
     return config
 
 
-def _function(config: ModelConfig) -> Settings:
+def _function_of_qwen(config: ModelConfig) -> Settings:
     """The settings that decide the function that is computed, in Qwen2's terms."""
+    sizes = {key: getattr(config, key) for key in _SIZES}
+    sizes["intermediate_size"] = config.intermediate_size // 2
+    sizes["max_position_embeddings"] = config.seq_length
+    return _function(sizes, config.layer_norm_epsilon, config.rotary_emb_base)
+
+
+def _function(sizes: Settings, eps: float | None, rope_theta: float) -> Settings:
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size // 2,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "max_position_embeddings": config.seq_length,
-        "num_key_value_heads": config.num_attention_heads,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": config.layer_norm_epsilon,
+        **sizes,
+        "num_key_value_heads": sizes["num_attention_heads"],
+        **_ONLY_CHOICE,
+        "rms_norm_eps": eps,
         # Engines of before and after transformers 5 look for the base in different places.
-        "rope_theta": config.rotary_emb_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_emb_base},
+        "rope_theta": rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
     }
 
 
@@ -85,23 +83,19 @@ def to_qwen2(
 ) -> Settings:
     """config.json of the Qwen2 that computes the function of the Qwen in `base`.
 
-    Args:
-        generation: the Qwen's generation_config.json, kept with the other original settings.
-        torch_dtype: of the weights.
-        end_of_text, end_of_reply: ids of the tokens that end a document and a reply.
-
-    Raises:
-        UserError: there is none (see `read_qwen_config`).
+    It keeps the original settings, of which `generation` is generation_config.json. The ends are
+    ids of tokens. UserError if there is no such Qwen2 (see `read_qwen_config`).
     """
     config = read_qwen_config(base)
     original = {
-        name.removesuffix(".json"): _settings(base / name) for name in (CONFIG, TOKENIZER_CONFIG)
+        "config": _settings(base / CONFIG),
+        "tokenizer_config": _settings(base / TOKENIZER_CONFIG),
+        "generation_config": generation,
     }
-    original["generation_config"] = generation
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        **_function(config),
+        **_function_of_qwen(config),
         "attention_dropout": config.attn_dropout_prob,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_reply,
@@ -118,26 +112,24 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
 
     They are the original ones where the folder `base` carries them and still computes what they
     say. For any other Qwen2 they are made anew, without dynamic NTK and LogN: those are not in the
-    function of that model.
-
-    Raises:
-        UserError: names the key that Qwen has no equivalent for.
+    function of that model. UserError names a key that Qwen has no equivalent for.
     """
     found = read_json(base / CONFIG)
     function = _function_of_qwen2(found, base / CONFIG)
-    original = found.get(_ORIGINAL)
-    if isinstance(original, dict) and isinstance(original.get("config"), dict):
-        config = _checked(original["config"], base / CONFIG)
-        if _function(config) == function:
-            own = original.get("tokenizer_config")
-            return original["config"], own or _tokenizer_config(function)
+    longest = function["max_position_embeddings"]
+    tokenizer_config = {"model_max_length": longest, "tokenizer_class": "QWenTokenizer"}
+    original = _original(found, "config")
+    if original is not None:
+        config = _checked(original, base / CONFIG)
+        if _function_of_qwen(config) == function:
+            return original, _original(found, "tokenizer_config") or tokenizer_config
     made = {
         "architectures": ["QWenLMHeadModel"],
         "model_type": QWEN.model_type,
         **{key: function[key] for key in _SIZES},
         "intermediate_size": 2 * function["intermediate_size"],
         "kv_channels": function["hidden_size"] // function["num_attention_heads"],
-        "seq_length": function["max_position_embeddings"],
+        "seq_length": longest,
         "layer_norm_epsilon": function["rms_norm_eps"],
         "rotary_emb_base": function["rope_theta"],
         "rotary_pct": 1.0,
@@ -150,63 +142,44 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
         "tokenizer_class": "QWenTokenizer",
     }
     _checked(made, base / CONFIG)
-    return made, _tokenizer_config(function)
+    return made, tokenizer_config
 
 
-def _tokenizer_config(function: Settings) -> Settings:
-    return {
-        "model_max_length": function["max_position_embeddings"],
-        "tokenizer_class": "QWenTokenizer",
-    }
+def _original(config: Settings, name: str) -> Settings | None:
+    """Qwen's own settings that a Qwen2's config.json carries."""
+    record = config.get(_ORIGINAL)
+    found = record.get(name) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _function_of_qwen2(found: Settings, path: Path) -> Settings:
-    """`_function`'s keys as a Qwen2 config.json has them, checked against what Qwen can be."""
+    """The settings of a Qwen2 config.json that decide it, checked against what Qwen can be."""
     for key in _SIZES:
         if not isinstance(found.get(key), int) or found[key] < 1:
             raise UserError(f"{path}: {key} is {found.get(key)!r}; expected a positive number")
-    heads = found["num_attention_heads"]
+    sizes = {key: found[key] for key in _SIZES}
+    heads = sizes["num_attention_heads"]
     rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
     says = {**found, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    expected = {
-        "num_key_value_heads": heads,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-    }
-    head_dim = found["hidden_size"] // heads
-    for key, value in {**expected, "rope_type": "default", "head_dim": head_dim}.items():
+    expected = {"num_key_value_heads": heads, **_ONLY_CHOICE, "rope_type": "default"}
+    for key, value in {**expected, "head_dim": sizes["hidden_size"] // heads}.items():
         if says.get(key, value) != value:
             raise UserError(
                 f"{path}: {key} is {says[key]!r}; expected {value!r}, the only one that Qwen has"
             )
-    theta = rope.get("rope_theta", found.get("rope_theta", 10000))
-    return {
-        **{key: found[key] for key in _SIZES},
-        **expected,
-        "rms_norm_eps": found.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
+    theta = {**found, **rope}.get("rope_theta", 10000)
+    return _function(sizes, found.get("rms_norm_eps", 1e-6), theta)
 
 
 def generation_of_qwen(base: Path, merges_adapter: bool) -> Settings:
-    """generation_config.json of the Qwen that is converted, perhaps with an adapter merged.
-
-    An adapter is trained in ChatML, so a base model that one is merged into ends its replies as a
-    chat model does.
-    """
+    """generation_config.json of a Qwen; an adapter, trained in ChatML, makes it a chat model."""
     found = _settings(base / GENERATION_CONFIG)
-    if merges_adapter and QWEN.chat_format(found) == "raw":
-        return {**found, "chat_format": "chatml"}
-    return found
+    in_chatml = merges_adapter and QWEN.chat_format(found) == "raw"
+    return {**found, "chat_format": "chatml"} if in_chatml else found
 
 
 def generation_to_qwen2(generation: Settings, end_of_text: int, end_of_reply: int) -> Settings:
-    """Qwen2's generation_config.json: Qwen's without the keys that only Qwen's own code knows.
-
-    It stops at the end of a reply in ChatML, and at the end of a document.
-    """
+    """Qwen2's generation_config.json: Qwen's without the keys that only Qwen's own code knows."""
     eos = end_of_text if end_of_reply == end_of_text else [end_of_reply, end_of_text]
     return {**_without(generation, _ONLY_QWEN), "eos_token_id": eos, "pad_token_id": end_of_text}
 
@@ -217,28 +190,20 @@ def generation_from_qwen2(base: Path, end_of_text: int) -> Settings:
     It is the original one where the folder `base` carries it and still says the same.
     """
     found, config = _settings(base / GENERATION_CONFIG), read_json(base / CONFIG)
-    record = config.get(_ORIGINAL)
-    original = record.get("generation_config") if isinstance(record, dict) else None
+    original = _original(config, "generation_config")
     ends = found.get("eos_token_id", config.get("eos_token_id"))
     if ends is None:  # it does not say: the original format holds
-        chat_format = QWEN.chat_format(original if isinstance(original, dict) else {})
+        chat_format = QWEN.chat_format(original or {})
     else:  # a reply that ends elsewhere than a document has an end of its own
         in_chatml = any(end != end_of_text for end in (ends if isinstance(ends, list) else [ends]))
         chat_format = "chatml" if in_chatml else "raw"
-    kept: Settings = {}
-    if isinstance(original, dict):
-        ids = ("eos_token_id", "pad_token_id")
+    ids, kept = ("eos_token_id", "pad_token_id"), {}
+    if original is not None:
         same = _without(original, (*_ONLY_QWEN, *ids)) == _without(found, ids)
         if same and QWEN.chat_format(original) == chat_format:
             return original
         kept = {key: original[key] for key in _ONLY_QWEN if key in original}
-    return {
-        **kept,
-        **found,
-        "chat_format": chat_format,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-    }
+    return {**kept, **found, "chat_format": chat_format, **dict.fromkeys(ids, end_of_text)}
 
 
 def _without(settings: Settings, keys: Sequence[str]) -> Settings:
@@ -247,6 +212,4 @@ def _without(settings: Settings, keys: Sequence[str]) -> Settings:
 
 def _settings(path: Path) -> Settings:
     """A file of settings, without its reference to code, which is not carried; {} for no file."""
-    if not path.is_file():
-        return {}
-    return {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    return _without(read_json(path), ("auto_map",)) if path.is_file() else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +106,7 @@ def check_tokenizer(
 
     The texts are the built-in ones and all of the files. Control tokens spelled in a text are
     compared both as such and as plain text. Of a file of rows every string counts, whatever its
-    key; a file named *.txt gives its lines.
-
-    Raises:
-        UserError: a file that is missing or cannot be read.
+    key; a file named *.txt gives its lines. UserError if one is missing or cannot be read.
     """
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     num_texts = num_characters = num_differences = 0
@@ -134,24 +131,21 @@ def _compare(
     tokenizer.encode_special_tokens = True
     for (source, text), found in zip(batch, parsed, strict=True):
         expected = encoding.with_specials(text)
-        before = encoding.decode(expected)
-        after = tokenizer.decode(found.ids, skip_special_tokens=False)
-        if found.ids != expected:
-            yield _first_difference(source, text, "ids", expected, found.ids)
-        elif before != after:
-            yield _first_difference(source, text, "decoded text", before, after)
-        elif "<|" in text:  # without it, text with specials and plain text are the same
+        decoded = tokenizer.decode(found.ids, skip_special_tokens=False)
+        answers: list[tuple[Asked, Any, Any]] = [
+            ("ids", expected, found.ids),
+            ("decoded text", encoding.decode(expected), decoded),
+        ]
+        if "<|" in text:  # without it, text with specials and plain text are the same
             plain = tokenizer.encode(text, add_special_tokens=False).ids
-            ordinary = encoding.ordinary(text)
-            if plain != ordinary:
-                yield _first_difference(source, text, "ids of plain text", ordinary, plain)
-
-
-def _first_difference(source: str, text: str, asked: Asked, qwen: Any, qwen2: Any) -> Difference:
-    differ = (i for i, (left, right) in enumerate(zip(qwen, qwen2, strict=False)) if left != right)
-    at = next(differ, min(len(qwen), len(qwen2)))
-    shown = slice(at, at + 12)
-    return Difference(source, text[:200], asked, at, qwen[shown], qwen2[shown])
+            answers.append(("ids of plain text", encoding.ordinary(text), plain))
+        for asked, qwen, qwen2 in answers:
+            if qwen != qwen2:
+                pairs = enumerate(zip_longest(qwen, qwen2))
+                at = next(i for i, (left, right) in pairs if left != right)
+                shown = slice(at, at + 12)
+                yield Difference(source, text[:200], asked, at, qwen[shown], qwen2[shown])
+                break
 
 
 def _sound(text: str) -> str:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import base64
 import json
 from functools import lru_cache
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import replacing, write_json, write_text
@@ -41,19 +43,8 @@ from qwen_ds.model.tokenizer import (
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
 
-def _alphabet() -> list[str]:
-    """Character of each byte: its own where it is printable, else the next from U+0100 on."""
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_CHARACTERS = _alphabet()
-_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+_CHARACTERS: dict[int, str] = bytes_to_unicode()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 
 def _spelled(token: bytes) -> str:
@@ -62,12 +53,9 @@ def _spelled(token: bytes) -> str:
 
 @lru_cache(maxsize=2)
 def merges_of(encoding: Encoding) -> list[tuple[bytes, bytes]]:
-    """The pairs whose union is a token, in the order of its rank.
+    """The pairs whose union is a token, in the order of its rank; 2 s for the official vocabulary.
 
-    Takes about 2 s for the official vocabulary.
-
-    Raises:
-        UserError: a token that no two lower ones make: such a vocabulary has no list of merges.
+    UserError for a token that no two lower ones make: such a vocabulary has no list of merges.
     """
     ranks, merges = encoding.ranks, []
     for token, rank in sorted(ranks.items(), key=itemgetter(1)):
@@ -86,9 +74,7 @@ def _joined(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     """The parts that tiktoken leaves of a token's bytes with the ranks below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        unions = [
-            ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         best = min(unions)
         if best >= limit:
             break
@@ -102,9 +88,7 @@ def write_qwen2_tokenizer(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json (with the ChatML template), vocab and merges.
 
-    Args:
-        chatml: whether a reply ends with <|im_end|> (the tokenizer's eos); else with <|endoftext|>.
-        model_max_length: longest text in tokens.
+    In `chatml` a reply ends with <|im_end|>, the tokenizer's eos; else with <|endoftext|>.
     """
     ranks = sorted(encoding.ranks.items(), key=itemgetter(1))
     vocab = {_spelled(token): rank for token, rank in ranks}
@@ -152,9 +136,8 @@ def _tokenizer_config(encoding: Encoding, chatml: bool, model_max_length: int) -
 def read_qwen2_tokenizer(folder: Path) -> Encoding:
     """Read the vocabulary in a Qwen2 folder's tokenizer.json, as `qwen.tiktoken` has it.
 
-    Raises:
-        UserError: no byte-level BPE with ranks from 0 on, other merges than its ranks give, or
-            special tokens that are not Qwen's first ones.
+    UserError unless it is byte-level BPE with ranks from 0 on, with the merges that its ranks give
+    and special tokens that are Qwen's first ones.
     """
     path = folder / TOKENIZER
     if not path.is_file():

@@ -5,6 +5,7 @@ Shapes: O output features (rows), I input features, R rank, N rows of the block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -21,11 +22,7 @@ class Change(Protocol):
     def kind(self) -> str: ...
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        """Compute changed rows, fp32 [N, ...], in new memory.
-
-        Args:
-            block: the base's rows from `first` on, fp32 [N, ...]; it stays as it is.
-        """
+        """The changed rows, in new memory, of the base's rows from `first` on: fp32 [N, ...]."""
         ...
 
 
@@ -33,9 +30,8 @@ class Change(Protocol):
 class LowRank:
     """weight + scaling * B @ A; with magnitudes, each row of that brought to its magnitude.
 
-    Magnitudes are DoRA's (arXiv:2402.09353). The paper's columns are rows here, since
-    a linear layer stores [O, I]: one magnitude per output feature. So the norm needs one row only,
-    and blocks of rows are exact.
+    Magnitudes are DoRA's (arXiv:2402.09353). The paper's columns are rows here, since a linear
+    layer stores [O, I]. So the norm needs one row only, and blocks of rows are exact.
     """
 
     a_RI: Tensor
@@ -58,10 +54,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor of the adapter's own in place of the base's, read by the block.
-
-    These are modules_to_save and trained biases.
-    """
+    """A tensor of the adapter's own in place of the base's: modules_to_save, trained biases."""
 
     adapter: Adapter
     key: str
@@ -106,19 +99,16 @@ class InSequence:
 class WeightedSum:
     """weight + sum of w * (change(weight) - weight), each change made to the bare base."""
 
-    changes: tuple[Change, ...]
-    weights: tuple[float, ...]
+    changes: tuple[tuple[float, Change], ...]
+    """w and change."""
 
     @property
     def kind(self) -> str:
-        return " + ".join(
-            f"{weight:g} {change.kind}"
-            for weight, change in zip(self.weights, self.changes, strict=True)
-        )
+        return " + ".join(f"{weight:g} {change.kind}" for weight, change in self.changes)
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         changed = block.clone()
-        for weight, change in zip(self.weights, self.changes, strict=True):
+        for weight, change in self.changes:
             changed.add_(change.apply(block, first).sub_(block), alpha=weight)
         return changed
 
@@ -131,29 +121,35 @@ class Adapters:
     """
 
     members: tuple[Adapter, ...]
-    weights: tuple[float, ...] | None = None
+    weights: Sequence[float] | None = None
 
     def changed_tensors(self) -> list[str]:
         """Names of the base's tensors that change."""
         return sorted({name for adapter in self.members for name in adapter.changed_tensors()})
 
+    def replaced_tokens(self) -> list[int]:
+        """Ids of the tokens whose rows are replaced, once for each adapter and tensor."""
+        tables = [rows for adapter in self.members for rows in adapter.token_rows.values()]
+        return [index for rows in tables for index in rows.indices]
+
 
 def load_changes(adapters: Adapters, name: str) -> Change:
     """Load the change of the base's tensor `name` by all adapters that change it, at least one."""
-    changing = [
-        i for i, adapter in enumerate(adapters.members) if name in adapter.changed_tensors()
-    ]
-    changes = tuple(load_change(adapters.members[i], name) for i in changing)
+    changes = {
+        i: load_change(adapter, name)
+        for i, adapter in enumerate(adapters.members)
+        if name in adapter.changed_tensors()
+    }
     if adapters.weights is not None:
-        return WeightedSum(changes, tuple(adapters.weights[i] for i in changing))
-    return changes[0] if len(changes) == 1 else InSequence(changes)
+        return WeightedSum(tuple((adapters.weights[i], change) for i, change in changes.items()))
+    one, *more = changes.values()
+    return InSequence((one, *more)) if more else one
 
 
 def load_change(adapter: Adapter, name: str) -> Change:
     """Load the change of the base's tensor `name`, one of `adapter.changed_tensors()`.
 
-    Only what this one tensor needs is read: low-rank matrices and single rows here, a whole saved
-    tensor by the block.
+    Low-rank matrices and single rows are read here, a whole saved tensor by the block.
     """
     if name in adapter.saved:
         return Replacement(adapter, adapter.saved[name])
@@ -162,10 +158,6 @@ def load_change(adapter: Adapter, name: str) -> Change:
         rows = adapter.token_rows[module]
         return ReplacedRows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
     pair = adapter.pairs[module]
-    magnitude = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()
-    return LowRank(
-        adapter.tensor(pair.a_key).float(),
-        adapter.tensor(pair.b_key).float(),
-        pair.scaling,
-        magnitude,
-    )
+    a_RI, b_OR = adapter.tensor(pair.a_key).float(), adapter.tensor(pair.b_key).float()
+    magnitude_O = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()
+    return LowRank(a_RI, b_OR, pair.scaling, magnitude_O)

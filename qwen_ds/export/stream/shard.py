@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.export.merge_plan import MergePlan, Shard
+from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.stream.blocks import BlockWriter, RowRange, row_ranges
 from qwen_ds.export.stream.changes import Change, load_changes
 from qwen_ds.export.stream.source import Source
@@ -33,56 +33,35 @@ class ChangedTensor:
     norm: float
     norm_of_change: float
 
-    def plus(self, other: ChangedTensor) -> ChangedTensor:
-        """The change of the rows of both."""
-        norm_of_change = math.hypot(self.norm_of_change, other.norm_of_change)
-        return ChangedTensor(self.kind, math.hypot(self.norm, other.norm), norm_of_change)
 
-
-@dataclass(frozen=True, slots=True)
-class WrittenShard:
-    """A finished file, and the changes of the rows of the base that went into it."""
-
-    facts: dict[str, Any]
-    """bytes and sha256."""
-    changed: dict[str, ChangedTensor]
-
-
-def sum_changed(shards: Iterable[WrittenShard]) -> dict[str, ChangedTensor]:
-    """The changes of whole tensors, whose rows may lie in several files."""
-    total: dict[str, ChangedTensor] = {}
-    for written in shards:
-        for name, change in written.changed.items():
-            total[name] = total[name].plus(change) if name in total else change
-    return dict(sorted(total.items()))
+def add_changed(total: dict[str, ChangedTensor], more: Mapping[str, ChangedTensor]) -> None:
+    """Add the changes of further rows to those of the tensors in `total`."""
+    for name, change in more.items():
+        if (before := total.get(name)) is not None:
+            norm_of_change = math.hypot(before.norm_of_change, change.norm_of_change)
+            norm = math.hypot(before.norm, change.norm)
+            change = ChangedTensor(change.kind, norm, norm_of_change)
+        total[name] = change
 
 
 def write_shard(
-    plan: MergePlan,
-    shard: Shard,
-    source: Source,
-    target: Path,
-    block_bytes: int,
-    advance: Callable[[int], None],
-) -> WrittenShard:
-    """Write `shard` to the file `target`.
+    plan: MergePlan, source: Source, target: Path, block_bytes: int, advance: Callable[[int], None]
+) -> tuple[dict[str, Any], dict[str, ChangedTensor]]:
+    """Write `target`, one of the plan's files; UserError if a value is not finite.
 
-    Args:
-        advance: called with the bytes read of each block.
-
-    Raises:
-        UserError: the output's values are not finite.
+    Each block's bytes are told to `advance`. Returns the file's bytes and sha256, and the changes
+    of the rows of the base that went into it.
     """
-    tensors = plan.base.tensors
+    tensors, specs = plan.base.tensors, plan.shards[target.name]
     pieces = [
         (piece, spec.dtype)
-        for spec in shard.tensors
+        for spec in specs
         for block in plan.layout[spec.name]
         for piece in row_ranges(tensors[block.tensor], block.first, block.last, block_bytes)
     ]
     changed: dict[str, ChangedTensor] = {}
     name, change = "", None
-    with _one_thread(), BlockWriter(target, shard.tensors, shard.metadata) as writer:
+    with _one_thread(), BlockWriter(target, specs, plan.base.shards[0].metadata) as writer:
         blocks = source.blocks([rows for rows, _ in pieces])
         for (rows, dtype), block in zip(pieces, blocks, strict=True):
             if rows.spec.name != name:
@@ -93,11 +72,10 @@ def write_shard(
             else:
                 stored, norms = _changed_block(rows, block, change, dtype)
                 if change is not None:
-                    after = ChangedTensor(change.kind, *norms)
-                    changed[name] = changed[name].plus(after) if name in changed else after
+                    add_changed(changed, {name: ChangedTensor(change.kind, *norms)})
                 writer.write(stored.view(torch.uint8).reshape(-1).numpy().data)
             advance(rows.num_bytes)
-    return WrittenShard({"bytes": target.stat().st_size, "sha256": writer.sha256()}, changed)
+    return {"bytes": target.stat().st_size, "sha256": writer.sha256()}, changed
 
 
 @contextmanager
@@ -122,16 +100,13 @@ def _changed_block(
     raw = block.view(FLOAT_DTYPES[rows.spec.dtype])
     shape = (rows.last - rows.first, *rows.spec.shape[1:]) if rows.spec.shape else ()
     base = raw.reshape(shape).float()
-    stored = (base if change is None else change.apply(base, rows.first)).to(
-        FLOAT_DTYPES[dtype], copy=True
-    )
-    norms = (
-        float(torch.linalg.vector_norm(base)),
-        float(torch.linalg.vector_norm(base.sub_(stored))),
-    )
-    if not math.isfinite(norms[1]):
+    changed = base if change is None else change.apply(base, rows.first)
+    stored = changed.to(FLOAT_DTYPES[dtype], copy=True)
+    norm = float(torch.linalg.vector_norm(base))
+    norm_of_change = float(torch.linalg.vector_norm(base.sub_(stored)))
+    if not math.isfinite(norm_of_change):
         raise UserError(
             f"{rows.spec.name}: rows {rows.first} to {rows.last} hold NaN or infinity after the"
             f" merge as {dtype}; expected a trained adapter and a dtype that holds its values"
         )
-    return stored, norms
+    return stored, (norm, norm_of_change)

@@ -32,7 +32,7 @@ class _File:
         self._sha256 = hashlib.sha256()
         self._hashed = 0  # bytes from the start that the checksum has seen
         self._starts = header.starts
-        self.num_bytes = header.path.stat().st_size
+        self._num_bytes = header.path.stat().st_size
 
     def _pread(self, num_bytes: int, offset: int) -> Tensor:
         # Unlike a bytearray, not filled with zeros first.
@@ -67,10 +67,10 @@ class _File:
             self._hashed = end
         return block
 
-    def sha256(self) -> str:
-        """The checksum of the whole file; bytes that no read has passed yet are read now."""
-        self._hash_to(self.num_bytes)
-        return self._sha256.hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """Size and sha256 of the whole file; bytes that no read has passed yet are read now."""
+        self._hash_to(self._num_bytes)
+        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
         self._file.close()
@@ -110,4 +110,4 @@ class Source:
 
     def facts(self, name: str) -> dict[str, Any]:
         """Size in bytes and sha256 of a weight file, which is read to its end for them."""
-        return {"bytes": self._files[name].num_bytes, "sha256": self._files[name].sha256()}
+        return self._files[name].facts()

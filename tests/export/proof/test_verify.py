@@ -27,7 +27,7 @@ from qwen_ds.export.stream import changes
 from qwen_ds.export.stream.changes import Adapters, Change, LowRank, ReplacedRows, load_change
 from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
-from tests.export.folders import bf16_copy, peft_adapter
+from tests.export.folders import bf16_copy, merge_with, peft_adapter
 
 KINDS: tuple[Literal["full"], Literal["sampled"]] = ("full", "sampled")
 LAUNCH = Path(__file__).parents[3] / "launch" / "merge.py"
@@ -129,9 +129,7 @@ def test_a_wrong_bf16_merge_is_rejected(
     kind: Proof,
 ) -> None:
     monkeypatch.setattr(changes, "load_change", scaled(factor))
-    report = merge(
-        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof=kind)
-    )
+    report = merge_with(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", proof=kind)
     assert report.rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected"}
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())
@@ -139,9 +137,7 @@ def test_a_wrong_bf16_merge_is_rejected(
     assert report.folder == tmp_path / "out.rejected" and str(report.folder) in report.in_words()[0]
 
     monkeypatch.undo()
-    assert not merge(
-        bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off")
-    ).rejected
+    assert not merge_with(bf16_dir, [golden / "lora" / "adapter"], tmp_path / "out").rejected
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -181,7 +177,7 @@ def test_both_proofs_agree_and_pass_on_every_variant(
     folders = [tmp_path / f"adapter{i}" for i in range(len(options))]
     for seed, (folder, chosen) in enumerate(zip(folders, options, strict=True)):
         peft_adapter(small_dir, folder, seed, **chosen)
-    merge(small_dir, folders, tmp_path / "out", MergeOptions(weights=weights, proof="off"))
+    merge_with(small_dir, folders, tmp_path / "out", weights=weights)
     adapters = Adapters(tuple(map(read_adapter, folders)), weights)
     plan = make_plan(small_dir, adapters, QWEN_FORMAT, "keep", allow_pickle=False)
     rows = first_positions(
@@ -207,7 +203,7 @@ def test_a_bf16_merge_of_a_change_near_the_noise_is_judged_over_all_logits(
     tensors = {name: t * (0.05 if "lora_B" in name else 1) for name, t in load_file(path).items()}
     save_file(tensors, path)
     monkeypatch.setattr(changes, "load_change", scaled(factor))
-    proof = merge(bf16_dir, [adapter], tmp_path / "out", MergeOptions(proof="full")).verification
+    proof = merge_with(bf16_dir, [adapter], tmp_path / "out", proof="full").verification
     assert proof is not None and proof.max_difference <= proof.bound
     assert (proof.status == "passed") == (factor == 1.0), proof
 
@@ -252,9 +248,7 @@ def test_every_row_that_an_adapter_brings_is_among_what_is_compared(
         return change
 
     monkeypatch.setattr(changes, "load_change", spoilt)
-    assert merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "wrong", MergeOptions(proof=kind)
-    ).rejected
+    assert merge_with(small_dir, [tmp_path / "adapter"], tmp_path / "wrong", proof=kind).rejected
 
 
 @pytest.mark.parametrize(
@@ -265,12 +259,12 @@ def test_the_layered_proof_computes_the_head_by_itself(
 ) -> None:
     """Not by the merge's own arithmetic, whose faults it would share."""
     peft_adapter(small_dir, tmp_path / "adapter", **options)
-    assert not merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "right", MergeOptions(proof="sampled")
+    assert not merge_with(
+        small_dir, [tmp_path / "adapter"], tmp_path / "right", proof="sampled"
     ).rejected
     monkeypatch.setattr(changes, "load_change", scaled(3.0))
-    assert merge(
-        small_dir, [tmp_path / "adapter"], tmp_path / "wrong", MergeOptions(proof="sampled")
+    assert merge_with(
+        small_dir, [tmp_path / "adapter"], tmp_path / "wrong", proof="sampled"
     ).rejected
 
 
@@ -321,7 +315,7 @@ def test_a_model_that_does_not_fit_in_memory_is_proven_layer_by_layer(
         UserError,
         match=r"full, which needs 0\.5 GB of memory; 0\.1 GB are free; .*--verify sampled",
     ):
-        merge(small_dir, [adapter], tmp_path / "other", MergeOptions(proof="full"))
+        merge_with(small_dir, [adapter], tmp_path / "other", proof="full")
     assert not list(tmp_path.glob("other*"))
 
 
@@ -376,11 +370,8 @@ def test_prompts_are_lines_of_a_file(small_dir: Path, golden: Path, tmp_path: Pa
     prompts = verify.read_prompts(tmp_path / "prompts.txt")
     assert prompts == ["abc", "你好"]
     for kind in KINDS:
-        report = merge(
-            small_dir,
-            [golden / "lora" / "adapter"],
-            tmp_path / kind,
-            MergeOptions(proof=kind, prompts=prompts),
+        report = merge_with(
+            small_dir, [golden / "lora" / "adapter"], tmp_path / kind, proof=kind, prompts=prompts
         )
         assert report.verification is not None and report.verification.positions == 64
     (tmp_path / "prompts.txt").write_text("\n")
@@ -397,7 +388,7 @@ def test_memory_is_counted() -> None:
 def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     small_dir: Path, golden: Path, tmp_path: Path
 ) -> None:
-    merge(small_dir, [golden / "lora" / "adapter"], tmp_path / "out", MergeOptions(proof="off"))
+    merge_with(small_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     wrapped = load_adapter(

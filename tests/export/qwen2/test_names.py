@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from qwen_ds.errors import UserError
 from qwen_ds.export.formats import Format, find_format
-from qwen_ds.export.merge import MergeOptions, merge
 from qwen_ds.model.modeling import QWenLMHeadModel
+from tests.export.folders import merge_with
 
 EXACT = {"atol": 1e-5, "rtol": 0.0}
 OFFICIAL = {"atol": 3e-5, "rtol": 0.0}  # golden/README.md
@@ -119,12 +119,7 @@ def test_a_merged_adapter_computes_the_official_logits(
     small_dir: Path, golden: Path, tmp_path: Path, name: str
 ) -> None:
     adapter = golden / name / "adapter"
-    merge(
-        small_dir,
-        [adapter],
-        tmp_path / "out",
-        MergeOptions(to=TO_QWEN2, proof="off", block_bytes=3000),
-    )
+    merge_with(small_dir, [adapter], tmp_path / "out", to=TO_QWEN2, block_bytes=3000)
     expected = load_file(golden / name / "outputs.safetensors")
     real_BT = expected["attention_mask"].bool()
     with torch.inference_mode():
@@ -137,8 +132,8 @@ def test_a_merged_adapter_computes_the_official_logits(
         atol={"lora": 3e-5, "lora_base": 3e-4}[name],
         rtol=0,
     )
-    merge(small_dir, [adapter], tmp_path / "merged", MergeOptions(proof="off"))
-    merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(small_dir, [adapter], tmp_path / "merged")
+    merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     assert_same_weights(tmp_path / "merged", tmp_path / "back")
 
 
@@ -147,7 +142,7 @@ def test_the_way_there_and_back_is_bit_identical(
     small_dir: Path, full_dir: Path, small_qwen2: Path, full_qwen2: Path, tmp_path: Path, name: str
 ) -> None:
     source, export = {"small": (small_dir, small_qwen2), "full": (full_dir, full_qwen2)}[name]
-    report = merge(export, [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    report = merge_with(export, [], tmp_path / "back", to=FROM_QWEN2)
     assert not report.rejected and report.untouched == len(tensors(export))
     assert_same_weights(source, tmp_path / "back")
     assert (tmp_path / "back" / "qwen.tiktoken").read_bytes() == (
@@ -170,7 +165,7 @@ def test_a_model_that_stock_transformers_saved_again_comes_back_with_all_its_set
     stock(small_qwen2).save_pretrained(tmp_path / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small_qwen2 / name, tmp_path / "saved" / name)
-    merge(tmp_path / "saved", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "saved", [], tmp_path / "back", to=FROM_QWEN2)
     assert_same_weights(small_dir, tmp_path / "back")
     assert (
         settings(tmp_path / "back")["use_dynamic_ntk"]
@@ -223,18 +218,15 @@ def test_a_reply_ends_as_the_model_s_format_says(
         json.dumps(generation | ({"chat_format": chat_format} if chat_format else {}))
     )
     adapters = [golden / "lora" / "adapter"] if adapter else []
-    merge(
-        base,
-        adapters,
-        tmp_path / "out",
-        MergeOptions(to=find_format("qwen", "qwen2", merges_adapter=adapter), proof="off"),
+    merge_with(
+        base, adapters, tmp_path / "out", to=find_format("qwen", "qwen2", merges_adapter=adapter)
     )
     found = settings(tmp_path / "out", "generation_config.json")
     assert (found["eos_token_id"], found["pad_token_id"], found["top_p"]) == (eos, 304, 0.8)
     assert settings(tmp_path / "out")["eos_token_id"] == (eos[0] if isinstance(eos, list) else eos)
     eos_token = "<|im_end|>" if isinstance(eos, list) else "<|endoftext|>"
     assert settings(tmp_path / "out", "tokenizer_config.json")["eos_token"] == eos_token
-    merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     back = settings(tmp_path / "back", "generation_config.json")
     assert (back["eos_token_id"], back.get("chat_format")) == (
         304,
@@ -249,16 +241,16 @@ def test_settings_that_only_qwen_s_own_code_knows_are_kept_for_the_way_back_alon
     own = {"chat_format": "chatml", "max_window_size": 100, "stop_words_ids": [[5]]}
     generation = settings(base, "generation_config.json") | own
     (base / "generation_config.json").write_text(json.dumps(generation))
-    merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+    merge_with(base, [], tmp_path / "out", to=TO_QWEN2)
     found = settings(tmp_path / "out", "generation_config.json")
     assert not found.keys() & own.keys()
-    merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     assert settings(tmp_path / "back", "generation_config.json") == generation
     # What was changed since is what holds.
     (tmp_path / "out" / "generation_config.json").write_text(
         json.dumps(found | {"top_p": 0.3, "eos_token_id": 304})
     )
-    merge(tmp_path / "out", [], tmp_path / "again", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "out", [], tmp_path / "again", to=FROM_QWEN2)
     expected = generation | {"top_p": 0.3, "chat_format": "raw"}
     assert settings(tmp_path / "again", "generation_config.json") == expected
 
@@ -278,14 +270,14 @@ def test_where_a_foreign_qwen2_ends_its_replies_tells_its_chat_format(
     small_dir: Path, tmp_path: Path, in_generation: object, in_config: object, chat_format: str
 ) -> None:
     """Other trainers write one id, or no file at all. 304 ends a document, 306 a reply."""
-    merge(small_dir, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+    merge_with(small_dir, [], tmp_path / "out", to=TO_QWEN2)
     spoil(tmp_path / "out", eos_token_id=in_config)
     generation = tmp_path / "out" / "generation_config.json"
     if in_generation is None:
         generation.unlink()
     else:
         generation.write_text(json.dumps({"eos_token_id": in_generation}))
-    merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     found = settings(tmp_path / "back", "generation_config.json")
     assert (found["chat_format"], found["eos_token_id"]) == (chat_format, 304)
 
@@ -295,13 +287,11 @@ def test_the_dtype_that_the_way_back_tells_is_that_of_the_weights(
 ) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     spoil(base, torch_dtype="float32", bf16=False)
-    merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+    merge_with(base, [], tmp_path / "out", to=TO_QWEN2)
     stock(tmp_path / "out").half().save_pretrained(tmp_path / "saved")
     shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path / "saved")
     for name, dtype in (("out", "float32"), ("saved", "float16")):
-        merge(
-            tmp_path / name, [], tmp_path / f"back_{name}", MergeOptions(to=FROM_QWEN2, proof="off")
-        )
+        merge_with(tmp_path / name, [], tmp_path / f"back_{name}", to=FROM_QWEN2)
         assert settings(tmp_path / f"back_{name}")["torch_dtype"] == dtype
 
 
@@ -317,17 +307,14 @@ def test_the_report_has_the_checksum_of_every_file_that_was_read(
     read |= {path.name for path in base.glob("*.safetensors")}
     there = {path.name for path in base.iterdir()}
     there_and_read = (read | {"qwen.tiktoken", "tokenizer_config.json"}) & there
-    assert (
-        merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off")).inputs.keys()
-        == there_and_read
-    )
-    back = merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    assert merge_with(base, [], tmp_path / "out", to=TO_QWEN2).inputs.keys() == there_and_read
+    back = merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert back.inputs.keys() == weights | {
         "config.json", "generation_config.json", "model.safetensors.index.json", "LICENSE",
         "tokenizer.json",
     }  # fmt: skip
-    same = merge(base, [], tmp_path / "same", MergeOptions(dtype="float16", proof="off"))
+    same = merge_with(base, [], tmp_path / "same", dtype="float16")
     assert same.inputs.keys() == there - {"README.md"}
 
 
@@ -346,13 +333,13 @@ def test_a_configuration_of_august_2023_converts_and_comes_back(
     }
     old["padded_vocab_size"] = old["vocab_size"]
     (base / "config.json").write_text(json.dumps(old))
-    merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+    merge_with(base, [], tmp_path / "out", to=TO_QWEN2)
     ids_BT = torch.arange(64)[None]
     with torch.inference_mode():
         assert_close(
             stock(tmp_path / "out")(ids_BT).logits, native(small_dir)(ids_BT).logits, **EXACT
         )
-    merge(tmp_path / "out", [], tmp_path / "back", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(tmp_path / "out", [], tmp_path / "back", to=FROM_QWEN2)
     assert settings(tmp_path / "back") == old | {"rms_norm_eps": 1e-4}
 
 
@@ -371,9 +358,7 @@ def test_a_foreign_qwen2_becomes_a_qwen_without_what_qwen2_never_had(
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(tmp_path / "theirs")
     shutil.copy(small_qwen2 / "tokenizer.json", tmp_path / "theirs")
-    report = merge(
-        tmp_path / "theirs", [], tmp_path / "ours", MergeOptions(to=FROM_QWEN2, proof="off")
-    )
+    report = merge_with(tmp_path / "theirs", [], tmp_path / "ours", to=FROM_QWEN2)
     assert report.edits["config.json"] == "use_dynamic_ntk is False, use_logn_attn is False"
     ids_BT = torch.randint(512, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():  # also beyond the 64 tokens where NTK and LogN would begin
@@ -390,7 +375,7 @@ def test_a_qwen2_that_was_changed_since_is_taken_at_its_word(
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 20000},
     )
-    merge(base, [], tmp_path / "out", MergeOptions(to=FROM_QWEN2, proof="off"))
+    merge_with(base, [], tmp_path / "out", to=FROM_QWEN2)
     found = settings(tmp_path / "out")
     assert (found["seq_length"], found["rotary_emb_base"], found["use_dynamic_ntk"]) == (
         128,
@@ -429,7 +414,7 @@ def assert_refused(
     base = Path(shutil.copytree(source, tmp_path / "base"))
     change(base)
     with pytest.raises(UserError, match=message) as caught:
-        merge(base, [], tmp_path / "out", MergeOptions(to=to, proof="off"))
+        merge_with(base, [], tmp_path / "out", to=to)
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
@@ -495,7 +480,7 @@ def test_what_qwen_cannot_be_is_named_before_anything_is_written(
 def test_tables_that_early_releases_stored_are_left_out(small_dir: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(small_dir, tmp_path / "base"))
     add_tensor(base, "transformer.h.0.attn.rotary_emb.inv_freq", torch.zeros(8))
-    report = merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+    report = merge_with(base, [], tmp_path / "out", to=TO_QWEN2)
     assert report.left_out == ["transformer.h.0.attn.rotary_emb.inv_freq"]
     assert not any("inv_freq" in name for name in tensors(tmp_path / "out"))
 
@@ -511,7 +496,7 @@ def test_a_sharded_export_is_ready_for_the_hub(small_dir: Path, tmp_path: Path) 
     assert len(list(base.glob("model-*.safetensors"))) > 2
     old_mask = os.umask(0o077)
     try:
-        merge(base, [], tmp_path / "out", MergeOptions(to=TO_QWEN2, proof="off"))
+        merge_with(base, [], tmp_path / "out", to=TO_QWEN2)
     finally:
         os.umask(old_mask)
     out = tmp_path / "out"

@@ -20,6 +20,7 @@ from qwen_ds.export.qwen2.tokenizer_check import BUILT_IN, check_tokenizer, text
 from qwen_ds.export.qwen2.tokenizer_json import merges_of, read_qwen2_tokenizer
 from qwen_ds.model.chatml import encode_turns, turns_of
 from qwen_ds.model.tokenizer import SPECIAL_TOKENS, Encoding, load_encoding
+from tests.export.folders import merge_with
 
 TO_QWEN2 = find_format("qwen", "qwen2")
 
@@ -193,11 +194,8 @@ def test_a_difference_in_the_user_s_data_rejects_the_output_and_is_listed(
 ) -> None:
     rows = [{"instruction": "fine"}, {"turns": [{"deep": "a<|im_end|>\u0338"}, 7, None]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = merge(
-        small_dir,
-        [],
-        tmp_path / "out",
-        MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")], proof="off"),
+    report = merge_with(
+        small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / "rows.jsonl")]
     )
     assert report.rejected and not (tmp_path / "out").exists()
     stored = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())["tokenizer"]
@@ -232,11 +230,8 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_is_left(
         ("bad.jsonl", r"bad\.jsonl:2: "),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            merge(
-                small_dir,
-                [],
-                tmp_path / "out",
-                MergeOptions(to=TO_QWEN2, check_texts=[str(tmp_path / file)], proof="off"),
+            merge_with(
+                small_dir, [], tmp_path / "out", to=TO_QWEN2, check_texts=[str(tmp_path / file)]
             )
         assert not list(tmp_path.glob("out*"))
 
@@ -262,12 +257,8 @@ def test_a_vocabulary_that_no_merges_can_make_is_refused(small_dir: Path, tmp_pa
     with pytest.raises(
         UserError, match=r"b'xyzw' \(rank 303\) is not made of two tokens of lower rank"
     ):
-        merge(
-            base,
-            [],
-            tmp_path / "out",
-            MergeOptions(to=TO_QWEN2, proof="off"),
-            progress=lambda *_: pytest.fail("a late check"),
+        merge_with(
+            base, [], tmp_path / "out", to=TO_QWEN2, progress=lambda *_: pytest.fail("a late check")
         )
     assert not list(tmp_path.glob("out*"))
 
