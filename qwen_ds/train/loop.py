@@ -29,15 +29,14 @@ def train(session: Session) -> RunSummary:
             saved. Or the disk does not take the result.
         OSError: the run was asked to stop, and its state could not be saved.
     """
-    recipe, engine = session.recipe, session.engine
-    saver, observer = session.saver, session.observer
-    steps, patience = session.steps, recipe.eval.patience
+    recipe, engine, saver, steps = session.recipe, session.engine, session.saver, session.steps
+    progress, watchdog, patience = session.progress, saver.watchdog, recipe.eval.patience
     start = session.start
     best, evaluated = start.best, start.evaluated
     windows = WindowsAhead(session.data.sampler, steps, pinned=engine.device.type == "cuda")
     request = StopRequest(dist.job_ends_at(), recipe.save.before_minutes)
     engine.train(True)
-    with observer, windows, request, HeldCollection() as garbage:
+    with progress, windows, request, HeldCollection() as garbage:
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
             best, evaluated = evaluate(session, start.step, best), True
@@ -45,9 +44,10 @@ def train(session: Session) -> RunSummary:
         for number in range(start.step + 1, steps + 1):  # one optimizer step
             if best.out_of_patience(patience):
                 break
-            observer.begin_step(number)
-            observer.at(number, "reading the batch")
-            with observer.part("data"):
+            progress.begin_step()  # its clock measures the whole step, so it also stops last
+            session.profiler.begin_step(number)
+            watchdog.at(number, "reading the batch")
+            with session.profiler.part("data"):
                 window = windows.take(number - 1)
             try:
                 step = train_step(session, number, window)
@@ -55,11 +55,12 @@ def train(session: Session) -> RunSummary:
                 # All ranks, once: they save the weights of the last good step, and end.
                 state = session.state(number - 1, best, evaluated=evaluated)
                 stop_not_finite(error, engine, saver, state)
-            observer.end_step(step)
+            session.profiler.end_step(number)
+            progress.end_step(step)
 
             # All ranks, after every step but the last: launchers signal the ranks seconds apart, or
             # only some of them. Nothing is left to stop after the last.
-            observer.at(number, "agreeing to continue")
+            watchdog.at(number, "agreeing to continue")
             stop_because = request.agreed() if number < steps else None
 
             # All ranks, every eval.every_steps. A run that is asked to stop has little time: it
@@ -75,19 +76,12 @@ def train(session: Session) -> RunSummary:
             on_time = number % recipe.save.every_steps == 0
             saves = bool(stop_because) or last or on_time or best.step == number
             if saves:
-                observer.at(number, "saving")
+                watchdog.at(number, "saving")
                 saver.save(engine, session.state(number, best, evaluated=evaluated))
             if stop_because:
                 return stopped(session, stop_because)
             garbage.after_step(number, quiet=due or saves)
-        # All ranks, once: until the last save is on the disk, then to gather the result.
-        saver.wait()
-        observer.progress.flush()
-        observer.at(steps, "writing the result")
-        saver.output.save_final(engine, saver.watchdog)
-        summary = observer.progress.summary()
-        summary.out_of_patience = best.out_of_patience(patience)
-        return summary
+        return finished(session, best)
 
 
 def train_step(session: Session, number: int, window: Window) -> Step:
@@ -98,30 +92,30 @@ def train_step(session: Session, number: int, window: Window) -> Step:
     Raises:
         NotFinite: on every rank, with the rows that are to blame.
     """
-    engine, observer, rows = session.engine, session.observer, session.data.train
-    world, rank = dist.world_size(), dist.rank()
+    engine, rows, rank = session.engine, session.data.train, dist.rank()
+    at, part = session.saver.watchdog.at, session.profiler.part
     lr = lr_at(number - 1, session.steps, session.recipe.optim)
     engine.set_lr(lr)
     loss = grad_norm = 0.0
     if window.targets:
         loss_sums = []
         for i, batch in enumerate(window.batches):
-            observer.at(number, f"micro-batch {i + 1} of {len(window.batches)}")
+            at(number, f"micro-batch {i + 1} of {len(window.batches)}")
             torch.manual_seed(dropout_seed(session.recipe.seed, number - 1, rank, i))
             # All ranks under ZeRO-3, in each micro-batch: they gather the weights layer by layer.
-            with observer.part("forward"):
+            with part("forward"):
                 loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
             # All ranks, in the step's last micro-batch, under ZeRO-2 and 3 in each: the average of
             # the gradients. Answers differ in length, so a mean of the ranks' means would let a
             # rank with few target tokens weigh as much as one with many: the sum is divided by the
-            # whole step's token count, and DeepSpeed's average is cancelled by `world`. Without it
-            # test_gradient_does_not_depend_on_the_split fails.
-            with observer.part("backward"):
-                last = i + 1 == len(window.batches)
-                engine.backward(loss_sum * (world / window.targets), last_of_step=last)
+            # whole step's token count, and DeepSpeed's average is cancelled by the world size.
+            # Without it test_gradient_does_not_depend_on_the_split fails.
+            with part("backward"):
+                scale, last = dist.world_size() / window.targets, i + 1 == len(window.batches)
+                engine.backward(loss_sum * scale, last_of_step=last)
             loss_sums.append(loss_sum.detach())
 
-        observer.at(number, "updating the weights")
+        at(number, "updating the weights")
         # The losses are looked at only here: each look makes the CPU wait for the GPU.
         values = torch.stack(loss_sums).tolist()
         pairs = zip(window.batches, values, strict=True)
@@ -133,7 +127,7 @@ def train_step(session: Session, number: int, window: Window) -> Step:
             bad = bad_alone(bad, rows, engine)
             raise_not_finite(number, "loss is not finite, in", bad, rows)
         # All ranks, once a step: the gradient's norm, and under ZeRO the updated weights.
-        with observer.part("optimizer"):
+        with part("optimizer"):
             result = engine.step()
         if result.not_finite:  # on every rank alike
             of_step = [row for batch in window.batches for row in batch.row_ids]
@@ -147,7 +141,7 @@ def train_step(session: Session, number: int, window: Window) -> Step:
 
 def evaluate(session: Session, step: int, best: BestLoss) -> BestLoss:
     """Loss and sampled answers after `step` (a collective); the best loss since then."""
-    evaluator, progress = session.evaluator, session.observer.progress
+    evaluator, progress = session.evaluator, session.progress
     assert evaluator is not None
     loss = evaluator.loss(session.engine, step)
     progress.evaluated(step, loss)
@@ -155,9 +149,22 @@ def evaluate(session: Session, step: int, best: BestLoss) -> BestLoss:
     return best.after(loss, step)
 
 
+def finished(session: Session, best: BestLoss) -> RunSummary:
+    """The summary of a run whose steps are done, once its result is on the disk (a collective)."""
+    saver, progress = session.saver, session.progress
+    # All ranks, once: until the last save is on the disk, then to gather the result.
+    saver.wait()
+    progress.flush()
+    saver.watchdog.at(session.steps, "writing the result")
+    saver.output.save_final(session.engine, saver.watchdog)
+    summary = progress.summary()
+    summary.out_of_patience = best.out_of_patience(session.recipe.eval.patience)
+    return summary
+
+
 def stopped(session: Session, why: str) -> RunSummary:
     """The summary of a run that was asked to stop, once its state is on the disk (a collective)."""
-    summary = session.observer.progress.summary()
+    summary = session.progress.summary()
     summary.stopped_by = why
     if not session.saver.wait():
         raise OSError(f"stopped by {why}, and step {summary.steps} could not be saved")

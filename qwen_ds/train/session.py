@@ -9,7 +9,6 @@ from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
 from qwen_ds.train.observe.metrics import Hardware
-from qwen_ds.train.observe.observer import Observer
 from qwen_ds.train.observe.profiler import StepProfiler
 from qwen_ds.train.observe.progress import Progress
 from qwen_ds.train.schedule import lr_at, total_steps
@@ -29,7 +28,8 @@ class Session:
     data: Data
     engine: TrainingEngine
     saver: Saver
-    observer: Observer
+    profiler: StepProfiler
+    progress: Progress
     evaluator: Evaluator | None
     """None without evaluation data."""
     steps: int
@@ -46,18 +46,16 @@ class Session:
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after optimizer step `step` (1-based)."""
-        per_epoch = self.data.sampler.steps_per_epoch
-        return self.evaluator is not None and self.evaluator.due(step, self.steps, per_epoch)
+        every = self.recipe.eval.every_steps or self.data.sampler.steps_per_epoch
+        due = step > 0 and (step % every == 0 or step == self.steps)
+        return due and self.evaluator is not None
 
     def state(self, step: int, best: BestLoss, *, evaluated: bool) -> RunState:
         """The state after `step` optimizer steps, weights and moments excepted."""
-        schedule = {
-            "name": self.recipe.optim.schedule,
-            "steps": self.steps,
-            "next_lr": lr_at(step, self.steps, self.recipe.optim),
-        }
-        per_epoch, progress = self.data.sampler.steps_per_epoch, self.observer.progress.state()
-        return RunState(step, per_epoch, progress, schedule, best, evaluated)
+        optim, steps = self.recipe.optim, self.steps
+        schedule = {"name": optim.schedule, "steps": steps, "next_lr": lr_at(step, steps, optim)}
+        per_epoch = self.data.sampler.steps_per_epoch
+        return RunState(step, per_epoch, self.progress.state(), schedule, best, evaluated)
 
 
 def open_session(
@@ -75,17 +73,14 @@ def open_session(
 
 def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Session:
     """Put a session around an engine that stands where the run begins or resumes."""
-    recipe, folder, resumed = run.recipe, saver.output.folder, saver.resumed
+    recipe, folder = run.recipe, saver.output.folder
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
     hardware = Hardware.of(engine.device, run.shape, recipe.method)
-    progress = Progress(
-        folder, steps, recipe.log.every_steps, hardware,
-        *((resumed.step, resumed.state["progress"]) if resumed else ()),
-    )  # fmt: skip
+    saved = saver.resumed.state["progress"] if saver.resumed else None
+    progress = Progress(folder, steps, recipe.log.every_steps, hardware, saved)
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
         budget = recipe.batch.tokens_per_micro_batch
         evaluator = Evaluator(data.eval, run.base, recipe.eval, budget, saver.watchdog)
-    observer = Observer(saver.watchdog, profiler, progress)
-    return Session(recipe, data, engine, saver, observer, evaluator, steps)
+    return Session(recipe, data, engine, saver, profiler, progress, evaluator, steps)

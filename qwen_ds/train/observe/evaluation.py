@@ -72,11 +72,6 @@ class Evaluator:
         self._header = tuple(encoding.ordinary("assistant\n"))
         self._watchdog = watchdog
 
-    def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
-        """Whether the evaluation follows optimizer step `step` (1-based) of `steps`."""
-        every = self._options.every_steps or steps_per_epoch
-        return step > 0 and (step % every == 0 or step == steps)
-
     @torch.no_grad()
     def loss(self, engine: TrainingEngine, step: int) -> float:
         """Nats per target token over all rows, by the training formula, dropout off."""

@@ -104,15 +104,3 @@ def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:
     assert best == BestLoss(2.0, 2, since=2), "an equal loss is no better one, NaN never is"
     assert best.out_of_patience(2) and not best.out_of_patience(3)
     assert not best.out_of_patience(None)
-
-
-@pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])
-def test_an_evaluation_is_due_every_so_many_steps_and_at_the_end(
-    small_dir: Path, every: int | None, due: list[int]
-) -> None:
-    """Without a number: after each epoch, here of five steps."""
-    nothing: Any = None
-    base = Base.read(small_dir)
-    rows: Any = FakeRows(small_dir)
-    evaluator = Evaluator(rows, base, EvalOptions(every_steps=every), 400, nothing)
-    assert [step for step in range(11) if evaluator.due(step, 10, 5)] == due
