@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +147,7 @@ def newest_whole(run: Path) -> Checkpoint | None:
     """
     before: int | None = None
     while True:
-        search = _search(run, before)
-        for remark in search.remarks:
-            say(remark)
-        state = dist.from_rank_0(search.found.state if search.found else None)
+        state = _newest_state(run, before)
         if state is None:
             return None
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
@@ -168,12 +164,12 @@ def newest_whole(run: Path) -> Checkpoint | None:
         before = found.step
 
 
-def _search(run: Path, before: int | None) -> checkpoint.Search:
+def _newest_state(run: Path, before: int | None) -> dict[str, Any] | None:
     # Rank 0 reads every byte, seconds for an adapter and minutes for a model: too long for a
     # collective.
-    searches: list[checkpoint.Search] = []
-    dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
-    return searches[0] if searches else checkpoint.Search()
+    found: list[Checkpoint | None] = []
+    dist.once(lambda: found.append(checkpoint.newest(run, before)), "the newest checkpoint")
+    return dist.from_rank_0(found[0].state if found and found[0] else None)
 
 
 def check_world(found: Checkpoint, stage: int) -> None:
@@ -195,16 +191,15 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
         with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
-        with ExitStack() as opened:
-
-            def tensors(name: str) -> Any:
-                return opened.enter_context(safe_open(found.folder / name, framework="pt"))
-
-            held = tensors(OPTIMIZER)
-            adapter = tensors(ADAPTER) if ADAPTER in state["files"] else None
+        in_adapter = ADAPTER in state["files"]
+        values = found.folder / (ADAPTER if in_adapter else OPTIMIZER)
+        with (
+            safe_open(values, framework="pt") as adapter,
+            safe_open(found.folder / OPTIMIZER, framework="pt") as held,
+        ):
 
             def read(name: str, kind: str) -> Tensor:
-                if kind == VALUE and adapter is not None:
+                if kind == VALUE and in_adapter:
                     return adapter.get_tensor(lora.plain_name(name))
                 return held.get_tensor(f"{name}.{kind}")
 
