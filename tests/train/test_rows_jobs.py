@@ -22,10 +22,7 @@ ZERO3 = {
         "stage3_prefetch_bucket_size": 0,
     }
 }
-RUNS = {
-    "rows": {"zero0": 1, "zero2": 2, "zero3": 2},
-    "whole": {"zero2": 1, "zero3": 2},
-}
+RUNS = {"rows": {"zero0": 1, "zero2": 2, "zero3": 2}, "whole": {"zero2": 1, "zero3": 2}}
 
 
 @pytest.mark.parametrize("kind", ["rows", "whole"])

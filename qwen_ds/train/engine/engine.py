@@ -51,9 +51,8 @@ class TrainingEngine:
         self._uses_loss_scale = "fp16" in resolved.engine_json
         if self.stage == 3:
             # ZeRO-3 gathers a weight for the module that owns it. These modules use another's.
-            for weight in model.loss_head.borrowed:
-                deepspeed.zero.register_external_parameter(model.loss_head, weight)
-            for module, weight in borrowed_weights(model):
+            of_head = ((model.loss_head, weight) for weight in model.loss_head.borrowed)
+            for module, weight in (*of_head, *borrowed_weights(model)):
                 deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
