@@ -21,9 +21,8 @@ from qwen_ds.train.loss import LossHead, TrainingModel
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def error(came: Tensor, exact: Tensor) -> float:
@@ -35,9 +34,8 @@ def training_model(folder: Path, dropout: float, dtype: torch.dtype) -> Training
     wrapped = add_lora(model, LoraOptions(dropout=dropout), base="", seed=3)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:  # as if trained
-            parameter.data.copy_(
-                0.05 * normal(*parameter.shape, dtype=torch.float32, seed=len(name))
-            )
+            value = normal(*parameter.shape, dtype=torch.float32, seed=len(name))
+            parameter.data.copy_(0.05 * value)
     return TrainingModel(wrapped, model.transformer, model.lm_head).train()
 
 
@@ -56,14 +54,10 @@ def test_the_loss_head_in_bf16() -> None:
     loss = LossHead(head)(hidden, labels)
     loss.backward()
     exact_hidden, exact_weight = (
-        hidden.detach().double().requires_grad_(),
-        head.weight.detach().double().requires_grad_(),
+        t.detach().double().requires_grad_() for t in (hidden, head.weight)
     )
-    exact = F.cross_entropy(
-        (exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1),
-        labels[:, 1:].flatten(),
-        reduction="sum",
-    )
+    logits = (exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1)
+    exact = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
     exact.backward()
     assert error(loss.detach(), exact.detach()) < 1e-3
     assert hidden.grad.dtype == torch.bfloat16 and error(hidden.grad, exact_hidden.grad) < 1e-2

@@ -34,9 +34,8 @@ def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        loss, "chunk_tokens", lambda rows: 16
-    )  # 50 tokens: three whole chunks and a short one
+    # 50 tokens: three whole chunks and a short one.
+    monkeypatch.setattr(loss, "chunk_tokens", lambda rows: 16)
 
 
 def test_loss_and_both_gradients_equal_plain_cross_entropy_in_fp64() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -13,11 +14,6 @@ from qwen_ds.recipe.options import OptimOptions
 from qwen_ds.train.engine import optimizer
 
 
-class Resolved:
-    def __init__(self, offload: bool) -> None:
-        self.offload_optimizer = offload
-
-
 @pytest.mark.parametrize(
     ("offload", "device", "compiled"),
     [(False, "cuda", False), (True, "cpu", False), (True, "cuda", True)],
@@ -25,17 +21,14 @@ class Resolved:
 def test_the_compiled_one_serves_only_offload_beside_a_gpu(
     offload: bool, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Accelerator:
-        def device_name(self) -> str:
-            return device
-
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(optimizer, "get_accelerator", Accelerator)
+    accelerator = SimpleNamespace(device_name=lambda: device)
+    monkeypatch.setattr(optimizer, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
         deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda parameters, **settings: made.append(settings)
     )
     options = OptimOptions(lr=0.5, weight_decay=0.25)
-    resolved: Any = Resolved(offload)
+    resolved: Any = SimpleNamespace(offload_optimizer=offload)
     found = optimizer.make_optimizer([nn.Parameter(torch.zeros(2))], options, resolved)
     if compiled:
         assert made[0]["lr"] == 0.5 and made[0]["weight_decay"] == 0.25 and made[0]["adamw_mode"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from qwen_ds.model.family import QWEN
 from qwen_ds.plan.run import Base
 from qwen_ds.recipe.options import EvalOptions
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
+from qwen_ds.train.survive.watchdog import Watchdog
 
 
 class FakeRows:
@@ -44,20 +46,12 @@ class FakeRows:
         return self.rows[row]
 
 
-class FakeWatchdog:
-    def __init__(self) -> None:
-        self.touched = 0
-
-    def at(self, step: int, place: str) -> None:
-        assert (step, place) == (7, "sampled answers")
-
-    def touch(self) -> None:
-        self.touched += 1
+Setting = tuple[Evaluator, Any, FakeRows, Mock]
 
 
 @pytest.fixture
-def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
-    rows, watchdog = FakeRows(small_dir), FakeWatchdog()
+def setting(small_dir: Path) -> Setting:
+    rows, watchdog = FakeRows(small_dir), Mock(Watchdog)
     options = EvalOptions(samples=5, sample_tokens=6)
     model = QWEN.model_class.from_pretrained(small_dir)
     engine = SimpleNamespace(
@@ -67,13 +61,12 @@ def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
     return Evaluator(rows, base, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
 
 
-def test_samples_are_the_models_greedy_answers(
-    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog], small_dir: Path
-) -> None:
+def test_samples_are_the_models_greedy_answers(setting: Setting, small_dir: Path) -> None:
     evaluator, engine, rows, watchdog = setting
     encoding, model = QWEN.load_encoding(small_dir), engine.model.model
     found = evaluator.samples(engine, 7)
-    assert watchdog.touched == 6 and model.training
+    watchdog.at.assert_called_once_with(7, "sampled answers")
+    assert watchdog.touch.call_count == 6 and model.training
     assert [sample.reference for sample in found] == ["abc de 0", "b"]
     model.eval()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=304)
@@ -89,7 +82,7 @@ def test_samples_are_the_models_greedy_answers(
 
 
 def test_a_model_of_nan_has_empty_answers_and_training_decides_what_follows(
-    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog],
+    setting: Setting,
 ) -> None:
     evaluator, engine, *_ = setting
     engine.model.model.lm_head.weight.data.fill_(torch.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,15 +13,14 @@ from qwen_ds.train.observe.profiler import PARTS, _under_way
 
 
 def test_collectives_that_overlap_count_once() -> None:
-    class Event:
-        def __init__(self, name: str, start: float, end: float) -> None:
-            self.name, self.time_range = name, self
-            self.start, self.end = start, end
-
+    times = (
+        ("gloo:all_reduce", 0, 10), ("nccl:all_gather", 5, 20), ("aten::mm", 0, 100),
+        ("ncclDevKernel_AllReduce", 7, 9), ("gloo:broadcast", 30, 31),
+    )  # fmt: skip
     events = [
-        Event("gloo:all_reduce", 0, 10), Event("nccl:all_gather", 5, 20), Event("aten::mm", 0, 100),
-        Event("ncclDevKernel_AllReduce", 7, 9), Event("gloo:broadcast", 30, 31),
-    ]  # fmt: skip
+        SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+        for name, start, end in times
+    ]
     assert _under_way(events) == pytest.approx(21e-6)
 
 
