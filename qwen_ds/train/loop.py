@@ -31,17 +31,16 @@ def train(session: Session) -> RunSummary:
     """
     recipe, engine, saver, steps = session.recipe, session.engine, session.saver, session.steps
     progress, watchdog, patience = session.progress, saver.watchdog, recipe.eval.patience
-    start = session.start
-    best, evaluated = start.best, start.evaluated
+    begun, best, evaluated = session.start
     windows = WindowsAhead(session.data.sampler, steps, pinned=engine.device.type == "cuda")
     request = StopRequest(dist.job_ends_at(), recipe.save.before_minutes)
     engine.train(True)
     with progress, windows, request, HeldCollection() as garbage:
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
-            best, evaluated = evaluate(session, start.step, best), True
+            best, evaluated = evaluate(session, begun, best), True
 
-        for number in range(start.step + 1, steps + 1):  # one optimizer step
+        for number in range(begun + 1, steps + 1):  # one optimizer step
             if best.out_of_patience(patience):
                 break
             progress.begin_step()  # its clock measures the whole step, so it also stops last
@@ -87,10 +86,8 @@ def train(session: Session) -> RunSummary:
 def train_step(session: Session, number: int, window: Window) -> Step:
     """Optimizer step `number` (1-based) over all its micro-batches.
 
-    A step without a target token leaves the weights alone: its loss and norm are 0.
-
-    Raises:
-        NotFinite: on every rank, with the rows that are to blame.
+    A step without a target token leaves the weights alone: its loss and norm are 0. NotFinite is
+    raised on every rank, with the rows that are to blame.
     """
     engine, rows, rank = session.engine, session.data.train, dist.rank()
     at, part = session.saver.watchdog.at, session.profiler.part

@@ -221,11 +221,9 @@ def numel(parameter: nn.Parameter) -> int:
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Write a stock PEFT folder; returns file name -> sha256.
+    """Write a stock PEFT folder, of an output that is not published yet; file name -> sha256.
 
-    Args:
-        folder: made if it is missing; of an output that is not published yet.
-        tensors: complete fp32 values by the wrapped model's parameter names.
+    `tensors`: complete fp32 values by the wrapped model's parameter names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():

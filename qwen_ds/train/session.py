@@ -36,13 +36,12 @@ class Session:
     """Of the whole run."""
 
     @property
-    def start(self) -> RunState:
-        """The state in which the run begins or resumes."""
+    def start(self) -> tuple[int, BestLoss, bool]:
+        """Steps behind the run as it begins or resumes, best loss, and whether it is evaluated."""
         if self.saver.resumed is None:
-            return self.state(0, BestLoss(), evaluated=True)
+            return 0, BestLoss(), True
         saved = self.saver.resumed.state
-        best, evaluated = BestLoss(**saved["best"]), saved.get("evaluated", True)
-        return self.state(saved["step"], best, evaluated=evaluated)
+        return saved["step"], BestLoss(**saved["best"]), saved.get("evaluated", True)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after optimizer step `step` (1-based)."""

@@ -60,10 +60,8 @@ class Model:
 def load_data(run: Run) -> Data:
     """Tokenised rows (made once per machine, memory-mapped) and the sampler of this rank.
 
-    A collective: the ranks compare their rows.
-
-    Raises:
-        UserError: data that cannot be trained on, or other rows on another machine.
+    A collective: the ranks compare their rows. Raises UserError for data that cannot be trained on,
+    or other rows on another machine.
     """
     recipe, batch = run.recipe, run.recipe.batch
 

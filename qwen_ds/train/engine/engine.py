@@ -9,15 +9,16 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 
 from qwen_ds import dist
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.options import OptimOptions
-from qwen_ds.train.engine.optimizer import make_optimizer
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights, numel
 from qwen_ds.train.loss import TrainingModel
@@ -34,6 +35,22 @@ class StepResult:
     not_finite: str = ""
     """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow does
     not count: DeepSpeed skips the step and lowers the loss scale."""
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], optim: OptimOptions, resolved: ResolvedConfig
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019): torch's own, which needs no compiler.
+
+    DeepSpeed's compiled one serves only where the JSON offloads the optimizer on a GPU machine:
+    there the update runs on the CPU, and its speed counts.
+    """
+    settings: dict[str, Any] = {
+        "lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay,
+    }  # fmt: skip
+    if resolved.offload_optimizer and get_accelerator().device_name() == "cuda":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    return torch.optim.AdamW(parameters, **settings)
 
 
 class TrainingEngine:

@@ -52,12 +52,9 @@ class TrainableState:
         return int(first.get("step", 0))
 
     def gather(self, *kinds: str) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (name, kind, complete fp32 tensor on the CPU) for the given kinds (a collective).
+        """Yield (name, kind, complete fp32 tensor on the CPU) for kinds of VALUE and MOMENTS.
 
-        The tensors are copies; ranks other than 0 get empty ones.
-
-        Args:
-            kinds: of VALUE and MOMENTS.
+        A collective. The tensors are copies; ranks other than 0 get empty ones.
         """
         self._make_moments()
         for name, parameter in self._parameters.items():
@@ -68,9 +65,7 @@ class TrainableState:
     def restore(self, read: Callable[[str, str], Tensor], steps: int) -> None:
         """Set all values and moments from what rank 0 reads (a collective).
 
-        Args:
-            read: (name, kind) -> complete tensor; called on rank 0 only.
-            steps: AdamW's count of updates.
+        `read` (name, kind) -> complete tensor is called on rank 0 only; `steps` is AdamW's count.
         """
         self._make_moments(steps)
         for name, parameter in self._parameters.items():
@@ -117,10 +112,9 @@ class TrainableState:
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
         scaler = self.loss_scaler()
         for key, value in saved.items():
-            if key not in scaler:  # the run began in fp16 under ZeRO and resumes without
-                continue
-            kind = float if key == "cur_scale" else int
-            setattr(self._zero.loss_scaler, key, kind(value))
+            if key in scaler:  # else the run began in fp16 under ZeRO and resumes without
+                kind = float if key == "cur_scale" else int
+                setattr(self._zero.loss_scaler, key, kind(value))
 
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW updates on this rank."""

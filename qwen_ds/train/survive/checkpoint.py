@@ -61,11 +61,8 @@ def clear_unfinished(run: Path) -> None:
 def finish(run: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[str, str]) -> Path:
     """Publish the unfinished checkpoint of `step`; returns its folder.
 
-    A damaged one of the same step, which the run has stepped back from, is replaced.
-
-    Args:
-        state: goes into state.json.
-        sha256_of: path below the folder -> sha256, of every file.
+    state.json gets `state` and the sha256 of every file, by its path below the folder. A damaged
+    checkpoint of the same step, which the run has stepped back from, is replaced.
     """
     target = step_folder(run, step)
     folder = unfinished_name(target)
@@ -109,10 +106,8 @@ class Checkpoint:
 def newest(run: Path, before: int | None = None) -> Checkpoint | None:
     """Find the newest checkpoint whose files are those that its state.json lists; rank 0 only.
 
-    Says which ones are passed over, and why. Shards are left to the ranks that read them.
-
-    Args:
-        before: consider only checkpoints of earlier steps.
+    `before`: of an earlier step than this. Says which ones are passed over, and why. Shards are
+    left to the ranks that read them.
     """
     for step in reversed(steps_saved(run)):
         if before is not None and step >= before:

@@ -53,12 +53,9 @@ def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
-    """The checkpoint to resume from, once it is clear that the folder holds this run.
+    """The checkpoint to resume from, or None: from the start (a collective).
 
-    None: from the start. A collective: rank 0 alone may see the folder.
-
-    Raises:
-        UserError: the folder holds a run of another recipe.
+    Raises UserError if the folder holds a run of another recipe.
     """
     if not dist.from_rank_0(holds_run(run.folder)):
         return None
@@ -71,8 +68,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
 def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:
     """Whether the checkpoint is of a finished run (a collective).
 
-    Raises:
-        UserError: the run began with other rows, or its pieces do not fit this world.
+    Raises UserError if the run began with other rows, or its pieces do not fit this world.
     """
     check_same_data(found.state, run.recipe, data_sha256)
     check_world(found, run.deepspeed.stage)
@@ -82,10 +78,8 @@ def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epo
 
 
 def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
-    """Compare with the recipe that the run folder holds; rank 0 only.
-
-    Raises:
-        UserError: a key differs that resume.allow_changes does not name.
+    """Raise UserError if the recipe differs from the run folder's in a key that
+    resume.allow_changes does not name; rank 0 only.
     """
     file = run / RECIPE
     try:
@@ -216,10 +210,10 @@ def _restore_rng(found: Checkpoint) -> None:
     if dist.rank() == 0:
         with safe_open(found.folder / RNG, framework="pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    own = f"rank_{dist.rank()}"
     # All ranks, once. A rank that the saved run did not have keeps the states that it has.
     states = dist.from_rank_0(states)
-    if f"{own}.cpu" in states:
-        torch.set_rng_state(states[f"{own}.cpu"])
-    if f"{own}.cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states[f"{own}.cuda"])
+    cpu, cuda = (states.get(f"rank_{dist.rank()}.{kind}") for kind in ("cpu", "cuda"))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda)

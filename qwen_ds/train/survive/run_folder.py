@@ -34,8 +34,7 @@ BEFORE_THE_RECIPE = {"logs", DS_CONFIG, DATA_REPORT, ENVIRONMENT} | {
 def claim(folder: Path) -> None:
     """Make the run folder, or accept one that holds a run; rank 0 only.
 
-    Raises:
-        UserError: it holds something else. Nothing in it is touched.
+    Raises UserError if it holds something else. Nothing in it is touched.
     """
     if folder.is_dir() and not holds_run(folder):
         strangers = {path.name for path in folder.iterdir()} - BEFORE_THE_RECIPE

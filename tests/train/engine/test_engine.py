@@ -1,4 +1,4 @@
-"""The optimizer is torch's own, which needs no compiler, unless it is offloaded beside a GPU."""
+"""The engine's optimizer is torch's own, unless it is offloaded beside a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwen_ds.recipe.options import OptimOptions
-from qwen_ds.train.engine import optimizer
+from qwen_ds.train.engine import engine
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ def test_the_compiled_one_serves_only_offload_beside_a_gpu(
 ) -> None:
     made: list[dict[str, Any]] = []
     accelerator = SimpleNamespace(device_name=lambda: device)
-    monkeypatch.setattr(optimizer, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
         deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda parameters, **settings: made.append(settings)
     )
     options = OptimOptions(lr=0.5, weight_decay=0.25)
     resolved: Any = SimpleNamespace(offload_optimizer=offload)
-    found = optimizer.make_optimizer([nn.Parameter(torch.zeros(2))], options, resolved)
+    found = engine.make_optimizer([nn.Parameter(torch.zeros(2))], options, resolved)
     if compiled:
         assert made[0]["lr"] == 0.5 and made[0]["weight_decay"] == 0.25 and made[0]["adamw_mode"]
     else:
