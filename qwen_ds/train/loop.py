@@ -24,10 +24,9 @@ from qwen_ds.train.survive.stop import StopRequest
 def train(session: Session) -> RunSummary:
     """Run the steps that are left; write metrics, checkpoints and the result into the run folder.
 
-    Raises:
-        UserError: the loss or the gradient is not finite; the weights of the last good step are
-            saved. Or the disk does not take the result.
-        OSError: the run was asked to stop, and its state could not be saved.
+    Raises UserError if the loss or the gradient is not finite (the weights of the last good step
+    are saved) or the disk does not take the result; OSError if the run was asked to stop, and its
+    state could not be saved.
     """
     recipe, engine, saver, steps = session.recipe, session.engine, session.saver, session.steps
     progress, watchdog, patience = session.progress, saver.watchdog, recipe.eval.patience

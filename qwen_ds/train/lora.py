@@ -37,7 +37,7 @@ class CastLinear(nn.Linear):
     A module of its own, so that ZeRO-3 gathers its weight.
     """
 
-    def __init__(self, like: nn.Linear, weight: nn.Parameter) -> None:
+    def __init__(self, like: nn.Linear, weight: Tensor) -> None:
         # On meta, here and below: the weight is replaced at once, so none is allocated.
         super().__init__(like.in_features, like.out_features, bias=False, device="meta")
         self.weight = weight

@@ -134,7 +134,8 @@ class LossHead(nn.Module):
         counts_BT = targets_BT != IGNORE
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
         hidden_ND, targets_N = hidden_BTD[:, :-1][counts_BT], targets_BT[counts_BT]
-        head, rows = self._lm_head[0], ()
+        head = self._lm_head[0]
+        rows: tuple[Tensor, ...] = ()
         if isinstance(head, HeadWithRows):
             rows = head.token_adapter.trainable_tokens_delta, head.token_adapter.ids_K
         return cross_entropy_sum(hidden_ND, head.weight, targets_N, *rows)

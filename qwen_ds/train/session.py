@@ -30,10 +30,8 @@ class Session:
     saver: Saver
     profiler: StepProfiler
     progress: Progress
-    evaluator: Evaluator | None
-    """None without evaluation data."""
-    steps: int
-    """Of the whole run."""
+    evaluator: Evaluator | None  # None without evaluation data
+    steps: int  # of the whole run
 
     @property
     def start(self) -> tuple[int, BestLoss, bool]:
@@ -80,6 +78,5 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
-        budget = recipe.batch.tokens_per_micro_batch
-        evaluator = Evaluator(data.eval, run.base, recipe.eval, budget, saver.watchdog)
+        evaluator = Evaluator(data.eval, run.base, recipe, saver.watchdog)
     return Session(recipe, data, engine, saver, profiler, progress, evaluator, steps)

@@ -52,8 +52,7 @@ class Model:
     """The model that DeepSpeed gets, the adapter's configuration, and the parameter count."""
 
     training: TrainingModel
-    adapter_config: lora.LoraConfig | None
-    """None: full training."""
+    adapter_config: lora.LoraConfig | None  # None: full training
     count: lora.ParameterCount
 
 

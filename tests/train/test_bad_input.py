@@ -26,7 +26,6 @@ from qwen_ds.train.survive.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
-
 pytestmark = pytest.mark.usefixtures("pytests_log_handlers")
 
 

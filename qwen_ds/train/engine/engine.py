@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 class StepResult:
     """Outcome of one optimizer update."""
 
-    grad_norm: float
-    """2-norm of the whole gradient before clipping."""
+    grad_norm: float  # 2-norm of the whole gradient before clipping
     not_finite: str = ""
     """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow does
     not count: DeepSpeed skips the step and lowers the loss scale."""

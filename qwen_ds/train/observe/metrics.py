@@ -37,8 +37,7 @@ class Hardware:
     ranks: int
     shape: Shape
     method: Literal["lora", "full"]
-    gpu: Gpu | None
-    """None where no peak is known, as for a CPU."""
+    gpu: Gpu | None  # None where no peak is known, as for a CPU
 
     @classmethod
     def of(cls, device: torch.device, shape: Shape, method: Literal["lora", "full"]) -> Hardware:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.run import Base
-from qwen_ds.recipe.options import EvalOptions
+from qwen_ds.recipe.options import EvalOptions, Recipe
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
 from qwen_ds.train.survive.watchdog import Watchdog
 
@@ -52,13 +52,13 @@ Setting = tuple[Evaluator, Any, FakeRows, Mock]
 @pytest.fixture
 def setting(small_dir: Path) -> Setting:
     rows, watchdog = FakeRows(small_dir), Mock(Watchdog)
-    options = EvalOptions(samples=5, sample_tokens=6)
+    recipe = Recipe(eval=EvalOptions(samples=5, sample_tokens=6))
     model = QWEN.model_class.from_pretrained(small_dir)
     engine = SimpleNamespace(
         model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
     )
-    base = Base.read(small_dir)
-    return Evaluator(rows, base, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
+    evaluator = Evaluator(rows, Base.read(small_dir), recipe, watchdog)  # type: ignore[arg-type]
+    return evaluator, engine, rows, watchdog
 
 
 def test_samples_are_the_models_greedy_answers(setting: Setting, small_dir: Path) -> None:
