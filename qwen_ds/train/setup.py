@@ -93,11 +93,9 @@ def load_model(run: Run, device: torch.device) -> Model:
     # peft gathers only there.
     with partitioned_loading(run.deepspeed, run.dtype):
         model = AutoModelForCausalLM.from_pretrained(
-            run.base_folder,
-            config=run.base.config,
-            dtype=run.dtype,
+            run.base_folder, config=run.base.config, dtype=run.dtype,
             attn_implementation=options.attention,
-        )
+        )  # fmt: skip
         assert isinstance(model, family.model_class)
         if run.deepspeed.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
