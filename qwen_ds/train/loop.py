@@ -24,25 +24,22 @@ from qwen_ds.train.survive.stop import StopRequest
 def train(session: Session) -> RunSummary:
     """Run the steps that are left; write metrics, checkpoints and the result into the run folder.
 
-    Raises:
-        UserError: the loss or the gradient is not finite; the weights of the last good step are
-            saved. Or the disk does not take the result.
-        OSError: the run was asked to stop, and its state could not be saved.
+    Raises UserError if the loss or the gradient is not finite (the weights of the last good step
+    are saved) or the disk does not take the result; OSError if the run was asked to stop, and its
+    state could not be saved.
     """
-    recipe, engine = session.recipe, session.engine
-    saver, observer = session.saver, session.observer
-    steps, patience = session.steps, recipe.eval.patience
-    start = session.start
-    best, evaluated = start.best, start.evaluated
+    recipe, engine, saver, steps = session.recipe, session.engine, session.saver, session.steps
+    observer, patience = session.observer, recipe.eval.patience
+    begun, best, evaluated = session.start
     windows = WindowsAhead(session.data.sampler, steps, pinned=engine.device.type == "cuda")
     request = StopRequest(dist.job_ends_at(), recipe.save.before_minutes)
     engine.train(True)
     with observer, windows, request, HeldCollection() as garbage:
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
-            best, evaluated = evaluate(session, start.step, best), True
+            best, evaluated = evaluate(session, begun, best), True
 
-        for number in range(start.step + 1, steps + 1):  # one optimizer step
+        for number in range(begun + 1, steps + 1):  # one optimizer step
             if best.out_of_patience(patience):
                 break
             observer.begin_step(number)
@@ -80,48 +77,39 @@ def train(session: Session) -> RunSummary:
             if stop_because:
                 return stopped(session, stop_because)
             garbage.after_step(number, quiet=due or saves)
-        # All ranks, once: until the last save is on the disk, then to gather the result.
-        saver.wait()
-        observer.progress.flush()
-        observer.at(steps, "writing the result")
-        saver.output.save_final(engine, saver.watchdog)
-        summary = observer.progress.summary()
-        summary.out_of_patience = best.out_of_patience(patience)
-        return summary
+        return finished(session, best)
 
 
 def train_step(session: Session, number: int, window: Window) -> Step:
     """Optimizer step `number` (1-based) over all its micro-batches.
 
-    A step without a target token leaves the weights alone: its loss and norm are 0.
-
-    Raises:
-        NotFinite: on every rank, with the rows that are to blame.
+    A step without a target token leaves the weights alone: its loss and norm are 0. NotFinite is
+    raised on every rank, with the rows that are to blame.
     """
-    engine, observer, rows = session.engine, session.observer, session.data.train
-    world, rank = dist.world_size(), dist.rank()
+    engine, rows, rank = session.engine, session.data.train, dist.rank()
+    at, part = session.observer.at, session.observer.part
     lr = lr_at(number - 1, session.steps, session.recipe.optim)
     engine.set_lr(lr)
     loss = grad_norm = 0.0
     if window.targets:
         loss_sums = []
         for i, batch in enumerate(window.batches):
-            observer.at(number, f"micro-batch {i + 1} of {len(window.batches)}")
+            at(number, f"micro-batch {i + 1} of {len(window.batches)}")
             torch.manual_seed(dropout_seed(session.recipe.seed, number - 1, rank, i))
             # All ranks under ZeRO-3, in each micro-batch: they gather the weights layer by layer.
-            with observer.part("forward"):
+            with part("forward"):
                 loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
             # All ranks, in the step's last micro-batch, under ZeRO-2 and 3 in each: the average of
             # the gradients. Answers differ in length, so a mean of the ranks' means would let a
             # rank with few target tokens weigh as much as one with many: the sum is divided by the
-            # whole step's token count, and DeepSpeed's average is cancelled by `world`. Without it
-            # test_gradient_does_not_depend_on_the_split fails.
-            with observer.part("backward"):
-                last = i + 1 == len(window.batches)
-                engine.backward(loss_sum * (world / window.targets), last_of_step=last)
+            # whole step's token count, and DeepSpeed's average is cancelled by the world size.
+            # Without it test_gradient_does_not_depend_on_the_split fails.
+            with part("backward"):
+                scale, last = dist.world_size() / window.targets, i + 1 == len(window.batches)
+                engine.backward(loss_sum * scale, last_of_step=last)
             loss_sums.append(loss_sum.detach())
 
-        observer.at(number, "updating the weights")
+        at(number, "updating the weights")
         # The losses are looked at only here: each look makes the CPU wait for the GPU.
         values = torch.stack(loss_sums).tolist()
         pairs = zip(window.batches, values, strict=True)
@@ -133,7 +121,7 @@ def train_step(session: Session, number: int, window: Window) -> Step:
             bad = bad_alone(bad, rows, engine)
             raise_not_finite(number, "loss is not finite, in", bad, rows)
         # All ranks, once a step: the gradient's norm, and under ZeRO the updated weights.
-        with observer.part("optimizer"):
+        with part("optimizer"):
             result = engine.step()
         if result.not_finite:  # on every rank alike
             of_step = [row for batch in window.batches for row in batch.row_ids]
@@ -153,6 +141,19 @@ def evaluate(session: Session, step: int, best: BestLoss) -> BestLoss:
     progress.evaluated(step, loss)
     progress.sampled(step, evaluator.samples(session.engine, step))
     return best.after(loss, step)
+
+
+def finished(session: Session, best: BestLoss) -> RunSummary:
+    """The summary of a run whose steps are done, once its result is on the disk (a collective)."""
+    saver, observer = session.saver, session.observer
+    # All ranks, once: until the last save is on the disk, then to gather the result.
+    saver.wait()
+    observer.progress.flush()
+    observer.at(session.steps, "writing the result")
+    saver.output.save_final(session.engine, saver.watchdog)
+    summary = observer.progress.summary()
+    summary.out_of_patience = best.out_of_patience(session.recipe.eval.patience)
+    return summary
 
 
 def stopped(session: Session, why: str) -> RunSummary:

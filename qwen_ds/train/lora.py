@@ -37,6 +37,11 @@ class CastLinear(nn.Linear):
     A module of its own, so that ZeRO-3 gathers its weight.
     """
 
+    def __init__(self, like: nn.Linear, weight: Tensor) -> None:
+        # On meta, here and below: the weight is replaced at once, so none is allocated.
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.weight = weight
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -44,11 +49,10 @@ class CastLinear(nn.Linear):
 class CastEmbedding(nn.Embedding):
     """An embedding whose fp32 weight gives activations of the base's dtype."""
 
-    def __init__(self, weight_VD: nn.Parameter, activations_dtype: torch.dtype) -> None:
-        # Made on meta, here and below: the weight is replaced at once, so none is allocated.
-        super().__init__(weight_VD.shape[0], weight_VD.shape[1], device="meta")
+    def __init__(self, base: nn.Embedding, weight_VD: nn.Parameter) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
         self.weight = weight_VD
-        self.activations_dtype = activations_dtype
+        self.activations_dtype = base.weight.dtype
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         return super().forward(ids_BT).to(self.activations_dtype)
@@ -74,13 +78,11 @@ class LoraLinear(peft_lora.Linear):
         for matrices in (self.lora_A, self.lora_B):
             made = matrices[adapter_name]
             assert isinstance(made, nn.Linear)
-            cast = CastLinear(made.in_features, made.out_features, bias=False, device="meta")
-            cast.weight = made.weight
-            matrices[adapter_name] = cast
+            matrices[adapter_name] = CastLinear(made, made.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = not (self.disable_adapters or self.merged or self.lora_variant)
-        if not plain or self.active_adapters != [ADAPTER]:
+        special = self.disable_adapters or self.merged or self.lora_variant
+        if special or self.active_adapters != [ADAPTER]:
             return super().forward(x, *args, **kwargs)
         scale, dropout = self.scaling[ADAPTER], self.lora_dropout[ADAPTER]
         dropped = x
@@ -105,27 +107,8 @@ class ParameterCount:
         return f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
 
 
-def lora_config(options: LoraOptions, base: str) -> LoraConfig:
-    """The PEFT configuration of a recipe."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=sorted(options.targets),
-        use_rslora=options.variant == "rslora",
-        use_dora=options.variant == "dora",
-    )
-
-
 def add_lora(
-    model: LanguageModel,
-    options: LoraOptions,
-    *,
-    base: str,
-    seed: int,
-    row_ids: Sequence[int] = (),
+    model: LanguageModel, options: LoraOptions, *, base: str, seed: int, row_ids: Sequence[int] = ()
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter, fp32 and trainable; A is random and B zero.
 
@@ -136,7 +119,16 @@ def add_lora(
         seed: of A, alike on every rank.
         row_ids: token ids whose rows of embedding and head are trained.
     """
-    config = lora_config(options, base)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=sorted(options.targets),
+        use_rslora=options.variant == "rslora",
+        use_dora=options.variant == "dora",
+    )
     config._register_custom_module({nn.Linear: LoraLinear})
     torch.manual_seed(seed)
     wrapped = PeftModel(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
@@ -158,12 +150,10 @@ def add_lora(
             model.set_submodule(family.head, HeadWithRows(head, row_ids))
         config_of(wrapped).trainable_token_indices = {name: list(row_ids) for name in family.ends}
     if embedding_name in options.modules_to_save:
-        copy = _fp32_copy(embedding.weight)
-        model.set_submodule(family.embedding, CastEmbedding(copy, embedding.weight.dtype))
+        cast = CastEmbedding(embedding, _fp32_copy(embedding.weight))
+        model.set_submodule(family.embedding, cast)
     if head_name in options.modules_to_save:
-        cast = CastLinear(head.in_features, head.out_features, bias=False, device="meta")
-        cast.weight = _fp32_copy(head.weight)
-        model.set_submodule(family.head, cast)
+        model.set_submodule(family.head, CastLinear(head, _fp32_copy(head.weight)))
     config_of(wrapped).modules_to_save = list(options.modules_to_save) or None
     return wrapped
 
@@ -231,14 +221,9 @@ def numel(parameter: nn.Parameter) -> int:
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Write a stock PEFT folder: adapter_config.json and adapter_model.safetensors.
+    """Write a stock PEFT folder, of an output that is not published yet; file name -> sha256.
 
-    Args:
-        folder: made if it is missing; of an output that is not published yet.
-        tensors: complete fp32 values by the wrapped model's parameter names.
-
-    Returns:
-        file name -> sha256.
+    `tensors`: complete fp32 values by the wrapped model's parameter names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():

@@ -21,9 +21,7 @@ class _HeadLoss(torch.autograd.Function):
     """Head and cross-entropy in one, with the gradients made in the forward pass.
 
     They are made while a chunk's logits exist, so nothing of size [N, V] is kept, and the backward
-    pass does not need the frozen head.
-
-    d(sum of losses)/d(logits) = softmax(logits) - onehot(target).
+    pass does not need the frozen head. d(sum)/d(logits) = softmax(logits) - onehot(target).
     """
 
     @staticmethod
@@ -36,7 +34,7 @@ class _HeadLoss(torch.autograd.Function):
         ids_K: Tensor,
     ) -> Tensor:
         need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
-        ctx.dtypes = weight_VD.dtype, rows_KD.dtype
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, rows_KD.dtype
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         # The head's gradients are sums over thousands of chunks, so they accumulate in fp32.
@@ -65,14 +63,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grads
-        grad_hidden_ND, grad_weight_VD, grad_rows_KD = ctx.saved_tensors
-        weight_dtype, rows_dtype = ctx.dtypes
-        if grad_hidden_ND is not None:
-            grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
-        if grad_weight_VD is not None:
-            grad_weight_VD = (grad_weight_VD * grad_loss).to(weight_dtype)
-        if grad_rows_KD is not None:
-            grad_rows_KD = (grad_rows_KD * grad_loss).to(rows_dtype)
+        grad_hidden_ND, grad_weight_VD, grad_rows_KD = (
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return grad_hidden_ND, grad_weight_VD, None, grad_rows_KD, None
 
 
@@ -102,16 +96,13 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum over the tokens of -log softmax(hidden weight^T)[target].
 
-    Args:
-        hidden_ND: hidden states that predict the targets, any float dtype.
-        weight_VD: the head; used in the dtype of the hidden states.
-        targets_N: int64 ids.
-        rows_KD: used in place of the head's rows ids_K, in the dtype of the hidden states; they get
-            the gradient, those rows of the head get none.
-        ids_K: int64, each id once.
+    An fp32 scalar; zero (and zero gradients) for N = 0. The softmax is fp32. Head and rows are used
+    in the dtype of the hidden states.
 
-    Returns:
-        fp32 scalar; zero (and zero gradients) for N = 0. The softmax is fp32.
+    Args:
+        rows_KD: used in place of the head's rows ids_K; they get the gradient, those rows of the
+            head get none.
+        ids_K: int64 as the targets, each id once.
     """
     if rows_KD is None or ids_K is None:
         rows_KD, ids_K = weight_VD.new_empty(0, weight_VD.shape[1]), targets_N.new_empty(0)
@@ -142,15 +133,12 @@ class LossHead(nn.Module):
         targets_BT = labels_BT[:, 1:]
         counts_BT = targets_BT != IGNORE
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
-        hidden_ND = hidden_BTD[:, :-1][counts_BT]
-        targets_N = targets_BT[counts_BT]
+        hidden_ND, targets_N = hidden_BTD[:, :-1][counts_BT], targets_BT[counts_BT]
         head = self._lm_head[0]
+        rows: tuple[Tensor, ...] = ()
         if isinstance(head, HeadWithRows):
-            rows = head.token_adapter
-            return cross_entropy_sum(
-                hidden_ND, head.weight, targets_N, rows.trainable_tokens_delta, rows.ids_K
-            )
-        return cross_entropy_sum(hidden_ND, head.weight, targets_N)
+            rows = head.token_adapter.trainable_tokens_delta, head.token_adapter.ids_K
+        return cross_entropy_sum(hidden_ND, head.weight, targets_N, *rows)
 
 
 class TrainingModel(nn.Module):
@@ -173,5 +161,4 @@ class TrainingModel(nn.Module):
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         # extend_context: evaluation takes the training formula, too, without NTK and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
-        hidden_BTD = outputs.last_hidden_state
-        return self.loss_head(hidden_BTD, labels_BT)
+        return self.loss_head(outputs.last_hidden_state, labels_BT)

@@ -36,9 +36,7 @@ def bad_alone(row_ids: list[int], rows: TokenRows, engine: TrainingEngine) -> li
 def raise_not_finite(step: int, problem: str, row_ids: list[int], rows: TokenRows) -> NoReturn:
     """Raise NotFinite on every rank, with the sources of all ranks' rows (a collective).
 
-    Args:
-        problem: completes the sentence up to the rows: "loss is not finite, in".
-        row_ids: of this rank.
+    `problem` is the sentence up to the rows ("loss is not finite, in"); `row_ids` are this rank's.
     """
     gathered = dist.gather([rows.source(row) for row in row_ids])
     sources = [source for of_rank in gathered for source in of_rank]

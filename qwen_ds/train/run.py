@@ -21,13 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def run(asked: LoadedRecipe, note: str = "") -> int:
-    """Train as the recipe says; returns the exit code.
+    """Train as the recipe says, with `note` as the first line; returns the exit code.
 
-    Args:
-        note: a line to begin with.
-
-    Raises:
-        UserError: the data, the model or the folder is wrong, or the loss is not finite.
+    Raises UserError if data, model or folder is wrong, or the loss is not finite.
     """
     leave_at_signals()
     launched = dist.has_rendezvous() or dist.world_size() > 1

@@ -44,10 +44,9 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
             f"resumed   {found.folder}: step {found.step} of {steps}, saved by "
             f"{found.state['ranks']} rank(s) under ZeRO-{found.state['zero_stage']}"
         )
-    above = run.folder.parent
     lines += [
         f"disk      {disk_use(run, steps, data, model)}",
-        f"results   {recipe.output_dir}   (tensorboard --logdir {above})",
+        f"results   {recipe.output_dir}   (tensorboard --logdir {run.folder.parent})",
     ]
     return "\n".join(lines)
 
@@ -72,14 +71,12 @@ def disk_use(run: Run, steps: int, data: Data, model: Model) -> str:
     saves = math.ceil(steps / recipe.save.every_steps)
     if data.eval is not None:  # each evaluation may be the best so far, which is saved and kept
         saves += math.ceil(steps / (recipe.eval.every_steps or data.sampler.steps_per_epoch))
-    kept = min(saves, recipe.save.keep + (data.eval is not None))
-    count = kept + 1  # and the one that is being written
+    # One more is being written.
+    count = min(saves, recipe.save.keep + (data.eval is not None)) + 1
     free = shutil.disk_usage(run.folder).free if dist.rank() == 0 else math.inf
-    text = (
-        f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all; {_gb(free)} free"
-    )
-    enough = count * each < free
-    return text if enough else f"{text}: TOO LITTLE; lower save.keep or clear the disk"
+    needed = f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all"
+    warning = "" if count * each < free else ": TOO LITTLE; lower save.keep or clear the disk"
+    return f"{needed}; {_gb(free)} free{warning}"
 
 
 def _gb(num_bytes: float) -> str:

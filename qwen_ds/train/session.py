@@ -30,34 +30,29 @@ class Session:
     engine: TrainingEngine
     saver: Saver
     observer: Observer
-    evaluator: Evaluator | None
-    """None without evaluation data."""
-    steps: int
-    """Of the whole run."""
+    evaluator: Evaluator | None  # None without evaluation data
+    steps: int  # of the whole run
 
     @property
-    def start(self) -> RunState:
-        """The state in which the run begins or resumes."""
+    def start(self) -> tuple[int, BestLoss, bool]:
+        """Steps behind the run as it begins or resumes, best loss, and whether it is evaluated."""
         if self.saver.resumed is None:
-            return self.state(0, BestLoss(), evaluated=True)
+            return 0, BestLoss(), True
         saved = self.saver.resumed.state
-        best, evaluated = BestLoss(**saved["best"]), saved.get("evaluated", True)
-        return self.state(saved["step"], best, evaluated=evaluated)
+        return saved["step"], BestLoss(**saved["best"]), saved.get("evaluated", True)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after optimizer step `step` (1-based)."""
-        per_epoch = self.data.sampler.steps_per_epoch
-        return self.evaluator is not None and self.evaluator.due(step, self.steps, per_epoch)
+        every = self.recipe.eval.every_steps or self.data.sampler.steps_per_epoch
+        due = step > 0 and (step % every == 0 or step == self.steps)
+        return due and self.evaluator is not None
 
     def state(self, step: int, best: BestLoss, *, evaluated: bool) -> RunState:
         """The state after `step` optimizer steps, weights and moments excepted."""
-        schedule = {
-            "name": self.recipe.optim.schedule,
-            "steps": self.steps,
-            "next_lr": lr_at(step, self.steps, self.recipe.optim),
-        }
-        per_epoch, progress = self.data.sampler.steps_per_epoch, self.observer.progress.state()
-        return RunState(step, per_epoch, progress, schedule, best, evaluated)
+        optim, steps = self.recipe.optim, self.steps
+        schedule = {"name": optim.schedule, "steps": steps, "next_lr": lr_at(step, steps, optim)}
+        per_epoch = self.data.sampler.steps_per_epoch
+        return RunState(step, per_epoch, self.observer.progress.state(), schedule, best, evaluated)
 
 
 def open_session(
@@ -75,17 +70,14 @@ def open_session(
 
 def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Session:
     """Put a session around an engine that stands where the run begins or resumes."""
-    recipe, folder, resumed = run.recipe, saver.output.folder, saver.resumed
+    recipe, folder = run.recipe, saver.output.folder
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
     hardware = Hardware.of(engine.device, run.shape, recipe.method)
-    progress = Progress(
-        folder, steps, recipe.log.every_steps, hardware,
-        *((resumed.step, resumed.state["progress"]) if resumed else ()),
-    )  # fmt: skip
+    saved = saver.resumed.state["progress"] if saver.resumed else None
+    progress = Progress(folder, steps, recipe.log.every_steps, hardware, saved)
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
-        budget = recipe.batch.tokens_per_micro_batch
-        evaluator = Evaluator(data.eval, run.base, recipe.eval, budget, saver.watchdog)
+        evaluator = Evaluator(data.eval, run.base, recipe, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
     return Session(recipe, data, engine, saver, observer, evaluator, steps)

@@ -52,18 +52,15 @@ class Model:
     """The model that DeepSpeed gets, the adapter's configuration, and the parameter count."""
 
     training: TrainingModel
-    adapter_config: lora.LoraConfig | None
-    """None: full training."""
+    adapter_config: lora.LoraConfig | None  # None: full training
     count: lora.ParameterCount
 
 
 def load_data(run: Run) -> Data:
     """Tokenised rows (made once per machine, memory-mapped) and the sampler of this rank.
 
-    A collective: the ranks compare their rows.
-
-    Raises:
-        UserError: data that cannot be trained on, or other rows on another machine.
+    A collective: the ranks compare their rows. Raises UserError for data that cannot be trained on,
+    or other rows on another machine.
     """
     recipe, batch = run.recipe, run.recipe.batch
 
@@ -74,13 +71,9 @@ def load_data(run: Run) -> Data:
     dist.once_per_machine(prepared, "data")
     rows = prepared()
     sampler = StepSampler(
-        rows.train,
-        batch.rows_per_step,
-        recipe.seed,
-        dist.world_size(),
-        dist.rank(),
-        batch.tokens_per_micro_batch,
-    )
+        rows.train, batch.rows_per_step, recipe.seed,
+        dist.world_size(), dist.rank(), batch.tokens_per_micro_batch,
+    )  # fmt: skip
     data = Data(rows.train, rows.eval, sampler)
     # All ranks, once: machines may have files of their own.
     seen = dist.gather(data.sha256)
@@ -100,30 +93,27 @@ def load_model(run: Run, device: torch.device) -> Model:
     # peft gathers only there.
     with partitioned_loading(run.deepspeed, run.dtype):
         model = AutoModelForCausalLM.from_pretrained(
-            run.base_folder,
-            config=run.base.config,
-            dtype=run.dtype,
+            run.base_folder, config=run.base.config, dtype=run.dtype,
             attn_implementation=options.attention,
-        )
+        )  # fmt: skip
         assert isinstance(model, family.model_class)
         if run.deepspeed.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
         recompute_blocks(model, from_recipe(options.activation_checkpointing))
         if options.compile:
             compile_blocks(model, family, device)
-        if recipe.method == "full":
-            return Model(training_model(model, model), None, lora.count_parameters(model))
-        base, seed = options.path, recipe.seed
-        wrapped = lora.add_lora(model, recipe.lora, base=base, seed=seed, row_ids=run.special_ids)
-    if recipe.lora.init_from:
-        lora.init_from(wrapped, recipe.lora)
-    training = training_model(wrapped, model)
-    return Model(training, lora.config_of(wrapped), lora.count_parameters(wrapped))
-
-
-def training_model(trained: nn.Module, model: LanguageModel) -> TrainingModel:
-    """The module that DeepSpeed gets: `trained` is the model itself, or peft's wrapper of it."""
-    return TrainingModel(trained, model.base_model, model.get_output_embeddings())
+        trained: nn.Module = model
+        if recipe.method == "lora":
+            trained = wrapped = lora.add_lora(
+                model, recipe.lora, base=options.path, seed=recipe.seed, row_ids=run.special_ids
+            )
+    config = None
+    if recipe.method == "lora":
+        config = lora.config_of(wrapped)
+        if recipe.lora.init_from:
+            lora.init_from(wrapped, recipe.lora)
+    training = TrainingModel(trained, model.base_model, model.get_output_embeddings())
+    return Model(training, config, lora.count_parameters(trained))
 
 
 def recompute_blocks(model: LanguageModel, every: int) -> None:

@@ -19,8 +19,7 @@ from qwen_ds.train.engine import start
 def decide(asked: LoadedRecipe, device: torch.device) -> Run:
     """Find the base model and decide the run (a collective).
 
-    Raises:
-        UserError: an option, the DeepSpeed JSON or the base model is wrong.
+    Raises UserError if an option, the DeepSpeed JSON or the base model is wrong.
     """
     # The first rank of each machine fetches a model or makes the demo's; then all find it there.
     found: list[LoadedRecipe] = []

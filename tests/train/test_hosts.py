@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.jobs import ROOT, Job
+from tests.jobs import ROOT
 
 pytestmark = pytest.mark.job
 BIN = Path(sys.executable).parent
@@ -58,15 +58,8 @@ class Host:
 
     def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
         pid = self.process.pid
-        inside = [
-            "nsenter",
-            "--target",
-            str(pid),
-            "--mount",
-            "--net",
-            "--uts",
-            f"--pid=/proc/{pid}/ns/pid_for_children",
-        ]
+        children = f"--pid=/proc/{pid}/ns/pid_for_children"
+        inside = ["nsenter", "--target", str(pid), "--mount", "--net", "--uts", children]
         disk = self.disk.with_name("disk")
         left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         base = {k: v for k, v in os.environ.items() if k not in left_out} | {
@@ -95,15 +88,13 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
     nor home nor runs."""
     if os.geteuid() or not all(shutil.which(name) for name in ("unshare", "nsenter", "ip")):
         pytest.skip("making two hosts of one needs root, unshare, nsenter and ip")
-    if subprocess.run(
-        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]
-    ).returncode:
+    unshare = "unshare --net --mount --uts --pid --fork".split()
+    if subprocess.run([*unshare, "true"]).returncode:
         pytest.skip("this machine permits no namespaces")
     places = {"host1": "10.77.0.1", "host2": "10.77.0.2"}
+    names = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in places.items())]
     (tmp_path / "disk").mkdir()
-    (tmp_path / "hosts").write_text(
-        "127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in places.items())
-    )
+    (tmp_path / "hosts").write_text("\n".join(names) + "\n")
     made: list[Host] = []
     try:
         for name, address in places.items():
@@ -111,27 +102,14 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
             (disk / "work").mkdir(parents=True), (disk / "home").mkdir()
             shutil.copy(rows_file, disk / "work" / "rows.jsonl")
             script = HOST.format(name=name, address=address, folder=tmp_path)
-            unshare = [
-                "unshare",
-                "--net",
-                "--mount",
-                "--uts",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-            ]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            made.append(
-                Host(
-                    name, address, disk, subprocess.Popen([*unshare, "sh", "-ec", script], **pipes)
-                )
-            )
+            process = subprocess.Popen(
+                [*unshare, "--kill-child", "--mount-proc", "sh", "-ec", script],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            made.append(Host(name, address, disk, process))
         assert all(host.says() == "disks" for host in made)
-        ends = [["cable", "netns", str(host.process.pid)] for host in made]
-        subprocess.run(
-            ["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True
-        )
+        one, other = (f"cable netns {host.process.pid}" for host in made)
+        subprocess.run(f"ip link add {one} type veth peer name {other}".split(), check=True)
         for host in made:
             assert host.process.stdin is not None
             print(file=host.process.stdin, flush=True)
@@ -145,12 +123,12 @@ def hosts(tmp_path: Path, rows_file: Path) -> Iterator[list[Host]]:
 
 def options(small_dir: Path, rows: Path, cache: Path | None = None) -> list[str]:
     """Options of a short job; without `cache` the token rows go under the home directory."""
-    return [
-        "--model.path", str(small_dir), "--data.train", str(rows), "--model.dtype", "float32",
-        "--lora.dropout", "0", "--batch.rows_per_step", "16",
-        "--batch.tokens_per_micro_batch", "400", "--optim.max_steps", "3",
-        "--optim.lr", "1e-3", *(["--data.cache_dir", str(cache)] if cache else []),
-    ]  # fmt: skip
+    words = (
+        f"--model.path {small_dir} --data.train {rows} --model.dtype float32 --lora.dropout 0 "
+        f"--batch.rows_per_step 16 --batch.tokens_per_micro_batch 400 --optim.max_steps 3 "
+        f"--optim.lr 1e-3 " + (f"--data.cache_dir {cache}" if cache else "")
+    )
+    return words.split()
 
 
 def same_adapter(one: Path, other: Path) -> None:
@@ -162,17 +140,20 @@ def same_adapter(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_host(
-    job: Callable[..., Job],
-    small_dir: Path,
-    rows_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    job: Callable, small_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The run folder of the same job on one host: two ranks, ZeRO-2."""
     folder = tmp_path_factory.mktemp("one_host")
-    job(
-        [*options(small_dir, rows_file, folder / "cache"), "--output_dir", str(folder / "run")], 2
-    ).ok()
+    own = [*options(small_dir, rows_file, folder / "cache"), "--output_dir", str(folder / "run")]
+    job(own, 2).ok()
     return folder / "run"
+
+
+def deepspeed(hosts: list[Host], folder: Path, slots: int) -> list[str]:
+    """The launcher's command, with so many ranks on each host."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{host.name} slots={slots}\n" for host in hosts))
+    return ["deepspeed", "--hostfile", str(hostfile), "--master_addr", hosts[0].name]
 
 
 def test_two_hosts_train_what_one_does(
@@ -181,28 +162,10 @@ def test_two_hosts_train_what_one_does(
     """The deepspeed command on each of two hosts with two ranks each, ZeRO-3 with hpZ, and no disk
     in common. Rank 0's host has the whole run folder, the other no more than its own logs; each has
     its own cache of token rows."""
-    (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=2\n" for host in hosts))
-    launcher = [
-        "deepspeed",
-        "--hostfile",
-        str(tmp_path / "hostfile"),
-        "--no_ssh",
-        "--master_addr",
-        hosts[0].name,
-    ]
-    script = [
-        TRAIN,
-        *options(small_dir, Path("rows.jsonl")),
-        "--output_dir",
-        "run",
-        "--deepspeed",
-        "ds_configs/zero3_hpz.json",
-        "--save.every_steps",
-        "2",
-    ]
-    running = [
-        host.start([*launcher, "--node_rank", str(i), *script]) for i, host in enumerate(hosts)
-    ]
+    launcher = [*deepspeed(hosts, tmp_path, slots=2), "--no_ssh", "--node_rank"]
+    own = "--output_dir run --deepspeed ds_configs/zero3_hpz.json --save.every_steps 2".split()
+    script = [TRAIN, *options(small_dir, Path("rows.jsonl")), *own]
+    running = [host.start([*launcher, str(i), *script]) for i, host in enumerate(hosts)]
     for process in running:
         finish(process)
     first, second = (host.disk / "work" for host in hosts)
@@ -230,22 +193,12 @@ def test_pdsh_starts_both_hosts(
     """The launcher as its users call it, once, on the first host; sshd runs on both."""
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    settings = f"-oStrictModes=no -oUsePAM=no -oPidFile=none -oAuthorizedKeysFile={key}.pub"
     for host in hosts:
-        settings = ("StrictModes=no", "UsePAM=no", "PidFile=none", f"AuthorizedKeysFile={key}.pub")
-        host.run(
-            [SSHD, "-f", "/dev/null", "-h", str(key), *(f"-o{setting}" for setting in settings)]
-        )
+        host.run([SSHD, "-f", "/dev/null", "-h", str(key), *settings.split()])
         # What pdsh does not carry over goes into this file.
         (host.disk / "work" / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
-    (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
-    launcher = [
-        "deepspeed",
-        "--hostfile",
-        str(tmp_path / "hostfile"),
-        "--master_addr",
-        hosts[0].name,
-        "--no_ssh_check",
-    ]
+    launcher = [*deepspeed(hosts, tmp_path, slots=1), "--no_ssh_check"]
     login = f"-i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
     script = [TRAIN, *options(small_dir, Path("rows.jsonl"), Path("cache")), "--output_dir", "run"]
     hosts[0].run([*launcher, *script], PDSH_SSH_ARGS_APPEND=login)
@@ -277,18 +230,14 @@ def start_slurm(hosts: list[Host], folder: Path) -> dict[str, str]:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     conf = {"SLURM_CONF": str(folder / "slurm.conf")}
-    files = (("key", folder), ("log", folder / "disk"), ("seed", folder / "disk"))
+    munged = (
+        f"munged --force --pid-file=/run/munged.pid --key-file={folder}/munge.key "
+        f"--log-file={folder}/disk/munge.log --seed-file={folder}/disk/munge.seed"
+    )
     for host in hosts:
         for name in ("state", "spool"):
             (host.disk / name).mkdir()
-        host.run(
-            [
-                "munged",
-                "--force",
-                "--pid-file=/run/munged.pid",
-                *(f"--{n}-file={d}/munge.{n}" for n, d in files),
-            ]
-        )
+        host.run(munged.split())
     hosts[0].run(["slurmctld", "-L", str(folder / "slurmctld.log")], **conf)
     for host in hosts:
         host.run(["slurmd", "-N", host.name, "-L", str(folder / f"{host.name}.log")], **conf)
@@ -306,25 +255,15 @@ def test_slurm_requeues_a_job_that_stops_before_its_time_limit(
     conf = start_slurm(hosts, tmp_path)
     for host in hosts:
         (host.disk / "work" / "launch").symlink_to(ROOT / "launch")
-    size = [
-        "--nodes=2",
-        "--ntasks-per-node=1",
-        "--gpus-per-node=0",
-        "--cpus-per-task=1",
-        "--time=5",
-    ]
+    size = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=5".split()
     own = [*options(small_dir, Path("rows.jsonl"), Path("cache")), "--output_dir", "run"]
-    job_id = (
-        hosts[0]
-        .run(["sbatch", "--parsable", *size, "launch/cluster/train.sbatch", *own], **conf)
-        .strip()
-    )
+    sbatch = ["sbatch", "--parsable", *size, "launch/cluster/train.sbatch", *own]
+    job_id = hosts[0].run(sbatch, **conf).strip()
+    squeue = ["squeue", "-h", "-j", job_id, "-o", "%T %r"]
 
     def wait_for(*states: str) -> None:
         ends = time.monotonic() + 200
-        while (
-            state := hosts[0].run(["squeue", "-h", "-j", job_id, "-o", "%T %r"], **conf).strip()
-        ) not in states:
+        while (state := hosts[0].run(squeue, **conf).strip()) not in states:
             log = work / f"slurm-{job_id}.log"
             assert time.monotonic() < ends, f"{state}\n{log.read_text() if log.exists() else ''}"
             time.sleep(1)

@@ -4,6 +4,7 @@ continue from."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +18,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora
-from qwen_ds.train.lora import (
-    add_lora,
-    config_of,
-    count_parameters,
-    init_from,
-    plain_name,
-    write_adapter,
-)
+from qwen_ds.train.lora import add_lora, config_of, init_from, plain_name, write_adapter
 
 ALL = ["c_attn", "c_proj", "w1", "w2"]
 IDS = torch.arange(24).reshape(2, 12)
@@ -48,17 +42,21 @@ def wrapped(
     return result
 
 
-def test_the_default_adapter_of_the_7b_has_the_original_projects_size() -> None:
+def count_at_7b(
+    options: LoraOptions, layers: int, row_ids: Sequence[int] = ()
+) -> lora.ParameterCount:
+    """Parameters of an adapter on the 7B, if it had so many layers."""
     config = QWenConfig(
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
+        vocab_size=151_936, hidden_size=4096, num_hidden_layers=layers, num_attention_heads=32,
         intermediate_size=22_016,
-    )
+    )  # fmt: skip
     with torch.device("meta"):
-        model = QWenLMHeadModel(config)
-        count = count_parameters(add_lora(model, LoraOptions(), base="", seed=0))
+        model = add_lora(QWenLMHeadModel(config), options, base="", seed=0, row_ids=row_ids)
+    return lora.count_parameters(model)
+
+
+def test_the_default_adapter_of_the_7b_has_the_original_projects_size() -> None:
+    count = count_at_7b(LoraOptions(), layers=32)
     assert count.trainable == 10_158_080
     assert count.total == 7_721_324_544 + 10_158_080
     assert "10,158,080 trainable" in str(count)
@@ -69,29 +67,28 @@ def test_our_branch_equals_pefts(small_dir: Path, tmp_path: Path, variant: str) 
     """Outputs and every gradient in fp32, and the folder loads into stock peft."""
     ours = wrapped(small_dir, variant=variant)
     write_adapter(tmp_path, config_of(ours), trained(ours))
-    stock = peft.PeftModel.from_pretrained(
-        QWenLMHeadModel.from_pretrained(small_dir), str(tmp_path), is_trainable=True
-    )
+    base = QWenLMHeadModel.from_pretrained(small_dir)
+    stock = peft.PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
     logits = [model(IDS, labels=IDS) for model in (ours, stock)]
     torch.testing.assert_close(logits[0].logits, logits[1].logits, rtol=1e-5, atol=1e-5)
     for out in logits:
         out.loss.backward()
     theirs = trained(stock)
     assert theirs.keys() == trained(ours).keys() and len(theirs) >= 30
-    for name, parameter in trained(ours).items():
-        torch.testing.assert_close(
-            parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name
-        )
+    for name, p in trained(ours).items():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_branch_computes_in_the_activations_dtype(small_dir: Path) -> None:
     model = wrapped(small_dir, dtype=torch.bfloat16).train()
     seen: set[torch.dtype] = set()
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.update((args[0].dtype, out.dtype))
+
     for module in model.modules():
         if isinstance(module, lora.CastLinear):
-            module.register_forward_hook(
-                lambda _m, args, out: seen.update((args[0].dtype, out.dtype))
-            )
+            module.register_forward_hook(note)
     model(IDS, labels=IDS).loss.backward()
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -114,53 +111,41 @@ def test_attention_and_mlp_projections_can_be_told_apart(small_dir: Path) -> Non
 def test_training_continues_from_an_adapter(small_dir: Path, tmp_path: Path, golden: Path) -> None:
     """Ours, the official finetune.py's stock folder, and the original project's
     pytorch_model.bin."""
-    first = wrapped(small_dir)
-    values = {plain_name(n): p.detach().clone() for n, p in trained(first).items()}
-    write_adapter(tmp_path / "ours", config_of(first), trained(first))
-    (tmp_path / "bin").mkdir()
-    torch.save(
-        {k.replace("base_model.model.", ""): v for k, v in values.items()},
-        tmp_path / "bin" / "pytorch_model.bin",
-    )
-    options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6)
-    for folder in ("ours", "bin"):
-        again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, replace(options, init_from=str(tmp_path / folder)))
-        assert all(torch.equal(values[plain_name(n)], p) for n, p in trained(again).items()), folder
-    for variant in ("dora", "rslora"):
-        options = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=6, variant=variant)  # type: ignore[arg-type]
+
+    def continued(folder: Path, **options: object) -> peft.PeftModel:
+        settings = LoraOptions(**{"dropout": 0.0, "targets": ALL, "r": 4, "alpha": 6, **options})  # type: ignore[arg-type]
+        again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), settings, base="", seed=8)
+        init_from(again, replace(settings, init_from=str(folder)))
+        return again
+
+    for variant in ("lora", "dora", "rslora"):
         first = wrapped(small_dir, variant=variant)
-        write_adapter(tmp_path / variant, config_of(first), trained(first))
-        again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), options, base="", seed=8)
-        init_from(again, replace(options, init_from=str(tmp_path / variant)))
-        assert all(
-            torch.equal(p, q)
-            for p, q in zip(trained(first).values(), trained(again).values(), strict=True)
-        )
-    official = LoraOptions(dropout=0.0, targets=ALL, r=4, alpha=8)
-    again = add_lora(QWenLMHeadModel.from_pretrained(small_dir), official, base="", seed=8)
-    init_from(again, replace(official, init_from=str(golden / "lora" / "adapter")))
+        values = {plain_name(n): p.detach().clone() for n, p in trained(first).items()}
+        folders = [tmp_path / variant]
+        write_adapter(folders[0], config_of(first), trained(first))
+        if variant == "lora":
+            folders.append(tmp_path / "bin")
+            folders[1].mkdir()
+            bare = {k.replace("base_model.model.", ""): v for k, v in values.items()}
+            torch.save(bare, folders[1] / "pytorch_model.bin")
+        for folder in folders:
+            again = trained(continued(folder, variant=variant))
+            assert len(again) == len(values)
+            assert all(torch.equal(values[plain_name(n)], p) for n, p in again.items()), folder
     outputs = load_file(golden / "lora" / "outputs.safetensors")
-    again.eval()
-    loss = again(
-        outputs["input_ids"], attention_mask=outputs["attention_mask"], labels=outputs["labels"]
-    ).loss
+    inputs = {name: outputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    loss = continued(golden / "lora" / "adapter", alpha=8).eval()(**inputs).loss
     torch.testing.assert_close(loss, outputs["loss_eval"], rtol=0, atol=5e-6)
 
 
 def test_the_written_folder_is_plain_and_readable_by_all(small_dir: Path, tmp_path: Path) -> None:
     model = wrapped(small_dir)
     write_adapter(tmp_path, config_of(model), trained(model))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
     assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["target_modules"] == ALL and config["inference_mode"] is True
+    partitioned = {"base_model.model.x.lora_A.default.weight": torch.empty(0)}
     with pytest.raises(AssertionError, match="empty"):
-        write_adapter(
-            tmp_path / "empty",
-            config_of(model),
-            {"base_model.model.x.lora_A.default.weight": torch.empty(0)},
-        )
+        write_adapter(tmp_path / "empty", config_of(model), partitioned)

@@ -21,22 +21,17 @@ from torch.utils._pytree import tree_leaves
 from qwen_ds.export.merge import merge
 from qwen_ds.model.adapter import load_adapter
 from qwen_ds.model.chatml import IGNORE
-from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
-from qwen_ds.train.lora import (
-    add_lora,
-    config_of,
-    count_parameters,
-    init_from,
-    plain_name,
-    write_adapter,
-)
-from qwen_ds.train.loss import TrainingModel, cross_entropy_sum
+from qwen_ds.train.lora import add_lora, config_of, init_from, plain_name, write_adapter
+from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.setup import recompute_blocks
+from tests.train.test_lora import count_at_7b
 
 SPECIAL = [304, 305, 306]  # <|endoftext|>, <|im_start|>, <|im_end|> of the mini vocabulary
 OPTIONS = LoraOptions(r=4, alpha=8, dropout=0.0, targets=["c_attn", "c_proj", "w1", "w2"])
 WHOLE = replace(OPTIONS, modules_to_save=["wte", "lm_head"])
+KINDS: dict[str, tuple[LoraOptions, list[int]]] = {"rows": (OPTIONS, SPECIAL), "whole": (WHOLE, [])}
 WTE, HEAD = "base_model.model.transformer.wte", "base_model.model.lm_head"
 DELTA = ".token_adapter.trainable_tokens_delta"
 
@@ -46,16 +41,11 @@ def base_model(small_dir: Path, dtype: torch.dtype = torch.float32) -> QWenLMHea
 
 
 def wrapped(
-    small_dir: Path,
-    options: LoraOptions = OPTIONS,
-    ids: list[int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    small_dir: Path, options: LoraOptions, ids: list[int], dtype: torch.dtype = torch.float32
 ) -> tuple[QWenLMHeadModel, peft.PeftModel]:
     """`small` with everything trained moved off its start."""
     model = base_model(small_dir, dtype)
-    result = add_lora(
-        model, options, base=str(small_dir), seed=3, row_ids=SPECIAL if ids is None else ids
-    )
+    result = add_lora(model, options, base=str(small_dir), seed=3, row_ids=ids)
     generator = torch.Generator().manual_seed(9)
     for parameter in trained(result).values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -79,45 +69,11 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def test_the_rows_of_the_7b_are_24576_parameters_and_the_matrices_1_2_billion() -> None:
     """Whatever the layers: one stands for the 32."""
-    config = QWenConfig(
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        intermediate_size=22_016,
-    )
-    counts = []
-    for saved, ids in (([], []), ([], [151643, 151644, 151645]), (["wte", "lm_head"], [])):
-        options = LoraOptions(modules_to_save=saved)
-        with torch.device("meta"):
-            counts.append(
-                count_parameters(
-                    add_lora(QWenLMHeadModel(config), options, base="", seed=0, row_ids=ids)
-                )
-            )
-    plain, rows, whole = counts
+    plain = count_at_7b(LoraOptions(), layers=1)
+    rows = count_at_7b(LoraOptions(), layers=1, row_ids=[151643, 151644, 151645])
+    whole = count_at_7b(LoraOptions(modules_to_save=["wte", "lm_head"]), layers=1)
     assert rows.trainable - plain.trainable == rows.total - plain.total == 24_576
     assert whole.trainable - plain.trainable == 2 * 151_936 * 4096 and whole.total == plain.total
-
-
-def test_loss_and_gradients_equal_a_head_with_those_rows_in_fp64() -> None:
-    g = torch.Generator().manual_seed(5)
-    hidden = torch.randn(50, 12, generator=g, requires_grad=True)
-    weight, rows = (
-        torch.randn(97, 12, generator=g),
-        torch.randn(3, 12, generator=g, requires_grad=True),
-    )
-    ids, targets = torch.tensor([96, 4, 50]), torch.randint(0, 97, (50,), generator=g)
-    targets[::5] = ids[torch.arange(10) % 3]
-    weight[ids] = 1e3  # what the rows replace has no say
-    value = cross_entropy_sum(hidden, weight.requires_grad_(), targets, rows, ids)
-    (value * 0.5).backward()
-    h, w, r = (t.detach().double().requires_grad_() for t in (hidden, weight, rows))
-    expected = nn.functional.cross_entropy(h @ w.index_copy(0, ids, r).T, targets, reduction="sum")
-    (expected * 0.5).backward()
-    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-4)
-    for came, plain in ((hidden, h), (weight, w), (rows, r)):
-        torch.testing.assert_close(came.grad.double(), plain.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -126,16 +82,13 @@ def test_gradients_equal_those_of_a_model_trained_whole(
     small_dir: Path, kind: str, recompute: bool
 ) -> None:
     """Plain autograd through the plain model, with what is trained put into its matrices."""
-    model, ours = wrapped(small_dir) if kind == "rows" else wrapped(small_dir, WHOLE, [])
-    if recompute:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+    model, ours = wrapped(small_dir, *KINDS[kind])
+    recompute_blocks(model, int(recompute))
     ids, labels = batch()
     loss = TrainingModel(ours, model.transformer, model.lm_head).train()(ids, labels)
     loss.backward()
     values = trained(ours)
-    plain, reference = wrapped(small_dir, ids=[])
+    plain, reference = wrapped(small_dir, OPTIONS, [])
     for name, parameter in trained(reference).items():
         parameter.data.copy_(values[name].data)
     targets = int((labels[:, 1:] != IGNORE).sum())
@@ -156,14 +109,14 @@ def test_gradients_equal_those_of_a_model_trained_whole(
 
 def test_over_a_bf16_base_gradients_add_up_in_fp32(small_dir: Path) -> None:
     """300 times <|im_start|>: in bf16 a sum of ones ends at 256."""
-    model, ours = wrapped(small_dir, dtype=torch.bfloat16)
+    model, ours = wrapped(small_dir, *KINDS["rows"], torch.bfloat16)
     embedded = model.transformer.wte(torch.full((1, 300), SPECIAL[1]))
     assert embedded.dtype == torch.bfloat16
     embedded.sum().backward()
     rows = trained(ours)[WTE + DELTA]
     assert rows.dtype == torch.float32 and rows.grad is not None
     assert rows.grad.tolist() == [[0.0] * 64, [300.0] * 64, [0.0] * 64]
-    model, ours = wrapped(small_dir, WHOLE, [], dtype=torch.bfloat16)
+    model, ours = wrapped(small_dir, *KINDS["whole"], torch.bfloat16)
     ids, labels = batch()
     TrainingModel(ours, model.transformer, model.lm_head)(ids, labels).backward()
     assert model.transformer.wte(ids).dtype == model(ids).logits.dtype == torch.bfloat16
@@ -189,17 +142,15 @@ class LargestNewTensor(TorchDispatchMode):
 def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> None:
     """Forward and backward of a training step, and the plain forward; what peft's own module does
     shows the ruler."""
-    model, ours = wrapped(small_dir, dtype=torch.bfloat16)
+    model, ours = wrapped(small_dir, *KINDS["rows"], torch.bfloat16)
     training = TrainingModel(ours, model.transformer, model.lm_head).train()
     ids, labels = batch()
     with LargestNewTensor(training.parameters()) as seen:
         training(ids, labels).backward()
     with LargestNewTensor(training.parameters()) as seen_plain, torch.no_grad():
         ours(ids)
-    matrix = model.lm_head.weight.numel()
-    assert (
-        max(seen.numel, seen_plain.numel) == ids.numel() * 512 < matrix
-    )  # the logits of the plain forward
+    matrix, logits = model.lm_head.weight.numel(), ids.numel() * 512
+    assert max(seen.numel, seen_plain.numel) == logits < matrix
     write_adapter(tmp_path, config_of(ours), trained(ours))
     stock = peft.PeftModel.from_pretrained(base_model(small_dir), str(tmp_path))
     with LargestNewTensor(stock.parameters()) as theirs, torch.no_grad():
@@ -212,19 +163,14 @@ def test_nothing_of_the_matrices_is_copied(small_dir: Path, tmp_path: Path) -> N
 def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
     small_dir: Path, tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    _, ours = (
-        wrapped(small_dir, dtype=dtype) if kind == "rows" else wrapped(small_dir, WHOLE, [], dtype)
-    )
+    _, ours = wrapped(small_dir, *KINDS[kind], dtype)
     write_adapter(tmp_path / "adapter", config_of(ours), trained(ours))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    rows, modules = settings["trainable_token_indices"], settings["modules_to_save"]
     if kind == "rows":
-        assert settings["trainable_token_indices"] == {"wte": SPECIAL, "lm_head": SPECIAL}
-        assert settings["modules_to_save"] is None
+        assert rows == {"wte": SPECIAL, "lm_head": SPECIAL} and modules is None
     else:
-        assert (
-            settings["modules_to_save"] == ["wte", "lm_head"]
-            and settings["trainable_token_indices"] is None
-        )
+        assert rows is None and modules == ["wte", "lm_head"]
     in_file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     suffix = DELTA if kind == "rows" else ".weight"
     assert {WTE + suffix, HEAD + suffix} == {name for name in in_file if ".lora_" not in name}
@@ -234,9 +180,8 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
         expected = ours.eval()(ids).logits
         before = base_model(small_dir, dtype).eval()(ids).logits
         assert (expected - before).abs().max() > 1
-        stock = peft.PeftModel.from_pretrained(
-            base_model(small_dir, dtype), str(tmp_path / "adapter")
-        ).eval()
+        base = base_model(small_dir, dtype)
+        stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(stock(ids).logits, expected, rtol=0, atol=tolerance)
         loaded = load_adapter(base_model(small_dir, dtype), tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=tolerance)
@@ -258,21 +203,17 @@ def test_the_official_base_model_adapter_gives_the_official_numbers(
     expected = load_file(golden / "lora_base" / "outputs.safetensors")
     labels = expected["labels"].masked_fill(expected["attention_mask"] == 0, IGNORE)
     count = int((labels[:, 1:] != IGNORE).sum())
-    loss = (
-        TrainingModel(ours, model.transformer, model.lm_head).eval()(expected["input_ids"], labels)
-        / count
-    )
+    training = TrainingModel(ours, model.transformer, model.lm_head).eval()
+    loss = training(expected["input_ids"], labels) / count
     torch.testing.assert_close(loss, expected["loss_eval"], atol=5e-6, rtol=0)
     loss.backward()
     found = trained(ours)
-    gradients = {
-        name.removeprefix("grad."): t for name, t in expected.items() if name.startswith("grad.")
-    }
+    gradients = [name for name in expected if name.startswith("grad.")]
     assert len(gradients) == 5
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            found[name].grad, gradient, atol=2e-5 * gradient.abs().max().item(), rtol=0
-        )
+    for name in gradients:
+        came, official_one = found[name.removeprefix("grad.")].grad, expected[name]
+        bound = 2e-5 * official_one.abs().max().item()
+        torch.testing.assert_close(came, official_one, atol=bound, rtol=0)
     write_adapter(tmp_path / "adapter", config_of(ours), found)
     merge(small_dir, [tmp_path / "adapter"], tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -288,25 +229,22 @@ def test_training_continues_from_rows_and_matrices(
     small_dir: Path, tmp_path: Path, kind: str
 ) -> None:
     """Whatever their order in the file; what an adapter lacks starts from the base."""
-    options, ids = (OPTIONS, SPECIAL) if kind == "rows" else (WHOLE, [])
+    options, ids = KINDS[kind]
     _, first = wrapped(small_dir, options, ids)
     write_adapter(tmp_path / "same", config_of(first), trained(first))
     _, again = wrapped(small_dir, options, ids[::-1])
     init_from(again, replace(options, init_from=str(tmp_path / "same")))
     for name, parameter in trained(again).items():
         expected = trained(first)[name]
-        torch.testing.assert_close(
-            parameter, expected.flip(0) if name.endswith(DELTA) else expected, rtol=0, atol=0
-        )
-    _, plain = wrapped(small_dir, ids=[])
+        assert torch.equal(parameter, expected.flip(0) if name.endswith(DELTA) else expected)
+    _, plain = wrapped(small_dir, OPTIONS, [])
     write_adapter(tmp_path / "without", config_of(plain), trained(plain))
     model = base_model(small_dir)
     fresh = add_lora(model, options, base="", seed=1, row_ids=ids)
     init_from(fresh, replace(options, init_from=str(tmp_path / "without")))
     tokens, _ = batch()
-    torch.testing.assert_close(
-        model.eval()(tokens).logits, plain.eval()(tokens).logits, rtol=0, atol=1e-4
-    )
+    logits, expected = model.eval()(tokens).logits, plain.eval()(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
@@ -325,14 +263,10 @@ def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
     prompts = torch.tensor([[start, 10 + i, 20 + i, end, start, 50] for i in range(4)])
     answers = torch.tensor([[100 + 7 * i + 3 * j for j in range(4)] for i in range(4)])
     tail = torch.tensor([[end, SPECIAL[0]]]).expand(4, 2)
-    ids, labels = (
-        torch.cat([prompts, answers, tail], 1),
-        torch.cat([prompts * 0 + IGNORE, answers, tail], 1),
-    )
-    model = base_model(base)
-    ours = add_lora(
-        model, replace(OPTIONS, r=8), base="", seed=0, row_ids=SPECIAL if with_rows else []
-    )
+    ids = torch.cat([prompts, answers, tail], 1)
+    labels = torch.cat([prompts * 0 + IGNORE, answers, tail], 1)
+    model, row_ids = base_model(base), SPECIAL if with_rows else []
+    ours = add_lora(model, replace(OPTIONS, r=8), base="", seed=0, row_ids=row_ids)
     training = TrainingModel(ours, model.transformer, model.lm_head).train()
     optimizer = torch.optim.AdamW(list(trained(ours).values()), lr=1e-2, weight_decay=0.0)
     for _ in range(60):

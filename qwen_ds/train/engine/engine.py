@@ -9,15 +9,16 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 
 from qwen_ds import dist
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.options import OptimOptions
-from qwen_ds.train.engine.optimizer import make_optimizer
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights, numel
 from qwen_ds.train.loss import TrainingModel
@@ -29,11 +30,26 @@ log = logging.getLogger(__name__)
 class StepResult:
     """Outcome of one optimizer update."""
 
-    grad_norm: float
-    """2-norm of the whole gradient before clipping."""
+    grad_norm: float  # 2-norm of the whole gradient before clipping
     not_finite: str = ""
     """The quantity that is not finite, in words; the weights were left alone. An fp16 overflow does
     not count: DeepSpeed skips the step and lowers the loss scale."""
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], optim: OptimOptions, resolved: ResolvedConfig
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019): torch's own, which needs no compiler.
+
+    DeepSpeed's compiled one serves only where the JSON offloads the optimizer on a GPU machine:
+    there the update runs on the CPU, and its speed counts.
+    """
+    settings: dict[str, Any] = {
+        "lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay,
+    }  # fmt: skip
+    if resolved.offload_optimizer and get_accelerator().device_name() == "cuda":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    return torch.optim.AdamW(parameters, **settings)
 
 
 class TrainingEngine:
@@ -51,9 +67,8 @@ class TrainingEngine:
         self._uses_loss_scale = "fp16" in resolved.engine_json
         if self.stage == 3:
             # ZeRO-3 gathers a weight for the module that owns it. These modules use another's.
-            for weight in model.loss_head.borrowed:
-                deepspeed.zero.register_external_parameter(model.loss_head, weight)
-            for module, weight in borrowed_weights(model):
+            of_head = ((model.loss_head, weight) for weight in model.loss_head.borrowed)
+            for module, weight in (*of_head, *borrowed_weights(model)):
                 deepspeed.zero.register_external_parameter(module, weight)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model,

@@ -52,8 +52,7 @@ def stop_process_group() -> None:
 def check_config(engine_json: Json) -> None:
     """Let DeepSpeed read its configuration, before a model is loaded for it.
 
-    Raises:
-        UserError: an unknown key in a section, or a value of the wrong type; named.
+    Raises UserError, which names an unknown key in a section or a value of the wrong type.
     """
     try:
         deepspeed.DeepSpeedConfig(engine_json)

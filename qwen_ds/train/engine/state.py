@@ -52,12 +52,9 @@ class TrainableState:
         return int(first.get("step", 0))
 
     def gather(self, *kinds: str) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (name, kind, complete fp32 tensor on the CPU) for the given kinds (a collective).
+        """Yield (name, kind, complete fp32 tensor on the CPU) for kinds of VALUE and MOMENTS.
 
-        The tensors are copies; ranks other than 0 get empty ones.
-
-        Args:
-            kinds: of VALUE and MOMENTS.
+        A collective. The tensors are copies; ranks other than 0 get empty ones.
         """
         self._make_moments()
         for name, parameter in self._parameters.items():
@@ -68,9 +65,7 @@ class TrainableState:
     def restore(self, read: Callable[[str, str], Tensor], steps: int) -> None:
         """Set all values and moments from what rank 0 reads (a collective).
 
-        Args:
-            read: (name, kind) -> complete tensor; called on rank 0 only.
-            steps: AdamW's count of updates.
+        `read` (name, kind) -> complete tensor is called on rank 0 only; `steps` is AdamW's count.
         """
         self._make_moments(steps)
         for name, parameter in self._parameters.items():
@@ -89,11 +84,11 @@ class TrainableState:
     def pieces(self) -> dict[str, Tensor]:
         """This rank's flat pieces, not copied, by name: "value.0", "exp_avg.0" ..."""
         self._make_moments()
-        found = {}
-        for i, master in enumerate(self._masters()):
-            found[f"{VALUE}.{i}"] = master.detach()
-            found |= {f"{kind}.{i}": self._adamw.state[master][kind] for kind in MOMENTS}
-        return found
+        return {
+            f"{kind}.{i}": self._held(master, kind)
+            for i, master in enumerate(self._masters())
+            for kind in (VALUE, *MOMENTS)
+        }
 
     def restore_pieces(self, read: Callable[[str], Tensor], steps: int) -> None:
         """Set this rank's pieces; stage and world size must be those of the save.
@@ -117,10 +112,9 @@ class TrainableState:
     def restore_loss_scaler(self, saved: dict[str, float]) -> None:
         scaler = self.loss_scaler()
         for key, value in saved.items():
-            if key not in scaler:  # the run began in fp16 under ZeRO and resumes without
-                continue
-            kind = float if key == "cur_scale" else int
-            setattr(self._zero.loss_scaler, key, kind(value))
+            if key in scaler:  # else the run began in fp16 under ZeRO and resumes without
+                kind = float if key == "cur_scale" else int
+                setattr(self._zero.loss_scaler, key, kind(value))
 
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW updates on this rank."""
@@ -147,11 +141,13 @@ class TrainableState:
             # Links each parameter to its part of the moments.
             self._zero._lazy_init_hp_params_optimizer_state()
 
+    def _held(self, master: Tensor, kind: str) -> Tensor:
+        return master.detach() if kind == VALUE else self._adamw.state[master][kind]
+
     def _full(self, parameter: Any, kind: str) -> Tensor:
-        key = None if kind == VALUE else kind
         if self._stage == 0:
-            held = parameter.detach() if key is None else self._adamw.state[parameter][key]
-            return held.clone()
+            return self._held(parameter, kind).clone()
+        key = None if kind == VALUE else kind
         if self._stage == 3:
             return self._zero.get_full_hp_param(parameter, key)
         return parameter.get_full_hp_param(key)
@@ -159,7 +155,7 @@ class TrainableState:
     def _set(self, parameter: Any, kind: str, full: Tensor) -> None:
         key = None if kind == VALUE else kind
         if self._stage == 0:
-            (parameter.detach() if key is None else self._adamw.state[parameter][key]).copy_(full)
+            self._held(parameter, kind).copy_(full)
         elif self._stage == 3:
             # DeepSpeed's set_full_hp_param fails on the last rank where a size is not a multiple of
             # the world size.

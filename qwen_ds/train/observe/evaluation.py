@@ -19,7 +19,7 @@ from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.plan.run import Base
-from qwen_ds.recipe.options import EvalOptions
+from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
 
@@ -56,26 +56,15 @@ class Evaluator:
     `loss` and `samples` are collectives: under ZeRO-3 every forward pass needs every rank.
     """
 
-    def __init__(
-        self,
-        rows: TokenRows,
-        base: Base,
-        options: EvalOptions,
-        tokens_per_micro_batch: int,
-        watchdog: Watchdog,
-    ) -> None:
-        self._rows, self._options, self._budget = rows, options, tokens_per_micro_batch
-        assert base.encoding is not None
+    def __init__(self, rows: TokenRows, base: Base, recipe: Recipe, watchdog: Watchdog) -> None:
+        self._rows, self._options = rows, recipe.eval
+        self._budget = recipe.batch.tokens_per_micro_batch
         encoding = base.encoding
+        assert encoding is not None
         self._vocabulary = Vocabulary(encoding.n_vocab, rows.pad_id, encoding.decode)
         self._stop = StopRule(base.family.stop_ids(encoding))
         self._header = tuple(encoding.ordinary("assistant\n"))
         self._watchdog = watchdog
-
-    def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
-        """Whether the evaluation follows optimizer step `step` (1-based) of `steps`."""
-        every = self._options.every_steps or steps_per_epoch
-        return step > 0 and (step % every == 0 or step == steps)
 
     @torch.no_grad()
     def loss(self, engine: TrainingEngine, step: int) -> float:

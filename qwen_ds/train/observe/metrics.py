@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,37 +37,21 @@ class Hardware:
     ranks: int
     shape: Shape
     method: Literal["lora", "full"]
-    gpu: Gpu | None
-    """None where no peak is known, as for a CPU."""
+    gpu: Gpu | None  # None where no peak is known, as for a CPU
 
     @classmethod
     def of(cls, device: torch.device, shape: Shape, method: Literal["lora", "full"]) -> Hardware:
         gpu = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         return cls(dist.world_size(), shape, method, gpu)
 
-    def mfu(self, steps: Sequence[Step], seconds: float) -> float | None:
-        """Model FLOP utilisation of these steps; None where no peak is known.
-
-        The operations that the model needs (4 N a token for LoRA, 6 N for full training, see
-        plan/flops.py) over those that the GPUs could do in that time.
-        """
-        if self.gpu is None:
-            return None
-        needed = sum(
-            step_flops(
-                self.shape, method=self.method, tokens=step.window.tokens, targets=step.targets,
-                squared_tokens=step.window.squared_tokens,
-            )
-            for step in steps
-        )  # fmt: skip
-        return utilisation(needed, seconds, self.ranks, self.gpu)
-
 
 def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, Any]:
     """One line of metrics over some steps, each with its seconds.
 
     The loss is in nats per target token. Tokens are those of all ranks, without padding;
-    rank_imbalance is that of the worst step.
+    rank_imbalance is that of the worst step. mfu (model FLOP utilisation, where the GPU's peak is
+    known): the operations that the model needs (4 N a token for LoRA, 6 N for full training, see
+    plan/flops.py) over those that the GPUs could do in that time.
     """
     last = steps[-1][0]
     seconds = max(sum(s for _, s in steps), 1e-9)
@@ -88,8 +71,15 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
         "memory_gb": peak_memory_gb(),
         "seconds": seconds,
     }
-    mfu = hardware.mfu([step for step, _ in steps], seconds)
-    row |= {} if mfu is None else {"mfu": mfu}
+    if hardware.gpu is not None:
+        needed = sum(
+            step_flops(
+                hardware.shape, method=hardware.method, tokens=step.window.tokens,
+                targets=step.targets, squared_tokens=step.window.squared_tokens,
+            )
+            for step, _ in steps
+        )  # fmt: skip
+        row["mfu"] = utilisation(needed, seconds, hardware.ranks, hardware.gpu)
     return row | ({"fp16_overflows": last.overflows} if last.overflows else {})
 
 

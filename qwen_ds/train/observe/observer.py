@@ -44,4 +44,4 @@ class Observer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.close()
+        self.progress.__exit__(*error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,6 @@ from qwen_ds.runlog import say
 PARTS = ("data", "forward", "backward", "optimizer")
 # Beginnings of the names that torch gives to its backends' collectives.
 _COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel")
-
-
-@dataclass(frozen=True, slots=True)
-class TimeSplit:
-    """Seconds of the profiled steps on one rank.
-
-    `communication` is the time in which collectives were under way. It lies within the parts, and
-    beside the computation where the two overlap.
-    """
-
-    first_step: int
-    last_step: int
-    seconds: float
-    parts: dict[str, float]
-    communication: float
-
-    def __str__(self) -> str:
-        shares = [
-            f"{name} {100 * value / self.seconds:.1f} %" for name, value in self.parts.items()
-        ]
-        return (
-            f"steps {self.first_step} to {self.last_step}, {self.seconds:.2f} s: "
-            f"{', '.join(shares)}; "
-            f"communication under way {100 * self.communication / self.seconds:.1f} %"
-        )
 
 
 @dataclass(slots=True)
@@ -87,15 +62,21 @@ class StepProfiler:
         seconds = self._now() - self._began
         profiled, self._profile = self._profile, None
         profiled.stop()
-        if dist.rank() == 0:
-            tensorboard_trace_handler(str(self.folder), worker_name="rank0")(profiled)
-            parts = self._parts | {"other": seconds - sum(self._parts.values())}
-            split = TimeSplit(*self.steps, seconds, parts, _under_way(profiled.events()))
-            write_json(self.folder / "profile.json", asdict(split))
-            say(
-                f"profiled {split}; {self.folder} holds the trace "
-                f"(tensorboard --logdir {self.folder})"
-            )
+        if dist.rank() != 0:
+            return
+        tensorboard_trace_handler(str(self.folder), worker_name="rank0")(profiled)
+        parts = self._parts | {"other": seconds - sum(self._parts.values())}
+        # It lies within the parts, and beside the computation where the two overlap.
+        communication = _under_way(profiled.events())
+        first, last = self.steps
+        split = {"first_step": first, "last_step": last, "seconds": seconds, "parts": parts}
+        write_json(self.folder / "profile.json", split | {"communication": communication})
+        shares = (f"{name} {100 * value / seconds:.1f} %" for name, value in parts.items())
+        say(
+            f"profiled steps {first} to {last}, {seconds:.2f} s: {', '.join(shares)}; "
+            f"communication under way {100 * communication / seconds:.1f} %; {self.folder} holds "
+            f"the trace (tensorboard --logdir {self.folder})"
+        )
 
     def _now(self) -> float:
         if self.device.type == "cuda":

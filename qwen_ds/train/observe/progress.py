@@ -30,10 +30,12 @@ STEPS_UNTIL_ESTIMATE = 10
 class Progress:
     """Record of the steps: a line of metrics every `log_every_steps`; only rank 0 writes.
 
+    Leaving it closes the files.
+
     Args:
         steps: of the whole run.
-        first_step: 0, or the step after which a resumed run continues.
-        saved: `state` at that step. Lines written after it are removed.
+        saved: `state` at the step after which a resumed run continues. Lines written after it are
+            removed.
     """
 
     def __init__(
@@ -42,28 +44,26 @@ class Progress:
         steps: int,
         log_every_steps: int,
         hardware: Hardware,
-        first_step: int = 0,
         saved: dict[str, Any] | None = None,
     ) -> None:
-        self._steps, self._every, self._first_step = steps, log_every_steps, first_step
-        self._hardware = hardware
+        self._steps, self._every, self._hardware = steps, log_every_steps, hardware
         self._writes = dist.rank() == 0
         saved = saved or {"metrics_bytes": 0, "samples_bytes": 0, "pending": [], "outcome": {}}
+        self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]
+        self._summary = RunSummary(**saved["outcome"])
+        self._first_step, self._seconds_before = self._summary.steps, self._summary.seconds
         if self._writes:
             self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
             self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
             self._board: SummaryWriter | None = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1
+                str(folder / "tensorboard"), purge_step=self._first_step + 1
             )
         # Into a log file the bar is drawn seldom: each redrawing adds to the file.
         self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", disable=not self._writes,
+            total=steps, initial=self._first_step, unit="step", disable=not self._writes,
             mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False,
         )  # fmt: skip
         self._started = self._step_started = time.perf_counter()
-        self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]
-        self._summary = RunSummary(**saved["outcome"])
-        self._seconds_before = self._summary.seconds
 
     def state(self) -> dict[str, Any]:
         """State from which a resumed run writes the same lines; {} on ranks that write none."""
@@ -142,9 +142,11 @@ class Progress:
         self._summary.seconds = self._seconds_before + time.perf_counter() - self._started
         return self._summary
 
-    def close(self) -> None:
-        """Close the files and clear the bar, so that an error's line stands alone."""
-        self._bar.close()
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()  # cleared, so that an error's line stands alone
         if self._writes:
             self._lines.close()
             self._samples.close()

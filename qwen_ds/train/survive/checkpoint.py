@@ -16,12 +16,13 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import publish, remove_folder, unfinished_name, write_json, write_text
+from qwen_ds.runlog import say
 
 STATE = "state.json"
 LATEST, BEST = "latest", "best"
@@ -60,11 +61,8 @@ def clear_unfinished(run: Path) -> None:
 def finish(run: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[str, str]) -> Path:
     """Publish the unfinished checkpoint of `step`; returns its folder.
 
-    A damaged one of the same step, which the run has stepped back from, is replaced.
-
-    Args:
-        state: goes into state.json.
-        sha256_of: path below the folder -> sha256, of every file.
+    state.json gets `state` and the sha256 of every file, by its path below the folder. A damaged
+    checkpoint of the same step, which the run has stepped back from, is replaced.
     """
     target = step_folder(run, step)
     folder = unfinished_name(target)
@@ -73,35 +71,24 @@ def finish(run: Path, step: int, state: Mapping[str, Any], sha256_of: Mapping[st
     return target
 
 
-def point(run: Path, name: str, step: int) -> None:
-    """Let `latest` or `best` name the checkpoint of `step`."""
-    write_text(run / name, step_folder(run, step).name + "\n")
-
-
-def keep_newest(run: Path, keep: int, step: int) -> None:
-    """Delete all checkpoints up to `step` but the `keep` newest and the best.
-
-    Later ones are damaged, which is why the run has stepped back to `step`; it replaces them when
-    it reaches their steps.
-    """
-    found = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
-    file = run / BEST
-    best = file.read_text(encoding="utf-8").strip() if file.is_file() else None
-    for old in found[: max(0, len(found) - keep)]:
-        if old.name != best:
-            remove_folder(old)
-
-
 def tidy(run: Path, step: int, best: int | None, keep: int) -> None:
-    """Bring the folder up to date with its newest checkpoint: pointers, leftovers, old checkpoints.
+    """Bring the folder up to date with its newest checkpoint, of `step`: `latest` and `best` name
+    theirs, leftovers go, and so do old checkpoints but the `keep` newest and the best.
 
-    A resumed run does it, too: a kill may have come between the save and this.
+    Later checkpoints are damaged, which is why the run has stepped back to `step`; it replaces them
+    when it reaches their steps. A resumed run does it, too: a kill may have come between the save
+    and this.
     """
     clear_unfinished(run)
-    point(run, LATEST, step)
+    write_text(run / LATEST, step_folder(run, step).name + "\n")
+    file = run / BEST
     if best is not None and step_folder(run, best).is_dir():
-        point(run, BEST, best)
-    keep_newest(run, keep, step)
+        write_text(file, step_folder(run, best).name + "\n")
+    kept = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    old = [step_folder(run, saved) for saved in steps_saved(run) if saved <= step]
+    for folder in old[: max(0, len(old) - keep)]:
+        if folder.name != kept:
+            remove_folder(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,38 +103,27 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-@dataclass(slots=True)
-class Search:
-    """The outcome of `newest`: the checkpoint, and a line for each one that it passed over."""
+def newest(run: Path, before: int | None = None) -> Checkpoint | None:
+    """Find the newest checkpoint whose files are those that its state.json lists; rank 0 only.
 
-    found: Checkpoint | None = None
-    remarks: list[str] = field(default_factory=list)
-
-
-def newest(run: Path, before: int | None = None) -> Search:
-    """Find the newest checkpoint whose files are those that its state.json lists.
-
-    Shards are left to the ranks that read them.
-
-    Args:
-        before: consider only checkpoints of earlier steps.
+    `before`: of an earlier step than this. Says which ones are passed over, and why. Shards are
+    left to the ranks that read them.
     """
-    search = Search()
     for step in reversed(steps_saved(run)):
         if before is not None and step >= before:
             continue
         folder = step_folder(run, step)
         state = _read_state(folder)
         if isinstance(state, str):
-            search.remarks.append(f"{folder} is passed over: {state}")
-            continue
-        names = [name for name in state["files"] if not name.startswith("shard_")]
-        if damage := damaged(Checkpoint(folder, state), names):
-            search.remarks.append(f"{folder} is passed over: {damage}")
-            continue
-        search.found = Checkpoint(folder, state)
-        break
-    return search
+            damage: str | None = state
+        else:
+            found = Checkpoint(folder, state)
+            whole = [name for name in state["files"] if not name.startswith("shard_")]
+            damage = damaged(found, whole)
+            if damage is None:
+                return found
+        say(f"{folder} is passed over: {damage}")
+    return None
 
 
 def damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:

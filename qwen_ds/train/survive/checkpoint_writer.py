@@ -171,24 +171,20 @@ class Saver:
         """Write each rank's pieces, and on rank 0 also the model (a collective)."""
         step, name = snapshot.state.step, shard_name(dist.rank(), dist.world_size())
         folder = unfinished_name(checkpoint.step_folder(self._run, step))
+        watchdog = self.watchdog
         files: Files = {}
         failures: list[OSError] = []
         if dist.rank() == 0:
             _catch(failures, lambda: checkpoint.unfinished_folder(self._run, step))
         dist.barrier()  # all ranks: the folder is there
         if not failures and not folder.is_dir():
-            reason = (
-                f"rank {dist.rank()} does not see it; full training needs output_dir on a shared"
-            )
-            failures.append(OSError(0, f"{reason} disk", folder))
+            reason = "does not see it; full training needs output_dir on a shared disk"
+            failures.append(OSError(0, f"rank {dist.rank()} {reason}", folder))
         if not failures:
             write = partial(save_tensors, folder / name, engine.state.pieces())
-            touch_during = self.watchdog.touch_during
-            _catch(failures, lambda: files.update({name: touch_during(write)}))
+            _catch(failures, lambda: files.update({name: watchdog.touch_during(write)}))
         dist.meet("shards written")  # all ranks; disks differ, and a collective has a time-out
-        _catch(
-            failures, lambda: files.update(self.output.write_model(engine, folder, self.watchdog))
-        )
+        _catch(failures, lambda: files.update(self.output.write_model(engine, folder, watchdog)))
         # All ranks: what each has written, or why not.
         told = dist.gather((files, str(failures[0]) if failures else ""))
         failure = next((text for _, text in told if text), "")
@@ -205,13 +201,9 @@ class Saver:
         dist.once(finish, "the checkpoint")
 
     def _finish(self, folder: Path, snapshot: _Snapshot, files: Files) -> None:
-        states = {
-            f"rank_{rank}.{kind}": t
-            for rank, of_rank in enumerate(snapshot.rng)
-            for kind, t in of_rank.items()
-        }
-        files[RNG] = save_tensors(folder / RNG, states)
         state = snapshot.state
+        rng = {name: t for of_rank in snapshot.rng for name, t in of_rank.items()}
+        files[RNG] = save_tensors(folder / RNG, rng)
         target = checkpoint.finish(self._run, state.step, snapshot.description, files)
         self._failure, self._saved_step = None, state.step
         log.info("saved %s", target)
@@ -238,12 +230,12 @@ def _catch(failures: list[OSError], action: Callable[[], object]) -> None:
 
 
 def _rng_state() -> dict[str, Tensor]:
-    """The states of torch's generators on this rank, uint8.
+    """The states of torch's generators on this rank, uint8, by their names in the file.
 
     Dropout is seeded per micro-batch, so nothing of ours draws from them; a library that does
     continues its sequence.
     """
-    states = {"cpu": torch.get_rng_state()}
+    states = {f"rank_{dist.rank()}.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states[f"rank_{dist.rank()}.cuda"] = torch.cuda.get_rng_state()
     return states

@@ -42,8 +42,7 @@ class Output:
     def save_final(self, engine: TrainingEngine, watchdog: Watchdog) -> None:
         """Write adapter/ or model/ into the run folder (a collective).
 
-        Raises:
-            UserError: the disk does not take it.
+        Raises UserError if the disk does not take it.
         """
         unfinished = unfinished_name(self.folder / self.name)
         problem: OSError | None = None
@@ -76,11 +75,8 @@ class Output:
             ) from error
 
     def write_values(self, parent: Path, tensors: Mapping[str, Tensor]) -> Files:
-        """Write adapter/ or model/ below `parent`, on rank 0 only.
-
-        Args:
-            tensors: complete fp32 values by parameter name.
-        """
+        """Write adapter/ or model/ below `parent`, from complete fp32 values by parameter name; on
+        rank 0 only."""
         if self.adapter_config is not None:
             files = lora.write_adapter(parent / self.name, self.adapter_config, tensors)
             return {f"{self.name}/{name}": sha256 for name, sha256 in files.items()}
@@ -115,9 +111,8 @@ class Output:
     ) -> Files:
         """Write shard by shard: one shard's tensors are in memory at a time.
 
-        Args:
-            sizes: elements of each tensor, in the order of `tensors`.
-            run: calls a function that waits for the disk.
+        `sizes`: elements of each tensor, in the order of `tensors`. `run` calls a function that
+        waits for the disk.
         """
         target = parent / self.name
         shutil.rmtree(target, ignore_errors=True)

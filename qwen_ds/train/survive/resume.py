@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,9 @@ def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
-    """The checkpoint to resume from, once it is clear that the folder holds this run.
+    """The checkpoint to resume from, or None: from the start (a collective).
 
-    None: from the start. A collective: rank 0 alone may see the folder.
-
-    Raises:
-        UserError: the folder holds a run of another recipe.
+    Raises UserError if the folder holds a run of another recipe.
     """
     if not dist.from_rank_0(holds_run(run.folder)):
         return None
@@ -72,8 +68,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
 def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:
     """Whether the checkpoint is of a finished run (a collective).
 
-    Raises:
-        UserError: the run began with other rows, or its pieces do not fit this world.
+    Raises UserError if the run began with other rows, or its pieces do not fit this world.
     """
     check_same_data(found.state, run.recipe, data_sha256)
     check_world(found, run.deepspeed.stage)
@@ -83,10 +78,8 @@ def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epo
 
 
 def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
-    """Compare with the recipe that the run folder holds; rank 0 only.
-
-    Raises:
-        UserError: a key differs that resume.allow_changes does not name.
+    """Raise UserError if the recipe differs from the run folder's in a key that
+    resume.allow_changes does not name; rank 0 only.
     """
     file = run / RECIPE
     try:
@@ -148,10 +141,7 @@ def newest_whole(run: Path) -> Checkpoint | None:
     """
     before: int | None = None
     while True:
-        search = _search(run, before)
-        for remark in search.remarks:
-            say(remark)
-        state = dist.from_rank_0(search.found.state if search.found else None)
+        state = _newest_state(run, before)
         if state is None:
             return None
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
@@ -168,12 +158,12 @@ def newest_whole(run: Path) -> Checkpoint | None:
         before = found.step
 
 
-def _search(run: Path, before: int | None) -> checkpoint.Search:
+def _newest_state(run: Path, before: int | None) -> dict[str, Any] | None:
     # Rank 0 reads every byte, seconds for an adapter and minutes for a model: too long for a
     # collective.
-    searches: list[checkpoint.Search] = []
-    dist.once(lambda: searches.append(checkpoint.newest(run, before)), "the newest checkpoint")
-    return searches[0] if searches else checkpoint.Search()
+    found: list[Checkpoint | None] = []
+    dist.once(lambda: found.append(checkpoint.newest(run, before)), "the newest checkpoint")
+    return dist.from_rank_0(found[0].state if found and found[0] else None)
 
 
 def check_world(found: Checkpoint, stage: int) -> None:
@@ -195,16 +185,15 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
         with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
-        with ExitStack() as opened:
-
-            def tensors(name: str) -> Any:
-                return opened.enter_context(safe_open(found.folder / name, framework="pt"))
-
-            held = tensors(OPTIMIZER)
-            adapter = tensors(ADAPTER) if ADAPTER in state["files"] else None
+        in_adapter = ADAPTER in state["files"]
+        values = found.folder / (ADAPTER if in_adapter else OPTIMIZER)
+        with (
+            safe_open(values, framework="pt") as adapter,
+            safe_open(found.folder / OPTIMIZER, framework="pt") as held,
+        ):
 
             def read(name: str, kind: str) -> Tensor:
-                if kind == VALUE and adapter is not None:
+                if kind == VALUE and in_adapter:
                     return adapter.get_tensor(lora.plain_name(name))
                 return held.get_tensor(f"{name}.{kind}")
 
@@ -221,10 +210,10 @@ def _restore_rng(found: Checkpoint) -> None:
     if dist.rank() == 0:
         with safe_open(found.folder / RNG, framework="pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    own = f"rank_{dist.rank()}"
     # All ranks, once. A rank that the saved run did not have keeps the states that it has.
     states = dist.from_rank_0(states)
-    if f"{own}.cpu" in states:
-        torch.set_rng_state(states[f"{own}.cpu"])
-    if f"{own}.cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states[f"{own}.cuda"])
+    cpu, cuda = (states.get(f"rank_{dist.rank()}.{kind}") for kind in ("cpu", "cuda"))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda)

@@ -34,8 +34,7 @@ BEFORE_THE_RECIPE = {"logs", DS_CONFIG, DATA_REPORT, ENVIRONMENT} | {
 def claim(folder: Path) -> None:
     """Make the run folder, or accept one that holds a run; rank 0 only.
 
-    Raises:
-        UserError: it holds something else. Nothing in it is touched.
+    Raises UserError if it holds something else. Nothing in it is touched.
     """
     if folder.is_dir() and not holds_run(folder):
         strangers = {path.name for path in folder.iterdir()} - BEFORE_THE_RECIPE
@@ -66,20 +65,18 @@ def write_resolved(
     folder, on_gpu, cpu = run.folder, device.type == "cuda", f"cpu ({platform.machine()})"
     write_json(folder / DS_CONFIG, run.deepspeed.stored_json())
     write_json(folder / DATA_REPORT, data_report)
-    write_json(
-        folder / ENVIRONMENT,
-        {
-            "command": sys.argv,
-            "ranks": dist.world_size(),
-            "trainable_parameters": count.trainable,
-            "total_parameters": count.total,
-            "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
-            "threads_per_rank": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{name: metadata.version(name) for name in PACKAGES},
-        },
-    )
+    environment = {
+        "command": sys.argv,
+        "ranks": dist.world_size(),
+        "trainable_parameters": count.trainable,
+        "total_parameters": count.total,
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "threads_per_rank": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+    write_json(folder / ENVIRONMENT, environment)
     # Last: a folder with a recipe is a run's, and the next start compares it. It has no `resume`: a
     # run that is started from its stored recipe says anew what may differ.
     path = str((folder / DS_CONFIG).resolve())

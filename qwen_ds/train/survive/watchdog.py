@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0
 # After a collective has failed on this rank, a shorter silence tells which peer is to blame.
 SUSPECT_SECONDS = 3.0
+NO_STORE = "its rendezvous store does not answer"
 # In the errors that a collective raises when a peer is gone.
 _NETWORK_SIGNS = (
     "connection closed", "connection reset", "broken pipe", "gloo", "nccl", "distbackend",
@@ -147,9 +148,9 @@ class Watchdog:
         ends = time.monotonic() + SUSPECT_SECONDS + 3 * BEAT_SECONDS
         while time.monotonic() < ends:
             try:
-                self._look()
+                self._look(range(self._world))
             except RuntimeError:
-                return self._obituary(0, "its rendezvous store does not answer")
+                return self._obituary(0, NO_STORE)
             if dead := self._dead(SUSPECT_SECONDS):
                 return dead
             time.sleep(0.3)
@@ -170,7 +171,7 @@ class Watchdog:
             if self._launcher is not None and os.getppid() != self._launcher:
                 self._end("the launcher is gone: nobody could stop this run")
             if self._store is not None and now - self._answered > self._silent_seconds + 10:
-                self._end(self._obituary(0, "its rendezvous store does not answer"))
+                self._end(self._obituary(0, NO_STORE))
 
     def _beat(self) -> None:
         """Post and read beats, in a thread that waits for the store."""
@@ -182,7 +183,7 @@ class Watchdog:
                 if self._stopped.is_set():
                     return
                 log.info("the rendezvous store does not answer: %s", error)
-                verdict = self._obituary(0, "its rendezvous store does not answer")
+                verdict = self._obituary(0, NO_STORE)
             if verdict and not self._stopped.is_set():
                 self._end(verdict)
 
@@ -192,25 +193,23 @@ class Watchdog:
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
 
-    def _look(self, ranks: list[int] | None = None) -> None:
-        """Read the beats of those of these ranks (None: of all) that have posted one."""
-        keys = {rank: f"beat/{rank}" for rank in (range(self._world) if ranks is None else ranks)}
+    def _look(self, ranks: Iterable[int]) -> None:
+        """Read the beats of those of these ranks that have posted one."""
         now = time.monotonic()
         with self._lock:
-            for rank, key in keys.items():
+            for rank in ranks:
+                key = f"beat/{rank}"
                 if rank not in self._seen and not self._store.check([key]):
                     continue
                 beat = Beat(**json.loads(self._store.get(key)))
                 old, came, moved = self._seen.get(rank, (Beat(), now, now))
-                if beat.number != old.number:
-                    came = now
                 if (beat.moves, beat.touches) != (old.moves, old.touches):
                     moved = now
-                self._seen[rank] = (beat, came, moved)
+                self._seen[rank] = (beat, came if beat.number == old.number else now, moved)
 
     def _judge(self) -> str | None:
         """Why the run must end, posted for the others, or None; on rank 0."""
-        self._look()
+        self._look(range(self._world))
         verdict = self._dead(self._silent_seconds) or self._stuck()
         if verdict:
             self._store.set("verdict", verdict)
@@ -222,12 +221,12 @@ class Watchdog:
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
 
     def _dead(self, seconds: float) -> str | None:
-        now = time.monotonic()
         for rank, (beat, came, _) in sorted(self._seen.items()):
-            if beat.failed and rank != self._rank:
+            silent = time.monotonic() - came
+            if rank != self._rank and beat.failed:
                 return self._obituary(rank, f"it failed with {beat.failed}")
-            if rank != self._rank and now - came > seconds:
-                return self._obituary(rank, f"its process has been silent for {now - came:.0f} s")
+            if rank != self._rank and silent > seconds:
+                return self._obituary(rank, f"its process has been silent for {silent:.0f} s")
         return None
 
     def _obituary(self, rank: int, why: str) -> str:
@@ -239,15 +238,14 @@ class Watchdog:
         )
 
     def _stuck(self) -> str | None:
-        now = time.monotonic()
-        waiting = all(beat.waits for beat, _, _ in self._seen.values())
-        if len(self._seen) < self._world or not waiting:
+        seen, latest = self._seen, time.monotonic() - self._timeout_seconds
+        stuck = all(beat.waits and moved <= latest for beat, _, moved in seen.values())
+        if len(seen) < self._world or not stuck:
             return None
-        if any(now - moved < self._timeout_seconds for _, _, moved in self._seen.values()):
-            return None
-        behind = min(self._seen, key=lambda rank: self._seen[rank][0].moves)
-        ahead = max(self._seen, key=lambda rank: self._seen[rank][0].moves)
-        beat, first = self._seen[behind][0], self._seen[ahead][0]
+        beats = {rank: beat for rank, (beat, _, _) in seen.items()}
+        behind = min(beats, key=lambda rank: beats[rank].moves)
+        ahead = max(beats, key=lambda rank: beats[rank].moves)
+        beat, first = beats[behind], beats[ahead]
         who = f"rank {behind} on {beat.host} is behind"
         if beat.moves == first.moves:
             who = "all ranks are at the same place"

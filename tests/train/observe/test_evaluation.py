@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import GenerationConfig
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.run import Base
-from qwen_ds.recipe.options import EvalOptions
+from qwen_ds.recipe.options import EvalOptions, Recipe
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
+from qwen_ds.train.survive.watchdog import Watchdog
 
 
 class FakeRows:
@@ -44,36 +46,27 @@ class FakeRows:
         return self.rows[row]
 
 
-class FakeWatchdog:
-    def __init__(self) -> None:
-        self.touched = 0
-
-    def at(self, step: int, place: str) -> None:
-        assert (step, place) == (7, "sampled answers")
-
-    def touch(self) -> None:
-        self.touched += 1
+Setting = tuple[Evaluator, Any, FakeRows, Mock]
 
 
 @pytest.fixture
-def setting(small_dir: Path) -> tuple[Evaluator, Any, FakeRows, FakeWatchdog]:
-    rows, watchdog = FakeRows(small_dir), FakeWatchdog()
-    options = EvalOptions(samples=5, sample_tokens=6)
+def setting(small_dir: Path) -> Setting:
+    rows, watchdog = FakeRows(small_dir), Mock(Watchdog)
+    recipe = Recipe(eval=EvalOptions(samples=5, sample_tokens=6))
     model = QWEN.model_class.from_pretrained(small_dir)
     engine = SimpleNamespace(
         model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
     )
-    base = Base.read(small_dir)
-    return Evaluator(rows, base, options, 400, watchdog), engine, rows, watchdog  # type: ignore[arg-type]
+    evaluator = Evaluator(rows, Base.read(small_dir), recipe, watchdog)  # type: ignore[arg-type]
+    return evaluator, engine, rows, watchdog
 
 
-def test_samples_are_the_models_greedy_answers(
-    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog], small_dir: Path
-) -> None:
+def test_samples_are_the_models_greedy_answers(setting: Setting, small_dir: Path) -> None:
     evaluator, engine, rows, watchdog = setting
     encoding, model = QWEN.load_encoding(small_dir), engine.model.model
     found = evaluator.samples(engine, 7)
-    assert watchdog.touched == 6 and model.training
+    watchdog.at.assert_called_once_with(7, "sampled answers")
+    assert watchdog.touch.call_count == 6 and model.training
     assert [sample.reference for sample in found] == ["abc de 0", "b"]
     model.eval()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=304)
@@ -89,7 +82,7 @@ def test_samples_are_the_models_greedy_answers(
 
 
 def test_a_model_of_nan_has_empty_answers_and_training_decides_what_follows(
-    setting: tuple[Evaluator, Any, FakeRows, FakeWatchdog],
+    setting: Setting,
 ) -> None:
     evaluator, engine, *_ = setting
     engine.model.model.lm_head.weight.data.fill_(torch.nan)
@@ -104,15 +97,3 @@ def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:
     assert best == BestLoss(2.0, 2, since=2), "an equal loss is no better one, NaN never is"
     assert best.out_of_patience(2) and not best.out_of_patience(3)
     assert not best.out_of_patience(None)
-
-
-@pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])
-def test_an_evaluation_is_due_every_so_many_steps_and_at_the_end(
-    small_dir: Path, every: int | None, due: list[int]
-) -> None:
-    """Without a number: after each epoch, here of five steps."""
-    nothing: Any = None
-    base = Base.read(small_dir)
-    rows: Any = FakeRows(small_dir)
-    evaluator = Evaluator(rows, base, EvalOptions(every_steps=every), 400, nothing)
-    assert [step for step in range(11) if evaluator.due(step, 10, 5)] == due

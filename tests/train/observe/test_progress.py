@@ -35,17 +35,14 @@ def test_a_resumed_run_writes_the_same_lines(tmp_path: Path) -> None:
     """Stopped in the middle of a line's steps, after lines that the checkpoint does not know."""
     for name in ("calm", "stopped"):
         (tmp_path / name).mkdir()
-    calm = Progress(tmp_path / "calm", 6, 2, HARDWARE)
-    train(calm, 1, 6)
-    calm.close()
-    first = Progress(tmp_path / "stopped", 6, 2, HARDWARE)
-    train(first, 1, 3)
-    saved = json.loads(json.dumps(first.state()))
-    train(first, 4, 5)
-    first.close()
-    second = Progress(tmp_path / "stopped", 6, 2, HARDWARE, 3, saved)
-    train(second, 4, 6)
-    second.close()
+    with Progress(tmp_path / "calm", 6, 2, HARDWARE) as calm:
+        train(calm, 1, 6)
+    with Progress(tmp_path / "stopped", 6, 2, HARDWARE) as first:
+        train(first, 1, 3)
+        saved = json.loads(json.dumps(first.state()))
+        train(first, 4, 5)
+    with Progress(tmp_path / "stopped", 6, 2, HARDWARE, saved) as second:
+        train(second, 4, 6)
     assert lines(tmp_path / "calm") == lines(tmp_path / "stopped")
     assert [row["step"] for row in lines(tmp_path / "calm")] == [2, 4, 4, 6]
     assert second.summary().tokens == calm.summary().tokens
@@ -60,18 +57,23 @@ def test_tensorboard_on_a_full_disk_does_not_end_the_training(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    progress = Progress(tmp_path, 2, 1, HARDWARE)
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    train(progress, 1, 2)
-    progress.close()
+    with Progress(tmp_path, 2, 1, HARDWARE) as progress:
+        train(progress, 1, 2)
     assert len(lines(tmp_path)) == 2
 
 
+def test_the_metrics_files_are_closed_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Progress(tmp_path, 2, 1, HARDWARE) as progress:
+        raise RuntimeError("a peer is gone")
+    with pytest.raises(ValueError, match="closed"):
+        progress.state()
+
+
 def test_an_evaluation_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    progress = Progress(tmp_path, 2, 1, HARDWARE)
-    progress.evaluated(1, float("nan"))
-    progress.evaluated(2, 800.0)
-    progress.close()
+    with Progress(tmp_path, 2, 1, HARDWARE) as progress:
+        progress.evaluated(1, float("nan"))
+        progress.evaluated(2, 800.0)
     first, second = lines(tmp_path)
     assert first["eval_loss"] is None and first["eval_perplexity"] is None
     assert second["eval_loss"] == 800.0 and second["eval_perplexity"] is None

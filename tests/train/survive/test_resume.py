@@ -14,10 +14,8 @@ from qwen_ds.recipe.loading import write_recipe
 from qwen_ds.recipe.options import LoraOptions, OptimOptions, Recipe, ResumeOptions, SaveOptions
 from qwen_ds.train.survive import resume
 
-DS_JSON: dict[str, Any] = {
-    "zero_optimization": {"stage": 2, "overlap_comm": True},
-    "train_batch_size": 128,
-}
+ZERO = {"stage": 2, "overlap_comm": True}
+DS_JSON: dict[str, Any] = {"zero_optimization": ZERO, "train_batch_size": 128}
 
 
 @pytest.fixture
@@ -35,25 +33,20 @@ def mistake(run: Path, recipe: Recipe, ds_json: dict[str, Any] = DS_JSON) -> str
 
 
 def test_the_same_recipe_goes_on_wherever_the_folder_lies(run: Path) -> None:
-    resume.check_same_run(
-        run, Recipe(output_dir=str(run), dry_run=True, deepspeed="x.json"), DS_JSON
-    )
+    recipe = Recipe(output_dir=str(run), dry_run=True, deepspeed="x.json")
+    resume.check_same_run(run, recipe, DS_JSON)
 
 
 def test_a_changed_key_is_named_and_may_be_allowed(run: Path) -> None:
-    changed = replace(
-        Recipe(), optim=OptimOptions(lr=1e-5), save=SaveOptions(every_steps=2, keep=7)
-    )
-    assert "optim.lr was 0.0003 when the run began and is 1e-05 now" in mistake(run, changed)
-    one = replace(changed, resume=ResumeOptions(["optim.lr"]))
-    assert "--resume.allow_changes save.every_steps" in mistake(run, one)
-    # How many checkpoints stay says nothing about the numbers.
-    resume.check_same_run(
-        run, replace(changed, resume=ResumeOptions(["optim", "save.every_steps"])), DS_JSON
-    )
-    assert "optim.lr" in mistake(run, replace(changed, resume=ResumeOptions(["opti", "save"]))), (
-        "no prefix of a word"
-    )
+    def changed(*allowed: str) -> Recipe:
+        # How many checkpoints stay says nothing about the numbers.
+        optim, save = OptimOptions(lr=1e-5), SaveOptions(every_steps=2, keep=7)
+        return Recipe(optim=optim, save=save, resume=ResumeOptions(list(allowed)))
+
+    assert "optim.lr was 0.0003 when the run began and is 1e-05 now" in mistake(run, changed())
+    assert "--resume.allow_changes save.every_steps" in mistake(run, changed("optim.lr"))
+    resume.check_same_run(run, changed("optim", "save.every_steps"), DS_JSON)
+    assert "optim.lr" in mistake(run, changed("opti", "save")), "no prefix of a word"
 
 
 def test_what_is_trained_may_not_change_even_if_it_is_allowed(run: Path) -> None:
@@ -66,21 +59,17 @@ def test_what_is_trained_may_not_change_even_if_it_is_allowed(run: Path) -> None
 def test_another_stage_is_named_first_and_may_be_allowed(run: Path) -> None:
     other = {"zero_optimization": {"stage": 3, "allgather_bucket_size": 5}, "train_batch_size": 128}
     text = mistake(run, Recipe(), other)
-    assert (
-        "deepspeed.zero_optimization.stage was 2" in text
-        and "--resume.allow_changes deepspeed," in text
-    )
+    assert "deepspeed.zero_optimization.stage was 2" in text
+    assert "--resume.allow_changes deepspeed," in text
     resume.check_same_run(run, Recipe(resume=ResumeOptions(["deepspeed"])), other)
 
 
 def test_other_rows_are_refused_unless_allowed() -> None:
-    recipe = Recipe()
-    resume.check_same_data({"data_sha256": "a"}, recipe, "a")
+    state = {"data_sha256": "a"}
+    resume.check_same_data(state, Recipe(), "a")
     with pytest.raises(UserError, match="the rows are not those"):
-        resume.check_same_data({"data_sha256": "a"}, recipe, "b")
-    resume.check_same_data(
-        {"data_sha256": "a"}, replace(recipe, resume=ResumeOptions(["data"])), "b"
-    )
+        resume.check_same_data(state, Recipe(), "b")
+    resume.check_same_data(state, Recipe(resume=ResumeOptions(["data"])), "b")
 
 
 def test_a_recipe_of_an_older_release_lacks_keys_that_have_defaults_now(run: Path) -> None:

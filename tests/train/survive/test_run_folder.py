@@ -25,8 +25,10 @@ def test_a_folder_with_anything_else_is_refused_and_left_alone(tmp_path: Path) -
 def test_the_leftovers_of_a_killed_start_are_no_strangers(small_dir: Path, tmp_path: Path) -> None:
     """Killed before recipe.yaml, or while it was written: such a folder holds no run yet."""
     (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0.log").touch()
     for name in ("ds_config.json", ".environment.json.unfinished", ".recipe.yaml.unfinished"):
         (tmp_path / name).write_text("{")
+    (tmp_path / "environment.json").touch()
     run_folder.claim(tmp_path)
     assert not run_folder.holds_run(tmp_path)
     asked = load_recipe(["--model.path", str(small_dir), "--output_dir", str(tmp_path)])

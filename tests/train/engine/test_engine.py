@@ -1,7 +1,8 @@
-"""The optimizer is torch's own, which needs no compiler, unless it is offloaded beside a GPU."""
+"""The engine's optimizer is torch's own, unless it is offloaded beside a GPU."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -10,12 +11,7 @@ import torch
 from torch import nn
 
 from qwen_ds.recipe.options import OptimOptions
-from qwen_ds.train.engine import optimizer
-
-
-class Resolved:
-    def __init__(self, offload: bool) -> None:
-        self.offload_optimizer = offload
+from qwen_ds.train.engine import engine
 
 
 @pytest.mark.parametrize(
@@ -25,18 +21,15 @@ class Resolved:
 def test_the_compiled_one_serves_only_offload_beside_a_gpu(
     offload: bool, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Accelerator:
-        def device_name(self) -> str:
-            return device
-
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(optimizer, "get_accelerator", Accelerator)
+    accelerator = SimpleNamespace(device_name=lambda: device)
+    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
         deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda parameters, **settings: made.append(settings)
     )
     options = OptimOptions(lr=0.5, weight_decay=0.25)
-    resolved: Any = Resolved(offload)
-    found = optimizer.make_optimizer([nn.Parameter(torch.zeros(2))], options, resolved)
+    resolved: Any = SimpleNamespace(offload_optimizer=offload)
+    found = engine.make_optimizer([nn.Parameter(torch.zeros(2))], options, resolved)
     if compiled:
         assert made[0]["lr"] == 0.5 and made[0]["weight_decay"] == 0.25 and made[0]["adamw_mode"]
     else:
