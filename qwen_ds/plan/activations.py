@@ -77,6 +77,17 @@ class Saving:
         """Whether the first block's input needs a gradient."""
         return self.rows or self.whole_embedding
 
+    def whole_parameters(self, shape: Shape) -> int:
+        """Parameters of embedding and head that LoRA trains whole."""
+        return 0 if self.full else shape.head * (self.whole_embedding + self.whole_head)
+
+    def trained_parameters(self, shape: Shape) -> int:
+        """Number of parameters that the recipe trains."""
+        if self.full:
+            return shape.parameters
+        rows = 2 * len(shape.family.stop_tokens) * shape.hidden if self.rows else 0  # of both ends
+        return shape.lora_parameters(self.r, self.targets) + rows + self.whole_parameters(shape)
+
     def trains(self, shape: Shape, *roles: Role) -> bool:
         """Whether any of these linear maps is trained, whole or through LoRA."""
         return self.full or not self.targets.isdisjoint(each.name for each in shape.of_role(*roles))
