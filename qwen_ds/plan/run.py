@@ -13,6 +13,7 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
 from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
@@ -140,6 +141,10 @@ class Run:
     @property
     def shape(self) -> Shape:
         return Shape.of(self.base.config)
+
+    @property
+    def saving(self) -> Saving:
+        return Saving.of(self.recipe, on_gpu=self.machine.on_gpu, family=self.base.family)
 
     @property
     def zero(self) -> Zero:
