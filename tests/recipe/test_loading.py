@@ -42,11 +42,12 @@ def test_a_recipe_that_is_not_utf8_is_said_so(tmp_path: Path) -> None:
 
 def test_numbers_are_written_plain(tmp_path: Path) -> None:
     """A restricted number is a class of its own, for which YAML has no word."""
-    write_recipe(
-        load_recipe(["--lora.r", "4", "--optim.betas", "0.8", "0.9"]).recipe, tmp_path / "r"
-    )
+    recipe = load_recipe(["--lora.r", "4", "--optim.betas", "0.8", "0.9", "--dry_run"]).recipe
+    assert type(recipe.lora.r) is not int
+    write_recipe(recipe, tmp_path / "r")
     stored = yaml.safe_load((tmp_path / "r").read_text())
     assert type(stored["lora"]["r"]) is int and stored["optim"]["betas"] == [0.8, 0.9]
+    assert stored["dry_run"] is True and stored["method"] == "lora"
 
 
 def test_values_that_were_never_parsed_are_held_to_the_same_ranges() -> None:
