@@ -27,14 +27,8 @@ class Candidate:
 def candidates(
     runs: Sequence[Run], cluster: Cluster, workload: Workload, every: Sequence[int] | None = None
 ) -> list[Candidate]:
-    """Each run with each token budget, and the recomputation that the recipe asks for.
-
-    Under "auto" that is the least that fits; all, if none does.
-
-    Args:
-        runs: the recipe under different ZeRO stages.
-        every: choices of recomputation to list instead.
-    """
+    """Each run with each token budget, and the recomputation that the recipe asks for: under "auto"
+    the least that fits, or all if none does. `every` lists choices of recomputation instead."""
     found = []
     for run in runs:
         work, last = Work(run.shape, run.saving, run.zero), None

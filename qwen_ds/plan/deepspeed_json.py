@@ -100,9 +100,7 @@ def resolve(
     Args:
         config: as `read_deepspeed_json` gave it; not changed.
         set_keys: recipe keys that the user wrote; a JSON value that contradicts one is an error.
-        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes (hidden^2, 0.9 hidden^2, 10
-            hidden: the rule of transformers' DeepSpeed integration, for which such files are
-            written).
+        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes.
         world: number of ranks.
         ranks_per_machine: hpZ's "auto" partition size; None means that all ranks share a machine.
         can_quantise: whether DeepSpeed's CUDA quantiser is built, or can be compiled here.
@@ -245,6 +243,8 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
 
 
 def _resolve_zero(zero: Json, stage: int, hidden_size: int) -> None:
+    """Resolve bucket sizes, under ZeRO-3 by the rule of transformers' DeepSpeed integration, for
+    which such files are written."""
     autos = {
         # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
         "reduce_bucket_size": hidden_size * hidden_size if stage == 3 else 2e7,

@@ -56,12 +56,8 @@ def chunk_tokens(vocab_rows: int) -> int:
 
 
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:
-    """The peak of a training step of this code base on one rank.
-
-    Args:
-        batch: the largest micro-batch.
-        every: recompute every n-th block; 1: all, 0: none.
-    """
+    """The peak of a training step of this code base on one rank, if `batch` is its largest
+    micro-batch and every n-th block is recomputed (1: all, 0: none)."""
     trained = how.trained_parameters(shape)
     # LoRA's parameters are fp32 (under DeepSpeed's fp16 section they are fp16, and still counted as
     # fp32). In full training they are the weights themselves, in the weights' dtype.
@@ -71,6 +67,8 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
     if not zero.offload_optimizer:
         masters = zero.stage > 0  # DeepSpeed clones its share of them even where they are fp32
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
+    # Whole below ZeRO-2; under ZeRO-1 a rank also holds its averaged share.
+    accumulated = zero.share(2) + (zero.share(1) if zero.stage == 1 else 0)
     temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
     saved = activations.blocks_bytes(shape, how, batch, every)
     saved_head = activations.head_bytes(shape, how, batch)
@@ -80,7 +78,7 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
     base = Memory(
         weights=weights,
         adapter_and_optimizer=optimizer,
-        gradients=_gradients(trained, zero),
+        gradients=FP32 * trained * accumulated,
         activations=saved,
         loss_head=saved_head,
         zero_buffers=_zero_buffers(shape, how, zero, trained),
@@ -110,12 +108,6 @@ def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int)
     again = activations.block_bytes(shape, how, batch, first=False) if every else 0
     mlp, rotation = (3 * shape.inner + 2 * shape.hidden) * how.b, 3 * 2 * shape.hidden * FP32
     return again + n * max(mlp, rotation)
-
-
-def _gradients(trained: int, zero: Zero) -> float:
-    """fp32 gradients, accumulated over the micro-batches: whole below ZeRO-2; under ZeRO-1 a rank
-    also holds its averaged share."""
-    return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
 
 
 def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:

@@ -57,11 +57,8 @@ def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
     """The run with `auto` activation checkpointing replaced by the least that fits.
 
     The largest micro-batch of any step must fit, with MARGIN to spare. All ranks decide alike:
-    under ZeRO-3 they gather in lock-step, so they must recompute alike.
-
-    Args:
-        longest: tokens of the longest row.
-        num_rows: rows of the data set.
+    under ZeRO-3 they gather in lock-step, so they must recompute alike. `longest` and `num_rows`
+    are the tokens of the data set's longest row, and its rows.
     """
     recipe = run.recipe
     if recipe.model.activation_checkpointing != "auto":

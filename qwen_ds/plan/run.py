@@ -64,12 +64,8 @@ class Base:
 
     @classmethod
     def read(cls, folder: Path) -> Base:
-        """Read a checkpoint folder that `find_model` has checked.
-
-        Raises:
-            UserError: generation_config.json is no JSON object, or config.json describes a model
-                that is not implemented.
-        """
+        """Read a checkpoint folder that `find_model` has checked. UserError: generation_config.json
+        is no JSON object, or config.json describes a model that is not implemented."""
         generation = folder / "generation_config.json"
         settings = read_json(folder / "config.json")
         family = FAMILIES[settings["model_type"]]

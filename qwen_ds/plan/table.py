@@ -70,10 +70,7 @@ class Planned:
 
 def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
     """Predict every ZeRO stage and micro-batch size, from the `Run` that training would make.
-
-    Raises:
-        UserError: an unknown GPU, DoRA, or what the recipe and its JSON are refused for.
-    """
+    UserError: an unknown GPU, DoRA, or what the recipe and its JSON are refused for."""
     gpu = gpu_named(options.gpu.lower())
     if gpu is None:
         known = ", ".join(each.key for each in GPUS)

@@ -19,7 +19,7 @@ from qwen_ds.recipe.deepspeed_json import Json
 NVLINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 14e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Zero:
     """The keys of a zero_optimization section that decide memory and traffic, with DeepSpeed's
     defaults."""
@@ -47,20 +47,17 @@ class Zero:
         def offloaded(key: str) -> bool:
             return (section.get(key) or {}).get("device", "none") != "none"
 
-        fields = {
-            "reduce_bucket": "reduce_bucket_size",
-            "live": "stage3_max_live_parameters",
-            "small": "stage3_param_persistence_threshold",
-            "hpz": "zero_hpz_partition_size",
-        }
         return cls(
             stage,
             world,
-            overlap=bool(section.get("overlap_comm", stage == 3)),
-            contiguous=bool(section.get("contiguous_gradients", True)),
-            offload_optimizer=offloaded("offload_optimizer"),
-            offload_parameters=offloaded("offload_param"),
-            **{field: int(section[key]) for field, key in fields.items() if key in section},
+            int(section.get("reduce_bucket_size", cls.reduce_bucket)),
+            bool(section.get("overlap_comm", stage == 3)),
+            bool(section.get("contiguous_gradients", cls.contiguous)),
+            int(section.get("stage3_max_live_parameters", cls.live)),
+            int(section.get("stage3_param_persistence_threshold", cls.small)),
+            int(section.get("zero_hpz_partition_size", cls.hpz)),
+            offloaded("offload_optimizer"),
+            offloaded("offload_param"),
         )
 
     def share(self, from_stage: int) -> float:

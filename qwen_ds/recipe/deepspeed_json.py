@@ -34,11 +34,8 @@ _SECTIONS = "optimizer scheduler zero_optimization fp16 bf16 bfloat16 data_types
 
 
 def read_deepspeed_json(path: str | None) -> Json:
-    """Read a DeepSpeed JSON; None gives the built-in ZeRO-2.
-
-    Raises:
-        UserError: no such file, no JSON object, or a top-level key that DeepSpeed does not read.
-    """
+    """Read a DeepSpeed JSON; None gives the built-in ZeRO-2. UserError: no such file, no JSON
+    object, or a top-level key that DeepSpeed does not read."""
     if path is None:
         return {
             "zero_optimization": {

@@ -34,11 +34,7 @@ def recipe_parser() -> Parser:
 
 
 def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
-    """Read recipe file and options into a Recipe.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of its range.
-    """
+    """Read recipe file and options into a Recipe; UserError as `Parser.parse`."""
     return load_recipe_with(recipe_parser(), argv)[0]
 
 

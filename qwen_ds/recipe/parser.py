@@ -55,13 +55,8 @@ class Parser(jsonargparse.ArgumentParser):
     def parse(
         self, argv: Sequence[str] | None = None, *, defaults: bool = True
     ) -> jsonargparse.Namespace:
-        """Parse argv; None takes the process's own.
-
-        Args:
-            defaults: if false, the result holds only what the user wrote.
-
-        Raises:
-            UserError: an unknown option, a value of the wrong type or out of its range.
+        """Parse argv; None takes the process's own. Without `defaults` the result holds only what
+        the user wrote. UserError: an unknown option, a value of the wrong type or out of its range.
         """
         args = self._fold_lists(self._switch_on(list(sys.argv[1:] if argv is None else argv)))
         try:
@@ -159,10 +154,7 @@ def parse_options(
     prog: str | None = None,
 ) -> Options:
     """Parse a command's options into a dataclass, from argv and the YAML file of --config.
-
-    Raises:
-        UserError: as `Parser.parse`, or what the dataclass itself refuses.
-    """
+    UserError: as `Parser.parse`, or what the dataclass itself refuses."""
     parser = Parser(prog=prog, description=description)
     parser.add_class_arguments(kind)
     return kind(**parser.instantiate(parser.parse(argv)))
