@@ -71,9 +71,8 @@ class _Merger:
             value = tuple(value)
         # A restricted number of the recipe is a subclass of the plain one that a JSON brings.
         plain = next((kind for kind in (int, float) if isinstance(current, kind)), type(current))
-        if not isinstance(value, int | float if plain is float else plain) or isinstance(
-            value, bool
-        ):
+        kinds = int | float if plain is float else plain
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.refuse(json_key, value, f"a value such as {current!r}")
         if value == current:
             return
@@ -100,7 +99,8 @@ def resolve(
     Args:
         config: as `read_deepspeed_json` gave it; not changed.
         set_keys: recipe keys that the user wrote; a JSON value that contradicts one is an error.
-        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes.
+        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes (the rule of transformers'
+            DeepSpeed integration, for which such files are written).
         world: number of ranks.
         ranks_per_machine: hpZ's "auto" partition size; None means that all ranks share a machine.
         can_quantise: whether DeepSpeed's CUDA quantiser is built, or can be compiled here.
@@ -112,7 +112,8 @@ def resolve(
     config = copy.deepcopy(config)
     merger = _Merger(recipe, set_keys)
     _merge_optimizer(config.pop("optimizer", None) or {}, merger)
-    _merge_scheduler(config.pop("scheduler", None), merger)
+    if (scheduler := config.pop("scheduler", None)) is not None:
+        _merge_scheduler(scheduler, merger)
     merger.agree("gradient_clipping", config.get("gradient_clipping"), "optim.max_grad_norm")
     _check_batch(config, merger, world)
     _merge_precision(config, merger)
@@ -120,8 +121,21 @@ def resolve(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise merger.refuse("zero_optimization.stage", stage, "0, 1, 2 or 3")
-    _resolve_zero(zero, stage, hidden_size)
-    _resolve_zeropp(zero, merger, world, ranks_per_machine or world, can_quantise)
+    autos = {
+        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
+        "reduce_bucket_size": hidden_size**2 if stage == 3 else 20_000_000,
+        "allgather_bucket_size": 200_000_000,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_hpz_partition_size": ranks_per_machine or world,
+        # A gather joins many weights before they are cut into int8 groups, so an adapter's small
+        # values would share a scale with the base's large ones: after six steps on the small test
+        # model, with a torch stand-in for the CUDA kernels, the adapter was off by 16 %, full
+        # training by 0.5 %.
+        "zero_quantized_weights": can_quantise and merger.recipe.method == "full",
+    }
+    zero |= {key: value for key, value in autos.items() if zero.get(key) == "auto"}
+    _check_zeropp(zero, merger, world, can_quantise)
     for section in ("offload_optimizer", "offload_param"):
         if (zero.get(section) or {}).get("device") == "nvme":
             key = f"zero_optimization.{section}.device"
@@ -163,9 +177,7 @@ def _merge_optimizer(block: Json, merger: _Merger) -> None:
         raise merger.error(f"optimizer.params asks for plain Adam; {wanted}")
 
 
-def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
-    if block is None:
-        return
+def _merge_scheduler(block: Json, merger: _Merger) -> None:
     kind, params = block.get("type"), block.get("params") or {}
     if kind not in _SCHEDULES:
         raise merger.refuse("scheduler.type", kind, f"one of {', '.join(_SCHEDULES)}")
@@ -242,40 +254,13 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
         config["communication_data_type"] = "fp32"
 
 
-def _resolve_zero(zero: Json, stage: int, hidden_size: int) -> None:
-    """Resolve bucket sizes, under ZeRO-3 by the rule of transformers' DeepSpeed integration, for
-    which such files are written."""
-    autos = {
-        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
-        "reduce_bucket_size": hidden_size * hidden_size if stage == 3 else 2e7,
-        "allgather_bucket_size": 2e8,
-        "stage3_prefetch_bucket_size": 0.9 * hidden_size * hidden_size,
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for key, value in autos.items():
-        if zero.get(key) == "auto":
-            zero[key] = int(value)
-
-
-def _resolve_zeropp(
-    zero: Json, merger: _Merger, world: int, ranks_per_machine: int, can_quantise: bool
-) -> None:
-    """Resolve ZeRO++ (Wang et al. 2023): hpZ's second copy of the weights within each machine, and
-    weights sent as int8.
-
-    "auto" quantises full training only. A gather joins many weights before they are cut into int8
-    groups, so an adapter's small values would share a scale with the base's large ones: after six
-    steps on the small test model, with a torch stand-in for the CUDA kernels, the adapter was off
-    by 16 %, full training by 0.5 %.
-    """
+def _check_zeropp(zero: Json, merger: _Merger, world: int, can_quantise: bool) -> None:
+    """Check ZeRO++ (Wang et al. 2023): hpZ's second copy of the weights within each machine, and
+    weights sent as int8."""
     key = "zero_hpz_partition_size"
-    if zero.get(key) == "auto":
-        zero[key] = ranks_per_machine
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world % min(size, world):
         raise merger.refuse(key, size, f"a divisor of the {world} ranks")
-    if zero.get("zero_quantized_weights") == "auto":
-        zero["zero_quantized_weights"] = can_quantise and merger.recipe.method == "full"
     for kind in ("weights", "nontrainable_weights", "gradients"):
         if zero.get(f"zero_quantized_{kind}") is True and not can_quantise:
             raise merger.error(

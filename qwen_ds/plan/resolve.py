@@ -127,7 +127,6 @@ def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 
 def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
-    """Refuse a large model on a CPU that the user did not ask for."""
     total = Shape.of(base.config).parameters
     if not machine.on_gpu and recipe.device == "auto" and total > CPU_PARAMETERS:
         raise UserError(

@@ -66,16 +66,12 @@ class Base:
     def read(cls, folder: Path) -> Base:
         """Read a checkpoint folder that `find_model` has checked. UserError: generation_config.json
         is no JSON object, or config.json describes a model that is not implemented."""
-        generation = folder / "generation_config.json"
+        file = folder / "generation_config.json"
         settings = read_json(folder / "config.json")
         family = FAMILIES[settings["model_type"]]
-        return cls(
-            family,
-            family.config_class.from_dict(settings),
-            read_json(generation) if generation.is_file() else {},
-            folder.resolve(),
-            family.load_encoding(folder),
-        )
+        config = family.config_class.from_dict(settings)
+        generation = read_json(file) if file.is_file() else {}
+        return cls(family, config, generation, folder.resolve(), family.load_encoding(folder))
 
     @classmethod
     def qwen_7b(cls) -> Base:

@@ -43,18 +43,13 @@ class Shape:
     def of(cls, config: ModelConfig) -> Shape:
         assert config.seq_length is not None
         family = family_of(config)
-        return cls(
-            family,
-            config.vocab_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            tuple(
-                LinearShape(each.name, each.role, each.width_in(config), each.width_out(config))
-                for each in family.linears
-            ),
-            config.seq_length,
+        linears = tuple(
+            LinearShape(each.name, each.role, each.width_in(config), each.width_out(config))
+            for each in family.linears
         )
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        sizes = config.vocab_size, config.hidden_size, layers, heads
+        return cls(family, *sizes, linears, config.seq_length)
 
     def of_role(self, *roles: Role) -> tuple[LinearShape, ...]:
         """The linear maps of a block in any of these roles."""
@@ -88,9 +83,13 @@ class Shape:
     def lora_parameters(self, r: int, targets: Iterable[str]) -> int:
         """Sum over the targets of L r (in + out): 10,158,080 for r 8 on c_attn and c_proj of
         Qwen-7B."""
+        return self.layers * r * sum(self.lora_widths(targets))
+
+    def lora_widths(self, targets: Iterable[str]) -> list[int]:
+        """Widths in and out of the linear maps of a block that lora.targets name."""
         names = {linear.name for linear in self.family.matched(list(targets))}
-        matched = [linear for linear in self.linears if linear.name in names]
-        return self.layers * r * sum(each.width_in + each.width_out for each in matched)
+        matched = (linear for linear in self.linears if linear.name in names)
+        return [width for linear in matched for width in (linear.width_in, linear.width_out)]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor that an adapter can change (matrices and the last norm), by

@@ -123,12 +123,7 @@ def _gathers(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[
         (FP32 if whole and not how.full else how.b) * shape.head
         for whole in (how.whole_embedding, how.whole_head)
     )
-    adapters = [
-        FP32 * how.r * width
-        for linear in shape.linears
-        if linear.name in how.targets
-        for width in (linear.width_in, linear.width_out)
-    ] * layers
+    adapters = [FP32 * how.r * width for width in shape.lora_widths(how.targets)] * layers
     small = [size for size in adapters if size <= FP32 * zero.small]
     trained = [size for size in adapters if size > FP32 * zero.small]
     forward = [*blocks, embedding, head, *trained]

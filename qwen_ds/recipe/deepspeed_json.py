@@ -37,14 +37,8 @@ def read_deepspeed_json(path: str | None) -> Json:
     """Read a DeepSpeed JSON; None gives the built-in ZeRO-2. UserError: no such file, no JSON
     object, or a top-level key that DeepSpeed does not read."""
     if path is None:
-        return {
-            "zero_optimization": {
-                "stage": 2,
-                "overlap_comm": True,
-                "contiguous_gradients": True,
-                "reduce_bucket_size": "auto",
-            }
-        }
+        zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
+        return {"zero_optimization": zero | {"reduce_bucket_size": "auto"}}
     file = Path(path)
     if not file.exists():
         # So that ds_configs/zero2.json is found wherever the command is run from.

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class LoadedRecipe:
 
     recipe: Recipe
     set_keys: frozenset[str]
+    added: dict[str, Any] = field(default_factory=dict)
+    """Values of the options that a command has added to those of `recipe_parser`."""
 
 
 def recipe_parser() -> Parser:
@@ -33,28 +35,25 @@ def recipe_parser() -> Parser:
     return parser
 
 
-def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
-    """Read recipe file and options into a Recipe; UserError as `Parser.parse`."""
-    return load_recipe_with(recipe_parser(), argv)[0]
+def load_recipe(argv: Sequence[str] | None = None, parser: Parser | None = None) -> LoadedRecipe:
+    """Read recipe file and options into a Recipe; UserError as `Parser.parse`.
 
-
-def load_recipe_with(
-    parser: Parser, argv: Sequence[str] | None
-) -> tuple[LoadedRecipe, dict[str, Any]]:
-    """Load a recipe for a command that gave `recipe_parser` options of its own; the second result
-    holds their values by name."""
+    Args:
+        parser: `recipe_parser` with options that a command has added to it.
+    """
+    parser = recipe_parser() if parser is None else parser
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
     keys = vars(Recipe())
-    own = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
+    added = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
     recipe = Recipe(**parser.instantiate(whole))
     steps = recipe.log.profile_steps
     if steps is not None and steps[0] > steps[1]:
         raise UserError(
             f"log.profile_steps is {list(steps)}; expected two steps, the first not after the last"
         )
-    set_keys = (key for key in given.as_flat().__dict__ if key not in own)
-    return LoadedRecipe(recipe, frozenset(set_keys)), own
+    set_keys = frozenset(vars(given.as_flat())) - added.keys()
+    return LoadedRecipe(recipe, set_keys, added)
 
 
 def check_values(recipe: Recipe) -> None:

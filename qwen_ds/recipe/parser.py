@@ -45,9 +45,7 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(exit_on_error=False, **kwargs)
         self.add_argument("--config", action="config", help="options as a YAML file")
-        self.add_argument(
-            "--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS, default=None
-        )
+        self.add_argument("--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._explain(message)) from None
