@@ -50,8 +50,6 @@ def candidates(
 def best(found: Sequence[Candidate]) -> Candidate | None:
     """The fastest that fits; of those within 1 % of it, the one that needs the least memory."""
     fitting = [candidate for candidate in found if candidate.fit.fits]
-    if not fitting:
-        return None
-    limit = 1.01 * min(candidate.seconds.total for candidate in fitting)
-    fast = [candidate for candidate in fitting if candidate.seconds.total <= limit]
-    return min(fast, key=lambda candidate: candidate.fit.memory.total)
+    limit = 1.01 * min((candidate.seconds.total for candidate in fitting), default=0.0)
+    fast = (candidate for candidate in fitting if candidate.seconds.total <= limit)
+    return min(fast, key=lambda candidate: candidate.fit.memory.total, default=None)

@@ -135,11 +135,7 @@ def resolve(
         "zero_quantized_weights": can_quantise and merger.recipe.method == "full",
     }
     zero |= {key: value for key, value in autos.items() if zero.get(key) == "auto"}
-    _check_zeropp(zero, merger, world, can_quantise)
-    for section in ("offload_optimizer", "offload_param"):
-        if (zero.get(section) or {}).get("device") == "nvme":
-            key = f"zero_optimization.{section}.device"
-            raise merger.refuse(key, "nvme", "'cpu' or 'none': no checkpoint could be made of it")
+    _check_zero(zero, merger, world, can_quantise)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
         # Else DeepSpeed refuses torch's AdamW beside offloading, and accepts only its own, which
@@ -183,9 +179,6 @@ def _merge_scheduler(block: Json, merger: _Merger) -> None:
         raise merger.refuse("scheduler.type", kind, f"one of {', '.join(_SCHEDULES)}")
     if unknown := sorted(set(params) - _SCHEDULE_PARAMS - _FIXED_PARAMS.keys()):
         raise merger.error(f"scheduler.params has {unknown[0]!r}, which {kind} has not")
-    for name, only in _FIXED_PARAMS.items():
-        if params.get(name, "auto") not in ("auto", only):
-            raise merger.refuse(f"scheduler.params.{name}", params[name], repr(only))
     # "auto" everywhere, as in the official files, leaves the schedule to the recipe: those files
     # carry WarmupLR whatever the user trains with.
     if all(value == "auto" for value in params.values()):
@@ -193,6 +186,9 @@ def _merge_scheduler(block: Json, merger: _Merger) -> None:
     merger.agree("scheduler.type", _SCHEDULES[kind], "optim.schedule")
     for name, key in (("warmup_max_lr", "optim.lr"), ("warmup_num_steps", "optim.warmup_steps")):
         merger.agree(f"scheduler.params.{name}", params.get(name), key)
+    for name, only in _FIXED_PARAMS.items():
+        if params.get(name, "auto") not in ("auto", only):
+            raise merger.refuse(f"scheduler.params.{name}", params[name], repr(only))
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
@@ -254,9 +250,9 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
         config["communication_data_type"] = "fp32"
 
 
-def _check_zeropp(zero: Json, merger: _Merger, world: int, can_quantise: bool) -> None:
-    """Check ZeRO++ (Wang et al. 2023): hpZ's second copy of the weights within each machine, and
-    weights sent as int8."""
+def _check_zero(zero: Json, merger: _Merger, world: int, can_quantise: bool) -> None:
+    """Check ZeRO++ (Wang et al. 2023), which is hpZ's second copy of the weights within each machine
+    and weights sent as int8, and where offloading goes."""
     key = "zero_hpz_partition_size"
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world % min(size, world):
@@ -267,6 +263,10 @@ def _check_zeropp(zero: Json, merger: _Merger, world: int, can_quantise: bool) -
                 f"zero_quantized_{kind} is true and DeepSpeed's CUDA quantiser cannot be had here; "
                 "expected an NVIDIA GPU with nvcc and ninja on every machine, or false"
             )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            key = f"zero_optimization.{section}.device"
+            raise merger.refuse(key, "nvme", "'cpu' or 'none': no checkpoint could be made of it")
 
 
 def _drop_auto(config: Json) -> None:

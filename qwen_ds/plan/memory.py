@@ -67,7 +67,7 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
     if not zero.offload_optimizer:
         masters = zero.stage > 0  # DeepSpeed clones its share of them even where they are fp32
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
-    # Whole below ZeRO-2; under ZeRO-1 a rank also holds its averaged share.
+    # Gradients: whole below ZeRO-2; under ZeRO-1 a rank also holds its averaged share.
     accumulated = zero.share(2) + (zero.share(1) if zero.stage == 1 else 0)
     temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
     saved = activations.blocks_bytes(shape, how, batch, every)

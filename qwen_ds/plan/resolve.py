@@ -54,9 +54,8 @@ def _check_lora(recipe: Recipe) -> None:
     unknown = [name for name in options.targets if name not in targets]
     if unknown or not options.targets:
         came = repr(unknown[0]) if unknown else "nothing"
-        raise UserError(
-            f"lora.targets: {came} matches no module; expected some of {', '.join(targets)}"
-        )
+        expected = ", ".join(targets)
+        raise UserError(f"lora.targets: {came} matches no module; expected some of {expected}")
     ends = dict.fromkeys(name for f in FAMILIES.values() for name in f.ends)
     for name in options.modules_to_save:
         if name not in ends:

@@ -78,16 +78,14 @@ def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
     runs = _runs(asked, options, machine_of(options, gpu), base)
     recipe = runs[0].recipe
     if recipe.lora.variant == "dora" and recipe.method == "lora":
-        raise UserError(
-            "lora.variant is dora, whose memory is not predicted; expected lora or rslora"
-        )
+        expected = "expected lora or rslora"
+        raise UserError(f"lora.variant is dora, whose memory is not predicted; {expected}")
     data, rows = recipe.data, recipe.batch.rows_per_step
-    longest = options.longest_row or data.max_tokens
-    longest = longest or data.max_prompt_tokens + data.max_answer_tokens
+    single_turn = data.max_prompt_tokens + data.max_answer_tokens
+    longest = options.longest_row or data.max_tokens or single_turn
     workload = Workload.like(rows, options.row_tokens, options.learnt_share, longest)
     cluster = Cluster(gpu, Links(options.gpus_per_machine, gpu.link))
-    every = (0, 2, 1) if options.every_choice else None
-    found = candidates(runs, cluster, workload, every)
+    found = candidates(runs, cluster, workload, (0, 2, 1) if options.every_choice else None)
     return Planned(options, cluster, runs, workload, found)
 
 
@@ -114,7 +112,7 @@ def _runs(asked: LoadedRecipe, options: PlanOptions, machine: Machine, base: Bas
 def plan_text(planned: Planned, words: Sequence[str]) -> str:
     """The whole answer; `words` are the recipe's options as the user gave them."""
     run, workload, options = planned.runs[0], planned.workload, planned.options
-    shape, recipe = run.shape, run.recipe
+    shape, recipe, trained = run.shape, run.recipe, run.saving.trained_parameters(run.shape)
     gpu, tokens = planned.cluster.gpu, float(workload.lens.sum())
     needed = flops.step_flops(
         shape,
@@ -124,10 +122,9 @@ def plan_text(planned: Planned, words: Sequence[str]) -> str:
         squared_tokens=float((workload.lens**2.0).sum()),
     )
     lines = [
-        f"{shape.parameters / 1e9:.2f} billion parameters, "
-        f"{run.saving.trained_parameters(shape) / 1e6:,.1f} million trained ({recipe.method}); "
-        f"{options.gpus} x {gpu.key} with {run.memory[0] / 1e9:g} GB, of which {MARGIN:.0%} stay "
-        "free",
+        f"{shape.parameters / 1e9:.2f} billion parameters, {trained / 1e6:,.1f} million trained "
+        f"({recipe.method}); {options.gpus} x {gpu.key} with {run.memory[0] / 1e9:g} GB, of "
+        f"which {MARGIN:.0%} stay free",
         f"{recipe.batch.rows_per_step} rows a step, {int(workload.lens.mean())} tokens each and "
         f"{workload.longest} at most",
         *map(str, run.notes),
@@ -139,8 +136,7 @@ def plan_text(planned: Planned, words: Sequence[str]) -> str:
         seconds = candidate.seconds.total
         rate = tokens / seconds / options.gpus
         share = flops.utilisation(needed, seconds, options.gpus, gpu)
-        end = "" if candidate.fit.fits else "  does not fit"
-        end = "  best" if candidate is winner else end
+        end = "  best" if candidate is winner else "" if candidate.fit.fits else "  does not fit"
         lines.append(f"{_row(candidate)}  {seconds:6.2f}  {rate:12,.0f}  {share:4.0%}{end}")
     return "\n".join([*lines, "", *_closing(planned, words, winner)])
 
@@ -160,10 +156,8 @@ def _closing(planned: Planned, words: Sequence[str], winner: Candidate | None) -
         lines.append("Times leave out what offloading copies to and from the host's memory.")
     if run.recipe.method == "lora":
         official = official_memory(run.shape, longest, embedding=False)
-        lines.append(
-            f"The official finetune.py (r 64, one row of {longest} tokens) would hold "
-            f"{official / 1e9:.1f} GB."
-        )
+        of = f"The official finetune.py (r 64, one row of {longest} tokens)"
+        lines.append(f"{of} would hold {official / 1e9:.1f} GB.")
     if winner is not None:
         return [*lines, "", command(planned, words, winner)]
     nothing = "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows"

@@ -119,10 +119,9 @@ def _gathers(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[
     n, layers = zero.world, shape.layers
     blocks = [how.b * linear.size for linear in shape.linears] * layers
     qkv = how.b * sum(linear.size for linear in shape.of_role("qkv"))
-    embedding, head = (
-        (FP32 if whole and not how.full else how.b) * shape.head
-        for whole in (how.whole_embedding, how.whole_head)
-    )
+    bytes_each = FP32 if not how.full else how.b  # of a parameter that is trained
+    embedding = (bytes_each if how.whole_embedding else how.b) * shape.head
+    head = (bytes_each if how.whole_head else how.b) * shape.head
     adapters = [FP32 * how.r * width for width in shape.lora_widths(how.targets)] * layers
     small = [size for size in adapters if size <= FP32 * zero.small]
     trained = [size for size in adapters if size > FP32 * zero.small]
@@ -162,7 +161,5 @@ class Links:
         machines = math.ceil(n / self.per_machine)
         inside = (near - 1) / near * collective.size / self.inside
         between = (machines - 1) / machines * collective.size / (near * self.between)
-        latency = collective.count * (
-            (n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY
-        )
-        return collective.rounds * (max(inside, between) + latency)
+        latency = (n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY
+        return collective.rounds * (max(inside, between) + collective.count * latency)

@@ -36,11 +36,8 @@ def recipe_parser() -> Parser:
 
 
 def load_recipe(argv: Sequence[str] | None = None, parser: Parser | None = None) -> LoadedRecipe:
-    """Read recipe file and options into a Recipe; UserError as `Parser.parse`.
-
-    Args:
-        parser: `recipe_parser` with options that a command has added to it.
-    """
+    """Read recipe file and options into a Recipe; UserError as `Parser.parse`. `parser` is a
+    `recipe_parser` to which a command has added options."""
     parser = recipe_parser() if parser is None else parser
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
@@ -49,9 +46,8 @@ def load_recipe(argv: Sequence[str] | None = None, parser: Parser | None = None)
     recipe = Recipe(**parser.instantiate(whole))
     steps = recipe.log.profile_steps
     if steps is not None and steps[0] > steps[1]:
-        raise UserError(
-            f"log.profile_steps is {list(steps)}; expected two steps, the first not after the last"
-        )
+        expected = "expected two steps, the first not after the last"
+        raise UserError(f"log.profile_steps is {list(steps)}; {expected}")
     set_keys = frozenset(vars(given.as_flat())) - added.keys()
     return LoadedRecipe(recipe, set_keys, added)
 

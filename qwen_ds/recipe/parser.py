@@ -111,9 +111,8 @@ class Parser(jsonargparse.ArgumentParser):
             arg = rest.pop(0)
             name = arg.partition("=")[0]
             if name in lists and name in given:
-                raise UserError(
-                    f"{name} was given twice; expected all of its values after one {name}"
-                )
+                expected_once = f"expected all of its values after one {name}"
+                raise UserError(f"{name} was given twice; {expected_once}")
             given.add(name)
             if arg in lists:
                 values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> Non
         lens = rng.integers(2, 300, 200).astype(np.int32)
         planned = largest_micro_batch(int(lens.max()), 200, BatchOptions(rows, budget), world)
         sampler = StepSampler(FakeRows(lens), rows, 0, world, 0, budget)
-        steps = map(partial(sampler._plan, 0), range(sampler.steps_per_epoch))
+        steps = (sampler._plan(0, step) for step in range(sampler.steps_per_epoch))
         parts = (part for ranks in steps for of_rank in ranks for part in of_rank if len(part))
         assert max(len(part) * int(lens[part].max()) for part in parts) <= planned.tokens
 

@@ -16,18 +16,16 @@ from qwen_ds.recipe.options import OptimOptions, Recipe
 def test_the_command_line_wins_over_the_file_and_lists_take_several_values(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("optim: {lr: 1e-4, betas: [0.9, 0.95]}\nlora: {r: 64}\n")
-    loaded = load_recipe(
-        ["--config", str(file), "--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
-    )
+    options = ["--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
+    loaded = load_recipe(["--config", str(file), *options])
     assert loaded.recipe.optim.lr == 1e-4 and loaded.recipe.optim.betas == (0.9, 0.95)
     assert loaded.recipe.lora.r == 4 and loaded.recipe.data.train == ["a b.json", "c"]
     assert loaded.set_keys == {"optim.lr", "optim.betas", "lora.r", "data.train"}
 
 
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
-    recipe = load_recipe(
-        ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
-    ).recipe
+    options = ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
+    recipe = load_recipe(options).recipe
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert "数据" in (tmp_path / "recipe.yaml").read_text()
     assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
