@@ -251,8 +251,8 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
 
 
 def _check_zero(zero: Json, merger: _Merger, world: int, can_quantise: bool) -> None:
-    """Check ZeRO++ (Wang et al. 2023), which is hpZ's second copy of the weights within each machine
-    and weights sent as int8, and where offloading goes."""
+    """Check ZeRO++ (Wang et al. 2023), that is hpZ's second copy of the weights within each machine
+    and weights sent as int8; and where offloading goes."""
     key = "zero_hpz_partition_size"
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world % min(size, world):
