@@ -15,7 +15,7 @@ from qwen_ds.errors import EXIT_DONE
 from qwen_ds.plan.run import Base
 from qwen_ds.plan.sources import find_sources
 from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
-from qwen_ds.recipe.loading import load_recipe_with, recipe_parser
+from qwen_ds.recipe.loading import load_recipe, recipe_parser
 from qwen_ds.runlog import run_command
 
 
@@ -23,15 +23,15 @@ def main() -> int:
     parser = recipe_parser()
     parser.description = "Predict memory and time of a recipe, and print the best command."
     parser.add_class_arguments(PlanOptions)
-    asked, own = load_recipe_with(parser, None)
+    asked = load_recipe(parser=parser)
     base = Base.qwen_7b()
     if "model.path" in asked.set_keys:
         asked = find_sources(asked, weights=False)
         base = Base.read(Path(asked.recipe.model.path))
     # The command that is printed is for training: without the planner's and the launcher's options.
-    ours = {f"--{name}" for name in own} | {"--local_rank", "--local-rank"}
+    ours = {f"--{name}" for name in asked.added} | {"--local_rank", "--local-rank"}
     words = without_options(sys.argv[1:], ours)
-    print(plan_text(plan(asked, PlanOptions(**own), base), words))
+    print(plan_text(plan(asked, PlanOptions(**asked.added), base), words))
     return EXIT_DONE
 
 

@@ -54,9 +54,7 @@ class Saving:
     def of(cls, recipe: Recipe, *, on_gpu: bool, family: Family) -> Saving:
         """Take it from a recipe in which only activation checkpointing may still be "auto"."""
         full, lora = recipe.method == "full", recipe.lora
-        assert full or lora.special_rows != "auto", (
-            "plan/resolve.py decides about trainable token rows"
-        )
+        assert full or lora.special_rows != "auto", "plan/resolve.py decides about token rows"
         matched = family.matched(lora.targets)
         embedding, head = (full or name in lora.modules_to_save for name in family.ends)
         return cls(
@@ -77,17 +75,25 @@ class Saving:
         """Whether the first block's input needs a gradient."""
         return self.rows or self.whole_embedding
 
+    def whole_parameters(self, shape: Shape) -> int:
+        """Parameters of embedding and head that LoRA trains whole."""
+        return 0 if self.full else shape.head * (self.whole_embedding + self.whole_head)
+
+    def trained_parameters(self, shape: Shape) -> int:
+        """Number of parameters that the recipe trains."""
+        if self.full:
+            return shape.parameters
+        rows = 2 * len(shape.family.stop_tokens) * shape.hidden if self.rows else 0  # of both ends
+        return shape.lora_parameters(self.r, self.targets) + rows + self.whole_parameters(shape)
+
     def trains(self, shape: Shape, *roles: Role) -> bool:
         """Whether any of these linear maps is trained, whole or through LoRA."""
         return self.full or not self.targets.isdisjoint(each.name for each in shape.of_role(*roles))
 
 
 def blocks_bytes(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> int:
-    """Bytes of all blocks, the rotary tables and the last norm, for one micro-batch.
-
-    Args:
-        every: recompute every n-th block (1: all, 0: none); such a block saves only its input.
-    """
+    """Bytes of all blocks, the rotary tables and the last norm, for one micro-batch, if every n-th
+    block (1: all, 0: none) is recomputed and saves only its input."""
     total = 2 * batch.length * (shape.hidden // shape.heads // 2) * FP32  # cos and sin, [1, T, W/2]
     total += batch.length**2 if every and how.eager else 0  # the mask, an input of the block
     total += batch.tokens * 8 if how.embedding else 0  # int64 ids, for the embedding's gradient
@@ -101,10 +107,8 @@ def blocks_bytes(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> in
 
 
 def block_bytes(shape: Shape, how: Saving, batch: MicroBatch, *, first: bool) -> int:
-    """Bytes of one block that is not recomputed.
-
-    The first one's input needs no gradient unless the embedding is trained.
-    """
+    """Bytes of one block that is not recomputed. The first one's input needs no gradient unless the
+    embedding is trained."""
     n, i, b = batch.tokens, shape.inner, how.b
     flows = not first or how.embedding
     total = _norm(shape, how, n) if flows else 0
@@ -150,12 +154,8 @@ def _attention(shape: Shape, how: Saving, batch: MicroBatch) -> int:
 def _inputs(
     shape: Shape, how: Saving, n: int, roles: tuple[Role, ...], flows: bool, *, kept: bool
 ) -> int:
-    """Bytes that linear maps save: the input x that they share, and their LoRA branches.
-
-    Args:
-        flows: whether x needs a gradient.
-        kept: whether another operation has saved x already.
-    """
+    """Bytes that linear maps save: the input x that they share, and their LoRA branches; `flows` if
+    x needs a gradient, `kept` if another operation has saved x already."""
     linears = shape.of_role(*roles)
     x = n * linears[0].width_in * how.b
     if how.full:

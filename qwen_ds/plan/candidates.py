@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qwen_ds.plan.activations import MicroBatch, Saving
 from qwen_ds.plan.recomputation import Fit, fit_of, from_recipe, least_recomputation
 from qwen_ds.plan.run import Run
 from qwen_ds.plan.seconds import Cluster, Seconds, Work, step_seconds
@@ -26,23 +25,13 @@ class Candidate:
 
 
 def candidates(
-    runs: Sequence[Run],
-    cluster: Cluster,
-    workload: Workload,
-    every: Sequence[int] | None = None,
+    runs: Sequence[Run], cluster: Cluster, workload: Workload, every: Sequence[int] | None = None
 ) -> list[Candidate]:
-    """Each run with each token budget, and the recomputation that the recipe asks for.
-
-    Under "auto" that is the least that fits; all, if none does.
-
-    Args:
-        runs: the recipe under different ZeRO stages.
-        every: choices of recomputation to list instead.
-    """
+    """Each run with each token budget, and the recomputation that the recipe asks for: under "auto"
+    the least that fits, or all if none does. `every` lists choices of recomputation instead."""
     found = []
     for run in runs:
-        how = Saving.of(run.recipe, on_gpu=run.machine.on_gpu, family=run.base.family)
-        work, last = Work(run.shape, how, run.zero), None
+        work, last = Work(run.shape, run.saving, run.zero), None
         asked = run.recipe.model.activation_checkpointing
         choices = every or (() if asked == "auto" else (from_recipe(asked),))
         for budget in sorted({*BUDGETS, run.recipe.batch.tokens_per_micro_batch}):
@@ -51,23 +40,16 @@ def candidates(
             if parts == last:  # the rows are too few or too short for the budget to matter
                 continue
             last = parts
-
-            def fit(choice: int, run: Run = run, largest: MicroBatch = parts.largest) -> Fit:
-                return fit_of(run, largest, choice)
-
-            fits = [fit(choice) for choice in choices]
-            for choice in fits or [least_recomputation(run.shape.layers, fit)]:
-                share = workload.target_share
-                seconds = step_seconds(work, cluster, parts, share, choice.every)
-                found.append(Candidate(run, budget, choice, seconds))
+            fits = [fit_of(run, parts.largest, choice) for choice in choices]
+            for fit in fits or [least_recomputation(run, parts.largest)]:
+                seconds = step_seconds(work, cluster, parts, workload.target_share, fit.every)
+                found.append(Candidate(run, budget, fit, seconds))
     return found
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
     """The fastest that fits; of those within 1 % of it, the one that needs the least memory."""
     fitting = [candidate for candidate in found if candidate.fit.fits]
-    if not fitting:
-        return None
-    limit = 1.01 * min(candidate.seconds.total for candidate in fitting)
-    fast = [candidate for candidate in fitting if candidate.seconds.total <= limit]
-    return min(fast, key=lambda candidate: candidate.fit.memory.total)
+    limit = 1.01 * min((candidate.seconds.total for candidate in fitting), default=0.0)
+    fast = (candidate for candidate in fitting if candidate.seconds.total <= limit)
+    return min(fast, key=lambda candidate: candidate.fit.memory.total, default=None)

@@ -7,6 +7,7 @@ JSON. Pure functions without a deepspeed import.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +15,19 @@ from qwen_ds.errors import UserError
 from qwen_ds.recipe.deepspeed_json import Json
 from qwen_ds.recipe.options import Recipe
 
+# The batch sizes of which, with the ranks, a step's rows are the product.
+_BATCH_PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 # Parameters of theirs that our schedules fix: the JSON may only repeat the value.
 _FIXED_PARAMS = {
+    "warmup_type": "linear",
     "warmup_min_lr": 0,
     "warmup_min_ratio": 0,
     "cos_min_ratio": 0,
     "last_batch_iteration": -1,
 }
-_SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"}
+_SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps", "total_num_steps"}
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction"}
 
@@ -40,8 +44,7 @@ class ResolvedConfig:
     def stored_json(self) -> Json:
         """The JSON that resolves to this one again: with the rows of an optimizer step in place of
         the batch sizes that the engine is told."""
-        engine_only = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        stored = {k: v for k, v in self.engine_json.items() if k not in engine_only}
+        stored = {k: v for k, v in self.engine_json.items() if k not in _BATCH_PARTS}
         return stored | {"train_batch_size": self.recipe.batch.rows_per_step}
 
 
@@ -50,10 +53,12 @@ class _Merger:
 
     def __init__(self, recipe: Recipe, set_keys: frozenset[str]) -> None:
         self.recipe, self.set_keys = recipe, set_keys
-        self.origin = recipe.deepspeed or "DeepSpeed JSON"
+
+    def error(self, mistake: str) -> UserError:
+        return UserError(f"{self.recipe.deepspeed or 'DeepSpeed JSON'}: {mistake}")
 
     def refuse(self, key: str, came: object, expected: str) -> UserError:
-        return UserError(f"{self.origin}: {key} is {came!r}; expected {expected}")
+        return self.error(f"{key} is {came!r}; expected {expected}")
 
     def agree(self, json_key: str, value: Any, recipe_key: str) -> None:
         """Take the JSON's value into the recipe; UserError if the user set another one there."""
@@ -66,15 +71,15 @@ class _Merger:
             value = tuple(value)
         # A restricted number of the recipe is a subclass of the plain one that a JSON brings.
         plain = next((kind for kind in (int, float) if isinstance(current, kind)), type(current))
-        kinds = (int, float) if plain is float else (plain,)
+        kinds = int | float if plain is float else plain
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.refuse(json_key, value, f"a value such as {current!r}")
         if value == current:
             return
         if recipe_key in self.set_keys:
-            raise UserError(
-                f"{self.origin}: {json_key} is {value!r} but the recipe's {recipe_key} is "
-                f'{current!r}; make them equal or write "auto"'
+            raise self.error(
+                f"{json_key} is {value!r} but the recipe's {recipe_key} is {current!r}; make them "
+                'equal or write "auto"'
             )
         self.recipe = replace(self.recipe, **{section: replace(holder, **{name: value})})
 
@@ -94,9 +99,8 @@ def resolve(
     Args:
         config: as `read_deepspeed_json` gave it; not changed.
         set_keys: recipe keys that the user wrote; a JSON value that contradicts one is an error.
-        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes (hidden^2, 0.9 hidden^2, 10
-            hidden: the rule of transformers' DeepSpeed integration, for which such files are
-            written).
+        hidden_size: of the model, for ZeRO-3's "auto" bucket sizes (the rule of transformers'
+            DeepSpeed integration, for which such files are written).
         world: number of ranks.
         ranks_per_machine: hpZ's "auto" partition size; None means that all ranks share a machine.
         can_quantise: whether DeepSpeed's CUDA quantiser is built, or can be compiled here.
@@ -107,8 +111,9 @@ def resolve(
     """
     config = copy.deepcopy(config)
     merger = _Merger(recipe, set_keys)
-    _merge_optimizer(config.pop("optimizer", None), merger)
-    _merge_scheduler(config.pop("scheduler", None), merger)
+    _merge_optimizer(config.pop("optimizer", None) or {}, merger)
+    if (scheduler := config.pop("scheduler", None)) is not None:
+        _merge_scheduler(scheduler, merger)
     merger.agree("gradient_clipping", config.get("gradient_clipping"), "optim.max_grad_norm")
     _check_batch(config, merger, world)
     _merge_precision(config, merger)
@@ -116,12 +121,21 @@ def resolve(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise merger.refuse("zero_optimization.stage", stage, "0, 1, 2 or 3")
-    _resolve_zero(zero, stage, hidden_size)
-    _resolve_zeropp(zero, merger, world, ranks_per_machine or world, can_quantise)
-    for section in ("offload_optimizer", "offload_param"):
-        if (zero.get(section) or {}).get("device") == "nvme":
-            key = f"zero_optimization.{section}.device"
-            raise merger.refuse(key, "nvme", "'cpu' or 'none': no checkpoint could be made of it")
+    autos = {
+        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
+        "reduce_bucket_size": hidden_size**2 if stage == 3 else 20_000_000,
+        "allgather_bucket_size": 200_000_000,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_hpz_partition_size": ranks_per_machine or world,
+        # A gather joins many weights before they are cut into int8 groups, so an adapter's small
+        # values would share a scale with the base's large ones: after six steps on the small test
+        # model, with a torch stand-in for the CUDA kernels, the adapter was off by 16 %, full
+        # training by 0.5 %.
+        "zero_quantized_weights": can_quantise and merger.recipe.method == "full",
+    }
+    zero |= {key: value for key, value in autos.items() if zero.get(key) == "auto"}
+    _check_zero(zero, merger, world, can_quantise)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
         # Else DeepSpeed refuses torch's AdamW beside offloading, and accepts only its own, which
@@ -146,48 +160,35 @@ def resolve(
     return ResolvedConfig(config, merger.recipe, stage, offload)
 
 
-def _merge_optimizer(block: Json | None, merger: _Merger) -> None:
-    if block is None:
-        return
+def _merge_optimizer(block: Json, merger: _Merger) -> None:
     if str(block.get("type", "AdamW")).lower() not in ("adam", "adamw"):
         raise merger.refuse("optimizer.type", block.get("type"), "AdamW")
     params = block.get("params") or {}
     for name in _OPTIMIZER_PARAMS:
         merger.agree(f"optimizer.params.{name}", params.get(name), f"optim.{name}")
     if unknown := sorted(set(params) - {*_OPTIMIZER_PARAMS} - _ADAM_SWITCHES):
-        raise UserError(
-            f"{merger.origin}: optimizer.params has {unknown[0]!r}, which torch's AdamW has not"
-        )
+        raise merger.error(f"optimizer.params has {unknown[0]!r}, which torch's AdamW has not")
     if params.get("adam_w_mode", True) is False or params.get("bias_correction", True) is False:
-        raise UserError(
-            f"{merger.origin}: optimizer.params asks for plain Adam; expected AdamW with bias "
-            "correction"
-        )
+        wanted = "expected AdamW with bias correction"
+        raise merger.error(f"optimizer.params asks for plain Adam; {wanted}")
 
 
-def _merge_scheduler(block: Json | None, merger: _Merger) -> None:
-    if block is None:
-        return
+def _merge_scheduler(block: Json, merger: _Merger) -> None:
     kind, params = block.get("type"), block.get("params") or {}
     if kind not in _SCHEDULES:
         raise merger.refuse("scheduler.type", kind, f"one of {', '.join(_SCHEDULES)}")
     if unknown := sorted(set(params) - _SCHEDULE_PARAMS - _FIXED_PARAMS.keys()):
-        raise UserError(
-            f"{merger.origin}: scheduler.params has {unknown[0]!r}, which {kind} has not"
-        )
-    if params.get("warmup_type", "linear") not in ("auto", "linear"):
-        raise merger.refuse("scheduler.params.warmup_type", params["warmup_type"], "'linear'")
+        raise merger.error(f"scheduler.params has {unknown[0]!r}, which {kind} has not")
     # "auto" everywhere, as in the official files, leaves the schedule to the recipe: those files
     # carry WarmupLR whatever the user trains with.
     if all(value == "auto" for value in params.values()):
         return
     merger.agree("scheduler.type", _SCHEDULES[kind], "optim.schedule")
-    merger.agree("scheduler.params.warmup_max_lr", params.get("warmup_max_lr"), "optim.lr")
-    steps = params.get("warmup_num_steps")
-    merger.agree("scheduler.params.warmup_num_steps", steps, "optim.warmup_steps")
+    for name, key in (("warmup_max_lr", "optim.lr"), ("warmup_num_steps", "optim.warmup_steps")):
+        merger.agree(f"scheduler.params.{name}", params.get(name), key)
     for name, only in _FIXED_PARAMS.items():
         if params.get(name, "auto") not in ("auto", only):
-            raise merger.refuse(f"scheduler.params.{name}", params[name], str(only))
+            raise merger.refuse(f"scheduler.params.{name}", params[name], repr(only))
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
@@ -201,46 +202,34 @@ def _check_batch(config: Json, merger: _Merger, world: int) -> None:
             raise merger.refuse(key, value, 'a positive whole number or "auto"')
         return value
 
-    micro, steps = number("train_micro_batch_size_per_gpu"), number("gradient_accumulation_steps")
-    merger.agree("train_batch_size", number("train_batch_size"), "batch.rows_per_step")
-    if micro is not None and steps is not None:
-        product = (
-            f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {steps} x "
-            f"{world} ranks"
-        )
-        if config.get("train_batch_size") in (None, "auto"):
-            merger.agree(product, micro * steps * world, "batch.rows_per_step")
-        rows = merger.recipe.batch.rows_per_step
-        if micro * steps * world != rows:
-            raise UserError(
-                f'{merger.origin}: {product} is not the {rows} rows of a step; write "auto"'
-            )
+    parts = {key: value for key in _BATCH_PARTS if (value := number(key)) is not None}
+    total = number("train_batch_size")
+    merger.agree("train_batch_size", total, "batch.rows_per_step")
+    if len(parts) == 2:
+        product = " x ".join(f"{key} {value}" for key, value in parts.items())
+        product, size = f"{product} x {world} ranks", math.prod(parts.values()) * world
+        if total is None:
+            merger.agree(product, size, "batch.rows_per_step")
+        elif size != total:
+            raise merger.error(f'{product} is not the {total} rows of a step; write "auto"')
     rows = merger.recipe.batch.rows_per_step
-    for key, value in (
-        ("train_micro_batch_size_per_gpu", micro),
-        ("gradient_accumulation_steps", steps),
-    ):
-        if value is not None and rows % (value * world):
-            raise UserError(
-                f"{merger.origin}: {key} {value} x {world} ranks does not divide the recipe's "
-                f'batch.rows_per_step {rows}; write "auto"'
+    for key, value in parts.items():
+        if rows % (value * world):
+            raise merger.error(
+                f"{key} {value} x {world} ranks does not divide the recipe's batch.rows_per_step "
+                f'{rows}; write "auto"'
             )
 
 
 def _merge_precision(config: Json, merger: _Merger) -> None:
     if "bfloat16" in config:
         config["bf16"] = config.pop("bfloat16")
-    wanted = [
-        (key, dtype)
-        for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16"))
-        if (config.get(key) or {}).get("enabled", False) is True
-    ]
-    if len(wanted) == 2:
-        raise UserError(
-            f"{merger.origin}: bf16.enabled and fp16.enabled are both true; expected one"
-        )
-    for key, dtype in wanted:
-        merger.agree(f"{key}.enabled", dtype, "model.dtype")
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    enabled = [key for key in dtypes if (config.get(key) or {}).get("enabled") is True]
+    if len(enabled) == 2:
+        raise merger.error("bf16.enabled and fp16.enabled are both true; expected one")
+    for key in enabled:
+        merger.agree(f"{key}.enabled", dtypes[key], "model.dtype")
 
 
 def _precision_sections(config: Json, recipe: Recipe) -> None:
@@ -261,50 +250,27 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
         config["communication_data_type"] = "fp32"
 
 
-def _resolve_zero(zero: Json, stage: int, hidden_size: int) -> None:
-    autos = {
-        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
-        "reduce_bucket_size": hidden_size * hidden_size if stage == 3 else 2e7,
-        "allgather_bucket_size": 2e8,
-        "stage3_prefetch_bucket_size": 0.9 * hidden_size * hidden_size,
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for key, value in autos.items():
-        if zero.get(key) == "auto":
-            zero[key] = int(value)
-
-
-def _resolve_zeropp(
-    zero: Json, merger: _Merger, world: int, ranks_per_machine: int, can_quantise: bool
-) -> None:
-    """Resolve ZeRO++ (Wang et al. 2023): hpZ's second copy of the weights within each machine, and
-    weights sent as int8.
-
-    "auto" quantises full training only. A gather joins many weights before they are cut into int8
-    groups, so an adapter's small values would share a scale with the base's large ones: after six
-    steps on the small test model, with a torch stand-in for the CUDA kernels, the adapter was off
-    by 16 %, full training by 0.5 %.
-    """
+def _check_zero(zero: Json, merger: _Merger, world: int, can_quantise: bool) -> None:
+    """Check ZeRO++ (Wang et al. 2023), that is hpZ's second copy of the weights within each machine
+    and weights sent as int8; and where offloading goes."""
     key = "zero_hpz_partition_size"
-    if zero.get(key) == "auto":
-        zero[key] = ranks_per_machine
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world % min(size, world):
         raise merger.refuse(key, size, f"a divisor of the {world} ranks")
-    if zero.get("zero_quantized_weights") == "auto":
-        zero["zero_quantized_weights"] = can_quantise and merger.recipe.method == "full"
     for kind in ("weights", "nontrainable_weights", "gradients"):
         if zero.get(f"zero_quantized_{kind}") is True and not can_quantise:
-            raise UserError(
-                f"{merger.origin}: zero_quantized_{kind} is true and DeepSpeed's CUDA quantiser "
-                "cannot be had here; expected an NVIDIA GPU with nvcc and ninja on every machine, "
-                "or false"
+            raise merger.error(
+                f"zero_quantized_{kind} is true and DeepSpeed's CUDA quantiser cannot be had here; "
+                "expected an NVIDIA GPU with nvcc and ninja on every machine, or false"
             )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            key = f"zero_optimization.{section}.device"
+            raise merger.refuse(key, "nvme", "'cpu' or 'none': no checkpoint could be made of it")
 
 
 def _drop_auto(config: Json) -> None:
-    """Remove every key that is still "auto": the recipe has no counterpart, so DeepSpeed's default
-    applies."""
+    """Remove every "auto" left: the recipe has no counterpart, so DeepSpeed's default applies."""
     for key, value in list(config.items()):
         if value == "auto":
             del config[key]

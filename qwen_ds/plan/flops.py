@@ -32,13 +32,8 @@ def step_flops(
     targets: float,
     squared_tokens: float,
 ) -> float:
-    """Operations that the rows of a step need, over all ranks.
-
-    Args:
-        tokens: real tokens.
-        targets: target tokens.
-        squared_tokens: sum of the rows' squared lengths.
-    """
+    """Operations that the rows of a step need, over all ranks, given their real tokens, their
+    target tokens and the sum of their squared lengths."""
     a_weight = 4 if method == "lora" else 6
     products = a_weight * (shape.block_matrices * tokens + shape.head * targets)
     return products + attention_flops(shape, squared_tokens)

@@ -61,8 +61,5 @@ def gpu_named(key: str) -> Gpu | None:
 
 def recognise(device_name: str) -> Gpu | None:
     """The GPU with this CUDA name ("NVIDIA A100-SXM4-80GB"), or None if it is not listed."""
-    words = device_name.lower().replace("-", " ")
-    for gpu in GPUS:
-        if all(f" {mark} " in f" {words} " for mark in gpu.marks):
-            return gpu
-    return None
+    words = f" {device_name.lower().replace('-', ' ')} "
+    return next((gpu for gpu in GPUS if all(f" {mark} " in words for mark in gpu.marks)), None)

@@ -55,50 +55,34 @@ def chunk_tokens(vocab_rows: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocab_rows))
 
 
-def trained_parameters(shape: Shape, how: Saving) -> int:
-    """Number of parameters that a recipe trains."""
-    if how.full:
-        return shape.parameters
-    rows = 2 * len(shape.family.stop_tokens) * shape.hidden if how.rows else 0  # of both matrices
-    return shape.lora_parameters(how.r, list(how.targets)) + rows + _whole_parameters(shape, how)
-
-
-def _whole_parameters(shape: Shape, how: Saving) -> int:
-    """Parameters of embedding and head that LoRA trains whole."""
-    return 0 if how.full else shape.head * (how.whole_embedding + how.whole_head)
-
-
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:
-    """The peak of a training step of this code base on one rank.
-
-    Args:
-        batch: the largest micro-batch.
-        every: recompute every n-th block; 1: all, 0: none.
-    """
-    trained = trained_parameters(shape, how)
+    """The peak of a training step of this code base on one rank, if `batch` is its largest
+    micro-batch and every n-th block is recomputed (1: all, 0: none)."""
+    trained = how.trained_parameters(shape)
     # LoRA's parameters are fp32 (under DeepSpeed's fp16 section they are fp16, and still counted as
     # fp32). In full training they are the weights themselves, in the weights' dtype.
-    frozen_or_full = shape.parameters - _whole_parameters(shape, how)
+    frozen_or_full = shape.parameters - how.whole_parameters(shape)
     weights = 0.0 if zero.offload_parameters else how.b * frozen_or_full * zero.share(3)
     optimizer = 0.0 if how.full else FP32 * trained * zero.share(3)
     if not zero.offload_optimizer:
-        # DeepSpeed clones its share of the parameters even where they are fp32.
-        masters = zero.stage > 0
+        masters = zero.stage > 0  # DeepSpeed clones its share of them even where they are fp32
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
+    # Gradients: whole below ZeRO-2; under ZeRO-1 a rank also holds its averaged share.
+    accumulated = zero.share(2) + (zero.share(1) if zero.stage == 1 else 0)
     temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
     saved = activations.blocks_bytes(shape, how, batch, every)
     saved_head = activations.head_bytes(shape, how, batch)
     at_loss = _head_working_set(shape, how, batch)
     at_backward = _block_working_set(shape, how, batch, every)
-    nccl = NCCL_BUFFERS if zero.world > 1 else 0
+    context = CUDA_CONTEXT + (NCCL_BUFFERS if zero.world > 1 else 0)
     base = Memory(
         weights=weights,
         adapter_and_optimizer=optimizer,
-        gradients=_gradients(trained, zero),
+        gradients=FP32 * trained * accumulated,
         activations=saved,
         loss_head=saved_head,
         zero_buffers=_zero_buffers(shape, how, zero, trained),
-        context=CUDA_CONTEXT + nccl if how.on_gpu else 0.0,
+        context=context if how.on_gpu else 0.0,
     )
     if temporaries > saved + saved_head + max(at_loss, at_backward):
         peak = optimizer + temporaries
@@ -111,12 +95,9 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
 def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
     """One chunk's logits in the head's dtype and in fp32, and the gathered hidden states."""
     chunk = min(chunk_tokens(shape.vocab), batch.targets) * shape.vocab
+    logits = chunk * (FP32 + (how.b if how.b != FP32 else 0))
     copy = shape.head * how.b if how.whole_head and not how.full else 0
-    return (
-        chunk * (FP32 + (how.b if how.b != FP32 else 0))
-        + batch.targets * shape.hidden * how.b
-        + copy
-    )
+    return logits + batch.targets * shape.hidden * how.b + copy
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:
@@ -125,15 +106,8 @@ def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int)
     the rotation of q and k in fp32 (three tensors of 2 D)."""
     n = batch.tokens
     again = activations.block_bytes(shape, how, batch, first=False) if every else 0
-    return again + n * max(
-        3 * shape.inner * how.b + 2 * shape.hidden * how.b, 3 * 2 * shape.hidden * FP32
-    )
-
-
-def _gradients(trained: int, zero: Zero) -> float:
-    """fp32 gradients, accumulated over the micro-batches: whole below ZeRO-2; under ZeRO-1 a rank
-    also holds its averaged share."""
-    return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
+    mlp, rotation = (3 * shape.inner + 2 * shape.hidden) * how.b, 3 * 2 * shape.hidden * FP32
+    return again + n * max(mlp, rotation)
 
 
 def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
@@ -143,9 +117,8 @@ def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
     if zero.stage == 0:
         return 0.0
     bucket = zero.reduce_bucket if how.on_gpu else min(zero.reduce_bucket, trained)
-    buckets = (
-        FP32 * bucket * (2 if zero.overlap and zero.stage < 3 else 1) if zero.contiguous else 0.0
-    )
+    copies = 2 if zero.overlap and zero.stage < 3 else 1
+    buckets = FP32 * bucket * copies if zero.contiguous else 0.0
     if zero.stage < 3:
         return buckets
     largest = max(shape.head, *(linear.size for linear in shape.linears))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qwen_ds.plan.activations import MicroBatch, Saving, recomputed_blocks
+from qwen_ds.plan.activations import MicroBatch, recomputed_blocks
 from qwen_ds.plan.memory import Memory, peak_memory
 from qwen_ds.plan.run import Note, Run
 from qwen_ds.plan.step import largest_micro_batch
@@ -32,18 +31,16 @@ def recomputations(layers: int) -> list[int]:
     return [0, *(by_count[count] for count in sorted(by_count))]
 
 
-def least_recomputation(layers: int, fit: Callable[[int], Fit]) -> Fit:
-    """The first of `recomputations` that fits; all blocks if none does."""
-    fits = map(fit, recomputations(layers))
-    return next((found for found in fits if found.fits), fit(1))
-
-
 def fit_of(run: Run, batch: MicroBatch, every: int) -> Fit:
     """The memory of a run whose largest micro-batch is `batch`, and whether it fits."""
-    shape, zero = run.shape, run.zero
-    how = Saving.of(run.recipe, on_gpu=run.machine.on_gpu, family=run.base.family)
-    memory = peak_memory(shape, how, zero, batch, every)
+    memory = peak_memory(run.shape, run.saving, run.zero, batch, every)
     return Fit(every, memory, memory.total <= (1 - MARGIN) * run.memory[0])
+
+
+def least_recomputation(run: Run, batch: MicroBatch) -> Fit:
+    """The first of `recomputations` that fits; all blocks if none does."""
+    fits = (fit_of(run, batch, every) for every in recomputations(run.shape.layers))
+    return next((fit for fit in fits if fit.fits), fit_of(run, batch, 1))
 
 
 def in_recipe(every: int) -> Literal["none", "all"] | int:
@@ -60,11 +57,8 @@ def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
     """The run with `auto` activation checkpointing replaced by the least that fits.
 
     The largest micro-batch of any step must fit, with MARGIN to spare. All ranks decide alike:
-    under ZeRO-3 they gather in lock-step, so they must recompute alike.
-
-    Args:
-        longest: tokens of the longest row.
-        num_rows: rows of the data set.
+    under ZeRO-3 they gather in lock-step, so they must recompute alike. `longest` and `num_rows`
+    are the tokens of the data set's longest row, and its rows.
     """
     recipe = run.recipe
     if recipe.model.activation_checkpointing != "auto":
@@ -73,9 +67,8 @@ def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
         every, reason = 1, "the tensors that DoRA keeps are not predicted"
     else:
         batch = largest_micro_batch(longest, num_rows, recipe.batch, run.machine.ranks)
-        fit = least_recomputation(run.shape.layers, lambda every: fit_of(run, batch, every))
-        every = fit.every
-        given, source = run.memory
+        fit = least_recomputation(run, batch)
+        every, (given, source) = fit.every, run.memory
         reason = f"predicted peak {fit.memory.total / 1e9:.3g} of the {given / 1e9:.3g} GB {source}"
         reason += "" if fit.fits else ", more than there is"
     choice = in_recipe(every)

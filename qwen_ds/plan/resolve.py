@@ -27,13 +27,11 @@ CPU_PARAMETERS = 1_000_000_000
 
 
 def check(asked: LoadedRecipe, rows: bool = True) -> None:
-    """Check every option that can be checked without the machine and the base model.
+    """Check every option that can be checked without the machine and the base model. UserError
+    names the first mistake by its option.
 
     Args:
         rows: whether data will be read; the planner only needs the lengths that it is told.
-
-    Raises:
-        UserError: the first mistake, named by its option.
     """
     recipe = asked.recipe
     if rows and recipe.data.train and "model.path" not in asked.set_keys:
@@ -56,15 +54,13 @@ def _check_lora(recipe: Recipe) -> None:
     unknown = [name for name in options.targets if name not in targets]
     if unknown or not options.targets:
         came = repr(unknown[0]) if unknown else "nothing"
-        raise UserError(
-            f"lora.targets: {came} matches no module; expected some of {', '.join(targets)}"
-        )
+        expected = ", ".join(targets)
+        raise UserError(f"lora.targets: {came} matches no module; expected some of {expected}")
     ends = dict.fromkeys(name for f in FAMILIES.values() for name in f.ends)
     for name in options.modules_to_save:
         if name not in ends:
-            raise UserError(
-                f"lora.modules_to_save: {name!r} came; expected some of {', '.join(ends)}"
-            )
+            expected = ", ".join(ends)
+            raise UserError(f"lora.modules_to_save: {name!r} came; expected some of {expected}")
     if options.special_rows in ("on", True) and options.modules_to_save:
         raise UserError(
             f"lora.special_rows is on and lora.modules_to_save is "
@@ -78,10 +74,8 @@ def _check_lora(recipe: Recipe) -> None:
 def _check_allowed_changes(recipe: Recipe) -> None:
     """Check the names in resume.allow_changes: a misspelt one would allow nothing."""
     sections = dataclasses.asdict(recipe)
-    known = {
-        *sections,
-        *(f"{s}.{k}" for s, v in sections.items() if isinstance(v, dict) for k in v),
-    }
+    inner = (f"{s}.{k}" for s, v in sections.items() if isinstance(v, dict) for k in v)
+    known = {*sections, *inner}
     for name in recipe.resume.allow_changes:
         # Below deepspeed are the JSON's own keys, such as deepspeed.zero_optimization.
         if name not in known and not name.startswith("deepspeed."):
@@ -132,7 +126,6 @@ def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 
 def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
-    """Refuse a large model on a CPU that the user did not ask for."""
     total = Shape.of(base.config).parameters
     if not machine.on_gpu and recipe.device == "auto" and total > CPU_PARAMETERS:
         raise UserError(
@@ -147,9 +140,8 @@ def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe
     Only LoRA may have its base in fp32: in full training this is also the dtype of the result.
     """
     if recipe.method == "lora" and not machine.on_gpu and not machine.fast_bf16:
-        notes.append(
-            Note("model.dtype", "float32", "this CPU multiplies fp32 faster than bf16 (no AMX)")
-        )
+        reason = "this CPU multiplies fp32 faster than bf16 (no AMX)"
+        notes.append(Note("model.dtype", "float32", reason))
         return _with(recipe, "model", dtype="float32")
     return _with(recipe, "model", dtype="bfloat16")
 
@@ -177,17 +169,11 @@ def _choose_special_rows(recipe: Recipe, base: Base, notes: list[Note]) -> Recip
         is_lora = recipe.method == "lora" and not recipe.lora.modules_to_save
         wanted = is_lora and base.chat_format != "chatml"
         if wanted:
-            format_named = f"says chat_format {base.chat_format!r}"
-            says = format_named if base.chat_format else "has no chat_format"
+            named = base.chat_format
+            says = f"says chat_format {named!r}" if named else "has no chat_format"
             why = f"generation_config.json {says}, as a base model's"
-            if base.folder is None:
-                why = "Qwen-7B is a base model"
-            notes.append(
-                Note(
-                    "lora.special_rows",
-                    "on",
-                    f"{why}; without its rows of <|endoftext|>, <|im_start|> and <|im_end|> "
-                    "trained the model would not learn to stop",
-                )
-            )
+            why = "Qwen-7B is a base model" if base.folder is None else why
+            rows = "its rows of <|endoftext|>, <|im_start|> and <|im_end|>"
+            reason = f"{why}; without {rows} trained the model would not learn to stop"
+            notes.append(Note("lora.special_rows", "on", reason))
     return _with(recipe, "lora", special_rows="on" if wanted in ("on", True) else "off")

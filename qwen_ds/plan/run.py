@@ -13,6 +13,7 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
 from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
@@ -63,22 +64,14 @@ class Base:
 
     @classmethod
     def read(cls, folder: Path) -> Base:
-        """Read a checkpoint folder that `find_model` has checked.
-
-        Raises:
-            UserError: generation_config.json is no JSON object, or config.json describes a model
-                that is not implemented.
-        """
-        generation = folder / "generation_config.json"
+        """Read a checkpoint folder that `find_model` has checked. UserError: generation_config.json
+        is no JSON object, or config.json describes a model that is not implemented."""
+        file = folder / "generation_config.json"
         settings = read_json(folder / "config.json")
         family = FAMILIES[settings["model_type"]]
-        return cls(
-            family,
-            family.config_class.from_dict(settings),
-            read_json(generation) if generation.is_file() else {},
-            folder.resolve(),
-            family.load_encoding(folder),
-        )
+        config = family.config_class.from_dict(settings)
+        generation = read_json(file) if file.is_file() else {}
+        return cls(family, config, generation, folder.resolve(), family.load_encoding(folder))
 
     @classmethod
     def qwen_7b(cls) -> Base:
@@ -140,6 +133,10 @@ class Run:
     @property
     def shape(self) -> Shape:
         return Shape.of(self.base.config)
+
+    @property
+    def saving(self) -> Saving:
+        return Saving.of(self.recipe, on_gpu=self.machine.on_gpu, family=self.base.family)
 
     @property
     def zero(self) -> Zero:

@@ -8,10 +8,9 @@ from dataclasses import astuple, dataclass
 from qwen_ds.plan import activations, flops
 from qwen_ds.plan.activations import FP32, Saving
 from qwen_ds.plan.gpus import Gpu
-from qwen_ds.plan.memory import trained_parameters
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Split
-from qwen_ds.plan.traffic import Links, Load, Tensors, Zero, traffic
+from qwen_ds.plan.traffic import Links, Zero, traffic
 
 # Shares of a GPU's peak that well-shaped kernels reach: cuBLAS in bf16 (about 790 of an H200's 989
 # TFLOP/s), and FlashAttention 2, forward and backward together (Dao 2023, section 4: 50 to 73 % on
@@ -65,7 +64,7 @@ def step_seconds(
 ) -> Seconds:
     """Predict the time of one optimizer step on the busiest rank; every: see `peak_memory`."""
     shape, how, zero, gpu = work.shape, work.how, work.zero, cluster.gpu
-    trained = trained_parameters(shape, how)
+    trained = how.trained_parameters(shape)
     adapter = 0 if how.full else trained
     again = activations.recomputed_blocks(shape.layers, every) / shape.layers
     # 2 N operations a token forward, 2 N for the input's gradient, 2 N for the weights' (flops.py);
@@ -93,50 +92,10 @@ def step_seconds(
 def _waiting(work: Work, links: Links, micro_batches: int, busy: float) -> float:
     """Seconds of communication that does not hide behind `busy` seconds of computation."""
     zero = work.zero
-    sent = traffic(zero, load(work.shape, work.how, zero, micro_batches))
+    sent = traffic(work.shape, work.how, zero, micro_batches)
     last = sum(links.seconds(c) for c in sent if c.name == "gather updated parameters")
     beside = sum(links.seconds(c) for c in sent) - last
     # ZeRO-0 and 1 average once a step, so only the last micro-batch can hide it.
     while_busy = busy / (1 if zero.stage > 1 else micro_batches)
     hidden = min(beside, while_busy) if zero.overlap else 0.0
     return last + beside - hidden
-
-
-def load(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> Load:
-    """Bytes that ZeRO must send. ZeRO-3 does not shard small tensors: every rank has them.
-
-    The backward pass gathers neither the head, which is still there, nor weights that no gradient
-    flows through: an embedding that is not trained whole, and the first block's q, k and v unless
-    some of the embedding is trained.
-    """
-    qkv = float(how.b * sum(linear.size for linear in shape.of_role("qkv")))
-    embedding, head = (
-        float((FP32 if whole and not how.full else how.b) * shape.head)
-        for whole in (how.whole_embedding, how.whole_head)
-    )
-    blocks = [float(how.b * linear.size) for linear in shape.linears] * shape.layers
-    adapters = [
-        float(FP32 * how.r * width)
-        for linear in shape.linears
-        if linear.name in how.targets
-        for width in (linear.width_in, linear.width_out)
-    ] * shape.layers
-    spread = [size for size in adapters if size > FP32 * zero.small]
-    kept = Tensors.of([size for size in adapters if size <= FP32 * zero.small])
-    forward = Tensors.of([*blocks, embedding, head, *spread])
-    once = [head, *([] if how.whole_embedding else [embedding]), *([] if how.embedding else [qkv])]
-    whole = [
-        size
-        for size, is_whole in ((embedding, how.whole_embedding), (head, how.whole_head))
-        if is_whole
-    ]
-    return Load(
-        forward=forward,
-        backward=Tensors(forward.size - sum(once), forward.count - len(once)),
-        trained=forward if how.full else Tensors.of([*spread, *whole]),
-        small=Tensors(
-            kept.size + how.b * shape.small_parameters, kept.count + 3 * shape.layers + 1
-        ),
-        trained_parameters=trained_parameters(shape, how),
-        micro_batches=micro_batches,
-    )

@@ -5,7 +5,7 @@ Symbols: D hidden, I width of the MLP's inner matrices, V vocabulary rows, L blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen_ds.model.family import Family, ModelConfig, Role, family_of
@@ -43,27 +43,17 @@ class Shape:
     def of(cls, config: ModelConfig) -> Shape:
         assert config.seq_length is not None
         family = family_of(config)
-        return cls(
-            family,
-            config.vocab_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            tuple(
-                LinearShape(each.name, each.role, each.width_in(config), each.width_out(config))
-                for each in family.linears
-            ),
-            config.seq_length,
+        linears = tuple(
+            LinearShape(each.name, each.role, each.width_in(config), each.width_out(config))
+            for each in family.linears
         )
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        sizes = config.vocab_size, config.hidden_size, layers, heads
+        return cls(family, *sizes, linears, config.seq_length)
 
     def of_role(self, *roles: Role) -> tuple[LinearShape, ...]:
         """The linear maps of a block in any of these roles."""
         return tuple(linear for linear in self.linears if linear.role in roles)
-
-    def matched(self, targets: Sequence[str]) -> tuple[LinearShape, ...]:
-        """The linear maps of a block that lora.targets name."""
-        names = {linear.name for linear in self.family.matched(list(targets))}
-        return tuple(linear for linear in self.linears if linear.name in names)
 
     @property
     def inner(self) -> int:
@@ -90,11 +80,16 @@ class Shape:
         """Parameters in all: 7,721,324,544 in Qwen-7B."""
         return self.block_matrices + self.small_parameters + 2 * self.head
 
-    def lora_parameters(self, r: int, targets: Sequence[str]) -> int:
+    def lora_parameters(self, r: int, targets: Iterable[str]) -> int:
         """Sum over the targets of L r (in + out): 10,158,080 for r 8 on c_attn and c_proj of
         Qwen-7B."""
-        linears = self.matched(targets)
-        return self.layers * r * sum(each.width_in + each.width_out for each in linears)
+        return self.layers * r * sum(self.lora_widths(targets))
+
+    def lora_widths(self, targets: Iterable[str]) -> list[int]:
+        """Widths in and out of the linear maps of a block that lora.targets name."""
+        names = {linear.name for linear in self.family.matched(list(targets))}
+        matched = (linear for linear in self.linears if linear.name in names)
+        return [width for linear in matched for width in (linear.width_in, linear.width_out)]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor that an adapter can change (matrices and the last norm), by

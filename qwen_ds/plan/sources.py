@@ -13,11 +13,8 @@ DEMO_HOME = Path("~/.cache/qwen_ds/demo")
 
 
 def check_sources(asked: LoadedRecipe) -> None:
-    """Check what can be known of the model's place before anything is fetched or made.
-
-    Raises:
-        UserError: a folder that is no checkpoint, or neither a folder nor the form of a hub id.
-    """
+    """Check what can be known of the model's place before anything is fetched or made: UserError
+    for a folder that is no checkpoint, and for neither a folder nor the form of a hub id."""
     if asked.recipe.model.path != "demo":
         check_place(asked.recipe.model.path, weights=False)
 
@@ -25,22 +22,15 @@ def check_sources(asked: LoadedRecipe) -> None:
 def find_sources(asked: LoadedRecipe, weights: bool = True) -> LoadedRecipe:
     """Put real paths into the recipe: the demo's files are made, a hub id is fetched.
 
-    Any number of processes may call this at once.
-
-    Args:
-        weights: if false, none are fetched or expected.
-
-    Raises:
-        UserError: no such model, or one that cannot be used.
+    Any number of processes may call this at once. Without `weights` none are fetched or expected.
+    UserError: no such model, or one that cannot be used.
     """
     recipe = asked.recipe
-    if recipe.model.path == "demo":
+    place, data = recipe.model.path, recipe.data
+    if place == "demo":
         paths = demo.prepare(DEMO_HOME.expanduser())
-        data = recipe.data
+        place = str(paths.model)
         if not data.train:
-            evaluation = data.eval or [str(paths.eval)]
-            data = replace(data, train=[str(paths.train)], eval=evaluation)
-        recipe = replace(recipe, model=replace(recipe.model, path=str(paths.model)), data=data)
-    folder = find_model(recipe.model.path, weights).resolve()
-    recipe = replace(recipe, model=replace(recipe.model, path=str(folder)))
-    return replace(asked, recipe=recipe)
+            data = replace(data, train=[str(paths.train)], eval=data.eval or [str(paths.eval)])
+    model = replace(recipe.model, path=str(find_model(place, weights).resolve()))
+    return replace(asked, recipe=replace(recipe, model=model, data=data))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -49,22 +48,15 @@ class Split:
 
 def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
     """Cut a step into micro-batches and deal them to the ranks, as training does."""
-    budget = batch.tokens_per_micro_batch
-    ranks = deal(workload.lens, cut_windows(workload.lens, world, budget), world)
-
-    def sizes(parts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-        return [(len(part), int(workload.lens[part].max())) for part in parts if len(part)]
-
-    def padded(of: list[tuple[int, int]]) -> int:
-        return sum(rows * length for rows, length in of)
-
-    busiest = max(map(sizes, ranks), key=padded)
-    return Split(
-        len(ranks[0]),
-        padded(busiest),
-        sum(rows * length**2 for rows, length in busiest),
-        largest_micro_batch(workload.longest, len(workload.lens), batch, world),
-    )
+    lens = workload.lens
+    ranks = deal(lens, cut_windows(lens, world, batch.tokens_per_micro_batch), world)
+    # Tokens (rows, and the longest of them) of each rank's micro-batches that have any.
+    sizes = [[(len(part), int(lens[part].max())) for part in parts if len(part)] for parts in ranks]
+    padded = [sum(rows * length for rows, length in of) for of in sizes]
+    busiest = padded.index(max(padded))
+    squared = sum(rows * length**2 for rows, length in sizes[busiest])
+    largest = largest_micro_batch(workload.longest, len(lens), batch, world)
+    return Split(len(ranks[0]), padded[busiest], squared, largest)
 
 
 def largest_micro_batch(longest: int, num_rows: int, batch: BatchOptions, world: int) -> MicroBatch:
@@ -72,11 +64,7 @@ def largest_micro_batch(longest: int, num_rows: int, batch: BatchOptions, world:
 
     It fills the budget or is one longer row, but holds no more than an even share of a step whose
     rows are all the longest: `cut_windows` makes the largest micro-batch as small as possible.
-    Every token may be a target.
-
-    Args:
-        longest: tokens of the longest row.
-        num_rows: rows of the data set.
+    Every token may be a target. `longest` is in tokens; `num_rows` are the rows of the data set.
     """
     share = math.ceil(min(batch.rows_per_step, num_rows) / world) * longest
     tokens = max(longest, min(batch.tokens_per_micro_batch, share))

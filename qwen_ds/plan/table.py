@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import astuple, dataclass, replace
 
 from qwen_ds.errors import UserError
 from qwen_ds.plan import flops
-from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.candidates import Candidate, best, candidates
 from qwen_ds.plan.gpus import GPUS, Gpu, gpu_named
-from qwen_ds.plan.memory import official_memory, trained_parameters
+from qwen_ds.plan.memory import official_memory
 from qwen_ds.plan.recomputation import MARGIN, in_recipe
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
@@ -27,6 +25,7 @@ COLUMNS = (
     "ZeRO  micro-batch  recomputed   weights  trained  gradients  activations   head  buffers"
     "  context  = GB    s/step  tokens/s/GPU   MFU"
 )
+MEMORY_WIDTHS = (9, 8, 10, 12, 6, 8, 8, 6)  # of the parts of `Memory`, in its order, and their sum
 
 
 @dataclass(frozen=True)
@@ -61,25 +60,17 @@ class PlanOptions:
 class Planned:
     """All ways to run a recipe, and the workload that they were planned for."""
 
-    asked: LoadedRecipe
     options: PlanOptions
     cluster: Cluster
-    runs: tuple[Run, ...]
+    runs: list[Run]
+    """One for each ZeRO stage."""
     workload: Workload
     found: list[Candidate]
-
-    @property
-    def shape_run(self) -> Run:
-        """Any of the runs, for what does not depend on the ZeRO stage."""
-        return self.runs[0]
 
 
 def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
     """Predict every ZeRO stage and micro-batch size, from the `Run` that training would make.
-
-    Raises:
-        UserError: an unknown GPU, DoRA, or what the recipe and its JSON are refused for.
-    """
+    UserError: an unknown GPU, DoRA, or what the recipe and its JSON are refused for."""
     gpu = gpu_named(options.gpu.lower())
     if gpu is None:
         known = ", ".join(each.key for each in GPUS)
@@ -87,17 +78,15 @@ def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
     runs = _runs(asked, options, machine_of(options, gpu), base)
     recipe = runs[0].recipe
     if recipe.lora.variant == "dora" and recipe.method == "lora":
-        raise UserError(
-            "lora.variant is dora, whose memory is not predicted; expected lora or rslora"
-        )
+        expected = "expected lora or rslora"
+        raise UserError(f"lora.variant is dora, whose memory is not predicted; {expected}")
     data, rows = recipe.data, recipe.batch.rows_per_step
-    longest = options.longest_row or data.max_tokens
-    longest = longest or data.max_prompt_tokens + data.max_answer_tokens
+    single_turn = data.max_prompt_tokens + data.max_answer_tokens
+    longest = options.longest_row or data.max_tokens or single_turn
     workload = Workload.like(rows, options.row_tokens, options.learnt_share, longest)
     cluster = Cluster(gpu, Links(options.gpus_per_machine, gpu.link))
-    every = (0, 2, 1) if options.every_choice else None
-    found = candidates(runs, cluster, workload, every)
-    return Planned(asked, options, cluster, tuple(runs), workload, found)
+    found = candidates(runs, cluster, workload, (0, 2, 1) if options.every_choice else None)
+    return Planned(options, cluster, runs, workload, found)
 
 
 def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
@@ -107,29 +96,23 @@ def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
 
 def _runs(asked: LoadedRecipe, options: PlanOptions, machine: Machine, base: Base) -> list[Run]:
     """Runs under ZeRO-0 to 3: the recipe's own JSON at its stage, ds_configs/ at the others."""
-    runs = []
+    own, runs = asked.recipe.deepspeed, []
+    own_stage = read_deepspeed_json(own).get("zero_optimization", {}).get("stage", 0)
     for stage in range(4):
-        recipe = replace(asked.recipe, deepspeed=_json_path(asked, stage, options))
+        several = stage == 3 and options.gpus > options.gpus_per_machine
+        path = "ds_configs/zero3_hpz.json" if several else f"ds_configs/zero{stage}.json"
+        path = own if own is not None and stage == own_stage else path
+        recipe = replace(asked.recipe, deepspeed=path)
         run = resolve(replace(asked, recipe=recipe), machine, base, rows=False)
         if run.deepspeed.stage == stage:  # `resolve` may turn stage 0 into 1, which is in the list
             runs.append(run)
     return runs
 
 
-def _json_path(asked: LoadedRecipe, stage: int, options: PlanOptions) -> str:
-    own = asked.recipe.deepspeed
-    zero = read_deepspeed_json(own).get("zero_optimization", {})
-    if own is not None and zero.get("stage", 0) == stage:
-        return own
-    several = stage == 3 and options.gpus > options.gpus_per_machine
-    return str(Path("ds_configs") / ("zero3_hpz.json" if several else f"zero{stage}.json"))
-
-
 def plan_text(planned: Planned, words: Sequence[str]) -> str:
     """The whole answer; `words` are the recipe's options as the user gave them."""
-    run, workload, options = planned.shape_run, planned.workload, planned.options
-    shape, recipe = run.shape, run.recipe
-    trained = trained_parameters(shape, Saving.of(recipe, on_gpu=True, family=run.base.family))
+    run, workload, options = planned.runs[0], planned.workload, planned.options
+    shape, recipe, trained = run.shape, run.recipe, run.saving.trained_parameters(run.shape)
     gpu, tokens = planned.cluster.gpu, float(workload.lens.sum())
     needed = flops.step_flops(
         shape,
@@ -153,47 +136,32 @@ def plan_text(planned: Planned, words: Sequence[str]) -> str:
         seconds = candidate.seconds.total
         rate = tokens / seconds / options.gpus
         share = flops.utilisation(needed, seconds, options.gpus, gpu)
-        end = "" if candidate.fit.fits else "  does not fit"
-        end = "  best" if candidate is winner else end
+        end = "  best" if candidate is winner else "" if candidate.fit.fits else "  does not fit"
         lines.append(f"{_row(candidate)}  {seconds:6.2f}  {rate:12,.0f}  {share:4.0%}{end}")
     return "\n".join([*lines, "", *_closing(planned, words, winner)])
 
 
 def _row(candidate: Candidate) -> str:
-    part, every = candidate.fit.memory, candidate.fit.every
+    memory, every = candidate.fit.memory, candidate.fit.every
     recomputed = str(in_recipe(every)) if every < 2 else f"1 in {every}"
-    columns = (
-        (part.weights, 9),
-        (part.adapter_and_optimizer, 8),
-        (part.gradients, 10),
-        (part.activations, 12),
-        (part.loss_head, 6),
-        (part.zero_buffers, 8),
-        (part.context, 8),
-        (part.total, 6),
-    )
-    values = " ".join(f"{value / 1e9:{width}.2f}" for value, width in columns)
+    columns = zip((*astuple(memory), memory.total), MEMORY_WIDTHS, strict=True)
+    values = " ".join(f"{size / 1e9:{width}.2f}" for size, width in columns)
     stage = candidate.run.deepspeed.stage
     return f"{stage:>4}  {candidate.budget:>11}  {recomputed:<11}{values}"
 
 
 def _closing(planned: Planned, words: Sequence[str], winner: Candidate | None) -> list[str]:
-    run, longest, lines = planned.shape_run, planned.workload.longest, []
+    run, longest, lines = planned.runs[0], planned.workload.longest, []
     if any(each.zero.offload_optimizer or each.zero.offload_parameters for each in planned.runs):
         lines.append("Times leave out what offloading copies to and from the host's memory.")
     if run.recipe.method == "lora":
         official = official_memory(run.shape, longest, embedding=False)
-        lines.append(
-            f"The official finetune.py (r 64, one row of {longest} tokens) would hold "
-            f"{official / 1e9:.1f} GB."
-        )
-    if winner is None:
-        return [
-            *lines,
-            "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows "
-            "(data.max_tokens).",
-        ]
-    return [*lines, "", command(planned, words, winner)]
+        of = f"The official finetune.py (r 64, one row of {longest} tokens)"
+        lines.append(f"{of} would hold {official / 1e9:.1f} GB.")
+    if winner is not None:
+        return [*lines, "", command(planned, words, winner)]
+    nothing = "Nothing fits: more GPUs, ds_configs/zero3_offload.json, or shorter rows"
+    return [*lines, f"{nothing} (data.max_tokens)."]
 
 
 def command(planned: Planned, words: Sequence[str], chosen: Candidate) -> str:
@@ -216,10 +184,7 @@ def without_options(words: Sequence[str], names: set[str]) -> list[str]:
     kept, skip = [], False
     for word in words:
         if word.startswith("--"):
-            name, _, value = word.partition("=")
-            skip = name in names and not value
-            if name in names:
-                continue
+            skip = word.partition("=")[0] in names
         if not skip:
             kept.append(word)
     return kept

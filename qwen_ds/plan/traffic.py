@@ -8,9 +8,10 @@ partitioned_param_coordinator.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen_ds.plan.activations import FP32, Saving
+from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.deepspeed_json import Json
 
 # Latency in seconds of one step of a ring under NCCL's Simple protocol, over NVLink and over the
@@ -18,7 +19,7 @@ from qwen_ds.recipe.deepspeed_json import Json
 NVLINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 14e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Zero:
     """The keys of a zero_optimization section that decide memory and traffic, with DeepSpeed's
     defaults."""
@@ -49,12 +50,12 @@ class Zero:
         return cls(
             stage,
             world,
-            int(section.get("reduce_bucket_size", 500_000_000)),
+            int(section.get("reduce_bucket_size", cls.reduce_bucket)),
             bool(section.get("overlap_comm", stage == 3)),
-            bool(section.get("contiguous_gradients", True)),
-            int(section.get("stage3_max_live_parameters", 1_000_000_000)),
-            int(section.get("stage3_param_persistence_threshold", 100_000)),
-            int(section.get("zero_hpz_partition_size", 1)),
+            bool(section.get("contiguous_gradients", cls.contiguous)),
+            int(section.get("stage3_max_live_parameters", cls.live)),
+            int(section.get("stage3_param_persistence_threshold", cls.small)),
+            int(section.get("zero_hpz_partition_size", cls.hpz)),
             offloaded("offload_optimizer"),
             offloaded("offload_param"),
         )
@@ -83,78 +84,64 @@ class Collective:
         return self.rounds * self.size * (self.ranks - 1) / self.ranks
 
 
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """Total bytes of some tensors, and their number: ZeRO-3 gathers module by module."""
-
-    size: float
-    count: int
-
-    @classmethod
-    def of(cls, sizes: Sequence[float]) -> Tensors:
-        return cls(sum(sizes), len(sizes))
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Tensors that a step may have to send; `forward` to `small` concern ZeRO-3 only."""
-
-    forward: Tensors
-    """Gathered in a forward pass."""
-    backward: Tensors
-    """Gathered again in a backward pass."""
-    trained: Tensors
-    """Those of `forward` that each step changes."""
-    small: Tensors
-    """Too small to be sharded; gathered after each step."""
-    trained_parameters: int
-    """Their gradients, and under ZeRO-2 their values, travel in fp32."""
-    micro_batches: int
-
-
-def traffic(zero: Zero, load: Load) -> list[Collective]:
+def traffic(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[Collective]:
     """All collectives of one optimizer step whose size grows with the model.
 
     ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 after every micro-batch, bucket by
     bucket (by all-reduce, although each rank keeps only its own share: DeepSpeed's default,
-    use_multi_rank_bucket_allreduce). ZeRO-1 and 2 then gather the updated parameters. ZeRO-3
-    gathers the weights for the forward and again for the backward pass of each micro-batch, and
-    reduce-scatters the gradients. Under hpZ a gather stays within the machine unless the weight has
-    changed since the last one: only the first gather in a step of what is trained leaves it.
+    use_multi_rank_bucket_allreduce). ZeRO-1 and 2 then gather the updated parameters, in fp32 as
+    the gradients are. ZeRO-3 gathers the weights for the forward and again for the backward pass of
+    each micro-batch, and reduce-scatters the gradients.
     """
-    n, m = zero.world, load.micro_batches
-    gradient = 4.0 * load.trained_parameters
-    buckets = math.ceil(load.trained_parameters / zero.reduce_bucket)
+    n, trained = zero.world, how.trained_parameters(shape)
     if n == 1:
         return []
-    if zero.stage == 0:
-        return [Collective("average gradients", gradient, 1, n, rounds=2)]
-    if zero.stage < 3:
-        times = m if zero.stage == 2 else 1
-        return [
-            Collective("average gradients", times * gradient, times * buckets, n, rounds=2),
-            Collective("gather updated parameters", gradient, 1, n),
-        ]
-    size, count = (
-        m * (load.forward.size + load.backward.size),
-        m * (load.forward.count + load.backward.count),
-    )
-    gathered = [Collective("gather weights", size, count, n)]
+    times = micro_batches if zero.stage > 1 else 1
+    buckets = math.ceil(trained / zero.reduce_bucket) if zero.stage else 1
+    size, count = times * 4.0 * trained, times * buckets
+    if zero.stage == 3:
+        *gathers, updated = _gathers(shape, how, zero, micro_batches)
+        return [*gathers, Collective("scatter gradients", size, count, n), updated]
+    average = Collective("average gradients", size, count, n, rounds=2)
+    updated = Collective("gather updated parameters", 4.0 * trained, 1, n)
+    return [average, updated] if zero.stage else [average]
+
+
+def _gathers(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[Collective]:
+    """The gathers of a step under ZeRO-3, module by module; the last is that of updated parameters.
+
+    Small tensors are not sharded: every rank has them, and gathers them after the step. The
+    backward pass gathers neither the head, which is still there, nor weights that no gradient flows
+    through: an embedding that is not trained whole, and the first block's q, k and v unless some of
+    the embedding is trained. Under hpZ a gather stays within the machine unless the weight has
+    changed since the last one: only the first gather in a step of what is trained leaves it.
+    """
+    n, layers = zero.world, shape.layers
+    blocks = [how.b * linear.size for linear in shape.linears] * layers
+    qkv = how.b * sum(linear.size for linear in shape.of_role("qkv"))
+    bytes_each = FP32 if not how.full else how.b  # of a parameter that is trained
+    embedding = (bytes_each if how.whole_embedding else how.b) * shape.head
+    head = (bytes_each if how.whole_head else how.b) * shape.head
+    adapters = [FP32 * how.r * width for width in shape.lora_widths(how.targets)] * layers
+    small = [size for size in adapters if size <= FP32 * zero.small]
+    trained = [size for size in adapters if size > FP32 * zero.small]
+    forward = [*blocks, embedding, head, *trained]
+    once = [head]
+    once += [] if how.whole_embedding else [embedding]
+    once += [] if how.embedding else [qkv]
+    trained += [embedding] if how.whole_embedding else []
+    trained += [head] if how.whole_head else []
+    size = float(micro_batches * (2 * sum(forward) - sum(once)))
+    count = micro_batches * (2 * len(forward) - len(once))
+    gathers = [Collective("gather weights", size, count, n)]
     if zero.hpz > 1:
-        gathered = [
-            Collective("gather weights", load.trained.size, load.trained.count, n),
-            Collective(
-                "gather weights in the machine",
-                size - load.trained.size,
-                count - load.trained.count,
-                zero.hpz,
-            ),
-        ]
-    return [
-        *gathered,
-        Collective("scatter gradients", m * gradient, m * buckets, n),
-        Collective("gather updated parameters", load.small.size, load.small.count, n),
-    ]
+        changed = forward if how.full else trained
+        far, far_count = float(sum(changed)), len(changed)
+        near = Collective("gather weights in the machine", size - far, count - far_count, zero.hpz)
+        gathers = [Collective("gather weights", far, far_count, n), near]
+    size = float(sum(small) + how.b * shape.small_parameters)
+    count = len(small) + 3 * layers + 1
+    return [*gathers, Collective("gather updated parameters", size, count, n)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +161,5 @@ class Links:
         machines = math.ceil(n / self.per_machine)
         inside = (near - 1) / near * collective.size / self.inside
         between = (machines - 1) / machines * collective.size / (near * self.between)
-        latency = collective.count * (
-            (n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY
-        )
-        return collective.rounds * (max(inside, between) + latency)
+        latency = (n - machines) * NVLINK_LATENCY + (machines - 1) * NETWORK_LATENCY
+        return collective.rounds * (max(inside, between) + collective.count * latency)

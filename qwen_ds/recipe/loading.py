@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from qwen_ds.disk.write import write_text
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import Parser
-from qwen_ds.recipe.ranges import plain_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class LoadedRecipe:
 
     recipe: Recipe
     set_keys: frozenset[str]
+    added: dict[str, Any] = field(default_factory=dict)
+    """Values of the options that a command has added to those of `recipe_parser`."""
 
 
 def recipe_parser() -> Parser:
@@ -33,41 +35,27 @@ def recipe_parser() -> Parser:
     return parser
 
 
-def load_recipe(argv: Sequence[str] | None = None) -> LoadedRecipe:
-    """Read recipe file and options into a Recipe.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of its range.
-    """
-    return load_recipe_with(recipe_parser(), argv)[0]
-
-
-def load_recipe_with(
-    parser: Parser, argv: Sequence[str] | None
-) -> tuple[LoadedRecipe, dict[str, Any]]:
-    """Load a recipe for a command that gave `recipe_parser` options of its own.
-
-    Returns:
-        The recipe, and the values of those options by name.
-    """
+def load_recipe(argv: Sequence[str] | None = None, parser: Parser | None = None) -> LoadedRecipe:
+    """Read recipe file and options into a Recipe; UserError as `Parser.parse`. `parser` is a
+    `recipe_parser` to which a command has added options."""
+    parser = recipe_parser() if parser is None else parser
     given = parser.parse(argv, defaults=False)
     whole = parser.parse(argv)
-    keys = {field.name for field in dataclasses.fields(Recipe)}
-    own = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
+    keys = vars(Recipe())
+    added = {key: whole.pop(key) for key in list(vars(whole)) if key not in keys}
     recipe = Recipe(**parser.instantiate(whole))
     steps = recipe.log.profile_steps
     if steps is not None and steps[0] > steps[1]:
-        raise UserError(
-            f"log.profile_steps is {list(steps)}; expected two steps, the first not after the last"
-        )
-    set_keys = (key for key in given.as_flat().__dict__ if key not in own)
-    return LoadedRecipe(recipe, frozenset(set_keys)), own
+        expected = "expected two steps, the first not after the last"
+        raise UserError(f"log.profile_steps is {list(steps)}; {expected}")
+    set_keys = frozenset(vars(given.as_flat())) - added.keys()
+    return LoadedRecipe(recipe, set_keys, added)
 
 
 def check_values(recipe: Recipe) -> None:
     """Raise UserError for a value out of its range, in a recipe that was changed after parsing."""
     try:
-        recipe_parser().parse_object(_plain(to_dict(recipe)))
+        recipe_parser().parse_object(_plain(recipe))
     except ArgumentError as error:
         recipe_parser().error(str(error))
 
@@ -79,13 +67,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe file that reads back as this recipe, complete or absent."""
-    write_text(path, yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True))
 
 
-def _plain(value: Any) -> Any:
-    """The value in types that YAML can write: no tuples, no restricted numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return plain_number(value)
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in types that YAML, too, can write: no tuples, no restricted numbers."""
+    return json.loads(json.dumps(to_dict(recipe)))

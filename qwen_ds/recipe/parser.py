@@ -20,7 +20,13 @@ from qwen_ds.recipe.ranges import IN_WORDS
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Options = TypeVar("Options")
-# The ways in which jsonargparse's messages name the key and repeat the value.
+# The ways in which jsonargparse's messages name an option that there is not, ...
+_UNKNOWN = (
+    re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'"),
+    re.compile(r"Option '([\w.]+)' is not accepted"),
+    re.compile(r"unrecognized arguments.*?--([\w.]+)"),
+)
+# ... and in which they name the key and repeat the value.
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _VALUES = (
     re.compile(r"(?:Given value|Got value): (.+)$"),
@@ -39,33 +45,25 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(exit_on_error=False, **kwargs)
         self.add_argument("--config", action="config", help="options as a YAML file")
-        self.add_argument(
-            "--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS, default=None
-        )
+        self.add_argument("--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self._explain(message))
+        raise UserError(self._explain(message)) from None
 
     def parse(
         self, argv: Sequence[str] | None = None, *, defaults: bool = True
     ) -> jsonargparse.Namespace:
-        """Parse argv; None takes the process's own.
-
-        Args:
-            defaults: if false, the result holds only what the user wrote.
-
-        Raises:
-            UserError: an unknown option, a value of the wrong type or out of its range.
+        """Parse argv; None takes the process's own. Without `defaults` the result holds only what
+        the user wrote. UserError: an unknown option, a value of the wrong type or out of its range.
         """
         args = self._fold_lists(self._switch_on(list(sys.argv[1:] if argv is None else argv)))
         try:
             parsed = self.parse_args(args, defaults=defaults)
         except argparse.ArgumentError as error:
-            raise UserError(self._explain(str(error))) from None
+            self.error(str(error))
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"the recipe file is not UTF-8 ({error.reason} at byte {error.start})"
-            ) from None
+            place = f"{error.reason} at byte {error.start}"
+            raise UserError(f"the recipe file is not UTF-8 ({place})") from None
         for name in ("local_rank", "config"):
             parsed.pop(name, None)
         return parsed
@@ -73,21 +71,15 @@ class Parser(jsonargparse.ArgumentParser):
     def _explain(self, message: str) -> str:
         """Turn one of jsonargparse's messages, which run over several lines, into one line."""
         text = re.sub(r"\s+", " ", message).strip()
-        in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-        in_file = re.search(r"Option '([\w.]+)' is not accepted", text)
-        flags = re.findall(r"--[\w.]+", text) if "unrecognized arguments" in text else []
-        if in_group or in_file or flags:
-            unknown = flags[0].removeprefix("--") if flags else ""
-            unknown = (
-                ".".join(in_group.groups()) if in_group else in_file[1] if in_file else unknown
-            )
+        if unrecognised := next(filter(None, (each.search(text) for each in _UNKNOWN)), None):
+            unknown = ".".join(unrecognised.groups())
             known = [name.removeprefix("--") for name in self._names(lambda _: True)]
             near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
             advice = f"the nearest is {near[0]}" if near else "--help lists all"
             return f"unknown option {unknown}; {advice}"
         key = _KEY.search(text)
         kind = next((_kind(a) for a in self._actions if key and a.dest == key[1]), None)
-        value = next((found for each in _VALUES if (found := each.search(text))), None)
+        value = next(filter(None, (each.search(text) for each in _VALUES)), None)
         if key is None or kind is None or value is None:
             return text
         return f"{key[1]} is {value[1]}; expected {expected(kind)}"
@@ -114,26 +106,21 @@ class Parser(jsonargparse.ArgumentParser):
         lists = self._names(lambda action: bool(is_list.search(str(_kind(action)))))
         folded: list[str] = []
         given: set[str] = set()
-        i = 0
-        while i < len(args):
-            name = args[i].partition("=")[0]
+        rest = list(args)
+        while rest:
+            arg = rest.pop(0)
+            name = arg.partition("=")[0]
             if name in lists and name in given:
-                raise UserError(
-                    f"{name} was given twice; expected all of its values after one {name}"
-                )
+                expected_once = f"expected all of its values after one {name}"
+                raise UserError(f"{name} was given twice; {expected_once}")
             given.add(name)
-            if args[i] not in lists:
-                folded.append(args[i])
-                i += 1
-                continue
-            j = i + 1
-            while j < len(args) and not args[j].startswith("--"):
-                j += 1
-            values = args[i + 1 : j]
-            is_yaml = len(values) == 1 and values[0].startswith("[")
-            spelled = yaml.safe_dump(values, default_flow_style=True, width=10**9).strip()
-            folded.append(f"{name}={values[0] if is_yaml else spelled}")
-            i = j
+            if arg in lists:
+                values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+                del rest[: len(values)]
+                is_yaml = len(values) == 1 and values[0].startswith("[")
+                spelled = yaml.safe_dump(values, default_flow_style=True, width=10**9).strip()
+                arg = f"{name}={values[0] if is_yaml else spelled}"
+            folded.append(arg)
         return folded
 
 
@@ -164,10 +151,7 @@ def parse_options(
     prog: str | None = None,
 ) -> Options:
     """Parse a command's options into a dataclass, from argv and the YAML file of --config.
-
-    Raises:
-        UserError: as `Parser.parse`, or what the dataclass itself refuses.
-    """
+    UserError: as `Parser.parse`, or what the dataclass itself refuses."""
     parser = Parser(prog=prog, description=description)
     parser.add_class_arguments(kind)
     return kind(**parser.instantiate(parser.parse(argv)))

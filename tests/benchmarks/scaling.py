@@ -33,7 +33,7 @@ from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.deepspeed_json import ResolvedConfig, resolve
 from qwen_ds.plan.gpus import Gpu, gpu_named
 from qwen_ds.plan.run import Base, Machine, Run
-from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
+from qwen_ds.plan.seconds import Cluster, Work, step_seconds
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
@@ -91,7 +91,7 @@ def point(case: str, gpu: Gpu, links: Links, gpus: int, rows: int) -> Point:
     batch = BatchOptions(rows_per_step=rows, tokens_per_micro_batch=2048)
     parts = split(Workload.like(rows, 157, 0.66, 508), gpus, batch)
     seconds = step_seconds(Work(QWEN_7B, how, zero), Cluster(gpu, links), parts, 0.66, 0)
-    sent = traffic(zero, load(QWEN_7B, how, zero, parts.micro_batches))
+    sent = traffic(QWEN_7B, how, zero, parts.micro_batches)
     return Point(sum(c.moved for c in sent) / 1e9, seconds.total, seconds.waiting / seconds.total)
 
 
@@ -135,9 +135,9 @@ def predicted(case: str, world: int) -> dict[str, float]:
     recipe = small_recipe()
     resolved = resolve_small(case, recipe, shape, world)
     zero = Zero.of(resolved.engine_json, world)
-    sent = load(shape, Saving.of(recipe, on_gpu=False, family=QWEN), zero, MICRO_BATCHES)
+    how = Saving.of(recipe, on_gpu=False, family=QWEN)
     found = {"gather": 0.0, "reduce": 0.0}
-    for collective in traffic(zero, sent):
+    for collective in traffic(shape, how, zero, MICRO_BATCHES):
         found["gather" if collective.name.startswith("gather") else "reduce"] += logged_bytes(
             collective
         )

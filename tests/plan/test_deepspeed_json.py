@@ -24,62 +24,54 @@ from tests.train.test_jobs import adapter, fresh_adapter, largest_difference
 
 RECIPE = Recipe()
 OURS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def auto(*keys: str) -> dict[str, Any]:
+    return dict.fromkeys(keys, "auto")
+
+
+def optimizer(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+def scheduler(kind: str, **params: Any) -> dict[str, Any]:
+    return {"scheduler": {"type": kind, "params": params}}
+
+
 # The official project's two files, as its users have them.
-_AUTO_BATCH = {
-    k: "auto" for k in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
-}
 _OFFICIAL_COMMON: dict[str, Any] = {
-    "fp16": {
-        "enabled": "auto",
-        "loss_scale": 0,
-        "loss_scale_window": 1000,
-        "initial_scale_power": 16,
-    },
-    "bf16": {"enabled": "auto"},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-    },
-    "scheduler": {
-        "type": "WarmupLR",
-        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-    },
-    **_AUTO_BATCH,
-    "train_micro_batch_size_per_gpu": "auto",
+    "fp16": {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16}
+    | auto("enabled"),
+    "bf16": auto("enabled"),
+    **optimizer(**auto("lr", "betas", "eps", "weight_decay")),
+    **scheduler("WarmupLR", **auto("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")),
+    **auto("gradient_accumulation_steps", "gradient_clipping"),
+    **auto("train_batch_size", "train_micro_batch_size_per_gpu"),
     "steps_per_print": 100,
     "wall_clock_breakdown": False,
 }
+_ON_GPU = {"device": "none", "pin_memory": True}
+_OFFICIAL_ZERO: dict[int, dict[str, Any]] = {
+    2: {
+        "allgather_partitions": True,
+        "allgather_bucket_size": 2e8,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 2e8,
+    },
+    3: {
+        "offload_param": _ON_GPU,
+        "sub_group_size": 1e9,
+        **auto("reduce_bucket_size", "stage3_prefetch_bucket_size"),
+        **auto("stage3_param_persistence_threshold"),
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+_OVERLAP = {"offload_optimizer": _ON_GPU, "overlap_comm": True, "contiguous_gradients": True}
 OFFICIAL = {
-    2: _OFFICIAL_COMMON
-    | {
-        "zero_optimization": {
-            "stage": 2,
-            "offload_optimizer": {"device": "none", "pin_memory": True},
-            "allgather_partitions": True,
-            "allgather_bucket_size": 2e8,
-            "overlap_comm": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": 2e8,
-            "contiguous_gradients": True,
-        }
-    },
-    3: _OFFICIAL_COMMON
-    | {
-        "zero_optimization": {
-            "stage": 3,
-            "offload_optimizer": {"device": "none", "pin_memory": True},
-            "offload_param": {"device": "none", "pin_memory": True},
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "sub_group_size": 1e9,
-            "reduce_bucket_size": "auto",
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_max_live_parameters": 1e9,
-            "stage3_max_reuse_distance": 1e9,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
-    },
+    stage: _OFFICIAL_COMMON | {"zero_optimization": {"stage": stage} | _OVERLAP | section}
+    for stage, section in _OFFICIAL_ZERO.items()
 }
 
 
@@ -90,9 +82,9 @@ def settle(
 
 
 def flat(value: Any) -> list[Any]:
-    return (
-        [leaf for v in value.values() for leaf in flat(v)] if isinstance(value, dict) else [value]
-    )
+    if not isinstance(value, dict):
+        return [value]
+    return [leaf for inner in value.values() for leaf in flat(inner)]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -104,61 +96,33 @@ def test_the_official_files_resolve_without_any_auto_left(stage: int) -> None:
     assert result.engine_json["gradient_clipping"] == 1.0
     if stage == 3:
         zero = result.engine_json["zero_optimization"]
-        assert (
-            zero["reduce_bucket_size"] == 4096**2
-            and zero["stage3_param_persistence_threshold"] == 40960
-        )
+        assert zero["reduce_bucket_size"] == 4096**2
+        assert zero["stage3_param_persistence_threshold"] == 40960
         assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
 
 
 def test_the_json_fills_what_the_user_left_unset() -> None:
-    block = {
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1},
-        },
-        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 7}},
-        "gradient_clipping": 0.5,
-        "train_batch_size": 64,
-        "fp16": {"enabled": True, "initial_scale_power": 8},
-    }
-    result = settle(block)
+    fp16 = {"enabled": True, "initial_scale_power": 8}
+    block = {"gradient_clipping": 0.5, "train_batch_size": 64, "fp16": fp16}
+    block |= optimizer(lr=1e-5, betas=[0.9, 0.95], weight_decay=0.1)
+    result = settle(block | scheduler("WarmupCosineLR", warmup_num_steps=7))
     optim = result.recipe.optim
-    assert (optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm) == (
-        1e-5,
-        (0.9, 0.95),
-        0.1,
-        0.5,
-    )
-    assert (optim.schedule, optim.warmup_steps, result.recipe.batch.rows_per_step) == (
-        "cosine",
-        7,
-        64,
-    )
-    assert result.recipe.model.dtype == "float16"
-    assert result.engine_json["fp16"] == {"enabled": True, "initial_scale_power": 8}
-    assert (
-        result.engine_json["train_batch_size"] == 8
-        and result.engine_json["gradient_accumulation_steps"] == 1
-    )
+    assert (optim.lr, optim.betas, optim.weight_decay) == (1e-5, (0.9, 0.95), 0.1)
+    assert (optim.schedule, optim.warmup_steps, optim.max_grad_norm) == ("cosine", 7, 0.5)
+    assert result.recipe.batch.rows_per_step == 64 and result.recipe.model.dtype == "float16"
+    engine = result.engine_json
+    assert engine["fp16"] == fp16
+    assert (engine["train_batch_size"], engine["gradient_accumulation_steps"]) == (8, 1)
 
 
 @pytest.mark.parametrize(
     ("config", "key", "named"),
     [
-        (
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}},
-            "optim.lr",
-            "optimizer.params.lr",
-        ),
+        (optimizer(lr=1.0), "optim.lr", "optimizer.params.lr"),
         ({"gradient_clipping": 9.0}, "optim.max_grad_norm", "gradient_clipping"),
         ({"train_batch_size": 100}, "batch.rows_per_step", "train_batch_size"),
         ({"fp16": {"enabled": True}}, "model.dtype", "fp16.enabled"),
-        (
-            {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 1}}},
-            "optim.schedule",
-            "scheduler",
-        ),
+        (scheduler("WarmupDecayLR", warmup_num_steps=1), "optim.schedule", "scheduler"),
     ],
 )
 def test_a_contradiction_names_both_keys(config: dict[str, Any], key: str, named: str) -> None:
@@ -184,18 +148,13 @@ def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
     "config",
     [
         {"optimizer": {"type": "Lion"}},
-        {"optimizer": {"type": "AdamW", "params": {"lrr": 1}}},
+        optimizer(lrr=1),
         {"scheduler": {"type": "OneCycle"}},
-        {
-            "scheduler": {
-                "type": "WarmupLR",
-                "params": {"warmup_num_steps": 3, "warmup_type": "log"},
-            }
-        },
+        scheduler("WarmupLR", warmup_num_steps=3, warmup_type="log"),
         {"zero_optimization": {"stage": 4}},
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         {"gradient_clipping": "one"},
-        {"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}},
+        optimizer(lr="fast"),
         {"train_batch_size": "abc"},
     ],
 )
@@ -211,14 +170,10 @@ def test_precision_sections_follow_what_is_trained() -> None:
     assert "bf16" not in settle(bf16).engine_json and "data_types" not in settle(bf16).engine_json
     full = settle(bf16, replace(RECIPE, method="full")).engine_json
     assert full["bf16"] == {"enabled": True}
-    assert (
-        full["data_types"] == {"grad_accum_dtype": "fp32"}
-        and full["communication_data_type"] == "fp32"
-    )
-    fp32 = settle(
-        {}, replace(RECIPE, method="full", model=ModelOptions(dtype="float32"))
-    ).engine_json
-    assert not {"bf16", "fp16"} & fp32.keys()
+    assert full["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert full["communication_data_type"] == "fp32"
+    recipe = replace(RECIPE, method="full", model=ModelOptions(dtype="float32"))
+    assert not {"bf16", "fp16"} & settle({}, recipe).engine_json.keys()
 
 
 @pytest.mark.parametrize(
@@ -253,9 +208,8 @@ def test_every_file_of_ours_resolves() -> None:
     for file in OURS:
         result = settle(json.loads(file.read_text()))
         zero = result.engine_json["zero_optimization"]
-        assert result.stage == int(file.stem[4]) and result.offload_optimizer == (
-            "offload" in file.stem
-        ), file
+        assert result.stage == int(file.stem[4]), file
+        assert result.offload_optimizer == ("offload" in file.stem), file
         assert ("offload_param" in zero) == (file.stem == "zero3_offload")
         assert ("zero_hpz_partition_size" in zero) == ("hpz" in file.stem)
 
@@ -271,24 +225,11 @@ def test_every_file_of_ours_and_the_official_ones_give_the_numbers_of_zero_2(
         files.append(tmp_path / f"official_zero{stage}.json")
         files[-1].write_text(json.dumps(content))
     for file in files:
-        out = tmp_path / file.stem
-        job(
-            [
-                *small_job,
-                "--deepspeed",
-                str(file),
-                "--optim.max_steps",
-                "2",
-                "--output_dir",
-                str(out),
-            ],
-            2,
-        ).ok()
+        options = ["--deepspeed", str(file), "--output_dir", str(tmp_path / file.stem)]
+        job([*small_job, *options, "--optim.max_steps", "2"], 2).ok()
     start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero2")
-    off = {
-        file.stem: largest_difference(reference, adapter(tmp_path / file.stem), start)
-        for file in files
-    }
+    runs = {file.stem: adapter(tmp_path / file.stem) for file in files}
+    off = {name: largest_difference(reference, run, start) for name, run in runs.items()}
     assert max(off.values()) < 1e-4, off
 
 
@@ -304,21 +245,16 @@ def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
     base = sum(p.numel() for n, p in lora.named_parameters() if "lora_" not in n)
     adapter_size = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert (base, adapter_size) == (7_721_324_544, 10_158_080)
-    rows = re.findall(
-        r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$",
-        (ROOT / name).read_text(),
-        re.MULTILINE,
-    )
+    row = r"^\| \[`(ds_configs/\w+\.json)`\].*\| (\S+) \| ([^|]+) \|$"
+    rows = re.findall(row, (ROOT / name).read_text(), re.MULTILINE)
     assert len(rows) == len(OURS)
     for path, lora_gb, full_gb in rows:
         zero = settle(json.loads((ROOT / path).read_text())).engine_json["zero_optimization"]
         world = 16 if "zero_hpz_partition_size" in zero else 8
         share = [1 / world if zero["stage"] >= stage else 1.0 for stage in range(4)]
-        on_gpu = "offload_optimizer" not in zero
-        weights = 2 * base * share[3] * ("offload_param" not in zero) + 2 * base / 8 * (world == 16)
-        trained = (
-            4 * share[3] * ("offload_param" not in zero) + (4 * share[2] + 8 * share[1]) * on_gpu
-        )
+        on_gpu, kept = "offload_optimizer" not in zero, "offload_param" not in zero
+        weights = 2 * base * share[3] * kept + 2 * base / 8 * (world == 16)
+        trained = 4 * share[3] * kept + (4 * share[2] + 8 * share[1]) * on_gpu
         assert lora_gb == f"{(weights + trained * adapter_size) / 1e9:.1f}", path
         if zero["stage"]:
             state = (4 * share[2] + 12 * share[1]) * base * on_gpu
@@ -326,8 +262,7 @@ def test_the_tables_gigabytes_are_those_of_their_formula(name: str) -> None:
 
 
 def test_hpz_takes_its_size_from_the_machines() -> None:
-    hpz = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text())
-    key = "zero_hpz_partition_size"
+    hpz, key = read_json("ds_configs/zero3_hpz.json"), "zero_hpz_partition_size"
 
     def size(config: dict[str, Any], **machines: int) -> int:
         given = {"world": 16, "ranks_per_machine": 8} | machines
@@ -343,10 +278,7 @@ def test_hpz_takes_its_size_from_the_machines() -> None:
 def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
     """ "auto": in full training on a machine with the quantiser. What the user asks for is done or
     refused."""
-    hpz, key = (
-        json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text()),
-        "zero_quantized_weights",
-    )
+    hpz, key = read_json("ds_configs/zero3_hpz.json"), "zero_quantized_weights"
     full = replace(RECIPE, method="full")
     for recipe, able, expected in ((full, True, True), (full, False, False), (RECIPE, True, False)):
         found = resolve(hpz, recipe, frozenset(), hidden_size=64, world=2, can_quantise=able)
@@ -358,7 +290,7 @@ def test_weights_are_quantised_only_where_they_can_and_should_be() -> None:
             settle(asked)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", OFFICIAL)
 @pytest.mark.parametrize(
     "recipe", [RECIPE, replace(RECIPE, method="full", optim=replace(RECIPE.optim, lr=1e-5))]
 )
@@ -366,9 +298,8 @@ def test_what_is_stored_resolves_to_the_same_again(stage: int, recipe: Recipe) -
     """Also with every key set, as a stored recipe.yaml sets them, and on another number of
     ranks."""
     first = settle(OFFICIAL[stage], recipe)
-    every_key = frozenset(
-        f"{s}.{k}" for s in ("optim", "batch", "model") for k in vars(getattr(recipe, s))
-    )
+    sections = ("optim", "batch", "model")
+    every_key = frozenset(f"{s}.{k}" for s in sections for k in vars(getattr(recipe, s)))
     again = resolve(first.stored_json(), first.recipe, every_key, hidden_size=4096, world=2)
     assert again.stored_json() == first.stored_json() and again.recipe == first.recipe
 

@@ -25,8 +25,8 @@ def written(
     model_dir: Path, folder: Path, recipe: LoraOptions, rows: list[int] | None = None
 ) -> dict[str, Any]:
     """A fresh adapter of this recipe (and these rows) on disk; its trained parameters by name."""
-    base = Base.read(model_dir)
     if rows is None and recipe.special_rows == "on":
+        base = Base.read(model_dir)
         rows = list(base.family.stop_ids(base.encoding))
     model = QWenLMHeadModel.from_pretrained(model_dir)
     wrapped = add_lora(model, recipe, base="", seed=0, row_ids=rows or [])

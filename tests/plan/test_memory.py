@@ -3,6 +3,7 @@ published table."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.activations import MicroBatch, Saving, blocks_bytes, head_bytes
-from qwen_ds.plan.memory import official_memory, peak_memory, trained_parameters
+from qwen_ds.plan.memory import official_memory, peak_memory
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
@@ -55,10 +56,8 @@ def saved_bytes(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # held, or its address would be used again
+            # The tensor is held, or its address would be used again.
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -74,24 +73,20 @@ def lora_recipe(
     return Recipe(model=options, lora=adapter)
 
 
+def saving(recipe: Recipe, on_gpu: bool = False) -> Saving:
+    return Saving.of(recipe, on_gpu=on_gpu, family=QWEN)
+
+
 def full_recipe(every: str | int) -> Recipe:
     model = ModelOptions("", "bfloat16", "sdpa", activation_checkpointing=every)  # type: ignore
     return Recipe(method="full", model=model)
 
 
-PAIR = ["c_attn", "c_proj"]
+PAIR, DROPOUTS, CHOICES = ["c_attn", "c_proj"], (0.0, 0.05), ("none", 2, 3, "all")
+DTYPES, KERNELS = ("bfloat16", "float32"), ("sdpa", "eager")
 RECIPES = [
-    *(
-        lora_recipe(PAIR, dropout, "bfloat16", "sdpa", every)
-        for dropout in (0.0, 0.05)
-        for every in ("none", 2, 3, "all")
-    ),
-    *(
-        lora_recipe(ALL_FOUR, dropout, dtype, attention, "none")
-        for dropout in (0.0, 0.05)
-        for dtype in ("bfloat16", "float32")
-        for attention in ("sdpa", "eager")
-    ),
+    *(lora_recipe(PAIR, p, "bfloat16", "sdpa", every) for p, every in product(DROPOUTS, CHOICES)),
+    *(lora_recipe(ALL_FOUR, *how, "none") for how in product(DROPOUTS, DTYPES, KERNELS)),
     lora_recipe(["mlp.c_proj"], 0.05, "bfloat16", "sdpa", "none"),
     lora_recipe(["w1"], 0.0, "bfloat16", "sdpa", "none"),
     lora_recipe(PAIR, 0.05, "bfloat16", "sdpa", "none", special_rows="on"),
@@ -114,9 +109,8 @@ def test_saved_tensors_are_predicted(recipe: Recipe, rows: int, length: int) -> 
     labels_BT[:, :10] = -100
     every = from_recipe(recipe.model.activation_checkpointing)
     batch = MicroBatch(rows, length, rows * (length - 10))
-    how, shape = Saving.of(recipe, on_gpu=False, family=QWEN), Shape.of(TINY)
-    predicted = blocks_bytes(shape, how, batch, every)
-    predicted += head_bytes(shape, how, batch)
+    how, shape = saving(recipe), Shape.of(TINY)
+    predicted = blocks_bytes(shape, how, batch, every) + head_bytes(shape, how, batch)
     assert predicted == pytest.approx(saved_bytes(model, ids_BT, labels_BT), rel=0.02)
 
 
@@ -137,9 +131,7 @@ def test_official_memory_is_predicted(length: int, embedding: bool) -> None:
 
 @pytest.mark.parametrize("length", OFFICIAL[False])
 def test_the_same_lora_is_predicted_to_need_less_here(length: int) -> None:
-    how = Saving.of(
-        lora_recipe(ALL_FOUR, 0.05, "bfloat16", "sdpa", "all"), on_gpu=True, family=QWEN
-    )
+    how = saving(lora_recipe(ALL_FOUR, 0.05, "bfloat16", "sdpa", "all"), on_gpu=True)
     ours = peak_memory(QWEN_7B, how, Zero(0, 1), MicroBatch(1, length, length), every=1).total
     assert ours / 1e9 < OFFICIAL[False][length]
     assert length < 8192 or ours < 24e9
@@ -147,46 +139,32 @@ def test_the_same_lora_is_predicted_to_need_less_here(length: int) -> None:
 
 def test_parameters_are_counted_as_the_model_has_them() -> None:
     with torch.device("meta"):
-        assert (
-            sum(p.numel() for p in QWenLMHeadModel(TINY).parameters()) == Shape.of(TINY).parameters
-        )
+        total = sum(p.numel() for p in QWenLMHeadModel(TINY).parameters())
+    assert total == Shape.of(TINY).parameters
     assert QWEN_7B.parameters == 7_721_324_544
     assert QWEN_7B.lora_parameters(8, ["c_attn", "c_proj"]) == 10_158_080
     for more in ({}, {"special_rows": "on"}, {"modules_to_save": ["wte"]}):
         recipe = lora_recipe(ALL_FOUR, 0.0, "bfloat16", "sdpa", "none", **more)
         trained = [p.numel() for p in training_model(recipe).parameters() if p.requires_grad]
-        assert sum(trained) == trained_parameters(
-            Shape.of(TINY), Saving.of(recipe, on_gpu=False, family=QWEN)
-        )
+        assert sum(trained) == saving(recipe).trained_parameters(Shape.of(TINY))
 
 
-@pytest.mark.parametrize(
-    "stage, spread",
-    [(1, ("adapter_and_optimizer",)), (2, ("adapter_and_optimizer", "gradients")),
-     (3, ("adapter_and_optimizer", "gradients", "weights"))],
-)  # fmt: skip
-def test_each_zero_stage_spreads_its_part_over_the_ranks(
-    stage: int, spread: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_zero_stage_spreads_its_part_over_the_ranks(stage: int) -> None:
     """Full training in bf16: 2 bytes a weight, 4 a gradient, 12 of fp32 master and two moments."""
-    how = Saving.of(
-        Recipe(method="full", model=ModelOptions(dtype="bfloat16")), on_gpu=False, family=QWEN
-    )
+    how = saving(Recipe(method="full", model=ModelOptions(dtype="bfloat16")))
     parts = peak_memory(QWEN_7B, how, Zero(stage, 8), MicroBatch(1, 8192, 8192), every=1)
-    whole = {"weights": 2, "gradients": 4, "adapter_and_optimizer": 12}
-    for name, size in whole.items():
-        share = size / (8 if name in spread else 1)
+    parts_from = {"weights": (2, 3), "gradients": (4, 2), "adapter_and_optimizer": (12, 1)}
+    for name, (size, from_stage) in parts_from.items():
+        share = size / (8 if stage >= from_stage else 1)
         if (stage, name) == (1, "gradients"):
             share += size / 8  # the averaged share beside the accumulated whole
         assert getattr(parts, name) == pytest.approx(share * QWEN_7B.parameters), name
 
 
 def test_longer_rows_and_less_recomputation_never_need_less() -> None:
-    how = Saving.of(
-        lora_recipe([linear.name for linear in QWEN.linears], 0.05, "bfloat16", "sdpa", "none"),
-        on_gpu=True,
-        family=QWEN,
-    )
+    targets = [linear.name for linear in QWEN.linears]
+    how = saving(lora_recipe(targets, 0.05, "bfloat16", "sdpa", "none"), on_gpu=True)
 
     def peak(length: int, every: int) -> float:
         return peak_memory(QWEN_7B, how, Zero(2, 8), MicroBatch(1, length, length), every).total

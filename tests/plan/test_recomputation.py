@@ -110,14 +110,9 @@ def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> Non
         lens = rng.integers(2, 300, 200).astype(np.int32)
         planned = largest_micro_batch(int(lens.max()), 200, BatchOptions(rows, budget), world)
         sampler = StepSampler(FakeRows(lens), rows, 0, world, 0, budget)
-        largest = max(
-            len(part) * int(lens[part].max())
-            for step in range(sampler.steps_per_epoch)
-            for parts in sampler._plan(0, step)
-            for part in parts
-            if len(part)
-        )
-        assert largest <= planned.tokens
+        steps = (sampler._plan(0, step) for step in range(sampler.steps_per_epoch))
+        parts = (part for ranks in steps for of_rank in ranks for part in of_rank if len(part))
+        assert max(len(part) * int(lens[part].max()) for part in parts) <= planned.tokens
 
 
 def test_recomputations_go_from_none_to_all_without_repeating_a_count() -> None:

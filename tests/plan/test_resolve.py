@@ -14,9 +14,7 @@ import pytest
 
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import QWEN
-from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.candidates import candidates
-from qwen_ds.plan.gpus import gpu_named
 from qwen_ds.plan.recomputation import decide_recomputation, fit_of, from_recipe
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
@@ -137,13 +135,11 @@ def test_the_planner_plans_the_run_that_training_makes(
     if "model.path" in asked.set_keys:  # the demo's own
         asked = find_sources(asked, weights=False)
         base = Base.read(Path(asked.recipe.model.path))
-    options, gpu = PlanOptions(gpus=8, gpu="a100"), gpu_named("a100")
-    assert gpu is not None
-    run = resolve(asked, machine_of(options, gpu), base, rows=False)
+    options = PlanOptions(gpus=8, gpu="a100")
     planned = plan(asked, options, base)
+    run = resolve(asked, machine_of(options, planned.cluster.gpu), base, rows=False)
     (same,) = [each for each in planned.runs if each.deepspeed.stage == run.deepspeed.stage]
-    # resolve() got the path of the same JSON in both; the planner names it where the recipe does
-    # not.
+    # The same JSON was resolved in both; the planner names it where the recipe does not.
     assert to_dict(same.recipe) == to_dict(run.recipe)
     assert same.deepspeed.engine_json == run.deepspeed.engine_json and same.notes == run.notes
     longest, rows = planned.workload.longest, len(planned.workload.lens)
@@ -156,19 +152,17 @@ def test_the_planner_plans_the_run_that_training_makes(
     budget = run.recipe.batch.tokens_per_micro_batch
     row = max((c for c in listed if c.budget <= budget), key=lambda c: c.budget)
     assert row.fit == expected
-    how = Saving.of(trained.recipe, on_gpu=True, family=base.family)
     parts = split(planned.workload, 8, trained.recipe.batch)
-    work, share = Work(trained.shape, how, trained.zero), planned.workload.target_share
+    work = Work(trained.shape, trained.saving, trained.zero)
+    share = planned.workload.target_share
     assert row.seconds == step_seconds(work, planned.cluster, parts, share, every)
 
 
 def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
     def autos(value: object, name: str = "") -> list[str]:
-        if isinstance(value, dict):
-            return [
-                found for key, inner in value.items() for found in autos(inner, f"{name}.{key}")
-            ]
-        return [name] if value == "auto" else []
+        if not isinstance(value, dict):
+            return [name] if value == "auto" else []
+        return [found for key, inner in value.items() for found in autos(inner, f"{name}.{key}")]
 
     run = decided(small_dir, machine=GPU)
     left = {".device", ".data.format", ".model.activation_checkpointing"}

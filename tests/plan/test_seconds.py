@@ -10,7 +10,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.gpus import gpu_named
-from qwen_ds.plan.seconds import Cluster, Work, load, step_seconds
+from qwen_ds.plan.seconds import Cluster, Work, step_seconds
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
@@ -38,42 +38,31 @@ def test_time_grows_linearly_with_the_tokens() -> None:
 def test_collectives_move_what_ring_algorithms_move() -> None:
     """Hand-made: 100 bytes over 4 ranks, 75 received at a gather, 150 at an all-reduce; and the
     slower link counts."""
-    assert (
-        Collective("gather", 100, 1, 4).moved == 75
-        and Collective("reduce", 100, 1, 4, rounds=2).moved == 150
-    )
+    assert Collective("gather", 100, 1, 4).moved == 75
+    assert Collective("reduce", 100, 1, 4, rounds=2).moved == 150
     links = Links(per_machine=4, inside=100e9, between=10e9)
     one, two = (links.seconds(Collective("gather", 1e12, 1, n)) for n in (4, 8))
     assert one == pytest.approx(7.5, rel=1e-4)  # 3/4 of it over 100 GB/s
-    assert two == pytest.approx(
-        12.5, rel=1e-4
-    )  # half of it comes from the other machine, over 4 adapters
+    # Half of it comes from the other machine, over 4 adapters.
+    assert two == pytest.approx(12.5, rel=1e-4)
 
 
 def test_zero_3_gathers_the_weights_twice_a_micro_batch_and_hpz_within_the_machine() -> None:
     zero = Zero(3, 16, 4096**2, small=40960)
-    sent = load(QWEN_7B, HOW, zero, micro_batches=5)
     blocks, ends = 2 * QWEN_7B.block_matrices, 2 * 2 * QWEN_7B.head
-    far, gradients, _ = traffic(zero, sent)
+    far, gradients, _ = traffic(QWEN_7B, HOW, zero, 5)
     assert far.size == pytest.approx(5 * (2 * blocks + ends), rel=0.01) and far.ranks == 16
     assert gradients.size == 5 * 4 * 10_158_080
-    adapter, near, *_ = traffic(replace(zero, hpz=8), sent)
+    adapter, near, *_ = traffic(QWEN_7B, HOW, replace(zero, hpz=8), 5)
     assert (adapter.ranks, near.ranks) == (16, 8) and adapter.size < 4 * 10_158_080
     assert adapter.size + near.size == pytest.approx(far.size)
-    full = load(
-        QWEN_7B,
-        Saving.of(Recipe(method="full", model=BF16, lora=OFF), on_gpu=True, family=QWEN),
-        zero,
-        micro_batches=5,
-    )
-    assert traffic(replace(zero, hpz=8), full)[0].size == pytest.approx(blocks + ends)
-    assert traffic(Zero(3, 1), sent) == []
+    full = Saving.of(Recipe(method="full", model=BF16, lora=OFF), on_gpu=True, family=QWEN)
+    changed, *_ = traffic(QWEN_7B, full, replace(zero, hpz=8), 5)
+    assert changed.size == pytest.approx(blocks + ends)
+    assert traffic(QWEN_7B, HOW, Zero(3, 1), 5) == []
 
 
 def test_zero_2_averages_after_each_micro_batch_and_zero_1_once() -> None:
-    sent = load(QWEN_7B, HOW, Zero(1, 8), micro_batches=5)
-    once, often = (traffic(Zero(stage, 8), sent)[0] for stage in (1, 2))
-    assert (once.size, often.size) == (
-        4 * 10_158_080,
-        5 * 4 * 10_158_080,
-    ) and often.count == 5 * once.count
+    once, often = (traffic(QWEN_7B, HOW, Zero(stage, 8), 5)[0] for stage in (1, 2))
+    assert once.size == 4 * 10_158_080
+    assert (often.size, often.count) == (5 * once.size, 5 * once.count)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,30 +17,31 @@ from qwen_ds.recipe.loading import load_recipe
 ROOT = Path(__file__).parents[2]
 
 
-def table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str
-) -> list[str]:
-    spec = importlib.util.spec_from_file_location("launch_plan", ROOT / "launch" / "plan.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["plan.py", *options])
-    monkeypatch.chdir(ROOT)
-    assert module.main() == 0
-    return capsys.readouterr().out.splitlines()
+Table = Callable[..., list[str]]
+
+
+@pytest.fixture
+def table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Table:
+    """The lines that launch/plan.py prints, given its options."""
+
+    def lines(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *options])
+        monkeypatch.chdir(ROOT)
+        assert runpy.run_path("launch/plan.py")["main"]() == 0
+        return capsys.readouterr().out.splitlines()
+
+    return lines
 
 
 COLUMN_OF = {"GB": 10, "s/step": 11}  # where "recomputed" is one word
 RECIPE = ("--config", "launch/recipes/lora_zero2.yaml")
 
 
-def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(table: Table) -> None:
     machine = ["--gpus", "16", "--gpu_memory", "80", "--gpu=a100"]
     own = ["--lora.r", "16", "--batch.tokens_per_micro_batch", "512"]
     own += ["--data.train", "a b.json", "c.json"]
-    lines = table(capsys, monkeypatch, *RECIPE, *machine, *own)
+    lines = table(*RECIPE, *machine, *own)
     (best,) = [line.split() for line in lines if line.endswith("  best")]
     words = shlex.split(lines[-1])
     assert words[:6] == ["deepspeed", "--num_nodes", "2", "--num_gpus", "8", "launch/train.py"]
@@ -50,14 +52,12 @@ def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(
     assert loaded.recipe.model.activation_checkpointing == best[2] == "none"
 
 
-def test_the_best_row_is_the_fastest_that_fits(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_row_is_the_fastest_that_fits(table: Table) -> None:
     """20 GB hold the whole 7B in bf16 and not a row of 8,192 tokens beside it; with ZeRO-3 they
     do."""
     machine = ["--gpu", "rtx4090", "--gpu_memory", "20"]
     rows = ["--longest_row", "8192", "--row_tokens", "1500"]
-    lines = table(capsys, monkeypatch, *RECIPE, *machine, *rows)
+    lines = table(*RECIPE, *machine, *rows)
     rows = [line.split() for line in lines if re.match(r"   \d  ", line)]
     fits = [row for row in rows if row[-1] != "fit"]
     assert {row[0] for row in fits} == {"3"} and {row[0] for row in rows} == {"0", "1", "2", "3"}
@@ -67,13 +67,10 @@ def test_the_best_row_is_the_fastest_that_fits(
     assert all((float(row[gigabytes]) <= 0.92 * 20) == (row in fits) for row in rows)
 
 
-def test_what_fits_nowhere_is_said(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = table(capsys, monkeypatch, *RECIPE, "--gpus", "1", "--gpu_memory", "12")
-    assert lines[-1].startswith("Nothing fits") and not any(
-        line.startswith("deepspeed") for line in lines
-    )
+def test_what_fits_nowhere_is_said(table: Table) -> None:
+    lines = table(*RECIPE, "--gpus", "1", "--gpu_memory", "12")
+    assert lines[-1].startswith("Nothing fits")
+    assert not any(line.startswith("deepspeed") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +83,7 @@ def test_what_fits_nowhere_is_said(
         (["--gpu_memori", "80"], "the nearest is gpu_memory"),
     ],
 )
-def test_a_mistake_is_one_line(
-    options: list[str],
-    expected: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_mistake_is_one_line(options: list[str], expected: str, table: Table) -> None:
     with pytest.raises(UserError, match=expected) as error:
-        table(capsys, monkeypatch, *RECIPE, *options)
+        table(*RECIPE, *options)
     assert "\n" not in str(error.value)

@@ -16,18 +16,16 @@ from qwen_ds.recipe.options import OptimOptions, Recipe
 def test_the_command_line_wins_over_the_file_and_lists_take_several_values(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("optim: {lr: 1e-4, betas: [0.9, 0.95]}\nlora: {r: 64}\n")
-    loaded = load_recipe(
-        ["--config", str(file), "--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
-    )
+    options = ["--lora.r", "4", "--data.train", "a b.json", "c", "--local_rank=1"]
+    loaded = load_recipe(["--config", str(file), *options])
     assert loaded.recipe.optim.lr == 1e-4 and loaded.recipe.optim.betas == (0.9, 0.95)
     assert loaded.recipe.lora.r == 4 and loaded.recipe.data.train == ["a b.json", "c"]
     assert loaded.set_keys == {"optim.lr", "optim.betas", "lora.r", "data.train"}
 
 
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
-    recipe = load_recipe(
-        ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
-    ).recipe
+    options = ["--data.train", "数据.jsonl", "--lora.targets", "w1", "--data.weights", "[0.5]"]
+    recipe = load_recipe(options).recipe
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert "数据" in (tmp_path / "recipe.yaml").read_text()
     assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
@@ -42,11 +40,12 @@ def test_a_recipe_that_is_not_utf8_is_said_so(tmp_path: Path) -> None:
 
 def test_numbers_are_written_plain(tmp_path: Path) -> None:
     """A restricted number is a class of its own, for which YAML has no word."""
-    write_recipe(
-        load_recipe(["--lora.r", "4", "--optim.betas", "0.8", "0.9"]).recipe, tmp_path / "r"
-    )
+    recipe = load_recipe(["--lora.r", "4", "--optim.betas", "0.8", "0.9", "--dry_run"]).recipe
+    assert type(recipe.lora.r) is not int
+    write_recipe(recipe, tmp_path / "r")
     stored = yaml.safe_load((tmp_path / "r").read_text())
     assert type(stored["lora"]["r"]) is int and stored["optim"]["betas"] == [0.8, 0.9]
+    assert stored["dry_run"] is True and stored["method"] == "lora"
 
 
 def test_values_that_were_never_parsed_are_held_to_the_same_ranges() -> None:

@@ -24,10 +24,7 @@ from qwen_ds.recipe.parser import parse_options
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--log.every_steps", "0"], "log.every_steps is 0; expected a positive whole number"),
         (["--lora.dropout", "2"], "lora.dropout is 2"),
-        (
-            ["--data.train", "a", "--data.train", "b"],
-            "--data.train was given twice; expected all of its values after",
-        ),
+        (["--data.train", "a", "--data.train", "b"], "train was given twice; expected all of its"),
         (["--data.train=[a]", "--data.train", "b"], "--data.train was given twice"),
         (["--optim.betas", "0.9", "1"], "optim.betas"),
         (["--save.keep", "-1"], "save.keep is -1"),
