@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 
 from qwen_ds.data.read.dialogue import (
     NO_QUESTION,
-    Dialogue,
     Dropped,
     Outcome,
     Row,
+    dialogue_of,
     list_of,
     object_of,
-    pair_up,
     text_of,
 )
 from qwen_ds.data.read.readers_turns import SHAREGPT_ROLES, role_of
@@ -98,11 +97,8 @@ def _nested(prompt: Row) -> Message:
 
 
 def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
-    if not ready:
-        yield Dropped(NOT_READY), root.source
-        return
-    if root.deleted:
-        yield Dropped(NO_QUESTION), root.source
+    if not ready or root.deleted:
+        yield Dropped(NO_QUESTION if ready else NOT_READY), root.source
         return
     # (path, whether its last message is a first sibling)
     paths: list[tuple[tuple[Message, ...], bool]] = [((root,), True)]
@@ -114,5 +110,5 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
                 ((*path, reply), place == 0) for place, reply in reversed(list(enumerate(replies)))
             ]
         elif path[-1].role == "assistant" or is_first:
-            pairs = pair_up((message.role, message.text) for message in path)
-            yield (pairs if isinstance(pairs, Dropped) else Dialogue(None, pairs)), path[-1].source
+            turns = ((message.role, message.text) for message in path)
+            yield dialogue_of(turns, None), path[-1].source

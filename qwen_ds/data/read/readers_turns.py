@@ -10,16 +10,15 @@ from collections.abc import Callable
 
 from qwen_ds.data.read.dialogue import (
     TOOL_TURNS,
-    Dialogue,
     Dropped,
     Outcome,
     Row,
     RowError,
+    dialogue_of,
     json_name,
     list_of,
     names,
     object_of,
-    pair_up,
     quoted,
     system_of,
     text_of,
@@ -29,11 +28,8 @@ TOOL = "tool"
 # OpenAI's roles are a closed set, where "bot" is a mistake. ShareGPT's `from` is whatever an
 # exporter wrote.
 OPENAI_ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": TOOL,
-    "function": TOOL,
+    **{role: role for role in ("system", "user", "assistant")},
+    **dict.fromkeys(("tool", "function"), TOOL),
 }
 SHAREGPT_ROLES = {
     **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
@@ -65,8 +61,7 @@ def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
         system = system_of(row)
         if turns and turns[0][0] == "system":
             system = turns.pop(0)[1].strip() or system
-        pairs = pair_up(turns)
-        return [pairs if isinstance(pairs, Dropped) else Dialogue(system, pairs)]
+        return [dialogue_of(turns, system)]
 
     return read
 
@@ -110,13 +105,13 @@ def _text_of_turn(turn: Row, key: str, where: str) -> str:
         raise RowError(
             "wrong type", f"{where}.{key} is {json_name(value)}; expected text or a list of parts"
         )
-    texts: list[str] = []
-    for part in value:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        part = object_of(part, f"a part of {where}.{key}")
-        if part.get("type", "text") != "text":
-            raise _NotText
-        texts.append(text_of(part, "text"))
-    return "".join(texts)
+    return "".join(_text_of_part(part, f"a part of {where}.{key}") for part in value)
+
+
+def _text_of_part(part: object, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    part = object_of(part, what)
+    if part.get("type", "text") != "text":
+        raise _NotText
+    return text_of(part, "text")

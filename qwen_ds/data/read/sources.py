@@ -26,17 +26,17 @@ from qwen_ds.data.read.dialogue import (
     as_conversation,
     as_prompt,
     names,
+    object_of,
 )
-from qwen_ds.data.read.files import DATA_SUFFIXES, BadRow, SourceRow, chosen_names, read_rows
-from qwen_ds.data.read.readers import (
-    TABLE,
-    Reader,
-    as_row,
-    check_fits,
-    find_reader,
-    nearest,
-    reader_named,
+from qwen_ds.data.read.files import (
+    DATA_SUFFIXES,
+    BadRow,
+    SourceRow,
+    chosen_names,
+    numbered_rows,
+    read_rows,
 )
+from qwen_ds.data.read.readers import TABLE, Reader, find_reader, nearest, reader_named
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation
@@ -95,19 +95,8 @@ def iter_conversations(
         UserError: "source: what came; what was expected", when a row that cannot be read is reached
             and bad_rows is "stop".
     """
-    reading, places = _Reading.of(options, False, counts), _places(paths)
-
-    def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
-        for place in places:
-            for outcome, source, row in _outcomes(place, reading):
-                found = (
-                    outcome
-                    if isinstance(outcome, Dropped)
-                    else as_conversation(outcome, options.system)
-                )
-                yield _explained(found, row, reading), source
-
-    return conversations()
+    results = _results(paths, options, False, Counter() if counts is None else counts)
+    return ((found, source) for found, _, source in results)
 
 
 def iter_prompts(
@@ -120,19 +109,29 @@ def iter_prompts(
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
     question comes as (Dropped, None, source), so that no row is lost.
     """
-    reading, places = _Reading.of(options, True, None), _places(paths)
+    return _results(paths, options, True, Counter())
 
-    def prompts() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+
+def _results(
+    paths: Sequence[str | Path], options: ReadOptions, for_prompts: bool, counts: Counter[str]
+) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+    """What iter_prompts gives; the answer is None for rows to train on."""
+    reading, places = _Reading(options, for_prompts, counts), [locate(path) for path in paths]
+
+    def results() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
         for place in places:
-            for outcome, source, row in _outcomes(place, reading):
+            for outcome, source, row in reading.outcomes(place):
                 found: Conversation | Dropped
+                reference = None
                 if isinstance(outcome, Dropped):
-                    found, reference = outcome, None
-                else:
+                    found = outcome
+                elif for_prompts:
                     found, reference = as_prompt(outcome, options.system)
-                yield _explained(found, row, reading), reference, source
+                else:
+                    found = as_conversation(outcome, options.system)
+                yield reading.explained(found, row), reference, source
 
-    return prompts()
+    return results()
 
 
 def locate(path: str | Path) -> Place:
@@ -146,32 +145,28 @@ def locate(path: str | Path) -> Place:
     if split and Path(folder).is_dir():
         return _folder(path, Path(folder), split)
     hub_id, *rest = path.split(":")
-    if _HUB_ID.fullmatch(hub_id) and len(rest) <= 2 and not hub_id.lower().endswith(DATA_SUFFIXES):
-        owner = Path(hub_id).parent
-        if not owner.exists():
-            config = rest[0] if len(rest) == 2 else None
-            return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
+    is_hub_id = _HUB_ID.fullmatch(hub_id) and not hub_id.lower().endswith(DATA_SUFFIXES)
+    if is_hub_id and len(rest) <= 2 and not Path(hub_id).parent.exists():
+        config = rest[0] if len(rest) == 2 else None
+        return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
     raise UserError(
         f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id "
         "org/name"
     )
 
 
-def _places(paths: Sequence[str | Path]) -> list[Place]:
-    return [locate(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-
-
 def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
     """The source rows of a path, file after file."""
-    for file in place.files:
-        empty = True
-        for row in read_rows(file):
-            empty = False
-            yield row
-        if empty:
-            raise UserError(f"{file}: the file holds no rows; expected at least one")
+    parts = [(f"{file}: the file", read_rows(file)) for file in place.files]
     if place.saved is not None or place.hub_id is not None:
-        yield from _dataset_rows(place)
+        parts.append((f"{place.path}: the data set", _dataset_rows(place)))
+    for name, rows in parts:
+        is_empty = True
+        for row in rows:
+            is_empty = False
+            yield row
+        if is_empty:
+            raise UserError(f"{name} holds no rows; expected at least one")
 
 
 def _folder(path: str, folder: Path, split: str | None) -> Place:
@@ -189,8 +184,7 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     if split and not wanted:
         known = names(sorted({of for of in of_split.values() if of})) or "none"
         raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
-    wanted = wanted or found
-    return Place(path, files=tuple(folder / name for name in wanted), split=split)
+    return Place(path, files=tuple(folder / name for name in wanted or found), split=split)
 
 
 def _split_of(name: str) -> str | None:
@@ -202,7 +196,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _dataset_rows(place: Place) -> Iterator[SourceRow]:
+def _dataset_rows(place: Place) -> Iterator[SourceRow | BadRow]:
     import datasets
 
     try:
@@ -229,33 +223,105 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
         raise UserError(
             f"{place.path}: the folder holds one data set without splits; expected {place.saved}"
         )
-    index = 0
-    for table in data.with_format("arrow").iter(batch_size=_ARROW_ROWS):
-        for row in table.to_pylist():
-            yield SourceRow(row, f"{place.path}#{index}")
-            index += 1
-    if index == 0:
-        raise UserError(f"{place.path}: the data set holds no rows; expected at least one")
+    yield from numbered_rows(data.with_format("arrow").iter(batch_size=_ARROW_ROWS), place.path)
 
 
-@dataclass(frozen=True, slots=True)
 class _Reading:
-    """ReadOptions, checked."""
+    """ReadOptions, checked, and what they make of a row."""
 
-    reader: Reader | None
-    columns: Mapping[str, str]
-    skip_bad: bool
-    for_prompts: bool
-    counts: Counter[str]
+    def __init__(self, options: ReadOptions, for_prompts: bool, counts: Counter[str]) -> None:
+        self.for_prompts, self.counts = for_prompts, counts
+        self.columns = options.columns or {}
+        self.skip_bad = options.bad_rows == "skip"
+        self.reader = None if options.format == "auto" else reader_named(options.format)
+        if self.columns:
+            self.reader = _reader_of_columns(self.columns, self.reader, for_prompts)
 
-    @staticmethod
-    def of(options: ReadOptions, for_prompts: bool, counts: Counter[str] | None) -> _Reading:
-        reader = None if options.format == "auto" else reader_named(options.format)
-        columns = options.columns or {}
-        if columns:
-            reader = _reader_of_columns(columns, reader, for_prompts)
-        counts = Counter() if counts is None else counts
-        return _Reading(reader, columns, options.bad_rows == "skip", for_prompts, counts)
+    def outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:
+        """Every outcome of a path, with its source and, if one row gave it, that row."""
+        trees = MessageTrees()
+        is_first = True
+        for row in rows_of(place):
+            self.counts["rows"] += 1
+            if isinstance(row, BadRow):
+                error = RowError(row.reason, row.detail)
+                yield self._unreadable(error, row.source), row.source, None
+                continue
+            for value, source in self._unwrapped(row):
+                try:
+                    if self.columns:
+                        value = self._mapped(value, source, is_first)
+                        is_first = False
+                    reader, found = self._recognised(value)
+                    if reader.read is None:
+                        trees.add(found, source)
+                        continue
+                    outcomes = reader.read(found)
+                except RowError as error:
+                    yield self._unreadable(error, source), source, value
+                    continue
+                for outcome in outcomes:
+                    yield outcome, source, value
+        for outcome, source in trees.outcomes():
+            yield outcome, source, None
+
+    def explained(self, result: Conversation | Dropped, row: object) -> Conversation | Dropped:
+        """The result; a Dropped without a detail names the row's keys and those of its format."""
+        if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
+            return result
+        expected = (self.reader or find_reader(row, self.for_prompts)).expected
+        return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
+
+    def _recognised(self, value: object) -> tuple[Reader, Row]:
+        row = object_of(value, "the row")
+        if self.reader is None:
+            return find_reader(row, self.for_prompts), row
+        if not self.reader.fits(row, self.for_prompts):
+            expected = f"{self.reader.expected} (format {self.reader.name})"
+            raise RowError(
+                "missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}"
+            )
+        return self.reader, row
+
+    def _unreadable(self, error: RowError, source: str) -> Dropped:
+        if not self.skip_bad:
+            raise UserError(f"{source}: {error.detail}")
+        return Dropped(error.reason, error.detail, unreadable=True)
+
+    def _unwrapped(self, row: SourceRow) -> Iterator[tuple[object, str]]:
+        """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
+        value = row.row
+        if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
+            inner = next((inner for rows in value.values() for inner in rows), None)
+            if not self._is_row(value) and self._is_row(inner):
+                for name, rows in value.items():
+                    for place, inner in enumerate(rows):
+                        yield inner, f"{row.source} {name}[{place}]"
+                return
+        yield value, row.source
+
+    def _is_row(self, value: object) -> bool:
+        if self.columns:
+            return isinstance(value, dict) and not set(self.columns.values()).isdisjoint(value)
+        try:
+            self._recognised(value)
+        except RowError:
+            return False
+        return True
+
+    def _mapped(self, value: object, source: str, is_first: bool) -> Row:
+        """The row under the reader's own keys. A path's first row must have every mapped column."""
+        row = object_of(value, "the row")
+        assert self.reader is not None, "columns fix the reader"
+        for key, column in self.columns.items():
+            if column in row or (self.for_prompts and key in self.reader.answers):
+                continue
+            fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
+            if is_first:
+                raise UserError(f"{source}: {fault}")
+            if key in (*self.reader.keys, *self.reader.answers):
+                raise RowError("missing key", fault)
+        return {key: row[column] for key, column in self.columns.items() if column in row}
 
 
 def _reader_of_columns(
@@ -276,101 +342,3 @@ def _reader_of_columns(
     raise UserError(
         f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
     )
-
-
-def _explained(
-    result: Conversation | Dropped, row: object, reading: _Reading
-) -> Conversation | Dropped:
-    """The result; a Dropped without a detail names the row's keys and those of its format."""
-    if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
-        return result
-    try:
-        expected = (reading.reader or find_reader(row, reading.for_prompts)).expected
-    except RowError:
-        expected = nearest(tuple(row))
-    return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
-
-
-def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, object]]:
-    """Every outcome of a path, with its source and, if one row gave it, that row."""
-    trees = MessageTrees()
-    is_first = True
-    for row in rows_of(place):
-        reading.counts["rows"] += 1
-        if isinstance(row, BadRow):
-            error = RowError(row.reason, row.detail)
-            yield _unreadable(error, row.source, reading), row.source, None
-            continue
-        for value, source in _unwrapped(row, reading):
-            try:
-                if reading.columns:
-                    value = _mapped(value, source, reading, is_first)
-                    is_first = False
-                outcomes = _read(value, source, reading, trees)
-            except RowError as error:
-                yield _unreadable(error, source, reading), source, value
-                continue
-            for outcome in outcomes:
-                yield outcome, source, value
-    for outcome, source in trees.outcomes():
-        yield outcome, source, None
-
-
-def _recognised(value: object, reading: _Reading) -> tuple[Reader, Row]:
-    if reading.reader is None:
-        return find_reader(value, reading.for_prompts), as_row(value)
-    return reading.reader, check_fits(reading.reader, value, reading.for_prompts)
-
-
-def _read(value: object, source: str, reading: _Reading, trees: MessageTrees) -> list[Outcome]:
-    reader, row = _recognised(value, reading)
-    if reader.gathers:
-        trees.add(row, source)
-        return []
-    return reader.read(row)
-
-
-def _unreadable(error: RowError, source: str, reading: _Reading) -> Dropped:
-    if not reading.skip_bad:
-        raise UserError(f"{source}: {error.detail}")
-    return Dropped(error.reason, error.detail, unreadable=True)
-
-
-def _unwrapped(row: SourceRow, reading: _Reading) -> Iterator[tuple[object, str]]:
-    """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
-    value = row.row
-    if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
-        inner = next((inner for rows in value.values() for inner in rows), None)
-        if not _is_row(value, reading) and _is_row(inner, reading):
-            for name, rows in value.items():
-                for place, inner in enumerate(rows):
-                    yield inner, f"{row.source} {name}[{place}]"
-            return
-    yield value, row.source
-
-
-def _is_row(value: object, reading: _Reading) -> bool:
-    if reading.columns:
-        return isinstance(value, dict) and not set(reading.columns.values()).isdisjoint(value)
-    try:
-        _recognised(value, reading)
-    except RowError:
-        return False
-    return True
-
-
-def _mapped(value: object, source: str, reading: _Reading, is_first: bool) -> Row:
-    """The row under the reader's own keys. A path's first row must have every mapped column."""
-    row = as_row(value)
-    assert reading.reader is not None, "columns fix the reader"
-    needed = {*reading.reader.keys, *(() if reading.for_prompts else reading.reader.answers)}
-    answers = set(reading.reader.answers) if reading.for_prompts else set()
-    for key, column in reading.columns.items():
-        if column in row or key in answers:
-            continue
-        fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
-        if is_first:
-            raise UserError(f"{source}: {fault}")
-        if key in needed:
-            raise RowError("missing key", fault)
-    return {key: row[column] for key, column in reading.columns.items() if column in row}
