@@ -198,14 +198,13 @@ def test_rows_are_right_padded_and_only_real_tokens_have_labels() -> None:
         [IGNORE] + [1002] * 2 + [IGNORE],
         [IGNORE, 1000] + [IGNORE] * 2,
     ]
-    assert batch.lens_B.tolist() == [4, 3, 2]
-    assert {t.dtype for t in (batch.ids_BT, batch.labels_BT, batch.lens_B)} == {torch.int64}
-    assert (batch.num_tokens, batch.ids_BT.numel(), batch.num_targets) == (9, 12, 6)
+    assert {batch.ids_BT.dtype, batch.labels_BT.dtype} == {torch.int64}
+    assert (batch.ids_BT.numel(), batch.num_targets) == (12, 6)
 
 
 def test_targets_are_counted_after_the_shift() -> None:
     batch = make_batch(FakeRows(np.array([3], np.int32)), np.array([0]))
-    learnt_everywhere = type(batch)(batch.ids_BT, batch.ids_BT, batch.lens_B, batch.row_ids)
+    learnt_everywhere = type(batch)(batch.ids_BT, batch.ids_BT, batch.row_ids)
     assert learnt_everywhere.num_targets == 2, "nothing predicts the first token"
 
 
@@ -222,7 +221,7 @@ def test_ranks_without_rows_run_a_dummy_that_teaches_nothing(n: int) -> None:
         assert dummy.ids_BT.tolist() == [[PAD, PAD]] and dummy.labels_BT.tolist() == [
             [IGNORE, IGNORE]
         ]
-        assert (dummy.num_targets, dummy.num_tokens, dummy.lens_B.tolist()) == (0, 0, [0])
+        assert dummy.num_targets == 0
 
 
 def test_rows_over_the_budget_run_alone() -> None:

@@ -67,10 +67,10 @@ def read_coig_exam(row: Row) -> list[Outcome]:
         question = f"{context}\n{question}"
     if question:
         question = _tab_joined(text_of(row, "textbox_q_instruction"), question)
-    answer = row.get("textbox_answer_analysis")
-    if not isinstance(answer, str) or is_blank(answer):
-        answer = text_of(row, "textbox_answer")
-    return [Dialogue(system_of(row), ((question, answer),))]
+    analysis = row.get("textbox_answer_analysis")
+    has_analysis = isinstance(analysis, str) and not is_blank(analysis)
+    answer_key = "textbox_answer_analysis" if has_analysis else "textbox_answer"
+    return [Dialogue(system_of(row), ((question, text_of(row, answer_key)),))]
 
 
 def read_coig_rounds(row: Row) -> list[Outcome]:
