@@ -21,7 +21,7 @@ _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
-    """Print a row: target tokens green (in ⟦ ⟧ without colour), others grey, control tokens bold."""
+    """Print a row: target tokens green (without colour in ⟦ ⟧), others grey, control ones bold."""
     ids, labels = rows[row]
     console.rule(
         f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left"

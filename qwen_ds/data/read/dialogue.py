@@ -60,19 +60,16 @@ class Dialogue:
 
 
 Outcome = Dialogue | Dropped
+Result = Conversation | Dropped
 
 
-def as_conversation(
-    dialogue: Dialogue, default_system: str | None = None
-) -> Conversation | Dropped:
+def as_conversation(dialogue: Dialogue, default_system: str | None = None) -> Result:
     """The conversation to train on: the pairs before the first that lacks a side."""
     turns = _turns(dialogue)
     return _conversation(dialogue, turns[: len(turns) // 2 * 2], default_system)
 
 
-def as_prompt(
-    dialogue: Dialogue, default_system: str | None = None
-) -> tuple[Conversation | Dropped, str | None]:
+def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Result, str | None]:
     """The conversation up to its last question, and the row's own answer to that, if any."""
     turns = _turns(dialogue)
     reference = turns.pop().text if turns and turns[-1].role == "assistant" else None
@@ -90,9 +87,7 @@ def _turns(dialogue: Dialogue) -> list[Turn]:
     return turns
 
 
-def _conversation(
-    dialogue: Dialogue, turns: list[Turn], default_system: str | None
-) -> Conversation | Dropped:
+def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | None) -> Result:
     if turns:
         return Conversation(dialogue.system or default_system, tuple(turns))
     if not dialogue.pairs:
@@ -155,4 +150,4 @@ def names(keys: Iterable[str], most: int = 12) -> str:
     """Keys for an error message, at most `most` of them."""
     listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    return ", ".join(listed[:most]) + more or "none"

@@ -145,9 +145,7 @@ class _Arriving:
     def __init__(self, chunks: Iterator[str]) -> None:
         self.chunks = chunks
         self.text = next(chunks, "").lstrip("\ufeff")
-        self.place = 0
-        self.line = 1
-        self.is_complete = False
+        self.place, self.line, self.is_complete = 0, 1, False
 
     def more(self) -> None:
         """Double the text ahead, so that the repeated scans of a long element stay linear."""
@@ -198,11 +196,10 @@ def _element(text: _Arriving, name: str) -> SourceRow | BadRow:
                 text.more()
                 continue
             return _broken_element(text, end, source, error)
-        if end == len(text.text) and not text.is_complete:
-            text.more()  # a number may go on
-            continue
-        text.move_to(end)
-        return SourceRow(value, source)
+        if end < len(text.text) or text.is_complete:
+            text.move_to(end)
+            return SourceRow(value, source)
+        text.more()  # a number may go on
 
 
 def _broken_element(text: _Arriving, end: int, source: str, error: Exception) -> BadRow:

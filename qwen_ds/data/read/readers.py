@@ -120,9 +120,8 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     keys = tuple(row)
     candidates = _fitting(keys, for_prompts)
     if not candidates:
-        raise RowError(
-            "unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}"
-        )
+        expected = nearest(keys)
+        raise RowError("unknown keys", f"keys found: {names(keys)}; keys expected: {expected}")
     # Arrow files have every column in every row, so a null column says nothing about the shape.
     filled = (each for each in candidates if all(row[key] is not None for key in each.keys))
     return next(filled, candidates[0])

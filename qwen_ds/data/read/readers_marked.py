@@ -46,14 +46,10 @@ _CITATION = re.compile(r"<sup>(?:(?!</?sup>).)*</sup>", re.DOTALL)
 _NUMBERED_CITATION = re.compile(r"<sup>[^<]*(?:<\|\d+\|>[^<]*)+</sup>")
 _NUMBER = re.compile(r"<\|\d+\|>")
 
-Segment = tuple[str, str]
 
-
-def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
-    """(role, stripped text) for each mark; the role is the mark's group name.
-
-    Text before the first mark is left out.
-    """
+def split_at_marks(text: str, marks: re.Pattern[str]) -> list[tuple[str, str]]:
+    """(role, stripped text) of each mark, whose group name is the role; text before the first mark
+    is left out."""
     found = list(marks.finditer(text))
     ends = [*(mark.start() for mark in found[1:]), len(text)]
     return [

@@ -59,10 +59,8 @@ class MessageTrees:
         """The outcomes of all trees in the order of their roots, each with its last source."""
         orphans: list[Message] = []
         for parent, message in self.waiting:
-            if parent in self.by_id:
-                self.by_id[parent].replies.append(message)
-            else:
-                orphans.append(message)
+            siblings = self.by_id[parent].replies if parent in self.by_id else orphans
+            siblings.append(message)
         for root, ready in self.roots:
             yield from _outcomes(root, ready)
         for message in orphans:

@@ -87,9 +87,7 @@ def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
     if "human" in turn or "assistant" in turn:
         return [("user", text_of(turn, "human")), ("assistant", text_of(turn, "assistant"))]
     expected = "role and content, from and value, or human and assistant"
-    raise RowError(
-        "missing key", f"{where} has the keys {names(turn) or 'none'}; expected {expected}"
-    )
+    raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {expected}")
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:

@@ -21,6 +21,7 @@ from typing import Literal
 from qwen_ds.data.read.dialogue import (
     Dropped,
     Outcome,
+    Result,
     Row,
     RowError,
     as_conversation,
@@ -28,18 +29,11 @@ from qwen_ds.data.read.dialogue import (
     names,
     object_of,
 )
-from qwen_ds.data.read.files import (
-    DATA_SUFFIXES,
-    BadRow,
-    SourceRow,
-    chosen_names,
-    numbered_rows,
-    read_rows,
-)
+from qwen_ds.data.read.files import DATA_SUFFIXES, chosen_names, numbered_rows, read_rows
+from qwen_ds.data.read.files_json import BadRow, SourceRow
 from qwen_ds.data.read.readers import TABLE, Reader, find_reader, nearest, reader_named
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
-from qwen_ds.model.chatml import Conversation
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLITS = {
@@ -80,28 +74,26 @@ def iter_conversations(
     paths: Sequence[str | Path],
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
-) -> Iterator[tuple[Conversation | Dropped, str]]:
+) -> Iterator[tuple[Result, str]]:
     """The conversations of all paths in order, or a Dropped for a row without one, and its source.
 
     A row may give several conversations (a tree), several rows one (single messages). Where
     bad_rows is "skip", a row that cannot be read (broken JSON, wrong types, an unknown role,
     unknown keys) comes as a Dropped with `unreadable` set. Options and paths are checked at once,
-    not when the first row is asked for.
-
-    Args:
-        counts: its "rows" counts the source rows as they are read.
+    not when the first row is asked for. "rows" of `counts` counts the source rows as they are read.
 
     Raises:
         UserError: "source: what came; what was expected", when a row that cannot be read is reached
             and bad_rows is "stop".
     """
-    results = _results(paths, options, False, Counter() if counts is None else counts)
-    return ((found, source) for found, _, source in results)
+    reading = _Reading(options, False, Counter() if counts is None else counts)
+    results = reading.results([locate(path) for path in paths])
+    return ((result, source) for result, _, source in results)
 
 
 def iter_prompts(
     paths: Sequence[str | Path], options: ReadOptions = ReadOptions()
-) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+) -> Iterator[tuple[Result, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
@@ -109,29 +101,7 @@ def iter_prompts(
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
     question comes as (Dropped, None, source), so that no row is lost.
     """
-    return _results(paths, options, True, Counter())
-
-
-def _results(
-    paths: Sequence[str | Path], options: ReadOptions, for_prompts: bool, counts: Counter[str]
-) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
-    """What iter_prompts gives; the answer is None for rows to train on."""
-    reading, places = _Reading(options, for_prompts, counts), [locate(path) for path in paths]
-
-    def results() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
-        for place in places:
-            for outcome, source, row in reading.outcomes(place):
-                found: Conversation | Dropped
-                reference = None
-                if isinstance(outcome, Dropped):
-                    found = outcome
-                elif for_prompts:
-                    found, reference = as_prompt(outcome, options.system)
-                else:
-                    found = as_conversation(outcome, options.system)
-                yield reading.explained(found, row), reference, source
-
-    return results()
+    return _Reading(options, True, Counter()).results([locate(path) for path in paths])
 
 
 def locate(path: str | Path) -> Place:
@@ -182,7 +152,7 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     of_split = {name: _split_of(name) for name in found}
     wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
     if split and not wanted:
-        known = names(sorted({of for of in of_split.values() if of})) or "none"
+        known = names(sorted({of for of in of_split.values() if of}))
         raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
     return Place(path, files=tuple(folder / name for name in wanted or found), split=split)
 
@@ -230,14 +200,46 @@ class _Reading:
     """ReadOptions, checked, and what they make of a row."""
 
     def __init__(self, options: ReadOptions, for_prompts: bool, counts: Counter[str]) -> None:
-        self.for_prompts, self.counts = for_prompts, counts
+        self.options, self.for_prompts, self.counts = options, for_prompts, counts
         self.columns = options.columns or {}
-        self.skip_bad = options.bad_rows == "skip"
         self.reader = None if options.format == "auto" else reader_named(options.format)
         if self.columns:
-            self.reader = _reader_of_columns(self.columns, self.reader, for_prompts)
+            self.reader = self._reader_of_columns()
 
-    def outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:
+    def _reader_of_columns(self) -> Reader:
+        readers = [self.reader] if self.reader else list(TABLE)
+        known = {key for each in readers for key in each.all_keys}
+        unknown = [key for key in self.columns if key not in known]
+        if unknown:
+            raise UserError(
+                f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
+                f"{names(sorted(known), 40)}"
+            )
+        for each in readers:
+            if each.fits(self.columns, self.for_prompts) and set(self.columns) <= set(
+                each.all_keys
+            ):
+                return each
+        expected = self.reader.expected if self.reader else nearest(tuple(self.columns))
+        raise UserError(
+            f"data.columns names {names(self.columns)}; expected all keys of a format: {expected}"
+        )
+
+    def results(self, places: Sequence[Place]) -> Iterator[tuple[Result, str | None, str]]:
+        """(result, the row's own answer if it is not part of that, source) of all places."""
+        for place in places:
+            for outcome, source, row in self._outcomes(place):
+                result: Result
+                reference = None
+                if isinstance(outcome, Dropped):
+                    result = outcome
+                elif self.for_prompts:
+                    result, reference = as_prompt(outcome, self.options.system)
+                else:
+                    result = as_conversation(outcome, self.options.system)
+                yield self._explained(result, row), reference, source
+
+    def _outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:
         """Every outcome of a path, with its source and, if one row gave it, that row."""
         trees = MessageTrees()
         is_first = True
@@ -265,7 +267,7 @@ class _Reading:
         for outcome, source in trees.outcomes():
             yield outcome, source, None
 
-    def explained(self, result: Conversation | Dropped, row: object) -> Conversation | Dropped:
+    def _explained(self, result: Result, row: object) -> Result:
         """The result; a Dropped without a detail names the row's keys and those of its format."""
         if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
             return result
@@ -278,13 +280,11 @@ class _Reading:
             return find_reader(row, self.for_prompts), row
         if not self.reader.fits(row, self.for_prompts):
             expected = f"{self.reader.expected} (format {self.reader.name})"
-            raise RowError(
-                "missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}"
-            )
+            raise RowError("missing key", f"keys found: {names(row)}; keys expected: {expected}")
         return self.reader, row
 
     def _unreadable(self, error: RowError, source: str) -> Dropped:
-        if not self.skip_bad:
+        if self.options.bad_rows == "stop":
             raise UserError(f"{source}: {error.detail}")
         return Dropped(error.reason, error.detail, unreadable=True)
 
@@ -316,29 +316,9 @@ class _Reading:
         for key, column in self.columns.items():
             if column in row or (self.for_prompts and key in self.reader.answers):
                 continue
-            fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
+            fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row)}"
             if is_first:
                 raise UserError(f"{source}: {fault}")
             if key in (*self.reader.keys, *self.reader.answers):
                 raise RowError("missing key", fault)
         return {key: row[column] for key, column in self.columns.items() if column in row}
-
-
-def _reader_of_columns(
-    columns: Mapping[str, str], reader: Reader | None, for_prompts: bool
-) -> Reader:
-    readers = [reader] if reader else list(TABLE)
-    known = {key for each in readers for key in each.all_keys}
-    unknown = [key for key in columns if key not in known]
-    if unknown:
-        raise UserError(
-            f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
-            f"{names(sorted(known), 40)}"
-        )
-    for each in readers:
-        if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys):
-            return each
-    expected = reader.expected if reader else nearest(tuple(columns))
-    raise UserError(
-        f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
-    )
