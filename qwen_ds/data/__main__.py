@@ -44,11 +44,8 @@ def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
 
 
 def encode(options: EncodeCommand) -> None:
-    """Write the rows to a file, complete or absent, or to standard output.
-
-    Raises:
-        UserError: the file exists, or cannot be written.
-    """
+    """Write the rows to a file, complete or absent, or to standard output. UserError if the file
+    exists or cannot be written."""
     from qwen_ds.data.rows.data_report import summary
 
     path = None if options.output is None else Path(options.output)
@@ -76,18 +73,14 @@ def encode(options: EncodeCommand) -> None:
             with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:
                 file.writelines(lines())
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror or error}; expected a file that can be written"
-            ) from error
+            came = error.strerror or error
+            raise UserError(f"{path}: {came}; expected a file that can be written") from error
     print("\n".join(summary(rows.report)), file=sys.stderr)
 
 
 def inspect(options: InspectCommand) -> None:
-    """Print the first rows, or those of one place, then row lengths and the data report.
-
-    Raises:
-        UserError: no row comes from `at`.
-    """
+    """Print the first rows, or those of one place, then row lengths and the data report. UserError
+    if no row comes from that place."""
     from rich.console import Console
 
     from qwen_ds.data.rows.data_report import summary
@@ -98,10 +91,8 @@ def inspect(options: InspectCommand) -> None:
     if at is not None:
         shown = [row for row in range(len(rows)) if f"/{rows.source(row)}".endswith(f"/{at}")]
         if not shown:
-            raise UserError(
-                f"--at is {at}; expected the file:line of a row that is trained on, such as "
-                f"{rows.source(0)}"
-            )
+            expected = f"the file:line of a row that is trained on, such as {rows.source(0)}"
+            raise UserError(f"--at is {at}; expected {expected}")
     console = Console(highlight=False)
     for row in shown:
         show_row(rows, row, encoding, console)

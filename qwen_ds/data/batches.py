@@ -57,8 +57,7 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """ChatML rows, right-padded to the longest. A label stands at its own token; only the loss
-    shifts."""
+    """Right-padded ChatML rows. A label stands at its own token; only the loss shifts."""
 
     ids_BT: Tensor
     """int64, padded with <|endoftext|>."""
@@ -137,10 +136,8 @@ def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
 def _split_to(
     runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int
 ) -> list[tuple[int, int]]:
-    """Halve the largest runs until there are n_runs.
-
-    There can be fewer, since raising the cap by one token can save more than one run.
-    """
+    """Halve the largest runs until there are n_runs: there can be fewer, since raising the cap by
+    one token can save more than one run."""
     while len(runs) < n_runs:
         largest = max(
             (i for i, (start, end) in enumerate(runs) if end - start > 1),
@@ -157,10 +154,7 @@ def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list
 
     The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step
     under ZeRO-3. Of these the largest goes to the rank with the least so far, which evens out the
-    totals.
-
-    Returns:
-        The parts of each rank, longest rows first.
+    totals. The parts of each rank come longest rows first.
     """
     totals = [0] * world
     ranks: list[list[np.ndarray]] = [[] for _ in range(world)]
@@ -213,19 +207,12 @@ def _draws_per_epoch(part: Part) -> int:
 
 
 class StepSampler:
-    """The micro-batches of each optimizer step.
+    """The micro-batches of each optimizer step. UserError if there are no rows.
 
-    The rows of a step depend neither on the world size nor on the token budget. An incomplete last
-    step is trained too, and a data set smaller than one step is one step.
-
-    Args:
-        rows_per_step: rows of one optimizer step, over all ranks.
-        seed: of the order of the rows.
-        world, rank: of the data-parallel group.
-        tokens_per_micro_batch: most padded tokens of a micro-batch (a longer row runs alone).
-
-    Raises:
-        UserError: no rows.
+    A step has `rows_per_step` rows over all ranks, in an order by `seed` that depends neither on
+    the world size nor on the token budget. An incomplete last step is trained too, and a data set
+    smaller than one step is one step. A micro-batch has at most `tokens_per_micro_batch` padded
+    tokens, but a longer row runs alone.
     """
 
     def __init__(
@@ -290,10 +277,8 @@ def _plan(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> lis
 def evaluation_batches(
     rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of an evaluation; all ranks have equally many.
-
-    Together they hold every row once, whatever its weight.
-    """
+    """This rank's micro-batches of an evaluation. All ranks have equally many, and together every
+    row once, whatever its weight."""
     for row_ids in _plan(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
         yield make_batch(rows, row_ids)
 

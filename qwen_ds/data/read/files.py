@@ -34,6 +34,7 @@ from qwen_ds.data.read.files_json import (
 from qwen_ds.errors import UserError
 
 DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
+_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.[^/]+)(?:/|\Z)")
 _OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 _HEAD_BYTES = 1 << 22
@@ -69,16 +70,13 @@ def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
     """The rows of one file in order; a BadRow says where and why one cannot be read.
 
     `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
-    "file:member:line" in an archive.
-
-    Raises:
-        UserError: a file that is missing, empty, damaged or of another type.
+    "file:member:line" in an archive. UserError if the file is missing, empty, damaged or of another
+    type.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file"
-        )
+        came = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {came}; expected a data file")
     try:
         yield from _rows(_Content(str(path), lambda: path.open("rb")))
     except OSError as error:  # includes damaged gzip data
@@ -88,17 +86,11 @@ def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
 
 
 def chosen_names(names: Iterable[str]) -> list[str]:
-    """The data files among the names of a folder or an archive, sorted.
-
-    The suffix decides; if no name has a known one, all are taken.
-    """
-    seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
+    """The data files among the names of a folder or an archive, sorted: those with a known suffix,
+    or all if there are none."""
+    seen = [name for name in names if not _HIDDEN.search(name)]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
     return sorted([name for name in data if Path(name).name not in _OF_DATASETS] or seen)
-
-
-def _is_hidden(part: str) -> bool:
-    return part == "__MACOSX" or (part.startswith(".") and part != ".")
 
 
 def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
@@ -143,11 +135,9 @@ def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
         elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
             yield from iter_lines(stream, content.name, encoding)
         else:
-            number = lines.index(first) + 1
-            raise UserError(
-                f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; "
-                f"expected {_EXPECTED}"
-            )
+            came = f"the text begins with {first.strip()[:40]!r}"
+            line = lines.index(first) + 1
+            raise UserError(f"{content.name}:{line}: {came}; expected {_EXPECTED}")
 
 
 def encoding_of(head: bytes) -> str:
@@ -251,10 +241,8 @@ def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
             batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_PARQUET_ROWS)
             yield from numbered_rows(batches, content.name)
         except pyarrow.ArrowException as error:
-            first = str(error).splitlines()[0]
-            raise UserError(
-                f"{content.name}: damaged parquet file ({first}); expected parquet"
-            ) from error
+            came = f"damaged parquet file ({str(error).splitlines()[0]})"
+            raise UserError(f"{content.name}: {came}; expected parquet") from error
 
 
 def numbered_rows(batches: Iterable[Any], name: str) -> Iterator[SourceRow]:

@@ -121,15 +121,12 @@ def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]
                 break
             text.skip(",")
     if not text.starts_with("]"):
-        raise UserError(
-            f"{name}:{text.line}: {text.here()} inside a JSON array; expected ',' or ']'"
-        )
+        came = f"{text.here()} inside a JSON array"
+        raise UserError(f"{name}:{text.line}: {came}; expected ',' or ']'")
     text.skip("]")
     if text.here() != "the end of the file":
-        raise UserError(
-            f"{name}:{text.line}: {text.here()} after the end of the JSON array; "
-            "expected nothing more"
-        )
+        came = f"{text.here()} after the end of the JSON array"
+        raise UserError(f"{name}:{text.line}: {came}; expected nothing more")
 
 
 def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
@@ -149,10 +146,8 @@ class _Arriving:
 
     def more(self) -> None:
         """Double the text ahead, so that the repeated scans of a long element stay linear."""
-        ahead = len(self.text) - self.place
-        parts = [self.text[self.place :]]
-        fetched = 0
-        while fetched < max(ahead, 1):
+        parts, fetched = [self.text[self.place :]], 0
+        while fetched < max(len(parts[0]), 1):
             chunk = next(self.chunks, None)
             if chunk is None:
                 self.is_complete = True

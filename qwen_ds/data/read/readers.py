@@ -108,13 +108,9 @@ def reader_named(name: str) -> Reader:
 
 
 def find_reader(row: object, for_prompts: bool = False) -> Reader:
-    """The reader whose keys the row has.
+    """The reader whose keys the row has. RowError, with the keys found and expected, if none fits.
 
-    Args:
-        for_prompts: a row needs no answer, but one that has an answer is still recognised by it.
-
-    Raises:
-        RowError: there is no such reader; names the keys found and expected.
+    With `for_prompts` a row needs no answer, but one that has an answer is still recognised by it.
     """
     row = object_of(row, "the row")
     keys = tuple(row)

@@ -74,8 +74,7 @@ def read_coig_exam(row: Row) -> list[Outcome]:
 
 
 def read_coig_rounds(row: Row) -> list[Outcome]:
-    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each {"Q", "A"} as JSON
-    text.
+    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each {"Q", "A"} as JSON.
 
     One fault drops the whole chat: its later rounds answer the earlier ones.
     """

@@ -22,8 +22,6 @@ from qwen_ds.data.read.dialogue import (
 )
 from qwen_ds.data.read.readers_turns import read_turns
 
-BAD_HISTORY = "history is not question and answer pairs"
-
 # BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both
 # kinds of colon.
 _BELLE = re.compile(r"^(?:(?P<user>Human)|(?P<assistant>Assistant))[:：]", re.MULTILINE)
@@ -84,7 +82,9 @@ def dialogue_in_instruction(
     if not turns:
         return None  # an instruction that merely opens with "System:"
     found = dialogue_of([*turns, ("assistant", answer)], "".join(systems) or system)
-    return Dropped(BAD_HISTORY) if isinstance(found, Dropped) or len(systems) > 1 else found
+    if isinstance(found, Dropped) or len(systems) > 1:
+        return Dropped("history is not question and answer pairs")
+    return found
 
 
 def read_refgpt(row: Row) -> list[Outcome]:
@@ -121,15 +121,11 @@ def read_moss_003(row: Row) -> list[Outcome]:
     chat = object_of(chat, "chat")
     numbered = sorted((int(found[1]), key) for key in chat if (found := _TURN.fullmatch(key)))
     if chat and not numbered:
-        raise RowError(
-            "missing key",
-            f"chat has the keys {', '.join(map(str, chat))}; expected turn_1, turn_2 ..",
-        )
+        keys = ", ".join(map(str, chat))
+        raise RowError("missing key", f"chat has the keys {keys}; expected turn_1, turn_2 ..")
     turns = [object_of(chat[key], f"chat.{key}") for _, key in numbered if chat[key] is not None]
-    has_tools = any(
-        _MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() not in ("", "None")
-        for turn in turns
-    )
+    commands = (_MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() for turn in turns)
+    has_tools = any(command not in ("", "None") for command in commands)
     citation = _CITATION if has_tools else _NUMBERED_CITATION
     pairs = []
     for turn in turns:

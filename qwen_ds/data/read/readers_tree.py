@@ -104,9 +104,7 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
         path, is_first = paths.pop()
         replies = [reply for reply in path[-1].replies if not reply.deleted]
         if replies:
-            paths += [
-                ((*path, reply), place == 0) for place, reply in reversed(list(enumerate(replies)))
-            ]
+            paths += reversed([((*path, reply), place == 0) for place, reply in enumerate(replies)])
         elif path[-1].role == "assistant" or is_first:
             turns = ((message.role, message.text) for message in path)
             yield dialogue_of(turns, None), path[-1].source

@@ -39,7 +39,6 @@ SHAREGPT_ROLES = {
 }
 _EXPECTED_OPENAI = "system, user, assistant"
 _EXPECTED_SHAREGPT = "system, human, gpt, user, assistant"
-_NOT_TEXT = "content is not text"
 
 
 class _NotText(Exception):
@@ -55,7 +54,7 @@ def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
             for place, value in enumerate(list_of(row, key)):
                 turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
         except _NotText:
-            return [Dropped(_NOT_TEXT)]
+            return [Dropped("content is not text")]
         if any(role == TOOL for role, _ in turns):
             return [Dropped(TOOL_TURNS)]
         system = system_of(row)
@@ -95,15 +94,12 @@ def _text_of_turn(turn: Row, key: str, where: str) -> str:
     if key not in turn:
         raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {key}")
     value = turn[key]
-    if type(value) is str:
-        return value
-    if value is None:
-        return ""
-    if not isinstance(value, list):
-        raise RowError(
-            "wrong type", f"{where}.{key} is {json_name(value)}; expected text or a list of parts"
-        )
-    return "".join(_text_of_part(part, f"a part of {where}.{key}") for part in value)
+    if isinstance(value, list):
+        return "".join(_text_of_part(part, f"a part of {where}.{key}") for part in value)
+    if isinstance(value, str | None):
+        return value or ""
+    came = f"{where}.{key} is {json_name(value)}"
+    raise RowError("wrong type", f"{came}; expected text or a list of parts")
 
 
 def _text_of_part(part: object, what: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,10 +82,7 @@ def iter_conversations(
     bad_rows is "skip", a row that cannot be read (broken JSON, wrong types, an unknown role,
     unknown keys) comes as a Dropped with `unreadable` set. Options and paths are checked at once,
     not when the first row is asked for. "rows" of `counts` counts the source rows as they are read.
-
-    Raises:
-        UserError: "source: what came; what was expected", when a row that cannot be read is reached
-            and bad_rows is "stop".
+    Where bad_rows is "stop", such a row is a UserError: "source: what came; what was expected".
     """
     reading = _Reading(options, False, Counter() if counts is None else counts)
     results = reading.results([locate(path) for path in paths])
@@ -119,10 +117,8 @@ def locate(path: str | Path) -> Place:
     if is_hub_id and len(rest) <= 2 and not Path(hub_id).parent.exists():
         config = rest[0] if len(rest) == 2 else None
         return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
-    raise UserError(
-        f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id "
-        "org/name"
-    )
+    expected = "a data file, a folder of them, or a hub id org/name"
+    raise UserError(f"{path}: no such file or folder; expected {expected}")
 
 
 def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
@@ -145,10 +141,8 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     files = [file for file in folder.rglob("*") if file.is_file()]
     found = chosen_names(file.relative_to(folder).as_posix() for file in files)
     if not found:
-        raise UserError(
-            f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, "
-            "*.csv"
-        )
+        expected = "files such as *.json, *.parquet, *.csv"
+        raise UserError(f"{path}: the folder holds no data files; expected {expected}")
     of_split = {name: _split_of(name) for name in found}
     wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
     if split and not wanted:
@@ -215,10 +209,9 @@ class _Reading:
                 f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
                 f"{names(sorted(known), 40)}"
             )
+        keys = set(self.columns)
         for each in readers:
-            if each.fits(self.columns, self.for_prompts) and set(self.columns) <= set(
-                each.all_keys
-            ):
+            if each.fits(keys, self.for_prompts) and keys.issubset(each.all_keys):
                 return each
         expected = self.reader.expected if self.reader else nearest(tuple(self.columns))
         raise UserError(
@@ -284,7 +277,7 @@ class _Reading:
         return self.reader, row
 
     def _unreadable(self, error: RowError, source: str) -> Dropped:
-        if self.options.bad_rows == "stop":
+        if self.options.bad_rows != "skip":
             raise UserError(f"{source}: {error.detail}")
         return Dropped(error.reason, error.detail, unreadable=True)
 
@@ -303,11 +296,10 @@ class _Reading:
     def _is_row(self, value: object) -> bool:
         if self.columns:
             return isinstance(value, dict) and not set(self.columns.values()).isdisjoint(value)
-        try:
+        with suppress(RowError):
             self._recognised(value)
-        except RowError:
-            return False
-        return True
+            return True
+        return False
 
     def _mapped(self, value: object, source: str, is_first: bool) -> Row:
         """The row under the reader's own keys. A path's first row must have every mapped column."""
