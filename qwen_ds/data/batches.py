@@ -211,25 +211,19 @@ class StepSampler:
 
     A step has `rows_per_step` rows over all ranks, in an order by `seed` that depends neither on
     the world size nor on the token budget. An incomplete last step is trained too, and a data set
-    smaller than one step is one step. A micro-batch has at most `tokens_per_micro_batch` padded
-    tokens, but a longer row runs alone.
+    smaller than one step is one step. A micro-batch has at most `budget` padded tokens, but a
+    longer row runs alone.
     """
 
     def __init__(
-        self,
-        rows: RowStore,
-        rows_per_step: int,
-        seed: int,
-        world: int,
-        rank: int,
-        tokens_per_micro_batch: int,
+        self, rows: RowStore, rows_per_step: int, seed: int, world: int, rank: int, budget: int
     ) -> None:
         if not len(rows):
             raise UserError("there are no rows to train on; expected one at least, in data.train")
         assert 0 <= rank < world, (rank, world)
         assert sum(part.rows for part in rows.parts) == len(rows), "parts must cover the rows"
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
-        self.world, self.rank, self.budget = world, rank, tokens_per_micro_batch
+        self.world, self.rank, self.budget = world, rank, budget
         self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
@@ -274,12 +268,10 @@ def _plan(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> lis
     return [[row_ids[part] for part in parts] for parts in ranks]
 
 
-def evaluation_batches(
-    rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
-) -> Iterator[Batch]:
+def evaluation_batches(rows: RowStore, world: int, rank: int, budget: int) -> Iterator[Batch]:
     """This rank's micro-batches of an evaluation. All ranks have equally many, and together every
     row once, whatever its weight."""
-    for row_ids in _plan(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
+    for row_ids in _plan(rows.lens, np.arange(len(rows)), world, budget)[rank]:
         yield make_batch(rows, row_ids)
 
 
