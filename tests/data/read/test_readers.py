@@ -76,7 +76,7 @@ FAULTS: dict[str, list[tuple[object, str]]] = {
     "missing key": [
         (
             {"messages": [{"role": "user", "text": "x"}]},
-            r"s\[0\] has the keys role, text; .*content",
+            r"messages\[0\] has the keys role, text; .*content",
         ),
         ({"conversation": [{"question": "x"}]}, "keys question; expected role and content"),
         ({"chat": {"first": {}}}, "chat has the keys first; expected turn_1"),
