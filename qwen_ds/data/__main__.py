@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_ds import dist
 from qwen_ds.data.options import EncodeCommand, InspectCommand, RowOptions
@@ -28,33 +28,6 @@ from qwen_ds.runlog import run_command
 if TYPE_CHECKING:
     from qwen_ds.data.rows.token_rows import TokenRows
     from qwen_ds.model.tokenizer import Encoding
-
-
-COMMANDS = {"encode": EncodeCommand, "inspect": InspectCommand}
-
-
-def main() -> int:
-    command, *words = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    if command not in COMMANDS:
-        raise UserError(
-            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: "
-            "python -m qwen_ds.data --help"
-        )
-    about = f"{command} the rows of data.train, each once whatever data.weights says"
-    options: RowOptions = parse_options(
-        COMMANDS[command], about, words, prog=f"python -m qwen_ds.data {command}"
-    )
-    if dist.rank():
-        return 0  # a launcher started many ranks, and one of them is enough
-    if isinstance(options, EncodeCommand):
-        encode(options)
-    else:
-        assert isinstance(options, InspectCommand)
-        inspect(options)
-    return 0
 
 
 def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
@@ -71,11 +44,8 @@ def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
 
 
 def encode(options: EncodeCommand) -> None:
-    """Write the rows to a file, complete or absent, or to standard output.
-
-    Raises:
-        UserError: the file exists, or cannot be written.
-    """
+    """Write the rows to a file, complete or absent, or to standard output. UserError if the file
+    exists or cannot be written."""
     from qwen_ds.data.rows.data_report import summary
 
     path = None if options.output is None else Path(options.output)
@@ -103,18 +73,14 @@ def encode(options: EncodeCommand) -> None:
             with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:
                 file.writelines(lines())
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror or error}; expected a file that can be written"
-            ) from error
+            came = error.strerror or error
+            raise UserError(f"{path}: {came}; expected a file that can be written") from error
     print("\n".join(summary(rows.report)), file=sys.stderr)
 
 
 def inspect(options: InspectCommand) -> None:
-    """Print the first rows, or those of one place, then row lengths and the data report.
-
-    Raises:
-        UserError: no row comes from `at`.
-    """
+    """Print the first rows, or those of one place, then row lengths and the data report. UserError
+    if no row comes from that place."""
     from rich.console import Console
 
     from qwen_ds.data.rows.data_report import summary
@@ -125,15 +91,37 @@ def inspect(options: InspectCommand) -> None:
     if at is not None:
         shown = [row for row in range(len(rows)) if f"/{rows.source(row)}".endswith(f"/{at}")]
         if not shown:
-            raise UserError(
-                f"--at is {at}; expected the file:line of a row that is trained on, such as "
-                f"{rows.source(0)}"
-            )
+            expected = f"the file:line of a row that is trained on, such as {rows.source(0)}"
+            raise UserError(f"--at is {at}; expected {expected}")
     console = Console(highlight=False)
     for row in shown:
         show_row(rows, row, encoding, console)
     show_lengths(rows.lens, console)
     console.print("\n".join(summary(rows.report)), soft_wrap=True, markup=False)
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "encode": (EncodeCommand, encode),
+    "inspect": (InspectCommand, inspect),
+}
+
+
+def main() -> int:
+    command, *words = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(
+            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: "
+            "python -m qwen_ds.data --help"
+        )
+    kind, run = COMMANDS[command]
+    about = f"{command} the rows of data.train, each once whatever data.weights says"
+    options = parse_options(kind, about, words, prog=f"python -m qwen_ds.data {command}")
+    if not dist.rank():  # a launcher may have started many ranks, and one of them is enough
+        run(options)
+    return 0
 
 
 if __name__ == "__main__":

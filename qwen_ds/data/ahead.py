@@ -8,7 +8,7 @@ pure function of (epoch, step): a run that starts or resumes anywhere sees the s
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qwen_ds.data.batches import Batch, StepSampler, WindowStatistics
 
@@ -24,11 +24,9 @@ class Window:
 
 
 class WindowsAhead:
-    """Windows in the order of the steps, each made while the one before is in use.
+    """Windows of the whole run's `steps`, in order, each made while the one before is in use.
 
-    Args:
-        steps: number of steps in the whole run.
-        pinned: put the tensors into page-locked memory, from which a GPU can copy asynchronously.
+    `pinned` puts their tensors into page-locked memory, from which a GPU can copy asynchronously.
     """
 
     def __init__(self, sampler: StepSampler, steps: int, *, pinned: bool) -> None:
@@ -47,11 +45,9 @@ class WindowsAhead:
         known = self._next
         future = known[1] if known and known[0] == step else self._worker.submit(self._make, step)
         window = future.result()
-        self._next = (
-            (step + 1, self._worker.submit(self._make, step + 1))
-            if step + 1 < self._steps
-            else None
-        )
+        self._next = None
+        if step + 1 < self._steps:
+            self._next = step + 1, self._worker.submit(self._make, step + 1)
         return window
 
     def _make(self, step: int) -> Window:
@@ -60,9 +56,7 @@ class WindowsAhead:
         batches = sampler.window(*position)
         if self._pinned:
             batches = [
-                replace(
-                    batch, ids_BT=batch.ids_BT.pin_memory(), labels_BT=batch.labels_BT.pin_memory()
-                )
+                Batch(batch.ids_BT.pin_memory(), batch.labels_BT.pin_memory(), batch.row_ids)
                 for batch in batches
             ]
         targets = int(sampler.rows.learnt[sampler.step_rows(*position)].sum())

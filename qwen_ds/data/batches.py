@@ -11,9 +11,10 @@ Shapes: B rows of one micro-batch, T tokens of its longest row, N rows of one st
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,21 +38,16 @@ class Part(NamedTuple):
 class RowStore(Protocol):
     """The interface of token rows that batches need; `TokenRows` implements it."""
 
-    @property
-    def lens(self) -> np.ndarray:
-        """int32 [rows]: tokens of each row."""
-
-    @property
-    def learnt(self) -> np.ndarray:
-        """int32 [rows]: target tokens of each row, counted after the shift by one."""
+    lens: np.ndarray
+    """int32 [rows]: tokens of each row."""
+    learnt: np.ndarray
+    """int32 [rows]: target tokens of each row, counted after the shift by one."""
+    pad_id: int
+    """Id of <|endoftext|>."""
 
     @property
     def parts(self) -> Sequence[Part]:
         """The data sets in the order of the rows; their row counts add up to len(self)."""
-
-    @property
-    def pad_id(self) -> int:
-        """Id of <|endoftext|>."""
 
     def __len__(self) -> int: ...
 
@@ -67,8 +63,6 @@ class Batch:
     """int64, padded with <|endoftext|>."""
     labels_BT: Tensor
     """int64, IGNORE where a token is no target."""
-    lens_B: Tensor
-    """int64, real tokens per row: the only record of padding. 0 for a dummy row."""
     row_ids: tuple[int, ...]
     """Indices of the rows, so that a bad loss can name their file:line. Empty for a dummy row."""
 
@@ -76,11 +70,6 @@ class Batch:
     def num_targets(self) -> int:
         """Target tokens, counted after the shift by one."""
         return int((self.labels_BT[:, 1:] != IGNORE).sum())
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens."""
-        return int(self.lens_B.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +114,12 @@ def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list
     if n == 0:
         return [order] * n_parts
     n_runs = min(n_parts, n)
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill(sorted_lens, middle)) <= n_runs:
-            high = middle
-        else:
-            low = middle + 1
-    runs = _split_to(_fill(sorted_lens, low), sorted_lens, n_runs)
+
+    def is_enough(cap: int) -> bool:
+        return len(_fill(sorted_lens, cap)) <= n_runs
+
+    cap = 1 + bisect_left(range(1, budget), True, key=is_enough)
+    runs = _split_to(_fill(sorted_lens, cap), sorted_lens, n_runs)
     return [order[start:end] for start, end in runs] + [order[:0]] * (n_parts - n_runs)
 
 
@@ -149,10 +136,8 @@ def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
 def _split_to(
     runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int
 ) -> list[tuple[int, int]]:
-    """Halve the largest runs until there are n_runs.
-
-    There can be fewer, since raising the cap by one token can save more than one run.
-    """
+    """Halve the largest runs until there are n_runs: there can be fewer, since raising the cap by
+    one token can save more than one run."""
     while len(runs) < n_runs:
         largest = max(
             (i for i, (start, end) in enumerate(runs) if end - start > 1),
@@ -169,10 +154,7 @@ def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list
 
     The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step
     under ZeRO-3. Of these the largest goes to the rank with the least so far, which evens out the
-    totals.
-
-    Returns:
-        The parts of each rank, longest rows first.
+    totals. The parts of each rank come longest rows first.
     """
     totals = [0] * world
     ranks: list[list[np.ndarray]] = [[] for _ in range(world)]
@@ -201,7 +183,7 @@ def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
         if part.rows:
             draws.append(first_row + _draws(part, [seed, 1, number], epoch))
         first_row += part.rows
-    drawn = np.concatenate(draws) if draws else np.empty(0, np.int64)
+    drawn = np.concatenate(draws)
     # 0 here and 1 above keep the streams of epochs apart from those of parts.
     return _generator([seed, 0, epoch]).permutation(drawn)
 
@@ -212,12 +194,12 @@ def _generator(key: list[int]) -> np.random.Generator:
 
 def _draws(part: Part, key: list[int], epoch: int) -> np.ndarray:
     count = _draws_per_epoch(part)
-    start, end = epoch * count, (epoch + 1) * count
-    passes = []
-    for number in range(start // part.rows, math.ceil(end / part.rows)):
-        passes.append(_generator([*key, number]).permutation(part.rows))
-    skipped = start // part.rows * part.rows
-    return np.concatenate(passes)[start - skipped : end - skipped]
+    first_pass, start = divmod(epoch * count, part.rows)
+    passes = [
+        _generator([*key, number]).permutation(part.rows)
+        for number in range(first_pass, math.ceil((epoch + 1) * count / part.rows))
+    ]
+    return np.concatenate(passes)[start : start + count]
 
 
 def _draws_per_epoch(part: Part) -> int:
@@ -225,40 +207,27 @@ def _draws_per_epoch(part: Part) -> int:
 
 
 class StepSampler:
-    """The micro-batches of each optimizer step; a pure function of (seed, epoch, step).
+    """The micro-batches of each optimizer step. UserError if there are no rows.
 
-    The rows of a step depend neither on the world size nor on the token budget. An incomplete last
-    step is trained too, and a data set smaller than one step is one step.
-
-    Args:
-        rows_per_step: rows of one optimizer step, over all ranks.
-        seed: of the order of the rows.
-        world, rank: of the data-parallel group.
-        tokens_per_micro_batch: most padded tokens of a micro-batch (a longer row runs alone).
-
-    Raises:
-        UserError: no rows.
+    A step has `rows_per_step` rows over all ranks, in an order by `seed` that depends neither on
+    the world size nor on the token budget. An incomplete last step is trained too, and a data set
+    smaller than one step is one step. A micro-batch has at most `budget` padded tokens, but a
+    longer row runs alone.
     """
 
     def __init__(
-        self,
-        rows: RowStore,
-        rows_per_step: int,
-        seed: int,
-        world: int,
-        rank: int,
-        tokens_per_micro_batch: int,
+        self, rows: RowStore, rows_per_step: int, seed: int, world: int, rank: int, budget: int
     ) -> None:
         if not len(rows):
             raise UserError("there are no rows to train on; expected one at least, in data.train")
         assert 0 <= rank < world, (rank, world)
         assert sum(part.rows for part in rows.parts) == len(rows), "parts must cover the rows"
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
-        self.world, self.rank, self.budget = world, rank, tokens_per_micro_batch
+        self.world, self.rank, self.budget = world, rank, budget
         self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
-        self._order = lru_cache(maxsize=1)(self._compute_order)
-        self._plan = lru_cache(maxsize=2)(self._compute_plan)
+        self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
+        self._plan = lru_cache(maxsize=2)(self._plan_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -288,41 +257,31 @@ class StepSampler:
             imbalance=max(padded) * self.world / sum(padded),
         )
 
-    def _compute_order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.rows.parts, self.seed, epoch)
-
-    def _compute_plan(self, epoch: int, step: int) -> list[list[np.ndarray]]:
-        return _plan_step(self.rows.lens, self.step_rows(epoch, step), self.world, self.budget)
+    def _plan_step(self, epoch: int, step: int) -> list[list[np.ndarray]]:
+        return _plan(self.rows.lens, self.step_rows(epoch, step), self.world, self.budget)
 
 
-def _plan_step(
-    lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int
-) -> list[list[np.ndarray]]:
+def _plan(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> list[list[np.ndarray]]:
     """The micro-batches of each rank, as arrays of row ids."""
     lens_N = lens[row_ids]
     ranks = deal(lens_N, cut_windows(lens_N, world, budget), world)
     return [[row_ids[part] for part in parts] for parts in ranks]
 
 
-def evaluation_batches(
-    rows: RowStore, world: int, rank: int, tokens_per_micro_batch: int
-) -> Iterator[Batch]:
-    """This rank's micro-batches of an evaluation; all ranks have equally many.
-
-    Together they hold every row once, whatever its weight.
-    """
-    for row_ids in _plan_step(rows.lens, np.arange(len(rows)), world, tokens_per_micro_batch)[rank]:
+def evaluation_batches(rows: RowStore, world: int, rank: int, budget: int) -> Iterator[Batch]:
+    """This rank's micro-batches of an evaluation. All ranks have equally many, and together every
+    row once, whatever its weight."""
+    for row_ids in _plan(rows.lens, np.arange(len(rows)), world, budget)[rank]:
         yield make_batch(rows, row_ids)
 
 
 def make_batch(rows: RowStore, row_ids: np.ndarray) -> Batch:
     """Read rows and pad them to the longest; without row ids, make the dummy row."""
-    lens = [int(n) for n in rows.lens[row_ids]]
-    width = max(lens, default=DUMMY_TOKENS)
-    ids_BT = torch.full((max(1, len(lens)), width), rows.pad_id, dtype=torch.int64)
+    width = max(rows.lens[row_ids].tolist(), default=DUMMY_TOKENS)
+    ids_BT = torch.full((max(1, len(row_ids)), width), rows.pad_id, dtype=torch.int64)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     for b, row in enumerate(row_ids.tolist()):
         ids, labels = rows[row]
-        ids_BT[b, : lens[b]] = torch.from_numpy(ids.astype(np.int64))
-        labels_BT[b, : lens[b]] = torch.from_numpy(labels.astype(np.int64))
-    return Batch(ids_BT, labels_BT, torch.tensor(lens or [0]), tuple(row_ids.tolist()))
+        ids_BT[b, : len(ids)] = torch.from_numpy(ids)
+        labels_BT[b, : len(labels)] = torch.from_numpy(labels)
+    return Batch(ids_BT, labels_BT, tuple(row_ids.tolist()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 from rich.console import Console
 from rich.text import Text
@@ -10,8 +12,6 @@ from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.tokenizer import Encoding
 
-# Without colour, runs of target tokens stand in these.
-LEARNT_OPEN, LEARNT_CLOSE = "⟦", "⟧"
 _LEARNT, _UNLEARNT, _SPECIAL = "green", "bright_black", "bold"
 _BINS, _BAR_CELLS = 12, 40
 # Control characters are made visible, since they would steer the terminal; line breaks and tabs
@@ -21,7 +21,7 @@ _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
-    """Print a row: target tokens green (or in ⟦ ⟧), the others grey, control tokens bold."""
+    """Print a row: target tokens green (without colour in ⟦ ⟧), others grey, control ones bold."""
     ids, labels = rows[row]
     console.rule(
         f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left"
@@ -32,9 +32,9 @@ def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) ->
     for start, end in zip(edges, edges[1:], strict=False):
         is_learnt = bool(learnt[start])
         in_marks = is_learnt and console.color_system is None
-        shown.append(LEARNT_OPEN if in_marks else "")
+        shown.append("⟦" if in_marks else "")
         _append(shown, ids[start:end].tolist(), encoding, _LEARNT if is_learnt else _UNLEARNT)
-        shown.append(LEARNT_CLOSE if in_marks else "")
+        shown.append("⟧" if in_marks else "")
     console.print(shown, soft_wrap=True)
 
 
@@ -65,19 +65,16 @@ def show_lengths(lens: np.ndarray, console: Console) -> None:
         line = f"{span} {count:>{columns[1]},}  {bar}".rstrip()
         console.print(line, highlight=False, soft_wrap=True)
     low, median, high = np.percentile(lens, [5, 50, 95])
-    console.print(
+    line = (
         f"shortest {shortest:,}, 5 % {low:,.0f}, median {median:,.0f}, mean {lens.mean():,.1f}, "
-        f"95 % {high:,.0f}, longest {longest:,}",
-        highlight=False,
-        soft_wrap=True,
+        f"95 % {high:,.0f}, longest {longest:,}"
     )
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _bin_width(spread: int) -> int:
     """The smallest of 1, 2, 5, 10, 20, 50 .. that covers the spread in _BINS bins."""
-    width, factors = 1, (2, 2.5, 2)
-    for step in range(60):
-        if width * _BINS >= spread:
-            break
-        width = int(width * factors[step % 3])
+    width, factors = 1, cycle((2, 2.5, 2))
+    while width * _BINS < spread:
+        width = int(width * next(factors))
     return width

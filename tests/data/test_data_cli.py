@@ -36,13 +36,13 @@ def run(tmp_path: Path, small_dir: Path, train: Path, monkeypatch: pytest.Monkey
     def call(name: str, *options: str) -> int:
         given = [
             "--model.path",
-            str(small_dir),
+            small_dir,
             "--data.train",
-            str(train),
+            train,
             "--data.cache_dir",
-            str(tmp_path / "c"),
+            tmp_path / "c",
         ]
-        monkeypatch.setattr(sys, "argv", ["data", name, *given, *options])
+        monkeypatch.setattr(sys, "argv", ["data", name, *map(str, given), *options])
         return command.main()
 
     return call
@@ -50,9 +50,8 @@ def run(tmp_path: Path, small_dir: Path, train: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def rows(tmp_path: Path, small_dir: Path, train: Path) -> TokenRows:
-    return prepare(
-        DataOptions([str(train)], cache_dir=str(tmp_path / "c")), load_encoding(small_dir), 64
-    ).train
+    options = DataOptions([str(train)], cache_dir=str(tmp_path / "c"))
+    return prepare(options, load_encoding(small_dir), 64).train
 
 
 def test_encode_writes_one_object_a_row(
@@ -69,13 +68,11 @@ def test_encode_writes_one_object_a_row(
 def test_encode_without_a_file_writes_rows_and_nothing_else_to_stdout(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        run("encode", "--data.weights", "2.0", "--data.eval_fraction", "0.4", "--local_rank=0") == 0
-    )
+    options = ("--data.weights", "2.0", "--data.eval_fraction", "0.4", "--local_rank=0")
+    assert run("encode", *options) == 0
     out, err = capsys.readouterr()
-    assert len([json.loads(line) for line in out.splitlines()]) == 5, (
-        "each row once, whatever an epoch draws"
-    )
+    # Each row once, whatever an epoch draws.
+    assert len([json.loads(line) for line in out.splitlines()]) == 5
     assert "5 rows of 5 read" in err
 
 
@@ -113,9 +110,8 @@ def test_inspect_shows_rows_lengths_and_counts(
     assert run("inspect", "--rows", "2") == 0
     out = capsys.readouterr().out
     assert f"{train}:1" in out and f"{train}:2" in out and f"{train}:3" not in out
-    assert "⟦assistant\nanswer 0␛[31m<|im_end|><|endoftext|>⟧" in out, (
-        "learnt in brackets where there is no colour"
-    )
+    # Learnt tokens stand in brackets where there is no colour.
+    assert "⟦assistant\nanswer 0␛[31m<|im_end|><|endoftext|>⟧" in out
     assert "\x1b" not in out, "neither colour nor a row's own control characters"
     assert "row lengths in tokens" in out and "5 rows of 5 read" in out
 
@@ -137,9 +133,8 @@ def test_learnt_and_unlearnt_tokens_differ_in_colour(rows: TokenRows, small_dir:
     shown = out.getvalue()
     assert "\x1b[32massistant" in shown and "\x1b[32manswer 0␛[31m" in shown, "learnt: green"
     assert "\x1b[90mq0<|im_end|>" in shown, "not learnt, and no control token: grey, not bold"
-    assert "\x1b[1;90m<|im_start|>" in shown and "\x1b[1;32m<|endoftext|>" in shown, (
-        "control tokens: bold"
-    )
+    # Control tokens are bold.
+    assert "\x1b[1;90m<|im_start|>" in shown and "\x1b[1;32m<|endoftext|>" in shown
     assert "⟦" not in shown
 
 
@@ -179,9 +174,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     missing = str(tmp_path / "no.jsonl")
-    monkeypatch.setattr(
-        sys, "argv", ["data", "encode", "--model.path", str(small_dir), "--data.train", missing]
-    )
+    words = ["data", "encode", "--model.path", str(small_dir), "--data.train", missing]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("qwen_ds.data", run_name="__main__")
     assert ended.value.code == 2

@@ -87,7 +87,7 @@ def counted(recipe: Recipe, padding: bool = False, rows: int = 48) -> tuple[int,
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         for batch in window:
             training(batch.ids_BT, batch.labels_BT).backward()
-    lens = torch.cat([batch.lens_B for batch in window]).double()
+    lens = torch.tensor(sampler.rows.lens).double()
     if padding:
         padded = [batch.ids_BT.shape[1] for batch in window for _ in batch.row_ids]
         lens = torch.tensor(padded).double()

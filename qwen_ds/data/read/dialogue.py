@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TypeVar
 
 from qwen_ds.model.chatml import Conversation, Turn
 
 Row = Mapping[str, object]
 Pair = tuple[str, str]
+Kind = TypeVar("Kind")
 
 NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
 NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
+_JSON_NAMES: dict[type, str] = {
+    **{type(None): "null", str: "text", bool: "true or false"},
+    **{int: "a number", float: "a number", list: "a list", dict: "an object"},
+}
 
 
 class RowError(ValueError):
@@ -27,8 +34,7 @@ class RowError(ValueError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +59,34 @@ class Dialogue:
 
 
 Outcome = Dialogue | Dropped
+Result = Conversation | Dropped
 
 
-def as_conversation(
-    dialogue: Dialogue, default_system: str | None = None
-) -> Conversation | Dropped:
+def as_conversation(dialogue: Dialogue, default_system: str | None = None) -> Result:
     """The conversation to train on: the pairs before the first that lacks a side."""
+    turns = _turns(dialogue)
+    return _conversation(dialogue, turns[: len(turns) // 2 * 2], default_system)
+
+
+def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Result, str | None]:
+    """The conversation up to its last question, and the row's own answer to that, if any."""
+    turns = _turns(dialogue)
+    reference = turns.pop().text if turns and turns[-1].role == "assistant" else None
+    return _conversation(dialogue, turns, default_system), reference
+
+
+def _turns(dialogue: Dialogue) -> list[Turn]:
+    """The turns before the first blank side."""
     turns: list[Turn] = []
     for question, answer in dialogue.pairs:
-        if not question or is_blank(answer):
-            break
-        turns.append(Turn("user", question))
-        turns.append(Turn("assistant", answer))
+        for role, text in (("user", question), ("assistant", answer)):
+            if is_blank(text):
+                return turns
+            turns.append(Turn(role, text))
+    return turns
+
+
+def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | None) -> Result:
     if turns:
         return Conversation(dialogue.system or default_system, tuple(turns))
     if not dialogue.pairs:
@@ -72,37 +94,15 @@ def as_conversation(
     return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION)
 
 
-def as_prompt(
-    dialogue: Dialogue, default_system: str | None = None
-) -> tuple[Conversation | Dropped, str | None]:
-    """The conversation up to its last question, and the row's own answer to that, if any."""
-    turns: list[Turn] = []
-    reference: str | None = None
-    for question, answer in dialogue.pairs:
-        if not question:
-            break
-        if turns:
-            turns.append(Turn("assistant", reference or ""))
-        turns.append(Turn("user", question))
-        reference = None if is_blank(answer) else answer
-        if reference is None:
-            break
-    if turns:
-        return Conversation(dialogue.system or default_system, tuple(turns)), reference
-    return Dropped(NO_QUESTION if dialogue.pairs else NO_TURNS), None
-
-
-def pair_up(turns: Iterable[tuple[str, str]]) -> tuple[Pair, ...] | Dropped:
-    """Pair (role, text) turns, which must alternate, the user's first; a last question gets a blank
-    answer."""
+def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None) -> Outcome:
+    """The dialogue of (role, text) turns, which must alternate, the user's first; a last question
+    gets a blank answer."""
     texts: list[str] = []
     for place, (role, text) in enumerate(turns):
         if role != ("assistant" if place % 2 else "user"):
             return Dropped(NOT_ALTERNATING)
         texts.append(text if place % 2 else text.strip())
-    if len(texts) % 2:
-        texts.append("")
-    return tuple(zip(texts[::2], texts[1::2], strict=True))
+    return Dialogue(system, tuple(zip_longest(texts[::2], texts[1::2], fillvalue="")))
 
 
 def is_blank(text: str) -> bool:
@@ -111,44 +111,32 @@ def is_blank(text: str) -> bool:
 
 def text_of(row: Row, key: str) -> str:
     """The text under a key, "" if it is absent or null. Raises RowError for anything else."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if type(value) is str:
-        return value
-    raise RowError("wrong type", f"{key} is {json_name(value)}; expected text")
+    return "" if row.get(key) is None else _checked(row[key], str, key)
 
 
 def system_of(row: Row, key: str = "system") -> str | None:
     """The system text under a key, stripped; None if it is absent, null or blank."""
-    if key not in row:
-        return None
     return text_of(row, key).strip() or None
-
-
-def object_of(value: object, what: str) -> Row:
-    if isinstance(value, Mapping):
-        return value
-    raise RowError("wrong type", f"{what} is {json_name(value)}; expected an object")
 
 
 def list_of(row: Row, key: str) -> list[object]:
     """The list under a key, empty if it is absent or null. Raises RowError for anything else."""
-    value = row.get(key)
-    if value is None:
-        return []
-    if isinstance(value, list):
+    return [] if row.get(key) is None else _checked(row[key], list, key)
+
+
+def object_of(value: object, what: str) -> Row:
+    return _checked(value, dict, what)
+
+
+def _checked(value: object, kind: type[Kind], what: str) -> Kind:
+    if isinstance(value, kind):
         return value
-    raise RowError("wrong type", f"{key} is {json_name(value)}; expected a list")
+    raise RowError("wrong type", f"{what} is {json_name(value)}; expected {_JSON_NAMES[kind]}")
 
 
 def json_name(value: object) -> str:
     """The name of a value's type in JSON's own terms, for a message."""
-    names = {
-        **{type(None): "null", str: "text", bool: "true or false"},
-        **{int: "a number", float: "a number", list: "a list", dict: "an object"},
-    }
-    return names.get(type(value), f"of type {type(value).__name__}")
+    return _JSON_NAMES.get(type(value), f"of type {type(value).__name__}")
 
 
 def quoted(value: object) -> str:
@@ -161,4 +149,4 @@ def names(keys: Iterable[str], most: int = 12) -> str:
     """Keys for an error message, at most `most` of them."""
     listed = [key if key.isprintable() else repr(key) for key in map(str, keys)]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    return ", ".join(listed[:most]) + more or "none"

@@ -16,9 +16,11 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from qwen_ds.data.read.files_json import (
     BadRow,
@@ -32,6 +34,7 @@ from qwen_ds.data.read.files_json import (
 from qwen_ds.errors import UserError
 
 DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
+_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.[^/]+)(?:/|\Z)")
 _OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 _HEAD_BYTES = 1 << 22
@@ -67,16 +70,13 @@ def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
     """The rows of one file in order; a BadRow says where and why one cannot be read.
 
     `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
-    "file:member:line" in an archive.
-
-    Raises:
-        UserError: a file that is missing, empty, damaged or of another type.
+    "file:member:line" in an archive. UserError if the file is missing, empty, damaged or of another
+    type.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file"
-        )
+        came = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {came}; expected a data file")
     try:
         yield from _rows(_Content(str(path), lambda: path.open("rb")))
     except OSError as error:  # includes damaged gzip data
@@ -86,42 +86,31 @@ def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
 
 
 def chosen_names(names: Iterable[str]) -> list[str]:
-    """The data files among the names of a folder or an archive, sorted.
-
-    The suffix decides; if no name has a known one, all are taken.
-    """
-    seen = [name for name in names if not any(_is_hidden(part) for part in name.split("/"))]
+    """The data files among the names of a folder or an archive, sorted: those with a known suffix,
+    or all if there are none."""
+    seen = [name for name in names if not _HIDDEN.search(name)]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
     return sorted([name for name in data if Path(name).name not in _OF_DATASETS] or seen)
 
 
-def _is_hidden(part: str) -> bool:
-    return part == "__MACOSX" or (part.startswith(".") and part != ".")
-
-
 def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
-    head = _head(content)
+    plain, head = content, _head(content)
     if head.startswith(_GZIP):
-        packed = content
-        content = _Content(packed.name, lambda: _Unzipped(packed.open()), packed.is_member)
-        head = _head(content)
-        if head.startswith(_PARQUET) or _is_tar(head):  # these need to seek
-            with tempfile.TemporaryFile() as unpacked, content.open() as stream:
+        plain = replace(content, open=lambda: _Unzipped(content.open()))
+        head = _head(plain)
+    is_tar, is_parquet = head.startswith(_TAR_MARK, _TAR_MARK_AT), head.startswith(_PARQUET)
+    with ExitStack() as stack:
+        if plain is not content and (is_tar or is_parquet):  # these need to seek
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            with plain.open() as stream:
                 shutil.copyfileobj(stream, unpacked)
-                yield from _unpacked_rows(
-                    _Content(content.name, lambda: unpacked, content.is_member), head
-                )
-            return
-    yield from _unpacked_rows(content, head)
-
-
-def _unpacked_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
-    if _is_tar(head) and not content.is_member:
-        yield from _tar_rows(content)
-    elif head.startswith(_PARQUET):
-        yield from _parquet_rows(content)
-    else:
-        yield from _text_rows(content, head)
+            plain = replace(content, open=lambda: unpacked)
+        if is_tar and not content.is_member:
+            yield from _tar_rows(plain)
+        elif is_parquet:
+            yield from _parquet_rows(plain)
+        else:
+            yield from _text_rows(plain, head)
 
 
 def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
@@ -146,11 +135,9 @@ def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
         elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
             yield from iter_lines(stream, content.name, encoding)
         else:
-            number = lines.index(first) + 1
-            raise UserError(
-                f"{content.name}:{number}: the text begins with {first.strip()[:40]!r}; "
-                f"expected {_EXPECTED}"
-            )
+            came = f"the text begins with {first.strip()[:40]!r}"
+            line = lines.index(first) + 1
+            raise UserError(f"{content.name}:{line}: {came}; expected {_EXPECTED}")
 
 
 def encoding_of(head: bytes) -> str:
@@ -196,63 +183,42 @@ def _csv_header(line: str) -> tuple[str, list[str]] | None:
 
     A header's names are short, distinct and free of JSON's signs, unlike running text.
     """
-    best: tuple[str, list[str]] | None = None
-    for delimiter in _DELIMITERS:
-        try:
-            names = [
-                name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))
-            ]
-        except csv.Error:
-            continue
-        if best is None or len(names) > len(best[1]):
-            best = delimiter, names
-    if best is None:
-        return None
-    named = [name for name in best[1] if name]  # pandas writes its index column without a name
-    if (
-        len(set(named)) < len(named)
-        or not named
-        or any(len(name) > 64 or set('{}[]":') & set(name) for name in named)
-    ):
-        return None
-    return best if len(named) > 1 or _ONE_COLUMN.fullmatch(named[0]) else None
-
-
-class _DecodedLines:
-    """Lines of text from lines of bytes. Unlike a generator it goes on after a decoding error."""
-
-    def __init__(self, stream: Iterable[bytes], encoding: str) -> None:
-        self.stream, self.encoding, self.number = iter(stream), encoding, 0
-
-    def __iter__(self) -> _DecodedLines:
-        return self
-
-    def __next__(self) -> str:
-        raw = next(self.stream)
-        self.number += 1
-        return raw.decode(self.encoding)
+    delimiter, names = "", list[str]()
+    for each in _DELIMITERS:
+        with suppress(csv.Error):
+            cells = next(csv.reader([line], delimiter=each, strict=True))
+            if len(cells) > len(names):
+                delimiter, names = each, [cell.strip() for cell in cells]
+    named = [name for name in names if name]  # pandas writes its index column without a name
+    is_header = (
+        len(set(named)) == len(named)
+        and not any(len(name) > 64 or set('{}[]":') & set(name) for name in named)
+        and (len(named) > 1 or _ONE_COLUMN.fullmatch("".join(named)))
+    )
+    return (delimiter, names) if is_header else None
 
 
 def _csv_rows(
     stream: BinaryStream, name: str, encoding: str, delimiter: str, header: list[str]
 ) -> Iterator[SourceRow | BadRow]:
     csv.field_size_limit(_LONGEST_CELL)
-    lines = _DecodedLines(stream, encoding)
+    # A map, unlike a generator, goes on after an error. The reader does not count such a line.
+    lines = map(bytes.decode, stream, repeat(encoding))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    is_header = True
+    undecoded, is_header = 0, True
     while True:
-        source = f"{name}:{lines.number + 1}"
+        source = f"{name}:{reader.line_num + undecoded + 1}"
         try:
             cells = next(reader)
         except StopIteration:
             return
         except UnicodeDecodeError as error:
+            undecoded += 1
             yield undecodable(source, encoding, error)
             continue
         except csv.Error as error:
-            yield BadRow(
-                source, "not valid CSV", f"not valid CSV: {error}; expected {len(header)} cells"
-            )
+            detail = f"not valid CSV: {error}; expected {len(header)} cells"
+            yield BadRow(source, "not valid CSV", detail)
             continue
         if not cells:
             continue
@@ -262,9 +228,8 @@ def _csv_rows(
             detail = f"{len(cells)} cells; expected {len(header)}, as in the header line"
             yield BadRow(source, "wrong number of cells", detail)
         else:
-            yield SourceRow(
-                {key: cell for key, cell in zip(header, cells, strict=True) if key}, source
-            )
+            row = {key: cell for key, cell in zip(header, cells, strict=True) if key}
+            yield SourceRow(row, source)
 
 
 def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
@@ -273,17 +238,17 @@ def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
 
     with content.open() as stream:
         try:
-            table = pyarrow.parquet.ParquetFile(stream)
-            index = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    yield SourceRow(row, f"{content.name}#{index}")
-                    index += 1
+            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_PARQUET_ROWS)
+            yield from numbered_rows(batches, content.name)
         except pyarrow.ArrowException as error:
-            first = str(error).splitlines()[0]
-            raise UserError(
-                f"{content.name}: damaged parquet file ({first}); expected parquet"
-            ) from error
+            came = f"damaged parquet file ({str(error).splitlines()[0]})"
+            raise UserError(f"{content.name}: {came}; expected parquet") from error
+
+
+def numbered_rows(batches: Iterable[Any], name: str) -> Iterator[SourceRow]:
+    """The rows of pyarrow's batches or tables, "name#index" from 0."""
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return (SourceRow(row, f"{name}#{index}") for index, row in enumerate(rows))
 
 
 def _tar_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
@@ -316,7 +281,3 @@ class _Unzipped(gzip.GzipFile):
 def _head(content: _Content) -> bytes:
     with content.open() as stream:
         return stream.read(_HEAD_BYTES)
-
-
-def _is_tar(head: bytes) -> bool:
-    return head[_TAR_MARK_AT : _TAR_MARK_AT + len(_TAR_MARK)] == _TAR_MARK

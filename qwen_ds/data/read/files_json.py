@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from qwen_ds.errors import UserError
 
-NOT_JSON = "not valid JSON"
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Brackets, and strings as a whole, so that brackets inside them do not count. A string without a
@@ -56,17 +55,15 @@ def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[Sou
     for number, raw in enumerate(lines, 1):
         if raw.isspace():
             continue
+        source = f"{name}:{number}"
         try:
             text = raw.decode(encoding)
+            text = text.lstrip("\ufeff") if number == 1 else text
+            yield SourceRow(json.loads(text), source)
         except UnicodeDecodeError as error:
-            yield undecodable(f"{name}:{number}", encoding, error)
-            continue
-        if number == 1:
-            text = text.lstrip("\ufeff")
-        try:
-            yield SourceRow(json.loads(text), f"{name}:{number}")
+            yield undecodable(source, encoding, error)
         except (ValueError, RecursionError) as error:
-            yield from _several_on_a_line(text, f"{name}:{number}", error)
+            yield from _several_on_a_line(text, source, error)
 
 
 def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
@@ -93,11 +90,7 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
         if margin is None and body[0] == "{":
             margin = line[: line.index("{")]
         if parts and line.startswith(f"{margin}{{") and not last.endswith(_MORE_MUST_FOLLOW):
-            yield BadRow(
-                f"{name}:{start}",
-                NOT_JSON,
-                "not valid JSON: the object is not closed before the next one",
-            )
+            yield _not_json(f"{name}:{start}", "the object is not closed before the next one")
             parts, depth = [], 0
         last = body
         pieces, depth = _cut_behind_objects(line, depth)
@@ -108,11 +101,7 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
                 yield fault or _parsed("".join(parts), f"{name}:{start}")
                 parts, fault = [], None
     if parts:
-        yield BadRow(
-            f"{name}:{start}",
-            NOT_JSON,
-            "not valid JSON: the file ends inside the object that begins here",
-        )
+        yield _not_json(f"{name}:{start}", "the file ends inside the object that begins here")
 
 
 def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
@@ -132,24 +121,19 @@ def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]
                 break
             text.skip(",")
     if not text.starts_with("]"):
-        came = text.here()
-        raise UserError(f"{name}:{text.line}: {came} inside a JSON array; expected ',' or ']'")
+        came = f"{text.here()} inside a JSON array"
+        raise UserError(f"{name}:{text.line}: {came}; expected ',' or ']'")
     text.skip("]")
     if text.here() != "the end of the file":
-        raise UserError(
-            f"{name}:{text.line}: {text.here()} after the end of the JSON array; "
-            "expected nothing more"
-        )
+        came = f"{text.here()} after the end of the JSON array"
+        raise UserError(f"{name}:{text.line}: {came}; expected nothing more")
 
 
 def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
     shown = "UTF-8" if encoding == "utf-8" else encoding.upper()
     byte = error.object[error.start]
-    return BadRow(
-        source,
-        f"not {shown} text",
-        f"byte 0x{byte:02x} is not {shown}; expected text in one encoding",
-    )
+    detail = f"byte 0x{byte:02x} is not {shown}; expected text in one encoding"
+    return BadRow(source, f"not {shown} text", detail)
 
 
 class _Arriving:
@@ -158,16 +142,12 @@ class _Arriving:
     def __init__(self, chunks: Iterator[str]) -> None:
         self.chunks = chunks
         self.text = next(chunks, "").lstrip("\ufeff")
-        self.place = 0
-        self.line = 1
-        self.is_complete = False
+        self.place, self.line, self.is_complete = 0, 1, False
 
     def more(self) -> None:
         """Double the text ahead, so that the repeated scans of a long element stay linear."""
-        ahead = len(self.text) - self.place
-        parts = [self.text[self.place :]]
-        fetched = 0
-        while fetched < max(ahead, 1):
+        parts, fetched = [self.text[self.place :]], 0
+        while fetched < max(len(parts[0]), 1):
             chunk = next(self.chunks, None)
             if chunk is None:
                 self.is_complete = True
@@ -211,22 +191,20 @@ def _element(text: _Arriving, name: str) -> SourceRow | BadRow:
                 text.more()
                 continue
             return _broken_element(text, end, source, error)
-        if end == len(text.text) and not text.is_complete:
-            text.more()  # a number may go on
-            continue
-        text.move_to(end)
-        return SourceRow(value, source)
+        if end < len(text.text) or text.is_complete:
+            text.move_to(end)
+            return SourceRow(value, source)
+        text.more()  # a number may go on
 
 
 def _broken_element(text: _Arriving, end: int, source: str, error: Exception) -> BadRow:
-    fault = _fault(error, text.place)
-    if end < 0:
-        raise UserError(f"{source}: {fault}; what follows in the array cannot be read")
-    text.move_to(end)
-    text.skip_space()
-    if not (text.starts_with(",") or text.starts_with("]")):
-        raise UserError(f"{source}: {fault}; what follows in the array cannot be read")
-    return BadRow(source, NOT_JSON, fault)
+    fault = _fault(error, source, text.place)
+    if end >= 0:
+        text.move_to(end)
+        text.skip_space()
+        if text.starts_with(",") or text.starts_with("]"):
+            return fault
+    raise UserError(f"{source}: {fault.detail}; what follows in the array cannot be read")
 
 
 def _end_of(text: str, place: int) -> int:
@@ -260,10 +238,10 @@ def _parsed(text: str, source: str) -> SourceRow | BadRow:
     try:
         return SourceRow(json.loads(text), source)
     except (ValueError, RecursionError) as error:
-        return BadRow(source, NOT_JSON, _fault(error))
+        return _fault(error, source)
 
 
-def _several_on_a_line(text: str, source: str, error: Exception) -> Iterator[SourceRow | BadRow]:
+def _several_on_a_line(text: str, source: str, error: Exception) -> list[SourceRow | BadRow]:
     """Objects one after another on one line; for anything else, the error of the whole line."""
     rows: list[SourceRow | BadRow] = []
     place = 0
@@ -274,8 +252,8 @@ def _several_on_a_line(text: str, source: str, error: Exception) -> Iterator[Sou
                 raise ValueError("not an object")
             rows.append(SourceRow(value, source))
     except (ValueError, RecursionError):
-        rows = [BadRow(source, NOT_JSON, _fault(error))]
-    yield from rows
+        return [_fault(error, source)]
+    return rows
 
 
 def _end_of_space(text: str, place: int) -> int:
@@ -283,13 +261,15 @@ def _end_of_space(text: str, place: int) -> int:
     return match.end() if match else place
 
 
-def _fault(error: Exception, start: int = 0) -> str:
-    """The fault of a JSON text in one line; its position is counted from the start of the row."""
+def _fault(error: Exception, source: str, start: int = 0) -> BadRow:
+    """The fault of a JSON text; its position is counted from the start of the row."""
+    what = str(error)
     if isinstance(error, json.JSONDecodeError):
-        what = error.msg.removesuffix(" at")
-        return (
-            f"not valid JSON: {what} at character {error.pos - start + 1}; expected one JSON object"
-        )
-    if isinstance(error, RecursionError):
-        return "not valid JSON: nested too deep; expected one JSON object"
-    return f"not valid JSON: {error}; expected one JSON object"
+        what = f"{error.msg.removesuffix(' at')} at character {error.pos - start + 1}"
+    elif isinstance(error, RecursionError):
+        what = "nested too deep"
+    return _not_json(source, f"{what}; expected one JSON object")
+
+
+def _not_json(source: str, what: str) -> BadRow:
+    return BadRow(source, "not valid JSON", f"not valid JSON: {what}")

@@ -7,16 +7,16 @@ no row's reading depends on another.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
 from functools import lru_cache
 
 from qwen_ds.data.read import readers_flat as flat
 from qwen_ds.data.read import readers_marked as marked
 from qwen_ds.data.read import readers_tree as tree
-from qwen_ds.data.read.dialogue import Outcome, Row, RowError, json_name, names
+from qwen_ds.data.read.dialogue import Outcome, Row, RowError, names, object_of
 from qwen_ds.data.read.readers_turns import read_turns
 from qwen_ds.errors import UserError
 
@@ -25,17 +25,16 @@ from qwen_ds.errors import UserError
 class Reader:
     """One row shape. A row has it if it has all `keys` and, for training, one of any `answers`.
 
-    `optional` keys are read if a row has them. With `pattern` a key must match it. `gathers`: a row
-    is one message of a tree, and `MessageTrees` puts the rows of a data set together.
+    `optional` keys are read if a row has them. With `pattern` a key must match it. Without `read` a
+    row is one message of a tree, and `MessageTrees` puts the rows of a data set together.
     """
 
     name: str
-    read: Callable[[Row], list[Outcome]]
+    read: Callable[[Row], list[Outcome]] | None
     keys: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     pattern: re.Pattern[str] | None = None
-    gathers: bool = False
 
     def fits(self, keys: Iterable[str], for_prompts: bool = False) -> bool:
         keys = set(keys)
@@ -62,10 +61,6 @@ def _pair(name: str, question: str, *answers: str) -> Reader:
     return Reader(name, flat.column_pair(question, answers), (question,), answers, _COLUMNS)
 
 
-def _gathered(row: Row) -> list[Outcome]:
-    raise AssertionError("single messages are read by MessageTrees")
-
-
 # fmt: off
 TABLE: tuple[Reader, ...] = (
     Reader("messages", read_turns("messages"), ("messages",), optional=("system",)),
@@ -73,8 +68,8 @@ TABLE: tuple[Reader, ...] = (
     Reader("conversation", read_turns("conversation"), ("conversation",), optional=("system",)),
     Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction",)),
     Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
-    Reader("oasst_messages", _gathered, ("message_id", "parent_id", "text", "role"),
-           optional=("tree_state", "deleted"), gathers=True),
+    Reader("oasst_messages", None, ("message_id", "parent_id", "text", "role"),
+           optional=("tree_state", "deleted")),
     Reader("moss_002", marked.read_moss_002, ("plain_text",), optional=("prefix",)),
     Reader("refgpt", marked.read_refgpt, ("dialogue",), optional=("system",)),
     Reader("coig_exam", flat.read_coig_exam, ("textbox_question",),
@@ -107,85 +102,49 @@ def reader_named(name: str) -> Reader:
     """The reader that `data.format` names. UserError, with the nearest name, if there is none."""
     if name in READERS:
         return READERS[name]
-    near = difflib.get_close_matches(name, READERS, n=1)
+    near = get_close_matches(name, READERS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"data.format is {name!r}; expected auto or one of {', '.join(READERS)}{hint}")
 
 
 def find_reader(row: object, for_prompts: bool = False) -> Reader:
-    """The reader whose keys the row has.
+    """The reader whose keys the row has. RowError, with the keys found and expected, if none fits.
 
-    Args:
-        for_prompts: a row needs no answer, but one that has an answer is still recognised by it.
-
-    Raises:
-        RowError: there is no such reader; names the keys found and expected.
+    With `for_prompts` a row needs no answer, but one that has an answer is still recognised by it.
     """
-    row = as_row(row)
+    row = object_of(row, "the row")
     keys = tuple(row)
     candidates = _fitting(keys, for_prompts)
     if not candidates:
-        raise RowError(
-            "unknown keys", f"keys found: {names(keys) or 'none'}; keys expected: {nearest(keys)}"
-        )
-    for reader in candidates[:-1]:
-        # Arrow files have every column in every row, so a null column says nothing about the shape.
-        if all(row[key] is not None for key in reader.keys):
-            return reader
-    last = candidates[-1]
-    return last if all(row[key] is not None for key in last.keys) else candidates[0]
-
-
-def check_fits(reader: Reader, row: object, for_prompts: bool = False) -> Row:
-    """The row, if it has the keys of the reader that the user named; else RowError."""
-    row = as_row(row)
-    if not _fits(reader, tuple(row), for_prompts):
-        expected = f"{reader.expected} (format {reader.name})"
-        raise RowError(
-            "missing key", f"keys found: {names(row) or 'none'}; keys expected: {expected}"
-        )
-    return row
-
-
-def as_row(row: object) -> Row:
-    if not isinstance(row, dict):
-        raise RowError("wrong type", f"the row is {json_name(row)}; expected an object")
-    return row
+        expected = nearest(keys)
+        raise RowError("unknown keys", f"keys found: {names(keys)}; keys expected: {expected}")
+    # Arrow files have every column in every row, so a null column says nothing about the shape.
+    filled = (each for each in candidates if all(row[key] is not None for key in each.keys))
+    return next(filled, candidates[0])
 
 
 @lru_cache(maxsize=1024)
 def nearest(keys: tuple[str, ...]) -> str:
     """The three shapes nearest to some keys, in words, for the message about a row without one."""
-    keys = keys[:50]
+    usual = ("messages", "sharegpt", "alpaca", "adgen")
 
     def likeness(reader: Reader) -> tuple[int, float, bool]:
-        needed = [(key,) for key in reader.keys or ("round_0",)] + (
-            [reader.answers] if reader.answers else []
-        )
+        needed = [(key,) for key in reader.keys or ("round_0",)]
         ratios = [
-            max(difflib.SequenceMatcher(None, key, want).ratio() for key in keys for want in wanted)
-            for wanted in needed
+            max(SequenceMatcher(None, key, want).ratio() for key in keys[:50] for want in wanted)
+            for wanted in (*needed, reader.answers)
+            if wanted
         ]
-        return (
-            sum(ratio == 1 for ratio in ratios),
-            round(sum(ratios) / len(ratios), 3),
-            reader.name in usual,
-        )
+        exact = sum(ratio == 1 for ratio in ratios)
+        return exact, round(sum(ratios) / len(ratios), 3), reader.name in usual
 
-    usual = ("messages", "sharegpt", "alpaca", "adgen")
-    ranked = sorted(TABLE, key=likeness, reverse=True) if keys else []
-    shown = ranked[:3] if keys else [READERS[name] for name in usual]
+    shown = [READERS[name] for name in usual]
+    if keys:
+        shown = sorted(TABLE, key=likeness, reverse=True)[:3]
     return ", or ".join(f"{reader.expected} ({reader.name})" for reader in shown)
 
 
 @lru_cache(maxsize=1024)
 def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
-    return complete or tuple(
-        reader for reader in TABLE if for_prompts and reader.fits(keys, for_prompts=True)
-    )
-
-
-@lru_cache(maxsize=1024)
-def _fits(reader: Reader, keys: tuple[str, ...], for_prompts: bool) -> bool:
-    return reader.fits(keys, for_prompts)
+    return complete or tuple(reader for reader in TABLE if reader.fits(keys, for_prompts))

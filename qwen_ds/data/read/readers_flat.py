@@ -31,11 +31,7 @@ def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row]
     """Make a reader of a question column and the first of `answer_keys` that the row has."""
 
     def read(row: Row) -> list[Outcome]:
-        answer = ""
-        for key in answer_keys:
-            if key in row:
-                answer = text_of(row, key)
-                break
+        answer = next((text_of(row, key) for key in answer_keys if key in row), "")
         pair = (text_of(row, question_key).strip(), answer)
         return [Dialogue(system_of(row), (*_history(row), pair))]
 
@@ -72,14 +68,13 @@ def read_coig_exam(row: Row) -> list[Outcome]:
     if question:
         question = _tab_joined(text_of(row, "textbox_q_instruction"), question)
     analysis = row.get("textbox_answer_analysis")
-    if isinstance(analysis, str) and not is_blank(analysis):
-        return [Dialogue(system_of(row), ((question, analysis),))]
-    return [Dialogue(system_of(row), ((question, text_of(row, "textbox_answer")),))]
+    has_analysis = isinstance(analysis, str) and not is_blank(analysis)
+    answer_key = "textbox_answer_analysis" if has_analysis else "textbox_answer"
+    return [Dialogue(system_of(row), ((question, text_of(row, answer_key)),))]
 
 
 def read_coig_rounds(row: Row) -> list[Outcome]:
-    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each {"Q", "A"} as JSON
-    text.
+    """COIG's counterfactual chats: round_0, round_1 .. (some missing), each {"Q", "A"} as JSON.
 
     One fault drops the whole chat: its later rounds answer the earlier ones.
     """
@@ -93,25 +88,22 @@ def read_coig_rounds(row: Row) -> list[Outcome]:
             said = json.loads(response) if isinstance(response, str) else response
         except (ValueError, RecursionError):
             return [Dropped("response is not valid JSON")]
-        question, answer = (
-            (said.get("Q"), said.get("A")) if isinstance(said, dict) else (None, None)
-        )
-        if not isinstance(question, str) or not isinstance(answer, str):
-            return [Dropped("Q or A is not text")]
-        pairs.append((question.strip(), answer))
+        match said:
+            case {"Q": str(question), "A": str(answer)}:
+                pairs.append((question.strip(), answer))
+            case _:
+                return [Dropped("Q or A is not text")]
     return [Dialogue(system_of(row), tuple(pairs))]
 
 
 def read_hc3(row: Row) -> list[Outcome]:
     """HC3: the first ChatGPT answer that is not blank."""
     answers = list_of(row, "chatgpt_answers")
-    wrong = next(
-        (answer for answer in answers if answer is not None and not isinstance(answer, str)), None
-    )
-    if wrong is not None:
-        raise RowError(
-            "wrong type", f"chatgpt_answers holds {json_name(wrong)}; expected a list of texts"
-        )
+    for found in answers:
+        if not isinstance(found, str | None):
+            raise RowError(
+                "wrong type", f"chatgpt_answers holds {json_name(found)}; expected a list of texts"
+            )
     answer = next((text for text in answers if isinstance(text, str) and not is_blank(text)), "")
     return [Dialogue(system_of(row), ((text_of(row, "question").strip(), answer),))]
 
@@ -133,15 +125,10 @@ def _history(row: Row) -> tuple[Pair, ...]:
     if not row.get("history"):
         return ()
     pairs: list[Pair] = []
-    for place, pair in enumerate(list_of(row, "history")):
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(side is None or type(side) is str for side in pair)
-        ):
-            raise RowError(
-                "wrong type",
-                f"history[{place}] is not a pair of texts; expected [question, answer]",
-            )
+    for place, value in enumerate(list_of(row, "history")):
+        pair = value if isinstance(value, list) else []
+        if len(pair) != 2 or not all(isinstance(side, str | None) for side in pair):
+            fault = f"history[{place}] is not a pair of texts; expected [question, answer]"
+            raise RowError("wrong type", fault)
         pairs.append(((pair[0] or "").strip(), pair[1] or ""))
     return tuple(pairs)

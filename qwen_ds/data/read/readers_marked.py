@@ -15,14 +15,12 @@ from qwen_ds.data.read.dialogue import (
     Outcome,
     Row,
     RowError,
+    dialogue_of,
     object_of,
-    pair_up,
     system_of,
     text_of,
 )
 from qwen_ds.data.read.readers_turns import read_turns
-
-BAD_HISTORY = "history is not question and answer pairs"
 
 # BELLE's and Guanaco's marks open a line. Guanaco's files spell Assistant in four ways, with both
 # kinds of colon.
@@ -46,14 +44,10 @@ _CITATION = re.compile(r"<sup>(?:(?!</?sup>).)*</sup>", re.DOTALL)
 _NUMBERED_CITATION = re.compile(r"<sup>[^<]*(?:<\|\d+\|>[^<]*)+</sup>")
 _NUMBER = re.compile(r"<\|\d+\|>")
 
-Segment = tuple[str, str]
 
-
-def split_at_marks(text: str, marks: re.Pattern[str]) -> list[Segment]:
-    """(role, stripped text) for each mark; the role is the mark's group name.
-
-    Text before the first mark is left out.
-    """
+def split_at_marks(text: str, marks: re.Pattern[str]) -> list[tuple[str, str]]:
+    """(role, stripped text) of each mark, whose group name is the role; text before the first mark
+    is left out."""
     found = list(marks.finditer(text))
     ends = [*(mark.start() for mark in found[1:]), len(text)]
     return [
@@ -87,29 +81,29 @@ def dialogue_in_instruction(
     turns = [segment for segment in segments if segment[0] != "system"]
     if not turns:
         return None  # an instruction that merely opens with "System:"
-    pairs = pair_up(turns)
-    if isinstance(pairs, Dropped) or len(turns) % 2 == 0 or len(systems) > 1:
-        return Dropped(BAD_HISTORY)
-    return Dialogue("".join(systems) or system, (*pairs[:-1], (pairs[-1][0], answer)))
+    found = dialogue_of([*turns, ("assistant", answer)], "".join(systems) or system)
+    if isinstance(found, Dropped) or len(systems) > 1:
+        return Dropped("history is not question and answer pairs")
+    return found
 
 
 def read_refgpt(row: Row) -> list[Outcome]:
     """RefGPT: `<user>` and `<assistant>` cut the text; in its first edition BELLE's marks do."""
     text = text_of(row, "dialogue").strip()
-    return [
-        _dialogue(split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE), system_of(row))
-    ]
+    turns = split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE)
+    return [dialogue_of(turns, system_of(row))]
 
 
 def read_sharegpt_translation(row: Row) -> list[Outcome]:
     """ShareGPT-cn as first published: one object a file, the dialogue in `translation`."""
-    return [_dialogue(split_at_marks(text_of(row, "translation"), _SHAREGPT_CN), system_of(row))]
+    turns = split_at_marks(text_of(row, "translation"), _SHAREGPT_CN)
+    return [dialogue_of(turns, system_of(row))]
 
 
 def read_moss_002(row: Row) -> list[Outcome]:
     """MOSS 002: `prefix` is the system text, `plain_text` the dialogue."""
     text = _MOSS_002_END.sub("", text_of(row, "plain_text"))
-    return [_dialogue(split_at_marks(text, _MOSS_002), system_of(row, "prefix"))]
+    return [dialogue_of(split_at_marks(text, _MOSS_002), system_of(row, "prefix"))]
 
 
 def read_moss_003(row: Row) -> list[Outcome]:
@@ -119,23 +113,19 @@ def read_moss_003(row: Row) -> list[Outcome]:
     `<sup>..</sup>` and `<|n|>`. In a row without commands a `<sup>` without such a number is an
     exponent, and stays.
     """
-    if isinstance(row.get("chat"), list):
-        return read_turns("chat")(row)  # somebody else's list of messages under MOSS's key
     chat = row.get("chat")
+    if isinstance(chat, list):
+        return read_turns("chat")(row)  # somebody else's list of messages under MOSS's key
     if chat is None:
         return [Dropped(NO_TURNS)]
     chat = object_of(chat, "chat")
     numbered = sorted((int(found[1]), key) for key in chat if (found := _TURN.fullmatch(key)))
     if chat and not numbered:
-        raise RowError(
-            "missing key",
-            f"chat has the keys {', '.join(map(str, chat))}; expected turn_1, turn_2 ..",
-        )
+        keys = ", ".join(map(str, chat))
+        raise RowError("missing key", f"chat has the keys {keys}; expected turn_1, turn_2 ..")
     turns = [object_of(chat[key], f"chat.{key}") for _, key in numbered if chat[key] is not None]
-    has_tools = any(
-        _MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() not in ("", "None")
-        for turn in turns
-    )
+    commands = (_MOSS_COMMANDS.sub("", text_of(turn, "Commands")).strip() for turn in turns)
+    has_tools = any(command not in ("", "None") for command in commands)
     citation = _CITATION if has_tools else _NUMBERED_CITATION
     pairs = []
     for turn in turns:
@@ -148,8 +138,3 @@ def read_moss_003(row: Row) -> list[Outcome]:
 def _opens_guanaco(text: str) -> bool:
     mark = _GUANACO.match(text)
     return mark is not None and mark.lastgroup != "assistant"
-
-
-def _dialogue(segments: list[Segment], system: str | None) -> Outcome:
-    pairs = pair_up(segments)
-    return pairs if isinstance(pairs, Dropped) else Dialogue(system, pairs)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 
 from qwen_ds.data.read.dialogue import (
     NO_QUESTION,
-    Dialogue,
     Dropped,
     Outcome,
     Row,
+    dialogue_of,
     list_of,
     object_of,
-    pair_up,
     text_of,
 )
 from qwen_ds.data.read.readers_turns import SHAREGPT_ROLES, role_of
@@ -60,10 +59,8 @@ class MessageTrees:
         """The outcomes of all trees in the order of their roots, each with its last source."""
         orphans: list[Message] = []
         for parent, message in self.waiting:
-            if parent in self.by_id:
-                self.by_id[parent].replies.append(message)
-            else:
-                orphans.append(message)
+            siblings = self.by_id[parent].replies if parent in self.by_id else orphans
+            siblings.append(message)
         for root, ready in self.roots:
             yield from _outcomes(root, ready)
         for message in orphans:
@@ -98,11 +95,8 @@ def _nested(prompt: Row) -> Message:
 
 
 def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
-    if not ready:
-        yield Dropped(NOT_READY), root.source
-        return
-    if root.deleted:
-        yield Dropped(NO_QUESTION), root.source
+    if not ready or root.deleted:
+        yield Dropped(NO_QUESTION if ready else NOT_READY), root.source
         return
     # (path, whether its last message is a first sibling)
     paths: list[tuple[tuple[Message, ...], bool]] = [((root,), True)]
@@ -110,9 +104,7 @@ def _outcomes(root: Message, ready: bool) -> Iterator[tuple[Outcome, str]]:
         path, is_first = paths.pop()
         replies = [reply for reply in path[-1].replies if not reply.deleted]
         if replies:
-            paths += [
-                ((*path, reply), place == 0) for place, reply in reversed(list(enumerate(replies)))
-            ]
+            paths += reversed([((*path, reply), place == 0) for place, reply in enumerate(replies)])
         elif path[-1].role == "assistant" or is_first:
-            pairs = pair_up((message.role, message.text) for message in path)
-            yield (pairs if isinstance(pairs, Dropped) else Dialogue(None, pairs)), path[-1].source
+            turns = ((message.role, message.text) for message in path)
+            yield dialogue_of(turns, None), path[-1].source

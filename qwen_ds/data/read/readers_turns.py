@@ -10,16 +10,15 @@ from collections.abc import Callable
 
 from qwen_ds.data.read.dialogue import (
     TOOL_TURNS,
-    Dialogue,
     Dropped,
     Outcome,
     Row,
     RowError,
+    dialogue_of,
     json_name,
     list_of,
     names,
     object_of,
-    pair_up,
     quoted,
     system_of,
     text_of,
@@ -29,11 +28,8 @@ TOOL = "tool"
 # OpenAI's roles are a closed set, where "bot" is a mistake. ShareGPT's `from` is whatever an
 # exporter wrote.
 OPENAI_ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": TOOL,
-    "function": TOOL,
+    **{role: role for role in ("system", "user", "assistant")},
+    **dict.fromkeys(("tool", "function"), TOOL),
 }
 SHAREGPT_ROLES = {
     **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
@@ -43,7 +39,6 @@ SHAREGPT_ROLES = {
 }
 _EXPECTED_OPENAI = "system, user, assistant"
 _EXPECTED_SHAREGPT = "system, human, gpt, user, assistant"
-_NOT_TEXT = "content is not text"
 
 
 class _NotText(Exception):
@@ -59,14 +54,13 @@ def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
             for place, value in enumerate(list_of(row, key)):
                 turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
         except _NotText:
-            return [Dropped(_NOT_TEXT)]
+            return [Dropped("content is not text")]
         if any(role == TOOL for role, _ in turns):
             return [Dropped(TOOL_TURNS)]
         system = system_of(row)
         if turns and turns[0][0] == "system":
             system = turns.pop(0)[1].strip() or system
-        pairs = pair_up(turns)
-        return [pairs if isinstance(pairs, Dropped) else Dialogue(system, pairs)]
+        return [dialogue_of(turns, system)]
 
     return read
 
@@ -92,9 +86,7 @@ def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
     if "human" in turn or "assistant" in turn:
         return [("user", text_of(turn, "human")), ("assistant", text_of(turn, "assistant"))]
     expected = "role and content, from and value, or human and assistant"
-    raise RowError(
-        "missing key", f"{where} has the keys {names(turn) or 'none'}; expected {expected}"
-    )
+    raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {expected}")
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:
@@ -102,21 +94,18 @@ def _text_of_turn(turn: Row, key: str, where: str) -> str:
     if key not in turn:
         raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {key}")
     value = turn[key]
-    if type(value) is str:
-        return value
-    if value is None:
-        return ""
-    if not isinstance(value, list):
-        raise RowError(
-            "wrong type", f"{where}.{key} is {json_name(value)}; expected text or a list of parts"
-        )
-    texts: list[str] = []
-    for part in value:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        part = object_of(part, f"a part of {where}.{key}")
-        if part.get("type", "text") != "text":
-            raise _NotText
-        texts.append(text_of(part, "text"))
-    return "".join(texts)
+    if isinstance(value, list):
+        return "".join(_text_of_part(part, f"a part of {where}.{key}") for part in value)
+    if isinstance(value, str | None):
+        return value or ""
+    came = f"{where}.{key} is {json_name(value)}"
+    raise RowError("wrong type", f"{came}; expected text or a list of parts")
+
+
+def _text_of_part(part: object, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    part = object_of(part, what)
+    if part.get("type", "text") != "text":
+        raise _NotText
+    return text_of(part, "text")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,25 +22,19 @@ from typing import Literal
 from qwen_ds.data.read.dialogue import (
     Dropped,
     Outcome,
+    Result,
     Row,
     RowError,
     as_conversation,
     as_prompt,
     names,
+    object_of,
 )
-from qwen_ds.data.read.files import DATA_SUFFIXES, BadRow, SourceRow, chosen_names, read_rows
-from qwen_ds.data.read.readers import (
-    TABLE,
-    Reader,
-    as_row,
-    check_fits,
-    find_reader,
-    nearest,
-    reader_named,
-)
+from qwen_ds.data.read.files import DATA_SUFFIXES, chosen_names, numbered_rows, read_rows
+from qwen_ds.data.read.files_json import BadRow, SourceRow
+from qwen_ds.data.read.readers import TABLE, Reader, find_reader, nearest, reader_named
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
-from qwen_ds.model.chatml import Conversation
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLITS = {
@@ -80,39 +75,23 @@ def iter_conversations(
     paths: Sequence[str | Path],
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
-) -> Iterator[tuple[Conversation | Dropped, str]]:
+) -> Iterator[tuple[Result, str]]:
     """The conversations of all paths in order, or a Dropped for a row without one, and its source.
 
     A row may give several conversations (a tree), several rows one (single messages). Where
     bad_rows is "skip", a row that cannot be read (broken JSON, wrong types, an unknown role,
     unknown keys) comes as a Dropped with `unreadable` set. Options and paths are checked at once,
-    not when the first row is asked for.
-
-    Args:
-        counts: its "rows" counts the source rows as they are read.
-
-    Raises:
-        UserError: "source: what came; what was expected", when a row that cannot be read is reached
-            and bad_rows is "stop".
+    not when the first row is asked for. "rows" of `counts` counts the source rows as they are read.
+    Where bad_rows is "stop", such a row is a UserError: "source: what came; what was expected".
     """
-    reading, places = _Reading.of(options, False, counts), _places(paths)
-
-    def conversations() -> Iterator[tuple[Conversation | Dropped, str]]:
-        for place in places:
-            for outcome, source, row in _outcomes(place, reading):
-                found = (
-                    outcome
-                    if isinstance(outcome, Dropped)
-                    else as_conversation(outcome, options.system)
-                )
-                yield _explained(found, row, reading), source
-
-    return conversations()
+    reading = _Reading(options, False, Counter() if counts is None else counts)
+    results = reading.results([locate(path) for path in paths])
+    return ((result, source) for result, _, source in results)
 
 
 def iter_prompts(
     paths: Sequence[str | Path], options: ReadOptions = ReadOptions()
-) -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
+) -> Iterator[tuple[Result, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
@@ -120,19 +99,7 @@ def iter_prompts(
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
     question comes as (Dropped, None, source), so that no row is lost.
     """
-    reading, places = _Reading.of(options, True, None), _places(paths)
-
-    def prompts() -> Iterator[tuple[Conversation | Dropped, str | None, str]]:
-        for place in places:
-            for outcome, source, row in _outcomes(place, reading):
-                found: Conversation | Dropped
-                if isinstance(outcome, Dropped):
-                    found, reference = outcome, None
-                else:
-                    found, reference = as_prompt(outcome, options.system)
-                yield _explained(found, row, reading), reference, source
-
-    return prompts()
+    return _Reading(options, True, Counter()).results([locate(path) for path in paths])
 
 
 def locate(path: str | Path) -> Place:
@@ -146,32 +113,26 @@ def locate(path: str | Path) -> Place:
     if split and Path(folder).is_dir():
         return _folder(path, Path(folder), split)
     hub_id, *rest = path.split(":")
-    if _HUB_ID.fullmatch(hub_id) and len(rest) <= 2 and not hub_id.lower().endswith(DATA_SUFFIXES):
-        owner = Path(hub_id).parent
-        if not owner.exists():
-            config = rest[0] if len(rest) == 2 else None
-            return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
-    raise UserError(
-        f"{path}: no such file or folder; expected a data file, a folder of them, or a hub id "
-        "org/name"
-    )
-
-
-def _places(paths: Sequence[str | Path]) -> list[Place]:
-    return [locate(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    is_hub_id = _HUB_ID.fullmatch(hub_id) and not hub_id.lower().endswith(DATA_SUFFIXES)
+    if is_hub_id and len(rest) <= 2 and not Path(hub_id).parent.exists():
+        config = rest[0] if len(rest) == 2 else None
+        return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
+    expected = "a data file, a folder of them, or a hub id org/name"
+    raise UserError(f"{path}: no such file or folder; expected {expected}")
 
 
 def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
     """The source rows of a path, file after file."""
-    for file in place.files:
-        empty = True
-        for row in read_rows(file):
-            empty = False
-            yield row
-        if empty:
-            raise UserError(f"{file}: the file holds no rows; expected at least one")
+    parts = [(f"{file}: the file", read_rows(file)) for file in place.files]
     if place.saved is not None or place.hub_id is not None:
-        yield from _dataset_rows(place)
+        parts.append((f"{place.path}: the data set", _dataset_rows(place)))
+    for name, rows in parts:
+        is_empty = True
+        for row in rows:
+            is_empty = False
+            yield row
+        if is_empty:
+            raise UserError(f"{name} holds no rows; expected at least one")
 
 
 def _folder(path: str, folder: Path, split: str | None) -> Place:
@@ -180,17 +141,14 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     files = [file for file in folder.rglob("*") if file.is_file()]
     found = chosen_names(file.relative_to(folder).as_posix() for file in files)
     if not found:
-        raise UserError(
-            f"{path}: the folder holds no data files; expected files such as *.json, *.parquet, "
-            "*.csv"
-        )
+        expected = "files such as *.json, *.parquet, *.csv"
+        raise UserError(f"{path}: the folder holds no data files; expected {expected}")
     of_split = {name: _split_of(name) for name in found}
     wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
     if split and not wanted:
-        known = names(sorted({of for of in of_split.values() if of})) or "none"
+        known = names(sorted({of for of in of_split.values() if of}))
         raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
-    wanted = wanted or found
-    return Place(path, files=tuple(folder / name for name in wanted), split=split)
+    return Place(path, files=tuple(folder / name for name in wanted or found), split=split)
 
 
 def _split_of(name: str) -> str | None:
@@ -202,7 +160,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _dataset_rows(place: Place) -> Iterator[SourceRow]:
+def _dataset_rows(place: Place) -> Iterator[SourceRow | BadRow]:
     import datasets
 
     try:
@@ -229,148 +187,130 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow]:
         raise UserError(
             f"{place.path}: the folder holds one data set without splits; expected {place.saved}"
         )
-    index = 0
-    for table in data.with_format("arrow").iter(batch_size=_ARROW_ROWS):
-        for row in table.to_pylist():
-            yield SourceRow(row, f"{place.path}#{index}")
-            index += 1
-    if index == 0:
-        raise UserError(f"{place.path}: the data set holds no rows; expected at least one")
+    yield from numbered_rows(data.with_format("arrow").iter(batch_size=_ARROW_ROWS), place.path)
 
 
-@dataclass(frozen=True, slots=True)
 class _Reading:
-    """ReadOptions, checked."""
+    """ReadOptions, checked, and what they make of a row."""
 
-    reader: Reader | None
-    columns: Mapping[str, str]
-    skip_bad: bool
-    for_prompts: bool
-    counts: Counter[str]
+    def __init__(self, options: ReadOptions, for_prompts: bool, counts: Counter[str]) -> None:
+        self.options, self.for_prompts, self.counts = options, for_prompts, counts
+        self.columns = options.columns or {}
+        self.reader = None if options.format == "auto" else reader_named(options.format)
+        if self.columns:
+            self.reader = self._reader_of_columns()
 
-    @staticmethod
-    def of(options: ReadOptions, for_prompts: bool, counts: Counter[str] | None) -> _Reading:
-        reader = None if options.format == "auto" else reader_named(options.format)
-        columns = options.columns or {}
-        if columns:
-            reader = _reader_of_columns(columns, reader, for_prompts)
-        counts = Counter() if counts is None else counts
-        return _Reading(reader, columns, options.bad_rows == "skip", for_prompts, counts)
-
-
-def _reader_of_columns(
-    columns: Mapping[str, str], reader: Reader | None, for_prompts: bool
-) -> Reader:
-    readers = [reader] if reader else list(TABLE)
-    known = {key for each in readers for key in each.all_keys}
-    unknown = [key for key in columns if key not in known]
-    if unknown:
+    def _reader_of_columns(self) -> Reader:
+        readers = [self.reader] if self.reader else list(TABLE)
+        known = {key for each in readers for key in each.all_keys}
+        unknown = [key for key in self.columns if key not in known]
+        if unknown:
+            raise UserError(
+                f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
+                f"{names(sorted(known), 40)}"
+            )
+        keys = set(self.columns)
+        for each in readers:
+            if each.fits(keys, self.for_prompts) and keys.issubset(each.all_keys):
+                return each
+        expected = self.reader.expected if self.reader else nearest(tuple(self.columns))
         raise UserError(
-            f"data.columns has the key {unknown[0]!r}; expected keys of a format: "
-            f"{names(sorted(known), 40)}"
+            f"data.columns names {names(self.columns)}; expected all keys of a format: {expected}"
         )
-    for each in readers:
-        if each.fits(columns, for_prompts) and set(columns) <= set(each.all_keys):
-            return each
-    expected = reader.expected if reader else nearest(tuple(columns))
-    raise UserError(
-        f"data.columns names {names(columns)}; expected all keys of a format: {expected}"
-    )
 
+    def results(self, places: Sequence[Place]) -> Iterator[tuple[Result, str | None, str]]:
+        """(result, the row's own answer if it is not part of that, source) of all places."""
+        for place in places:
+            for outcome, source, row in self._outcomes(place):
+                result: Result
+                reference = None
+                if isinstance(outcome, Dropped):
+                    result = outcome
+                elif self.for_prompts:
+                    result, reference = as_prompt(outcome, self.options.system)
+                else:
+                    result = as_conversation(outcome, self.options.system)
+                yield self._explained(result, row), reference, source
 
-def _explained(
-    result: Conversation | Dropped, row: object, reading: _Reading
-) -> Conversation | Dropped:
-    """The result; a Dropped without a detail names the row's keys and those of its format."""
-    if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
-        return result
-    try:
-        expected = (reading.reader or find_reader(row, reading.for_prompts)).expected
-    except RowError:
-        expected = nearest(tuple(row))
-    return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
-
-
-def _outcomes(place: Place, reading: _Reading) -> Iterator[tuple[Outcome, str, object]]:
-    """Every outcome of a path, with its source and, if one row gave it, that row."""
-    trees = MessageTrees()
-    is_first = True
-    for row in rows_of(place):
-        reading.counts["rows"] += 1
-        if isinstance(row, BadRow):
-            error = RowError(row.reason, row.detail)
-            yield _unreadable(error, row.source, reading), row.source, None
-            continue
-        for value, source in _unwrapped(row, reading):
-            try:
-                if reading.columns:
-                    value = _mapped(value, source, reading, is_first)
-                    is_first = False
-                outcomes = _read(value, source, reading, trees)
-            except RowError as error:
-                yield _unreadable(error, source, reading), source, value
+    def _outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:
+        """Every outcome of a path, with its source and, if one row gave it, that row."""
+        trees = MessageTrees()
+        is_first = True
+        for row in rows_of(place):
+            self.counts["rows"] += 1
+            if isinstance(row, BadRow):
+                error = RowError(row.reason, row.detail)
+                yield self._unreadable(error, row.source), row.source, None
                 continue
-            for outcome in outcomes:
-                yield outcome, source, value
-    for outcome, source in trees.outcomes():
-        yield outcome, source, None
+            for value, source in self._unwrapped(row):
+                try:
+                    if self.columns:
+                        value = self._mapped(value, source, is_first)
+                        is_first = False
+                    reader, found = self._recognised(value)
+                    if reader.read is None:
+                        trees.add(found, source)
+                        continue
+                    outcomes = reader.read(found)
+                except RowError as error:
+                    yield self._unreadable(error, source), source, value
+                    continue
+                for outcome in outcomes:
+                    yield outcome, source, value
+        for outcome, source in trees.outcomes():
+            yield outcome, source, None
 
+    def _explained(self, result: Result, row: object) -> Result:
+        """The result; a Dropped without a detail names the row's keys and those of its format."""
+        if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
+            return result
+        expected = (self.reader or find_reader(row, self.for_prompts)).expected
+        return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
 
-def _recognised(value: object, reading: _Reading) -> tuple[Reader, Row]:
-    if reading.reader is None:
-        return find_reader(value, reading.for_prompts), as_row(value)
-    return reading.reader, check_fits(reading.reader, value, reading.for_prompts)
+    def _recognised(self, value: object) -> tuple[Reader, Row]:
+        row = object_of(value, "the row")
+        if self.reader is None:
+            return find_reader(row, self.for_prompts), row
+        if not self.reader.fits(row, self.for_prompts):
+            expected = f"{self.reader.expected} (format {self.reader.name})"
+            raise RowError("missing key", f"keys found: {names(row)}; keys expected: {expected}")
+        return self.reader, row
 
+    def _unreadable(self, error: RowError, source: str) -> Dropped:
+        if self.options.bad_rows != "skip":
+            raise UserError(f"{source}: {error.detail}")
+        return Dropped(error.reason, error.detail, unreadable=True)
 
-def _read(value: object, source: str, reading: _Reading, trees: MessageTrees) -> list[Outcome]:
-    reader, row = _recognised(value, reading)
-    if reader.gathers:
-        trees.add(row, source)
-        return []
-    return reader.read(row)
+    def _unwrapped(self, row: SourceRow) -> Iterator[tuple[object, str]]:
+        """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
+        value = row.row
+        if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
+            inner = next((inner for rows in value.values() for inner in rows), None)
+            if not self._is_row(value) and self._is_row(inner):
+                for name, rows in value.items():
+                    for place, inner in enumerate(rows):
+                        yield inner, f"{row.source} {name}[{place}]"
+                return
+        yield value, row.source
 
-
-def _unreadable(error: RowError, source: str, reading: _Reading) -> Dropped:
-    if not reading.skip_bad:
-        raise UserError(f"{source}: {error.detail}")
-    return Dropped(error.reason, error.detail, unreadable=True)
-
-
-def _unwrapped(row: SourceRow, reading: _Reading) -> Iterator[tuple[object, str]]:
-    """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
-    value = row.row
-    if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
-        inner = next((inner for rows in value.values() for inner in rows), None)
-        if not _is_row(value, reading) and _is_row(inner, reading):
-            for name, rows in value.items():
-                for place, inner in enumerate(rows):
-                    yield inner, f"{row.source} {name}[{place}]"
-            return
-    yield value, row.source
-
-
-def _is_row(value: object, reading: _Reading) -> bool:
-    if reading.columns:
-        return isinstance(value, dict) and not set(reading.columns.values()).isdisjoint(value)
-    try:
-        _recognised(value, reading)
-    except RowError:
+    def _is_row(self, value: object) -> bool:
+        if self.columns:
+            return isinstance(value, dict) and not set(self.columns.values()).isdisjoint(value)
+        with suppress(RowError):
+            self._recognised(value)
+            return True
         return False
-    return True
 
-
-def _mapped(value: object, source: str, reading: _Reading, is_first: bool) -> Row:
-    """The row under the reader's own keys. A path's first row must have every mapped column."""
-    row = as_row(value)
-    assert reading.reader is not None, "columns fix the reader"
-    needed = {*reading.reader.keys, *(() if reading.for_prompts else reading.reader.answers)}
-    answers = set(reading.reader.answers) if reading.for_prompts else set()
-    for key, column in reading.columns.items():
-        if column in row or key in answers:
-            continue
-        fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row) or 'none'}"
-        if is_first:
-            raise UserError(f"{source}: {fault}")
-        if key in needed:
-            raise RowError("missing key", fault)
-    return {key: row[column] for key, column in reading.columns.items() if column in row}
+    def _mapped(self, value: object, source: str, is_first: bool) -> Row:
+        """The row under the reader's own keys. A path's first row must have every mapped column."""
+        row = object_of(value, "the row")
+        assert self.reader is not None, "columns fix the reader"
+        for key, column in self.columns.items():
+            if column in row or (self.for_prompts and key in self.reader.answers):
+                continue
+            fault = f"no column {column!r} (data.columns.{key}); keys found: {names(row)}"
+            if is_first:
+                raise UserError(f"{source}: {fault}")
+            if key in (*self.reader.keys, *self.reader.answers):
+                raise RowError("missing key", fault)
+        return {key: row[column] for key, column in self.columns.items() if column in row}

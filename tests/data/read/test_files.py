@@ -37,10 +37,7 @@ def dumped(row: object, indent: int | None = None) -> str:
 ARRANGEMENTS: dict[str, tuple[str, list[int]]] = {
     "lines": ("\n".join(dumped(row) for row in ROWS), [1, 2, 3]),
     "lines with blanks": ("\n" + "\r\n\n".join(dumped(row) for row in ROWS) + "\n\n", [2, 4, 6]),
-    "several on a line": (
-        dumped(ROWS[0]) + "\n" + dumped(ROWS[1]) + dumped(ROWS[2]) + "\n",
-        [1, 2, 2],
-    ),
+    "several on a line": ("{}\n{}{}\n".format(*map(dumped, ROWS)), [1, 2, 2]),
     "array on one line": (dumped(ROWS), [1, 1, 1]),
     "array, a row a line": ("[\n" + ",\n".join(dumped(row) for row in ROWS) + "\n]\n", [2, 3, 4]),
     "array, indented": (dumped(ROWS, 2), [2, 6, 10]),
@@ -53,6 +50,12 @@ ARRANGEMENTS: dict[str, tuple[str, list[int]]] = {
 }
 
 
+def saved(folder: Path, content: str | bytes) -> Path:
+    path = folder / "name.says.nothing"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
 def rows_in(path: Path) -> list[object]:
     found = list(read_rows(path))
     assert all(isinstance(row, SourceRow) for row in found), found
@@ -63,6 +66,13 @@ def lines_in(path: Path) -> list[int]:
     return [int(row.source.removeprefix(f"{path}:")) for row in read_rows(path)]
 
 
+def verdicts(path: Path) -> list[tuple[int, bool]]:
+    """The line of every row, and whether it can be read."""
+    return list(
+        zip(lines_in(path), (isinstance(r, SourceRow) for r in read_rows(path)), strict=True)
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_every_arrangement_of_json_is_found_by_content(
@@ -70,8 +80,7 @@ def test_every_arrangement_of_json_is_found_by_content(
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
     text, lines = ARRANGEMENTS[arrangement]
-    path = tmp_path / "name.says.nothing"
-    path.write_text(text, encoding="utf-8", newline="")
+    path = saved(tmp_path, text)
     assert rows_in(path) == ROWS
     assert lines_in(path) == lines
 
@@ -81,19 +90,15 @@ def test_every_arrangement_of_json_is_found_by_content(
 def test_text_is_utf8_with_or_without_mark_or_gb18030(
     arrangement: str, encoding: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "rows.json"
-    path.write_bytes(ARRANGEMENTS[arrangement][0].encode(encoding))
-    assert rows_in(path) == ROWS
+    assert rows_in(saved(tmp_path, ARRANGEMENTS[arrangement][0].encode(encoding))) == ROWS
 
 
 def test_one_damaged_byte_does_not_turn_utf8_into_other_characters(tmp_path: Path) -> None:
     good = dumped({"q": "问题", "a": "这是一个完整的回答。"}).encode()
-    damaged = good.replace(
-        "完".encode(), b"\xc5\xea\x8c"
-    )  # three bytes that GB18030 would take with what follows
+    # Three bytes that GB18030 would take with what follows.
+    damaged = good.replace("完".encode(), b"\xc5\xea\x8c")
     assert encoding_of(good) == encoding_of(good + b"\n" + damaged) == "utf-8"
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(good + b"\n" + damaged + b"\n" + good)
+    path = saved(tmp_path, good + b"\n" + damaged + b"\n" + good)
     first, second, third = read_rows(path)
     assert isinstance(first, SourceRow) and isinstance(third, SourceRow)
     assert isinstance(second, BadRow)
@@ -106,8 +111,8 @@ def test_a_damaged_byte_inside_a_longer_object_is_told_and_never_left_out(
     arrangement: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
-    path = tmp_path / "rows.json"
-    path.write_bytes(ARRANGEMENTS[arrangement][0].encode().replace("加".encode(), b"\xff"))
+    text = ARRANGEMENTS[arrangement][0]
+    path = saved(tmp_path, text.encode().replace("加".encode(), b"\xff"))
     if arrangement == "objects":
         bad, *rest = read_rows(path)
         assert isinstance(bad, BadRow) and bad.source == f"{path}:2"
@@ -131,28 +136,20 @@ def test_csv_with_any_usual_delimiter_and_quoting(
     writer = csv.DictWriter(text, ["q", "a"], delimiter=delimiter)
     writer.writeheader()
     writer.writerows(TEXTS)
-    path = tmp_path / "rows.txt"
-    path.write_bytes(text.getvalue().encode(encoding))
+    path = saved(tmp_path, text.getvalue().encode(encoding))
     assert rows_in(path) == TEXTS
     assert lines_in(path) == [2, 3, 5]
 
 
 def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_bytes(b', q,a \r\n0,one,1\r\n1,two\r\n2,"x"y,3\r\n3,\xff,3\r\n\r\n4,four,4\r\n')
-    kinds = [
-        (row.source.rpartition(":")[2], getattr(row, "reason", None)) for row in read_rows(path)
-    ]
-    assert kinds == [
-        ("2", None),
-        ("3", "wrong number of cells"),
-        ("4", "not valid CSV"),
-        ("5", "not UTF-8 text"),
-        ("7", None),
-    ]
-    assert next(read_rows(path)) == SourceRow({"q": "one", "a": "1"}, f"{path}:2"), (
-        "the unnamed index column is no key"
-    )
+    text = b', q,a \r\n0,one,1\r\n1,two\r\n2,"x"y,3\r\n3,\xff,3\r\n\r\n4,four,4\r\n'
+    path = saved(tmp_path, text)
+    assert lines_in(path) == [2, 3, 4, 5, 7]
+    first, *bad, last = read_rows(path)
+    reasons = ["wrong number of cells", "not valid CSV", "not UTF-8 text"]
+    assert [row.reason for row in bad if isinstance(row, BadRow)] == reasons
+    # The unnamed index column is no key.
+    assert first == SourceRow({"q": "one", "a": "1"}, f"{path}:2") and isinstance(last, SourceRow)
 
 
 def test_parquet_rows_are_numbered_from_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +186,8 @@ def test_archives_give_their_data_files_by_name(mode: str, tmp_path: Path) -> No
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
     assert rows_in(path) == ROWS[:2]
-    assert [row.source for row in read_rows(path)] == [
-        f"{path}:./d/a.json:1",
-        f"{path}:./d/b.json:1",
-    ]
+    sources = [row.source for row in read_rows(path)]
+    assert sources == [f"{path}:./d/a.json:1", f"{path}:./d/b.json:1"]
 
 
 def test_an_archive_inside_an_archive_is_refused(tmp_path: Path) -> None:
@@ -206,84 +201,55 @@ def test_an_archive_inside_an_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_is_bad_alone(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"q": "\\d"}\n{"q": 1}\n{"q": "cut\n{"q": 2\n{"q": 3}\n', encoding="utf-8")
-    found = list(read_rows(path))
-    assert [isinstance(row, BadRow) for row in found] == [True, False, True, True, False]
-    assert found[0] == BadRow(
-        f"{path}:1",
-        "not valid JSON",
-        "not valid JSON: Invalid \\escape at character 8; expected one JSON object",
-    )
+    path = saved(tmp_path, '{"q": "\\d"}\n{"q": 1}\n{"q": "cut\n{"q": 2\n{"q": 3}\n')
+    assert verdicts(path) == [(1, False), (2, True), (3, False), (4, False), (5, True)]
+    detail = "not valid JSON: Invalid \\escape at character 8; expected one JSON object"
+    assert next(read_rows(path)) == BadRow(f"{path}:1", "not valid JSON", detail)
 
 
 @pytest.mark.parametrize(
     "first", ['{"q": {"cut": ["}\n', '{"q": "]}{"}\n', '"q": 1}\n', '{"q": "\\"{"}\n']
 )
 def test_the_first_line_decides_by_what_it_leaves_open(first: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    path.write_text(first + '{"q": 2}\n{"q": 3}\n', encoding="utf-8")
-    found = list(read_rows(path))
-    assert [row.source for row in found] == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert [isinstance(row, SourceRow) for row in found] == [
-        first.startswith('{"q": "'),
-        True,
-        True,
-    ]
+    path = saved(tmp_path, first + '{"q": 2}\n{"q": 3}\n')
+    assert verdicts(path) == [(1, first.startswith('{"q": "')), (2, True), (3, True)]
 
 
 def test_a_row_in_another_encoding_than_its_gb18030_file_is_bad(tmp_path: Path) -> None:
     good = dumped({"q": "问题", "a": "这是一个完整的回答。"}).encode("gb18030")
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(good + b'\n{"q": "\xff"}\n')
+    path = saved(tmp_path, good + b'\n{"q": "\xff"}\n')
     first, second = read_rows(path)
     assert first == SourceRow({"q": "问题", "a": "这是一个完整的回答。"}, f"{path}:1")
-    assert (
-        isinstance(second, BadRow)
-        and second.detail == "byte 0xff is not GB18030; expected text in one encoding"
-    )
+    assert isinstance(second, BadRow)
+    assert second.detail == "byte 0xff is not GB18030; expected text in one encoding"
 
 
 def test_nesting_without_end_is_a_bad_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"q": 1}\n{"q": ' + "[" * 100_000 + "\n" + '{"q": 2}\n', encoding="utf-8")
-    assert [isinstance(row, BadRow) for row in read_rows(path)] == [False, True, False]
+    path = saved(tmp_path, '{"q": 1}\n{"q": ' + "[" * 100_000 + "\n" + '{"q": 2}\n')
+    assert verdicts(path) == [(1, True), (2, False), (3, True)]
 
 
 def test_an_indented_object_that_is_never_closed_ends_at_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
     row = '  {\n    "q":\n    {\n    }\n  }\n'
-    path.write_text(row + '  {\n    "q":\n    {\n    }\n' + row, encoding="utf-8")
-    found = [(row.source.rpartition(":")[2], isinstance(row, SourceRow)) for row in read_rows(path)]
-    assert found == [("1", True), ("6", False), ("10", True)]
+    path = saved(tmp_path, row + '  {\n    "q":\n    {\n    }\n' + row)
+    assert verdicts(path) == [(1, True), (6, False), (10, True)]
 
 
 def test_a_comma_missing_inside_an_object_costs_that_object_only(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('{\n "q": [\n  {\n  }\n  {\n  }\n ]\n}\n{\n "q": 2\n}\n', encoding="utf-8")
-    found = [(row.source.rpartition(":")[2], isinstance(row, SourceRow)) for row in read_rows(path)]
-    assert found == [("1", False), ("9", True)]
+    path = saved(tmp_path, '{\n "q": [\n  {\n  }\n  {\n  }\n ]\n}\n{\n "q": 2\n}\n')
+    assert verdicts(path) == [(1, False), (9, True)]
 
 
 def test_a_number_that_arrives_in_two_parts_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", 2)
-    path = tmp_path / "rows.json"
-    path.write_text("[123, 4567]", encoding="utf-8")
-    assert rows_in(path) == [123, 4567]
+    assert rows_in(saved(tmp_path, "[123, 4567]")) == [123, 4567]
 
 
 def test_an_object_that_is_never_closed_does_not_take_the_file_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('{\n "q": [1\n{\n "q": 2\n}\n{\n "q": \\\n}\n{\n "q": 4\n', encoding="utf-8")
-    found = list(read_rows(path))
-    assert [(row.source.rpartition(":")[2], isinstance(row, BadRow)) for row in found] == [
-        ("1", True),
-        ("3", False),
-        ("6", True),
-        ("9", True),
-    ]
+    path = saved(tmp_path, '{\n "q": [1\n{\n "q": 2\n}\n{\n "q": \\\n}\n{\n "q": 4\n')
+    assert verdicts(path) == [(1, False), (3, True), (6, False), (9, False)]
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
@@ -291,8 +257,7 @@ def test_a_broken_element_of_an_array_is_bad_alone(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
-    path = tmp_path / "rows.json"
-    path.write_text('[{"q": 1},\n{"q": "\\d}", "r": [[]]},\n{"q": 3}]', encoding="utf-8")
+    path = saved(tmp_path, '[{"q": 1},\n{"q": "\\d}", "r": [[]]},\n{"q": 3}]')
     first, second, third = read_rows(path)
     assert isinstance(first, SourceRow) and third == SourceRow({"q": 3}, f"{path}:3")
     assert isinstance(second, BadRow) and second.source == f"{path}:2"
@@ -312,10 +277,8 @@ def test_a_broken_element_of_an_array_is_bad_alone(
 def test_an_array_that_cannot_be_followed_stops_the_reading(
     text: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        list(read_rows(path))
+        list(read_rows(saved(tmp_path, text)))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +287,7 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(
         (b"", "the file is empty"),
         (b"\xef\xbb\xbf \n\n", "the file is empty"),
         (
-            b"<!DOCTYPE html>\n<p>404, sorry</p>",
+            b"<!DOCTYPE html>\n<p>404</p>",
             ":1: the text begins with '<!DOCTYPE html>'; expected JSON",
         ),
         ("\n\n从前有一座山。".encode(), ":3: the text begins with '从前有一座山。'"),
@@ -339,8 +302,7 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(
 def test_a_file_that_is_no_data_is_refused_in_one_line(
     content: bytes, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
+    path = saved(tmp_path, content)
     with pytest.raises(UserError, match=message) as error:
         list(read_rows(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -366,11 +328,9 @@ def test_a_file_is_never_in_memory_as_a_whole(
         "objects": (dumped({"q": cell}, 1) + "\n") * count,
         "csv": "q,a\n" + f"{cell},a\n" * count,
     }[arrangement.removesuffix(".gz")]
-    path = tmp_path / "rows"
-    path.write_bytes(
-        gzip.compress(text.encode(), 1) if arrangement.endswith(".gz") else text.encode()
-    )
-    del text
+    packed = gzip.compress(text.encode(), 1) if arrangement.endswith(".gz") else text
+    path = saved(tmp_path, packed)
+    del text, packed
     tracemalloc.start()
     try:
         assert sum(isinstance(row, SourceRow) for row in read_rows(path)) == count

@@ -11,54 +11,40 @@ from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.sources import ReadOptions, iter_conversations
 
 FORMATS = Path(__file__).parents[2] / "formats"
-READER_OF_SAMPLE = {
-    "advertise_gen": "adgen",
-    "alpaca_chinese_dataset": "alpaca",
-    "alpaca_cot": "alpaca",
-    "alpaca_gpt4_data_zh": "alpaca",
-    "belle_generated_chat_0.4M": "alpaca",
-    "belle_multiturn_chat_0.8M": "alpaca",
-    "belle_school_math_0.25M": "alpaca",
-    "belle_train_0.5M_CN_input_target": "input",
-    "belle_train_1M_CN": "alpaca",
-    "belle_train_3.5M_CN": "sharegpt",
-    "coig_counterfactural_correction_multi_round_chat": "coig_rounds",
-    "coig_exam_instructions": "coig_exam",
-    "coig_human_value_alignment_instructions_part1": "alpaca",
-    "coig_human_value_alignment_instructions_part2": "coig_exam",
-    "coig_leetcode_instructions": "alpaca",
-    "coig_translated_instructions": "coig_translated",
-    "firefly_conversation": "conversation",
-    "firefly_train_1.1M": "input",
-    "guanaco": "alpaca",
-    "hc3_chinese": "hc3",
-    "instinwild_ch": "alpaca",
-    "instructionwild_v2": "instructionwild",
-    "instructionwild_v2_broken": "instructionwild",
-    "llamafactory_alpaca": "alpaca",
+SAMPLES_OF_READER = {
+    "adgen": "advertise_gen",
+    "alpaca": """
+        alpaca_chinese_dataset alpaca_cot alpaca_gpt4_data_zh belle_generated_chat_0.4M
+        belle_multiturn_chat_0.8M belle_school_math_0.25M belle_train_1M_CN
+        coig_human_value_alignment_instructions_part1 coig_leetcode_instructions guanaco
+        instinwild_ch llamafactory_alpaca tigerbot_medical_qa tigerbot_sft
+    """,
+    "input": "belle_train_0.5M_CN_input_target firefly_train_1.1M",
+    "sharegpt": "belle_train_3.5M_CN sharegpt",
+    "coig_rounds": "coig_counterfactural_correction_multi_round_chat",
+    "coig_exam": "coig_exam_instructions coig_human_value_alignment_instructions_part2",
+    "coig_translated": "coig_translated_instructions",
+    "conversation": "firefly_conversation sharegpt_cn",
+    "hc3": "hc3_chinese",
+    "instructionwild": "instructionwild_v2 instructionwild_v2_broken",
     "math23k": "math23k",
-    "moss_002_sft": "moss_002",
-    "moss_003_sft_no_tools": "moss_003",
-    "moss_003_sft_plugin": "moss_003",
-    "oasst1_messages": "oasst_messages",
-    "oasst1_trees": "oasst_trees",
-    "openai_messages": "messages",
-    "refgpt_fact": "refgpt",
-    "safety_prompts_typical": "prompt",
-    "sharegpt": "sharegpt",
-    "sharegpt_cn": "conversation",
-    "tigerbot_medical_qa": "alpaca",
-    "tigerbot_sft": "alpaca",
+    "moss_002": "moss_002_sft",
+    "moss_003": "moss_003_sft_no_tools moss_003_sft_plugin",
+    "oasst_messages": "oasst1_messages",
+    "oasst_trees": "oasst1_trees",
+    "messages": "openai_messages",
+    "refgpt": "refgpt_fact",
+    "prompt": "safety_prompts_typical",
+}
+READER_OF_SAMPLE = {
+    sample: reader for reader, samples in SAMPLES_OF_READER.items() for sample in samples.split()
 }
 SAMPLES = sorted(path for path in FORMATS.iterdir() if ".expected." not in path.name)
 
 
 def stem_of(sample: Path) -> str:
-    return next(
-        name
-        for name in sorted(READER_OF_SAMPLE, key=len, reverse=True)
-        if sample.name.startswith(f"{name}.")
-    )
+    names = [name for name in READER_OF_SAMPLE if sample.name.startswith(f"{name}.")]
+    return max(names, key=len)
 
 
 def shown(result: object) -> dict[str, object]:
@@ -76,10 +62,8 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
     fmt = READER_OF_SAMPLE[stem] if named else "auto"
     # Broken lines are part of one sample's expectation, counted when the user lets them pass.
     bad_rows = "skip" if stem.endswith("_broken") else "stop"
-    assert [
-        shown(result)
-        for result, _ in iter_conversations([sample], ReadOptions(fmt, bad_rows=bad_rows))
-    ] == expected
+    found = iter_conversations([sample], ReadOptions(fmt, bad_rows=bad_rows))
+    assert [shown(result) for result, _ in found] == expected
 
 
 def test_every_expected_file_has_its_sample() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 
 from qwen_ds.data.read.dialogue import Dialogue, Dropped, RowError, as_conversation, as_prompt
@@ -25,30 +27,65 @@ def read(row: dict[str, object]) -> list[dict[str, object]]:
 
 
 def conversation(*texts: str, system: str | None = None) -> list[dict[str, object]]:
-    roles = ["user", "assistant"] * len(texts)
-    return [
-        {
-            "system": system,
-            "turns": [[role, text] for role, text in zip(roles, texts, strict=False)],
-        }
-    ]
+    turns = [[role, text] for role, text in zip(cycle(("user", "assistant")), texts)]
+    return [{"system": system, "turns": turns}]
 
 
 def dropped(reason: str) -> list[dict[str, object]]:
     return [{"dropped": reason}]
 
 
-ORDER = [
-    "messages",
-    "conversations",
-    "conversation",
-    "chat",
-    "message_tree_id",
-    "message_id",
-    "plain_text",
-    "dialogue",
-]
-ORDER += ["textbox_question", "trans_instruction", "instruction"]
+def messages(*turns: tuple[str, object]) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def said(*contents: object) -> dict[str, object]:
+    """Messages of the user and the assistant in turn."""
+    return messages(*zip(cycle(("user", "assistant")), contents))
+
+
+def alpaca(
+    instruction: str, extra: str | None = None, output: str | None = "a", **more: object
+) -> dict[str, object]:
+    return {"instruction": instruction, "input": extra, "output": output, **more}
+
+
+FAULTS: dict[str, list[tuple[object, str]]] = {
+    "unknown keys": [
+        ({"instuction": "q", "output": "a"}, "found: instuction, .*instruction [+] output .alpaca"),
+        ({"content": "q"}, "found: content; keys expected: content [+] summary .adgen"),
+        ({}, "keys found: none; keys expected: messages"),
+    ],
+    "wrong type": [
+        (["q", "a"], "the row is a list; expected an object"),
+        ({"instruction": 5, "output": "a"}, "instruction is a number; expected text"),
+        ({"instruction": "q", "output": ["a"]}, "output is a list; expected text"),
+        (alpaca("q", history=[["q"]]), r"history\[0\] is not a pair"),
+        (alpaca("q", system={}), "system is an object; expected text"),
+        (messages(("user", 5)), r"messages\[0\].content is a number"),
+        ({"messages": ["hello"]}, r"messages\[0\] is text; expected an object"),
+        ({"messages": "hello"}, "messages is text; expected a list"),
+        ({"question": "q", "chatgpt_answers": [1]}, "chatgpt_answers holds a number"),
+        ({"round_0": "x"}, "round_0 is text; expected an object"),
+    ],
+    "unknown role": [
+        (messages(("bot", "x")), "role is 'bot'; expected one of system, user"),
+        (messages(("human", "x")), "role is 'human'"),
+        ({"conversations": [{"from": "alien"}]}, "from is 'alien'; expected one of system"),
+    ],
+    "missing key": [
+        (
+            {"messages": [{"role": "user", "text": "x"}]},
+            r"messages\[0\] has the keys role, text; .*content",
+        ),
+        ({"conversation": [{"question": "x"}]}, "keys question; expected role and content"),
+        ({"chat": {"first": {}}}, "chat has the keys first; expected turn_1"),
+    ],
+}
+ORDER = """
+    messages conversations conversation chat message_tree_id message_id plain_text dialogue
+    textbox_question trans_instruction instruction
+""".split()
 
 
 def test_keys_are_looked_for_in_the_documented_order() -> None:
@@ -66,63 +103,7 @@ def test_a_column_that_is_null_is_no_sign_of_a_shape() -> None:
 
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
-    [
-        (
-            {"instuction": "q", "output": "a"},
-            "unknown keys",
-            "found: instuction, output.*instruction [+] output .alpaca",
-        ),
-        (
-            {"content": "q"},
-            "unknown keys",
-            "found: content; keys expected: content [+] summary .adgen",
-        ),
-        ({}, "unknown keys", "keys found: none; keys expected: messages"),
-        (["q", "a"], "wrong type", "the row is a list; expected an object"),
-        ({"instruction": 5, "output": "a"}, "wrong type", "instruction is a number; expected text"),
-        ({"instruction": "q", "output": ["a"]}, "wrong type", "output is a list; expected text"),
-        (
-            {"instruction": "q", "output": "a", "history": [["q"]]},
-            "wrong type",
-            r"history\[0\] is not a pair",
-        ),
-        (
-            {"instruction": "q", "output": "a", "system": {}},
-            "wrong type",
-            "system is an object; expected text",
-        ),
-        (
-            {"messages": [{"role": "bot", "content": "x"}]},
-            "unknown role",
-            "role is 'bot'; expected one of system, user",
-        ),
-        ({"messages": [{"role": "human", "content": "x"}]}, "unknown role", "role is 'human'"),
-        (
-            {"messages": [{"role": "user", "text": "x"}]},
-            "missing key",
-            r"messages\[0\] has the keys role, text; .*content",
-        ),
-        (
-            {"messages": [{"role": "user", "content": 5}]},
-            "wrong type",
-            r"messages\[0\].content is a number",
-        ),
-        ({"messages": ["hello"]}, "wrong type", r"messages\[0\] is text; expected an object"),
-        ({"messages": "hello"}, "wrong type", "messages is text; expected a list"),
-        (
-            {"conversations": [{"from": "alien", "value": "x"}]},
-            "unknown role",
-            "from is 'alien'; expected one of system",
-        ),
-        (
-            {"conversation": [{"question": "x"}]},
-            "missing key",
-            "keys question; expected role and content",
-        ),
-        ({"chat": {"first": {}}}, "missing key", "chat has the keys first; expected turn_1"),
-        ({"question": "q", "chatgpt_answers": [1]}, "wrong type", "chatgpt_answers holds a number"),
-        ({"round_0": "x"}, "wrong type", "round_0 is text; expected an object"),
-    ],
+    [(row, reason, detail) for reason, cases in FAULTS.items() for row, detail in cases],
 )
 def test_a_row_that_cannot_be_read_says_what_came_and_what_was_expected(
     row: object, reason: str, detail: str
@@ -133,9 +114,8 @@ def test_a_row_that_cannot_be_read_says_what_came_and_what_was_expected(
 
 
 def test_an_unknown_format_names_the_formats_and_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match="'alpacca'; expected auto or one of messages, .*did you mean alpaca"
-    ):
+    message = "'alpacca'; expected auto or one of messages, .*did you mean alpaca"
+    with pytest.raises(UserError, match=message):
         reader_named("alpacca")
     assert {"adgen", "alpaca", "sharegpt", "messages"} <= set(READERS)
 
@@ -151,18 +131,12 @@ def test_sharegpt_has_many_names_for_two_roles(user: str, assistant: str) -> Non
 
 @pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
 def test_the_kind_of_turn_does_not_depend_on_the_name_of_the_list(key: str) -> None:
-    openai = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    openai = said("q", "a")["messages"]
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    through_arrow = [
-        {"role": None, "content": None, "human": None, "assistant": None, **turn}
-        for turn in sharegpt
-    ]
+    nulls = dict.fromkeys(("role", "content", "human", "assistant"))
+    through_arrow = [{**nulls, **turn} for turn in sharegpt]
     for turns in (openai, sharegpt, through_arrow, [{"human": "q", "assistant": "a"}]):
         assert read({key: turns}) == conversation("q", "a")
-
-
-def messages(*turns: tuple[str, object]) -> dict[str, object]:
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 @pytest.mark.parametrize(
@@ -170,47 +144,27 @@ def messages(*turns: tuple[str, object]) -> dict[str, object]:
     [
         (messages(), dropped("no turns")),
         (messages(("system", "s")), dropped("no turns")),
-        (messages(("user", " ")), dropped("no question")),
-        (messages(("user", "q"), ("assistant", None)), dropped("no answer")),
+        (said(" "), dropped("no question")),
+        (said("q", None), dropped("no answer")),
         (messages(("assistant", "a")), dropped("roles do not alternate")),
         (
             messages(("user", "q"), ("system", "s"), ("assistant", "a")),
             dropped("roles do not alternate"),
         ),
-        (
-            messages(("user", "q"), ("assistant", "a"), ("assistant", "b")),
-            dropped("roles do not alternate"),
-        ),
+        (messages(("user", "q"), *[("assistant", "a")] * 2), dropped("roles do not alternate")),
         (messages(("user", "q"), ("tool", "t"), ("assistant", "a")), dropped("tool turns")),
-        (
-            messages(("user", [{"type": "image_url"}]), ("assistant", "a")),
-            dropped("content is not text"),
-        ),
-        (messages(("user", "q"), ("assistant", "a"), ("user", "r")), conversation("q", "a")),
-        (
-            messages(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", " ")),
-            conversation("q", "a"),
-        ),
-        (
-            messages(("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "b")),
-            dropped("no answer"),  # the conversation ends at the first pair with an empty side
-        ),
+        (said([{"type": "image_url"}], "a"), dropped("content is not text")),
+        (said("q", "a", "r"), conversation("q", "a")),
+        (said("q", "a", "r", " "), conversation("q", "a")),
+        # The conversation ends at the first pair with an empty side.
+        (said("q", "", "r", "b"), dropped("no answer")),
         (
             messages(("system", " s\n"), ("user", "\u3000q\n"), ("assistant", "\n\na ")),
             conversation("q", "\n\na ", system="s"),
         ),
         (messages(("system", ""), ("user", "q"), ("assistant", "a")), conversation("q", "a")),
-        (
-            messages(
-                ("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]),
-                ("assistant", "a"),
-            ),
-            conversation("qr", "a"),
-        ),
-        (
-            {**messages(("user", "q"), ("assistant", "a")), "system": "column"},
-            conversation("q", "a", system="column"),
-        ),
+        (said([{"type": "text", "text": text} for text in "qr"], "a"), conversation("qr", "a")),
+        ({**said("q", "a"), "system": "column"}, conversation("q", "a", system="column")),
     ],
 )
 def test_turns_that_are_incomplete_or_not_in_order(
@@ -220,15 +174,9 @@ def test_turns_that_are_incomplete_or_not_in_order(
 
 
 def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
-    row = messages(("user", "q"), ("assistant", "a"))
+    row = said("q", "a")
     row["messages"][1]["tool_calls"] = [{"id": "c"}]  # type: ignore[index]
     assert read(row) == dropped("tool turns")
-
-
-def alpaca(
-    instruction: str, extra: str | None = None, output: str | None = "a", **more: object
-) -> dict[str, object]:
-    return {"instruction": instruction, "input": extra, "output": output, **more}
 
 
 @pytest.mark.parametrize(
@@ -255,10 +203,7 @@ def test_alpaca_columns(row: dict[str, object], expected: object) -> None:
         # A dialogue, and what only looks like one.
         (alpaca("Human: q\nAssistant: b\nHuman: r\nAssistant:"), conversation("q", "b", "r", "a")),
         (alpaca("Human：q\nAssistant："), conversation("q", "a")),
-        (
-            alpaca("请续写：\nHuman: q\nAssistant:"),
-            conversation("请续写：\nHuman: q\nAssistant:", "a"),
-        ),
+        (alpaca("续写：\nHuman: q\nAssistant:"), conversation("续写：\nHuman: q\nAssistant:", "a")),
         (alpaca("Human: q", "输入"), conversation("Human: q\t输入", "a")),
         (
             alpaca("翻译", "User: hi\nAssistant: hello"),
@@ -303,9 +248,8 @@ def test_refgpt_is_cut_at_its_marks_anywhere(text: str, expected: object) -> Non
 
 
 def test_the_first_sharegpt_cn_is_cut_at_its_own_marks() -> None:
-    assert read(
-        {"key": "1", "translation": "<|user|>: q\n<|bot|>：a\n<|user|>: r"}
-    ) == conversation("q", "a")
+    row: dict[str, object] = {"key": "1", "translation": "<|user|>: q\n<|bot|>：a\n<|user|>: r"}
+    assert read(row) == conversation("q", "a")
 
 
 def test_moss_002_is_cut_only_behind_closing_marks() -> None:
@@ -320,22 +264,16 @@ def moss_003(answer: str, commands: str = "None") -> dict[str, object]:
 
 
 def test_citations_of_moss_003_are_removed_and_exponents_stay() -> None:
-    assert read(moss_003("x<sup>2</sup> 是<sup><|1|>, <|2|></sup>对的<|3|><eor>")) == conversation(
-        "q", "x<sup>2</sup> 是对的"
-    )
+    cited = moss_003("x<sup>2</sup> 是<sup><|1|>, <|2|></sup>对的<|3|><eor>")
+    assert read(cited) == conversation("q", "x<sup>2</sup> 是对的")
     assert read(moss_003("雨<sup>1</sup>。", "Search(x)")) == conversation("q", "雨。")
     assert read({"chat": {}}) == read({"chat": None}) == dropped("no turns")
-    assert read(
-        {"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    ) == conversation("q", "a")
+    assert read({"chat": said("q", "a")["messages"]}) == conversation("q", "a")
 
 
 def test_coig_exam_takes_the_analysis_only_when_it_is_text() -> None:
-    row: dict[str, object] = {
-        "textbox_q_instruction": "i",
-        "textbox_question": " q ",
-        "textbox_answer": "A",
-    }
+    row: dict[str, object] = {"textbox_q_instruction": "i", "textbox_question": " q "}
+    row["textbox_answer"] = "A"
     for analysis in (None, "", " ", ["x"], {}):
         assert read({**row, "textbox_answer_analysis": analysis}) == conversation("i\tq", "A")
     assert read({**row, "textbox_q_context": " c\n"}) == conversation("i\tc\nq", "A")
@@ -348,9 +286,8 @@ def test_coig_rounds_are_sorted_by_number_and_one_fault_drops_the_chat() -> None
 
     good = rounds(round_10='{"Q": " r\\n", "A": "b"}', round_9='{"Q": "q", "A": "a"}')
     assert read(good) == conversation("q", "a", "r", "b")
-    assert read({**good, "round_2": None}) == conversation("q", "a", "r", "b"), (
-        "Arrow files hold missing rounds as null"
-    )
+    # Arrow files hold missing rounds as null.
+    assert read({**good, "round_2": None}) == conversation("q", "a", "r", "b")
     assert read({**good, **rounds(round_11='{"Q": "r"')}) == dropped("response is not valid JSON")
     assert read({**good, **rounds(round_11='{"Q": "r"}')}) == dropped("Q or A is not text")
     assert read({**good, **rounds(round_11="[]")}) == dropped("Q or A is not text")
@@ -390,28 +327,19 @@ def test_trees_that_give_nothing() -> None:
     assert read(tree(node("prompter", "q"))) == dropped("no answer")
     assert read(tree(node("prompter", "q", deleted=True))) == dropped("no question")
     assert read(tree(node("prompter", "q"), "growing")) == dropped("tree is not ready for export")
-    assert read(tree(node("assistant", "q", node("assistant", "a")))) == dropped(
-        "roles do not alternate"
-    )
+    wrong = tree(node("assistant", "q", node("assistant", "a")))
+    assert read(wrong) == dropped("roles do not alternate")
     assert read(tree(node("prompter", "q", node("assistant", "a")), None)) == conversation("q", "a")
 
 
 def test_single_messages_find_their_tree_in_any_order() -> None:
     def message(key: str, parent: str | None, role: str) -> dict[str, object]:
-        return {
-            "message_id": key,
-            "parent_id": parent,
-            "role": role,
-            "text": key,
-            "tree_state": "ready_for_export",
-        }
+        row = {"message_id": key, "parent_id": parent, "role": role, "text": key}
+        return {**row, "tree_state": "ready_for_export"}
 
     trees = MessageTrees()
-    rows = [
-        message("a1", "q1", "assistant"),
-        message("q2", None, "prompter"),
-        message("q1", None, "prompter"),
-    ]
+    rows = [message("a1", "q1", "assistant")]
+    rows += [message("q2", None, "prompter"), message("q1", None, "prompter")]
     rows += [message("a2", "q2", "assistant"), message("stray", "nowhere", "assistant")]
     for place, row in enumerate(rows):
         trees.add(row, f"f:{place}")

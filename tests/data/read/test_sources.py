@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 
@@ -23,89 +24,64 @@ AD = {"content": "q", "summary": "a"}
 
 def write(path: Path, *rows: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def talk(*texts: str, system: str | None = None) -> Conversation:
-    roles = ["user", "assistant"] * len(texts)
-    return Conversation(
-        system, tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
-    )
+    return Conversation(system, tuple(map(Turn, cycle(("user", "assistant")), texts)))
 
 
-def said_in(paths: list[Path | str], **options: object) -> list[str]:
+def results_of(*paths: Path | str, **options: object) -> list[Conversation | Dropped]:
+    return [result for result, _ in iter_conversations(paths, ReadOptions(**options))]  # type: ignore[arg-type]
+
+
+def said_in(*paths: Path | str) -> list[str]:
     """The first answers, in order."""
-    results = [result for result, _ in iter_conversations(paths, ReadOptions(**options))]  # type: ignore[arg-type]
+    results = results_of(*paths)
     return [result.turns[1].text for result in results if isinstance(result, Conversation)]
 
 
 def test_one_file_may_mix_shapes(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows",
-        AD,
-        {"instruction": "i", "output": "b"},
-        {"conversation": [{"human": "h"}]},
-    )
+    alpaca, firefly = {"instruction": "i", "output": "b"}, {"conversation": [{"human": "h"}]}
+    path = write(tmp_path / "rows", AD, alpaca, firefly)
+    dropped = Dropped("no answer", "keys found: conversation; keys expected: conversation")
     assert list(iter_conversations([path])) == [
         (talk("q", "a"), f"{path}:1"),
         (talk("i", "b"), f"{path}:2"),
-        (
-            Dropped("no answer", "keys found: conversation; keys expected: conversation"),
-            f"{path}:3",
-        ),
+        (dropped, f"{path}:3"),
     ]
 
 
 def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "system": "own"}, {**AD, "system": " "})
-    systems = [
-        result.system
-        for result, _ in iter_conversations([path], ReadOptions(system="s"))
-        if isinstance(result, Conversation)
-    ]
+    systems = [getattr(result, "system", None) for result in results_of(path, system="s")]
     assert systems == ["s", "own", "s"]
 
 
 def test_counts_tell_rows_read_kept_and_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD, {**AD, "summary": ""}, {"content": 5, "summary": "a"}, AD)
     counts: Counter[str] = Counter()
-    results = [
-        result for result, _ in iter_conversations([path], ReadOptions(bad_rows="skip"), counts)
-    ]
+    results = list(iter_conversations([path], ReadOptions(bad_rows="skip"), counts))
     assert counts == {"rows": 4}
-    assert [result.unreadable for result in results if isinstance(result, Dropped)] == [False, True]
+    dropped = [result for result, _ in results if isinstance(result, Dropped)]
+    assert [result.unreadable for result in dropped] == [False, True]
 
 
 def test_a_row_that_gives_nothing_names_its_keys_and_the_expected_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", {"instruction": "q", "Output": "a"})
-    ((result, _),) = iter_conversations([path])
-    assert result == Dropped(
-        "no answer", "keys found: instruction, Output; keys expected: instruction"
-    )
-    ((result, _),) = iter_conversations(
-        [write(path, {**AD, "summary": None})], ReadOptions(format="adgen")
-    )
-    assert result == Dropped(
-        "no answer", "keys found: content, summary; keys expected: content + summary"
-    )
+    detail = "keys found: instruction, Output; keys expected: instruction"
+    assert results_of(path) == [Dropped("no answer", detail)]
+    write(path, {**AD, "summary": None})
+    detail = "keys found: content, summary; keys expected: content + summary"
+    assert results_of(path, format="adgen") == [Dropped("no answer", detail)]
 
 
 UNREADABLE = [
     ('{"content": "q"', "not valid JSON", "not valid JSON: Expecting ',' delimiter"),
-    (
-        json.dumps({"content": 5, "summary": "a"}),
-        "wrong type",
-        "content is a number; expected text",
-    ),
-    (json.dumps({"contents": "q"}), "unknown keys", "keys found: contents; keys expected: "),
-    (
-        json.dumps({"messages": [{"role": "bot", "content": "x"}]}),
-        "unknown role",
-        "role is 'bot'; expected one of system, user, assistant",
-    ),
+    ('{"content": 5, "summary": "a"}', "wrong type", "content is a number; expected text"),
+    ('{"contents": "q"}', "unknown keys", "keys found: contents; keys expected: "),
+    ('{"messages": [{"role": "bot"}]}', "unknown role", "role is 'bot'; expected one of system"),
 ]
 
 
@@ -133,27 +109,17 @@ def test_an_unreadable_row_is_skipped_and_counted_when_asked(
         file.write(f"{line}\n{json.dumps(AD)}\n")
     first, (bad, source), last = iter_conversations([path], ReadOptions(bad_rows="skip"))
     assert first[0] == last[0] == talk("q", "a")
-    assert (
-        isinstance(bad, Dropped)
-        and bad.reason == reason
-        and bad.unreadable
-        and bad.detail.startswith(detail)
-    )
-    assert source == f"{path}:2"
+    assert isinstance(bad, Dropped) and bad.reason == reason and bad.unreadable
+    assert bad.detail.startswith(detail) and source == f"{path}:2"
 
 
 def test_a_named_format_reads_only_its_own_keys(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows",
-        {**AD, "instruction": "i", "output": "b"},
-        {"instruction": "i", "output": "b"},
-    )
+    alpaca = {"instruction": "i", "output": "b"}
+    path = write(tmp_path / "rows", {**AD, **alpaca}, alpaca)
     rows = iter_conversations([path], ReadOptions(format="adgen"))
     assert next(rows)[0] == talk("q", "a")
-    with pytest.raises(
-        UserError,
-        match=r":2: keys found: instruction, output; keys expected: content [+] summary .format",
-    ):
+    message = ":2: keys found: instruction, output; keys expected: content [+] summary .format"
+    with pytest.raises(UserError, match=message):
         next(rows)
 
 
@@ -179,24 +145,14 @@ COLUMNS = {"prompt": "q", "answer": "a", "system": "s"}
 
 
 def test_columns_map_the_keys_that_a_format_expects_to_the_files_own(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows",
-        {"q": "1", "a": "2", "s": "3", **AD},
-        {"q": "1", "a": "2", "system": "not mapped"},
-    )
-    assert [result for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS))] == [
-        talk("1", "2", system="3"),
-        talk("1", "2"),
-    ]
+    rows = {"q": "1", "a": "2", "s": "3", **AD}, {"q": "1", "a": "2", "system": "not mapped"}
+    path = write(tmp_path / "rows", *rows)
+    assert results_of(path, columns=COLUMNS) == [talk("1", "2", system="3"), talk("1", "2")]
     alpaca = {"instruction": "q", "input": "s", "output": "a"}
-    assert next(iter_conversations([path], ReadOptions(columns=alpaca)))[0] == talk("1\t3", "2")
-    turns = write(
-        tmp_path / "turns",
-        {"talk": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]},
-    )
-    assert next(iter_conversations([turns], ReadOptions(columns={"messages": "talk"})))[0] == talk(
-        "1", "2"
-    )
+    assert results_of(path, columns=alpaca)[0] == talk("1\t3", "2")
+    turns = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]
+    path = write(tmp_path / "turns", {"talk": turns})
+    assert results_of(path, columns={"messages": "talk"}) == [talk("1", "2")]
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -204,30 +160,20 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
     message = r"rows:1: no column 's' \(data.columns.system\); keys found: q, a"
     for bad_rows in ("stop", "skip"):
         with pytest.raises(UserError, match=message):
-            list(iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows=bad_rows)))
+            results_of(path, columns=COLUMNS, bad_rows=bad_rows)
     write(path, {"q": "1", "a": "2", "s": "3"}, {"q": "1"}, {"q": "1", "a": "2"})
-    results = [
-        result
-        for result, _ in iter_conversations([path], ReadOptions(columns=COLUMNS, bad_rows="skip"))
-    ]
-    assert (
-        isinstance(results[1], Dropped)
-        and results[1].reason == "missing key"
-        and results[1].unreadable
-    )
-    assert results[2] == talk("1", "2"), (
-        "a column that its format can do without may be absent further on"
-    )
+    _, bad, last = results_of(path, columns=COLUMNS, bad_rows="skip")
+    assert isinstance(bad, Dropped) and bad.reason == "missing key" and bad.unreadable
+    # A column that its format can do without may be absent further on.
+    assert last == talk("1", "2")
 
 
 def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", AD)
     with pytest.raises(UserError, match="data.columns has the key 'q'; expected keys of a format"):
         iter_conversations([path], ReadOptions(columns={"q": "prompt"}))
-    with pytest.raises(
-        UserError,
-        match="data.columns names prompt; expected all keys of a format: .*prompt [+] response",
-    ):
+    message = "data.columns names prompt; expected all keys of a format: .*prompt [+] response"
+    with pytest.raises(UserError, match=message):
         iter_conversations([path], ReadOptions(columns={"prompt": "q"}))
     with pytest.raises(UserError, match="data.columns has the key 'prompt'"):
         iter_conversations([path], ReadOptions(format="alpaca", columns={"prompt": "q"}))
@@ -235,23 +181,14 @@ def test_columns_must_name_the_keys_of_a_format(tmp_path: Path) -> None:
 
 def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(
-        json.dumps({"x": [AD], "y": [], "z": [AD, {**AD, "summary": 5}]}, indent=1),
-        encoding="utf-8",
-    )
-    results = list(iter_conversations([path], ReadOptions(bad_rows="skip")))
-    assert [source for _, source in results] == [
-        f"{path}:1 x[0]",
-        f"{path}:1 z[0]",
-        f"{path}:1 z[1]",
-    ]
-    assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
-    mapped = {"prompt": "content", "answer": "summary"}
-    sources = [
-        source
-        for _, source in iter_conversations([path], ReadOptions(columns=mapped, bad_rows="skip"))
-    ]
-    assert sources == [source for _, source in results]
+    rows = {"x": [AD], "y": [], "z": [AD, {**AD, "summary": 5}]}
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    for columns in (None, {"prompt": "content", "answer": "summary"}):
+        results = list(iter_conversations([path], ReadOptions(columns=columns, bad_rows="skip")))
+        assert [source for _, source in results] == [
+            f"{path}:1 {at}" for at in ("x[0]", "z[0]", "z[1]")
+        ]
+        assert [isinstance(result, Dropped) for result, _ in results] == [False, False, True]
     path.write_text(json.dumps({"x": [AD], "version": "1"}), encoding="utf-8")
     with pytest.raises(UserError, match="keys found: x, version"):
         list(iter_conversations([path]))
@@ -260,8 +197,8 @@ def test_an_object_of_lists_is_its_rows_in_order(tmp_path: Path) -> None:
 def test_a_folder_gives_its_data_files_by_name(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.json", "sub/c.json", ".hidden/d.json", "README.md"):
         write(tmp_path / name, {**AD, "summary": name})
-    assert said_in([tmp_path]) == ["a.json", "b.jsonl", "sub/c.json"]
-    assert said_in([tmp_path / "b.jsonl", tmp_path / "a.json"]) == ["b.jsonl", "a.json"]
+    assert said_in(tmp_path) == ["a.json", "b.jsonl", "sub/c.json"]
+    assert said_in(tmp_path / "b.jsonl", tmp_path / "a.json") == ["b.jsonl", "a.json"]
 
 
 def test_a_folder_with_splits_gives_the_one_for_training_unless_another_is_named(
@@ -269,17 +206,14 @@ def test_a_folder_with_splits_gives_the_one_for_training_unless_another_is_named
 ) -> None:
     for name in ("train.json", "dev.json", "extra.json", "test/part-0.json"):
         write(tmp_path / name, {**AD, "summary": name})
-    assert said_in([tmp_path]) == ["extra.json", "train.json"]
-    assert said_in([f"{tmp_path}:validation"]) == ["dev.json"]
-    assert said_in([f"{tmp_path}:test"]) == ["test/part-0.json"]
-    with pytest.raises(
-        UserError,
-        match="no file is named for the split 'eval'; splits found: test, train, validation",
-    ):
+    assert said_in(tmp_path) == ["extra.json", "train.json"]
+    assert said_in(f"{tmp_path}:validation") == ["dev.json"]
+    assert said_in(f"{tmp_path}:test") == ["test/part-0.json"]
+    message = "no file is named for the split 'eval'; splits found: test, train, validation"
+    with pytest.raises(UserError, match=message):
         locate(f"{tmp_path}:eval")
-    assert said_in([tmp_path / "test"]) == ["test/part-0.json"], (
-        "a folder that holds nothing else is what was meant"
-    )
+    # A folder that holds nothing else is what was meant.
+    assert said_in(tmp_path / "test") == ["test/part-0.json"]
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
@@ -289,22 +223,19 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([AD, {"content": "r", "summary": "b"}])
-    data.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(
-        str(tmp_path / "more")
-    )
-    datasets.DatasetDict({"test": data.select([1])}).save_to_disk(str(tmp_path / "only"))
-    one = tmp_path / "one"
-    assert list(iter_conversations([one])) == [
-        (talk("q", "a"), f"{one}#0"),
-        (talk("r", "b"), f"{one}#1"),
-    ]
-    assert said_in([tmp_path / "more"]) == ["a", "b"]
-    assert said_in([f"{tmp_path / 'more'}:test"]) == said_in([tmp_path / "only"]) == ["b"]
+    splits = {"train": data, "test": data.select([1])}
+    one, more, only = (str(tmp_path / name) for name in ("one", "more", "only"))
+    data.save_to_disk(one)
+    datasets.DatasetDict(splits).save_to_disk(more)
+    datasets.DatasetDict({"test": splits["test"]}).save_to_disk(only)
+    expected = [(talk("q", "a"), f"{one}#0"), (talk("r", "b"), f"{one}#1")]
+    assert list(iter_conversations([one])) == expected
+    assert said_in(more) == ["a", "b"]
+    assert said_in(f"{more}:test") == said_in(only) == ["b"]
     with pytest.raises(UserError, match="no split 'dev'; splits found: train, test"):
-        list(iter_conversations([f"{tmp_path / 'more'}:dev"]))
+        results_of(f"{more}:dev")
     with pytest.raises(UserError, match="one data set without splits"):
-        list(iter_conversations([f"{one}:train"]))
+        results_of(f"{one}:train")
 
 
 @pytest.mark.parametrize(
@@ -334,10 +265,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("\nno route to host\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(
-        UserError, match=r"org/name: no such file.*\(ConnectionError: no route to host\)"
-    ) as error:
-        list(iter_conversations(["org/name"]))
+    message = r"org/name: no such file.*\(ConnectionError: no route to host\)"
+    with pytest.raises(UserError, match=message) as error:
+        results_of("org/name")
     assert "\n" not in str(error.value)
 
 
@@ -353,10 +283,12 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(
 
 @pytest.mark.parametrize("module", [files, sources])
 def test_datasets_and_pyarrow_are_imported_only_when_needed(module: ModuleType) -> None:
-    at_import = {
-        node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import)
-    }
-    assert not {name.name for node in at_import for name in node.names} & {"datasets", "pyarrow"}
+    body = ast.parse(inspect.getsource(module)).body
+    at_import = {name.name for node in body if isinstance(node, ast.Import) for name in node.names}
+    assert not at_import & {"datasets", "pyarrow"}
+
+
+FIREFLY_TURNS = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -375,11 +307,7 @@ def test_datasets_and_pyarrow_are_imported_only_when_needed(module: ModuleType) 
         ({"input": "q"}, talk("q"), None),
         ({"text": "q"}, talk("q"), None),
         ({"messages": [{"role": "user", "content": "q"}]}, talk("q"), None),
-        (
-            {"conversation": [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]},
-            talk("q", "a", "r"),
-            "b",
-        ),
+        ({"conversation": FIREFLY_TURNS}, talk("q", "a", "r"), "b"),
     ],
 )
 def test_a_row_to_answer_needs_no_answer(
@@ -390,17 +318,12 @@ def test_a_row_to_answer_needs_no_answer(
 
 
 def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows", AD, {"content": " "}, {"content": 5}, {"messages": [{"role": "tool"}]}
-    )
+    rows = AD, {"content": " "}, {"content": 5}, {"messages": [{"role": "tool"}]}
+    path = write(tmp_path / "rows", *rows)
     found = list(iter_prompts([path], ReadOptions(bad_rows="skip", system="s")))
     assert [source for _, _, source in found] == [f"{path}:{line}" for line in (1, 2, 3, 4)]
-    assert [getattr(prompt, "reason", None) for prompt, _, _ in found] == [
-        None,
-        "no question",
-        "wrong type",
-        "tool turns",
-    ]
+    reasons = [getattr(prompt, "reason", None) for prompt, _, _ in found]
+    assert reasons == [None, "no question", "wrong type", "tool turns"]
     assert found[0][0] == talk("q", system="s")
     with pytest.raises(UserError, match=":3: content is a number"):
         list(iter_prompts([path]))
@@ -408,10 +331,7 @@ def test_no_row_to_answer_is_lost(tmp_path: Path) -> None:
 
 def test_columns_for_rows_to_answer_may_name_an_answer_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "rows", {"q": "1"}, {"q": "2", "a": "3"})
-    found = [
-        found[:2]
-        for found in iter_prompts([path], ReadOptions(columns={"prompt": "q", "answer": "a"}))
-    ]
-    assert found == [(talk("1"), None), (talk("2"), "3")]
+    found = list(iter_prompts([path], ReadOptions(columns={"prompt": "q", "answer": "a"})))
+    assert [row[:2] for row in found] == [(talk("1"), None), (talk("2"), "3")]
     with pytest.raises(UserError, match="no column 'x'"):
         list(iter_prompts([path], ReadOptions(columns={"prompt": "x", "answer": "a"})))
