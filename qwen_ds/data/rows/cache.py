@@ -8,13 +8,13 @@ changed input never finds an old file, and nothing has to be cleared by hand.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _key(
         "format_version": FORMAT_VERSION,
         "code": _code_sha256(),
         "vocabulary": vocabulary_sha256,
-        "options": dataclasses.asdict(options),
+        "options": asdict(options),
         "reading": [data.format, data.columns, data.bad_rows],
         "inputs": [_input_sha256(part) for part in parts],
     }
@@ -158,12 +158,11 @@ def _fill(
             report.read = count["rows"]
             report.formats = _formats(data, locate(report.path))
             report.check()
-        reading_options = {"format": data.format, "columns": data.columns}
         writer.finish(
             {
                 "pad_id": encoding.eod_id,
                 "vocabulary_sha256": encoding.sha256,
-                "options": {**dataclasses.asdict(options), **reading_options},
+                "options": {**asdict(options), "format": data.format, "columns": data.columns},
                 "data_sets": [report.to_dict() for report in reports],
             }
         )

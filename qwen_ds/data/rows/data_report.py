@@ -21,8 +21,7 @@ class Tally:
     """The number of rows that met one fate, and the first of them."""
 
     rows: int = 0
-    first: str = ""
-    """file:line"""
+    first: str = ""  # file:line
     detail: str = ""
 
     def add(self, source: str, detail: str = "") -> None:
@@ -38,10 +37,8 @@ class PartReport:
     path: str
     formats: dict[str, str] = field(default_factory=dict)
     """By file, the reader that recognised its first row, or that the user named."""
-    read: int = 0
-    """Source rows."""
-    kept: int = 0
-    """Token rows."""
+    read: int = 0  # source rows
+    kept: int = 0  # token rows
     dropped: dict[str, Tally] = field(default_factory=dict)
     """Rows with nothing to train on, by reason."""
     skipped: dict[str, Tally] = field(default_factory=dict)
@@ -49,11 +46,9 @@ class PartReport:
     truncated: dict[str, Tally] = field(default_factory=dict)
     """Rows that were too long, by "prompt cut", "answer cut" or "oldest turns dropped"."""
     tokens: int = 0
-    learnt_tokens: int = 0
-    """Target tokens."""
+    learnt_tokens: int = 0  # target tokens
     longest_tokens: int = 0
-    longest: str = ""
-    """file:line of the longest row."""
+    longest: str = ""  # file:line of the longest row
     first_content: int | None = None
     all_identical: bool = True
 
@@ -128,17 +123,10 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"({found['learnt_tokens']:,} targets), mean {tokens / kept:.0f}, "
         f"longest {found['longest_tokens']:,}"
     ]
-    for fate, tallies in (("dropped", found["dropped"]), ("could not be read", found["skipped"])):
-        for reason, tally in tallies.items():
+    fates = {"dropped": "dropped", "skipped": "could not be read", "truncated": "too long"}
+    for key, fate in fates.items():
+        for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
-    for what, tally in found["truncated"].items():
-        lines.append(f"{tally['rows']:,} too long: {what} (first {tally['first']})")
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
     return lines
-
-
-def data_report(train: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of data_report.json: the `TokenRows.report` of the training rows, with that of
-    the evaluation rows, if any, under "eval"."""
-    return {**train, "eval": evaluation}

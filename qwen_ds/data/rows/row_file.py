@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,15 +139,16 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(length_K)]).astype(np.int32))
 
 
-class _Views(NamedTuple):
+class _Views:
     """Numpy views of one record batch, whose bytes stay on disk."""
 
-    ids: np.ndarray
-    id_offsets: np.ndarray
-    runs: np.ndarray
-    run_offsets: np.ndarray
-    names: np.ndarray
-    numbers: np.ndarray
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        ids, runs = batch.column("input_ids"), batch.column("target_runs")
+        self.ids, self.id_offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
+        self.runs = runs.values.values.to_numpy().reshape(-1, 2)
+        self.run_offsets = runs.offsets.to_numpy()
+        self.names = batch.column("source_name").to_numpy()
+        self.numbers = batch.column("source_number").to_numpy()
 
 
 class RowFile:
@@ -161,12 +163,12 @@ class RowFile:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.about = _read_about(reader)
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
-        self._views = [_views(batch) for batch in self._batches]
-        rows = [batch.num_rows for batch in self._batches]
-        self._first_row = [0, *np.cumsum(rows).tolist()]
+        self._views = [_Views(batch) for batch in self._batches]
+        n_rows = (batch.num_rows for batch in self._batches)
+        self._first_row = list(itertools.accumulate(n_rows, initial=0))
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self._first_row[-1]
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of a row's tokens, int32, and of its runs of target tokens, int32 [runs, 2]."""
@@ -192,18 +194,6 @@ class RowFile:
     def _find(self, row: int) -> tuple[_Views, int]:
         batch = bisect_right(self._first_row, row) - 1
         return self._views[batch], row - self._first_row[batch]
-
-
-def _views(batch: pa.RecordBatch) -> _Views:
-    ids, runs = batch.column("input_ids"), batch.column("target_runs")
-    return _Views(
-        ids.values.to_numpy(),
-        ids.offsets.to_numpy(),
-        runs.values.values.to_numpy().reshape(-1, 2),
-        runs.offsets.to_numpy(),
-        batch.column("source_name").to_numpy(),
-        batch.column("source_number").to_numpy(),
-    )
 
 
 def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
