@@ -44,9 +44,8 @@ def make_or_find(
     """Return the cache file with the token rows of some paths; make it if it is missing.
 
     Any number of processes may call this at once: one on each machine makes the rows, others wait.
-
-    Raises:
-        UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
+    A UserError names a row or a data set that cannot be trained on, or a cache that cannot be
+    written.
     """
     key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
@@ -136,11 +135,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _fill(
-    target: Path,
-    data: DataOptions,
-    paths: Sequence[str],
-    encoding: Encoding,
-    options: EncodeOptions,
+    file: Path, data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     reports = [PartReport(path) for path in paths]
@@ -150,7 +145,7 @@ def _fill(
         (report, iter_conversations([report.path], reading, count))
         for report, count in zip(reports, counts, strict=True)
     ]
-    with RowWriter(target) as writer:
+    with RowWriter(file) as writer:
         # Shown on a terminal only, and not for a small data set that takes a moment.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
             encode_all(streams, writer, encoding, options, bar.update)

@@ -97,14 +97,14 @@ class PartReport:
         return found
 
 
-_SUMMED = ("read", "kept", "tokens", "learnt_tokens")
-_TALLIES = ("dropped", "skipped", "truncated")
+_FATES = {"dropped": "dropped", "skipped": "could not be read", "truncated": "too long"}
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Add up the data sets' reports; for each reason the first data set's place is kept."""
-    summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in _SUMMED}
-    for key in _TALLIES:
+    counts = ("read", "kept", "tokens", "learnt_tokens")
+    summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in counts}
+    for key in _FATES:
         summed[key] = {}
         for part in parts:
             for reason, tally in part[key].items():
@@ -123,8 +123,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"({found['learnt_tokens']:,} targets), mean {tokens / kept:.0f}, "
         f"longest {found['longest_tokens']:,}"
     ]
-    fates = {"dropped": "dropped", "skipped": "could not be read", "truncated": "too long"}
-    for key, fate in fates.items():
+    for key, fate in _FATES.items():
         for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
     if report["duplicates"]:

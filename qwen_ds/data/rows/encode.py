@@ -44,40 +44,26 @@ LEAST_ROOM = 16  # tokens that must be left for a question and its answer, or th
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """How conversations become rows.
+    """How conversations become rows."""
 
-    Attributes:
-        learn_on: see the top of this file.
-        max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`.
-        max_tokens: bound of all other rows; None: no bound.
-        parse_specials: parse control tokens spelled in a text (the old, unsafe behaviour).
-        system: system text of conversations without one; None means DEFAULT_SYSTEM.
-    """
-
-    learn_on: LearnOn = "original"
-    max_prompt_tokens: int = 254
+    learn_on: LearnOn = "original"  # see the top of this file
+    max_prompt_tokens: int = 254  # this and the next: bounds of single-turn rows under `original`
     max_answer_tokens: int = 254
-    max_tokens: int | None = None
-    parse_specials: bool = False
-    system: str | None = None
+    max_tokens: int | None = None  # bound of all other rows; None: no bound
+    parse_specials: bool = False  # of control tokens spelled in a text (the old, unsafe behaviour)
+    system: str | None = None  # text of conversations without one; None means DEFAULT_SYSTEM
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A training row. labels[i] is ids[i], or IGNORE if that is no target; the loss shifts them.
-
-    Attributes:
-        prompt_cut, answer_cut: the question or the answer lost its end.
-        turns_dropped: number of turns that are not in the row.
-        dropped: why there is no row (then ids and labels are empty); None if there is one.
-    """
+    """A training row. labels[i] is ids[i], or IGNORE if that is no target; the loss shifts them."""
 
     ids: list[int]
     labels: list[int]
-    prompt_cut: bool = False
-    answer_cut: bool = False
-    turns_dropped: int = 0
-    dropped: str | None = None
+    prompt_cut: bool = False  # the question lost its end
+    answer_cut: bool = False  # the answer lost its end
+    turns_dropped: int = 0  # number of turns that are not in the row
+    dropped: str | None = None  # why there is no row (then ids and labels are empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +218,5 @@ def _n_tokens(segments: list[_Segment]) -> int:
 
 def _share(room: int, wanted: list[int]) -> list[int]:
     """Tokens for each of one or two texts that together want more than the room."""
-    if len(wanted) == 1:
-        return [room]
-    half = room // 2
-    first = min(wanted[0], max(half, room - wanted[1]))
-    return [first, room - first]
+    first = min(wanted[0], max(room // 2, room - sum(wanted[1:])))
+    return [first, room - first][: len(wanted)]

@@ -60,10 +60,8 @@ class RowWriter:
     """Writes blocks of rows to a file, in the order in which they come.
 
     Memory grows by 8 bytes a row: the content hashes, by which repeated rows are counted. Leaving
-    the context closes the file; only `finish` completes it.
-
-    Raises:
-        UserError: the rows cannot be written.
+    the context closes the file; only `finish` completes it. A UserError names a cache that cannot
+    be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,8 +152,7 @@ class _Views:
 class RowFile:
     """The rows of a whole file, memory-mapped and read-only.
 
-    Attributes:
-        about: the metadata that `RowWriter.finish` wrote.
+    `about` is the metadata that `RowWriter.finish` wrote.
     """
 
     def __init__(self, path: Path) -> None:

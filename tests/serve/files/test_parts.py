@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve.files.parts import PredictionParts, PredictionSettings, file_state
+from serve.files.parts import PredictionParts, Settings, file_state, first_difference
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
 ) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("of an earlier run")
-    settings, old = PredictionSettings({"seed": 1}), file_state(output)
+    settings, old = {"seed": 1}, file_state(output)
     with pytest.raises(RuntimeError, match="rank 0 did not make it"):
         PredictionParts.join_in(output, settings, 1, 0.01, old)
     with ThreadPoolExecutor() as pool:
@@ -39,7 +39,7 @@ def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
 
 
 def test_settings_that_differ_are_named() -> None:
-    ours = PredictionSettings({"seed": 1, "model": ["m", 5]})
-    assert ours.difference({"seed": 1, "model": ["m", 5]}) is None
-    assert ours.difference({"seed": 2, "model": ["m", 5]}) == "seed 2 instead of 1"
-    assert ours.difference({"seed": 1}) == 'model null instead of ["m", 5]'
+    ours: Settings = {"seed": 1, "model": ["m", 5]}
+    assert first_difference(ours, {"seed": 1, "model": ["m", 5]}) is None
+    assert first_difference(ours, {"seed": 2, "model": ["m", 5]}) == "seed 2 instead of 1"
+    assert first_difference(ours, {"seed": 1}) == 'model null instead of ["m", 5]'

@@ -46,7 +46,7 @@ def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Pa
     options = options_for(rows, "--long_prompts", "cut")
     reader = PromptReader(options.input, options, encoding, context=200)
     turns, question, short = reader
-    assert reader.survey().cut == 2
+    assert reader.survey() == (3, 2)
     assert list(turns.ids) == encode_prompt(encoding, Conversation(None, (Turn("user", "y" * 60),)))
     whole = encode_prompt(encoding, Conversation(None, (Turn("user", "z" * 300),)))
     tail = [
