@@ -88,10 +88,9 @@ class PromptReader:
                 f"model's context of {self.context} less max_new_tokens "
                 f"({self.options.max_new_tokens}), or --long_prompts cut"
             )
-        turns = conversation.turns
-        while len(ids) > self.room and len(turns) > 1:
-            turns = turns[2:]
-            ids = encode_prompt(self.encoding, replace(conversation, turns=turns), parse_specials)
+        while len(ids) > self.room and len(conversation.turns) > 1:
+            conversation = replace(conversation, turns=conversation.turns[2:])
+            ids = encode_prompt(self.encoding, conversation, parse_specials)
         if len(ids) > self.room:
             # As in the original project: cut the end of the question, but not what must follow it.
             ids = ids[: self.room - self.tail] + ids[-self.tail :]

@@ -20,14 +20,9 @@ from qwen_ds.errors import UserError
 class Tally:
     """The number of rows that met one fate, and the first of them."""
 
-    rows: int = 0
-    first: str = ""  # file:line
+    rows: int
+    first: str  # file:line
     detail: str = ""
-
-    def add(self, source: str, detail: str = "") -> None:
-        if not self.rows:
-            self.first, self.detail = source, detail
-        self.rows += 1
 
 
 @dataclass(slots=True)
@@ -49,15 +44,15 @@ class PartReport:
     learnt_tokens: int = 0  # target tokens
     longest_tokens: int = 0
     longest: str = ""  # file:line of the longest row
-    first_content: int | None = None
-    all_identical: bool = True
+    contents: set[int] = field(default_factory=set)
+    """Hashes of its rows, kept until two differ."""
 
     def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
         fates = self.skipped if unreadable else self.dropped
-        fates.setdefault(reason, Tally()).add(source, detail)
+        fates.setdefault(reason, Tally(0, source, detail)).rows += 1
 
     def cut(self, what: str, source: str) -> None:
-        self.truncated.setdefault(what, Tally()).add(source)
+        self.truncated.setdefault(what, Tally(0, source)).rows += 1
 
     def keep(self, block: Block, sources: Sequence[str]) -> None:
         """Count the rows of a block; `sources` has one entry a row."""
@@ -67,9 +62,8 @@ class PartReport:
         longest = int(block.length_K.argmax())
         if block.length_K[longest] > self.longest_tokens:
             self.longest_tokens, self.longest = int(block.length_K[longest]), sources[longest]
-        if self.first_content is None:
-            self.first_content = int(block.content_K[0])
-        self.all_identical &= bool((block.content_K == self.first_content).all())
+        if len(self.contents) < 2:
+            self.contents.update(block.content_K.tolist())
 
     def check(self) -> None:
         """Raise UserError if this data set has nothing to train on, or one row over and over."""
@@ -84,7 +78,7 @@ class PartReport:
                 f"({most.rows} rows, the first {most.first}{others})"
                 + (f"; {most.detail}" if most.detail else "")
             )
-        if self.kept > 1 and self.all_identical:
+        if self.kept > 1 and len(self.contents) == 1:
             raise UserError(
                 f"{self.path}: all its {self.kept} rows come out identical "
                 f"({self.tokens // self.kept} tokens each, the first {self.longest}); "
@@ -93,7 +87,7 @@ class PartReport:
 
     def to_dict(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
-        del found["first_content"], found["all_identical"]
+        del found["contents"]
         return found
 
 

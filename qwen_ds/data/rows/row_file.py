@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qwen_ds.data.rows.blocks import Block
 from qwen_ds.data.rows.data_report import PartReport
@@ -137,18 +136,6 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(length_K)]).astype(np.int32))
 
 
-class _Views:
-    """Numpy views of one record batch, whose bytes stay on disk."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        ids, runs = batch.column("input_ids"), batch.column("target_runs")
-        self.ids, self.id_offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
-        self.runs = runs.values.values.to_numpy().reshape(-1, 2)
-        self.run_offsets = runs.offsets.to_numpy()
-        self.names = batch.column("source_name").to_numpy()
-        self.numbers = batch.column("source_number").to_numpy()
-
-
 class RowFile:
     """The rows of a whole file, memory-mapped and read-only.
 
@@ -159,38 +146,29 @@ class RowFile:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.about = _read_about(reader)
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
-        self._views = [_Views(batch) for batch in self._batches]
-        n_rows = (batch.num_rows for batch in self._batches)
-        self._first_row = list(itertools.accumulate(n_rows, initial=0))
+        self._table = reader.read_all()
 
     def __len__(self) -> int:
-        return self._first_row[-1]
+        return self._table.num_rows
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of a row's tokens, int32, and of its runs of target tokens, int32 [runs, 2]."""
-        views, at = self._find(row)
-        ids = views.ids[views.id_offsets[at] : views.id_offsets[at + 1]]
-        return ids, views.runs[views.run_offsets[at] : views.run_offsets[at + 1]]
+        ids, runs = (self._table.column(name)[row].values for name in ("input_ids", "target_runs"))
+        return ids.to_numpy(), runs.flatten().to_numpy().reshape(-1, 2)
 
     def source(self, row: int) -> str:
         """Where a row comes from, "file:line"."""
-        views, at = self._find(row)
-        before, after = self.about["names"][views.names[at]]
-        number = int(views.numbers[at])
+        before, after = self.about["names"][self._table.column("source_name")[row].as_py()]
+        number = self._table.column("source_number")[row].as_py()
         return f"{before}{number}{after}" if number >= 0 else before + after
 
     def lengths(self) -> np.ndarray:
         """int32 [rows]: tokens of each row."""
-        return np.concatenate([np.diff(views.id_offsets) for views in self._views])
+        return pc.list_value_length(self._table.column("input_ids")).to_numpy()
 
     def column(self, name: str) -> np.ndarray:
-        """A copy of a numeric column of the schema."""
-        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
-
-    def _find(self, row: int) -> tuple[_Views, int]:
-        batch = bisect_right(self._first_row, row) - 1
-        return self._views[batch], row - self._first_row[batch]
+        """A numeric column of the schema, read-only."""
+        return self._table.column(name).to_numpy()
 
 
 def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
