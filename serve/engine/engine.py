@@ -49,11 +49,6 @@ class ServingEngine:
             chosen = order[start : start + batch_size]
             yield from zip(chosen, self._batch([rows[i] for i in chosen]), strict=True)
 
-    def generate(self, rows: Sequence[DecodingRow], batch_size: int = 16) -> list[Completion]:
-        """Completions in the order of the rows; arguments and errors as in `stream`."""
-        found = dict(self.stream(rows, batch_size))
-        return [found[i] for i in range(len(rows))]
-
     def _batch(self, rows: Sequence[DecodingRow]) -> list[Completion]:
         """Completions of the rows, in two halves if they do not fit the GPU together."""
         with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode():

@@ -71,12 +71,10 @@ class PromptReader:
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
         prompts that are cut)."""
-        rows = cut = 0
-        for row in self:
-            rows, cut = rows + 1, cut + (row.tokens_cut > 0)
-        if not rows:
+        is_cut = [row.tokens_cut > 0 for row in self]
+        if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
-        return rows, cut
+        return len(is_cut), sum(is_cut)
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""

@@ -138,18 +138,14 @@ def _fill(
     file: Path, data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
-    reports = [PartReport(path) for path in paths]
-    counts: list[Counter[str]] = [Counter() for _ in paths]
+    parts: list[tuple[PartReport, Counter[str]]] = [(PartReport(path), Counter()) for path in paths]
     reading = ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
-    streams = [
-        (report, iter_conversations([report.path], reading, count))
-        for report, count in zip(reports, counts, strict=True)
-    ]
+    streams = [(part, iter_conversations([part.path], reading, count)) for part, count in parts]
     with RowWriter(file) as writer:
         # Shown on a terminal only, and not for a small data set that takes a moment.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
             encode_all(streams, writer, encoding, options, bar.update)
-        for report, count in zip(reports, counts, strict=True):
+        for report, count in parts:
             report.read = count["rows"]
             report.formats = _formats(data, locate(report.path))
             report.check()
@@ -158,7 +154,7 @@ def _fill(
                 "pad_id": encoding.eod_id,
                 "vocabulary_sha256": encoding.sha256,
                 "options": {**asdict(options), "format": data.format, "columns": data.columns},
-                "data_sets": [report.to_dict() for report in reports],
+                "data_sets": [report.to_dict() for report, _ in parts],
             }
         )
 

@@ -85,10 +85,9 @@ class RowWriter:
             report.drop(reason, sources[place])
         for place, what in block.cuts:
             report.cut(what, sources[place])
-        n_rows = len(block.length_K)
-        if not n_rows:
-            return
         kept = [sources[place] for place in block.place_K.tolist()]
+        if not kept:
+            return
         report.keep(block, kept)
         names, numbers = zip(*map(self._split, kept), strict=True)
         runs = pa.FixedSizeListArray.from_arrays(pa.array(block.runs_R2.reshape(-1)), 2)
@@ -98,7 +97,7 @@ class RowWriter:
             block.learnt_K,
             block.content_K,
             block.prompt_K,
-            np.full(n_rows, part, np.int32),
+            np.full(len(kept), part, np.int32),
             np.array(names, np.int32),
             np.array(numbers, np.int64),
         ]
