@@ -100,7 +100,6 @@ def main() -> int:
     options = command_line().parse()
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
-
     # The proof loads models through transformers and peft. The only bar is the merge's, and a user
     # of this command can do nothing about the warnings of those libraries.
     transformers_logging.disable_progress_bar()

@@ -60,7 +60,7 @@ class PredictionParts:
         self._place_R3 = np.full((rows, 3), -1, dtype=np.int64)
         own = self.folder / f"rank_{rank:05d}.jsonl"
         self._stream = own.open("ab")
-        # Without a last line that a kill cut off.
+        # A kill may have cut off the last line.
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
 
     @classmethod
@@ -119,8 +119,7 @@ class PredictionParts:
         self._stream.flush()
 
     def refresh(self) -> int:
-        """Find the rows that all ranks have appended since the last call; return the number of
-        finished rows."""
+        """Find the rows appended since the last call, by any rank; return how many are finished."""
         for file in sorted(self.folder.glob("rank_*.jsonl")):
             start = self._read_up_to.setdefault(file, 0)
             number = list(self._read_up_to).index(file)

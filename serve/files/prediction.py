@@ -44,8 +44,7 @@ _IN_OPTIONS: dict[type[DecodingError], str] = {
 
 @dataclass(frozen=True, slots=True)
 class PredictionFigures:
-    """Rows and seconds of a run, of all ranks; it did not spend time on an interrupted run's
-    rows."""
+    """Figures of a run of all ranks; its seconds were not spent on an interrupted run's rows."""
 
     rows: int
     rows_of_this_run: int
@@ -63,8 +62,7 @@ def predict(
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
     Returns figures on rank 0, once the output is complete; None on other ranks, once their share
-    is. A UserError names anything wrong with model, input or output before the first row is
-    answered.
+    is. UserError: anything wrong with model, input or output, before the first row is answered.
     """
     rank, timeout = dist.rank(), options.timeout_minutes * 60
     if rank == 0:

@@ -49,13 +49,12 @@ ZERO = Prf(0.0, 0.0, 0.0)
 
 
 class Scores(NamedTuple):
-    """One row's scores, or the means of rows, under one profile; bleu_4 is None if that has
-    none."""
+    """One row's scores, or the means of rows, under one profile."""
 
     rouge_1: Prf
     rouge_2: Prf
     rouge_l: Prf
-    bleu_4: float | None = None
+    bleu_4: float | None = None  # None: the profile has none
 
     @property
     def rouges(self) -> dict[str, Prf]:
@@ -90,8 +89,7 @@ def words(text: str) -> list[str]:
 def sentences_of_words(text: str) -> list[list[str]]:
     """Sentences of a text of space-separated words, as `rouge` 1.0.1 sees them.
 
-    A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is
-    one empty word.
+    Every full stop ends one, even that inside "3.5". A sentence of blanks alone is one empty word.
     """
     return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
 

@@ -44,8 +44,7 @@ def make_or_find(
     """Return the cache file with the token rows of some paths; make it if it is missing.
 
     Any number of processes may call this at once: one on each machine makes the rows, others wait.
-    A UserError names a row or a data set that cannot be trained on, or a cache that cannot be
-    written.
+    UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
     """
     key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()

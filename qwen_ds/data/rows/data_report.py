@@ -1,5 +1,4 @@
-"""The fate of all rows: the content of data_report.json, and checks that stop a run before
-training.
+"""The fate of all rows, for data_report.json, and checks that stop a run before training.
 
 A data set is one entry of data.train or data.eval. If none of its rows can be trained on, or all
 come out identical, the keys or the format are wrong: a UserError.

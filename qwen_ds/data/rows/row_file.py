@@ -59,8 +59,7 @@ class RowWriter:
     """Writes blocks of rows to a file, in the order in which they come.
 
     Memory grows by 8 bytes a row: the content hashes, by which repeated rows are counted. Leaving
-    the context closes the file; only `finish` completes it. A UserError names a cache that cannot
-    be written.
+    the context closes the file; only `finish` completes it. UserError if rows cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,15 +135,12 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
 
 
 class RowFile:
-    """The rows of a whole file, memory-mapped and read-only.
-
-    `about` is the metadata that `RowWriter.finish` wrote.
-    """
+    """The rows of a whole file, memory-mapped and read-only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.about = _read_about(reader)
+        self.about = _read_about(reader)  # what `RowWriter.finish` wrote
         self._table = reader.read_all()
 
     def __len__(self) -> int:

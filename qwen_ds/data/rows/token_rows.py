@@ -36,10 +36,7 @@ class TokenRows:
     """
 
     def __init__(
-        self,
-        file: RowFile,
-        weights: Sequence[float] | None = None,
-        chosen: np.ndarray | None = None,
+        self, file: RowFile, weights: Sequence[float] | None, chosen: np.ndarray | None = None
     ) -> None:
         self._file, self._chosen = file, chosen
         self._weights = list(weights or [1.0] * len(file.about["data_sets"]))
@@ -147,8 +144,7 @@ def prepare(
 
     Any number of processes may call this at once, see `make_or_find`. The model's `seq_length`
     bounds the rows if data.max_tokens is unset (None: no bound), and the seed decides which rows
-    data.eval_fraction sets aside. A UserError names options or rows that cannot be trained on; see
-    `data_report.PartReport.check`.
+    data.eval_fraction sets aside. UserError: see `check_data` and `PartReport.check`.
     """
     check_data(data)
     options = encode_options(data, seq_length)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serve.files.parts import PredictionParts, Settings, file_state, first_difference
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+from tests.serve.files.test_prediction import read_lines
 
 
 def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(

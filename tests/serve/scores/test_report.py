@@ -12,15 +12,9 @@ from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
 from serve.scores.report import evaluate, sample
+from tests.serve.files.test_prediction import read_lines, write_rows
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
 
 
 def options_for(output_dir: Path, *more: str) -> EvaluateOptions:
@@ -42,10 +36,7 @@ def test_a_model_is_scored_on_its_answers(
     )
     assert report == json.loads((tmp_path / "eval" / "metrics.json").read_text(encoding="utf-8"))
     assert report is not None
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "eval" / "predictions.jsonl").read_text("utf-8").split("\n")[:-1]
-    ]
+    lines = read_lines(tmp_path / "eval" / "predictions.jsonl")
     assert [line["reference"] for line in lines] == [row["summary"] for row in ROWS]
     scores = metrics.score_all(
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
