@@ -24,7 +24,6 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from tqdm import tqdm
@@ -37,9 +36,6 @@ from qwen_ds.export.output_place import REPORT_NAME
 from qwen_ds.model.folder import find_model
 from qwen_ds.recipe.parser import Parser
 from qwen_ds.runlog import run_command
-
-if TYPE_CHECKING:
-    from qwen_ds.export.merge_report import MergeReport
 
 OPTIONS = {
     "from": (FormatName, "qwen", "format of the base; qwen2: back to the qwen format"),
@@ -104,27 +100,16 @@ def main() -> int:
     options = command_line().parse()
     if dist.rank() != 0:
         return EXIT_DONE  # a launcher started many ranks: one of them merges
-
     # The proof loads models through transformers and peft. The only bar is the merge's, and a user
     # of this command can do nothing about the warnings of those libraries.
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", RuntimeWarning)
-    if options.adapter_only:
-        return convert_adapter_only(options)
-    report = merge_as_asked(options)
-    print("\n".join(report.in_words()))
-    if not report.rejected:
-        return EXIT_DONE
-    print(
-        f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it",
-        file=sys.stderr,
-    )
-    return EXIT_FAILURE
+    return convert_adapter_only(options) if options.adapter_only else merge_whole(options)
 
 
-def merge_as_asked(options: Namespace) -> MergeReport:
-    """Merge with a progress bar."""
+def merge_whole(options: Namespace) -> int:
+    """Merge or convert a whole model, with a progress bar; say what the proof found."""
     # Not above: --help and a misspelt option should not wait for peft and datasets.
     from qwen_ds.export.formats import find_format
     from qwen_ds.export.merge import MergeOptions, merge
@@ -148,7 +133,16 @@ def merge_as_asked(options: Namespace) -> MergeReport:
             if done == total and options.verify != "off":
                 bar.set_description("proof")
 
-        return merge(base, [Path(p) for p in options.adapter], Path(options.output), chosen, show)
+        adapters = [Path(adapter) for adapter in options.adapter]
+        report = merge(base, adapters, Path(options.output), chosen, show)
+    print("\n".join(report.in_words()))
+    if not report.rejected:
+        return EXIT_DONE
+    print(
+        f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it",
+        file=sys.stderr,
+    )
+    return EXIT_FAILURE
 
 
 def convert_adapter_only(options: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,8 +13,6 @@ from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.recipe.ranges import PositiveFloat, PositiveInt
-
-_SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class AnswerOptions:
 
     def sampling(self) -> SamplingParams:
         try:
-            return SamplingParams(**{name: vars(self)[name] for name in _SAMPLING})
+            return SamplingParams(**{f.name: vars(self)[f.name] for f in fields(SamplingParams)})
         except InvalidSampling as error:
             raise UserError(str(error)) from None
 
@@ -104,15 +103,7 @@ class EvaluateOptions(AnswerOptions):
 
 Options = TypeVar("Options", bound=AnswerOptions)
 # Training calls these data.format and so on; here --data.format is the same as --format.
-_DATA_OPTIONS = ("format", "columns", "system", "special_tokens_in_text")
-
-
-def _without_section(arg: str) -> str:
-    """`--data.format` as `--format`."""
-    name, equals, value = arg.partition("=")
-    if name.startswith("--data.") and name.removeprefix("--data.") in _DATA_OPTIONS:
-        return "--" + name.removeprefix("--data.") + equals + value
-    return arg
+_DATA_OPTION = re.compile(r"\A--data\.(?=(format|columns|system|special_tokens_in_text)(=|\Z))")
 
 
 def parse(kind: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
@@ -122,4 +113,4 @@ def parse(kind: type[Options], description: str, argv: Sequence[str] | None = No
         UserError: an unknown option, a value of the wrong type or out of range, a missing option.
     """
     words = sys.argv[1:] if argv is None else argv
-    return parse_options(kind, description, [_without_section(word) for word in words])
+    return parse_options(kind, description, [_DATA_OPTION.sub("--", word) for word in words])

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
-from qwen_ds.data.rows.data_report import data_report
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
@@ -44,7 +43,7 @@ class Data:
 
     def report(self) -> dict[str, Any]:
         """The content of data_report.json."""
-        return data_report(self.train.report, None if self.eval is None else self.eval.report)
+        return {**self.train.report, "eval": None if self.eval is None else self.eval.report}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,8 @@ class ServingEngine:
 
     model: nn.Module
     vocabulary: Vocabulary
-    stop: StopRule
-    """The tokens by which the model ends a turn."""
-    context: int
-    """Tokens that prompt and answer may have together."""
+    stop: StopRule  # the tokens by which the model ends a turn
+    context: int  # tokens that prompt and answer may have together
 
     def __post_init__(self) -> None:
         self.model.eval()  # dropout off, that of an adapter included
@@ -37,8 +35,7 @@ class ServingEngine:
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index into rows, completion) as batches finish: the longest prompts come first.
 
-        Args:
-            batch_size: rows decoded together; a batch that does not fit the GPU is halved.
+        `batch_size` rows are decoded together; a batch that does not fit the GPU is halved.
 
         Raises:
             PromptTooLong: a prompt leaves no room for its new tokens; raised before any decoding.
@@ -51,11 +48,6 @@ class ServingEngine:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             yield from zip(chosen, self._batch([rows[i] for i in chosen]), strict=True)
-
-    def generate(self, rows: Sequence[DecodingRow], batch_size: int = 16) -> list[Completion]:
-        """Completions in the order of the rows; arguments and errors as in `stream`."""
-        found = dict(self.stream(rows, batch_size))
-        return [found[i] for i in range(len(rows))]
 
     def _batch(self, rows: Sequence[DecodingRow]) -> list[Completion]:
         """Completions of the rows, in two halves if they do not fit the GPU together."""

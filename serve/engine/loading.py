@@ -35,12 +35,8 @@ def load_engine(
 ) -> ServingEngine:
     """Load a checkpoint folder or hub id, and put an unmerged PEFT adapter on it if one is given.
 
-    Args:
-        device: auto, cuda or cpu.
-        dtype: auto (see `choose_dtype`), bfloat16, float16 or float32.
-
-    Raises:
-        UserError: no such model, adapter or device, or an adapter for another base.
+    `device` is auto, cuda or cpu; `dtype` is auto (see `choose_dtype`), bfloat16, float16 or
+    float32. UserError: no such model, adapter or device, or an adapter for another base.
     """
     folder, place = find_model(str(model_dir)), choose_device(device)
     stored = "auto" if dtype == "auto" else TORCH_DTYPES[dtype]

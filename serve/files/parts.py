@@ -14,7 +14,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,17 @@ POLL_SECONDS = 0.2
 SETTINGS_FILE = "settings.json"
 
 
-@dataclass(frozen=True, slots=True)
-class PredictionSettings:
-    """Everything that the rows of a folder depend on; rows with other settings must not be mixed
-    in."""
+Settings = dict[str, Any]
+"""Everything that the rows of a folder depend on, as JSON; rows with other settings must not be
+mixed in."""
 
-    values: dict[str, Any]  # JSON
 
-    def difference(self, other: dict[str, Any]) -> str | None:
-        """The first setting that differs, in words; None if all agree."""
-        for name in [*self.values, *other]:
-            mine, theirs = self.values.get(name), other.get(name)
-            if mine != theirs:
-                return f"{name} {_short(theirs)} instead of {_short(mine)}"
-        return None
+def first_difference(ours: Settings, theirs: Settings) -> str | None:
+    """The first setting that differs, in words; None if all agree."""
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            return f"{name} {_short(theirs.get(name))} instead of {_short(ours.get(name))}"
+    return None
 
 
 def _short(value: object) -> str:
@@ -56,72 +52,57 @@ class PredictionParts:
     """
 
     def __init__(self, output: Path, rank: int, rows: int) -> None:
-        self.folder = parts_folder(output)
-        self.output, self.rows = output, rows
-        self._own = self.folder / f"rank_{rank:05d}.jsonl"
+        self.folder, self.output, self.rows = parts_folder(output), output, rows
+        # By file, the bytes that were read of it.
         self._read_up_to: dict[Path, int] = {}
-        # The place of each finished row: a file (index into _files, -1: not finished) and a range
-        # of bytes in it.
-        self._files: list[Path] = []
-        self._file_R = np.full(rows, -1, dtype=np.int32)
-        self._start_R = np.zeros(rows, dtype=np.int64)
-        self._end_R = np.zeros(rows, dtype=np.int64)
+        # The place of each finished row: a file (index into _read_up_to, -1: not finished), and the
+        # start and end of its bytes in it.
+        self._place_R3 = np.full((rows, 3), -1, dtype=np.int64)
+        own = self.folder / f"rank_{rank:05d}.jsonl"
+        self._stream = own.open("ab")
+        # A kill may have cut off the last line.
+        self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
 
     @classmethod
     def prepare(
-        cls, output: Path, settings: PredictionSettings, rows: int, overwrite: bool
+        cls, output: Path, settings: Settings, rows: int, overwrite: bool
     ) -> PredictionParts:
         """Rank 0: make the folder, or take over the one that a killed run left.
 
-        Raises:
-            UserError: the folder holds rows made with other settings, and `overwrite` is not set.
+        UserError if it holds rows made with other settings, and `overwrite` is not set.
         """
-        parts = cls(output, 0, rows)
-        card = parts.folder / SETTINGS_FILE
-        require_folder(parts.folder)
-        if parts.folder.exists():
+        folder = parts_folder(output)
+        card = folder / SETTINGS_FILE
+        require_folder(folder)
+        if folder.exists():
             left = _read_card(card)
-            difference = settings.difference(left["settings"]) if left else f"no {SETTINGS_FILE}"
-            if difference and left and not overwrite and _has_rows(parts.folder):
+            difference = first_difference(settings, left["settings"]) if left else None
+            if difference and not overwrite and _has_rows(folder):
                 raise UserError(
-                    f"{parts.folder}: holds the rows of an interrupted run with {difference}; "
+                    f"{folder}: holds the rows of an interrupted run with {difference}; "
                     "expected the same settings to resume it, or --overwrite true to drop them"
                 )
-            if difference:
-                _remove_ours(parts.folder)
-        require_folder(parts.folder, make=True)
+            if difference or not left:
+                _remove_ours(folder)
+        require_folder(folder, make=True)
         if not card.exists():  # the last thing to appear: the other ranks wait for it
-            write_json(card, {"settings": settings.values, "rows": rows})
-        parts._open()
-        return parts
+            write_json(card, {"settings": settings, "rows": rows})
+        return cls(output, 0, rows)
 
     @classmethod
     def join_in(
-        cls,
-        output: Path,
-        settings: PredictionSettings,
-        rank: int,
-        timeout_seconds: float,
-        old: FileState | None = None,
+        cls, output: Path, settings: Settings, rank: int, timeout_seconds: float, old: FileState
     ) -> PredictionParts | None:
         """Another rank: wait until rank 0 has checked the input and made the folder.
 
-        Args:
-            old: state of the earlier output that this run replaces.
-
-        Returns:
-            None if all rows were done by then.
-
-        Raises:
-            RuntimeError: rank 0 has not made the folder in time.
+        `old` is the state of the earlier output that this run replaces. Returns None if all rows
+        were done by then. RuntimeError if rank 0 has not made the folder in time.
         """
         card, deadline = parts_folder(output) / SETTINGS_FILE, time.monotonic() + timeout_seconds
         while True:
             left = _read_card(card)
-            if left and settings.difference(left["settings"]) is None:
-                parts = cls(output, rank, left["rows"])
-                parts._open()
-                return parts
+            if left and first_difference(settings, left["settings"]) is None:
+                return cls(output, rank, left["rows"])
             # In this order: the folder is removed only after the output is there.
             if not card.parent.exists() and file_state(output) not in (None, old):
                 return None
@@ -131,50 +112,35 @@ class PredictionParts:
                 )
             time.sleep(POLL_SECONDS)
 
-    def _open(self) -> None:
-        """Open this rank's file for appending, without a last line that a kill cut off."""
-        self._stream = self._own.open("ab")
-        whole = self._own.read_bytes().rfind(b"\n") + 1
-        if whole < self._stream.tell():
-            self._stream.truncate(whole)
-        self.refresh()
-
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write finished rows (each with its "id") and make them visible to every rank."""
-        self._stream.write(
-            b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-        )
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        self._stream.write("".join(lines).encode())
         self._stream.flush()
 
     def refresh(self) -> int:
-        """Find the rows that all ranks have appended since the last call; return the number of
-        finished rows."""
+        """Find the rows appended since the last call, by any rank; return how many are finished."""
         for file in sorted(self.folder.glob("rank_*.jsonl")):
-            if file not in self._read_up_to:
-                self._read_up_to[file] = 0
-                self._files.append(file)
-            number, start = self._files.index(file), self._read_up_to[file]
+            start = self._read_up_to.setdefault(file, 0)
+            number = list(self._read_up_to).index(file)
             with file.open("rb") as stream:
                 stream.seek(start)
                 for line in stream:
                     if not line.endswith(b"\n"):
                         break  # being written, or cut off by a kill
-                    row_id = json.loads(line)["id"]
-                    self._file_R[row_id], self._start_R[row_id] = number, start
+                    self._place_R3[json.loads(line)["id"]] = number, start, start + len(line)
                     start += len(line)
-                    self._end_R[row_id] = start
             self._read_up_to[file] = start
-        return int((self._file_R >= 0).sum())
+        return int((self._place_R3[:, 0] >= 0).sum())
 
     def is_finished(self, row_id: int) -> bool:
         """Whether the row was finished at the last refresh."""
-        return bool(self._file_R[row_id] >= 0)
+        return bool(self._place_R3[row_id, 0] >= 0)
 
     def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
         """Rank 0: wait until every row is finished.
 
-        Raises:
-            RuntimeError: no rank has finished a row for `timeout_seconds`.
+        RuntimeError if no rank has finished a row for `timeout_seconds`.
         """
         last, since = -1, time.monotonic()
         while (finished := self.refresh()) < self.rows:
@@ -191,11 +157,10 @@ class PredictionParts:
 
     def join(self) -> None:
         """Rank 0, all rows finished: write them in order to the output and remove the folder."""
-        places = self._file_R.tolist(), self._start_R.tolist(), self._end_R.tolist()
         with contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(file.open("rb")) for file in self._files]
+            streams = [stack.enter_context(file.open("rb")) for file in self._read_up_to]
             out = stack.enter_context(stack.enter_context(replacing(self.output)).open("wb"))
-            for number, start, end in zip(*places, strict=True):
+            for number, start, end in self._place_R3.tolist():
                 streams[number].seek(start)
                 out.write(streams[number].read(end - start))
         self.close()
@@ -207,10 +172,10 @@ class PredictionParts:
         self._stream.close()
 
 
-FileState = tuple[int, int]
+FileState = tuple[int, int] | None
 
 
-def file_state(file: Path) -> FileState | None:
+def file_state(file: Path) -> FileState:
     """Identity of a file, which changes when the file is replaced; None if there is no file."""
     try:
         stat = file.stat()
@@ -219,15 +184,15 @@ def file_state(file: Path) -> FileState | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
-def check_output(file: Path, overwrite: bool, advice: str = "") -> None:
+def check_output(
+    file: Path, overwrite: bool, advice: str = "a new file, or --overwrite true to replace it"
+) -> None:
     """Raise UserError unless `file` is free, or may be replaced, and its folder can be written."""
     require_folder(file.parent)
     if file.is_dir():
         raise UserError(f"{file}: a folder; expected the name of a file to write")
     if file.exists() and not overwrite:
-        raise UserError(
-            f"{file}: exists; expected {advice or 'a new file, or --overwrite true to replace it'}"
-        )
+        raise UserError(f"{file}: exists; expected {advice}")
 
 
 def parts_folder(output: Path) -> Path:
@@ -235,11 +200,8 @@ def parts_folder(output: Path) -> Path:
 
 
 def _remove_ours(folder: Path) -> None:
-    foreign = [
-        file.name
-        for file in folder.iterdir()
-        if not file.name.startswith(("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}"))
-    ]
+    ours = ("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}")
+    foreign = [file.name for file in folder.iterdir() if not file.name.startswith(ours)]
     if foreign:
         raise UserError(
             f"{folder}: holds {foreign[0]}, which no prediction run wrote; expected the name to be "

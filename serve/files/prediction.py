@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +23,7 @@ from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
-from serve.files.parts import PredictionParts, PredictionSettings, check_output, file_state
+from serve.files.parts import PredictionParts, Settings, check_output, file_state
 from serve.files.prompts import PromptReader, PromptRow
 from serve.options import AnswerOptions
 
@@ -37,11 +35,17 @@ _SETTINGS = (
     "limit", "format", "columns", "system", "special_tokens_in_text",
 )  # fmt: skip
 
+# Errors of the engine, worded for the user of a command, who can change its options.
+_IN_OPTIONS: dict[type[DecodingError], str] = {
+    LogitsNotFinite: "{}: float16 overflows, try --dtype bfloat16",
+    RowOutOfMemory: "one row does not fit the GPU's memory; expected a shorter prompt or fewer "
+    "--max_new_tokens",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class PredictionFigures:
-    """Rows and seconds of a run, of all ranks; it did not spend time on an interrupted run's
-    rows."""
+    """Figures of a run of all ranks; its seconds were not spent on an interrupted run's rows."""
 
     rows: int
     rows_of_this_run: int
@@ -58,11 +62,8 @@ def predict(
 ) -> PredictionFigures | None:
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
-    Returns:
-        Figures on rank 0, once the output is complete; None on other ranks, once their share is.
-
-    Raises:
-        UserError: anything wrong with model, input or output, before the first row is answered.
+    Returns figures on rank 0, once the output is complete; None on other ranks, once their share
+    is. UserError: anything wrong with model, input or output, before the first row is answered.
     """
     rank, timeout = dist.rank(), options.timeout_minutes * 60
     if rank == 0:
@@ -74,13 +75,12 @@ def predict(
     context = QWEN.context(QWEN.config_class.from_pretrained(folder))
     reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
     settings = settings_of(folder, paths, options)
-    survey = None
+    parts: PredictionParts | None
+    prompts_cut = 0
     if rank == 0:
-        survey = reader.survey()
+        rows, prompts_cut = reader.survey()
         require_folder(output.parent, make=True)
-        parts: PredictionParts | None = PredictionParts.prepare(
-            output, settings, survey.rows, options.overwrite
-        )
+        parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
     else:
         parts = PredictionParts.join_in(output, settings, rank, timeout, old)
     if parts is None:
@@ -88,27 +88,22 @@ def predict(
     started, done_before = time.monotonic(), parts.refresh()
     if done_before:
         say(f"{parts.folder}: {done_before} of {parts.rows} rows are there from an interrupted run")
-    with _progress_bar(parts.rows, done_before) as bar:
+    with tqdm(
+        total=parts.rows,
+        initial=done_before,
+        unit="row",
+        desc="predict",
+        disable=rank != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file gets a line a minute
+    ) as bar:
         seconds_loading = _answer_share(folder, reader, parts, options, bar)
-        if survey is None:
+        if rank != 0:
             parts.close()
             return None
-        parts.wait(timeout, lambda finished: _show(bar, finished))
+        parts.wait(timeout, lambda finished: bar.update(finished - bar.n))
     seconds = time.monotonic() - started - seconds_loading
     parts.join()
-    return PredictionFigures(survey.rows, survey.rows - done_before, survey.cut, seconds)
-
-
-def _progress_bar(rows: int, done: int) -> tqdm:
-    pace = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file gets a line a minute
-    hidden = dist.rank() != 0
-    return tqdm(
-        total=rows, initial=done, unit="row", desc="predict", disable=hidden, mininterval=pace
-    )
-
-
-def _show(bar: tqdm, finished: int) -> None:
-    bar.update(finished - bar.n)
+    return PredictionFigures(parts.rows, parts.rows - done_before, prompts_cut, seconds)
 
 
 def _answer_share(
@@ -117,42 +112,25 @@ def _answer_share(
     """Answer this rank's unanswered rows; return the seconds that loading the model took."""
     rank, world = dist.rank(), dist.world_size()
     mine = (row for row in reader if row.id % world == rank and not parts.is_finished(row.id))
-    window = list(islice(mine, WINDOW * options.batch_size))
-    if not window:  # nothing to do, so no model is loaded
-        return 0.0
-    started = time.monotonic()
-    engine = load_engine(folder, options.adapter, options.device, options.dtype)
-    seconds_loading = time.monotonic() - started
-    sampling = options.sampling()
-    while window:
+    sampling, engine, seconds_loading = options.sampling(), None, 0.0
+    while window := list(islice(mine, WINDOW * options.batch_size)):
+        if engine is None:  # not before: without anything to do no model is loaded
+            started = time.monotonic()
+            engine = load_engine(folder, options.adapter, options.device, options.dtype)
+            seconds_loading = time.monotonic() - started
         rows = [DecodingRow(row.ids, sampling.of_row(row.id), engine.stop) for row in window]
         batch: list[dict[str, Any]] = []
-        with _errors_for_the_terminal():
+        try:
             for i, completion in engine.stream(rows, options.batch_size):
                 batch.append(answer(window[i], completion))
                 if len(batch) == options.batch_size:
                     parts.append(batch)
                     batch = []
-                    _show(bar, parts.refresh())
+                    bar.update(parts.refresh() - bar.n)
+        except DecodingError as error:
+            raise UserError(_IN_OPTIONS.get(type(error), "{}").format(error)) from None
         parts.append(batch)
-        window = list(islice(mine, WINDOW * options.batch_size))
     return seconds_loading
-
-
-@contextmanager
-def _errors_for_the_terminal() -> Iterator[None]:
-    """Word the engine's errors for the user of a command, who can change its options."""
-    try:
-        yield
-    except LogitsNotFinite as error:
-        raise UserError(f"{error}: float16 overflows, try --dtype bfloat16") from None
-    except RowOutOfMemory:
-        raise UserError(
-            "one row does not fit the GPU's memory; expected a shorter prompt or fewer "
-            "--max_new_tokens"
-        ) from None
-    except DecodingError as error:
-        raise UserError(str(error)) from None
 
 
 def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
@@ -170,31 +148,19 @@ def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
     return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
 
 
-def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> PredictionSettings:
+def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> Settings:
     """Everything that an answer depends on: options, and files by path, size and time of change."""
     values: dict[str, Any] = {name: vars(options)[name] for name in _SETTINGS}
     values["model"] = _files_in(folder)
     values["adapter"] = _files_in(Path(options.adapter)) if options.adapter else None
     values["input"] = [[str(p), [_file_card(f) for f in locate(p).files]] for p in paths]
-    return PredictionSettings(values)
+    return values
 
 
 def _files_in(folder: Path) -> list[list[Any]]:
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [_file_card(file) for file in files if file.is_file()]
+    return [_file_card(file) for file in sorted(folder.iterdir()) if file.is_file()]
 
 
 def _file_card(file: Path) -> list[Any]:
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def count_outcomes(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Count finished lines: by the reason of their end, the empty ones, and their tokens."""
-    reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
-    return {
-        "rows": len(lines),
-        "finish_reasons": dict(sorted(reasons.items())),
-        "empty_predictions": sum(not line["prediction"].strip() for line in lines),
-        "completion_tokens": sum(line.get("completion_tokens", 0) for line in lines),
-    }

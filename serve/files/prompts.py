@@ -26,23 +26,12 @@ class PromptRow:
     tokens_cut: int
 
 
-@dataclass(frozen=True, slots=True)
-class InputSurvey:
-    """Counts of a first pass over the whole input: rows, and prompts that are cut."""
-
-    rows: int
-    cut: int
-
-
 class PromptReader:
     """The rows of the input files; every iteration reads them anew.
 
-    Args:
-        context: tokens that prompt and answer may have together.
-        needs_reference: a row without an answer of its own is an error.
-
-    Raises:
-        UserError: max_new_tokens fill the context; while iterating, a row that cannot be answered.
+    `context` is the number of tokens that prompt and answer may have together. UserError if
+    max_new_tokens fill it; while iterating, for a row that cannot be answered, or, with
+    `needs_reference`, that has no answer of its own.
     """
 
     def __init__(
@@ -54,8 +43,7 @@ class PromptReader:
         needs_reference: bool = False,
     ) -> None:
         self.paths, self.options, self.encoding = paths, options, encoding
-        self.needs_reference = needs_reference
-        self.context = context
+        self.context, self.needs_reference = context, needs_reference
         self.room = context - options.max_new_tokens
         self.tail = len(footer_ids(encoding)) + len(header_ids(encoding, "assistant"))
         if self.room <= self.tail:
@@ -80,14 +68,13 @@ class PromptReader:
             ids, cut = self._encode(conversation, source)
             yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
 
-    def survey(self) -> InputSurvey:
-        """Read everything once, so that a mistake in the last row shows before any answer."""
-        rows = cut = 0
-        for row in self:
-            rows, cut = rows + 1, cut + (row.tokens_cut > 0)
-        if not rows:
+    def survey(self) -> tuple[int, int]:
+        """Read everything once, so that a mistake in the last row shows before any answer: (rows,
+        prompts that are cut)."""
+        is_cut = [row.tokens_cut > 0 for row in self]
+        if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
-        return InputSurvey(rows, cut)
+        return len(is_cut), sum(is_cut)
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""
@@ -99,10 +86,9 @@ class PromptReader:
                 f"model's context of {self.context} less max_new_tokens "
                 f"({self.options.max_new_tokens}), or --long_prompts cut"
             )
-        turns = conversation.turns
-        while len(ids) > self.room and len(turns) > 1:
-            turns = turns[2:]
-            ids = encode_prompt(self.encoding, replace(conversation, turns=turns), parse_specials)
+        while len(ids) > self.room and len(conversation.turns) > 1:
+            conversation = replace(conversation, turns=conversation.turns[2:])
+            ids = encode_prompt(self.encoding, conversation, parse_specials)
         if len(ids) > self.room:
             # As in the original project: cut the end of the question, but not what must follow it.
             ids = ids[: self.room - self.tail] + ids[-self.tail :]

@@ -19,11 +19,9 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -35,13 +33,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import jieba
 
-_ROUGE_TYPES = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
+_ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 _ALPHANUMERIC = re.compile(r"[^\W_]+")
-_lock = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Prf:
+class Prf(NamedTuple):
     """Precision, recall and F of one measure, 0..1."""
 
     p: float
@@ -52,21 +48,22 @@ class Prf:
 ZERO = Prf(0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One row's scores, or the means of rows, under one profile; bleu_4 is None if that has
-    none."""
+class Scores(NamedTuple):
+    """One row's scores, or the means of rows, under one profile."""
 
     rouge_1: Prf
     rouge_2: Prf
     rouge_l: Prf
-    bleu_4: float | None = None
+    bleu_4: float | None = None  # None: the profile has none
+
+    @property
+    def rouges(self) -> dict[str, Prf]:
+        return {"rouge-1": self.rouge_1, "rouge-2": self.rouge_2, "rouge-l": self.rouge_l}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: {"rouge-1": {"f", "p", "r"}, "rouge-2": .., "rouge-l": .., "bleu-4": x}."""
-        rouges = {"rouge-1": self.rouge_1, "rouge-2": self.rouge_2, "rouge-l": self.rouge_l}
-        table: dict[str, Any] = {name: {"f": s.f, "p": s.p, "r": s.r} for name, s in rouges.items()}
-        return table if self.bleu_4 is None else table | {"bleu-4": self.bleu_4}
+        rouges = {name: {"f": s.f, "p": s.p, "r": s.r} for name, s in self.rouges.items()}
+        return rouges if self.bleu_4 is None else {**rouges, "bleu-4": self.bleu_4}
 
 
 @functools.cache
@@ -85,17 +82,14 @@ def _segmenter() -> jieba.Tokenizer:
 
 
 def words(text: str) -> list[str]:
-    """Words of a text by jieba, in order, white space and punctuation included. Thread-safe."""
-    with _lock:  # two threads would build the dictionary twice
-        segmenter = _segmenter()
-    return segmenter.lcut(text)
+    """Words of a text by jieba, in order, white space and punctuation included."""
+    return _segmenter().lcut(text)
 
 
 def sentences_of_words(text: str) -> list[list[str]]:
     """Sentences of a text of space-separated words, as `rouge` 1.0.1 sees them.
 
-    A sentence ends at every full stop, the one inside "3.5" included. A sentence of blanks alone is
-    one empty word.
+    Every full stop ends one, even that inside "3.5". A sentence of blanks alone is one empty word.
     """
     return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
 
@@ -168,12 +162,9 @@ def score_seed(prediction: str, reference: str) -> Scores:
     rouges = rouge_of_sets(predicted, expected) if predicted.strip() else None
     if rouges is None:
         return Scores(ZERO, ZERO, ZERO, 0.0)
-    characters = list(predicted.replace(" ", ""))
-    bleu = sentence_bleu(
-        [list(expected.replace(" ", ""))],
-        characters,
-        smoothing_function=SmoothingFunction().method1,
-    )
+    candidate, target = (list(text.replace(" ", "")) for text in (predicted, expected))
+    smoothing = SmoothingFunction().method1
+    bleu = sentence_bleu([target], candidate, smoothing_function=smoothing)
     return Scores(*rouges, float(bleu))
 
 
@@ -189,39 +180,30 @@ class JiebaTokenizer(rouge_tokenizers.Tokenizer):
 
 @functools.cache
 def _rouge_scorer() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(list(_ROUGE_TYPES), tokenizer=JiebaTokenizer())
+    return rouge_scorer.RougeScorer(_ROUGE_TYPES, tokenizer=JiebaTokenizer())
 
 
 def score_rouge_score(prediction: str, reference: str) -> Scores:
     """One row under profile `rouge_score`."""
     found = _rouge_scorer().score(reference, prediction)  # its first argument is the target
-    one, two, lcs = (
-        Prf(float(s.precision), float(s.recall), float(s.fmeasure))
-        for s in (found[k] for k in _ROUGE_TYPES)
-    )
+    one, two, lcs = (Prf(*map(float, found[kind])) for kind in _ROUGE_TYPES)
     return Scores(one, two, lcs)
 
 
 def _mean_prf(rows: Sequence[Prf]) -> Prf:
-    n = len(rows)
-    return Prf(sum(s.p for s in rows) / n, sum(s.r for s in rows) / n, sum(s.f for s in rows) / n)
+    return Prf(*(sum(figures) / len(rows) for figures in zip(*rows, strict=True)))
 
 
 def mean(rows: Sequence[Scores]) -> Scores:
     """Means over rows (at least one) of one profile."""
     assert rows, "the mean of no rows"
-    bleus = [s.bleu_4 for s in rows if s.bleu_4 is not None]
-    return Scores(
-        _mean_prf([s.rouge_1 for s in rows]),
-        _mean_prf([s.rouge_2 for s in rows]),
-        _mean_prf([s.rouge_l for s in rows]),
-        sum(bleus) / len(bleus) if bleus else None,
-    )
+    one, two, lcs, bleus = zip(*rows, strict=True)
+    bleu = None if None in bleus else sum(bleus) / len(rows)
+    return Scores(_mean_prf(one), _mean_prf(two), _mean_prf(lcs), bleu)
 
 
 def score_all(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Scores]:
     """Mean scores of the rows under both profiles: {"seed": .., "rouge_score": ..}."""
-    assert len(predictions) == len(references)
     pairs = list(zip(predictions, references, strict=True))
     return {
         "seed": mean([score_seed(p, r) for p, r in pairs]),
@@ -233,7 +215,7 @@ def table(scores: dict[str, Scores]) -> str:
     """Plain-text table: a line per profile and measure; F, P and R with 4 decimals."""
     lines = [f"{'profile':<13}{'measure':<10}{'F':>8}{'P':>8}{'R':>8}"]
     for profile, s in scores.items():
-        for name, prf in (("rouge-1", s.rouge_1), ("rouge-2", s.rouge_2), ("rouge-l", s.rouge_l)):
+        for name, prf in s.rouges.items():
             lines.append(f"{profile:<13}{name:<10}{prf.f:>8.4f}{prf.p:>8.4f}{prf.r:>8.4f}")
         if s.bleu_4 is not None:
             lines.append(f"{profile:<13}{'bleu-4':<10}{s.bleu_4:>8.4f}")

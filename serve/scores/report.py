@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from rich.cells import chop_cells
 
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
@@ -17,21 +19,16 @@ from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from serve.files.parts import check_output
-from serve.files.prediction import PredictionFigures, count_outcomes, predict
+from serve.files.prediction import PredictionFigures, predict
 from serve.options import EvaluateOptions
 from serve.scores import metrics
-
-NUM_SAMPLES = 3
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     """Predict (unless there are predictions), score, and write metrics.json.
 
-    Returns:
-        The content of metrics.json on rank 0, None on the others.
-
-    Raises:
-        UserError: nothing to score, an answer missing in the data, an output that exists.
+    Returns its content on rank 0, None on the others. UserError: nothing to score, an answer
+    missing in the data, an output that exists.
     """
     folder = Path(options.output_dir)
     report_file, predictions_file = folder / "metrics.json", folder / "predictions.jsonl"
@@ -59,9 +56,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
         )
         if figures is None:
             return None
-        # Not splitlines, which also splits at other characters, such as U+2028, that answers hold.
-        text = predictions_file.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = list(_prediction_lines(predictions_file))
     scores = metrics.score_all(
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
     )
@@ -79,13 +74,17 @@ def report_of(
     figures: PredictionFigures | None,
 ) -> dict[str, Any]:
     """The content of metrics.json: data, options, counts, speed, and both profiles' scores."""
+    reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
     report: dict[str, Any] = {
         "model": options.model,
         "adapter": options.adapter,
         "data": options.data,
         "predictions": options.predictions or str(Path(options.output_dir) / "predictions.jsonl"),
         "sampling": None if figures is None else asdict(options.sampling()),
-        **count_outcomes(lines),
+        "rows": len(lines),
+        "finish_reasons": dict(sorted(reasons.items())),
+        "empty_predictions": sum(not line["prediction"].strip() for line in lines),
+        "completion_tokens": sum(line.get("completion_tokens", 0) for line in lines),
     }
     if figures is not None:
         # This run spent no time on the rows of an interrupted one.
@@ -100,11 +99,8 @@ def report_of(
 
 def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:
     """Lines of serve.predict, or any rows with `prediction` and `reference`; references of --data
-    take precedence.
-
-    Raises:
-        UserError: no predictions, another number of references, or a row without a text to score
-            or to compare with.
+    take precedence. UserError: no predictions, another number of references, or a row without a
+    text to score or to compare with.
     """
     lines = list(_prediction_lines(file, options.limit))
     if not lines:
@@ -129,13 +125,11 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     return lines
 
 
-def _prediction_lines(file: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+def _prediction_lines(file: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The first `limit` rows, each an object with a text `prediction` and the `source` of it."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected predictions of serve.predict")
-    for number, row in enumerate(read_rows(file)):
-        if number == limit:
-            return
+    for row in islice(read_rows(file), limit):
         if isinstance(row, BadRow):
             raise UserError(f"{row.source}: {row.detail}")
         value = row.row
@@ -156,7 +150,7 @@ def in_words(
     if report.get("tokens_per_second"):
         counts.append(f"{report['seconds']:.1f} s, {report['tokens_per_second']:.1f} tokens/s")
     last = len(lines) - 1
-    picked = sorted({round(i * last / max(NUM_SAMPLES - 1, 1)) for i in range(NUM_SAMPLES)})
+    picked = sorted({0, round(last / 2), last})
     samples = "\n\n".join(sample(lines[i], shutil.get_terminal_size().columns) for i in picked)
     return f"{', '.join(counts)}\n\n{metrics.table(scores)}\n\n{samples}"
 
@@ -166,24 +160,6 @@ def sample(line: dict[str, Any], columns: int) -> str:
     out = [str(line.get("source", ""))]
     for name in ("prompt", "reference", "prediction"):
         text = " ".join(str(line.get(name) or "").split()) or "(empty)"
-        for number, piece in enumerate(wrap(text, max(columns - 14, 20))):
-            out.append(f"  {name if number == 0 else '':<12}{piece}")
+        first, *rest = chop_cells(text, max(columns - 14, 20))
+        out += [f"  {name:<12}{first}", *(" " * 14 + piece for piece in rest)]
     return "\n".join(out)
-
-
-def wrap(text: str, columns: int) -> Iterator[str]:
-    """The text in pieces of at most `columns` terminal columns; a Chinese character takes two."""
-    piece, width = "", 0
-    for character in text:
-        takes = _columns_of(character)
-        if width + takes > columns:
-            yield piece
-            piece, width = "", 0
-        piece, width = piece + character, width + takes
-    yield piece
-
-
-def _columns_of(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

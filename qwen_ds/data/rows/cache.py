@@ -8,13 +8,13 @@ changed input never finds an old file, and nothing has to be cleared by hand.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,7 @@ def make_or_find(
     """Return the cache file with the token rows of some paths; make it if it is missing.
 
     Any number of processes may call this at once: one on each machine makes the rows, others wait.
-
-    Raises:
-        UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
+    UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
     """
     key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
@@ -77,7 +75,7 @@ def _key(
         "format_version": FORMAT_VERSION,
         "code": _code_sha256(),
         "vocabulary": vocabulary_sha256,
-        "options": dataclasses.asdict(options),
+        "options": asdict(options),
         "reading": [data.format, data.columns, data.bad_rows],
         "inputs": [_input_sha256(part) for part in parts],
     }
@@ -136,35 +134,26 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _fill(
-    target: Path,
-    data: DataOptions,
-    paths: Sequence[str],
-    encoding: Encoding,
-    options: EncodeOptions,
+    file: Path, data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
-    reports = [PartReport(path) for path in paths]
-    counts: list[Counter[str]] = [Counter() for _ in paths]
+    parts: list[tuple[PartReport, Counter[str]]] = [(PartReport(path), Counter()) for path in paths]
     reading = ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
-    streams = [
-        (report, iter_conversations([report.path], reading, count))
-        for report, count in zip(reports, counts, strict=True)
-    ]
-    with RowWriter(target) as writer:
+    streams = [(part, iter_conversations([part.path], reading, count)) for part, count in parts]
+    with RowWriter(file) as writer:
         # Shown on a terminal only, and not for a small data set that takes a moment.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
             encode_all(streams, writer, encoding, options, bar.update)
-        for report, count in zip(reports, counts, strict=True):
+        for report, count in parts:
             report.read = count["rows"]
             report.formats = _formats(data, locate(report.path))
             report.check()
-        reading_options = {"format": data.format, "columns": data.columns}
         writer.finish(
             {
                 "pad_id": encoding.eod_id,
                 "vocabulary_sha256": encoding.sha256,
-                "options": {**dataclasses.asdict(options), **reading_options},
-                "data_sets": [report.to_dict() for report in reports],
+                "options": {**asdict(options), "format": data.format, "columns": data.columns},
+                "data_sets": [report.to_dict() for report, _ in parts],
             }
         )
 

@@ -1,5 +1,4 @@
-"""The fate of all rows: the content of data_report.json, and checks that stop a run before
-training.
+"""The fate of all rows, for data_report.json, and checks that stop a run before training.
 
 A data set is one entry of data.train or data.eval. If none of its rows can be trained on, or all
 come out identical, the keys or the format are wrong: a UserError.
@@ -20,15 +19,9 @@ from qwen_ds.errors import UserError
 class Tally:
     """The number of rows that met one fate, and the first of them."""
 
-    rows: int = 0
-    first: str = ""
-    """file:line"""
+    rows: int
+    first: str  # file:line
     detail: str = ""
-
-    def add(self, source: str, detail: str = "") -> None:
-        if not self.rows:
-            self.first, self.detail = source, detail
-        self.rows += 1
 
 
 @dataclass(slots=True)
@@ -38,10 +31,8 @@ class PartReport:
     path: str
     formats: dict[str, str] = field(default_factory=dict)
     """By file, the reader that recognised its first row, or that the user named."""
-    read: int = 0
-    """Source rows."""
-    kept: int = 0
-    """Token rows."""
+    read: int = 0  # source rows
+    kept: int = 0  # token rows
     dropped: dict[str, Tally] = field(default_factory=dict)
     """Rows with nothing to train on, by reason."""
     skipped: dict[str, Tally] = field(default_factory=dict)
@@ -49,20 +40,18 @@ class PartReport:
     truncated: dict[str, Tally] = field(default_factory=dict)
     """Rows that were too long, by "prompt cut", "answer cut" or "oldest turns dropped"."""
     tokens: int = 0
-    learnt_tokens: int = 0
-    """Target tokens."""
+    learnt_tokens: int = 0  # target tokens
     longest_tokens: int = 0
-    longest: str = ""
-    """file:line of the longest row."""
-    first_content: int | None = None
-    all_identical: bool = True
+    longest: str = ""  # file:line of the longest row
+    contents: set[int] = field(default_factory=set)
+    """Hashes of its rows, kept until two differ."""
 
     def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
         fates = self.skipped if unreadable else self.dropped
-        fates.setdefault(reason, Tally()).add(source, detail)
+        fates.setdefault(reason, Tally(0, source, detail)).rows += 1
 
     def cut(self, what: str, source: str) -> None:
-        self.truncated.setdefault(what, Tally()).add(source)
+        self.truncated.setdefault(what, Tally(0, source)).rows += 1
 
     def keep(self, block: Block, sources: Sequence[str]) -> None:
         """Count the rows of a block; `sources` has one entry a row."""
@@ -72,9 +61,8 @@ class PartReport:
         longest = int(block.length_K.argmax())
         if block.length_K[longest] > self.longest_tokens:
             self.longest_tokens, self.longest = int(block.length_K[longest]), sources[longest]
-        if self.first_content is None:
-            self.first_content = int(block.content_K[0])
-        self.all_identical &= bool((block.content_K == self.first_content).all())
+        if len(self.contents) < 2:
+            self.contents.update(block.content_K.tolist())
 
     def check(self) -> None:
         """Raise UserError if this data set has nothing to train on, or one row over and over."""
@@ -89,7 +77,7 @@ class PartReport:
                 f"({most.rows} rows, the first {most.first}{others})"
                 + (f"; {most.detail}" if most.detail else "")
             )
-        if self.kept > 1 and self.all_identical:
+        if self.kept > 1 and len(self.contents) == 1:
             raise UserError(
                 f"{self.path}: all its {self.kept} rows come out identical "
                 f"({self.tokens // self.kept} tokens each, the first {self.longest}); "
@@ -98,18 +86,18 @@ class PartReport:
 
     def to_dict(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
-        del found["first_content"], found["all_identical"]
+        del found["contents"]
         return found
 
 
-_SUMMED = ("read", "kept", "tokens", "learnt_tokens")
-_TALLIES = ("dropped", "skipped", "truncated")
+_FATES = {"dropped": "dropped", "skipped": "could not be read", "truncated": "too long"}
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Add up the data sets' reports; for each reason the first data set's place is kept."""
-    summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in _SUMMED}
-    for key in _TALLIES:
+    counts = ("read", "kept", "tokens", "learnt_tokens")
+    summed: dict[str, Any] = {key: sum(part[key] for part in parts) for key in counts}
+    for key in _FATES:
         summed[key] = {}
         for part in parts:
             for reason, tally in part[key].items():
@@ -128,17 +116,9 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"({found['learnt_tokens']:,} targets), mean {tokens / kept:.0f}, "
         f"longest {found['longest_tokens']:,}"
     ]
-    for fate, tallies in (("dropped", found["dropped"]), ("could not be read", found["skipped"])):
-        for reason, tally in tallies.items():
+    for key, fate in _FATES.items():
+        for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
-    for what, tally in found["truncated"].items():
-        lines.append(f"{tally['rows']:,} too long: {what} (first {tally['first']})")
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
     return lines
-
-
-def data_report(train: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of data_report.json: the `TokenRows.report` of the training rows, with that of
-    the evaluation rows, if any, under "eval"."""
-    return {**train, "eval": evaluation}

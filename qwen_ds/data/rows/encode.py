@@ -21,6 +21,7 @@ A row that is too long is cut (see `encode_row`), and `Encoded` says so.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -43,40 +44,26 @@ LEAST_ROOM = 16  # tokens that must be left for a question and its answer, or th
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """How conversations become rows.
+    """How conversations become rows."""
 
-    Attributes:
-        learn_on: see the top of this file.
-        max_prompt_tokens, max_answer_tokens: bounds of single-turn rows under `original`.
-        max_tokens: bound of all other rows; None: no bound.
-        parse_specials: parse control tokens spelled in a text (the old, unsafe behaviour).
-        system: system text of conversations without one; None means DEFAULT_SYSTEM.
-    """
-
-    learn_on: LearnOn = "original"
-    max_prompt_tokens: int = 254
+    learn_on: LearnOn = "original"  # see the top of this file
+    max_prompt_tokens: int = 254  # this and the next: bounds of single-turn rows under `original`
     max_answer_tokens: int = 254
-    max_tokens: int | None = None
-    parse_specials: bool = False
-    system: str | None = None
+    max_tokens: int | None = None  # bound of all other rows; None: no bound
+    parse_specials: bool = False  # of control tokens spelled in a text (the old, unsafe behaviour)
+    system: str | None = None  # text of conversations without one; None means DEFAULT_SYSTEM
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A training row. labels[i] is ids[i], or IGNORE if that is no target; the loss shifts them.
-
-    Attributes:
-        prompt_cut, answer_cut: the question or the answer lost its end.
-        turns_dropped: number of turns that are not in the row.
-        dropped: why there is no row (then ids and labels are empty); None if there is one.
-    """
+    """A training row. labels[i] is ids[i], or IGNORE if that is no target; the loss shifts them."""
 
     ids: list[int]
     labels: list[int]
-    prompt_cut: bool = False
-    answer_cut: bool = False
-    turns_dropped: int = 0
-    dropped: str | None = None
+    prompt_cut: bool = False  # the question lost its end
+    answer_cut: bool = False  # the answer lost its end
+    turns_dropped: int = 0  # number of turns that are not in the row
+    dropped: str | None = None  # why there is no row (then ids and labels are empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +82,8 @@ class _Segment:
         """The segment with the first n_text tokens of its text, or all of them."""
         end = len(self.ids) - self.n_tail
         keep = min(self.n_head + n_text, end)
-        return _Segment(
-            self.ids[:keep] + self.ids[end:],
-            self.labels[:keep] + self.labels[end:],
-            self.n_head,
-            self.n_tail,
-        )
+        ids, labels = (all_T[:keep] + all_T[end:] for all_T in (self.ids, self.labels))
+        return _Segment(ids, labels, self.n_head, self.n_tail)
 
     @property
     def n_text(self) -> int:
@@ -135,28 +118,24 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
     roles = ("user", "assistant")
     if not official and any(turn.role != roles[i % 2] for i, turn in enumerate(turns)):
         return Encoded([], [], dropped="roles do not alternate")
+    # A conversation's own system text comes first, then the options'.
+    texts = conversation.system, options.system, DEFAULT_SYSTEM
+    text = next(text for text in texts if text is not None)
     try:
-        system = _system(enc, conversation, options)
+        system = _system(enc, text, official, options.parse_specials)
         segments = [
             _segment(enc, turn, options, is_last=i == len(turns)) for i, turn in enumerate(turns, 1)
         ]
     except UserError as error:  # an unknown role, a text that cannot be encoded
         return Encoded([], [], dropped=str(error))
-    turns_dropped = len(conversation.turns) - len(turns)
+    n_turns = len(conversation.turns)
     if options.learn_on == "original" and len(segments) == 2:
-        return _original_single(enc, system, segments, turns_dropped, options)
-    return _bounded(enc, system, segments, turns_dropped, options)
-
-
-def _system(enc: Encoding, conversation: Conversation, options: EncodeOptions) -> _Segment:
-    text = conversation.system
-    if text is None:
-        text = DEFAULT_SYSTEM if options.system is None else options.system
-    return _system_segment(enc, text, options.learn_on == "official", options.parse_specials)
+        return _original_single(enc, system, segments, n_turns, options)
+    return _bounded(enc, system, segments, n_turns, options)
 
 
 @lru_cache(maxsize=64)
-def _system_segment(enc: Encoding, text: str, markers: bool, parse_specials: bool) -> _Segment:
+def _system(enc: Encoding, text: str, markers: bool, parse_specials: bool) -> _Segment:
     """The system turn, cached since nearly all rows have the same one. Never mutate its lists."""
     return _unlearnt(enc, "system", text_ids(enc, text, parse_specials), markers)
 
@@ -179,76 +158,58 @@ def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -
         return _unlearnt(enc, "user", text_ids(enc, text, options.parse_specials), official)
     if turn.role != "assistant":
         raise UserError(f"role is {turn.role!r}; expected user or assistant")
-    head = header_ids(enc, "assistant")
+    head, text = header_ids(enc, "assistant"), turn.text
     if options.learn_on == "original":
-        head = head[:1]  # the rest of it is a target, and one text with the answer
-        text = f"assistant\n{turn.text}"
-    else:
-        text = turn.text
-    answer = text_ids(enc, text, options.parse_specials)
-    answer.append(enc.im_end_id)
-    ids = [*head, *answer]
-    labels = [IGNORE] * len(head) + answer
+        # The rest of the header is a target, and one text with the answer.
+        head, text = head[:1], f"assistant\n{text}"
+    answer = [*text_ids(enc, text, options.parse_specials), enc.im_end_id]
+    end = enc.eod_id if is_last and not official else footer_ids(enc)[1]
+    last_label = end if is_last or official else IGNORE
+    labels = [IGNORE] * len(head) + [*answer, last_label]
     if official:
         labels[0] = head[0]
-    end = enc.eod_id if is_last and not official else footer_ids(enc)[1]
-    ids.append(end)
-    labels.append(end if is_last or official else IGNORE)
-    return _Segment(ids, labels, len(head), 0)
+    return _Segment([*head, *answer, end], labels, len(head), 0)
 
 
 def _original_single(
-    enc: Encoding,
-    system: _Segment,
-    segments: list[_Segment],
-    turns_dropped: int,
-    options: EncodeOptions,
+    enc: Encoding, system: _Segment, segments: list[_Segment], n_turns: int, options: EncodeOptions
 ) -> Encoded:
     question, answer = segments
     x = [*system.ids, *question.ids, enc.im_start_id]
     y = answer.ids[1:]
     n_x, n_y = options.max_prompt_tokens, options.max_answer_tokens
-    if len(x) + len(y) <= n_x + n_y:
-        return Encoded(x + y, [IGNORE] * len(x) + y, turns_dropped=turns_dropped)
-    prompt_cut, answer_cut = len(x) > n_x, len(y) > n_y
+    too_long = len(x) + len(y) > n_x + n_y
+    prompt_cut, answer_cut = too_long and len(x) > n_x, too_long and len(y) > n_y
     if prompt_cut:
         x[n_x - 3 :] = [*footer_ids(enc), enc.im_start_id]
     if answer_cut:
         y[n_y - 2 :] = [enc.im_end_id, enc.eod_id]
-    return Encoded(x + y, [IGNORE] * len(x) + y, prompt_cut, answer_cut, turns_dropped)
+    return Encoded(x + y, [IGNORE] * len(x) + y, prompt_cut, answer_cut, n_turns - 2)
 
 
 def _bounded(
-    enc: Encoding,
-    system: _Segment,
-    segments: list[_Segment],
-    turns_dropped: int,
-    options: EncodeOptions,
+    enc: Encoding, system: _Segment, segments: list[_Segment], n_turns: int, options: EncodeOptions
 ) -> Encoded:
     """The row within max_tokens: first the oldest turns go, then the last two are cut."""
-    prompt_cut = answer_cut = False
-    if options.max_tokens is not None:
-        room = options.max_tokens - len(system.ids)
-        while len(segments) > 2 and _n_tokens(segments) > room:
-            segments, turns_dropped = segments[2:], turns_dropped + 2
-        if _n_tokens(segments) > room:
-            room -= sum(segment.n_head + segment.n_tail for segment in segments)
-            if room < LEAST_ROOM:
-                no_room = "the system text leaves no room within data.max_tokens"
-                return Encoded([], [], dropped=no_room)
-            shares = _share(room, [segment.n_text for segment in segments])
-            is_cut = [
-                segment.n_text > share for segment, share in zip(segments, shares, strict=True)
-            ]
-            segments = [segment.cut(share) for segment, share in zip(segments, shares, strict=True)]
-            prompt_cut, answer_cut = is_cut[0], len(is_cut) == 2 and is_cut[1]
-            if answer_cut and options.learn_on == "original":
-                segments[1].ids[-2:] = segments[1].labels[-2:] = [enc.im_end_id, enc.eod_id]
+    is_cut = [False]
+    room = sys.maxsize if options.max_tokens is None else options.max_tokens - len(system.ids)
+    while len(segments) > 2 and _n_tokens(segments) > room:
+        segments = segments[2:]
+    if _n_tokens(segments) > room:
+        room -= sum(segment.n_head + segment.n_tail for segment in segments)
+        if room < LEAST_ROOM:
+            no_room = "the system text leaves no room within data.max_tokens"
+            return Encoded([], [], dropped=no_room)
+        shares = _share(room, [segment.n_text for segment in segments])
+        is_cut = [segment.n_text > share for segment, share in zip(segments, shares, strict=True)]
+        segments = [segment.cut(share) for segment, share in zip(segments, shares, strict=True)]
+        if any(is_cut[1:]) and options.learn_on == "original":
+            segments[1].ids[-2:] = segments[1].labels[-2:] = [enc.im_end_id, enc.eod_id]
     ids, labels = list(system.ids), list(system.labels)
     for segment in segments:
         ids += segment.ids
         labels += segment.labels
-    return Encoded(ids, labels, prompt_cut, answer_cut, turns_dropped)
+    return Encoded(ids, labels, is_cut[0], any(is_cut[1:]), n_turns - len(segments))
 
 
 def _n_tokens(segments: list[_Segment]) -> int:
@@ -257,8 +218,5 @@ def _n_tokens(segments: list[_Segment]) -> int:
 
 def _share(room: int, wanted: list[int]) -> list[int]:
     """Tokens for each of one or two texts that together want more than the room."""
-    if len(wanted) == 1:
-        return [room]
-    half = room // 2
-    first = min(wanted[0], max(half, room - wanted[1]))
-    return [first, room - first]
+    first = min(wanted[0], max(room // 2, room - sum(wanted[1:])))
+    return [first, room - first][: len(wanted)]

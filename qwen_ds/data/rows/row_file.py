@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qwen_ds.data.rows.blocks import Block
 from qwen_ds.data.rows.data_report import PartReport
@@ -59,10 +59,7 @@ class RowWriter:
     """Writes blocks of rows to a file, in the order in which they come.
 
     Memory grows by 8 bytes a row: the content hashes, by which repeated rows are counted. Leaving
-    the context closes the file; only `finish` completes it.
-
-    Raises:
-        UserError: the rows cannot be written.
+    the context closes the file; only `finish` completes it. UserError if rows cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,10 +84,9 @@ class RowWriter:
             report.drop(reason, sources[place])
         for place, what in block.cuts:
             report.cut(what, sources[place])
-        n_rows = len(block.length_K)
-        if not n_rows:
-            return
         kept = [sources[place] for place in block.place_K.tolist()]
+        if not kept:
+            return
         report.keep(block, kept)
         names, numbers = zip(*map(self._split, kept), strict=True)
         runs = pa.FixedSizeListArray.from_arrays(pa.array(block.runs_R2.reshape(-1)), 2)
@@ -100,7 +96,7 @@ class RowWriter:
             block.learnt_K,
             block.content_K,
             block.prompt_K,
-            np.full(n_rows, part, np.int32),
+            np.full(len(kept), part, np.int32),
             np.array(names, np.int32),
             np.array(numbers, np.int64),
         ]
@@ -138,72 +134,36 @@ def _offsets(length_K: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(length_K)]).astype(np.int32))
 
 
-class _Views(NamedTuple):
-    """Numpy views of one record batch, whose bytes stay on disk."""
-
-    ids: np.ndarray
-    id_offsets: np.ndarray
-    runs: np.ndarray
-    run_offsets: np.ndarray
-    names: np.ndarray
-    numbers: np.ndarray
-
-
 class RowFile:
-    """The rows of a whole file, memory-mapped and read-only.
-
-    Attributes:
-        about: the metadata that `RowWriter.finish` wrote.
-    """
+    """The rows of a whole file, memory-mapped and read-only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.about = _read_about(reader)
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
-        self._views = [_views(batch) for batch in self._batches]
-        rows = [batch.num_rows for batch in self._batches]
-        self._first_row = [0, *np.cumsum(rows).tolist()]
+        self.about = _read_about(reader)  # what `RowWriter.finish` wrote
+        self._table = reader.read_all()
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self._table.num_rows
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of a row's tokens, int32, and of its runs of target tokens, int32 [runs, 2]."""
-        views, at = self._find(row)
-        ids = views.ids[views.id_offsets[at] : views.id_offsets[at + 1]]
-        return ids, views.runs[views.run_offsets[at] : views.run_offsets[at + 1]]
+        ids, runs = (self._table.column(name)[row].values for name in ("input_ids", "target_runs"))
+        return ids.to_numpy(), runs.flatten().to_numpy().reshape(-1, 2)
 
     def source(self, row: int) -> str:
         """Where a row comes from, "file:line"."""
-        views, at = self._find(row)
-        before, after = self.about["names"][views.names[at]]
-        number = int(views.numbers[at])
+        before, after = self.about["names"][self._table.column("source_name")[row].as_py()]
+        number = self._table.column("source_number")[row].as_py()
         return f"{before}{number}{after}" if number >= 0 else before + after
 
     def lengths(self) -> np.ndarray:
         """int32 [rows]: tokens of each row."""
-        return np.concatenate([np.diff(views.id_offsets) for views in self._views])
+        return pc.list_value_length(self._table.column("input_ids")).to_numpy()
 
     def column(self, name: str) -> np.ndarray:
-        """A copy of a numeric column of the schema."""
-        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
-
-    def _find(self, row: int) -> tuple[_Views, int]:
-        batch = bisect_right(self._first_row, row) - 1
-        return self._views[batch], row - self._first_row[batch]
-
-
-def _views(batch: pa.RecordBatch) -> _Views:
-    ids, runs = batch.column("input_ids"), batch.column("target_runs")
-    return _Views(
-        ids.values.to_numpy(),
-        ids.offsets.to_numpy(),
-        runs.values.values.to_numpy().reshape(-1, 2),
-        runs.offsets.to_numpy(),
-        batch.column("source_name").to_numpy(),
-        batch.column("source_number").to_numpy(),
-    )
+        """A numeric column of the schema, read-only."""
+        return self._table.column(name).to_numpy()
 
 
 def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:

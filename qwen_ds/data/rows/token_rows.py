@@ -36,10 +36,7 @@ class TokenRows:
     """
 
     def __init__(
-        self,
-        file: RowFile,
-        weights: Sequence[float] | None = None,
-        chosen: np.ndarray | None = None,
+        self, file: RowFile, weights: Sequence[float] | None, chosen: np.ndarray | None = None
     ) -> None:
         self._file, self._chosen = file, chosen
         self._weights = list(weights or [1.0] * len(file.about["data_sets"]))
@@ -66,12 +63,9 @@ class TokenRows:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        counts = np.bincount(
-            self._of_these(self._file.column("part")), minlength=len(self._weights)
-        ).tolist()
-        return tuple(
-            Part(count, weight) for count, weight in zip(counts, self._weights, strict=True)
-        )
+        part = self._of_these(self._file.column("part"))
+        counts = np.bincount(part, minlength=len(self._weights)).tolist()
+        return tuple(map(Part, counts, self._weights))
 
     @cached_property
     def sha256(self) -> str:
@@ -105,9 +99,7 @@ class TokenRows:
 
         Rows with the same first user text stay on the same side, so that no evaluated question was
         trained on. The side depends on that text and the seed, so adding rows moves few others.
-
-        Raises:
-            UserError: either side would be empty.
+        UserError if nothing would be left to train on.
         """
         prompts = self._of_these(self._file.column("prompt_hash")) ^ np.uint64(seed)
         # splitmix64's finaliser: neighbouring seeds must give unrelated orders.
@@ -150,14 +142,9 @@ def prepare(
 ) -> Prepared:
     """Make or open the token rows of data.train, and of data.eval or a share of data.train.
 
-    Any number of processes may call this at once, see `make_or_find`.
-
-    Args:
-        seq_length: of the model; bounds the rows if data.max_tokens is unset (None: no bound).
-        seed: decides which rows data.eval_fraction sets aside.
-
-    Raises:
-        UserError: options or rows that cannot be trained on; see `data_report.PartReport.check`.
+    Any number of processes may call this at once, see `make_or_find`. The model's `seq_length`
+    bounds the rows if data.max_tokens is unset (None: no bound), and the seed decides which rows
+    data.eval_fraction sets aside. UserError: see `check_data` and `PartReport.check`.
     """
     check_data(data)
     options = encode_options(data, seq_length)
@@ -188,8 +175,7 @@ def encode_options(data: DataOptions, seq_length: int | None) -> EncodeOptions:
 def check_data(data: DataOptions) -> None:
     """Check everything about data.* that can be checked without reading a row.
 
-    Raises:
-        UserError: the first mistake: paths, formats, columns, and options that exclude each other.
+    A UserError names the first mistake: paths, formats, columns, options that exclude each other.
     """
     if not data.train:
         raise UserError("data.train is empty; expected one or more files, folders or hub data sets")

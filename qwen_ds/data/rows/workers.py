@@ -33,10 +33,10 @@ CHUNK_ROWS = 1024
 INLINE_ROWS = 16_384
 
 Stream = Iterator[tuple[Conversation | Dropped, str]]
-Encoder = tuple[Encoding, EncodeOptions]
 Submit = Callable[[list[Conversation]], Future[Block] | None]
 
-_encoder: Encoder | None = None  # in a worker, what `_start` loaded for it
+# In a worker, what `_start` loaded for it.
+_encoder: tuple[Encoding, EncodeOptions] | None = None
 
 
 def default_workers() -> int:
@@ -126,13 +126,13 @@ def encode_all(
         on_rows: called with the number of rows of each chunk that was written.
     """
     n_workers = default_workers()
-    pending: deque[tuple[Future[Block] | Block, list[str], int, PartReport]] = deque()
+    pending: deque[tuple[Future[Block], list[str], int, PartReport]] = deque()
     submit: Submit | None = None
     seen = 0
 
     def write_next() -> None:
         block, sources, part, report = pending.popleft()
-        writer.add(block if isinstance(block, Block) else block.result(), sources, part, report)
+        writer.add(block.result(), sources, part, report)
         on_rows(len(sources))
 
     with contextlib.ExitStack() as stack:
@@ -141,20 +141,17 @@ def encode_all(
                 if submit is None and n_workers and seen >= INLINE_ROWS:
                     submit = stack.enter_context(encoding_pool(encoding, options, n_workers))
                 seen += len(sources)
-                block: Future[Block] | Block | None = None
-                if submit and sum(_is_open(entry[0]) for entry in pending) < 2 * n_workers:
+                block: Future[Block] | None = None
+                if submit and sum(not entry[0].done() for entry in pending) < 2 * n_workers:
                     block = submit(conversations)
                 if block is None:
-                    block = encode_block(encoding, conversations, options)
+                    block = Future()
+                    block.set_result(encode_block(encoding, conversations, options))
                 pending.append((block, sources, part, report))
-                while pending and (not _is_open(pending[0][0]) or len(pending) > 4 * n_workers):
+                while pending and (pending[0][0].done() or len(pending) > 4 * n_workers):
                     write_next()
         while pending:
             write_next()
-
-
-def _is_open(block: Future[Block] | Block) -> bool:
-    return not isinstance(block, Block) and not block.done()
 
 
 def _chunks(report: PartReport, stream: Stream) -> Iterator[tuple[list[Conversation], list[str]]]:

@@ -40,6 +40,14 @@ def rows_of(
     ]
 
 
+def answers(
+    engine: ServingEngine, rows: Sequence[DecodingRow], batch_size: int = 16
+) -> list[Completion]:
+    """In the order of the rows."""
+    found = dict(engine.stream(rows, batch_size))
+    return [found[i] for i in range(len(rows))]
+
+
 def random_prompts(seed: int = 1) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(length)] for length in LENS]
@@ -54,7 +62,7 @@ def golden_prompts(golden: Path) -> tuple[list[list[int]], dict[str, Tensor]]:
 def test_greedy_gives_the_tokens_of_the_official_model(small_dir: Path, golden: Path) -> None:
     prompts, tensors = golden_prompts(golden)
     engine = replace(load_engine(small_dir), stop=StopRule())
-    found = engine.generate(rows_of(engine, prompts, SamplingParams(max_new_tokens=24)))
+    found = answers(engine, rows_of(engine, prompts, SamplingParams(max_new_tokens=24)))
     assert [list(c.ids) for c in found] == tensors["new_tokens"].tolist()
 
 
@@ -65,10 +73,10 @@ def test_a_row_in_a_batch_is_answered_as_if_alone(
     small: ServingEngine, sampling: SamplingParams
 ) -> None:
     rows = rows_of(small, random_prompts(), sampling)
-    alone = [small.generate([row])[0] for row in rows]
+    alone = [answers(small, [row])[0] for row in rows]
     assert len({c.finish_reason for c in alone}) == 2
     for batch_size in (3, len(rows)):
-        assert small.generate(rows, batch_size) == alone
+        assert answers(small, rows, batch_size) == alone
 
 
 def test_completions_come_longest_prompt_first_with_their_index(small: ServingEngine) -> None:
@@ -88,7 +96,7 @@ def test_a_stop_id_ends_its_row_and_no_other(small_dir: Path, golden: Path) -> N
     )
     engine = replace(load_engine(small_dir), stop=StopRule((case["eos_token_id"],)))
     rows = rows_of(engine, prompts, SamplingParams(max_new_tokens=24))
-    first, *others = engine.generate(rows)
+    first, *others = answers(engine, rows)
     assert [*first.ids, case["eos_token_id"]] == case["new_tokens"][0][:5]
     assert (first.finish_reason, first.completion_tokens) == ("stop", 4)
     assert [list(c.ids) for c in others] == tensors["new_tokens"][1:].tolist()
@@ -103,25 +111,25 @@ def test_padding_rows_of_the_head_are_never_chosen(full_dir: Path) -> None:
         SamplingParams(do_sample=True, temperature=5.0, max_new_tokens=6),
     ):
         rows = rows_of(engine, prompts, sampling)
-        before, n_vocab = engine.generate(rows), engine.vocabulary.size
+        before, n_vocab = answers(engine, rows), engine.vocabulary.size
         head_VD = engine.model.lm_head.weight.data
         kept = head_VD[n_vocab:].clone()
         with torch.inference_mode():
             for i, completion in enumerate(before):
                 # Ten times the winner's logit, at every padding id.
                 head_VD[n_vocab + i :: 2] = 10 * head_VD[completion.ids[0]]
-            assert engine.generate(rows) == before
+            assert answers(engine, rows) == before
             head_VD[n_vocab:] = kept
 
 
 def test_random_numbers_depend_on_the_seed_and_the_row_alone(small: ServingEngine) -> None:
     rows = rows_of(small, [random_prompts()[1]] * 3, DRAWN)
-    first = small.generate(rows)
+    first = answers(small, rows)
     torch.manual_seed(99)
-    assert small.generate(rows) == first
+    assert answers(small, rows) == first
     assert len({c.ids for c in first}) == 3
-    assert small.generate(rows[2:]) == first[2:]
-    other = small.generate(rows_of(small, [rows[0].prompt] * 3, replace(DRAWN, seed=43)))
+    assert answers(small, rows[2:]) == first[2:]
+    other = answers(small, rows_of(small, [rows[0].prompt] * 3, replace(DRAWN, seed=43)))
     assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
 
 
@@ -131,14 +139,14 @@ def test_rows_of_one_batch_may_differ_in_everything(small: ServingEngine) -> Non
         for i, prompt in enumerate(random_prompts())
         for stop in (small.stop, StopRule(ids=(i, 100 + i), sequences=((200, 201),)))
     ]
-    assert small.generate(rows, len(rows)) == [small.generate([row])[0] for row in rows]
+    assert answers(small, rows, len(rows)) == [answers(small, [row])[0] for row in rows]
 
 
 def test_a_batch_that_does_not_fit_is_halved(
     small: ServingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of(small, random_prompts(), SamplingParams(max_new_tokens=3))
-    expected, sizes = small.generate(rows), []
+    expected, sizes = answers(small, rows), []
 
     def tight(model: object, part: list[DecodingRow], *more: object) -> list[Completion]:
         sizes.append(len(part))
@@ -148,23 +156,23 @@ def test_a_batch_that_does_not_fit_is_halved(
 
     monkeypatch.setattr(engine_module, "decode_batch", tight)
     limit = 2
-    assert small.generate(rows, batch_size=8) == expected
+    assert answers(small, rows, batch_size=8) == expected
     assert max(sizes) == 8
     limit = 0
     with pytest.raises(RowOutOfMemory, match="one row does not fit"):
-        small.generate(rows)
+        answers(small, rows)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(small: ServingEngine) -> None:
     assert small.context == 512
     rows = rows_of(small, [[5] * 510, [5] * 511], SamplingParams(max_new_tokens=2))
-    assert small.generate(rows[:1])[0].prompt_tokens == 510
+    assert answers(small, rows[:1])[0].prompt_tokens == 510
     with pytest.raises(PromptTooLong, match="511 tokens; expected at most 510"):
-        small.generate(rows)
+        answers(small, rows)
 
 
 def test_logits_that_are_no_numbers_are_an_error(small_dir: Path) -> None:
     engine = load_engine(small_dir)
     engine.model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(LogitsNotFinite):
-        engine.generate(rows_of(engine, [[5]], SamplingParams(max_new_tokens=2)))
+        answers(engine, rows_of(engine, [[5]], SamplingParams(max_new_tokens=2)))

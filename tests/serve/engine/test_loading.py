@@ -16,11 +16,12 @@ from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from serve.engine.engine import ServingEngine
 from serve.engine.loading import choose_dtype, load_engine
+from tests.serve.engine.test_engine import answers
 
 
 def greedy(engine: ServingEngine, prompts: list[list[int]], tokens: int) -> list[Completion]:
     sampling = SamplingParams(max_new_tokens=tokens)
-    return engine.generate([DecodingRow(prompt, sampling, StopRule()) for prompt in prompts])
+    return answers(engine, [DecodingRow(prompt, sampling, StopRule()) for prompt in prompts])
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from serve.files.parts import PredictionParts, PredictionSettings, file_state
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+from serve.files.parts import PredictionParts, Settings, file_state, first_difference
+from tests.serve.files.test_prediction import read_lines
 
 
 def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
@@ -21,7 +16,7 @@ def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
 ) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("of an earlier run")
-    settings, old = PredictionSettings({"seed": 1}), file_state(output)
+    settings, old = {"seed": 1}, file_state(output)
     with pytest.raises(RuntimeError, match="rank 0 did not make it"):
         PredictionParts.join_in(output, settings, 1, 0.01, old)
     with ThreadPoolExecutor() as pool:
@@ -39,7 +34,7 @@ def test_a_rank_that_comes_first_does_not_take_the_old_output_for_the_new_one(
 
 
 def test_settings_that_differ_are_named() -> None:
-    ours = PredictionSettings({"seed": 1, "model": ["m", 5]})
-    assert ours.difference({"seed": 1, "model": ["m", 5]}) is None
-    assert ours.difference({"seed": 2, "model": ["m", 5]}) == "seed 2 instead of 1"
-    assert ours.difference({"seed": 1}) == 'model null instead of ["m", 5]'
+    ours: Settings = {"seed": 1, "model": ["m", 5]}
+    assert first_difference(ours, {"seed": 1, "model": ["m", 5]}) is None
+    assert first_difference(ours, {"seed": 2, "model": ["m", 5]}) == "seed 2 instead of 1"
+    assert first_difference(ours, {"seed": 1}) == 'model null instead of ["m", 5]'

@@ -101,7 +101,7 @@ def test_each_row_gives_one_line_in_order(small_dir: Path, tmp_path: Path) -> No
     history = (Turn("user", "你好"), Turn("assistant", "您好"), Turn("user", "再见"))
     ids = encode_prompt(load_encoding(small_dir), Conversation(None, history))
     options = options_for(small_dir, tmp_path / "mixed.jsonl", output)
-    (alone,) = engine.generate([DecodingRow(ids, options.sampling(), engine.stop)])
+    ((_, alone),) = engine.stream([DecodingRow(ids, options.sampling(), engine.stop)])
     assert lines[5] == {
         "id": 5,
         "source": f"{tmp_path / 'mixed.jsonl'}:6",

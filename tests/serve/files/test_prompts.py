@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,20 +11,7 @@ from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding
 from serve.files.prompts import PromptReader
 from serve.options import PredictOptions, parse
-
-
-def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    path = folder / "rows.jsonl"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def chat(*texts: str) -> list[dict[str, str]]:
-    """Messages, the user's first."""
-    return [
-        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
-    ]
+from tests.serve.files.test_prediction import chat, write_rows
 
 
 def options_for(rows: Path, *more: str) -> PredictOptions:
@@ -37,7 +22,7 @@ def options_for(rows: Path, *more: str) -> PredictOptions:
 def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Path) -> None:
     encoding = load_encoding(small_dir)
     long = {"messages": chat("x" * 90, "好" * 9, "y" * 60)}
-    rows = write_rows(tmp_path, [long, {"content": "z" * 300}, {"content": "短"}])
+    rows = write_rows(tmp_path / "rows.jsonl", [long, {"content": "z" * 300}, {"content": "短"}])
     options = options_for(rows)
     with pytest.raises(
         UserError, match=r"rows\.jsonl:1: the prompt has \d+ tokens; expected at most 194"
@@ -46,7 +31,7 @@ def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Pa
     options = options_for(rows, "--long_prompts", "cut")
     reader = PromptReader(options.input, options, encoding, context=200)
     turns, question, short = reader
-    assert reader.survey().cut == 2
+    assert reader.survey() == (3, 2)
     assert list(turns.ids) == encode_prompt(encoding, Conversation(None, (Turn("user", "y" * 60),)))
     whole = encode_prompt(encoding, Conversation(None, (Turn("user", "z" * 300),)))
     tail = [
@@ -61,7 +46,7 @@ def test_a_prompt_that_is_too_long_stops_or_is_cut(small_dir: Path, tmp_path: Pa
 
 
 def test_control_tokens_spelled_in_a_question_stay_text(small_dir: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path, [{"content": "a<|im_end|>b"}])
+    rows = write_rows(tmp_path / "rows.jsonl", [{"content": "a<|im_end|>b"}])
     encoding = load_encoding(small_dir)
     for how, count in ((), 2), (("--data.special_tokens_in_text", "parse"), 3):
         options = options_for(rows, *how)

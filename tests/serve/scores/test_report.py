@@ -11,16 +11,10 @@ import pytest
 from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
-from serve.scores.report import evaluate, sample, wrap
+from serve.scores.report import evaluate, sample
+from tests.serve.files.test_prediction import read_lines, write_rows
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
 
 
 def options_for(output_dir: Path, *more: str) -> EvaluateOptions:
@@ -42,10 +36,7 @@ def test_a_model_is_scored_on_its_answers(
     )
     assert report == json.loads((tmp_path / "eval" / "metrics.json").read_text(encoding="utf-8"))
     assert report is not None
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "eval" / "predictions.jsonl").read_text("utf-8").split("\n")[:-1]
-    ]
+    lines = read_lines(tmp_path / "eval" / "predictions.jsonl")
     assert [line["reference"] for line in lines] == [row["summary"] for row in ROWS]
     scores = metrics.score_all(
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
@@ -161,15 +152,12 @@ def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(
 
 
 def test_chinese_text_is_wrapped_by_the_columns_it_takes() -> None:
-    assert list(wrap("裙子abc裙", 5)) == ["裙子a", "bc裙"]
-    assert list(wrap("", 5)) == [""]
-    text = sample(
-        {"source": "f:1", "prompt": "问", "reference": "裙" * 20, "prediction": ""}, columns=44
-    )
+    answer = {"prompt": "问", "reference": "a" + "裙" * 20, "prediction": ""}
+    text = sample({"source": "f:1", **answer}, columns=44)
     assert text.splitlines() == [
         "f:1",
         "  prompt      问",
-        "  reference   " + "裙" * 15,
-        "              " + "裙" * 5,
+        "  reference   a" + "裙" * 14,
+        "              " + "裙" * 6,
         "  prediction  (empty)",
     ]
