@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
-from qwen_ds.decode.sampling import only_tokens
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.decode.text import TextStream
 from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
@@ -39,11 +43,10 @@ def make_context(
     max_window_size tokens; the query is not counted. No text yields a control token. "raw", for
     base models, is the query alone; there, control tokens spelled in it are parsed.
     """
+    _check_format(chat_format)
     encoding = tokenizer.encoding
     if chat_format == "raw":
         return query, encoding.with_specials(query)
-    if chat_format != "chatml":
-        raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
     # The official code counts a turn's closing line break with the turn that follows.
     size = len(turn_ids(encoding, "system", system)) - 1
     kept: list[Turn] = []
@@ -80,8 +83,7 @@ def decode_tokens(
     Returns:
         The response; with return_end_reason also why it ended, in the official words.
     """
-    if chat_format not in ("chatml", "raw"):
-        raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
+    _check_format(chat_format)
     ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     turn_ends = (tokenizer.im_start_id, tokenizer.im_end_id) if chat_format == "chatml" else ()
     new = ids[context_length:]
@@ -97,11 +99,15 @@ def decode_tokens(
 
 def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[int]]:
     """Token sequences at which generation ends, besides the eos token."""
+    _check_format(chat_format)
     if chat_format == "raw":
         return [tokenizer.encoding.ordinary("Human:"), [tokenizer.eod_id]]
-    if chat_format == "chatml":
-        return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
-    raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
+    return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+
+
+def _check_format(chat_format: str) -> None:
+    if chat_format not in ("chatml", "raw"):
+        raise ValueError(f"chat_format is {chat_format!r}; expected 'chatml' or 'raw'")
 
 
 class StopWordsLogitsProcessor(LogitsProcessor):
@@ -135,16 +141,6 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         return torch.where(ended_B.unsqueeze(-1), forced_V, scores)
 
 
-class _OnlyRealTokens(LogitsProcessor):
-    """Excludes the padding rows of the head, which have no token."""
-
-    def __init__(self, num_tokens: int):
-        self.num_tokens = num_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return only_tokens(scores, self.num_tokens)
-
-
 class ChatMixin:
     """`generate` with stop words, `chat` and `chat_stream`, for classes with GenerationMixin."""
 
@@ -170,9 +166,8 @@ class ChatMixin:
             eos = kwargs.get("eos_token_id", config.eos_token_id)
             eos = self.generation_config.eos_token_id if eos is None else eos
             if eos is None:
-                raise ValueError(
-                    "stop_words_ids are given and no eos_token_id; expected one to end a row with"
-                )
+                came = "stop_words_ids are given and no eos_token_id"
+                raise ValueError(f"{came}; expected one to end a row with")
             stop = StopWordsLogitsProcessor(stop_words_ids, eos)
             logits_processor = LogitsProcessorList([*(logits_processor or ()), stop])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
@@ -259,19 +254,21 @@ class ChatMixin:
         # An object of transformers: it has the official keys only if generation_config.json has.
         chat_format = getattr(config, "chat_format", "chatml")
         if chat_format != "chatml":
-            raise ValueError(
-                f"generation_config.chat_format is {chat_format!r}; expected 'chatml': this is a "
-                "base model"
-            )
+            came = f"generation_config.chat_format is {chat_format!r}"
+            raise ValueError(f"{came}; expected 'chatml': this is a base model")
         window = getattr(config, "max_window_size", MAX_WINDOW_SIZE)
         window = options.pop("max_window_size", None) or window
         _, context = make_context(tokenizer, query, history, system, window, chat_format)
-        ids = torch.tensor([context], device=self.device)  # type: ignore[attr-defined]  # PreTrainedModel's
+        model: Any = self  # also a PreTrainedModel
+        ids = torch.tensor([context], device=model.device)
+        # The head's padding rows have no token.
+        padding = list(range(len(tokenizer), model.config.vocab_size))
+        real_tokens = SuppressTokensLogitsProcessor(padding, device=str(model.device))
         return {
             "inputs": ids,
             "attention_mask": torch.ones_like(ids),
             "generation_config": generation_config,
-            "logits_processor": LogitsProcessorList([_OnlyRealTokens(len(tokenizer))]),
+            "logits_processor": LogitsProcessorList([real_tokens]),
             "stop_words_ids": [*(stop_words_ids or ()), *get_stop_words_ids("chatml", tokenizer)],
             **options,
         }
@@ -288,9 +285,8 @@ def stream_tokens(
 ) -> Iterator[int]:
     """Yield the new tokens of one row: the decoding loop of `generate`, as a `custom_generate`."""
     if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"cannot stream {input_ids.shape[0]} rows or beams; expected one row and num_beams 1"
-        )
+        came = f"cannot stream {input_ids.shape[0]} rows or beams"
+        raise ValueError(f"{came}; expected one row and num_beams 1")
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)

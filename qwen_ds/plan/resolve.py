@@ -101,6 +101,8 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
     notes: list[Note] = []
     recipe = asked.recipe
     _check_size(recipe, machine, base)
+    if recipe.device == "auto":
+        recipe = replace(recipe, device="cuda" if machine.on_gpu else "cpu")
     if recipe.model.dtype == "auto":
         recipe = _choose_dtype(recipe, machine, notes)
     merged = deepspeed_json.resolve(

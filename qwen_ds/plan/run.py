@@ -89,9 +89,9 @@ class Base:
 class Run:
     """A recipe as it will run, with all that was decided for it.
 
-    Training, planner and start screen share this one. Only activation checkpointing may still be
-    "auto": it depends on the lengths of the rows, so plan/recomputation.py decides it once they are
-    known.
+    Training, planner and start screen share this one. What depends on the rows may still be "auto":
+    data.format, by which each row finds its own reader, and activation checkpointing, which
+    plan/recomputation.py decides once their lengths are known.
     """
 
     recipe: Recipe

@@ -165,8 +165,8 @@ def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
         return [found for key, inner in value.items() for found in autos(inner, f"{name}.{key}")]
 
     run = decided(small_dir, machine=GPU)
-    left = {".device", ".data.format", ".model.activation_checkpointing"}
-    assert set(autos(to_dict(run.recipe))) == left
+    assert set(autos(to_dict(run.recipe))) == {".data.format", ".model.activation_checkpointing"}
+    assert run.recipe.device == "cuda" and decided(small_dir).recipe.device == "cpu"
     assert not autos(run.deepspeed.engine_json)
 
 

@@ -22,10 +22,10 @@ def session(
     """Ten steps in two epochs."""
     data: Any = SimpleNamespace(sampler=SimpleNamespace(steps_per_epoch=5))
     saver: Any = SimpleNamespace(resumed=resumed)
-    progress: Any = SimpleNamespace(state=lambda: {"lines": 3})
+    observer: Any = SimpleNamespace(progress=SimpleNamespace(state=lambda: {"lines": 3}))
     optim = OptimOptions(lr=1.0, schedule="linear", warmup_steps=0)
     recipe = Recipe(optim=optim, eval=EvalOptions(every_steps=every))
-    return Session(recipe, data, nothing, saver, nothing, progress, evaluator, 10)
+    return Session(recipe, data, nothing, saver, observer, evaluator, 10)
 
 
 @pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])

@@ -96,6 +96,8 @@ def check_same_run(run: Path, recipe: Recipe, ds_json: Json) -> None:
     stage = "deepspeed.zero_optimization.stage"
     for key in sorted({*old, *new}, key=lambda key: (key != stage, key)):
         was, now = old.get(key, defaults.get(key)), new.get(key)
+        if key == "device" and was == "auto":  # as earlier releases stored it
+            was = now
         if was == now or (key not in _FIXED and _allowed(key, recipe.resume.allow_changes)):
             continue
         allow = key.split(".")[0] if key.startswith("deepspeed.") else key

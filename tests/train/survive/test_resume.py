@@ -78,6 +78,12 @@ def test_a_recipe_of_an_older_release_lacks_keys_that_have_defaults_now(run: Pat
     resume.check_same_run(run, Recipe(), DS_JSON)
 
 
+def test_an_older_release_left_the_device_open(run: Path) -> None:
+    resume.check_same_run(run, replace(Recipe(), device="cpu"), DS_JSON)
+    write_recipe(replace(Recipe(), device="cuda"), run / "recipe.yaml")
+    assert "device was 'cuda'" in mistake(run, replace(Recipe(), device="cpu"))
+
+
 def test_a_broken_recipe_is_the_users_to_mend(run: Path) -> None:
     (run / "recipe.yaml").write_text("a: [")
     assert "cannot be read" in mistake(run, Recipe())
