@@ -38,12 +38,9 @@ class Part(NamedTuple):
 class RowStore(Protocol):
     """The interface of token rows that batches need; `TokenRows` implements it."""
 
-    lens: np.ndarray
-    """int32 [rows]: tokens of each row."""
-    learnt: np.ndarray
-    """int32 [rows]: target tokens of each row, counted after the shift by one."""
-    pad_id: int
-    """Id of <|endoftext|>."""
+    lens: np.ndarray  # int32 [rows]: tokens of each row
+    learnt: np.ndarray  # int32 [rows]: target tokens of each row, counted after the shift by one
+    pad_id: int  # id of <|endoftext|>
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -59,10 +56,8 @@ class RowStore(Protocol):
 class Batch:
     """Right-padded ChatML rows. A label stands at its own token; only the loss shifts."""
 
-    ids_BT: Tensor
-    """int64, padded with <|endoftext|>."""
-    labels_BT: Tensor
-    """int64, IGNORE where a token is no target."""
+    ids_BT: Tensor  # int64, padded with <|endoftext|>
+    labels_BT: Tensor  # int64, IGNORE where a token is no target
     row_ids: tuple[int, ...]
     """Indices of the rows, so that a bad loss can name their file:line. Empty for a dummy row."""
 
@@ -77,16 +72,12 @@ class WindowStatistics:
     """Size, padding and balance of one optimizer step over all ranks."""
 
     rows: int
-    tokens: int
-    """Real tokens of all ranks."""
+    tokens: int  # real tokens of all ranks
     squared_tokens: int
     """Sum of the rows' squared lengths, to which attention's work is proportional."""
-    padded_tokens: int
-    """Computed tokens of all ranks, dummy rows included."""
-    micro_batches: int
-    """Micro-batches of each rank."""
-    imbalance: float
-    """Padded tokens of the busiest rank over the ranks' mean, at least 1."""
+    padded_tokens: int  # computed tokens of all ranks, dummy rows included
+    micro_batches: int  # micro-batches of each rank
+    imbalance: float  # padded tokens of the busiest rank over the ranks' mean, at least 1
 
 
 def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list[np.ndarray]:

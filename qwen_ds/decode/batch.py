@@ -40,8 +40,7 @@ class CausalModel(Protocol):
 class Vocabulary:
     """The properties of a tokenizer that decoding needs."""
 
-    size: int
-    """Number of tokens; the head's rows beyond it are padding and are never chosen."""
+    size: int  # number of tokens; the head's rows beyond it are padding and are never chosen
     pad_id: int
     decode: Callable[[Sequence[int]], str]
 
@@ -64,20 +63,13 @@ class DecodingRow:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One row's answer.
+    """One row's answer."""
 
-    `ids` are the new tokens without the stop that ended them. `text` is their text; bytes that are
-    no whole UTF-8 character (an answer cut at max_new_tokens may end inside one) show as U+FFFD.
-    """
-
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # the new tokens, without the stop that ended them
+    # Bytes that are no whole UTF-8 character show as U+FFFD: a cut answer may end inside one.
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.ids)
 
 
 @torch.no_grad()
@@ -94,9 +86,8 @@ def decode_batch(
         all_done: called after each token with whether all rows here have ended; decoding ends when
             it returns true. Ranks that must make the same number of forward passes agree in it.
 
-    Raises:
-        LogitsNotFinite: at the first new token; checking later ones would cost a synchronisation
-            each.
+    Raises LogitsNotFinite at the first new token; checking later ones would cost a synchronisation
+    each.
     """
     ids_BT, mask_BT = pad_left([row.prompt for row in rows], vocabulary.pad_id, device)
     params = [row.sampling for row in rows]

@@ -16,12 +16,7 @@ class InvalidSampling(DecodingError):
 
 
 class PromptTooLong(DecodingError):
-    """A prompt that leaves no room for the tokens asked for.
-
-    Args:
-        tokens: length of the prompt.
-        room: the most tokens that it may have, which is the model's context less the new tokens.
-    """
+    """A prompt of `tokens` tokens, where the model's context less the new ones has `room`."""
 
     def __init__(self, tokens: int, room: int) -> None:
         super().__init__(f"the prompt has {tokens} tokens; expected at most {room}")

@@ -24,16 +24,13 @@ PREFILTER = 1024  # candidates that top-p tries before it sorts the whole vocabu
 class SamplingParams:
     """How the next token of one row is chosen. The defaults are the original project's.
 
-    Raises:
-        InvalidSampling: a number out of its range.
+    InvalidSampling for a number out of its range.
     """
 
-    do_sample: bool = False
-    """False: greedy, always the most probable token."""
+    do_sample: bool = False  # False: greedy, always the most probable token
     temperature: float = 0.8
     top_p: float = 0.8
-    top_k: int = 50
-    """0: no limit."""
+    top_k: int = 50  # 0: no limit
     max_new_tokens: int = 128
     seed: int = 42
 
@@ -108,11 +105,8 @@ def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]
     Without a top-k the softmax runs over the whole vocabulary, but only the PREFILTER most probable
     tokens are sorted, or all where these do not reach top_p in some row: the result is the same.
 
-    Args:
-        logits_GV: fp32, of the group's rows.
-
-    Returns:
-        probs_GN (fp32, descending, 0 where dropped, not renormalised) and ids_GN (int64).
+    From logits_GV (fp32) to probs_GN (fp32, descending, 0 where dropped, not renormalised) and
+    ids_GN (int64).
     """
     scaled_GV = logits_GV / group.temperature_G1
     vocabulary = scaled_GV.shape[1]
@@ -136,10 +130,7 @@ def candidates(logits_GV: Tensor, group: SamplingGroup) -> tuple[Tensor, Tensor]
 def draw(logits_BV: Tensor, groups: Iterable[SamplingGroup], uniform_B: Tensor) -> Tensor:
     """Next tokens ids_B (int64): the most probable, or the inverse of the cumulative distribution.
 
-    Args:
-        logits_BV: fp32.
-        groups: from `sampling_groups`.
-        uniform_B: in [0, 1); greedy rows ignore theirs.
+    The logits are fp32, and uniform_B in [0, 1); greedy rows ignore theirs.
     """
     chosen_B = logits_BV.argmax(-1)
     for group in groups:

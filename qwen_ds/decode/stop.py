@@ -13,8 +13,7 @@ FinishReason = Literal["stop", "length"]
 class StopRule:
     """Ids and token sequences that end a row. The answer is what precedes the first of them.
 
-    Raises:
-        ValueError: a sequence without tokens, which would end every answer at once.
+    ValueError for a sequence without tokens, which would end every answer at once.
     """
 
     ids: tuple[int, ...] = ()
@@ -23,9 +22,8 @@ class StopRule:
     def __post_init__(self) -> None:
         for sequence in self.sequences:
             if not sequence or any(not isinstance(i, int) or i < 0 for i in sequence):
-                raise ValueError(
-                    f"a stop sequence is {list(sequence)!r}; expected a non-empty list of token ids"
-                )
+                came = f"a stop sequence is {list(sequence)!r}"
+                raise ValueError(f"{came}; expected a non-empty list of token ids")
 
     def length_of_stop(self, ids: Sequence[int], end: int | None = None) -> int:
         """Length of the stop that ids[:end] ends with; 0 if it ends with none."""

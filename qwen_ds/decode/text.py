@@ -10,9 +10,7 @@ from typing import Literal
 class TextStream:
     """Token ids in, text out; the bytes of an incomplete character are held back.
 
-    Args:
-        token_bytes: gives the bytes of an id.
-        errors: as in bytes.decode, for bytes that can no longer become a character.
+    `errors` is that of bytes.decode, for bytes that can no longer become a character.
     """
 
     def __init__(

@@ -32,8 +32,7 @@ from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 class Format:
     """A kind of folder that can be written."""
 
-    name: str
-    """As the user and the report call it."""
+    name: str  # as the user and the report call it
     layout: Callable[[StoredWeights], Layout]
     """Of the output, for a source. Tensors that it leaves out are not in the output. Raises
     UserError where the source cannot be written in this format."""

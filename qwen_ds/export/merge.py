@@ -48,8 +48,7 @@ class MergeOptions:
     """Also read pytorch_model.bin and adapter_model.bin, with `weights_only`."""
     check_texts: Sequence[str] = ()
     """Files with texts on which a converted tokenizer must agree with the base's."""
-    block_bytes: int = BLOCK_BYTES
-    """Of a block of rows that is read, changed and written at once."""
+    block_bytes: int = BLOCK_BYTES  # of a block of rows that is read, changed and written at once
 
 
 _DEFAULTS = MergeOptions()

@@ -24,8 +24,7 @@ class MergePlan:
     format: Format
     dtype: MergeDtype
     layout: Layout
-    changed: frozenset[str]
-    """The base's tensors that the adapters change."""
+    changed: frozenset[str]  # the base's tensors that the adapters change
     shards: dict[str, tuple[TensorSpec, ...]]
     """Weight file of the output -> its tensors in the order of their bytes."""
 

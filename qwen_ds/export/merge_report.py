@@ -27,26 +27,17 @@ class MergeReport:
     changed: dict[str, ChangedTensor]
     """Tensor of the base -> kind ("lora", "dora", "saved", "rows", and how several adapters
     combine), and the Frobenius norms of the base's tensor and of its change, as stored."""
-    untouched: int
-    """Number of the base's tensors whose bytes are in the output as they were."""
-    converted: int
-    """Number of the base's tensors that only changed their dtype."""
-    left_out: list[str]
-    """The base's tensors that the output's format has no place for."""
-    edits: dict[str, str]
-    """Small file -> what was changed in it."""
-    inputs: dict[str, dict[str, Any]]
-    """File name -> bytes and sha256, of weights as they passed by."""
-    outputs: dict[str, dict[str, Any]]
-    """File name -> bytes and sha256."""
-    seconds: float
-    """Time that the output took, without its proof."""
-    warnings: list[str]
-    """Possible mistakes, a line each."""
+    untouched: int  # number of the base's tensors whose bytes are in the output as they were
+    converted: int  # number of the base's tensors that only changed their dtype
+    left_out: list[str]  # the base's tensors that the output's format has no place for
+    edits: dict[str, str]  # small file -> what was changed in it
+    inputs: dict[str, dict[str, Any]]  # file name -> bytes and sha256, of weights as they passed by
+    outputs: dict[str, dict[str, Any]]  # file name -> bytes and sha256
+    seconds: float  # time that the output took, without its proof
+    warnings: list[str]  # possible mistakes, a line each
     tokenizer: TokenizerCheck | None = None
     """Whether the converted tokenizer agrees with the base's; None when it was not converted."""
-    verification: Verification | None = None
-    """None when it was not asked for."""
+    verification: Verification | None = None  # None when it was not asked for
 
     @property
     def rejected(self) -> bool:

@@ -41,8 +41,7 @@ class Saving:
     full: bool
     whole_embedding: bool
     whole_head: bool
-    rows: bool
-    """Whether token rows of embedding and head are trained."""
+    rows: bool  # whether token rows of embedding and head are trained
     r: int
     targets: frozenset[str]
     """Linear maps with LoRA, by their names below the block; empty in full training."""

@@ -18,8 +18,7 @@ class Candidate:
     """One way to run a recipe, and what it is predicted to take."""
 
     run: Run
-    budget: int
-    """Padded tokens of a micro-batch."""
+    budget: int  # padded tokens of a micro-batch
     fit: Fit
     seconds: Seconds
 

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 class Gpu:
     """One model of GPU."""
 
-    key: str
-    """Its name on the command line."""
-    marks: tuple[str, ...]
-    """Lower-case words that all occur in CUDA's name for it."""
+    key: str  # its name on the command line
+    marks: tuple[str, ...]  # lower-case words that all occur in CUDA's name for it
     flops: float
     """Dense peak in bf16 with fp32 accumulation, operations a second (V100 and T4: fp16)."""
     memory_gb: float
-    bandwidth: float
-    """Memory bandwidth, bytes a second."""
+    bandwidth: float  # memory bandwidth, bytes a second
     link: float
     """Bandwidth to the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI
     Express where there is none."""

@@ -18,8 +18,7 @@ MARGIN = 0.08
 class Fit:
     """A choice of recomputation and the memory that it takes."""
 
-    every: int
-    """Recompute every n-th block; 1: all, 0: none."""
+    every: int  # recompute every n-th block; 1: all, 0: none
     memory: Memory
     fits: bool
 

@@ -37,15 +37,11 @@ class Machine:
     """The ranks and what each of them can use; equal on every rank."""
 
     ranks: int
-    ranks_per_machine: int
-    """Greatest common divisor over the machines."""
+    ranks_per_machine: int  # greatest common divisor over the machines
     on_gpu: bool
-    memory: float
-    """Bytes that a rank may fill: those of the rank with the least."""
-    memory_source: str
-    """Where that number comes from: the words that follow "GB" in messages."""
-    fast_bf16: bool = True
-    """Whether bf16 products are faster than fp32 ones on every rank."""
+    memory: float  # bytes that a rank may fill: those of the rank with the least
+    memory_source: str  # where that number comes from: the words that follow "GB" in messages
+    fast_bf16: bool = True  # whether bf16 products are faster than fp32 ones on every rank
     can_quantise: bool = False
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
 
@@ -56,10 +52,8 @@ class Base:
 
     family: Family
     config: ModelConfig
-    generation: Mapping[str, Any]
-    """generation_config.json; empty if there is none."""
-    folder: Path | None = None
-    """None: only the configuration is known."""
+    generation: Mapping[str, Any]  # generation_config.json; empty if there is none
+    folder: Path | None = None  # None: only the configuration is known
     encoding: Encoding | None = None
 
     @classmethod

@@ -40,10 +40,8 @@ class Seconds:
     attention: float
     passes: float
     optimizer: float
-    idle: float
-    """While the CPU dispatches."""
-    waiting: float
-    """For communication that nothing hides."""
+    idle: float  # while the CPU dispatches
+    waiting: float  # for communication that nothing hides
 
     @property
     def total(self) -> float:

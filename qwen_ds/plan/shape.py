@@ -34,10 +34,8 @@ class Shape:
     hidden: int
     layers: int
     heads: int
-    linears: tuple[LinearShape, ...]
-    """Those of one block, in running order."""
-    context: int
-    """Tokens of the longest row that can be trained: the config's seq_length."""
+    linears: tuple[LinearShape, ...]  # those of one block, in running order
+    context: int  # tokens of the longest row that can be trained: the config's seq_length
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:

@@ -20,12 +20,9 @@ LENGTH_SPREAD = 0.3
 class Workload:
     """The rows of one optimizer step."""
 
-    lens: np.ndarray
-    """int32 [rows], tokens."""
-    target_share: float
-    """Share of target tokens among the real ones, 0 to 1."""
-    longest: int
-    """Tokens of the longest row in any step."""
+    lens: np.ndarray  # int32 [rows], tokens
+    target_share: float  # share of target tokens among the real ones, 0 to 1
+    longest: int  # tokens of the longest row in any step
 
     @classmethod
     def like(cls, rows: int, median: int, target_share: float, longest: int) -> Workload:
@@ -42,8 +39,7 @@ class Split:
     micro_batches: int
     padded_tokens: int
     squared_tokens: int
-    largest: MicroBatch
-    """The micro-batch, of any step, that the memory must hold."""
+    largest: MicroBatch  # the micro-batch, of any step, that the memory must hold
 
 
 def split(workload: Workload, world: int, batch: BatchOptions) -> Split:

@@ -30,12 +30,9 @@ class Zero:
     """Elements of a gradient bucket, which is held while gradients are computed."""
     overlap: bool = False
     contiguous: bool = True
-    live: int = 1_000_000_000
-    """Parameters that ZeRO-3 may keep gathered."""
-    small: int = 100_000
-    """Parameters up to which ZeRO-3 does not shard a tensor."""
-    hpz: int = 1
-    """Ranks over which ZeRO-3 shards a second copy of the parameters; 1: there is none."""
+    live: int = 1_000_000_000  # parameters that ZeRO-3 may keep gathered
+    small: int = 100_000  # parameters up to which ZeRO-3 does not shard a tensor
+    hpz: int = 1  # ranks over which ZeRO-3 shards a second copy of the parameters; 1: there is none
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -71,8 +68,7 @@ class Collective:
     `size` round once, an all-reduce twice."""
 
     name: str
-    size: float
-    """Bytes of the whole tensors, summed over the collectives."""
+    size: float  # bytes of the whole tensors, summed over the collectives
     count: float
     ranks: int
     rounds: int = 1
@@ -150,8 +146,7 @@ class Links:
 
     per_machine: int
     inside: float
-    between: float = 50e9
-    """400 Gb/s: one network adapter for each GPU."""
+    between: float = 50e9  # 400 Gb/s: one network adapter for each GPU
 
     def seconds(self, collective: Collective) -> float:
         """Time of these collectives on a ring through all machines: its slowest link sets the pace,

@@ -143,7 +143,7 @@ def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
         "reference": row.reference,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": completion.completion_tokens,
+        "completion_tokens": len(completion.ids),
     }
     return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
 

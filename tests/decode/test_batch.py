@@ -28,7 +28,7 @@ def test_rows_with_other_lengths_sampling_seeds_and_stops_are_answered_as_if_alo
     assert together == [decode_batch(FakeModel(), [row], WORDS, CPU)[0] for row in ROWS]
     assert {completion.finish_reason for completion in together} == {"stop", "length"}
     for row, completion in zip(ROWS, together, strict=True):
-        assert completion.completion_tokens <= row.sampling.max_new_tokens
+        assert len(completion.ids) <= row.sampling.max_new_tokens
         assert completion.prompt_tokens == len(row.prompt)
         assert not set(completion.ids) & set(row.stop.ids)
 

@@ -61,14 +61,10 @@ class Place:
 class ReadOptions:
     """How rows are read, as a recipe's data.* and the options of serving say it."""
 
-    format: str = "auto"
-    """A reader's name, or auto: each row finds its own."""
-    columns: Mapping[str, str] | None = None
-    """See the top of this file."""
-    system: str | None = None
-    """System text of rows that have none."""
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """What becomes of a row that cannot be read."""
+    format: str = "auto"  # a reader's name, or auto: each row finds its own
+    columns: Mapping[str, str] | None = None  # see the top of this file
+    system: str | None = None  # system text of rows that have none
+    bad_rows: Literal["stop", "skip"] = "stop"  # what becomes of a row that cannot be read
 
 
 def iter_conversations(

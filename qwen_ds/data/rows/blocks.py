@@ -34,8 +34,7 @@ class Block:
     learnt_K: np.ndarray  # int32, target tokens of each row, counted after the shift by one
     content_K: np.ndarray  # uint64, hash of a row's tokens and labels
     prompt_K: np.ndarray  # uint64, hash of a row's first user text
-    dropped: list[tuple[int, str]]
-    """(place in the chunk, reason) of conversations that give no row."""
+    dropped: list[tuple[int, str]]  # (place in the chunk, reason) of conversations that give no row
     cuts: list[tuple[int, str]]
     """(place in the chunk, what was cut) of rows that were too long; a row can appear twice."""
 

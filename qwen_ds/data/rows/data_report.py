@@ -43,8 +43,7 @@ class PartReport:
     learnt_tokens: int = 0  # target tokens
     longest_tokens: int = 0
     longest: str = ""  # file:line of the longest row
-    contents: set[int] = field(default_factory=set)
-    """Hashes of its rows, kept until two differ."""
+    contents: set[int] = field(default_factory=set)  # hashes of its rows, kept until two differ
 
     def drop(self, reason: str, source: str, detail: str = "", unreadable: bool = False) -> None:
         fates = self.skipped if unreadable else self.dropped

@@ -30,10 +30,8 @@ class Outputs:
     """Logits of both sides at the same positions, fp32 [P, V]."""
 
     base_PV: Tensor
-    expected_PV: Tensor
-    """Of base + adapters."""
-    noisy_PV: Tensor
-    """Of base + adapters, on a base that was rounded once more."""
+    expected_PV: Tensor  # of base + adapters
+    noisy_PV: Tensor  # of base + adapters, on a base that was rounded once more
     merged_PV: Tensor
 
 

@@ -67,21 +67,16 @@ class Verification:
     status: Literal["passed", "failed"]
     reason: str
     kind: ProofKind
-    positions: int
-    """Number of positions compared, each with the text up to it given."""
-    max_difference: float
-    """Of the output from base + adapters."""
+    positions: int  # number of positions compared, each with the text up to it given
+    max_difference: float  # of the output from base + adapters
     rms_difference: float
-    bound: float
-    """Of max_difference."""
+    bound: float  # of max_difference
     rms_bound: float
     rounding_noise: float
     """max_difference of base + adapters from itself with the base's weights rounded once more."""
     rms_noise: float
-    top1_agreement: float
-    """Share of positions where the most probable next token is the same."""
-    top1_bound: float
-    """The lowest top1_agreement that passes."""
+    top1_agreement: float  # share of positions where the most probable next token is the same
+    top1_bound: float  # the lowest top1_agreement that passes
     top1_noise: float
     """top1_agreement of base + adapters with itself, the base's weights rounded once more."""
     adapter_effect: float

@@ -58,15 +58,11 @@ Asked = Literal["ids", "ids of plain text", "decoded text"]
 class Difference:
     """A text that gets other ids from Qwen2's tokenizer than from Qwen's, or other text back."""
 
-    source: str
-    """"built-in 3" or "train.json:12"."""
-    text: str
-    """Its beginning."""
+    source: str  # "built-in 3" or "train.json:12"
+    text: str  # its beginning
     asked: Asked
-    at: int
-    """Index of the first difference."""
-    qwen: list[int] | str
-    """Some ids (characters) from there on."""
+    at: int  # index of the first difference
+    qwen: list[int] | str  # some ids (characters) from there on
     qwen2: list[int] | str
 
 
@@ -74,13 +70,10 @@ class Difference:
 class TokenizerCheck:
     """The extent of a comparison, and its differences."""
 
-    texts: int
-    """Number of texts compared."""
+    texts: int  # number of texts compared
     characters: int
-    num_differences: int
-    """Number of texts with one."""
-    differences: list[Difference]
-    """The first thousand."""
+    num_differences: int  # number of texts with one
+    differences: list[Difference]  # the first thousand
 
     @property
     def passed(self) -> bool:

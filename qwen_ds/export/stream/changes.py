@@ -99,8 +99,7 @@ class InSequence:
 class WeightedSum:
     """weight + sum of w * (change(weight) - weight), each change made to the bare base."""
 
-    changes: tuple[tuple[float, Change], ...]
-    """w and change."""
+    changes: tuple[tuple[float, Change], ...]  # w and change
 
     @property
     def kind(self) -> str:

@@ -45,8 +45,7 @@ class RunState:
     progress: dict[str, Any]  # of Progress.state(); {} on other ranks than 0
     schedule: dict[str, Any]  # its name, the run's steps, and the learning rate of the next step
     best: BestLoss = BestLoss()
-    evaluated: bool = True
-    """False: stopped before the evaluation that was due after this step."""
+    evaluated: bool = True  # False: stopped before the evaluation that was due after this step
 
 
 @dataclass(frozen=True, slots=True)
