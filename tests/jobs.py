@@ -20,7 +20,16 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["qwen_ds.train.run", "qwen_ds.demo"])
+_context.set_forkserver_preload(
+    ["qwen_ds.train.run", "qwen_ds.demo", "qwen_ds.export.merge", "serve.predict"]
+)
+
+
+def fork(target: Callable[..., None], *args: object) -> ForkServerProcess:
+    """Start a function in a process that has everything imported."""
+    process = _context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def free_port() -> int:
@@ -64,11 +73,7 @@ class Job:
         for rank in range(ranks):
             environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             names = [str(file) for file in self._files]
-            process = _context.Process(
-                target=_rank_main, args=(str(script), list(arguments), environment, *names)
-            )
-            process.start()
-            self.ranks.append(process)
+            self.ranks.append(fork(_rank_main, str(script), list(arguments), environment, *names))
 
     @property
     def running(self) -> bool:
