@@ -112,11 +112,11 @@ class _Comparison:
         whole = _placed(layer, path)
         base = layer(inputs[0])
         members = (adapter.of_rows(name, indices) for adapter in self._plan.adapters.members)
-        put_adapters(whole, Adapters(tuple(members), self._plan.adapters.weights))
-        adapted = whole.get_submodule(path)  # in peft's wrapper, where LoRA is on it
-        expected = adapted(inputs[1])
+        fold = put_adapters(whole, Adapters(tuple(members), self._plan.adapters.weights))
+        expected = whole.get_submodule(path)(inputs[1])  # peft's wrapper, where LoRA is on it
+        fold()
         self._noise.spoil(whole)
-        noisy = adapted(inputs[2])
+        noisy = layer(inputs[2])
         _set_weight(layer, self._output.chosen_rows(name, indices))
         return [base, expected, noisy, layer(inputs[3])]
 
@@ -134,8 +134,9 @@ class _Comparison:
         whole = _placed(block, f"{QWEN.blocks}.{i}")
         base_BTD = block(base_BTD, cos, sin)
         if self._plan.adapters.members:
-            put_adapters(whole, self._plan.adapters)
+            fold = put_adapters(whole, self._plan.adapters)
             expected_BTD = block(expected_BTD, cos, sin)
+            fold()
         else:
             expected_BTD = base_BTD
         self._noise.spoil(whole)

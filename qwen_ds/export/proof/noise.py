@@ -32,15 +32,15 @@ class RoundingNoise:
 
     @torch.no_grad()
     def spoil(self, module: nn.Module) -> None:
-        """Round once more, in place, what the output stores rounded.
+        """Round in place what the output stores rounded: base + adapters, already folded.
 
-        These are the base's weights beneath the adapters on `module`, and the tensors that adapters
-        bring in their place.
+        The step of a rounding is that of the merged weight. Where the change is about as large as
+        the weight, the base's own is smaller, and a right merge would seem too far off
+        (test_a_change_as_large_as_the_weights_passes).
         """
         for name, parameter in module.named_parameters():
-            own = name.replace(".base_layer.", ".")  # peft's wrapper
-            if own in self._rounded:
-                self._add(parameter.data, self._rounded[own])
+            if name in self._rounded:
+                self._add(parameter.data, self._rounded[name])
 
     def _add(self, weight: Tensor, dtype: str) -> None:
         """Spoil the contiguous fp32 tensor `weight` as one rounding to `dtype` would."""

@@ -5,7 +5,7 @@ Shapes: T tokens of a row, P positions compared, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Outputs:
 
     base_PV: Tensor
     expected_PV: Tensor  # of base + adapters
-    noisy_PV: Tensor  # of base + adapters, on a base that was rounded once more
+    noisy_PV: Tensor  # of base + adapters, folded and rounded at random
     merged_PV: Tensor
 
 
@@ -78,20 +78,20 @@ def replaced_rows(adapters: Adapters, seq_length: int | None) -> list[ProofRow]:
 
 
 @torch.no_grad()
-def put_adapters(module: nn.Module, adapters: Adapters) -> None:
+def put_adapters(module: nn.Module, adapters: Adapters) -> Callable[[], None]:
     """Put adapters into the fp32 `module`, in place: a model, or a part with the whole's names.
 
     By peft's own arithmetic, so that the merge is not compared with itself. The last adapter of a
-    sequence, most often the only one, stays beside its weights.
+    sequence, most often the only one, stays beside its weights until the returned function folds it
+    in, too.
     """
     names = {name for name, _ in module.named_parameters()}
     if adapters.weights is None:
         here = [one for one in adapters.members if names.intersection(one.changed_tensors())]
         for adapter in here[:-1]:
             _fold(module, adapter)
-        if here:
-            put_adapter(module, here[-1])
-        return
+        wrapped = put_adapter(module, here[-1]) if here else None
+        return _nothing if wrapped is None else wrapped.merge_and_unload
     changed = names.intersection(adapters.changed_tensors())
     base = {name: module.get_parameter(name).clone() for name in changed}
     total = {name: value.clone() for name, value in base.items()}
@@ -103,6 +103,11 @@ def put_adapters(module: nn.Module, adapters: Adapters) -> None:
             parameter.copy_(base[name])
     for name, value in total.items():
         module.get_parameter(name).copy_(value)
+    return _nothing
+
+
+def _nothing() -> None:
+    """Fold nothing: no adapter is left beside its weights."""
 
 
 def _fold(module: nn.Module, adapter: Adapter) -> None:

@@ -2,8 +2,8 @@
 
 Computed so, the only difference between the two is the rounding of the merged weights to their
 dtype (and the order of fp32 sums). How far one such rounding moves the logits is a property of the
-model, so it is measured rather than guessed: the base's own weights are rounded once more beneath
-the adapters, by random errors of the same distribution, and the output may differ from base +
+model, so it is measured rather than guessed: peft folds the adapters into the base in fp32, these
+weights are rounded by random errors of the same distribution, and the output may differ from base +
 adapters by no more than a small multiple of what that changes.
 
 Shapes: P positions compared, V vocabulary.
@@ -73,12 +73,12 @@ class Verification:
     bound: float  # of max_difference
     rms_bound: float
     rounding_noise: float
-    """max_difference of base + adapters from itself with the base's weights rounded once more."""
+    """max_difference of base + adapters from itself, folded and rounded at random."""
     rms_noise: float
     top1_agreement: float  # share of positions where the most probable next token is the same
     top1_bound: float  # the lowest top1_agreement that passes
     top1_noise: float
-    """top1_agreement of base + adapters with itself, the base's weights rounded once more."""
+    """top1_agreement of base + adapters with itself, folded and rounded at random."""
     adapter_effect: float
     """Largest difference between base + adapters and the bare base: what the proof can see."""
     seconds: float
@@ -87,7 +87,7 @@ class Verification:
         return [
             f"  {self.kind} proof {self.status} in {self.seconds:.1f} s: {self.reason}",
             f"  the same most probable token at {self.top1_agreement:.1%} of {self.positions}"
-            f" positions (the base rounded once more: {self.top1_noise:.1%}); adapters move logits"
+            f" positions (a rounding at random: {self.top1_noise:.1%}); adapters move logits"
             f" by up to {self.adapter_effect:.3g}",
         ]
 
@@ -152,7 +152,7 @@ def verify_merge(
 
 
 def judge(outputs: Outputs, kind: ProofKind, seconds: float) -> Verification:
-    """Judge the output's differences by those that one more rounding of the base makes."""
+    """Judge the output's differences by those that a rounding at random makes."""
     expected_PV = outputs.expected_PV
     largest, rms, flips = _distance(outputs.merged_PV, expected_PV)
     noise, rms_noise, noise_flips = _distance(outputs.noisy_PV, expected_PV)

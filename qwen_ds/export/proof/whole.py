@@ -20,8 +20,9 @@ def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Ou
     model = _load(plan.base.folder)
     base_PV = expected_PV = _logits(model, rows)
     if plan.adapters.members:
-        put_adapters(model, plan.adapters)
+        fold = put_adapters(model, plan.adapters)
         expected_PV = _logits(model, rows)
+        fold()
     RoundingNoise(plan.rounded()).spoil(model)
     noisy_PV = _logits(model, rows)
     del model

@@ -109,6 +109,29 @@ def test_the_rounding_of_what_an_adapter_brings_is_part_of_the_noise(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_change_as_large_as_the_weights_passes_and_a_wrong_one_does_not(
+    bf16_dir: Path,
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Literal["full", "sampled"],
+) -> None:
+    """The rounding that counts is that of the merged weights; beside it the base's own is tiny."""
+    base = Path(shutil.copytree(bf16_dir, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    for name in weights:
+        if ".h." in name and name.endswith(("c_attn.weight", "c_proj.weight")):
+            weights[name] = weights[name] / 1024
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    adapters, options = [golden / "lora" / "adapter"], MergeOptions(proof=kind)
+    proof = proven(base, adapters, tmp_path / "out", options)
+    assert 0.7 < proof.rms_difference / proof.rms_noise < 1.4
+    monkeypatch.setattr(changes, "load_change", scaled(0.95))
+    wrong = merge(base, adapters, tmp_path / "wrong", options).verification
+    assert wrong is not None and wrong.status == "failed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_conversion_is_proven_against_the_bare_base(
     small_dir: Path, tmp_path: Path, kind: Literal["full", "sampled"]
 ) -> None:
