@@ -14,6 +14,18 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.rotary import apply_rotary
 
 
+class BiasedLinear(nn.Linear):
+    """A linear layer that adds its bias before the product is rounded, whoever computes it.
+
+    Under ZeRO-3 DeepSpeed's linear function takes the place of torch's. It does so, too, for inputs
+    of two dimensions, but for others it rounds the product first
+    (test_the_first_loss_of_a_bf16_base_is_the_same_at_every_stage).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
+
+
 class ResidualLinear(nn.Linear):
     """A Linear that writes into the residual stream; a class of its own, since its fresh weights
     are smaller (`_init_weights`)."""
@@ -30,7 +42,7 @@ class QWenAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.dropout = config.attn_dropout_prob
         width = config.hidden_size
-        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_attn = BiasedLinear(width, 3 * width)
         self.c_proj = ResidualLinear(width, width, bias=not config.no_bias)
 
     def forward(

@@ -161,6 +161,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert all(t.isfinite().all() for t in adapter(saved).values())
 
 
+def test_the_first_loss_of_a_bf16_base_is_the_same_at_every_stage(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
+    """B is zero, so only the frozen base acts."""
+    losses = []
+    for stage in (0, 2, 3):
+        options = f"--deepspeed ds_configs/zero{stage}.json --output_dir {tmp_path / str(stage)}"
+        options += " --model.dtype bfloat16 --lora.dropout 0 --optim.max_steps 1"
+        job([*small_job, *options.split()]).ok()
+        losses.append(metrics(tmp_path / str(stage))[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["dora", "float16"])
 def test_zero_3_computes_what_zero_2_computes(
     job: Callable, small_job: list[str], tmp_path: Path, kind: str
