@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen_ds.disk.shards import StoredWeights
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export import output_place
@@ -55,7 +56,7 @@ _DEFAULTS = MergeOptions()
 
 
 def merge(
-    base: Path,
+    base: Path | StoredWeights,
     adapters: Sequence[Path],
     output: Path,
     options: MergeOptions = _DEFAULTS,
@@ -69,11 +70,13 @@ def merge(
     not fit, the base is broken, or the output exists or cannot be written.
 
     Args:
+        base: a folder, or the headers of one that was inspected.
         progress: called with (bytes read, bytes in all) after each block.
     """
     _check_options(len(adapters), options)
     output = Path(os.path.abspath(output))
-    output_place.check_inputs_elsewhere(output, (base, *adapters))
+    folder_of_base = base if isinstance(base, Path) else base.folder
+    output_place.check_inputs_elsewhere(output, (folder_of_base, *adapters))
     members = tuple(read_adapter(path, allow_pickle=options.allow_pickle) for path in adapters)
     changes = Adapters(members, options.weights)
     plan = make_plan(base, changes, options.to, options.dtype, options.allow_pickle)
@@ -88,7 +91,8 @@ def merge(
         output_place.make_room(output, plan.num_bytes)
         report = build_files(plan, source, folder, output, options.block_bytes, progress)
         if options.to.converts_tokenizer:
-            native, other = (base, folder) if options.to.from_qwen else (folder, base)
+            sides = (plan.base.folder, folder)
+            native, other = sides if options.to.from_qwen else sides[::-1]
             check = check_tokenizer(load_encoding(native), other, options.check_texts)
             report = replace(report, tokenizer=check)
         if kind is not None:
