@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_ds.disk.shards import StoredWeights
 from qwen_ds.disk.write import publish, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.export import output_place
@@ -20,7 +19,7 @@ from qwen_ds.export.base_check import check_copies
 from qwen_ds.export.build import ShowProgress, build_files
 from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
-from qwen_ds.export.merge_plan import make_plan
+from qwen_ds.export.merge_plan import GivenBase, make_plan
 from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.proof.verify import choose_proof, verify_merge
 from qwen_ds.export.qwen2.tokenizer_check import check_tokenizer, texts_of
@@ -56,7 +55,7 @@ _DEFAULTS = MergeOptions()
 
 
 def merge(
-    base: Path | StoredWeights,
+    base: GivenBase,
     adapters: Sequence[Path],
     output: Path,
     options: MergeOptions = _DEFAULTS,
@@ -70,7 +69,6 @@ def merge(
     not fit, the base is broken, or the output exists or cannot be written.
 
     Args:
-        base: a folder, or the headers of one that was inspected.
         progress: called with (bytes read, bytes in all) after each block.
     """
     _check_options(len(adapters), options)

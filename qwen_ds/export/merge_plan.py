@@ -21,6 +21,9 @@ from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import check_adapter_fits
 from qwen_ds.model.carry_over import check_carried
 
+GivenBase = Path | StoredWeights
+"""The base of a merge: a folder, or the headers of one that was inspected."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -66,7 +69,7 @@ class MergePlan:
 
 
 def make_plan(
-    base: Path | StoredWeights,
+    base: GivenBase,
     adapters: Adapters,
     to: Format,
     dtype: MergeDtype,

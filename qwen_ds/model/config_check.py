@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,14 +107,17 @@ def checked_config(settings: Settings, path: Path, config_class: type[Config]) -
 def _check_keys(settings: Settings, path: Path, config_class: type[QWenConfig]) -> None:
     """transformers sets an attribute for any key: one that is a method's would replace it."""
     taken = dir(config_class)
-    fields = config_class.__dataclass_fields__.keys() | config_class.attribute_map.keys()
+    ours = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
     for key in settings:
         is_private = key.startswith("_") and key not in _PRIVATE
-        if is_private or (key in taken and key not in fields and key not in _HARMLESS):
+        if is_private or (key in taken and key not in ours and key not in _HARMLESS):
             raise UserError(
                 f"{path}: the key {key[:100]!r} is the name of something in transformers' code;"
                 " expected settings"
             )
+    made_for = settings.get("architectures") or []
+    if type(made_for) is not list or not all(isinstance(name, str) for name in made_for):
+        raise UserError(f"{path}: architectures is {_shown(made_for)}; expected a list of names")
 
 
 def _check_values(values: dict[str, tuple[str, Any]], path: Path) -> None:
