@@ -83,7 +83,7 @@ def _find(path_or_hub_id: str | Path, weights: bool) -> Path:
 
 
 def _on_disk(path_or_hub_id: str | Path) -> Path | None:
-    """What exists on disk, or None for a hub id; UserError for neither."""
+    """The place on disk, whatever is there, or None for a hub id; UserError for neither."""
     # Not Path's own methods, which raise for a user or a path that cannot be. A link to nothing is
     # on the disk, too: its name must not be looked up on the hub.
     path = os.path.expanduser(path_or_hub_id)
