@@ -19,8 +19,7 @@ from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMe
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import read_adapter
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
 from serve.files.parts import PredictionParts, Settings, check_output, file_state
@@ -72,9 +71,9 @@ def predict(
     folder = find_model(model)
     if options.adapter is not None:
         read_adapter(options.adapter)  # its shapes; before minutes of reading rows
-    context = QWEN.context(QWEN.config_class.from_pretrained(folder))
-    reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
-    settings = settings_of(folder, paths, options)
+    context = folder.family.context(folder.config)
+    reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
+    settings = settings_of(folder.path, paths, options)
     parts: PredictionParts | None
     prompts_cut = 0
     if rank == 0:
@@ -107,7 +106,11 @@ def predict(
 
 
 def _answer_share(
-    folder: Path, reader: PromptReader, parts: PredictionParts, options: AnswerOptions, bar: tqdm
+    folder: ModelFolder,
+    reader: PromptReader,
+    parts: PredictionParts,
+    options: AnswerOptions,
+    bar: tqdm,
 ) -> float:
     """Answer this rank's unanswered rows; return the seconds that loading the model took."""
     rank, world = dist.rank(), dist.world_size()
