@@ -13,7 +13,7 @@ from qwen_ds.decode.batch import Vocabulary
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
-from qwen_ds.model.adapter import load_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model
 from serve.engine.engine import ServingEngine
@@ -32,11 +32,14 @@ def load_engine(
     adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    *,
+    allow_pickle: bool = False,
 ) -> ServingEngine:
     """Load a checkpoint folder or hub id, and put an unmerged PEFT adapter on it if one is given.
 
     `device` is auto, cuda or cpu; `dtype` is auto (see `choose_dtype`), bfloat16, float16 or
-    float32. UserError: no such model, adapter or device, or an adapter for another base.
+    float32; `allow_pickle` is about the adapter. UserError: no such model, adapter or device, or an
+    adapter for another base.
     """
     folder, place = find_model(str(model_dir)), choose_device(device)
     stored = "auto" if dtype == "auto" else TORCH_DTYPES[dtype]
@@ -44,7 +47,7 @@ def load_engine(
     context = QWEN.context(model.config)
     model = model.to(choose_dtype(dtype, model.dtype, place))
     if adapter is not None:
-        model = load_adapter(model, Path(adapter))
+        model = load_adapter(model, adapter, allow_pickle=allow_pickle)
     encoding = QWEN.load_encoding(folder)
     vocabulary = Vocabulary(encoding.n_vocab, encoding.eod_id, encoding.decode)
     return ServingEngine(model.to(place), vocabulary, StopRule(QWEN.stop_ids(encoding)), context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from qwen_ds import dist
 from qwen_ds.data.read.sources import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
+from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model
 from qwen_ds.runlog import say
@@ -70,9 +71,13 @@ def predict(
         check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
-    if options.adapter is not None:
-        read_adapter(options.adapter)  # its shapes; before minutes of reading rows
-    context = QWEN.context(QWEN.config_class.from_pretrained(folder))
+    config = QWEN.config_class.from_pretrained(folder)
+    if options.adapter is not None:  # checked before minutes of reading rows
+        adapter = read_adapter(tell_adapter(options.adapter), allow_pickle=options.allow_pickle)
+        for note in check_adapter_fits(adapter, QWEN.parameter_shapes(config)):
+            say(f"{adapter.folder}: {note}")
+        options = replace(options, adapter=str(adapter.folder))
+    context = QWEN.context(config)
     reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
     settings = settings_of(folder, paths, options)
     parts: PredictionParts | None
@@ -116,7 +121,13 @@ def _answer_share(
     while window := list(islice(mine, WINDOW * options.batch_size)):
         if engine is None:  # not before: without anything to do no model is loaded
             started = time.monotonic()
-            engine = load_engine(folder, options.adapter, options.device, options.dtype)
+            engine = load_engine(
+                folder,
+                options.adapter,
+                options.device,
+                options.dtype,
+                allow_pickle=options.allow_pickle,
+            )
             seconds_loading = time.monotonic() - started
         rows = [DecodingRow(row.ids, sampling.of_row(row.id), engine.stop) for row in window]
         batch: list[dict[str, Any]] = []

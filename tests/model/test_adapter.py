@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import check_adapter_fits, load_adapter, read_adapter
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 
 PREFIX = "base_model.model."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 from qwen_ds.errors import UserError
 from qwen_ds.export.layout import Layout, RowBlock, inverse
 from qwen_ds.model.family import QWEN, ModelConfig
@@ -69,9 +67,7 @@ def layout_from_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
 
 def qwen_shapes(config: ModelConfig) -> Shapes:
     """Shape of each of Qwen's tensors."""
-    with torch.device("meta"):
-        model = QWEN.model_class(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return QWEN.parameter_shapes(config)
 
 
 def _checked(found: Shapes, expected: Shapes) -> Shapes:

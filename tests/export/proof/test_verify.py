@@ -25,7 +25,8 @@ from qwen_ds.export.proof.verify import Proof, Verification
 from qwen_ds.export.proof.whole import whole_outputs
 from qwen_ds.export.stream import changes
 from qwen_ds.export.stream.changes import Adapters, Change, LowRank, ReplacedRows, load_change
-from qwen_ds.model.adapter import Adapter, load_adapter, read_adapter
+from qwen_ds.model.adapter import Adapter, read_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 from tests.export.folders import bf16_copy, merge_with, peft_adapter
 
