@@ -74,6 +74,7 @@ class Patterns:
         if found := _DIFFERS.search(pattern.replace("\\\\", "").replace("\\{", "")):
             raise self._bad(pattern, f"holds {found[0]!r}")
         try:
+            re.compile(pattern)  # by itself, too: brackets in it could close those around it
             re.compile(whole)
             self._compiled[whole] = compiled = regex.compile(whole)
         except (re.error, regex.error, OverflowError, RecursionError) as error:

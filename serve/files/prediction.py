@@ -99,6 +99,7 @@ def predict(
         unit="row",
         desc="predict",
         disable=rank != 0,
+        delay=0.1,  # an error while loading gets a line of its own
         mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file gets a line a minute
     ) as bar:
         seconds_loading = _answer_share(folder, reader, parts, options, bar)
