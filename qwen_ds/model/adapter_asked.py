@@ -1,4 +1,4 @@
-"""What an adapter's configuration asks for on a base, as PEFT's own loading would read it.
+"""The parts of a base that an adapter's configuration asks for, as PEFT's own loading reads it.
 
 PEFT injects what the configuration names and then takes from the file what it finds: a target that
 the file lacks keeps random values, a tensor that nothing asked for is dropped, both in silence. So
@@ -174,7 +174,7 @@ def token_rows_of(config: Mapping[str, Any], module: str) -> list[int] | None:
 def _notes(
     config: Mapping[str, Any], base: _Base, targets: tuple[str, ...], patterns: Patterns
 ) -> tuple[str, ...]:
-    """What is asked for and matches nothing: peft goes on, and so do we, but say it."""
+    """A line for all that is asked for and matches nothing: peft goes on, and so do we."""
     notes = [f"{name} is not read: this PEFT does not know it" for name in unknown_options(config)]
     for name in config.get("modules_to_save") or ():
         if not any(module.endswith(name) for module in base.modules):
