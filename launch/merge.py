@@ -34,7 +34,8 @@ from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from qwen_ds.export.choices import FormatName, MergeDtype, Proof
 from qwen_ds.export.output_place import REPORT_NAME
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.family import QWEN
+from qwen_ds.model.folder import find_model, find_qwen2
 from qwen_ds.recipe.parser import Parser
 from qwen_ds.runlog import run_command
 
@@ -126,7 +127,8 @@ def merge_whole(options: Namespace) -> int:
         allow_pickle=options.allow_pickle,
         check_texts=options.check_texts,
     )
-    base = find_model(options.base, model_type=options["from"])
+    is_native = options["from"] == QWEN.model_type
+    base = (find_model if is_native else find_qwen2)(options.base).stored
     adapters = [tell_adapter(adapter) for adapter in options.adapter]
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
@@ -161,7 +163,7 @@ def convert_adapter_only(options: Namespace) -> int:
                 f"{name} was given with adapter_only, which converts an adapter as it is; expected"
                 " neither"
             )
-    output, base = Path(options.output), find_model(options.base, weights=False)
+    output, base = Path(options.output), find_model(options.base, weights=False).path
     num_modules = convert_adapter(
         base, tell_adapter(options.adapter[0]), output, allow_pickle=options.allow_pickle
     )

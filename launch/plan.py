@@ -9,7 +9,6 @@ model only settings and vocabulary are read; without --model.path it is Qwen-7B.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from qwen_ds.errors import EXIT_DONE
 from qwen_ds.plan.run import Base
@@ -26,8 +25,8 @@ def main() -> int:
     asked = load_recipe(parser=parser)
     base = Base.qwen_7b()
     if "model.path" in asked.set_keys:
-        asked = find_sources(asked, weights=False)
-        base = Base.read(Path(asked.recipe.model.path))
+        asked, model = find_sources(asked, weights=False)
+        base = Base.of(model)
     # The command that is printed is for training: without the planner's and the launcher's options.
     ours = {f"--{name}" for name in asked.added} | {"--local_rank", "--local-rank"}
     words = without_options(sys.argv[1:], ours)

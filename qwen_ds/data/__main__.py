@@ -33,14 +33,12 @@ if TYPE_CHECKING:
 def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
     """All rows of data.train, each once, and the vocabulary that encoded them."""
     from qwen_ds.data.rows.token_rows import prepare
-    from qwen_ds.model.family import QWEN
     from qwen_ds.model.folder import find_model
 
-    folder = find_model(options.model.path, weights=False)
-    encoding = QWEN.load_encoding(folder)
-    seq_length = QWEN.config_class.from_pretrained(folder).seq_length
+    model = find_model(options.model.path, weights=False)
+    encoding = model.encoding
     data = replace(options.data, weights=None, eval=[], eval_fraction=0.0)
-    return prepare(data, encoding, seq_length).train, encoding
+    return prepare(data, encoding, model.config.seq_length).train, encoding
 
 
 def encode(options: EncodeCommand) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qwen_ds.disk.adapter_options import check_options
-from qwen_ds.disk.read import read_json
-from qwen_ds.disk.weights import DTYPE_NAMES, read_header, read_pickle, refuse_lfs_pointer
+from qwen_ds.disk.read import open_regular, read_json, refuse_lfs_pointer
+from qwen_ds.disk.weights import DTYPE_NAMES, read_header, read_pickle
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 
@@ -73,31 +74,23 @@ def _holds_adapter(folder: Path) -> bool:
     # A pytorch_model.bin beside a config.json is a whole model's.
     names = [CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAMES[0]]
     names += [] if (folder / "config.json").exists() else PICKLE_NAMES[1:]
-    return any((folder / name).exists() or (folder / name).is_symlink() for name in names)
+    return any(_is_there(folder / name) for name in names)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Read adapter_config.json; None where there is none. Raises UserError for anything but LoRA,
     for options that cannot be honoured, and for values that PEFT would not have written."""
     path = folder / CONFIG_NAME
-    if not _is_file(path):
+    if not _is_there(path):
         return None
-    refuse_lfs_pointer(path)
     config = read_json(path)
     check_options(path, config)
     return config
 
 
-def _is_file(path: Path) -> bool:
-    """Whether a file is there. UserError for what is there and can't be read as one."""
-    if path.is_file():
-        return True
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a symbolic link to nothing; expected a file")
-    if path.exists():
-        what = "a folder" if path.is_dir() else "a pipe or a device"
-        raise UserError(f"{path}: {what}; expected a file")
-    return False
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name; what is no regular file is refused where it is read."""
+    return path.exists() or path.is_symlink()
 
 
 def open_weights(
@@ -110,23 +103,21 @@ def open_weights(
     file, or tensors of a dtype that is not one of weights.
     """
     path = folder / WEIGHTS_NAME
-    if _is_file(path):
+    if _is_there(path):
         tensors = read_header(path).tensors
         for spec in tensors:
             _check_dtype(path, spec.name, spec.dtype)
-            if min(spec.shape, default=0) < 0:
-                came = f"{spec.name} has shape {list(spec.shape)}"
-                raise UserError(f"{path}: {came}; expected a whole safetensors file")
         return None, {spec.name: spec.shape for spec in tensors}
-    pickles = [folder / name for name in PICKLE_NAMES if _is_file(folder / name)]
+    pickles = [folder / name for name in PICKLE_NAMES if _is_there(folder / name)]
     if not pickles:
         raise UserError(f"{folder}: no {WEIGHTS_NAME}; expected a PEFT adapter folder")
     if not allow_pickle:
+        with suppress(OSError), open_regular(pickles[0]) as file:
+            refuse_lfs_pointer(pickles[0], file.read(64))
         raise UserError(
             f"{pickles[0]}: a pickle; expected {WEIGHTS_NAME} ({option} true reads a pickle that"
             " holds nothing but tensors)"
         )
-    refuse_lfs_pointer(pickles[0])
     loaded = read_pickle(pickles[0], mmap=False)
     for name, tensor in loaded.items():
         _check_dtype(pickles[0], name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))

@@ -5,6 +5,8 @@ A folder holds one file, or several (shards) and an index that names the file of
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.weights import Header, TensorSpec, open_file, read_header, refuse_lfs_pointer
+from qwen_ds.disk.weights import Header, TensorSpec, open_file
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 
@@ -21,6 +23,8 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # In the order in which transformers looks for weights: what is checked is what is loaded.
 _KINDS = ((SINGLE_NAME, INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+# transformers looks for these before all others, and then loads every *.safetensors of the folder.
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 # Hubs and file systems take files of 4 GB, and a header is far below the 1 MiB left for it.
 MAX_SHARD_BYTES = 4_000_000_000 - 2**20
@@ -62,55 +66,56 @@ class WeightFiles:
     names: tuple[str, ...]
     index_name: str | None = None
     weight_map: Mapping[str, str] | None = None  # tensor -> file
-    metadata: dict[str, Any] | None = None  # of the index
+    metadata: dict[str, Any] | None = None  # of the index; None where it has none
 
 
 def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | None:
     """The weight files of a folder, all of which are there; None where it has none.
 
-    Raises UserError if an index is broken, or names a file that is missing or of another kind.
+    They are those that transformers would load. Raises UserError if an index is broken, or names a
+    file that is missing, of another kind or outside the folder.
     """
+    # By its names, so that a link to nothing counts as a file that cannot be read, not as no file.
+    try:
+        names = set(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; expected a folder of weights") from None
+    if odd := sorted(name for name in names if _DISTRIBUTED.fullmatch(name)):
+        raise UserError(
+            f"{folder}: {odd[0]} is of a checkpoint that torch saved rank by rank; expected"
+            f" {SINGLE_NAME} or {INDEX_NAME} with its shards"
+        )
     for single, index_name in _KINDS if allow_pickle else _KINDS[:1]:
-        if (folder / single).is_file():
+        if single in names:
             return WeightFiles((single,))
-        if (folder / index_name).is_file():
-            return _read_index(folder, index_name, Path(single).suffix)
+        if index_name in names:
+            return _read_index(folder, index_name, Path(single).suffix, names)
     return None
 
 
-def _read_index(folder: Path, index_name: str, suffix: str) -> WeightFiles:
+def _read_index(folder: Path, index_name: str, suffix: str, there: set[str]) -> WeightFiles:
     path = folder / index_name
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: no weight_map; expected the file of every tensor")
-    names = tuple(sorted({str(name) for name in weight_map.values()}))
-    for name in names:
-        if Path(name).name != name or not name.endswith(suffix):
+    files = weight_map.values()
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
             raise UserError(
-                f"{path}: names the shard {name!r}; expected a {suffix} file in the same folder"
+                f"{path}: names the shard {str(name)[:200]!r}; expected a {suffix} file in the same"
+                " folder"
             )
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    names = tuple(sorted(set(files)))
+    if missing := [name for name in names if name not in there]:
         raise UserError(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} weight files are);"
             f" expected every file that {index_name} names"
         )
-    return WeightFiles(names, index_name, weight_map, index.get("metadata") or {})
-
-
-def check_weight_files(folder: Path) -> None:
-    """Raise UserError unless every weight file is there and ends where its header says.
-
-    A pickle is only known to be there, and not to be a Git LFS pointer.
-    """
-    files = find_weight_files(folder)
-    if files is None:
-        raise UserError(f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME}")
-    for name in files.names:
-        if name.endswith(".safetensors"):
-            read_header(folder / name)
-        else:
-            refuse_lfs_pointer(folder / name)
+    metadata = index.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise UserError(f"{path}: metadata is {str(metadata)[:100]!r}; expected an object")
+    return WeightFiles(names, index_name, weight_map, metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +124,16 @@ class StoredWeights:
 
     folder: Path
     shards: tuple[Header, ...]
-    index_metadata: dict[str, Any] | None = None  # None: one file without an index
-    index_name: str | None = None
+    index_metadata: dict[str, Any] | None = None
+    index_name: str | None = None  # None: one file without an index
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         return {spec.name: spec for shard in self.shards for spec in shard.tensors}
+
+    @property
+    def are_pickles(self) -> bool:
+        return any(shard.pickled is not None for shard in self.shards)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,13 +147,11 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
     index that disagrees with its files.
     """
     files = find_weight_files(folder, allow_pickle)
+    if files is None and any(folder.glob("pytorch_model*.bin")):
+        raise only_pickles(folder)
     if files is None:
-        pickles = any(folder.glob("pytorch_model*.bin"))
-        came = "only pytorch_model*.bin, which are pickles" if pickles else "no weights"
-        advice = " (--allow_pickle true reads pickles that hold nothing but tensors)"
         raise UserError(
-            f"{folder}: {came}; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
-            f"{advice if pickles else ''}"
+            f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
         )
     shards = tuple(open_file(folder / name) for name in files.names)
     if files.weight_map is not None:
@@ -155,3 +162,12 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
                 " expected an index made for them"
             )
     return StoredWeights(folder, shards, files.metadata, files.index_name)
+
+
+def only_pickles(folder: Path) -> UserError:
+    """The error of a command that reads pickles only where it is told to."""
+    return UserError(
+        f"{folder}: only pytorch_model*.bin, which are pickles; expected {SINGLE_NAME} or"
+        f" {INDEX_NAME} with its shards (--allow_pickle true reads pickles that hold nothing but"
+        " tensors)"
+    )

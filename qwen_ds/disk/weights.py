@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen_ds.disk.read import open_regular, parse_json, refuse_lfs_pointer
 from qwen_ds.disk.write import sync
 from qwen_ds.errors import UserError
 
@@ -40,8 +40,8 @@ FLOAT_DTYPES = {name: _DTYPES[name] for name in ("F32", "F16", "BF16")}
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Name in a recipe, an option or config.json -> torch's dtype."""
 
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_LFS_POINTER = b"version https://git-lfs"
+# A model of 80 layers has 0.1 MB of it. The library allows 100 MB, which take GBs when parsed.
+_MAX_HEADER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +90,6 @@ class Header:
         return {spec.name: start for spec, start in zip(self.tensors, starts, strict=False)}
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise UserError where a clone without Git LFS left a pointer in place of the weights."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(
-                f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-            )
-
-
 def read_header(path: Path) -> Header:
     """The checked header of a safetensors file.
 
@@ -109,24 +100,21 @@ def read_header(path: Path) -> Header:
     def bad(reason: str) -> UserError:
         return UserError(f"{path}: {reason}; expected a whole safetensors file")
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a safetensors file")
-    refuse_lfs_pointer(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise bad(f"{size} bytes hold no header")
-        raw = file.read(length)
     try:
-        entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", None) or {}
-        placed = sorted(
-            (tuple(map(int, entry["data_offsets"])), name, tuple(map(int, entry["shape"])))
-            for name, entry in entries.items()
-        )
-        tensors = tuple(TensorSpec(name, entries[name]["dtype"], at) for _, name, at in placed)
-        _check_offsets(tensors, [offsets for offsets, _, _ in placed])
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            beginning = file.read(64)
+            refuse_lfs_pointer(path, beginning)
+            length = int.from_bytes(beginning[:8], "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise bad(f"{size} bytes hold no header")
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        reason = str(error.strerror or error)
+        raise UserError(f"{path}: {reason}; expected a safetensors file") from None
+    try:
+        tensors, metadata = _parse_header(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         # A UserError is a ValueError with a message for the user.
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
@@ -137,11 +125,34 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, metadata, 8 + length)
 
 
+def _parse_header(raw: bytes) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    """Tensors in the order of their bytes, and metadata. UserError, or the error of an access, for
+    what is no header."""
+    entries: dict[str, Any] = parse_json(raw)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError("its metadata are not all text")
+    placed = sorted(
+        (_sizes(entry["data_offsets"]), name, _sizes(entry["shape"]))
+        for name, entry in entries.items()
+    )
+    tensors = tuple(TensorSpec(name, entries[name]["dtype"], at) for _, name, at in placed)
+    _check_offsets(tensors, [offsets for offsets, _, _ in placed])
+    return tensors, metadata
+
+
+def _sizes(values: list[int]) -> tuple[int, ...]:
+    # Not isinstance, for which True is a number. Two negative sizes would multiply to a right one.
+    if type(values) is not list or any(type(size) is not int or size < 0 for size in values):
+        raise UserError(f"{str(values)[:100]} are no sizes")
+    return tuple(values)
+
+
 def _check_offsets(tensors: Iterable[TensorSpec], offsets: Iterable[tuple[int, ...]]) -> None:
     position = 0
     for spec, (first, last) in zip(tensors, offsets, strict=True):
-        if spec.dtype not in _DTYPES:
-            raise UserError(f"{spec.name} has dtype {spec.dtype}")
+        if not isinstance(spec.dtype, str) or spec.dtype not in _DTYPES:
+            raise UserError(f"{spec.name} has dtype {str(spec.dtype)[:100]}")
         if first != position or last - first != spec.num_bytes:
             raise UserError(
                 f"{spec.name} lies at {first}..{last}, not where its shape {list(spec.shape)}"
@@ -195,8 +206,15 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     torch 1.6.
     """
     try:
+        with open_regular(path) as file:
+            refuse_lfs_pointer(path, file.read(64))
+    except OSError as error:
+        reason = str(error.strerror or error)
+        raise UserError(f"{path}: {reason}; expected what torch.save wrote") from None
+    try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # A damaged file makes torch's reader fail anywhere, with whatever it meets there.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"

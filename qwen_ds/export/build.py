@@ -113,7 +113,7 @@ def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
 
 def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
     """Write everything beside the weights; returns what was changed, by file name."""
-    if len(plan.shards) > 1 or plan.base.index_metadata is not None:
+    if len(plan.shards) > 1 or plan.base.index_name is not None:
         members = {file: [spec.name for spec in specs] for file, specs in plan.shards.items()}
         write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
     base, adapters = plan.base.folder, plan.adapters

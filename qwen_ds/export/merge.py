@@ -19,7 +19,7 @@ from qwen_ds.export.base_check import check_copies
 from qwen_ds.export.build import ShowProgress, build_files
 from qwen_ds.export.choices import MergeDtype, Proof
 from qwen_ds.export.formats import QWEN_FORMAT, Format
-from qwen_ds.export.merge_plan import make_plan
+from qwen_ds.export.merge_plan import GivenBase, make_plan
 from qwen_ds.export.merge_report import MergeReport
 from qwen_ds.export.proof.verify import choose_proof, verify_merge
 from qwen_ds.export.qwen2.tokenizer_check import check_tokenizer, texts_of
@@ -55,7 +55,7 @@ _DEFAULTS = MergeOptions()
 
 
 def merge(
-    base: Path,
+    base: GivenBase,
     adapters: Sequence[Path],
     output: Path,
     options: MergeOptions = _DEFAULTS,
@@ -73,7 +73,8 @@ def merge(
     """
     _check_options(len(adapters), options)
     output = Path(os.path.abspath(output))
-    output_place.check_inputs_elsewhere(output, (base, *adapters))
+    folder_of_base = base if isinstance(base, Path) else base.folder
+    output_place.check_inputs_elsewhere(output, (folder_of_base, *adapters))
     members = tuple(read_adapter(path, allow_pickle=options.allow_pickle) for path in adapters)
     changes = Adapters(members, options.weights)
     plan = make_plan(base, changes, options.to, options.dtype, options.allow_pickle)
@@ -88,7 +89,8 @@ def merge(
         output_place.make_room(output, plan.num_bytes)
         report = build_files(plan, source, folder, output, options.block_bytes, progress)
         if options.to.converts_tokenizer:
-            native, other = (base, folder) if options.to.from_qwen else (folder, base)
+            sides = (plan.base.folder, folder)
+            native, other = sides if options.to.from_qwen else sides[::-1]
             check = check_tokenizer(load_encoding(native), other, options.check_texts)
             report = replace(report, tokenizer=check)
         if kind is not None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_ds.disk.shards import MAX_SHARD_BYTES, StoredWeights, open_stored, plan_shards
+from qwen_ds.disk.shards import (
+    MAX_SHARD_BYTES,
+    StoredWeights,
+    only_pickles,
+    open_stored,
+    plan_shards,
+)
 from qwen_ds.disk.weights import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorSpec
 from qwen_ds.errors import UserError
 from qwen_ds.export.choices import MergeDtype
@@ -13,6 +19,10 @@ from qwen_ds.export.formats import Format
 from qwen_ds.export.layout import Layout
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import check_adapter_fits
+from qwen_ds.model.carry_over import check_carried
+
+GivenBase = Path | StoredWeights
+"""The base of a merge: a folder, or the headers of one that was inspected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +70,18 @@ class MergePlan:
 
 
 def make_plan(
-    base: Path, adapters: Adapters, to: Format, dtype: MergeDtype, allow_pickle: bool
+    base: GivenBase,
+    adapters: Adapters,
+    to: Format,
+    dtype: MergeDtype,
+    allow_pickle: bool,
 ) -> MergePlan:
-    """Read the headers; UserError if an adapter does not fit, or the base is broken."""
-    stored = open_stored(base, allow_pickle)
+    """Plan with a base's headers, which are read where a folder is given. UserError if an adapter
+    does not fit, the base is broken, or a file that travels to the output may not be copied."""
+    stored = open_stored(base, allow_pickle) if isinstance(base, Path) else base
+    if stored.are_pickles and not allow_pickle:
+        raise only_pickles(stored.folder)
+    check_carried(stored.folder)
     notes = [
         f"{adapter.folder.name}: {note}"
         for adapter in adapters.members

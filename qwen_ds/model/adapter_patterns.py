@@ -22,7 +22,7 @@ from qwen_ds.errors import UserError
 
 MAX_LENGTH = 4000  # of one pattern; LLaMA-Factory's longest, with every excluded part, has 300
 MAX_COUNT = 1000  # of all {m,n} of a pattern, multiplied
-MAX_SECONDS = 2.0  # of all matches of a configuration; those of Qwen-72B's take 0.2
+MAX_SECONDS = 1.0  # of all matches of a configuration; those of Qwen-72B's take 0.2
 
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # A brace that is no count begins a fuzzy match in `regex`, and [[ or [: a set of its own.

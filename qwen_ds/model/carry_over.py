@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from pathlib import Path
 
-from qwen_ds.disk.read import read_json
+from qwen_ds.disk.inside import read_own
+from qwen_ds.disk.read import json_object
 from qwen_ds.disk.write import replacing, write_json
 
 _LEGAL = r"(.*[ _.-])?(licen[cs]e|notice|copying|copyright)([ _.-].*)?|use[ _-]?policy.*"
@@ -29,18 +30,26 @@ def carry_over(base: Path, target: Path, legal_only: bool = False) -> list[str]:
     They are copied verbatim, except that the settings lose `auto_map`, which names Python files
     that are not copied. Engines with their own Qwen go by model_type and architectures, which stay.
     `legal_only` is for a folder in another format, with settings and a tokenizer of its own: the
-    legal texts alone. Returns the names of the files written.
+    legal texts alone. Returns the names of the files written. UserError for a file that may not be
+    copied (see `read_own`), which `check_carried` finds before any work is done.
     """
     names = legal_texts(base) if legal_only else _files(base, _CARRIED)
     for name in names:
-        settings = read_json(base / name) if name in _NAMES_CODE else {}
+        raw = read_own(base, name)
+        settings = json_object(base / name, raw) if name in _NAMES_CODE else {}
         if "auto_map" in settings:
             del settings["auto_map"]
             write_json(target / name, settings)
         else:
             with replacing(target / name) as unfinished:
-                shutil.copyfile(base / name, unfinished)
+                unfinished.write_bytes(raw)
     return names
+
+
+def check_carried(base: Path) -> None:
+    """Raise UserError if a file that travels with a model made from `base` may not be copied."""
+    for name in _files(base, _CARRIED):
+        read_own(base, name)
 
 
 def legal_texts(folder: Path) -> list[str]:
@@ -49,8 +58,11 @@ def legal_texts(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, wanted: re.Pattern[str]) -> list[str]:
+    """Names that match, but for folders: whatever else has such a name is read, or refused."""
     return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and wanted.fullmatch(path.name) and not _NEVER.fullmatch(path.name)
+        name
+        for name in os.listdir(folder)
+        if wanted.fullmatch(name)
+        and not _NEVER.fullmatch(name)
+        and not os.path.isdir(folder / name)
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from qwen_ds.model.configuration import QWenConfig
@@ -94,12 +93,6 @@ class Family:
     def ends(self) -> tuple[str, str]:
         """Last names of embedding and head: what lora.modules_to_save may hold."""
         return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
-
-    def parameter_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of a model, by name, without its memory."""
-        with torch.device("meta"):
-            model = self.model_class(config)
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def stop_ids(self, encoding: Encoding) -> tuple[int, ...]:
         """Ids of the tokens that end a generated turn."""

@@ -1,60 +1,100 @@
-"""The gate for models: finds a checkpoint folder, or fetches a hub id into one, and checks it."""
+"""The one gate for model folders: found or fetched, inspected once, described for every command."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.shards import check_weight_files
+from qwen_ds.disk.shards import StoredWeights, open_stored
+from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.model.family import FAMILIES, QWEN
-from qwen_ds.model.tokenizer import VOCABULARY_FILE
+from qwen_ds.model.config_check import check_generation, checked_config, refuse_ways_around
+from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
+from qwen_ds.model.shapes import check_shapes, state_shapes
+from qwen_ds.model.tokenizer import VOCABULARY_FILE, Encoding
 
 # Without *.py: no code of a repository ever reaches this machine.
 _LEGAL = ["*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "USE_POLICY*"]
 _FETCHED = ["*.json", "*.tiktoken", *_LEGAL]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SIZE_BY_WIDTH = {2048: "1_8B", 4096: "7B", 5120: "14B", 8192: "72B"}
+_GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
-def find_model(
-    path_or_hub_id: str | Path, weights: bool = True, model_type: str = QWEN.model_type
-) -> Path:
-    """Find the checkpoint folder of a path or of a hub id (`Qwen/Qwen-7B-Chat`), and check it.
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model folder of any family, whose files do not lead out of it."""
+
+    path: Path
+    settings: Mapping[str, Any]  # config.json
+    weights: StoredWeights | None
+    """Their headers; None where weights were not asked for."""
+
+    @property
+    def stored(self) -> StoredWeights:
+        """The headers of the weights, in a folder that was inspected with them."""
+        assert self.weights is not None, "inspected without its weights"
+        return self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder(StoredModel):
+    """A Qwen's folder as it was inspected: what training, prediction, merge and planner go by."""
+
+    family: Family
+    config: ModelConfig
+    generation: Mapping[str, Any]  # generation_config.json; empty if there is none
+    encoding: Encoding
+
+
+def find_model(path_or_hub_id: str | Path, weights: bool = True) -> ModelFolder:
+    """Find and inspect the checkpoint folder of a path or of a hub id (`Qwen/Qwen-7B-Chat`).
 
     What exists on disk is never looked up on the hub. Fetching is huggingface_hub's: its cache,
     mirror (HF_ENDPOINT) and offline mode (HF_HUB_OFFLINE) apply. UserError if the folder cannot be
-    found, fetched or used.
-
-    Args:
-        weights: if false, none are fetched or expected.
-        model_type: "qwen2" for a folder that is only to be converted.
+    found, fetched or used. Without `weights` none are fetched or looked at.
     """
-    check_place(path_or_hub_id, weights, model_type)
-    path = Path(path_or_hub_id).expanduser()
-    if not path.exists():
-        path = _fetch(str(path_or_hub_id), weights)
-        check_folder(path, weights, model_type)
-    return path
+    return inspect_folder(_find(path_or_hub_id, weights), weights)
 
 
-def check_place(
-    path_or_hub_id: str | Path, weights: bool = True, model_type: str = QWEN.model_type
-) -> None:
-    """Check what can be known of a model's place without the hub; arguments as for `find_model`.
-    UserError: a folder that cannot be used, or neither a folder nor the form of a hub id."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        check_folder(path, weights, model_type)
-    elif not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise UserError(
-            f"{path_or_hub_id}: no such folder; expected a checkpoint folder or a hub id like"
-            " Qwen/Qwen-7B-Chat"
-        )
+def find_qwen2(path_or_hub_id: str | Path) -> StoredModel:
+    """Find a Qwen2 that is only to be converted, as `find_model` does. The converter checks what
+    its configuration and tokenizer say."""
+    folder = _find(path_or_hub_id, weights=True)
+    return StoredModel(folder, _read_config(folder, "qwen2"), open_stored(folder, True))
+
+
+def check_place(path_or_hub_id: str | Path) -> None:
+    """Check what can be known of a model's place without the hub and without weights. UserError: a
+    folder that cannot be used, or neither a folder nor the form of a hub id."""
+    if (folder := _on_disk(path_or_hub_id)) is not None:
+        inspect_folder(folder, weights=False)
+
+
+def _find(path_or_hub_id: str | Path, weights: bool) -> Path:
+    return _on_disk(path_or_hub_id) or _fetch(str(path_or_hub_id), weights)
+
+
+def _on_disk(path_or_hub_id: str | Path) -> Path | None:
+    """What exists on disk, or None for a hub id; UserError for neither."""
+    # Not Path's own methods, which raise for a user or a path that cannot be. A link to nothing is
+    # on the disk, too: its name must not be looked up on the hub.
+    path = os.path.expanduser(path_or_hub_id)
+    if os.path.lexists(path):
+        return Path(path)
+    if _HUB_ID.fullmatch(str(path_or_hub_id)):
+        return None
+    raise UserError(
+        f"{path_or_hub_id}: no such folder; expected a checkpoint folder or a hub id like"
+        " Qwen/Qwen-7B-Chat"
+    )
 
 
 def _fetch(hub_id: str, weights: bool) -> Path:
@@ -78,35 +118,71 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         ) from None
 
 
-def check_folder(folder: Path, weights: bool = True, model_type: str = QWEN.model_type) -> None:
-    """Check that a folder holds a Qwen that can be loaded; reads headers only, no tensors.
+def inspect_folder(folder: Path, weights: bool = True) -> ModelFolder:
+    """Read a folder's settings, vocabulary and, with `weights`, the headers of its weight files,
+    and check that they make one Qwen that can be loaded; no tensor is read.
 
-    UserError unless config.json has this model_type and is that of a text-only, unquantised model,
-    the vocabulary fits the embedding (the converter checks a Qwen2's) and, with `weights`, every
-    weight file is whole.
+    UserError unless it is a text-only, unquantised model of ours, every number is in its range,
+    nothing leads out of the folder, and the weight files that transformers would load hold the very
+    tensors that config.json describes.
     """
-    if not folder.is_dir():
-        came = "not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {came}; expected a checkpoint")
-    config = _read_config(folder, model_type)
-    if model_type in FAMILIES:
-        n_vocab = FAMILIES[model_type].load_encoding(folder).n_vocab
-        # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
-        n_rows = config.get("padded_vocab_size") or config.get("vocab_size")
-        if not isinstance(n_rows, int) or n_rows < n_vocab:
+    settings = _read_config(folder, QWEN.model_type)
+    family = FAMILIES[settings["model_type"]]
+    config = checked_config(settings, folder / "config.json", family.config_class)
+    names = _names(folder)
+    generation = read_json(folder / _GENERATION) if _GENERATION in names else {}
+    check_generation(generation, folder / _GENERATION)
+    if _TOKENIZER in names:  # ours reads nothing of it, but whoever gets the output does
+        read_json(folder / _TOKENIZER)
+    encoding = family.load_encoding(folder)
+    # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
+    n_rows = settings.get("padded_vocab_size") or settings.get("vocab_size")
+    if n_rows is None or n_rows < encoding.n_vocab:
+        raise UserError(
+            f"{folder}: {VOCABULARY_FILE} has {encoding.n_vocab} tokens but config.json says"
+            f" vocab_size {n_rows}; expected an embedding row for every token"
+        )
+    stored = open_stored(folder, allow_pickle=True) if weights else None
+    if stored is not None:
+        _check_weights(stored, config)
+    return ModelFolder(folder, settings, stored, family, config, generation, encoding)
+
+
+def _check_weights(stored: StoredWeights, config: ModelConfig) -> None:
+    if stored.index_name is not None and stored.index_metadata is None:
+        raise UserError(
+            f"{stored.folder / stored.index_name}: no metadata; expected an object of that name"
+            " beside weight_map, without which transformers cannot load the weights"
+        )
+    try:
+        used = check_shapes(stored.shapes, state_shapes(config))
+    except UserError as error:
+        raise UserError(f"{stored.folder}: {error}") from None
+    for name in used:
+        if (dtype := stored.tensors[name].dtype) not in FLOAT_DTYPES:
             raise UserError(
-                f"{folder}: {VOCABULARY_FILE} has {n_vocab} tokens but config.json says vocab_size"
-                f" {n_rows}; expected an embedding row for every token"
+                f"{stored.folder}: {name} is stored as {dtype}; expected {', '.join(FLOAT_DTYPES)}"
             )
-    if weights:
-        check_weight_files(folder)
+
+
+def _names(folder: Path) -> set[str]:
+    """The names in a folder, those of links to nothing, too."""
+    if not os.path.isdir(folder):
+        came = "not a folder" if os.path.lexists(folder) else "no such folder"
+        raise UserError(f"{folder}: {came}; expected a checkpoint")
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; expected a checkpoint") from None
 
 
 def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
+    """config.json, of a folder and a model that could be ours. UserError: anything else."""
+    path, names = folder / "config.json", _names(folder)
+    is_adapter = "adapter_config.json" in names
+    if path.name not in names:
         came = "no config.json; expected a checkpoint folder"
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter:
             came = "an adapter, not a model; expected the folder of its base here"
         raise UserError(f"{folder}: {came}")
     config = read_json(path)
@@ -114,14 +190,21 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
     if model_type != expected_type:
         native = expected_type == QWEN.model_type
         which = "(Qwen 1, not Qwen1.5 or later)" if native else "(--from qwen2)"
-        raise UserError(f"{path}: model_type is {model_type!r}; expected {expected_type!r} {which}")
-    if config.get("quantization_config") is not None or (folder / "quantize_config.json").is_file():
+        came = f"model_type is {str(model_type)[:100]!r}" if model_type else "model_type is None"
+        raise UserError(f"{path}: {came}; expected {expected_type!r} {which}")
+    if config.get("quantization_config") is not None or "quantize_config.json" in names:
         use = _unquantised(folder, config)
         raise UserError(f"{folder}: quantised weights (Int4/Int8); expected bf16: use {use}")
     for part in ("visual", "audio"):
         if part in config:
             came = f"a Qwen with a part for {part} input"
             raise UserError(f"{path}: {came}; expected a text-only Qwen")
+    if is_adapter:  # transformers would put it on the model, unasked
+        raise UserError(
+            f"{folder}: adapter_config.json beside config.json: an adapter in the folder of a base;"
+            " expected them in folders of their own (--adapter, or lora.init_from)"
+        )
+    refuse_ways_around(config, path)
     return config
 
 
@@ -131,5 +214,6 @@ def _unquantised(folder: Path, config: dict[str, Any]) -> str:
         found = re.search(r"(Qwen-[\w.]+?(-Chat)?)-Int[48]", name)
         if found:
             return f"Qwen/{found[1]}"
-    size = _SIZE_BY_WIDTH.get(config.get("hidden_size") or config.get("n_embd") or 0)
+    width = config.get("hidden_size") or config.get("n_embd")
+    size = _SIZE_BY_WIDTH.get(width) if isinstance(width, int) else None
     return f"Qwen/Qwen-{size}-Chat" if size else "the model it was made from"

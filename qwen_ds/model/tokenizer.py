@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import tiktoken
 
+from qwen_ds.disk.read import read_bytes
 from qwen_ds.errors import UserError
 
 VOCABULARY_FILE = "qwen.tiktoken"
+_MAX_BYTES = 16 * 2**20  # six times the official one's
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # 208 of them; their ids follow the vocabulary's own.
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
@@ -54,7 +56,9 @@ def _parse(vocabulary: bytes) -> dict[bytes, int]:
         if fields := line.split():
             try:
                 token, rank = fields
-                ranks[binascii.a2b_base64(token)] = int(rank)
+                if not rank.isdigit():  # int() takes a sign, blanks and underscores
+                    raise ValueError
+                ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
             except ValueError:  # binascii.Error is one
                 raise UserError(f"line {number} is not a base64 token and its rank") from None
             n_ranks += 1
@@ -147,11 +151,7 @@ def load_encoding(path: str | Path) -> Encoding:
     path = Path(path)
     if path.is_dir():
         path = path / VOCABULARY_FILE
-    try:
-        vocabulary = path.read_bytes()
-    except OSError as error:
-        came = f"{path}: {error.strerror}"
-        raise UserError(f"{came}; expected the model's {VOCABULARY_FILE}") from None
+    vocabulary = read_bytes(path, _MAX_BYTES, f"the model's {VOCABULARY_FILE}")
     try:
         return encoding_of(vocabulary)
     except UserError as error:

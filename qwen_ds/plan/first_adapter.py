@@ -7,6 +7,7 @@ import math
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
 from qwen_ds.model.adapter_keys import PEFT_PREFIX
+from qwen_ds.model.shapes import state_shapes
 from qwen_ds.plan.run import Base
 from qwen_ds.recipe.options import LoraOptions
 
@@ -52,7 +53,7 @@ def check_first_adapter(options: LoraOptions, base: Base) -> tuple[str, ...]:
     other modules or rows, another rank or scale, or another base's shapes.
     """
     adapter = read_first_adapter(options)
-    notes = check_adapter_fits(adapter, base.family.parameter_shapes(base.config))
+    notes = check_adapter_fits(adapter, state_shapes(base.config))
     ours = trained_keys(options, base)
     place = f"lora.init_from {options.init_from}"
     for key in sorted(ours ^ set(adapter.shapes)):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import TORCH_DTYPES
-from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
+from qwen_ds.model.family import QWEN, Family, ModelConfig
+from qwen_ds.model.folder import ModelFolder, inspect_folder
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
@@ -53,24 +53,30 @@ class Base:
     family: Family
     config: ModelConfig
     generation: Mapping[str, Any]  # generation_config.json; empty if there is none
-    folder: Path | None = None  # None: only the configuration is known
-    encoding: Encoding | None = None
+    model: ModelFolder | None = None  # None: only the configuration is known
+
+    @classmethod
+    def of(cls, model: ModelFolder) -> Base:
+        """The base in a folder that was inspected."""
+        return cls(model.family, model.config, model.generation, model)
 
     @classmethod
     def read(cls, folder: Path) -> Base:
-        """Read a checkpoint folder that `find_model` has checked. UserError: generation_config.json
-        is no JSON object, or config.json describes a model that is not implemented."""
-        file = folder / "generation_config.json"
-        settings = read_json(folder / "config.json")
-        family = FAMILIES[settings["model_type"]]
-        config = family.config_class.from_dict(settings)
-        generation = read_json(file) if file.is_file() else {}
-        return cls(family, config, generation, folder.resolve(), family.load_encoding(folder))
+        """Inspect a checkpoint folder, but for its weights. UserError: it cannot be used."""
+        return cls.of(inspect_folder(folder.resolve(), weights=False))
 
     @classmethod
     def qwen_7b(cls) -> Base:
         """Qwen-7B, the base model, without its files."""
         return cls(QWEN, QWEN.config_class(), {"chat_format": "raw"})
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.model is None else self.model.path
+
+    @property
+    def encoding(self) -> Encoding | None:
+        return None if self.model is None else self.model.encoding
 
     @property
     def chat_format(self) -> str | None:
@@ -113,16 +119,20 @@ class Run:
         return Path(self.recipe.output_dir)
 
     @property
+    def model(self) -> ModelFolder:
+        """The base's folder as it was inspected; a run that is only planned may have none."""
+        assert self.base.model is not None, "a run that trains has read its base from a folder"
+        return self.base.model
+
+    @property
     def base_folder(self) -> Path:
-        """The checkpoint folder of the base; a run that is only planned may have none."""
-        assert self.base.folder is not None, "a run that trains has read its base from a folder"
-        return self.base.folder
+        """The checkpoint folder of the base; see `model`."""
+        return self.model.path
 
     @property
     def encoding(self) -> Encoding:
-        """The vocabulary of the base; see `base_folder`."""
-        assert self.base.encoding is not None, "a run that trains has read its vocabulary"
-        return self.base.encoding
+        """The vocabulary of the base; see `model`."""
+        return self.model.encoding
 
     @property
     def shape(self) -> Shape:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_ds import demo
-from qwen_ds.model.folder import check_place, find_model
+from qwen_ds.model.carry_over import check_carried
+from qwen_ds.model.folder import ModelFolder, check_place, find_model
 from qwen_ds.recipe.loading import LoadedRecipe
 
 DEMO_HOME = Path("~/.cache/qwen_ds/demo")
@@ -16,13 +17,14 @@ def check_sources(asked: LoadedRecipe) -> None:
     """Check what can be known of the model's place before anything is fetched or made: UserError
     for a folder that is no checkpoint, and for neither a folder nor the form of a hub id."""
     if asked.recipe.model.path != "demo":
-        check_place(asked.recipe.model.path, weights=False)
+        check_place(asked.recipe.model.path)
 
 
-def find_sources(asked: LoadedRecipe, weights: bool = True) -> LoadedRecipe:
-    """Put real paths into the recipe: the demo's files are made, a hub id is fetched.
+def find_sources(asked: LoadedRecipe, weights: bool = True) -> tuple[LoadedRecipe, ModelFolder]:
+    """The recipe with real paths in it, and its base inspected: the demo's files are made, a hub id
+    is fetched.
 
-    Any number of processes may call this at once. Without `weights` none are fetched or expected.
+    Any number of processes may call this at once. Without `weights` none are fetched or looked at.
     UserError: no such model, or one that cannot be used.
     """
     recipe = asked.recipe
@@ -32,5 +34,9 @@ def find_sources(asked: LoadedRecipe, weights: bool = True) -> LoadedRecipe:
         place = str(paths.model)
         if not data.train:
             data = replace(data, train=[str(paths.train)], eval=data.eval or [str(paths.eval)])
-    model = replace(recipe.model, path=str(find_model(place, weights).resolve()))
-    return replace(asked, recipe=replace(recipe, model=model, data=data))
+    found = find_model(place, weights)
+    found = replace(found, path=found.path.resolve())
+    if recipe.method == "full":  # its result gets copies: better refused now than at its end
+        check_carried(found.path)
+    model = replace(recipe.model, path=str(found.path))
+    return replace(asked, recipe=replace(recipe, model=model, data=data)), found

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.callback import on_compile_end, on_compile_start
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import qwen_ds  # noqa: F401  registers the native classes
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
+from qwen_ds.model.loading import load_base
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
@@ -91,11 +90,7 @@ def load_model(run: Run, device: torch.device) -> Model:
     # The adapter is made inside, too: DoRA's first magnitudes come from the base's weights, which
     # peft gathers only there.
     with partitioned_loading(run.deepspeed, run.dtype):
-        model = AutoModelForCausalLM.from_pretrained(
-            run.base_folder, config=run.base.config, dtype=run.dtype,
-            attn_implementation=options.attention,
-        )  # fmt: skip
-        assert isinstance(model, family.model_class)
+        model = load_base(run.model, run.dtype, options.attention)
         if run.deepspeed.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
         recompute_blocks(model, from_recipe(options.activation_checkpointing))

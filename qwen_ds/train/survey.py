@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
 from qwen_ds import dist
 from qwen_ds.machine import available_memory, has_fast_bf16
+from qwen_ds.model.folder import ModelFolder
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
 from qwen_ds.plan.sources import find_sources
@@ -22,10 +22,10 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
     Raises UserError if an option, the DeepSpeed JSON or the base model is wrong.
     """
     # The first rank of each machine fetches a model or makes the demo's; then all find it there.
-    found: list[LoadedRecipe] = []
+    found: list[tuple[LoadedRecipe, ModelFolder]] = []
     dist.once_per_machine(lambda: found.append(find_sources(asked)), "model")
-    asked = found[0] if found else find_sources(asked)
-    run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
+    asked, model = found[0] if found else find_sources(asked)
+    run = resolve(asked, survey(device), Base.of(model))
     start.check_config(run.deepspeed.engine_json)
     return run
 

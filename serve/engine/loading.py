@@ -14,8 +14,8 @@ from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
 from qwen_ds.model.adapter_loading import load_adapter
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.folder import ModelFolder, find_model
+from qwen_ds.model.loading import load_base
 from serve.engine.engine import ServingEngine
 
 
@@ -28,29 +28,30 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
 
 
 def load_engine(
-    model_dir: str | Path,
+    model_dir: str | Path | ModelFolder,
     adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     *,
     allow_pickle: bool = False,
 ) -> ServingEngine:
-    """Load a checkpoint folder or hub id, and put an unmerged PEFT adapter on it if one is given.
+    """Load a checkpoint folder (inspected or not) or hub id, and put an unmerged PEFT adapter on it
+    if one is given.
 
     `device` is auto, cuda or cpu; `dtype` is auto (see `choose_dtype`), bfloat16, float16 or
     float32; `allow_pickle` is about the adapter. UserError: no such model, adapter or device, or an
     adapter for another base.
     """
-    folder, place = find_model(str(model_dir)), choose_device(device)
-    stored = "auto" if dtype == "auto" else TORCH_DTYPES[dtype]
-    model: Any = QWEN.model_class.from_pretrained(folder, dtype=stored)  # a PeftModel later on
-    context = QWEN.context(model.config)
+    place = choose_device(device)
+    folder = model_dir if isinstance(model_dir, ModelFolder) else find_model(model_dir)
+    family, encoding = folder.family, folder.encoding
+    model: Any = load_base(folder, "auto" if dtype == "auto" else TORCH_DTYPES[dtype])
     model = model.to(choose_dtype(dtype, model.dtype, place))
     if adapter is not None:
         model = load_adapter(model, adapter, allow_pickle=allow_pickle)
-    encoding = QWEN.load_encoding(folder)
     vocabulary = Vocabulary(encoding.n_vocab, encoding.eod_id, encoding.decode)
-    return ServingEngine(model.to(place), vocabulary, StopRule(QWEN.stop_ids(encoding)), context)
+    stop, context = StopRule(family.stop_ids(encoding)), family.context(folder.config)
+    return ServingEngine(model.to(place), vocabulary, stop, context)
 
 
 def silence_libraries() -> None:

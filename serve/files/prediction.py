@@ -20,8 +20,8 @@ from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.folder import find_model
+from qwen_ds.model.folder import ModelFolder, find_model
+from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
 from serve.files.parts import PredictionParts, Settings, check_output, file_state
@@ -71,15 +71,14 @@ def predict(
         check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
-    config = QWEN.config_class.from_pretrained(folder)
     if options.adapter is not None:  # checked before minutes of reading rows
         adapter = read_adapter(tell_adapter(options.adapter), allow_pickle=options.allow_pickle)
-        for note in check_adapter_fits(adapter, QWEN.parameter_shapes(config)):
+        for note in check_adapter_fits(adapter, state_shapes(folder.config)):
             say(f"{adapter.folder}: {note}")
         options = replace(options, adapter=str(adapter.folder))
-    context = QWEN.context(config)
-    reader = PromptReader(paths, options, QWEN.load_encoding(folder), context, needs_reference)
-    settings = settings_of(folder, paths, options)
+    context = folder.family.context(folder.config)
+    reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
+    settings = settings_of(folder.path, paths, options)
     parts: PredictionParts | None
     prompts_cut = 0
     if rank == 0:
@@ -113,7 +112,11 @@ def predict(
 
 
 def _answer_share(
-    folder: Path, reader: PromptReader, parts: PredictionParts, options: AnswerOptions, bar: tqdm
+    folder: ModelFolder,
+    reader: PromptReader,
+    parts: PredictionParts,
+    options: AnswerOptions,
+    bar: tqdm,
 ) -> float:
     """Answer this rank's unanswered rows; return the seconds that loading the model took."""
     rank, world = dist.rank(), dist.world_size()

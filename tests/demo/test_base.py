@@ -17,7 +17,7 @@ from qwen_ds.data.rows.encode import EncodeOptions, encode_row
 from qwen_ds.demo import base, corpus
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn
-from qwen_ds.model.folder import check_folder
+from qwen_ds.model.folder import inspect_folder
 from qwen_ds.model.tokenizer import load_encoding
 
 # seeded_rows(WTE)[:64]: these bits must be the same on every machine, or a packed base unpacks into
@@ -51,7 +51,7 @@ def test_every_token_of_the_corpus_is_among_the_packed_rows(vocab_path: Path) ->
 def test_unpacking_gives_a_complete_folder_and_the_same_bytes_again(
     unpacked: Path, tmp_path: Path
 ) -> None:
-    check_folder(unpacked)
+    inspect_folder(unpacked)
     base.unpack_base(tmp_path / "again")
     names = sorted(file.name for file in unpacked.iterdir())
     assert names == [

@@ -11,7 +11,7 @@ import pytest
 import qwen_ds  # noqa: F401  registers the model class
 from qwen_ds import demo
 from qwen_ds.demo import base, corpus
-from qwen_ds.model.folder import check_folder
+from qwen_ds.model.folder import inspect_folder
 
 
 def test_prepare_called_by_several_at_once_gives_one_complete_folder(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_prepare_called_by_several_at_once_gives_one_complete_folder(tmp_path: P
     assert len(found) == 1
     (paths,) = found
     assert [p.name for p in tmp_path.iterdir()] == [paths.model.parent.name]
-    check_folder(paths.model)
+    inspect_folder(paths.model)
     for file, rows in ((paths.train, corpus.train_rows()), (paths.eval, corpus.eval_rows())):
         assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == rows
 

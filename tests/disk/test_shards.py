@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from qwen_ds.disk.shards import (
     INDEX_NAME,
     SINGLE_NAME,
-    check_weight_files,
     find_weight_files,
     open_stored,
     plan_shards,
@@ -43,7 +42,6 @@ def test_an_index_that_was_written_is_found_with_its_files(tmp_path: Path) -> No
     assert found.weight_map is not None and list(found.weight_map) == ["a", "b", "c"]
     stored = open_stored(tmp_path)
     assert sorted(stored.tensors) == ["a", "b", "c"] and stored.index_name == INDEX_NAME
-    check_weight_files(tmp_path)
 
 
 def test_a_single_file_goes_before_an_index_and_safetensors_before_pickles(tmp_path: Path) -> None:
@@ -76,12 +74,10 @@ def test_an_index_of_anything_but_whole_safe_files_is_refused(
 ) -> None:
     (tmp_path / INDEX_NAME).write_text(index)
     with pytest.raises(UserError, match=message):
-        check_weight_files(tmp_path)
+        find_weight_files(tmp_path)
 
 
-def test_a_pickle_is_not_read_to_know_that_it_is_there(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    check_weight_files(tmp_path)
+def test_a_pickle_that_is_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match="a Git LFS pointer"):
-        check_weight_files(tmp_path)
+    with pytest.raises(UserError, match="a Git LFS pointer, .* `git lfs pull`"):
+        open_stored(tmp_path, allow_pickle=True)

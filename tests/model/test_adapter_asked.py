@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter_asked import asked, token_rows_of
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.family import QWEN
+from qwen_ds.model.shapes import state_shapes
 
-SHAPES = QWEN.parameter_shapes(QWenConfig(num_hidden_layers=12))
+SHAPES = state_shapes(QWenConfig(num_hidden_layers=12))
 
 
 @pytest.mark.parametrize(

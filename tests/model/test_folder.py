@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,10 +18,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import check_folder, find_model
+from qwen_ds.model.folder import find_model, inspect_folder
 
 ROOT = Path(__file__).parents[2]
 INDEX, GIT_LFS = "model.safetensors.index.json", "version https://git-lfs.github.com/spec/v1"
@@ -44,21 +46,21 @@ def shard(folder: Path) -> list[str]:
     weight_map = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
     for name in names:
         save_file({t: tensors[t] for t in tensors if weight_map[t] == name}, folder / name)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
     return names
 
 
 def test_a_whole_folder_is_taken_with_one_weight_file_or_several(folder, full_dir):
-    assert find_model(folder) == find_model(str(folder)) == folder
-    assert find_model(full_dir) == full_dir
+    assert find_model(folder).path == find_model(str(folder)).path == folder
+    assert find_model(full_dir).path == full_dir
     shard(folder)
-    assert find_model(folder) == folder
+    assert find_model(folder).path == folder
 
 
 def test_a_single_weight_file_goes_before_an_index_as_where_they_are_loaded(folder):
     (folder / INDEX).write_text('{"weight_map": {"lm_head.weight": "none.safetensors"}}')
-    assert find_model(folder) == folder
+    assert find_model(folder).path == folder
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"more")
     with pytest.raises(UserError, match=r"model\.safetensors: .* the file is cut off or damaged"):
@@ -67,14 +69,14 @@ def test_a_single_weight_file_goes_before_an_index_as_where_they_are_loaded(fold
 
 def test_weights_are_not_asked_for_where_none_are_needed(folder):
     (folder / "model.safetensors").unlink()
-    assert find_model(folder, weights=False) == folder
+    assert find_model(folder, weights=False).path == folder
     with pytest.raises(UserError, match="no weights"):
         find_model(folder)
 
 
 def test_the_first_release_names_its_embedding_rows_differently(folder):
     edit(folder, vocab_size=100, padded_vocab_size=512)
-    check_folder(folder)
+    assert inspect_folder(folder).config.vocab_size == 512
 
 
 def without(name: str) -> Any:
@@ -109,7 +111,7 @@ def cut_off(folder: Path) -> None:
         ),
         (lambda f: edit(f, drop=("vocab_size",)), "says vocab_size None"),
         (without("qwen.tiktoken"), "No such file or directory; expected the model's qwen.tiktoken"),
-        (with_text("qwen.tiktoken", GIT_LFS), "qwen.tiktoken: line 1 is not"),
+        (with_text("qwen.tiktoken", GIT_LFS), "qwen.tiktoken: a Git LFS pointer"),
         (without("model.safetensors"), "no weights; expected model.safetensors or"),
         (cut_off, "the file is cut off or damaged"),
         (with_text("model.safetensors", ""), "0 bytes hold no header"),
@@ -205,7 +207,9 @@ class Hub(BaseHTTPRequestHandler):
 def hub(small_dir: Path) -> Iterator[str]:
     tiny = {path.name: path.read_bytes() for path in small_dir.iterdir()}
     tiny |= {"modeling_qwen.py": b"raise SystemExit('ran')", "LICENSE": b"free"}
-    tiny["pytorch_model.bin"] = b"pickle"
+    pickled = io.BytesIO()
+    torch.save(load_file(small_dir / "model.safetensors"), pickled)
+    tiny["pytorch_model.bin"] = pickled.getvalue()
     old = {name: body for name, body in tiny.items() if not name.endswith(".safetensors")}
     Hub.files, Hub.asked = {"acme/tiny": tiny, "acme/old": old}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -222,7 +226,7 @@ def find_in_a_process(names: list[str], home: Path, **variables: str) -> list[st
     it is imported."""
     code = (
         "import sys\nfrom qwen_ds.model.folder import find_model\n"
-        "for name in sys.argv[1:]:\n    try: print(find_model(name))\n"
+        "for name in sys.argv[1:]:\n    try: print(find_model(name).path)\n"
         "    except ValueError as error: print(error)"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))}
@@ -247,13 +251,13 @@ def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offlin
     assert absent.startswith(failed)
     assert any("resolve" in path for path in Hub.asked)
     assert not any(".py" in path for path in Hub.asked), "code was fetched"
-    check_folder(Path(tiny))
+    inspect_folder(Path(tiny))
 
     # What HF_HOME and HF_HUB_OFFLINE=1 set when huggingface_hub is imported; a second process would
     # take seconds.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network"))
-    assert find_model("acme/tiny") == Path(tiny)
+    assert find_model("acme/tiny").path == Path(tiny)
     with pytest.raises(UserError, match=failed):
         find_model("acme/none")

@@ -133,8 +133,8 @@ def test_the_planner_plans_the_run_that_training_makes(
     asked = load_recipe(["--config", str(recipe)])
     base = Base.read(small_dir)
     if "model.path" in asked.set_keys:  # the demo's own
-        asked = find_sources(asked, weights=False)
-        base = Base.read(Path(asked.recipe.model.path))
+        asked, model = find_sources(asked, weights=False)
+        base = Base.of(model)
     options = PlanOptions(gpus=8, gpu="a100")
     planned = plan(asked, options, base)
     run = resolve(asked, machine_of(options, planned.cluster.gpu), base, rows=False)

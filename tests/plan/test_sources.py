@@ -16,7 +16,8 @@ def test_the_demo_brings_its_model_and_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "DEMO_HOME", tmp_path)
-    asked = find_sources(load_recipe([]))
+    asked, model = find_sources(load_recipe([]))
+    assert model.path == Path(asked.recipe.model.path) and model.weights is not None
     assert Path(asked.recipe.model.path).is_relative_to(tmp_path.resolve())
     assert [Path(name).name for name in asked.recipe.data.train] == ["train.jsonl"]
     assert [Path(name).name for name in asked.recipe.data.eval] == ["eval.jsonl"]
@@ -27,7 +28,7 @@ def test_a_path_becomes_absolute_and_the_rest_stays(
 ) -> None:
     monkeypatch.chdir(small_dir.parent)
     asked = load_recipe(["--model.path", small_dir.name, "--lora.r", "4"])
-    found = find_sources(asked)
+    found, _ = find_sources(asked)
     assert found.recipe.model.path == str(small_dir.resolve())
     assert found.recipe.lora == asked.recipe.lora and found.set_keys == asked.set_keys
 

@@ -26,6 +26,7 @@ from qwen_ds.export.stream.blocks import row_ranges
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.export.stream.source import Source
 from qwen_ds.model.family import QWEN, ModelConfig
+from qwen_ds.model.folder import inspect_folder
 from qwen_ds.model.rotary import rotary_tables
 
 _HEAD_ROWS = 1024  # of the head at once, in fp32 16 MB at 7B
@@ -73,7 +74,7 @@ def layered_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> 
         native, layouts = plan.base.folder, (identity(plan.base), inverse(plan.layout))
     else:
         native, layouts = merged, (plan.layout, identity(written))
-    config = QWEN.config_class.from_pretrained(str(native))
+    config = inspect_folder(native, weights=False).config
     with Source(plan.base) as base, Source(written) as output:
         sides = Weights(plan.base, layouts[0], base), Weights(written, layouts[1], output)
         return _Comparison(plan, config, sides).run(rows)

@@ -35,8 +35,7 @@ from qwen_ds.export.proof.sides import (
 from qwen_ds.export.proof.whole import memory_needed, whole_outputs
 from qwen_ds.machine import available_memory
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
-from qwen_ds.model.family import QWEN
-from qwen_ds.model.tokenizer import load_encoding
+from qwen_ds.model.folder import inspect_folder
 
 # Each of at least 16 tokens.
 PROMPTS = (
@@ -130,8 +129,8 @@ def verify_merge(
     """Compare the folder `merged` with base + adapters on `prompts` (None: the built-in ones)."""
     started = time.monotonic()
     native = plan.base.folder if plan.format.from_qwen else merged
-    encoding = load_encoding(native)
-    seq_length = QWEN.config_class.from_pretrained(str(native)).seq_length
+    model = inspect_folder(native, weights=False)
+    encoding, seq_length = model.encoding, model.config.seq_length
     sampled = kind == "sampled"
 
     def rows_of(texts: Sequence[str], count: int) -> list[ProofRow]:

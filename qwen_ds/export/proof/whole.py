@@ -1,4 +1,4 @@
-"""The proof on whole models, loaded as users load them: by transformers, adapters by peft."""
+"""The proof on whole models, loaded as training and prediction load them, adapters by peft."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qwen_ds.disk.read import read_json
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
 from qwen_ds.export.proof.sides import POSITIONS, Outputs, ProofRow, put_adapters
+from qwen_ds.model.family import FAMILIES
+from qwen_ds.model.folder import find_qwen2, inspect_folder
+from qwen_ds.model.loading import load_base
 
 
 def whole_outputs(plan: MergePlan, merged: Path, rows: Sequence[ProofRow]) -> Outputs:
@@ -46,6 +50,9 @@ def memory_needed(plan: MergePlan) -> int:
 
 
 def _load(folder: Path) -> nn.Module:
+    if read_json(folder / "config.json")["model_type"] in FAMILIES:
+        return load_base(inspect_folder(folder), torch.float32)
+    find_qwen2(folder)  # for its checks
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, trust_remote_code=False
     )

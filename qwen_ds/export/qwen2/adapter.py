@@ -26,7 +26,7 @@ from qwen_ds.export.base_check import base_name
 from qwen_ds.export.card import write_card
 from qwen_ds.export.output_place import building, check_inputs_elsewhere, telling_errors
 from qwen_ds.export.qwen2 import settings
-from qwen_ds.export.qwen2.names import qwen2_modules, qwen_shapes
+from qwen_ds.export.qwen2.names import qwen2_modules
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import (
     CONFIG_NAME,
@@ -39,6 +39,7 @@ from qwen_ds.model.adapter import (
 from qwen_ds.model.adapter_keys import PEFT_PREFIX
 from qwen_ds.model.carry_over import carry_over
 from qwen_ds.model.family import QWEN
+from qwen_ds.model.shapes import state_shapes
 
 # Keys that a stock PEFT reads, beside those decided here. All others are about training.
 _KEPT = ("lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora")
@@ -53,7 +54,7 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
     """
     config = settings.read_qwen_config(base)
     source = read_adapter(adapter, allow_pickle=allow_pickle)
-    check_adapter_fits(source, qwen_shapes(config))
+    check_adapter_fits(source, state_shapes(config))
     if replaced := sorted((*source.saved, *(f"{module}.weight" for module in source.token_rows))):
         raise UserError(
             f"{adapter}: replaces values of {replaced[0]}; expected LoRA on linear layers: merge"

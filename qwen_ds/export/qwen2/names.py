@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
-from qwen_ds.errors import UserError
 from qwen_ds.export.layout import Layout, RowBlock, inverse
 from qwen_ds.model.family import QWEN, ModelConfig
+from qwen_ds.model.shapes import Shapes, check_shapes, state_shapes
 
-Shapes = dict[str, tuple[int, ...]]
-"""Tensor's name -> shape."""
 # Modules of a block. Several on the right: the rows of the left one in equal blocks.
 # The gate is w2: Qwen computes w1(x) * silu(w2(x)), Qwen2 silu(gate_proj(x)) * up_proj(x).
 _IN_BLOCK = {
@@ -27,8 +25,6 @@ _OUTSIDE = {
     QWEN.head: ("lm_head",),
 }
 _BLOCK = re.compile(rf"{re.escape(QWEN.blocks)}\.(\d+)\.(.+)")
-# Tables that early releases stored; both architectures compute them.
-_COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
 
 
 def qwen2_modules(module: str) -> tuple[str, ...]:
@@ -44,7 +40,7 @@ def layout_to_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
     UserError for a tensor that Qwen does not have, that is missing, or not as config.json says.
     """
     layout: dict[str, tuple[RowBlock, ...]] = {}
-    for name, shape in _checked(shapes, qwen_shapes(config)).items():
+    for name, shape in check_shapes(shapes, state_shapes(config)).items():
         module, _, parameter = name.rpartition(".")
         targets = qwen2_modules(module)
         size = shape[0] // len(targets)
@@ -58,28 +54,8 @@ def layout_from_qwen2(shapes: Shapes, config: ModelConfig) -> Layout:
 
     UserError as in `layout_to_qwen2`.
     """
-    whole = qwen_shapes(config)
+    whole = state_shapes(config)
     cut = layout_to_qwen2(whole, config)
     expected = {name: (rows.num_rows, *whole[rows.tensor][1:]) for name, (rows,) in cut.items()}
-    _checked(shapes, expected)
+    check_shapes(shapes, expected)
     return inverse(cut)
-
-
-def qwen_shapes(config: ModelConfig) -> Shapes:
-    """Shape of each of Qwen's tensors."""
-    return QWEN.parameter_shapes(config)
-
-
-def _checked(found: Shapes, expected: Shapes) -> Shapes:
-    """The shapes `found`, all as expected, but for the tables that are computed."""
-    found = {name: shape for name, shape in found.items() if not _COMPUTED.fullmatch(name)}
-    for name in sorted(found.keys() ^ expected.keys()):
-        extra = "the weights and not in the model that config.json describes"
-        where = extra if name in found else "none of the shards"
-        raise UserError(f"{name}: in {where}; expected the {len(expected)} tensors of that model")
-    for name, shape in found.items():
-        if shape != expected[name]:
-            raise UserError(
-                f"{name} is {list(shape)}; expected {list(expected[name])}, as config.json says"
-            )
-    return found

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
+from qwen_ds.model.config_check import checked_config
 from qwen_ds.model.family import QWEN, ModelConfig
 
 Settings = dict[str, Any]  # a JSON object of settings
@@ -40,20 +39,11 @@ def read_qwen_config(folder: Path) -> ModelConfig:
 
 
 def _checked(settings: Settings, path: Path) -> ModelConfig:
-    try:
-        config = QWEN.config_class.from_dict(settings)
-    except (UserError, StrictDataclassError) as error:
-        said = " ".join(str(error).removeprefix("config: ").split())
-        raise UserError(f"{path}: {said}") from None
+    config = checked_config(settings, path, QWEN.config_class)
     if not config.no_bias:
         raise UserError(
             f"{path}: no_bias is False; expected True: in Qwen2 only q_proj, k_proj and v_proj have"
             " a bias"
-        )
-    if config.intermediate_size % 2:
-        raise UserError(
-            f"{path}: intermediate_size is {config.intermediate_size}; expected twice the width of"
-            " w1 and w2"
         )
     return config
 
@@ -155,11 +145,14 @@ def _original(config: Settings, name: str) -> Settings | None:
 def _function_of_qwen2(found: Settings, path: Path) -> Settings:
     """The settings of a Qwen2 config.json that decide it, checked against what Qwen can be."""
     for key in _SIZES:
-        if not isinstance(found.get(key), int) or found[key] < 1:
+        if type(found.get(key)) is not int or found[key] < 1:
             raise UserError(f"{path}: {key} is {found.get(key)!r}; expected a positive number")
     sizes = {key: found[key] for key in _SIZES}
     heads = sizes["num_attention_heads"]
-    rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+    ropes = [found.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(rope, dict) for rope in ropes):
+        raise UserError(f"{path}: rope_scaling and rope_parameters are not both objects")
+    rope = ropes[0] | ropes[1]
     says = {**found, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     expected = {"num_key_value_heads": heads, **_ONLY_CHOICE, "rope_type": "default"}
     for key, value in {**expected, "head_dim": sizes["hidden_size"] // heads}.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
@@ -140,7 +141,7 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
     and special tokens that are Qwen's first ones.
     """
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2")
     found = read_json(path)
     try:
@@ -155,6 +156,9 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
             for token, rank in vocab.items()
             if (token, rank) not in special
         }
+        if any(type(index) is not int for index in (*ranks.values(), *(id for _, id in special))):
+            raise TypeError("an id is no whole number")
+        known = sorted(special)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not byte-level BPE ({type(error).__name__}: {error}); expected a Qwen2's"
@@ -173,7 +177,7 @@ def read_qwen2_tokenizer(folder: Path) -> Encoding:
             f"{path}: its merges are not those that its ranks give; expected a tokenizer made from"
             " Qwen's"
         )
-    for token, index in sorted(special):
+    for token, index in known:
         if encoding.special.get(token) != index:
             raise UserError(
                 f"{path}: {token!r} has the id {index}; expected one of Qwen's special tokens"

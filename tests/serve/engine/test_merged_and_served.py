@@ -21,6 +21,7 @@ from qwen_ds.model.adapter_asked import asked
 from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
+from qwen_ds.model.shapes import state_shapes
 from serve.engine.loading import load_engine
 from tests.export.folders import merge_with
 from tests.serve.engine.test_engine import answers
@@ -128,7 +129,7 @@ def test_whatever_peft_makes_is_what_its_configuration_asks_for(
 ) -> None:
     options = made_by_peft(small_dir, tmp_path, seed)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    shapes = QWEN.parameter_shapes(QWEN.config_class.from_pretrained(small_dir))
+    shapes = state_shapes(QWEN.config_class.from_pretrained(small_dir))
     wanted = asked(tmp_path, config, shapes)
     adapter = read_adapter(tmp_path)
     extra = {name for name, key in adapter.saved.items() if adapter.is_end(key)}
