@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from qwen_ds import dist
+from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from qwen_ds.export.choices import FormatName, MergeDtype, Proof
 from qwen_ds.export.output_place import REPORT_NAME
@@ -43,8 +44,9 @@ OPTIONS = {
     "adapter": (
         list[str],
         [],
-        "PEFT folders, each folded onto the result of the one before; without any, the base is"
-        " converted as --dtype, --format or --from say",
+        "PEFT folders, or runs and checkpoints that hold one in adapter/; each is folded onto the"
+        " result of the one before; without any, the base is converted as --dtype, --format or"
+        " --from say",
     ),
     "weights": (
         list[float] | None,
@@ -127,6 +129,7 @@ def merge_whole(options: Namespace) -> int:
     )
     is_native = options["from"] == QWEN.model_type
     base = (find_model if is_native else find_qwen2)(options.base).stored
+    adapters = [tell_adapter(adapter) for adapter in options.adapter]
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
@@ -135,7 +138,6 @@ def merge_whole(options: Namespace) -> int:
             if done == total and options.verify != "off":
                 bar.set_description("proof")
 
-        adapters = [Path(adapter) for adapter in options.adapter]
         report = merge(base, adapters, Path(options.output), chosen, show)
     print("\n".join(report.in_words()))
     if not report.rejected:
@@ -163,7 +165,7 @@ def convert_adapter_only(options: Namespace) -> int:
             )
     output, base = Path(options.output), find_model(options.base, weights=False).path
     num_modules = convert_adapter(
-        base, Path(options.adapter[0]), output, allow_pickle=options.allow_pickle
+        base, tell_adapter(options.adapter[0]), output, allow_pickle=options.allow_pickle
     )
     print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
     return EXIT_DONE

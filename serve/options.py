@@ -20,7 +20,10 @@ class AnswerOptions:
     """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
 
     adapter: str | None = None
-    """Folder of a PEFT adapter to put on the model, unmerged."""
+    """Folder of a PEFT adapter to put on the model, unmerged; or of a run or checkpoint that holds
+    one."""
+    allow_pickle: bool = False
+    """Also read adapter_model.bin and pytorch_model.bin, and of them nothing but tensors."""
     batch_size: PositiveInt = 16
     """Rows decoded together. It changes the speed, not the answers."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

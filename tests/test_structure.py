@@ -56,6 +56,8 @@ COVERED_BY = {
     "qwen_ds/data/read/readers_turns.py": "tests/data/read/test_readers.py",
     "qwen_ds/data/show.py": "tests/data/test_data_cli.py",
     "qwen_ds/disk/adapter_folder.py": "tests/model/test_adapter.py",
+    "qwen_ds/disk/adapter_options.py": "tests/model/test_adapter.py",
+    "qwen_ds/model/adapter_loading.py": "tests/serve/engine/test_merged_and_served.py",
     "qwen_ds/dist.py": "tests/test_launchers.py",
     "qwen_ds/export/base_check.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/export/build.py": "tests/export/test_merge.py",

@@ -69,7 +69,7 @@ def build_files(
         inputs=inputs,
         outputs=outputs,
         seconds=round(seconds, 3),
-        warnings=doubts(plan.base.folder, adapters.members),
+        warnings=[*doubts(plan.base.folder, adapters.members), *plan.notes],
     )
 
 

@@ -37,6 +37,7 @@ class MergePlan:
     changed: frozenset[str]  # the base's tensors that the adapters change
     shards: dict[str, tuple[TensorSpec, ...]]
     """Weight file of the output -> its tensors in the order of their bytes."""
+    notes: tuple[str, ...] = ()  # what the adapters' configurations say in vain
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -81,12 +82,17 @@ def make_plan(
     if stored.are_pickles and not allow_pickle:
         raise only_pickles(stored.folder)
     check_carried(stored.folder)
-    for adapter in adapters.members:
-        check_adapter_fits(adapter, stored.shapes)
+    notes = [
+        f"{adapter.folder.name}: {note}"
+        for adapter in adapters.members
+        for note in check_adapter_fits(adapter, stored.shapes)
+    ]
     layout = to.layout(stored)
     changed = frozenset(adapters.changed_tensors())
     specs = {name: _output_spec(name, stored, layout, dtype, changed) for name in layout}
-    return MergePlan(stored, adapters, to, dtype, layout, changed, _cut(stored, layout, specs))
+    return MergePlan(
+        stored, adapters, to, dtype, layout, changed, _cut(stored, layout, specs), tuple(notes)
+    )
 
 
 def _output_spec(

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: read without a model, checked against a base, loaded onto a model.
+"""Adapters in PEFT's format: read without a model, and checked against a base.
 
 Accepted are the folders of any version of peft (ours, the official finetune.py's, LLaMA-Factory's)
 and, where the caller allows pickles, the bare `pytorch_model.bin` or `adapter_model.bin` of older
@@ -13,28 +13,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_ds.disk.adapter_folder import (
     CONFIG_NAME,
     PICKLE_NAMES,
     WEIGHTS_NAME,
+    find_adapter,
     open_weights,
     read_config,
 )
 from qwen_ds.errors import UserError
 from qwen_ds.model import adapter_keys
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-# The options of a configuration that change what its tensors do to the base.
-_MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+from qwen_ds.model.adapter_asked import asked
+from qwen_ds.model.adapter_patterns import Patterns
+from qwen_ds.model.family import QWEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,7 @@ class LoraPair:
     b_key: str  # of B_OR
     magnitude_key: str | None  # of the magnitudes [O] of a DoRA adapter
     r: int
+    alpha: float
     scaling: float
 
 
@@ -67,7 +65,8 @@ class Adapter:
     folder: Path
     config: dict[str, Any]  # adapter_config.json; inferred where the folder has none
     pairs: dict[str, LoraPair]  # by module
-    # Base tensor -> the key of what takes its place (modules_to_save, trained biases).
+    # Base tensor -> the key of what takes its place: modules_to_save, trained biases, and copies
+    # of embedding and head that peft's save_embedding_layers adds unasked.
     saved: dict[str, str]
     token_rows: dict[str, ReplacedTokenRows]  # by module
     # Base tensor -> the key of an unchanged copy. peft stores one of the head, unasked, if LoRA is
@@ -122,8 +121,22 @@ class Adapter:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors under peft's keys, for `peft.set_peft_model_state_dict`."""
-        return {key: self.tensor(key) for key in self.shapes}
+        """All tensors under peft's keys, for `peft.set_peft_model_state_dict`. UserError names one
+        with a value that is not finite."""
+        found = {}
+        for key in self.shapes:
+            found[key] = tensor = self.tensor(key)
+            if not tensor.float().isfinite().all():
+                raise UserError(
+                    f"{self.folder}: {key} holds NaN or infinity; expected a trained adapter"
+                )
+        return found
+
+    def is_end(self, key: str) -> bool:
+        """Whether `key` is the embedding or the head, by its own name in the file: peft loads such
+        a tensor whatever the configuration says (it may have stored it unasked, see `copies`)."""
+        ends = [f"{adapter_keys.PEFT_PREFIX}{end}.weight" for end in (QWEN.embedding, QWEN.head)]
+        return key in ends and "modules_to_save" not in self._names_in_file[key]
 
     def files(self) -> list[Path]:
         """The files that the adapter was read from."""
@@ -136,8 +149,14 @@ class Adapter:
         return sorted({*modules, *self.saved})
 
 
-def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float = 16.0) -> Adapter:
-    """Read names, shapes and configuration of the adapter in `folder`.
+def read_adapter(
+    folder: Path | str,
+    *,
+    allow_pickle: bool = False,
+    alpha: float = 16.0,
+    option: str = "--allow_pickle",
+) -> Adapter:
+    """Read names, shapes and configuration of the adapter in `folder`, or in a run's `adapter/`.
 
     UserError: no adapter here, not LoRA, an option that cannot be honoured, or a tensor that is
     unknown, without its partner, empty, or not of the configured rank.
@@ -146,13 +165,11 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
         allow_pickle: also accept `adapter_model.bin` and `pytorch_model.bin`, read with
             `weights_only=True`; these need no adapter_config.json, as shapes give the ranks.
         alpha: lora_alpha of an adapter without a configuration.
+        option: the option that allows pickles, for messages.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        expected = f"an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
-        raise UserError(f"{folder}: no such folder; expected {expected}")
+    folder = find_adapter(folder)
     config = read_config(folder)
-    loaded, shapes_in_file = open_weights(folder, allow_pickle)
+    loaded, shapes_in_file = open_weights(folder, allow_pickle, option)
     if config is None and loaded is None:
         raise UserError(
             f"{folder}: no {CONFIG_NAME}; expected a PEFT adapter folder, which has one beside its "
@@ -175,11 +192,15 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     if config is None:
         config = adapter_keys.inferred_config(parts, shapes, alpha)
     pairs, rows, saved = dict[str, LoraPair](), dict[str, ReplacedTokenRows](), dict[str, str]()
+    patterns = Patterns(folder)
     for module, keys in parts.items():
         if "lora_A" in keys:
-            pairs[module] = _pair(folder, config, module, keys, shapes[keys["lora_A"]])
+            pairs[module] = _pair(patterns, config, module, keys, shapes[keys["lora_A"]])
         if (key := keys.get("rows")) is not None:
-            indices = adapter_keys.token_indices(folder, config, module, shapes[key][0])
+            shape = shapes[key]
+            if len(shape) != 2:
+                raise UserError(f"{folder}: {key} is {list(shape)}; expected a row for each token")
+            indices = adapter_keys.token_indices(folder, config, module, shape[0])
             rows[module] = ReplacedTokenRows(key, indices)
         saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
@@ -191,9 +212,15 @@ def read_adapter(folder: Path | str, *, allow_pickle: bool = False, alpha: float
     return Adapter(folder, config, pairs, saved, rows, copies, shapes, names, loaded)
 
 
-def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare every tensor of the adapter with the base's shapes (parameter name -> shape).
-    UserError names the first one that does not fit, its shape and the base's."""
+def check_adapter_fits(
+    adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Compare every tensor of the adapter with the base's shapes (parameter name -> shape), and
+    with what the configuration asks for on this base.
+
+    Returns what the configuration says in vain, a line each. UserError names the first tensor that
+    does not fit, with its shape and the base's; that is asked for and missing; or unasked.
+    """
     folder = adapter.folder
 
     def weight_shape(name: str, key: str) -> tuple[int, ...]:
@@ -227,56 +254,43 @@ def check_adapter_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ..
         if (last := max(rows.indices)) >= shape[0]:
             came = f"{rows.key} replaces row {last}"
             raise UserError(f"{folder}: {came}; {name} has {shape[0]} rows")
+    return _check_asked(adapter, base_shapes)
 
 
-@torch.no_grad()
-def put_adapter(module: nn.Module, adapter: Adapter) -> PeftModel | None:
-    """Put the adapter's parts for `module` in place, in fp32.
-
-    Saved tensors and token rows overwrite the module's, and peft wraps the linear layers that LoRA
-    is on. `module` may be a part of a model, if its modules are named as in the whole model. The
-    result is the wrapped module in eval mode; None if LoRA is on none of its layers.
-    """
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-
-    parameters = dict(module.named_parameters())
-    for name in adapter.saved.keys() & parameters.keys():
-        parameters[name].copy_(adapter.tensor(adapter.saved[name]))
-    for owner, rows in adapter.token_rows.items():
-        if f"{owner}.weight" in parameters:
-            parameters[f"{owner}.weight"][list(rows.indices)] = adapter.tensor(rows.key).float()
-    here = sorted({name for name, _ in module.named_modules()} & adapter.pairs.keys())
-    if not here:
-        return None
-    options = {key: adapter.config[key] for key in _MEANING if key in adapter.config}
-    # Layers are named in full: for a pattern, peft would expect every module that matches it.
-    wrapped = PeftModel(module, LoraConfig(target_modules=here, **options))
-    pairs = [adapter.pairs[name] for name in here]
-    keys = (key for pair in pairs for key in (pair.a_key, pair.b_key, pair.magnitude_key))
-    state = {key: adapter.tensor(key).float() for key in keys if key is not None}
-    unknown = set_peft_model_state_dict(wrapped, state).unexpected_keys  # type: ignore[attr-defined]
-    assert not unknown, f"{adapter.folder}: peft does not take {unknown[0]}"
-    return wrapped.eval()
-
-
-def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
-    """Put the adapter in `folder` (a stock PEFT folder) onto `model` for inference, in eval mode.
-
-    The model's modules are wrapped in place. LoRA matrices stay fp32; the rest keeps its dtype.
-    UserErrors are those of `read_adapter` and `check_adapter_fits`.
-    """
-    from peft import PeftModel
-
-    adapter = read_adapter(folder)
-    check_adapter_fits(adapter, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    # The model's own device: peft by itself would put the adapter on the first GPU that it sees.
-    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
+def _check_asked(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    folder, key = adapter.folder, adapter_keys.PEFT_PREFIX.__add__
+    if not (folder / CONFIG_NAME).exists():
+        return ()  # the configuration was made from the tensors
+    wanted = asked(folder, adapter.config, base_shapes)
+    needed = {f"{module}.lora_A.weight": "target_modules" for module in wanted.targets}
+    needed |= wanted.saved
+    needed |= {
+        f"{module}.{adapter_keys.ROWS}": "trainable_token_indices" for module in wanted.token_rows
+    }
+    for name, option in needed.items():
+        if key(name) not in adapter.shapes:
+            raise UserError(
+                f"{folder}: the weights lack {key(name)}, which {option} in {CONFIG_NAME} asks for;"
+                " expected all tensors of a trained adapter (saved only in part?)"
+            )
+    unasked = [pair.a_key for module, pair in adapter.pairs.items() if module not in wanted.targets]
+    unasked += [rows.key for m, rows in adapter.token_rows.items() if m not in wanted.token_rows]
+    unasked += [
+        k for name, k in adapter.saved.items() if name not in wanted.saved and not adapter.is_end(k)
+    ]
+    if unasked:
+        raise UserError(
+            f"{folder}: the weights hold {unasked[0]}, which nothing in {CONFIG_NAME} asks for and"
+            " peft would not load; expected a configuration that belongs to them"
+        )
+    return wanted.notes
 
 
 def _pair(
-    folder: Path, config: dict[str, Any], module: str, keys: dict[str, str], came: tuple[int, ...]
-) -> LoraPair:
-    of_module = adapter_keys.pattern_value
+    patterns: Patterns, config: dict[str, Any], module: str, keys: dict[str, str],
+    came: tuple[int, ...],
+) -> LoraPair:  # fmt: skip
+    folder, of_module = patterns.folder, patterns.value
     r = int(of_module(config.get("rank_pattern"), module, config["r"]))
     if came[0] != r:
         raise UserError(
@@ -291,4 +305,4 @@ def _pair(
         )
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root of the rank.
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoraPair(keys["lora_A"], keys["lora_B"], magnitude, r, scaling)
+    return LoraPair(keys["lora_A"], keys["lora_B"], magnitude, r, alpha, scaling)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.errors import UserError
+from qwen_ds.model.adapter_asked import token_rows_of
 from qwen_ds.model.family import QWEN
 
 PEFT_PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
 _MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
@@ -43,7 +45,7 @@ def sort_keys(
         elif match := _MAGNITUDE.match(short):
             kind = suffix = "lora_magnitude_vector"
         elif match := _TOKEN_ROWS.match(short):
-            kind, suffix = "rows", "token_adapter.trainable_tokens_delta"
+            kind, suffix = "rows", ROWS
         elif (match := _SAVED.match(short)) and not re.search(
             r"\.(lora_|original_module|token_adapter)", short
         ):
@@ -103,25 +105,13 @@ def inferred_config(
     }
 
 
-def pattern_value(patterns: object, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that names `module`: as in peft, a regular expression for the
-    last parts of the name."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
-
-
 def token_indices(
     folder: Path, config: Mapping[str, Any], module: str, count: int
 ) -> tuple[int, ...]:
     """Rows of `module` that the `count` stored ones replace; UserError if the numbers differ."""
-    configured = config.get("trainable_token_indices")
-    # peft's short form, a bare list, means the input embedding.
-    found = configured if isinstance(configured, list) else pattern_value(configured, module, None)
-    indices = found if isinstance(found, list) else []
-    if len(indices) != count or not all(isinstance(i, int) and i >= 0 for i in indices):
-        listed = len(indices) if isinstance(found, list) else "none"
+    indices = token_rows_of(config, module)
+    if indices is None or len(indices) != count:
+        listed = "none" if indices is None else len(indices)
         came = f"{module} replaces {count} rows"
         raise UserError(f"{folder}: {came}; trainable_token_indices lists {listed} for it")
     return tuple(indices)

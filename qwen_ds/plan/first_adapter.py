@@ -7,17 +7,22 @@ import math
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
 from qwen_ds.model.adapter_keys import PEFT_PREFIX
+from qwen_ds.model.shapes import state_shapes
 from qwen_ds.plan.run import Base
-from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import LoraOptions
 
 
 def read_first_adapter(options: LoraOptions) -> Adapter:
     """Read the adapter of lora.init_from, without its tensors: a stock PEFT folder, or the original
-    project's `pytorch_model.bin`. UserError if there is none."""
+    project's `pytorch_model.bin` if lora.allow_pickle says so. UserError if there is none."""
     assert options.init_from is not None
     try:
-        return read_adapter(options.init_from, allow_pickle=True, alpha=options.alpha)
+        return read_adapter(
+            options.init_from,
+            allow_pickle=options.allow_pickle,
+            alpha=options.alpha,
+            option="lora.allow_pickle",
+        )
     except UserError as error:
         raise UserError(f"lora.init_from: {error}") from None
 
@@ -40,14 +45,15 @@ def trained_keys(options: LoraOptions, base: Base) -> set[str]:
     return {PEFT_PREFIX + key for key in keys}
 
 
-def check_first_adapter(options: LoraOptions, base: Base) -> None:
+def check_first_adapter(options: LoraOptions, base: Base) -> tuple[str, ...]:
     """Check that the adapter of lora.init_from trains what the recipe trains, on this base.
 
-    Trainable token rows and saved modules that the adapter lacks start from the base. UserError
-    names the first of other modules or rows, another rank or scale, or another base's shapes.
+    Trainable token rows and saved modules that the adapter was trained without start from the
+    base. Returns what its configuration says in vain, a line each. UserError names the first of
+    other modules or rows, another rank or scale, or another base's shapes.
     """
     adapter = read_first_adapter(options)
-    check_adapter_fits(adapter, Shape.of(base.config).tensors())
+    notes = check_adapter_fits(adapter, state_shapes(base.config))
     ours = trained_keys(options, base)
     place = f"lora.init_from {options.init_from}"
     for key in sorted(ours ^ set(adapter.shapes)):
@@ -77,3 +83,4 @@ def check_first_adapter(options: LoraOptions, base: Base) -> None:
                 f"{place}: it trains the rows {sorted(rows.indices)} of {module}; expected "
                 f"{wanted} (lora.special_rows)"
             )
+    return notes

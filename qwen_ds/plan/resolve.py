@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qwen_ds.data.rows.token_rows import check_data
+from qwen_ds.disk.adapter_folder import find_adapter
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import FAMILIES
 from qwen_ds.plan import deepspeed_json
@@ -119,7 +121,7 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
     recipe = _choose_attention(recipe, machine, notes)
     recipe = _choose_special_rows(recipe, base, notes)
     if recipe.method == "lora" and recipe.lora.init_from is not None:
-        check_first_adapter(recipe.lora, base)
+        recipe = _choose_first_adapter(recipe, base, recipe.lora.init_from, notes)
     return Run(recipe, base, machine, replace(merged, recipe=recipe), tuple(notes))
 
 
@@ -158,6 +160,16 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
         notes.append(Note("model.attention", "eager", reason))
         return _with(recipe, "model", attention="eager")
     return _with(recipe, "model", attention="sdpa")
+
+
+def _choose_first_adapter(recipe: Recipe, base: Base, given: str, notes: list[Note]) -> Recipe:
+    """Check the adapter to continue from, and name its own folder where a run's was given."""
+    found = str(find_adapter(given))
+    if Path(found) != Path(given).expanduser():
+        notes.append(Note("lora.init_from", found, f"it is the adapter in {given}"))
+    for note in check_first_adapter(recipe.lora, base):
+        notes.append(Note("lora.init_from", found, note))
+    return _with(recipe, "lora", init_from=found)
 
 
 def _choose_special_rows(recipe: Recipe, base: Base, notes: list[Note]) -> Recipe:

@@ -106,7 +106,9 @@ class LoraOptions:
     """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion
     parameters of the 7B."""
     init_from: str | None = None
-    """Folder of an adapter to continue from."""
+    """Folder of an adapter to continue from, or of a run or checkpoint that holds one."""
+    allow_pickle: bool = False
+    """Also read init_from from adapter_model.bin or pytorch_model.bin: tensors, nothing else."""
 
 
 @dataclass(frozen=True)

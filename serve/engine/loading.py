@@ -13,7 +13,7 @@ from qwen_ds.decode.batch import Vocabulary
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
-from qwen_ds.model.adapter import load_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.loading import load_base
 from serve.engine.engine import ServingEngine
@@ -32,12 +32,15 @@ def load_engine(
     adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    *,
+    allow_pickle: bool = False,
 ) -> ServingEngine:
     """Load a checkpoint folder (inspected or not) or hub id, and put an unmerged PEFT adapter on it
     if one is given.
 
     `device` is auto, cuda or cpu; `dtype` is auto (see `choose_dtype`), bfloat16, float16 or
-    float32. UserError: no such model, adapter or device, or an adapter for another base.
+    float32; `allow_pickle` is about the adapter. UserError: no such model, adapter or device, or an
+    adapter for another base.
     """
     place = choose_device(device)
     folder = model_dir if isinstance(model_dir, ModelFolder) else find_model(model_dir)
@@ -45,7 +48,7 @@ def load_engine(
     model: Any = load_base(folder, "auto" if dtype == "auto" else TORCH_DTYPES[dtype])
     model = model.to(choose_dtype(dtype, model.dtype, place))
     if adapter is not None:
-        model = load_adapter(model, Path(adapter))
+        model = load_adapter(model, adapter, allow_pickle=allow_pickle)
     vocabulary = Vocabulary(encoding.n_vocab, encoding.eod_id, encoding.decode)
     stop, context = StopRule(family.stop_ids(encoding)), family.context(folder.config)
     return ServingEngine(model.to(place), vocabulary, stop, context)

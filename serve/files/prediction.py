@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from qwen_ds import dist
 from qwen_ds.data.read.sources import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
+from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
+from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
 from serve.files.parts import PredictionParts, Settings, check_output, file_state
@@ -69,8 +71,11 @@ def predict(
         check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
-    if options.adapter is not None:
-        read_adapter(options.adapter)  # its shapes; before minutes of reading rows
+    if options.adapter is not None:  # checked before minutes of reading rows
+        adapter = read_adapter(tell_adapter(options.adapter), allow_pickle=options.allow_pickle)
+        for note in check_adapter_fits(adapter, state_shapes(folder.config)):
+            say(f"{adapter.folder}: {note}")
+        options = replace(options, adapter=str(adapter.folder))
     context = folder.family.context(folder.config)
     reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
     settings = settings_of(folder.path, paths, options)
@@ -93,6 +98,7 @@ def predict(
         unit="row",
         desc="predict",
         disable=rank != 0,
+        delay=0.1,  # an error while loading gets a line of its own
         mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file gets a line a minute
     ) as bar:
         seconds_loading = _answer_share(folder, reader, parts, options, bar)
@@ -119,7 +125,13 @@ def _answer_share(
     while window := list(islice(mine, WINDOW * options.batch_size)):
         if engine is None:  # not before: without anything to do no model is loaded
             started = time.monotonic()
-            engine = load_engine(folder, options.adapter, options.device, options.dtype)
+            engine = load_engine(
+                folder,
+                options.adapter,
+                options.device,
+                options.dtype,
+                allow_pickle=options.allow_pickle,
+            )
             seconds_loading = time.monotonic() - started
         rows = [DecodingRow(row.ids, sampling.of_row(row.id), engine.stop) for row in window]
         batch: list[dict[str, Any]] = []

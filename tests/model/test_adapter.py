@@ -3,6 +3,7 @@ by name."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -16,8 +17,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_ds.disk import adapter_options
 from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import check_adapter_fits, load_adapter, read_adapter
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 
 PREFIX = "base_model.model."
@@ -204,6 +207,18 @@ def test_a_tensor_that_is_not_understood_is_named(
     with pytest.raises(UserError, match=message) as caught:
         read_adapter(adapter_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_every_option_of_peft_is_decided_about() -> None:
+    """A new release of peft may have options that change what the tensors mean."""
+    known = {*adapter_options.READ, *adapter_options.UNSUPPORTED, *adapter_options.WITHOUT_EFFECT}
+    assert {option.name for option in dataclasses.fields(LoraConfig)} <= known
+
+
+def test_values_that_are_not_finite_are_named(adapter_dir: Path) -> None:
+    store(adapter_dir, {B_KEY: torch.full((192, 4), torch.inf)})
+    with pytest.raises(UserError, match=r"c_attn\.lora_B\.weight holds NaN or infinity"):
+        read_adapter(adapter_dir).state_dict()
 
 
 def test_an_empty_adapter_is_refused(adapter_dir: Path) -> None:

@@ -11,7 +11,6 @@ from qwen_ds.model.adapter_keys import (
     PEFT_PREFIX,
     check_pairs,
     inferred_config,
-    pattern_value,
     sort_keys,
     token_indices,
 )
@@ -67,13 +66,6 @@ def test_a_configuration_is_inferred_from_the_shapes() -> None:
     shapes = {"a0": (8, 24), "a1": (8, 24), "a2": (4, 24)}
     config = inferred_config(parts, shapes, alpha=16.0)
     assert (config["r"], config["rank_pattern"], config["lora_alpha"]) == (8, {"m2": 4}, 16.0)
-
-
-def test_a_pattern_names_the_last_parts_of_a_module() -> None:
-    patterns = {"c_attn": 4, r"h\.1\..*": 2}
-    assert pattern_value(patterns, "transformer.h.1.attn.c_attn", 8) == 4
-    assert pattern_value(patterns, "transformer.h.1.mlp.w1", 8) == 2
-    assert pattern_value(patterns, "transformer.h.0.mlp.w1", 8) == pattern_value(None, "x", 8) == 8
 
 
 @pytest.mark.parametrize("listed", [[1, 2, 3], {"wte": [1, 2, 3]}])

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen_ds.export.merge import merge
-from qwen_ds.model.adapter import load_adapter
+from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ds.export.stream.changes import Adapters
-from qwen_ds.model.adapter import Adapter, put_adapter
+from qwen_ds.model.adapter import Adapter
+from qwen_ds.model.adapter_loading import put_adapter
 
 POSITIONS = 64
 
