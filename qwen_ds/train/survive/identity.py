@@ -172,7 +172,8 @@ def other_versions(began: Began, now: Began) -> str | None:
         (name, began.versions.get(name, "none"), now.versions.get(name, "none"))
         for name in sorted({*began.versions, *now.versions})
     ]
-    return ", ".join(f"{name} was {was} and is {is_}" for name, was, is_ in pairs if was != is_)
+    changed = [f"{name} was {was} and is {found}" for name, was, found in pairs if was != found]
+    return ", ".join(changed) or None
 
 
 class WholeFiles:
