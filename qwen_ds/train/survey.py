@@ -34,7 +34,7 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
 
 
 def beginning(run: Run) -> Began:
-    """What the run begins with, the same on every machine (a collective of all ranks, once).
+    """Everything that the run begins with, the same on every machine (a collective, once).
 
     Raises UserError if a machine has another base or first adapter than rank 0's.
     """

@@ -29,7 +29,7 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import remove_folder, replacing, sync, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
-from serve.files.ranks import Beat, RankWatch
+from serve.files.ranks import RankWatch, SignOfLife
 
 POLL_SECONDS = 0.2
 SETTINGS_FILE = "settings.json"
@@ -72,7 +72,7 @@ class PredictionParts:
         own = self.folder / f"rank_{rank:05d}.jsonl"
         self._stream = own.open("ab")
         self._hold(own)
-        self._beat = Beat(self.folder, rank)
+        self._beat = SignOfLife(self.folder, rank)
         # A kill may have cut off the last line.
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
         sync(self.folder)

@@ -27,7 +27,7 @@ def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.alive"
 
 
-class Beat:
+class SignOfLife:
     """The file of this rank, touched by a thread until `stop`."""
 
     def __init__(self, folder: Path, rank: int) -> None:

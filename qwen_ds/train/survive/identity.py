@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from qwen_ds.disk.adapter_folder import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME
+from qwen_ds.disk.read import read_json
 from qwen_ds.disk.shards import find_weight_files
 from qwen_ds.disk.weights import read_header
 from qwen_ds.disk.write import write_json
@@ -88,7 +89,7 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class InputChange:
     """One thing that is not as it was when the run began."""
 
     option: str  # of the recipe, that names the changed folder
@@ -144,22 +145,22 @@ def _blocks(path: Path, size: int) -> Iterator[tuple[int, int]]:
             yield (size - BLOCK_BYTES) * i // (BLOCKS_OF_A_PICKLE - 1), BLOCK_BYTES
 
 
-def changes(began: Began, now: Began) -> Iterator[Change]:
+def changes(began: Began, now: Began) -> Iterator[InputChange]:
     """Everything that is not as it was, libraries excepted: the base first, then the adapter."""
     for key in sorted({*began.settings, *now.settings}):
         was, found = began.settings.get(key), now.settings.get(key)
         if was != found:
             name = "generation_config.json" if key == _GENERATION else "config.json"
-            yield Change("model.path", f"{key} of {name}", repr(was), repr(found))
+            yield InputChange("model.path", f"{key} of {name}", repr(was), repr(found))
     if began.vocabulary != now.vocabulary:
         hashes = _short(began.vocabulary), _short(now.vocabulary)
-        yield Change("model.path", "the vocabulary", *hashes)
+        yield InputChange("model.path", "the vocabulary", *hashes)
     # Backwards: "base/" before "adapter/".
     for name in sorted({*began.files, *now.files}, reverse=True):
         old, new = began.files.get(name), now.files.get(name)
         if old != new:
             option = "model.path" if name.startswith(_BASE) else "lora.init_from"
-            yield Change(option, name.partition("/")[2], _short(old), _short(new))
+            yield InputChange(option, name.partition("/")[2], _short(old), _short(new))
 
 
 def _short(sha256: str | None) -> str:
@@ -174,6 +175,16 @@ def other_versions(began: Began, now: Began) -> str | None:
     ]
     changed = [f"{name} was {was} and is {found}" for name, was, found in pairs if was != found]
     return ", ".join(changed) or None
+
+
+def known_later(began: Began, file: Path) -> Hashes:
+    """Hashes of whole files that were recorded in `file` after the last save; empty if none were,
+    or not for these files."""
+    try:
+        stored = Began.stored(read_json(file))
+    except UserError:
+        return {}
+    return stored.whole if stored and stored.files == began.files else {}
 
 
 class WholeFiles:

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds import dist
-from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import Json
 from qwen_ds.plan.run import Run
@@ -33,7 +32,7 @@ from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
 from qwen_ds.train.survive.checkpoint_writer import BEGAN_WITH, OPTIMIZER, RNG, shard_name
-from qwen_ds.train.survive.identity import Began, changes, other_versions
+from qwen_ds.train.survive.identity import Began, changes, known_later, other_versions
 from qwen_ds.train.survive.run_folder import DS_CONFIG, IDENTITY, RECIPE, holds_run, is_finished
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -102,16 +101,11 @@ def check_same_files(found: Checkpoint, run: Run, now: Began) -> Began:
             )
         say(f"{said}, as resume.allow_changes has it")
         changed = True
-    return now if changed else replace(now, whole=began.whole or _whole(run.folder, began))
-
-
-def _whole(folder: Path, began: Began) -> dict[str, str]:
-    """Hashes of whole files that were known only after the last save."""
-    try:
-        stored = Began.stored(read_json(folder / IDENTITY))
-    except UserError:
-        return {}
-    return stored.whole if stored and stored.files == began.files else {}
+    return (
+        now
+        if changed
+        else replace(now, whole=began.whole or known_later(began, run.folder / IDENTITY))
+    )
 
 
 def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:

@@ -15,8 +15,8 @@ from serve.files.ranks import (
     BEAT_SECONDS,
     LOOK_SECONDS,
     SILENT_SECONDS,
-    Beat,
     RankWatch,
+    SignOfLife,
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_the_waits_fit_into_a_minute() -> None:
 
 def test_a_rank_that_falls_silent_is_gone_and_named(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path, 3)
-    beats = [Beat(tmp_path, 1), Beat(tmp_path, 2)]
+    beats = [SignOfLife(tmp_path, 1), SignOfLife(tmp_path, 2)]
     until(lambda: all(came for _, _, came in watch._seen.values()))
     beats[0]._done.set()  # as a kill would stop it
     until(watch.gone)
@@ -65,7 +65,7 @@ def test_a_rank_that_never_came_is_gone_later(tmp_path: Path) -> None:
 def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path, 2)
     until(watch.gone)
-    beat = Beat(tmp_path, 1)
+    beat = SignOfLife(tmp_path, 1)
     until(lambda: not watch.gone())
     beat.stop()
     watch.stop()
