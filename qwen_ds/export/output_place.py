@@ -7,18 +7,17 @@ merge clears away, from anything else, which is refused.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
+from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import require_folder, require_new_folder
 from qwen_ds.disk.write import remove_folder
 from qwen_ds.errors import UserError
+from qwen_ds.runlog import say
 
 REPORT_NAME = "merge_report.json"
 
@@ -77,31 +76,19 @@ def building(output: Path) -> Iterator[Path]:
             f"{place}: in the way and not a killed merge's; expected to build the output there"
         )
     require_folder(place, make=True)
-    with lock.open("w") as file:
-        if not _is_locked(file.fileno(), lock):
-            raise UserError(
-                f"{place}: another merge is building this output; expected one at a time"
-            )
-        try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir()
-            yield folder
-        finally:
-            if folder.exists():
-                shutil.rmtree(folder)
-            lock.unlink()
-            with suppress(OSError):  # the next merge may have entered it meanwhile
-                place.rmdir()
-
-
-def _is_locked(descriptor: int, lock: Path) -> bool:
-    """Whether this process got the lock, and the file is still the one under its name."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # others than these: a file system without locks
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
+        with holding(lock, f"{place}: another merge is building this output, which", say):
+            try:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir()
+                yield folder
+            finally:
+                if folder.exists():
+                    shutil.rmtree(folder)
+    finally:
+        with suppress(OSError):  # another merge may be in it
+            place.rmdir()
 
 
 def check_names_free(output: Path) -> None:

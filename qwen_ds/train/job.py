@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from qwen_ds.train import screen, setup, survey
 from qwen_ds.train.loop import train
 from qwen_ds.train.session import open_session
 from qwen_ds.train.survive import resume, run_folder
+from qwen_ds.train.survive.identity import WholeFiles, files_of
 from qwen_ds.train.survive.watchdog import Watchdog
 
 
@@ -26,12 +29,23 @@ def run_in_group(
     One rank alone needs no process group until the engine starts.
     """
     folder = Path(asked.recipe.output_dir)
-    dist.once(lambda: run_folder.claim(folder), "claim the run folder")
+    with ExitStack() as held:
+        # Rank 0 alone, for as long as the run lives; a second run on the folder ends here, on all
+        # of its ranks, before it has written anything.
+        claim = partial(held.enter_context, run_folder.claimed(folder))
+        dist.once(claim, "claim the run folder")
+        return _run(asked, device, watchdog, note, held)
+
+
+def _run(
+    asked: LoadedRecipe, device: torch.device, watchdog: Watchdog, note: str, held: ExitStack
+) -> int:
+    folder = Path(asked.recipe.output_dir)
     log_to_file(folder / "logs")
     if note:
         say(note)
     run = survey.decide(asked, device)
-    found = resume.find_checkpoint(run)
+    found, began = resume.find_checkpoint(run, survey.beginning(run))
     data = setup.load_data(run)
     if found and resume.nothing_is_left(found, run, data.sha256, data.sampler.steps_per_epoch):
         say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins anew")
@@ -42,9 +56,11 @@ def run_in_group(
     if run.recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")
         return EXIT_DONE
+    whole: WholeFiles | None = None
     if dist.rank() == 0:
-        run_folder.write_resolved(run, device, model.count, data.report())
-    session = open_session(run, data, model, watchdog, found)
+        run_folder.write_resolved(run, device, model.count, data.report(), began)
+        whole = held.enter_context(WholeFiles(began, files_of(run), folder / run_folder.IDENTITY))
+    session = open_session(run, data, model, watchdog, found, whole)
     summary = train(session)
     watchdog.idle()
     return screen.finish(summary, session.saver.output, model.count)

@@ -17,6 +17,7 @@ from qwen_ds.train.setup import Data, Model
 from qwen_ds.train.survive import resume
 from qwen_ds.train.survive.checkpoint import Checkpoint
 from qwen_ds.train.survive.checkpoint_writer import RunState, Saver
+from qwen_ds.train.survive.identity import WholeFiles
 from qwen_ds.train.survive.result import Output
 from qwen_ds.train.survive.watchdog import Watchdog
 
@@ -56,13 +57,18 @@ class Session:
 
 
 def open_session(
-    run: Run, data: Data, model: Model, watchdog: Watchdog, found: Checkpoint | None
+    run: Run,
+    data: Data,
+    model: Model,
+    watchdog: Watchdog,
+    found: Checkpoint | None,
+    whole: WholeFiles | None,
 ) -> Session:
     """Start DeepSpeed, restore the checkpoint `found`, open the metrics files (a collective)."""
     engine = TrainingEngine(model.training, run.recipe.optim, run.deepspeed)
     identity = resume.identity(run.recipe, run.deepspeed.stored_json(), data.sha256)
     output = Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
-    saver = Saver(output, identity, run.recipe.save.keep, watchdog, found)
+    saver = Saver(output, identity, run.recipe.save.keep, watchdog, found, whole)
     if found:
         resume.restore(engine, found)
     return assemble(run, data, engine, saver)

@@ -62,12 +62,15 @@ def load_data(run: Run) -> Data:
     """
     recipe, batch = run.recipe, run.recipe.batch
 
-    def prepared() -> Prepared:
-        return prepare(recipe.data, run.encoding, run.base.config.seq_length, recipe.seed)
+    def prepared(every_byte: bool) -> Prepared:
+        length = run.base.config.seq_length
+        return prepare(recipe.data, run.encoding, length, recipe.seed, every_byte)
 
-    # The first rank of each machine tokenises; then all open what it wrote.
-    dist.once_per_machine(prepared, "data")
-    rows = prepared()
+    # The first rank of each machine tokenises, or compares the checksum of what it wrote once; then
+    # the others open that.
+    found: list[Prepared] = []
+    dist.once_per_machine(lambda: found.append(prepared(True)), "data")
+    rows = found[0] if found else prepared(False)
     sampler = StepSampler(
         rows.train, batch.rows_per_step, recipe.seed,
         dist.world_size(), dist.rank(), batch.tokens_per_micro_batch,

@@ -7,13 +7,16 @@ import math
 import torch
 
 from qwen_ds import dist
+from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory, has_fast_bf16
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
 from qwen_ds.plan.sources import find_sources
 from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.runlog import say
 from qwen_ds.train.engine import start
+from qwen_ds.train.survive.identity import Began, changes, other_versions
 
 
 def decide(asked: LoadedRecipe, device: torch.device) -> Run:
@@ -28,6 +31,30 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
     run = resolve(asked, survey(device), Base.of(model))
     start.check_config(run.deepspeed.engine_json)
     return run
+
+
+def beginning(run: Run) -> Began:
+    """Everything that the run begins with, the same on every machine (a collective, once).
+
+    Raises UserError if a machine has another base or first adapter than rank 0's.
+    """
+    mine: list[Began] = []
+    dist.once_per_machine(lambda: mine.append(Began.of(run)), "what the run begins with")
+    # Of the first rank of each machine; the others pass None.
+    seen = dict(enumerate(dist.gather(mine[0] if mine else None)))
+    first = seen[0]
+    assert first is not None
+    for rank, began in seen.items():
+        if began is None:
+            continue
+        for change in changes(first, began):
+            raise UserError(
+                f"{change.option}: {change.what} is {change.now} on the machine of rank {rank} and "
+                f"{change.was} on that of rank 0; expected the same files on every machine"
+            )
+        if versions := other_versions(first, began):
+            say(f"other libraries on the machine of rank {rank} than on that of rank 0: {versions}")
+    return first
 
 
 def survey(device: torch.device) -> Machine:

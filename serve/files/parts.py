@@ -2,30 +2,40 @@
 
 While OUTPUT is being made, there is a folder OUTPUT.parts. In it each rank appends its finished
 rows to a file of its own, a batch at a time, and finds the rows that a killed run has finished,
-whatever its number of ranks. Once all rows are there, rank 0 writes them in order to OUTPUT, which
-is complete or absent at every moment, and removes the folder. Ranks share nothing else, in
-particular no process group that could hang.
+whatever its number of ranks. Each line ends with a checksum: a damaged one is left out, and its row
+is answered again. Once all rows are there, rank 0 writes them in order to OUTPUT, which is complete
+or absent at every moment, and removes the folder. Ranks share nothing else, in particular no
+process group that could hang.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.write import remove_folder, replacing, write_json
+from qwen_ds.disk.write import remove_folder, replacing, sync, write_json
 from qwen_ds.errors import UserError
+from qwen_ds.runlog import say
+from serve.files.ranks import RankWatch, SignOfLife
 
 POLL_SECONDS = 0.2
 SETTINGS_FILE = "settings.json"
+# The end of a line in the folder, which the output does not have.
+_SUM = b', "crc32": "%08x"}\n'
+_SUM_BYTES = len(_SUM % 0)
 
 
 Settings = dict[str, Any]
@@ -53,6 +63,7 @@ class PredictionParts:
 
     def __init__(self, output: Path, rank: int, rows: int) -> None:
         self.folder, self.output, self.rows = parts_folder(output), output, rows
+        self._watch: RankWatch | None = None
         # By file, the bytes that were read of it.
         self._read_up_to: dict[Path, int] = {}
         # The place of each finished row: a file (index into _read_up_to, -1: not finished), and the
@@ -60,8 +71,27 @@ class PredictionParts:
         self._place_R3 = np.full((rows, 3), -1, dtype=np.int64)
         own = self.folder / f"rank_{rank:05d}.jsonl"
         self._stream = own.open("ab")
+        self._hold(own)
+        self._beat = SignOfLife(self.folder, rank)
         # A kill may have cut off the last line.
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
+        sync(self.folder)
+        # Files of an earlier release have lines without a checksum.
+        card = _read_card(self.folder / SETTINGS_FILE) or {}
+        self._sums = bool(card.get("sums"))
+
+    def _hold(self, own: Path) -> None:
+        """Keep the rank's file from a rank of another run that still lives; the kernel's lock ends
+        with the process."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise UserError(
+                f"{own}: another process is writing it; expected one prediction at a time"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     @classmethod
     def prepare(
@@ -86,8 +116,12 @@ class PredictionParts:
                 _remove_ours(folder)
         require_folder(folder, make=True)
         if not card.exists():  # the last thing to appear: the other ranks wait for it
-            write_json(card, {"settings": settings, "rows": rows})
+            write_json(card, {"settings": settings, "rows": rows, "sums": True})
         return cls(output, 0, rows)
+
+    def watch(self, world: int) -> None:
+        """Rank 0: watch over the other ranks until `close`; see `refresh`."""
+        self._watch = RankWatch(self.folder, world)
 
     @classmethod
     def join_in(
@@ -113,13 +147,19 @@ class PredictionParts:
             time.sleep(POLL_SECONDS)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write finished rows (each with its "id") and make them visible to every rank."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        self._stream.write("".join(lines).encode())
+        """Write finished rows (each with its "id"), wait until the disk has them, and so make them
+        visible to every rank."""
+        lines = [json.dumps(row, ensure_ascii=False).encode()[:-1] for row in rows]
+        self._stream.write(b"".join(line + _SUM % zlib.crc32(line) for line in lines))
         self._stream.flush()
+        os.fsync(self._stream.fileno())
 
     def refresh(self) -> int:
-        """Find the rows appended since the last call, by any rank; return how many are finished."""
+        """Find the rows appended since the last call, by any rank; return how many are finished.
+
+        RuntimeError on rank 0 if another rank is gone and its rows are not all finished.
+        """
+        gone = self._watch.gone() if self._watch else {}  # before its last rows are read
         for file in sorted(self.folder.glob("rank_*.jsonl")):
             start = self._read_up_to.setdefault(file, 0)
             number = list(self._read_up_to).index(file)
@@ -128,10 +168,32 @@ class PredictionParts:
                 for line in stream:
                     if not line.endswith(b"\n"):
                         break  # being written, or cut off by a kill
-                    self._place_R3[json.loads(line)["id"]] = number, start, start + len(line)
+                    row = self._row_of(line)
+                    if row is None:
+                        say(f"{file}: a damaged line at byte {start:,}; its row is answered again")
+                    else:
+                        self._place_R3[row] = number, start, start + len(line)
                     start += len(line)
             self._read_up_to[file] = start
-        return int((self._place_R3[:, 0] >= 0).sum())
+        is_finished = self._place_R3[:, 0] >= 0
+        for rank, who in gone.items():
+            assert self._watch is not None
+            if missing := int((~is_finished[rank :: self._watch.world]).sum()):
+                raise RuntimeError(
+                    f"{who} and {missing} of its rows are missing; the same command resumes from "
+                    "here"
+                )
+        return int(is_finished.sum())
+
+    def _row_of(self, line: bytes) -> int | None:
+        """The row that a line answers; None if the line is damaged."""
+        if self._sums and not _has_sum(line):
+            return None
+        try:
+            row = json.loads(line)["id"]
+        except (ValueError, TypeError, KeyError):
+            return None
+        return row if type(row) is int and 0 <= row < self.rows else None
 
     def is_finished(self, row_id: int) -> bool:
         """Whether the row was finished at the last refresh."""
@@ -162,14 +224,49 @@ class PredictionParts:
             out = stack.enter_context(stack.enter_context(replacing(self.output)).open("wb"))
             for number, start, end in self._place_R3.tolist():
                 streams[number].seek(start)
-                out.write(streams[number].read(end - start))
+                line = streams[number].read(end - start)
+                out.write(line[:-_SUM_BYTES] + b"}\n" if _has_sum(line) else line)
         self.close()
         # Some network file systems refuse it while another rank still has its file open.
         with contextlib.suppress(OSError):
             remove_folder(self.folder)
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._beat.stop()
         self._stream.close()
+
+
+@contextlib.contextmanager
+def held_output(file: Path) -> Iterator[None]:
+    """Hold an output, a file that may be absent, against every other process; its folder is made,
+    and goes if it stays empty.
+
+    UserError: another process writes it; the message names that and its host.
+    """
+    if not file.name or file.is_dir():
+        raise UserError(f"{file}: a folder; expected the name of a file to write")
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
+    require_folder(file.parent, make=True)
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                lock = file.with_name(f".{file.name}.lock")
+                held.enter_context(holding(lock, str(file), say))
+            except OSError as error:
+                raise UserError(
+                    f"{file}: {error.strerror or error}; expected a folder to write in"
+                ) from error
+            yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _has_sum(line: bytes) -> bool:
+    return line.endswith(_SUM % zlib.crc32(line[:-_SUM_BYTES]))
 
 
 FileState = tuple[int, int] | None

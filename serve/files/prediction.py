@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
-from serve.files.parts import PredictionParts, Settings, check_output, file_state
+from serve.files.parts import PredictionParts, Settings, check_output, file_state, held_output
 from serve.files.prompts import PromptReader, PromptRow
 from serve.options import AnswerOptions
 
@@ -64,8 +65,23 @@ def predict(
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
     Returns figures on rank 0, once the output is complete; None on other ranks, once their share
-    is. UserError: anything wrong with model, input or output, before the first row is answered.
+    is. UserError: anything wrong with model, input or output, before the first row is answered; or
+    another process writes this output.
     """
+    with ExitStack() as held:
+        if dist.rank() == 0:
+            held.enter_context(held_output(output))
+        return _predict(held, model, paths, output, options, needs_reference)
+
+
+def _predict(
+    held: ExitStack,
+    model: str,
+    paths: Sequence[str],
+    output: Path,
+    options: AnswerOptions,
+    needs_reference: bool,
+) -> PredictionFigures | None:
     rank, timeout = dist.rank(), options.timeout_minutes * 60
     if rank == 0:
         check_output(output, options.overwrite)
@@ -85,10 +101,12 @@ def predict(
         rows, prompts_cut = reader.survey()
         require_folder(output.parent, make=True)
         parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
+        parts.watch(dist.world_size())
     else:
         parts = PredictionParts.join_in(output, settings, rank, timeout, old)
     if parts is None:
         return None
+    held.callback(parts.close)
     started, done_before = time.monotonic(), parts.refresh()
     if done_before:
         say(f"{parts.folder}: {done_before} of {parts.rows} rows are there from an interrupted run")
@@ -103,7 +121,6 @@ def predict(
     ) as bar:
         seconds_loading = _answer_share(folder, reader, parts, options, bar)
         if rank != 0:
-            parts.close()
             return None
         parts.wait(timeout, lambda finished: bar.update(finished - bar.n))
     seconds = time.monotonic() - started - seconds_loading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
-from serve.files.parts import check_output
+from serve.files.parts import check_output, held_output
 from serve.files.prediction import PredictionFigures, predict
 from serve.options import EvaluateOptions
 from serve.scores import metrics
@@ -28,10 +29,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     """Predict (unless there are predictions), score, and write metrics.json.
 
     Returns its content on rank 0, None on the others. UserError: nothing to score, an answer
-    missing in the data, an output that exists.
+    missing in the data, an output that exists or that another process writes.
     """
-    folder = Path(options.output_dir)
-    report_file, predictions_file = folder / "metrics.json", folder / "predictions.jsonl"
+    report_file = Path(options.output_dir) / "metrics.json"
+    with held_output(report_file) if dist.rank() == 0 else nullcontext():
+        return _evaluate(options, report_file)
+
+
+def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | None:
+    folder = report_file.parent
+    predictions_file = folder / "predictions.jsonl"
     if dist.rank() == 0:
         advice = "a new --output_dir, or --overwrite true to replace it"
         check_output(report_file, options.overwrite, advice)

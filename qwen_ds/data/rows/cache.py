@@ -2,7 +2,8 @@
 
 The hash covers everything that a row depends on: the bytes of the input files and their names (rows
 name their file:line), the options, the vocabulary, and the code that reads and encodes. So a
-changed input never finds an old file, and nothing has to be cleared by hand.
+changed input never finds an old file, and nothing has to be cleared by hand. A file that is
+damaged, or is not that of its name, is made again.
 """
 
 from __future__ import annotations
@@ -27,21 +28,26 @@ from qwen_ds.data.read.readers import find_reader
 from qwen_ds.data.read.sources import Place, ReadOptions, iter_conversations, locate, rows_of
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
-from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, is_whole
+from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, fault
 from qwen_ds.data.rows.workers import encode_all
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model import chatml, tokenizer
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import DataOptions
+from qwen_ds.runlog import say
 
 DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 
 
 def make_or_find(
-    data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
+    data: DataOptions,
+    paths: Sequence[str],
+    encoding: Encoding,
+    options: EncodeOptions,
+    every_byte: bool = True,
 ) -> Path:
-    """Return the cache file with the token rows of some paths; make it if it is missing.
+    """Return the cache file with the token rows of some paths; make it if it is missing or damaged.
 
     Any number of processes may call this at once: one on each machine makes the rows, others wait.
     UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
@@ -49,23 +55,33 @@ def make_or_find(
     key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
     cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
     path = cache / f"{key}.arrow"
-    if is_whole(path):
+    if fault(path, key, every_byte) is None:
         return path
     with contextlib.ExitStack() as stack:
         with cache_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
             is_held = stack.enter_context(_lock(cache / f"{key}.lock"))
-            if is_whole(path):
+            found = fault(path, key, every_byte)
+            if found is None:
                 return path
+            if os.path.lexists(path):
+                _make_room(path, found)
             if is_held:  # so whatever is here is the remains of a killed process
                 for left in cache.glob(f".{path.name}.*"):
                     left.unlink()
         # Without a lock several processes may make the file at once, each under a name of its own.
         unfinished = stack.enter_context(replacing(path, owner=str(os.getpid())))
-        _fill(unfinished, data, paths, encoding, options)
+        _fill(unfinished, key, data, paths, encoding, options)
         with cache_errors(cache):
             stack.close()
     return path
+
+
+def _make_room(path: Path, found: str) -> None:
+    """Say that the rows are made again. A rename then replaces what lies there."""
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path}: a folder; expected room for the token rows (data.cache_dir)")
+    say(f"{path}: {found}; the token rows are made anew")
 
 
 def _key(
@@ -124,17 +140,26 @@ def _lock(path: Path) -> Iterator[bool]:
 
     Yields False where the file system has no locks.
     """
-    with path.open("w") as file:
+    # Reading is enough for a lock, and for the file of another user who shares the cache.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
             yield False
         else:
             yield True
+    finally:
+        os.close(descriptor)
 
 
 def _fill(
-    file: Path, data: DataOptions, paths: Sequence[str], encoding: Encoding, options: EncodeOptions
+    file: Path,
+    key: str,
+    data: DataOptions,
+    paths: Sequence[str],
+    encoding: Encoding,
+    options: EncodeOptions,
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     parts: list[tuple[PartReport, Counter[str]]] = [(PartReport(path), Counter()) for path in paths]
@@ -150,6 +175,7 @@ def _fill(
             report.check()
         writer.finish(
             {
+                "key": key,
                 "pad_id": encoding.eod_id,
                 "vocabulary_sha256": encoding.sha256,
                 "options": {**asdict(options), "format": data.format, "columns": data.columns},

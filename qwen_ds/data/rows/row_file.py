@@ -1,8 +1,8 @@
 """The file of token rows: Arrow IPC, written a block at a time and read through memory mapping.
 
 Each block is a record batch of `SCHEMA`. A last batch without rows has, as JSON in its metadata,
-the facts about all rows (`RowWriter.finish`). Arrow writes its footer last, so a file that was cut
-short has none and is never taken for a whole one.
+the facts about all rows (`RowWriter.finish`). After Arrow's footer comes our own: a checksum of all
+bytes before it, and `MAGIC`. So a file that was cut short has none, and a flipped bit is found.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from qwen_ds.data.rows.blocks import Block
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MAGIC = b"QWENROWS"
+# Of bytes that are hashed at once: checking needs no memory to speak of, and all cores.
+CHUNK_BYTES = 1 << 24
+_FOOTER_BYTES = xxhash.xxh3_128().digest_size + len(MAGIC)
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -56,7 +64,7 @@ def cache_errors(cache: Path) -> Iterator[None]:
 
 
 class RowWriter:
-    """Writes blocks of rows to a file, in the order in which they come.
+    """Writes blocks of rows to a file, in the order in which they come, and their checksum.
 
     Memory grows by 8 bytes a row: the content hashes, by which repeated rows are counted. Leaving
     the context closes the file; only `finish` completes it. UserError if rows cannot be written.
@@ -65,7 +73,7 @@ class RowWriter:
     def __init__(self, path: Path) -> None:
         self._cache = path.parent
         with cache_errors(self._cache):
-            self._file = path.open("wb")
+            self._file = path.open("w+b")
         self._arrow = pa.ipc.new_file(self._file, SCHEMA)
         # A million "train.jsonl:17" are one name, ("train.jsonl:", ""), and a million numbers.
         self._names: dict[tuple[str, str], int] = {}
@@ -122,6 +130,10 @@ class RowWriter:
             no_rows = pa.RecordBatch.from_pylist([], SCHEMA)
             self._arrow.write_batch(no_rows, custom_metadata={_ABOUT: json.dumps(found)})
             self._arrow.close()
+            self._file.flush()
+            # The pages that were written are still in memory.
+            footer = _checksum(self._file.fileno(), self._file.tell()) + MAGIC
+            self._file.write(footer)
             self._file.close()
 
     def _split(self, source: str) -> tuple[int, int]:
@@ -139,7 +151,7 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = _open(path)
         self.about = _read_about(reader)  # what `RowWriter.finish` wrote
         self._table = reader.read_all()
 
@@ -166,6 +178,22 @@ class RowFile:
         return self._table.column(name).to_numpy()
 
 
+def _open(path: Path) -> pa.RecordBatchFileReader:
+    whole = pa.memory_map(str(path)).read_buffer()
+    return pa.ipc.open_file(pa.BufferReader(whole.slice(0, max(0, whole.size - _FOOTER_BYTES))))
+
+
+def _checksum(descriptor: int, size: int) -> bytes:
+    """Of the first `size` bytes of a file, read by all cores at once (6 GB/s by one of them)."""
+
+    def of_chunk(start: int) -> bytes:
+        chunk = os.pread(descriptor, min(CHUNK_BYTES, size - start), start)
+        return xxhash.xxh3_128_digest(chunk)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return xxhash.xxh3_128_digest(b"".join(pool.map(of_chunk, range(0, size, CHUNK_BYTES))))
+
+
 def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
     if reader.schema != SCHEMA or not reader.num_record_batches:
         raise ValueError("not a file of token rows")
@@ -176,11 +204,26 @@ def _read_about(reader: pa.RecordBatchFileReader) -> dict[str, Any]:
     return about
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the file exists, complete and in this format."""
+def fault(path: Path, key: str, every_byte: bool = True) -> str | None:
+    """The reason not to use the file as the rows of `key`, in words; None if there is none.
+
+    Without `every_byte` the checksum is taken on trust: another rank of this machine has compared
+    it.
+    """
     try:
-        with pa.memory_map(str(path)) as mapped:
-            _read_about(pa.ipc.open_file(mapped))
-    except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
-        return False
-    return True
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+            return "not a file"
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size - _FOOTER_BYTES
+            file.seek(max(0, size))
+            footer = file.read()
+            if size < 0 or not footer.endswith(MAGIC):
+                return "cut short, or not a file of token rows"
+            if every_byte and footer[: -len(MAGIC)] != _checksum(file.fileno(), size):
+                return "damaged: its checksum is another"
+        about = _read_about(_open(path))
+    except OSError as error:
+        return str(error.strerror or error)
+    except (ValueError, KeyError):  # pyarrow.ArrowInvalid is a ValueError
+        return "not a file of token rows of this version"
+    return None if about.get("key") == key else "the rows of other inputs"

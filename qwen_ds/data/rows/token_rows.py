@@ -138,19 +138,24 @@ class Prepared:
 
 
 def prepare(
-    data: DataOptions, encoding: Encoding, seq_length: int | None, seed: int = 0
+    data: DataOptions,
+    encoding: Encoding,
+    seq_length: int | None,
+    seed: int = 0,
+    every_byte: bool = True,
 ) -> Prepared:
     """Make or open the token rows of data.train, and of data.eval or a share of data.train.
 
     Any number of processes may call this at once, see `make_or_find`. The model's `seq_length`
     bounds the rows if data.max_tokens is unset (None: no bound), and the seed decides which rows
-    data.eval_fraction sets aside. UserError: see `check_data` and `PartReport.check`.
+    data.eval_fraction sets aside. Without `every_byte` the checksum of cached rows is taken on
+    trust. UserError: see `check_data` and `PartReport.check`.
     """
     check_data(data)
     options = encode_options(data, seq_length)
 
     def rows(paths: Sequence[str], weights: Sequence[float] | None = None) -> TokenRows:
-        return TokenRows(RowFile(make_or_find(data, paths, encoding, options)), weights)
+        return TokenRows(RowFile(make_or_find(data, paths, encoding, options, every_byte)), weights)
 
     train = rows(data.train, data.weights)
     if data.eval:

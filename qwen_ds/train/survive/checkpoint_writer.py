@@ -28,12 +28,14 @@ from qwen_ds.train.engine.state import MOMENTS, VALUE
 from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
+from qwen_ds.train.survive.identity import WholeFiles
 from qwen_ds.train.survive.result import Files, Output
 from qwen_ds.train.survive.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+BEGAN_WITH = "began_with"  # in state.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Saver:
         identity: hashes of recipe and data, which a resumed run must share; goes into state.json.
         keep: newest checkpoints that stay.
         resumed: the checkpoint that the run resumes from.
+        whole: on rank 0, the reader of what the run began with, which goes into state.json, too.
     """
 
     def __init__(
@@ -77,10 +80,12 @@ class Saver:
         keep: int,
         watchdog: Watchdog,
         resumed: Checkpoint | None,
+        whole: WholeFiles | None = None,
     ) -> None:
         self.output, self.watchdog, self.resumed = output, watchdog, resumed
         self._identity, self._keep, self._run = identity, keep, output.folder
         self._saved_step = resumed.step if resumed else None
+        self._whole = whole
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if resumed and dist.rank() == 0:
@@ -90,7 +95,7 @@ class Saver:
         """Save the state after `state.step` (a collective); returns the folder it will have.
 
         A failure (a full disk) is reported, leaves the older checkpoints alone, and does not end
-        the training.
+        the training. UserError: see `WholeFiles.wait`.
         """
         target = checkpoint.step_folder(self._run, state.step)
         self.wait()
@@ -117,7 +122,8 @@ class Saver:
         return target
 
     def wait(self) -> bool:
-        """Wait until the last save is on the disk; whether it succeeded (a collective)."""
+        """Wait until the last save is on the disk and the base is known to be the same; whether
+        the save succeeded (a collective)."""
         # At the store and not in a collective, which has a time-out that a slow disk may exceed.
         dist.once(self._join, "the saver")
         return not dist.max_floats(self._failure is not None)[0]
@@ -126,6 +132,8 @@ class Saver:
         if self._thread is not None:
             self.watchdog.touch_during(self._thread.join)
         self._thread = None
+        if self._whole is not None:
+            self.watchdog.touch_during(self._whole.wait)
 
     def _sharded(self, engine: TrainingEngine) -> bool:
         """Whether the state stays in the ranks' pieces: full training under ZeRO."""
@@ -148,6 +156,7 @@ class Saver:
             "zero_stage": engine.stage,
             "sharded": self._sharded(engine),
             **self._identity,
+            **({BEGAN_WITH: self._whole.began.as_json()} if self._whole else {}),
         }
 
     def _write_whole(self, snapshot: _Snapshot, tensors: dict[str, dict[str, Tensor]]) -> None:

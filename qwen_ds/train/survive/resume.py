@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
-from qwen_ds.train.survive.checkpoint_writer import OPTIMIZER, RNG, shard_name
-from qwen_ds.train.survive.run_folder import DS_CONFIG, RECIPE, holds_run, is_finished
+from qwen_ds.train.survive.checkpoint_writer import BEGAN_WITH, OPTIMIZER, RNG, shard_name
+from qwen_ds.train.survive.identity import Began, changes, known_later, other_versions
+from qwen_ds.train.survive.run_folder import DS_CONFIG, IDENTITY, RECIPE, holds_run, is_finished
 
 ADAPTER = "adapter/adapter_model.safetensors"
 # Keys that may always differ: paths, and what changes no number.
@@ -52,17 +54,58 @@ def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
     return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
 
 
-def find_checkpoint(run: Run) -> Checkpoint | None:
-    """The checkpoint to resume from, or None: from the start (a collective).
+def find_checkpoint(run: Run, now: Began) -> tuple[Checkpoint | None, Began]:
+    """The checkpoint to resume from, or None: from the start; and what the run began with, which is
+    `now` or what an earlier start knew better (a collective).
 
-    Raises UserError if the folder holds a run of another recipe.
+    Raises UserError if the folder holds a run of another recipe, base or first adapter.
     """
     if not dist.from_rank_0(holds_run(run.folder)):
-        return None
+        return None, now
     ds_json = run.deepspeed.stored_json()
     # All ranks, once: rank 0 compares, and all end with its error.
     dist.once(lambda: check_same_run(run.folder, run.recipe, ds_json), "compare the recipes")
-    return newest_whole(run.folder)
+    found = newest_whole(run.folder)
+    if found is None:
+        return None, now
+    began: list[Began] = []
+    dist.once(lambda: began.append(check_same_files(found, run, now)), "compare the files")
+    return found, began[0] if began else now
+
+
+def check_same_files(found: Checkpoint, run: Run, now: Began) -> Began:
+    """Compare base, first adapter and libraries with those of a checkpoint; rank 0 only.
+
+    Returns `now`, with the hashes of whole files that are still to be compared. Raises UserError
+    for another base or adapter, unless resume.allow_changes names its option; other libraries are
+    said.
+    """
+    began = Began.stored(found.state.get(BEGAN_WITH))
+    if began is None:
+        say(
+            f"{found.folder}: of a release that did not keep what a run begins with; expecting the "
+            "same base, first adapter and libraries, which cannot be compared"
+        )
+        return now
+    if versions := other_versions(began, now):
+        say(f"{found.folder}: other libraries than it was saved with ({versions})")
+    changed = False
+    for change in changes(began, now):
+        path = run.recipe.lora.init_from if change.option == "lora.init_from" else run.base_folder
+        said = f"{path}: {change.what} was {change.was} when the run began and is {change.now} now"
+        if not _allowed(change.option, run.recipe.resume.allow_changes):
+            thing = "base" if change.option == "model.path" else "adapter"
+            raise UserError(
+                f"{said}; expected the same {thing} (or --resume.allow_changes {change.option}, or "
+                "another output_dir)"
+            )
+        say(f"{said}, as resume.allow_changes has it")
+        changed = True
+    return (
+        now
+        if changed
+        else replace(now, whole=began.whole or known_later(began, run.folder / IDENTITY))
+    )
 
 
 def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:

@@ -148,6 +148,54 @@ def test_a_file_that_was_cut_short_is_made_again(
     assert len(times_made) == 2
 
 
+@pytest.mark.parametrize("what", ["flipped bit", "other inputs", "text", "fifo", "dangling link"])
+def test_a_file_that_cannot_be_trusted_is_made_again_and_said(
+    data: DataOptions,
+    small_dir: Path,
+    times_made: list[int],
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    good = prepare(data, load_encoding(small_dir), 64).train
+    rows = [good[i][0].tolist() for i in range(len(good))]
+    (file,) = cache_of(data).glob("*.arrow")
+    if what == "flipped bit":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3] ^= 1
+        file.write_bytes(content)
+    elif what == "other inputs":
+        prepare(replace(data, learn_on="answer"), load_encoding(small_dir), 64)
+        (other,) = set(cache_of(data).glob("*.arrow")) - {file}
+        other.replace(file)
+        times_made.pop()
+    else:
+        file.unlink()
+    if what == "text":
+        file.write_text("mine")
+    elif what == "fifo":
+        os.mkfifo(file)
+    elif what == "dangling link":
+        file.symlink_to("nowhere")
+    assert capsys.readouterr().out == ""
+    again = prepare(data, load_encoding(small_dir), 64).train
+    assert [again[i][0].tolist() for i in range(len(again))] == rows
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{file}: " in said and "are made anew" in said
+    assert len(times_made) == 2 and again.report["sha256"] == good.report["sha256"]
+
+
+def test_a_folder_under_the_name_of_the_rows_is_named_and_left_alone(
+    data: DataOptions, small_dir: Path
+) -> None:
+    prepare(data, load_encoding(small_dir), 64)
+    (file,) = cache_of(data).glob("*.arrow")
+    file.unlink()
+    (file / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"\.arrow: a folder; .*data\.cache_dir"):
+        prepare(data, load_encoding(small_dir), 64)
+    assert (file / "mine").is_dir()
+
+
 def test_a_run_that_broke_off_leaves_nothing_that_counts(
     data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qwen_ds.data.rows import row_file
 from qwen_ds.data.rows.blocks import Block, encode_block
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
-from qwen_ds.data.rows.row_file import RowFile, RowWriter, is_whole
+from qwen_ds.data.rows.row_file import RowFile, RowWriter, fault
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn
 from qwen_ds.model.tokenizer import load_encoding
@@ -53,20 +55,62 @@ def test_rows_stay_on_disk(tmp_path: Path, small_dir: Path) -> None:
 
 
 def test_only_finish_makes_a_whole_file(tmp_path: Path, small_dir: Path) -> None:
-    assert not is_whole(tmp_path / "x")
+    assert fault(tmp_path / "x", "k") == "No such file or directory"
     with RowWriter(tmp_path / "x") as writer:
         writer.add(block_of(small_dir, 1), ["x:1"], 0, PartReport("x"))
-    assert not is_whole(tmp_path / "x")
-    with RowWriter(tmp_path / "y") as writer:
-        writer.add(block_of(small_dir, 1), ["x:1"], 0, PartReport("x"))
-        writer.finish({})
-    assert is_whole(tmp_path / "y")
+    assert "cut short" in str(fault(tmp_path / "x", "k"))
+    assert fault(whole_file(tmp_path / "y", small_dir), "k") is None
+
+
+def whole_file(path: Path, small_dir: Path) -> Path:
+    """The rows of the key "k"."""
+    with RowWriter(path) as writer:
+        writer.add(
+            block_of(small_dir, *range(50)), [f"x:{i}" for i in range(50)], 0, PartReport("x")
+        )
+        writer.finish({"key": "k"})
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 100])
+def test_a_flipped_bit_anywhere_is_found(
+    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(row_file, "CHUNK_BYTES", chunk)
+    path = whole_file(tmp_path / "y", small_dir)
+    good = path.read_bytes()
+    for place in (*range(0, len(good), 397), *range(len(good) - 60, len(good))):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        assert fault(path, "k"), place
+    path.write_bytes(good)
+    assert fault(path, "k") is None
+
+
+def test_what_is_not_the_file_of_its_name_is_not_used(tmp_path: Path, small_dir: Path) -> None:
+    path = whole_file(tmp_path / "y", small_dir)
+    assert fault(path, "another key") == "the rows of other inputs"
+    os.mkfifo(tmp_path / "fifo")
+    assert fault(tmp_path / "fifo", "k") == fault(tmp_path, "k") == "not a file"
+    (tmp_path / "text").write_text("mine" * 99)
+    assert "not a file of token rows" in str(fault(tmp_path / "text", "k"))
+    good = path.read_bytes()
+    for length in (0, 5, 23, 24, 25, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        assert fault(path, "k"), length
+
+
+def test_a_checksum_that_another_rank_has_compared_is_taken_on_trust(
+    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = whole_file(tmp_path / "y", small_dir)
+    monkeypatch.setattr(row_file, "_checksum", lambda *_: pytest.fail("read again"))
+    assert fault(path, "k", every_byte=False) is None
 
 
 def test_another_version_is_not_a_whole_file(tmp_path: Path, small_dir: Path) -> None:
     with RowWriter(tmp_path / "x") as writer:
-        writer.finish({"format_version": 3})
-    assert not is_whole(tmp_path / "x")
+        writer.finish({"key": "k", "format_version": 99})
+    assert "of this version" in str(fault(tmp_path / "x", "k"))
 
 
 @pytest.mark.parametrize("n_blocks", [1, 200])

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serve.files.parts import PredictionParts, Settings, file_state, first_difference
+from qwen_ds.errors import UserError
+from serve.files import parts as module
+from serve.files import ranks
+from serve.files.parts import PredictionParts, Settings, file_state, first_difference, held_output
 from tests.serve.files.test_prediction import read_lines
 
 
@@ -38,3 +48,177 @@ def test_settings_that_differ_are_named() -> None:
     assert first_difference(ours, {"seed": 1, "model": ["m", 5]}) is None
     assert first_difference(ours, {"seed": 2, "model": ["m", 5]}) == "seed 2 instead of 1"
     assert first_difference(ours, {"seed": 1}) == 'model null instead of ["m", 5]'
+
+
+def three_rows(tmp_path: Path) -> Path:
+    """The file of rank 0 after an interrupted run of four rows, of which three are done."""
+    parts = PredictionParts.prepare(tmp_path / "out.jsonl", {}, 4, overwrite=False)
+    parts.append([{"id": i, "prediction": f"答{i}"} for i in range(3)])
+    parts.close()
+    return parts.folder / "rank_00000.jsonl"
+
+
+def resumed(tmp_path: Path) -> PredictionParts:
+    return PredictionParts.prepare(tmp_path / "out.jsonl", {}, 4, overwrite=False)
+
+
+# Damage to the second of three lines.
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a flipped bit in a text": lambda line: line.replace("答".encode(), "筕".encode()),
+    "another row's id": lambda line: line.replace(b'"id": 1', b'"id": 3'),
+    "an id beyond the rows": lambda line: line.replace(b'"id": 1', b'"id": 99'),
+    "a negative id": lambda line: line.replace(b'"id": 1', b'"id": -1'),
+    "an id that is true": lambda line: line.replace(b'"id": 1', b'"id": true'),
+    "a text as id": lambda line: line.replace(b'"id": 1', b'"id": "1"'),
+    "no id": lambda line: line.replace(b'"id"', b'"di"'),
+    "no object": lambda line: b"[1]\n",
+    "empty": lambda line: b"\n",
+    "zeros": lambda line: bytes(len(line) - 1) + b"\n",
+    "cut": lambda line: line[:20] + b"\n",
+    "run into the next": lambda line: line[:-1],
+    "no UTF-8": lambda line: line.replace("答".encode(), b"\xff\xfe\xfd"),
+    "no checksum": lambda line: line[: line.index(b', "crc32"')] + b"}\n",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_line_is_left_out_and_its_row_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    file = three_rows(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = DAMAGE[what](lines[1])
+    file.write_bytes(b"".join(lines))
+    parts = resumed(tmp_path)
+    parts.refresh()
+    missing = [row for row in range(4) if not parts.is_finished(row)]
+    assert missing == ([1, 2, 3] if what == "run into the next" else [1, 3])
+    assert "a damaged line at byte" in capsys.readouterr().out
+    parts.append([{"id": i, "prediction": f"答{i}"} for i in missing])
+    parts.wait(60.0, lambda _: None)
+    parts.join()
+    assert read_lines(parts.output) == [{"id": i, "prediction": f"答{i}"} for i in range(4)]
+
+
+def test_rows_of_an_earlier_release_have_no_checksum_and_count(tmp_path: Path) -> None:
+    file = three_rows(tmp_path)
+    rows = [{"id": i, "prediction": f"答{i}"} for i in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text(text + '{"id": 7}\n')
+    (file.parent / "settings.json").write_text(json.dumps({"settings": {}, "rows": 4}))
+    parts = resumed(tmp_path)
+    assert parts.refresh() == 3
+    parts.append([{"id": 3, "prediction": "答3"}])
+    parts.wait(60.0, lambda _: None)
+    parts.join()
+    assert read_lines(parts.output) == [{"id": i, "prediction": f"答{i}"} for i in range(4)]
+
+
+def test_rows_are_on_the_disk_before_they_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = resumed(tmp_path)
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def seen(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(module.os, "fsync", seen)
+    parts.append([{"id": 0}])
+    (file,) = parts.folder.glob("rank_*.jsonl")
+    assert synced == [file.stat().st_size] and synced[0] > 0
+    parts.close()
+
+
+@pytest.mark.parametrize("comes", [True, False], ids=["dies", "never comes"])
+def test_rank_0_names_the_rank_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    for name, seconds in (("LOOK", 0.02), ("BEAT", 0.05), ("SILENT", 1.0), ("ABSENT", 2.0)):
+        monkeypatch.setattr(ranks, f"{name}_SECONDS", seconds)
+    zero = resumed(tmp_path)
+    zero.watch(2)
+    zero.append([{"id": 0}, {"id": 2}])
+    if comes:
+        one = PredictionParts.join_in(tmp_path / "out.jsonl", {}, 1, 60.0, None)
+        assert one is not None
+        one.append([{"id": 1}])
+        one._beat._done.set()  # as a kill would stop it
+    told = "rank 1 has given no sign of life .* and {} of its rows are missing; the same command"
+    with pytest.raises(RuntimeError, match=told.format(1 if comes else 2)):
+        zero.wait(60.0, lambda _: None)
+    zero.close()
+
+
+def test_a_rank_that_has_done_its_share_may_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = resumed(tmp_path)
+    zero.watch(2)
+    one = PredictionParts.join_in(tmp_path / "out.jsonl", {}, 1, 60.0, None)
+    assert one is not None and zero._watch is not None
+    one.append([{"id": 1}, {"id": 3}])
+    one.close()
+    monkeypatch.setattr(zero._watch, "gone", lambda: {1: "rank 1 has given no sign of life"})
+    assert zero.refresh() == 2
+    zero.close()
+
+
+def _hold(output: str, ready: Any) -> None:
+    with held_output(Path(output)):
+        ready.set()
+        signal.pause()
+
+
+def test_the_second_writer_of_an_output_is_told_at_once_by_whom(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, output = context.Event(), tmp_path / "new" / "out.jsonl"
+    other = context.Process(target=_hold, args=(str(output), ready))
+    other.start()
+    assert ready.wait(20)
+    told = rf"out\.jsonl is being written by process {other.pid} on "
+    with pytest.raises(UserError, match=told), held_output(output):
+        pass
+    other.kill()
+    other.join()
+    with held_output(output):
+        assert output.parent.is_dir()
+    assert not any(output.parent.iterdir())
+
+
+def test_a_folder_made_for_the_lock_goes_if_it_stays_empty(tmp_path: Path) -> None:
+    with held_output(tmp_path / "a" / "b" / "out.jsonl"):
+        pass
+    assert not any(tmp_path.iterdir())
+    with held_output(tmp_path / "a" / "out.jsonl"):
+        (tmp_path / "a" / "out.jsonl").write_text("rows")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("output", ["/", ".", ""])
+def test_an_output_without_a_name_is_refused(output: str) -> None:
+    with pytest.raises(UserError, match="expected the name of a file"), held_output(Path(output)):
+        pass
+
+
+def test_a_rank_of_a_killed_run_that_still_lives_keeps_its_file(tmp_path: Path) -> None:
+    file = three_rows(tmp_path)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def straggler() -> None:
+        parts = PredictionParts(tmp_path / "out.jsonl", 0, 4)
+        ready.set()
+        time.sleep(60)
+        parts.close()
+
+    other = context.Process(target=straggler)
+    other.start()
+    assert ready.wait(20)
+    with pytest.raises(UserError, match=f"{file.name}: another process is writing it"):
+        resumed(tmp_path)
+    other.kill()
+    other.join()
+    resumed(tmp_path).close()

@@ -1,0 +1,103 @@
+"""Signs of life of the ranks of a prediction, which share no more than a folder.
+
+Each rank touches a file of its own there every few seconds until its share is done. Rank 0 watches
+the files from a thread, so that a long batch of its own does not blind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from qwen_ds.disk.lock import BEAT_SECONDS, Holder
+
+# Six beats: network disks cache a file's time for a few seconds.
+SILENT_SECONDS = 30.0
+# For a rank that has never come: its start may be slower than that of rank 0.
+ABSENT_SECONDS = 50.0
+LOOK_SECONDS = 1.0
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.alive"
+
+
+class SignOfLife:
+    """The file of this rank, touched by a thread until `stop`."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = _file(folder, rank)
+        self._done = threading.Event()
+        self._path.write_text(json.dumps(asdict(Holder.this_process())))
+        self._thread = threading.Thread(target=self._touch, name="beat", daemon=True)
+        self._thread.start()
+
+    def _touch(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            with suppress(OSError):  # a disk that is away for a while is not the end of the work
+                os.utime(self._path)
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+class RankWatch:
+    """Rank 0's view of the others: a rank is gone whose file does not change for some time."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        self.world = world
+        self._folder = folder
+        self._gone: dict[int, str] = {}
+        self._done = threading.Event()
+        now = time.monotonic()
+        # Of each rank: the time of its file (None: no file), since when, and whether it ever beat.
+        # A file that is there now may be a killed run's.
+        self._seen = {rank: (self._time(rank), now, False) for rank in range(1, world)}
+        self._thread = threading.Thread(target=self._look_on, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def gone(self) -> dict[int, str]:
+        """The ranks that have been silent for too long, each with the words that say so. One that
+        has done its share is among them."""
+        return dict(self._gone)
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        last = time.monotonic()
+        while not self._done.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            # This process stood still (it was suspended, say), and so may have the others.
+            if now - last > SILENT_SECONDS / 3:
+                self._seen = {rank: (at, now, came) for rank, (at, _, came) in self._seen.items()}
+            last = now
+            self._gone = {rank: who for rank in self._seen if (who := self._judge(rank, now))}
+
+    def _judge(self, rank: int, now: float) -> str | None:
+        at, since, came = self._seen[rank]
+        found = self._time(rank)
+        if found != at:
+            self._seen[rank] = found, now, came or found is not None
+            return None
+        if now - since < (SILENT_SECONDS if came else ABSENT_SECONDS):
+            return None
+        silent = f"rank {rank} has given no sign of life for {now - since:.0f} s"
+        with suppress(OSError, ValueError, TypeError):
+            silent += f" ({Holder(**json.loads(_file(self._folder, rank).read_text()))})"
+        return silent
+
+    def _time(self, rank: int) -> int | None:
+        try:
+            # Opened anew each time: that is when a network disk asks its server for the time.
+            with _file(self._folder, rank).open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None

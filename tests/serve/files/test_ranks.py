@@ -1,0 +1,71 @@
+"""A rank that is gone is noticed, whether it ever came or not; a slow one is not taken for dead."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from serve.files import ranks
+from serve.files.ranks import (
+    ABSENT_SECONDS,
+    BEAT_SECONDS,
+    LOOK_SECONDS,
+    SILENT_SECONDS,
+    RankWatch,
+    SignOfLife,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "ABSENT_SECONDS", 2.0)
+
+
+def until(holds: Callable[[], object]) -> None:
+    ends = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_the_waits_fit_into_a_minute() -> None:
+    assert 5 * BEAT_SECONDS < SILENT_SECONDS <= ABSENT_SECONDS < 60 - LOOK_SECONDS
+
+
+def test_a_rank_that_falls_silent_is_gone_and_named(tmp_path: Path) -> None:
+    watch = RankWatch(tmp_path, 3)
+    beats = [SignOfLife(tmp_path, 1), SignOfLife(tmp_path, 2)]
+    until(lambda: all(came for _, _, came in watch._seen.values()))
+    beats[0]._done.set()  # as a kill would stop it
+    until(watch.gone)
+    assert list(watch.gone()) == [1], "the other one beats"
+    assert f"process {os.getpid()} on {os.uname().nodename}" in watch.gone()[1]
+    beats[1].stop()
+    watch.stop()
+
+
+def test_a_rank_that_never_came_is_gone_later(tmp_path: Path) -> None:
+    """The file of a killed run is no sign of life."""
+    (tmp_path / "rank_00001.alive").write_text("{")
+    began = time.monotonic()
+    watch = RankWatch(tmp_path, 3)
+    until(lambda: len(watch.gone()) == 2)
+    assert time.monotonic() - began >= 2.0
+    assert watch.gone()[2].startswith("rank 2 has given no sign of life for ")
+    watch.stop()
+
+
+def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
+    watch = RankWatch(tmp_path, 2)
+    until(watch.gone)
+    beat = SignOfLife(tmp_path, 1)
+    until(lambda: not watch.gone())
+    beat.stop()
+    watch.stop()
