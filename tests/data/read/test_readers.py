@@ -182,7 +182,8 @@ def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (alpaca("q\n", "\nx "), conversation("q\tx", "a")),
+        (alpaca(" q\n", "\nx "), conversation("q\n\t\nx", "a")),
+        (alpaca("q ", ""), conversation("q", "a")),
         (alpaca("", "x"), conversation("x", "a")),
         (alpaca("q", " \n"), conversation("q", "a")),
         (alpaca("q", output="\n a \n"), conversation("q", "\n a \n")),
