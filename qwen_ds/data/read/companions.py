@@ -227,12 +227,12 @@ def _fate(key: str, value: object, row: Row) -> Dropped | None:
 
 
 def _is_heard(key: str, value: object, row: Row) -> bool:
-    """Whether a fateful column is empty, or said that the row is as usual."""
-    if key in MEDIA_KEYS or key in TOOL_KEYS:
-        return not is_set(value)
+    """Whether a fateful column is empty, or has decided what becomes of the row."""
+    if value in EMPTY or key in MEDIA_KEYS or key in TOOL_KEYS:
+        return True
     if key in KTO_KEYS:
-        return value is True or (value not in EMPTY and _is_tag(key, value, row))
-    return value in EMPTY or (key in ROW_MASKS and value is True)
+        return _is_tag(key, value, row)
+    return key in ROW_MASKS and (isinstance(value, bool) or (key == "weight" and value == 0))
 
 
 def _is_bad(key: str, value: object, row: Row) -> bool:

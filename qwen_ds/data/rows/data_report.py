@@ -121,14 +121,21 @@ def summary(report: dict[str, Any]) -> list[str]:
     for key, fate in _FATES.items():
         for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
-    parts = report["data_sets"]
-    for part in parts:
-        # A report of an earlier version has no such counts.
-        if line := not_read_line(part.get("not_read", {}), part["path"] if parts[1:] else None):
-            lines.append(line)
+    lines += not_read_lines(report)
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
     return lines
+
+
+def not_read_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each data set that holds something which is not read."""
+    parts = report["data_sets"]
+    # A report of an earlier version has no such counts.
+    found = [
+        not_read_line(part.get("not_read", {}), part["path"] if parts[1:] else None)
+        for part in parts
+    ]
+    return [line for line in found if line]
 
 
 def not_read_line(counts: Mapping[str, int], path: str | None = None) -> str:

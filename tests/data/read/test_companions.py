@@ -102,6 +102,7 @@ def test_an_instruction_is_answered_under_many_names(key: str) -> None:
         ({**QA, "A": "vitamin"}, ["A"]),
         ({**QA, "title": "t"}, ["title"]),
         ({**QA, "label": 3, "loss": 0.53, "weight": 0.3}, ["label", "loss", "weight"]),
+        ({**QA, "images": ["cat.jpg"]}, []),
         ({**QA, "label": True, "tools": "[]", "images": [None], "video": False}, []),
         ({"instruction": "i", "chosen": "a", "rejected": "b"}, ["rejected"]),
         ({"instruction": "i", "input": "", "output": "a", "text": "i a"}, ["text"]),
