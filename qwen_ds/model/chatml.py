@@ -42,6 +42,7 @@ class Turn:
 
     role: str
     text: str
+    learnt: bool = True  # False: training leaves the whole turn out of its targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Conversation:
 
     system: str | None
     turns: tuple[Turn, ...]
+    system_learnt: bool = True  # as `Turn.learnt`; of a system turn only `official` learns anything
 
 
 # [{"role": .., "content": ..}, ...], as chat templates and HTTP APIs have it.

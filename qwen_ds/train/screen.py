@@ -8,6 +8,7 @@ import shutil
 import torch
 
 from qwen_ds import dist
+from qwen_ds.data.rows.data_report import not_read_lines
 from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
 from qwen_ds.plan.run import Run
@@ -29,6 +30,8 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
     rows, *remarks = data_summary(data.train.report)
     if data.eval is not None:
         rows += f"; {len(data.eval):,} rows for evaluation"
+    if data.eval is not None and recipe.data.eval:  # else these rows are some of data.train
+        remarks += [f"evaluation: {line}" for line in not_read_lines(data.eval.report)]
     tokens = int(lens.mean() * min(rows_per_step, len(lens)))
     lines = [
         f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from qwen_ds.data.read.dialogue import Dropped
-from qwen_ds.data.read.sources import ReadOptions, iter_prompts
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
+from qwen_ds.data.rows.data_report import not_read_line
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
@@ -53,13 +55,16 @@ class PromptReader:
             )
 
     def __iter__(self) -> Iterator[PromptRow]:
+        return self._rows({})
+
+    def _rows(self, not_read: NotRead) -> Iterator[PromptRow]:
         o = self.options
-        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system))
+        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system), not_read)
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
                 raise UserError(
-                    f"{source}: {conversation.reason}; expected a row with a question{detail}"
+                    f"{source}: {conversation.reason}; expected a question of text alone{detail}"
                 )
             if self.needs_reference and (reference is None or not reference.strip()):
                 raise UserError(
@@ -70,8 +75,10 @@ class PromptReader:
 
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
-        prompts that are cut)."""
-        is_cut = [row.tokens_cut > 0 for row in self]
+        prompts that are cut). Says, once for each path, which columns are not read."""
+        not_read: NotRead = {}
+        is_cut = [row.tokens_cut > 0 for row in self._rows(not_read)]
+        say_not_read(not_read)
         if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
         return len(is_cut), sum(is_cut)
@@ -93,3 +100,13 @@ class PromptReader:
             # As in the original project: cut the end of the question, but not what must follow it.
             ids = ids[: self.room - self.tail] + ids[-self.tail :]
         return ids, len(whole) - len(ids)
+
+
+def say_not_read(not_read: NotRead) -> None:
+    """Print the columns that hold something and are no part of any prompt, a line for each path.
+
+    On stderr: standard output may hold the answers.
+    """
+    for path, counts in not_read.items():
+        if line := not_read_line(counts, path if len(not_read) > 1 else None):
+            print(line, file=sys.stderr, flush=True)

@@ -15,12 +15,13 @@ from rich.cells import chop_cells
 
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
-from qwen_ds.data.read.sources import ReadOptions, iter_prompts
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from serve.files.parts import check_output, held_output
 from serve.files.prediction import PredictionFigures, predict
+from serve.files.prompts import say_not_read
 from serve.options import EvaluateOptions
 from serve.scores import metrics
 
@@ -114,8 +115,10 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
         raise UserError(f"{file}: no rows; expected at least one prediction")
     if options.data:
         reading = ReadOptions(options.format, options.columns, options.system)
-        rows = iter_prompts(options.data, reading)
+        not_read: NotRead = {}
+        rows = iter_prompts(options.data, reading, not_read)
         found = [{"reference": reference, "source": source} for _, reference, source in rows]
+        say_not_read(not_read)
         found = found[: options.limit]
         if len(found) != len(lines):
             raise UserError(

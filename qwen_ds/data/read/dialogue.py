@@ -6,8 +6,9 @@ hold the rules for missing halves, so that training and prediction read every fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -18,7 +19,21 @@ Pair = tuple[str, str]
 Kind = TypeVar("Kind")
 
 NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
+NOT_TEXT = "content is not text"
 NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
+# An image, video or audio that a text refers to: LLaVA's, LLaMA-Factory's and MMMU's marks, and
+# Qwen-VL's and Qwen-Audio's. HTML has <video> and <audio> too, so these count only where a line
+# begins or ends, and none counts that is closed like an element.
+_MEDIA = re.compile(
+    r"<(?P<image>image)(?:[ _]?\d+)?>|<img>(?P<img>[^<>]+)</img>"
+    r"|<\|(?P<pad>image|video|audio)(?:_pad|_\d+)?\|>"
+    r"|<audio>(?P<file>[^<>\s]+\.\w{2,4})</audio>"
+    r"|^[ \t]*<(?P<first>video|audio)>|<(?P<last>video|audio)>[ \t]*$",
+    re.MULTILINE,
+)
+SYSTEM_TURN = -1
+EMPTY: tuple[object, ...] = (None, "", [], {})  # values of a column that holds nothing
+_KINDS = {"image": "images", "video": "videos", "audio": "audios"}
 _JSON_NAMES: dict[type, str] = {
     **{type(None): "null", str: "text", bool: "true or false"},
     **{int: "a number", float: "a number", list: "a list", dict: "an object"},
@@ -56,6 +71,13 @@ class Dialogue:
 
     system: str | None
     pairs: tuple[Pair, ...]
+    unlearnt: frozenset[int] = frozenset()
+    """Places of turns that the row marks as not to be learnt: 0 the first question, 1 its answer;
+    SYSTEM_TURN."""
+    fault: str = field(default="", compare=False)
+    """Says which of the row's own turns is missing, should the dialogue give no conversation."""
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the row that hold something which is not part of the dialogue."""
 
 
 Outcome = Dialogue | Dropped
@@ -82,31 +104,64 @@ def _turns(dialogue: Dialogue) -> list[Turn]:
         for role, text in (("user", question), ("assistant", answer)):
             if is_blank(text):
                 return turns
-            turns.append(Turn(role, text))
+            turns.append(Turn(role, text, len(turns) not in dialogue.unlearnt))
     return turns
 
 
 def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | None) -> Result:
+    for place, turn in enumerate(turns, 1):
+        if "<" in turn.text and (kind := media_in(turn.text)):
+            return media_dropped(kind, f"the text of turn {place} refers to one")
     if turns:
-        return Conversation(dialogue.system or default_system, tuple(turns))
+        system = dialogue.system or default_system
+        return Conversation(system, tuple(turns), SYSTEM_TURN not in dialogue.unlearnt)
     if not dialogue.pairs:
-        return Dropped(NO_TURNS)
-    return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION)
+        return Dropped(NO_TURNS, dialogue.fault)
+    return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION, dialogue.fault)
 
 
-def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None) -> Outcome:
+def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None, before: int = 0) -> Outcome:
     """The dialogue of (role, text) turns, which must alternate, the user's first; a last question
-    gets a blank answer."""
+    gets a blank answer. Of a row's turns `before` come earlier: a fault is named by its number."""
     texts: list[str] = []
     for place, (role, text) in enumerate(turns):
-        if role != ("assistant" if place % 2 else "user"):
-            return Dropped(NOT_ALTERNATING)
+        expected = "assistant" if place % 2 else "user"
+        if role != expected:
+            fault = f"turn {before + place + 1} is the {role}'s; expected the {expected}'s"
+            return Dropped(NOT_ALTERNATING, fault)
         texts.append(text if place % 2 else text.strip())
     return Dialogue(system, tuple(zip_longest(texts[::2], texts[1::2], fillvalue="")))
 
 
+def media_in(text: str) -> str | None:
+    """The kind of thing other than text that a text refers to: "image", "video" or "audio"."""
+    for found in _MEDIA.finditer(text):
+        kind = {"img": "image", "file": "audio"}.get(str(found.lastgroup)) or str(
+            found[found.lastgroup or 0]
+        )
+        if found.lastgroup in ("img", "file", "pad") or f"</{kind}>" not in text:
+            return kind
+    return None
+
+
+def media_dropped(kind: str, detail: str) -> Dropped:
+    return Dropped(f"{_KINDS[kind]} are not read", detail)
+
+
+def without_answer(dialogue: Dialogue) -> Dialogue:
+    """The dialogue with its last question unanswered."""
+    if not dialogue.pairs:
+        return dialogue
+    return replace(dialogue, pairs=(*dialogue.pairs[:-1], (dialogue.pairs[-1][0], "")))
+
+
 def is_blank(text: str) -> bool:
     return not text or text.isspace()
+
+
+def is_said(value: object) -> bool:
+    """Whether a value is a text, a turn or a list of them, not a score."""
+    return isinstance(value, str | list | dict) and value not in EMPTY
 
 
 def text_of(row: Row, key: str) -> str:
@@ -136,6 +191,8 @@ def _checked(value: object, kind: type[Kind], what: str) -> Kind:
 
 def json_name(value: object) -> str:
     """The name of a value's type in JSON's own terms, for a message."""
+    if isinstance(value, float) and value != value:
+        return "NaN"
     return _JSON_NAMES.get(type(value), f"of type {type(value).__name__}")
 
 

@@ -8,16 +8,35 @@ no row's reading depends on another.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher, get_close_matches
 from functools import lru_cache
 
 from qwen_ds.data.read import readers_flat as flat
 from qwen_ds.data.read import readers_marked as marked
 from qwen_ds.data.read import readers_tree as tree
-from qwen_ds.data.read.dialogue import Outcome, Row, RowError, names, object_of
-from qwen_ds.data.read.readers_turns import read_turns
+from qwen_ds.data.read.companions import (
+    ANSWER_KEYS,
+    CONTEXT_KEYS,
+    NONE_BESIDE,
+    Companions,
+    Parts,
+    companions_of,
+    preference_error,
+    preference_key,
+)
+from qwen_ds.data.read.dialogue import (
+    Dialogue,
+    Outcome,
+    Row,
+    RowError,
+    is_said,
+    names,
+    object_of,
+    without_answer,
+)
+from qwen_ds.data.read.readers_turns import read_turns, unread_of_turns
 from qwen_ds.errors import UserError
 
 
@@ -25,23 +44,68 @@ from qwen_ds.errors import UserError
 class Reader:
     """One row shape. A row has it if it has all `keys` and, for training, one of any `answers`.
 
-    `optional` keys are read if a row has them. With `pattern` a key must match it. Without `read` a
-    row is one message of a tree, and `MessageTrees` puts the rows of a data set together.
+    `also` are answers that do as well and that messages leave out. `optional` keys are read if a
+    row has them. With `pattern` a key must match it. Without `of_row` a row is one message of a
+    tree, and `MessageTrees` puts the rows of a data set together.
     """
 
     name: str
-    read: Callable[[Row], list[Outcome]] | None
+    of_row: Callable[[Row], list[Outcome]] | None
     keys: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    parts: Parts | None = None
+    """Further columns of the question; None where the question is not one column."""
+    turns: str | None = None
+    """Key of a list of turns."""
     pattern: re.Pattern[str] | None = None
+    all_keys: tuple[str, ...] = field(init=False)
+    """Keys of the shape, companions left out."""
+
+    def __post_init__(self) -> None:
+        keys = (*self.keys, *self.answers, *self.also, *self.optional)
+        object.__setattr__(self, "all_keys", keys)
 
     def fits(self, keys: Iterable[str], for_prompts: bool = False) -> bool:
         keys = set(keys)
         if self.pattern is not None and not any(self.pattern.fullmatch(key) for key in keys):
             return False
-        answered = for_prompts or not self.answers or not keys.isdisjoint(self.answers)
+        answers = (*self.answers, *self.also)
+        answered = for_prompts or not answers or not keys.isdisjoint(answers)
         return answered and keys.issuperset(self.keys)
+
+    def read(self, row: Row, for_prompts: bool = False) -> list[Outcome]:
+        """The outcomes of a row, with what the columns beside its shape say."""
+        assert self.of_row is not None, "a message of a tree is no dialogue"
+        beside = _beside(self, tuple(row))
+        if beside is NONE_BESIDE:
+            return self.of_row(row)
+        if beside.fateful and (dropped := beside.fate(row, for_prompts)):
+            return [dropped]
+        outcomes = self.of_row(row)
+        if beside.joins:
+            outcomes = [
+                beside.joined(found, row) if isinstance(found, Dialogue) else found
+                for found in outcomes
+            ]
+        if for_prompts and beside.fateful and beside.has_bad_answer(row):
+            outcomes = [
+                without_answer(found) if isinstance(found, Dialogue) else found
+                for found in outcomes
+            ]
+        return outcomes
+
+    def not_read(self, row: Row, outcomes: Sequence[Outcome] = ()) -> list[str]:
+        """The keys that hold something and are no part of the row's conversations."""
+        beside = _beside(self, tuple(row))
+        found = [] if beside is NONE_BESIDE else beside.not_read(row)
+        if self.turns is not None:
+            found += unread_of_turns(row, self.turns)
+        for outcome in outcomes:
+            if isinstance(outcome, Dialogue) and outcome.unread:
+                found += outcome.unread
+        return list(dict.fromkeys(found)) if len(found) > 1 else found
 
     @property
     def expected(self) -> str:
@@ -50,23 +114,46 @@ class Reader:
         return " + ".join(parts) or "round_0, round_1 .."
 
     @property
-    def all_keys(self) -> tuple[str, ...]:
-        return (*self.keys, *self.answers, *self.optional)
+    def mappable(self) -> tuple[str, ...]:
+        """The keys that data.columns may name."""
+        parts = self.parts or Parts()
+        return (*self.all_keys, "system", *parts.lead, *parts.before, *parts.after)
+
+
+@lru_cache(maxsize=1024)
+def _beside(reader: Reader, keys: tuple[str, ...]) -> Companions:
+    """The columns beside the reader's own; cached, since the rows of a file have the same keys."""
+    own = reader.all_keys
+    if reader.pattern is not None:
+        own += tuple(key for key in keys if reader.pattern.fullmatch(key))
+    return companions_of(keys, own, (*reader.answers, *reader.also), reader.parts)
 
 
 _COLUMNS = ("system", "history")
+_MASKS = ("loss_mask", "train_mask", "mask")
 
 
-def _pair(name: str, question: str, *answers: str) -> Reader:
-    return Reader(name, flat.column_pair(question, answers), (question,), answers, _COLUMNS)
+def _turns(name: str, key: str) -> Reader:
+    return Reader(name, read_turns(key), (key,), optional=("system", *_MASKS), turns=key)
 
+
+def _pair(name: str, question: str, answers: tuple[str, ...], parts: Parts) -> Reader:
+    also = tuple(key for key in ANSWER_KEYS if key not in answers) if name != "adgen" else ()
+    read = flat.column_pair(question, (*answers, *also))
+    return Reader(name, read, (question,), answers, _COLUMNS, also, parts)
+
+
+_OF_ALPACA = ("response", "answer", "chosen", "completion", "target", "summary")
+_INSTRUCTIONS = ("instruction", "prompt", "query", "question")
+_ALPACA_PARTS = Parts(after=(*CONTEXT_KEYS, "content", "query", "question"))
 
 # fmt: off
 TABLE: tuple[Reader, ...] = (
-    Reader("messages", read_turns("messages"), ("messages",), optional=("system",)),
-    Reader("sharegpt", read_turns("conversations"), ("conversations",), optional=("system",)),
-    Reader("conversation", read_turns("conversation"), ("conversation",), optional=("system",)),
-    Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction",)),
+    _turns("messages", "messages"),
+    _turns("sharegpt", "conversations"),
+    _turns("conversation", "conversation"),
+    Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction", *_MASKS),
+           turns="chat"),
     Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
     Reader("oasst_messages", None, ("message_id", "parent_id", "text", "role"),
            optional=("tree_state", "deleted")),
@@ -80,19 +167,26 @@ TABLE: tuple[Reader, ...] = (
     Reader("coig_rounds", flat.read_coig_rounds, pattern=re.compile(r"round_\d+"),
            optional=("system",)),
     Reader("sharegpt_translation", marked.read_sharegpt_translation, ("translation",),
-           optional=("key", "system")),
-    Reader("alpaca", flat.read_alpaca, ("instruction",), ("output",), ("input", *_COLUMNS)),
-    Reader("hc3", flat.read_hc3, ("question", "chatgpt_answers"),
-           optional=("human_answers", "system")),
-    Reader("math23k", flat.read_math23k, ("original_text",), ("equation", "ans"), ("system",)),
-    _pair("adgen", "content", "summary"),
-    _pair("prompt", "prompt", "response", "answer", "completion", "output"),
-    _pair("question", "question", "answer", "response"),
-    _pair("query", "query", "response", "answer"),
-    _pair("input", "input", "target", "output"),
-    _pair("text", "text", "answer", "response"),
+           optional=("system",)),
+    Reader("alpaca", flat.alpaca(("output", *_OF_ALPACA)), ("instruction",), ("output",),
+           ("input", *_COLUMNS), _OF_ALPACA, _ALPACA_PARTS),
+    Reader("hc3", flat.read_hc3, ("question", "chatgpt_answers"), optional=("system",),
+           parts=Parts(before=CONTEXT_KEYS)),
+    Reader("math23k", flat.read_math23k, ("original_text",), ("equation", "ans"), ("system",),
+           parts=Parts()),
+    _pair("adgen", "content", ("summary",),
+          Parts(_INSTRUCTIONS, before=(*CONTEXT_KEYS, "title"))),
+    _pair("prompt", "prompt", ("response", "answer", "completion", "output"),
+          Parts(after=(*CONTEXT_KEYS, "content", "query", "question", "input"))),
+    _pair("question", "question", ("answer", "response"),
+          Parts(before=(*CONTEXT_KEYS, "content", "text"), after=("input",))),
+    _pair("query", "query", ("response", "answer"),
+          Parts(before=(*CONTEXT_KEYS, "content"), after=("input",))),
+    _pair("input", "input", ("target", "output"), Parts(before=CONTEXT_KEYS)),
+    _pair("text", "text", ("answer", "response"), Parts(before=(*CONTEXT_KEYS, "title"))),
     # Instructions without answers: read, so that they are counted instead of stopping the run.
-    Reader("instructionwild", flat.read_alpaca, ("instruction",), optional=("input", *_COLUMNS)),
+    Reader("instructionwild", flat.alpaca(()), ("instruction",), optional=("input", *_COLUMNS),
+           parts=_ALPACA_PARTS),
 )
 # fmt: on
 READERS: dict[str, Reader] = {reader.name: reader for reader in TABLE}
@@ -116,8 +210,12 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     keys = tuple(row)
     candidates = _fitting(keys, for_prompts)
     if not candidates:
+        if (key := preference_key(row)) is not None:
+            raise preference_error(key)
+        hint = f"{nested}; " if (nested := nested_answer(row)) else ""
         expected = nearest(keys)
-        raise RowError("unknown keys", f"keys found: {names(keys)}; keys expected: {expected}")
+        fault = f"{hint}keys found: {names(keys)}; keys expected: {expected}"
+        raise RowError("unknown keys", fault)
     # Arrow files have every column in every row, so a null column says nothing about the shape.
     filled = (each for each in candidates if all(row[key] is not None for key in each.keys))
     return next(filled, candidates[0])
@@ -148,3 +246,22 @@ def nearest(keys: tuple[str, ...]) -> str:
 def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
     return complete or tuple(reader for reader in TABLE if reader.fits(keys, for_prompts))
+
+
+def nested_answer(row: Row) -> str:
+    """Words for an answer that lies deeper than readers look, "" if there is none.
+
+    Self-instruct has it in `instances`, SQuAD in `answers`.
+    """
+    for key, value in row.items():
+        inner = value[0] if isinstance(value, list) and value else value
+        if isinstance(inner, dict):
+            place = f"{key}[]" if isinstance(value, list) else key
+            found = next(
+                (name for name in (*ANSWER_KEYS, "text") if is_said(inner.get(name))), None
+            )
+            if found:
+                return f"{place}.{found} is not read"
+        elif key == "answers" and is_said(value):
+            return "answers is not read"
+    return ""

@@ -19,7 +19,6 @@ from qwen_ds.data.read.dialogue import (
     json_name,
     list_of,
     object_of,
-    system_of,
     text_of,
 )
 from qwen_ds.data.read.readers_marked import dialogue_in_instruction
@@ -28,35 +27,39 @@ _ROUND = re.compile(r"round_(\d+)")
 
 
 def column_pair(question_key: str, answer_keys: Sequence[str]) -> Callable[[Row], list[Outcome]]:
-    """Make a reader of a question column and the first of `answer_keys` that the row has."""
+    """Make a reader of a question column and the first of `answer_keys` that says something."""
 
     def read(row: Row) -> list[Outcome]:
-        answer = next((text_of(row, key) for key in answer_keys if key in row), "")
-        pair = (text_of(row, question_key).strip(), answer)
-        return [Dialogue(system_of(row), (*_history(row), pair))]
+        pair = (text_of(row, question_key).strip(), _answer(row, answer_keys))
+        return [Dialogue(None, (*_history(row), pair))]
 
     return read
 
 
-def read_alpaca(row: Row) -> list[Outcome]:
-    """Alpaca: instruction, input and output, with LLaMA-Factory's system and history.
+def alpaca(answer_keys: Sequence[str]) -> Callable[[Row], list[Outcome]]:
+    """Make a reader of Alpaca's instruction and input, with LLaMA-Factory's history, and the first
+    of `answer_keys` that says something.
 
     A history spelled out in the instruction is also read. A tab joins instruction and input, as in
     the original project.
     """
-    instruction, extra, answer = (text_of(row, key) for key in ("instruction", "input", "output"))
-    history = _history(row)
-    if not history:
-        marked = dialogue_in_instruction(instruction, extra, answer, system_of(row))
-        if marked is not None:
-            return [marked]
-    return [Dialogue(system_of(row), (*history, (_tab_joined(instruction, extra), answer)))]
+
+    def read(row: Row) -> list[Outcome]:
+        instruction, extra = text_of(row, "instruction"), text_of(row, "input")
+        answer, history = _answer(row, answer_keys), _history(row)
+        if not history:
+            marked = dialogue_in_instruction(instruction, extra, answer)
+            if marked is not None:
+                return [marked]
+        return [Dialogue(None, (*history, (_tab_joined(instruction, extra), answer)))]
+
+    return read
 
 
 def read_coig_translated(row: Row) -> list[Outcome]:
     """COIG's translated instructions: the Chinese columns, not the English ones beside them."""
     question = _tab_joined(text_of(row, "trans_instruction"), text_of(row, "trans_input"))
-    return [Dialogue(system_of(row), ((question, text_of(row, "trans_output")),))]
+    return [Dialogue(None, ((question, text_of(row, "trans_output")),))]
 
 
 def read_coig_exam(row: Row) -> list[Outcome]:
@@ -70,7 +73,7 @@ def read_coig_exam(row: Row) -> list[Outcome]:
     analysis = row.get("textbox_answer_analysis")
     has_analysis = isinstance(analysis, str) and not is_blank(analysis)
     answer_key = "textbox_answer_analysis" if has_analysis else "textbox_answer"
-    return [Dialogue(system_of(row), ((question, text_of(row, answer_key)),))]
+    return [Dialogue(None, ((question, text_of(row, answer_key)),))]
 
 
 def read_coig_rounds(row: Row) -> list[Outcome]:
@@ -93,7 +96,7 @@ def read_coig_rounds(row: Row) -> list[Outcome]:
                 pairs.append((question.strip(), answer))
             case _:
                 return [Dropped("Q or A is not text")]
-    return [Dialogue(system_of(row), tuple(pairs))]
+    return [Dialogue(None, tuple(pairs))]
 
 
 def read_hc3(row: Row) -> list[Outcome]:
@@ -105,19 +108,28 @@ def read_hc3(row: Row) -> list[Outcome]:
                 "wrong type", f"chatgpt_answers holds {json_name(found)}; expected a list of texts"
             )
     answer = next((text for text in answers if isinstance(text, str) and not is_blank(text)), "")
-    return [Dialogue(system_of(row), ((text_of(row, "question").strip(), answer),))]
+    return [Dialogue(None, ((text_of(row, "question").strip(), answer),))]
 
 
 def read_math23k(row: Row) -> list[Outcome]:
     """math23k: the text before segmentation; the answer is the equation, then its value."""
     equation, value = text_of(row, "equation"), text_of(row, "ans")
     answer = "" if is_blank(equation) or is_blank(value) else f"{equation}\n{value}"
-    return [Dialogue(system_of(row), ((text_of(row, "original_text").strip(), answer),))]
+    return [Dialogue(None, ((text_of(row, "original_text").strip(), answer),))]
+
+
+def _answer(row: Row, keys: Sequence[str]) -> str:
+    answer = ""
+    for key in keys:
+        if key in row and is_blank(answer):
+            answer = text_of(row, key) or answer
+    return answer
 
 
 def _tab_joined(instruction: str, extra: str) -> str:
-    instruction, extra = instruction.strip(), extra.strip()
-    return f"{instruction}\t{extra}" if instruction and extra else instruction or extra
+    """The question of the original project: joined as they are, then stripped. Blanks around the
+    tab stay (test_encode's rows of the original data set)."""
+    return f"{instruction}\t{extra}".strip()
 
 
 def _history(row: Row) -> tuple[Pair, ...]:

@@ -56,9 +56,7 @@ def split_at_marks(text: str, marks: re.Pattern[str]) -> list[tuple[str, str]]:
     ]
 
 
-def dialogue_in_instruction(
-    instruction: str, extra: str, answer: str, system: str | None
-) -> Outcome | None:
+def dialogue_in_instruction(instruction: str, extra: str, answer: str) -> Outcome | None:
     """The dialogue that BELLE (`Human:`) or Guanaco (`User:`) wrote into alpaca columns, if any.
 
     The text must open with a mark: one that only quotes a dialogue further down is an ordinary
@@ -81,7 +79,7 @@ def dialogue_in_instruction(
     turns = [segment for segment in segments if segment[0] != "system"]
     if not turns:
         return None  # an instruction that merely opens with "System:"
-    found = dialogue_of([*turns, ("assistant", answer)], "".join(systems) or system)
+    found = dialogue_of([*turns, ("assistant", answer)], "".join(systems) or None)
     if isinstance(found, Dropped) or len(systems) > 1:
         return Dropped("history is not question and answer pairs")
     return found
@@ -91,13 +89,13 @@ def read_refgpt(row: Row) -> list[Outcome]:
     """RefGPT: `<user>` and `<assistant>` cut the text; in its first edition BELLE's marks do."""
     text = text_of(row, "dialogue").strip()
     turns = split_at_marks(text, _REFGPT) or split_at_marks(text, _BELLE)
-    return [dialogue_of(turns, system_of(row))]
+    return [dialogue_of(turns, None)]
 
 
 def read_sharegpt_translation(row: Row) -> list[Outcome]:
     """ShareGPT-cn as first published: one object a file, the dialogue in `translation`."""
     turns = split_at_marks(text_of(row, "translation"), _SHAREGPT_CN)
-    return [dialogue_of(turns, system_of(row))]
+    return [dialogue_of(turns, None)]
 
 
 def read_moss_002(row: Row) -> list[Outcome]:

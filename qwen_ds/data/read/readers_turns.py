@@ -2,25 +2,34 @@
 
 Three kinds of turn are told apart by their keys, whatever the list is called: {role, content},
 {from, value}, and {human, assistant}, which is a question and its answer at once.
+
+A turn that is marked as not to be learnt (OpenAI's `weight` 0, ms-swift's `loss` false, axolotl's
+`train` false, or 0 in a row's `loss_mask`) is read and gives no targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from qwen_ds.data.read.companions import MEDIA_KEYS, is_set
 from qwen_ds.data.read.dialogue import (
+    EMPTY,
+    NO_TURNS,
+    NOT_TEXT,
     TOOL_TURNS,
     Dropped,
     Outcome,
     Row,
     RowError,
     dialogue_of,
+    is_blank,
     json_name,
     list_of,
+    media_dropped,
     names,
     object_of,
     quoted,
-    system_of,
     text_of,
 )
 
@@ -37,32 +46,80 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "function", "function_call", "observation"), TOOL),
     "system": "system",
 }
+_QUESTIONERS = {"system", *(name for name, role in SHAREGPT_ROLES.items() if role == "user")}
 _EXPECTED_OPENAI = "system, user, assistant"
 _EXPECTED_SHAREGPT = "system, human, gpt, user, assistant"
 
 
-class _NotText(Exception):
-    """A turn holds something that is not text, such as an image."""
+# Marks of turns that are not learnt, and the values that each may have: (learnt, not learnt).
+_FLAGS = ("loss", "train", "training", "learn")
+_WEIGHTS = ("weight", "loss_weight", "loss_scale")
+_PARTLY = ("train_detail", "training_detail")  # axolotl's masks of parts of a turn
+_ROW_MASKS = ("loss_mask", "train_mask")
+_MASKS = {*_ROW_MASKS, "mask"}
+_OWN_KEYS = {"role": "content", "from": "value"}
+_CALLS = ("tool_calls", "function_call", "tool_call_id")
+
+
+class _Lost(Exception):
+    """The whole row gives no conversation: a turn holds something other than text."""
+
+    def __init__(self, dropped: Dropped) -> None:
+        super().__init__(dropped.reason)
+        self.dropped = dropped
+
+
+_Turn = tuple[str, str, bool]  # role, text, whether it may be learnt
 
 
 def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
     """Make a reader of the turns under `key`. A leading system turn wins over a system column."""
 
     def read(row: Row) -> list[Outcome]:
-        turns: list[tuple[str, str]] = []
+        values = list_of(row, key)
+        turns: list[_Turn] = []
         try:
-            for place, value in enumerate(list_of(row, key)):
+            for place, value in enumerate(values):
                 turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
-        except _NotText:
-            return [Dropped("content is not text")]
-        if any(role == TOOL for role, _ in turns):
-            return [Dropped(TOOL_TURNS)]
-        system = system_of(row)
-        if turns and turns[0][0] == "system":
-            system = turns.pop(0)[1].strip() or system
-        return [dialogue_of(turns, system)]
+        except _Lost as lost:
+            return [lost.dropped]
+        if any(turn[0] == TOOL for turn in turns):
+            place = next(n for n, turn in enumerate(turns, 1) if turn[0] == TOOL)
+            return [Dropped(TOOL_TURNS, f"turn {place} calls a tool, or is its answer")]
+        if not turns:
+            return [Dropped(NO_TURNS, f"{key} is {'empty' if row[key] == [] else 'null'}")]
+        if not _MASKS.isdisjoint(row):
+            turns = _masked(turns, row, len(values))
+        return [_dialogue(turns)]
 
     return read
+
+
+def _dialogue(turns: list[_Turn]) -> Outcome:
+    """The dialogue of one or more turns."""
+    system, first = None, 0
+    if turns[0][0] == "system":
+        system, first = turns[0][1].strip() or None, 1
+    found = dialogue_of([turn[:2] for turn in turns[first:]], system, first)
+    if isinstance(found, Dropped):
+        return found
+    unlearnt = [place - first for place, turn in enumerate(turns) if not turn[2]]
+    if unlearnt:
+        found = replace(found, unlearnt=frozenset(unlearnt))
+    if not found.pairs or is_blank(found.pairs[0][0]) or is_blank(found.pairs[0][1]):
+        found = replace(found, fault=_missing(turns, first))
+    return found
+
+
+def _missing(turns: list[_Turn], first: int) -> str:
+    """Words for the first turn that a conversation lacks."""
+    for place in (first, first + 1):
+        if place >= len(turns):
+            last = "the system's" if turns[-1][0] == "system" else "a question"
+            return f"turn {place}, {last}, is the last; expected turn {place + 1} after it"
+        if is_blank(turns[place][1]):
+            return f"turn {place + 1} has no text"
+    return ""
 
 
 def role_of(value: object, roles: dict[str, str], expected: str, key: str) -> str:
@@ -73,20 +130,103 @@ def role_of(value: object, roles: dict[str, str], expected: str, key: str) -> st
     return role
 
 
-def _read_turn(turn: Row, where: str) -> list[tuple[str, str]]:
+def unread_of_turns(row: Row, key: str) -> list[str]:
+    """Keys of turns that hold something which is not read: "messages[].reasoning_content"."""
+    found: dict[str, None] = {}
+    turns = row.get(key)
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and len(turn) > 2:
+            kind = _kind(turn)
+            known = (kind, _OWN_KEYS[kind]) if kind else ("human", "assistant")
+            for name, value in turn.items():
+                if name not in known and value not in EMPTY and not _is_heard(name, value, turn):
+                    found[f"{key}[].{name}"] = None
+    return list(found)
+
+
+def _is_heard(name: str, value: object, turn: Row) -> bool:
+    if name in _FLAGS and value is True:
+        # Somebody wants a question to be learnt, which nothing here does.
+        return turn.get("role", turn.get("from")) not in _QUESTIONERS
+    return name in _FLAGS or name in _WEIGHTS or name in _CALLS or name in MEDIA_KEYS
+
+
+def _kind(turn: Row) -> str | None:
     # Files from Arrow have every column in every row, so a key counts only if it is not null.
     if turn.get("role") is not None:
+        return "role"
+    return "from" if turn.get("from") is not None else None
+
+
+def _read_turn(turn: Row, where: str) -> list[_Turn]:
+    kind = _kind(turn)
+    # Most turns have two keys, and nothing to look for beside them.
+    learnt = len(turn) <= 2 or _is_learnt(turn, where)
+    if kind == "role":
         role = role_of(turn["role"], OPENAI_ROLES, _EXPECTED_OPENAI, "role")
         if role == TOOL or turn.get("tool_calls") or turn.get("function_call"):
-            return [(TOOL, "")]
-        return [(role, _text_of_turn(turn, "content", where))]
-    if turn.get("from") is not None:
+            return [(TOOL, "", True)]
+        return [(role, _text_of_turn(turn, "content", where), learnt)]
+    if kind == "from":
         role = role_of(turn["from"], SHAREGPT_ROLES, _EXPECTED_SHAREGPT, "from")
-        return [(role, "" if role == TOOL else _text_of_turn(turn, "value", where))]
+        text = "" if role == TOOL else _text_of_turn(turn, "value", where)
+        return [(role, text, learnt)]
     if "human" in turn or "assistant" in turn:
-        return [("user", text_of(turn, "human")), ("assistant", text_of(turn, "assistant"))]
+        question, answer = text_of(turn, "human"), text_of(turn, "assistant")
+        return [("user", question, learnt), ("assistant", answer, learnt)]
     expected = "role and content, from and value, or human and assistant"
     raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {expected}")
+
+
+def _is_learnt(turn: Row, where: str) -> bool:
+    """Whether a turn with further keys may be learnt. _Lost, if a key refers to more than text."""
+    learnt = True
+    for key, value in turn.items():
+        if value is None:
+            continue
+        if key in _FLAGS:
+            if not isinstance(value, bool):
+                raise _wrong_mark(f"{where}.{key}", value, "true or false")
+            learnt &= value
+        elif key in _WEIGHTS:
+            if isinstance(value, bool) or value not in (0, 1):
+                raise _wrong_mark(f"{where}.{key}", value, "0 or 1")
+            learnt &= value == 1
+        elif key in _PARTLY and value not in EMPTY:
+            raise _wrong_mark(f"{where}.{key}", value, "null: a turn is learnt whole or not at all")
+        elif key in MEDIA_KEYS and is_set(value):
+            raise _Lost(media_dropped(MEDIA_KEYS[key], f"{where}.{key} is not empty"))
+    return learnt
+
+
+def _masked(turns: list[_Turn], row: Row, count: int) -> list[_Turn]:
+    """The turns under the masks of their row: a list with 0 or false for each that is not learnt.
+
+    NeMo's `mask` names the role that is not learnt, which must be the user's.
+    """
+    mask = row.get("mask")
+    if mask is not None and SHAREGPT_ROLES.get(str(mask).lower()) != "user":
+        raise _wrong_mark("mask", mask, "a role that asks; loss_mask has 0 or 1 for each turn")
+    for key in _ROW_MASKS:
+        values = list_of(row, key)
+        if not values:
+            continue
+        for place, value in enumerate(values):
+            if not isinstance(value, int | float) or value not in (0, 1):
+                raise _wrong_mark(f"{key}[{place}]", value, "0 or 1")
+        if len(values) not in (count, len(turns)):
+            fault = f"{key} has {len(values)} entries; expected {count}, one for each turn"
+            raise RowError("wrong type", fault)
+        spread = len(turns) // len(values)
+        turns = [
+            (role, text, learnt and bool(values[place // spread]))
+            for place, (role, text, learnt) in enumerate(turns)
+        ]
+    return turns
+
+
+def _wrong_mark(what: str, value: object, expected: str) -> RowError:
+    return RowError("wrong type", f"{what} is {quoted(value)}; expected {expected}")
 
 
 def _text_of_turn(turn: Row, key: str, where: str) -> str:
@@ -95,17 +235,21 @@ def _text_of_turn(turn: Row, key: str, where: str) -> str:
         raise RowError("missing key", f"{where} has the keys {names(turn)}; expected {key}")
     value = turn[key]
     if isinstance(value, list):
-        return "".join(_text_of_part(part, f"a part of {where}.{key}") for part in value)
+        return "".join(_text_of_part(part, f"{where}.{key}") for part in value)
     if isinstance(value, str | None):
         return value or ""
     came = f"{where}.{key} is {json_name(value)}"
     raise RowError("wrong type", f"{came}; expected text or a list of parts")
 
 
-def _text_of_part(part: object, what: str) -> str:
+def _text_of_part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
-    part = object_of(part, what)
-    if part.get("type", "text") != "text":
-        raise _NotText
+    part = object_of(part, f"a part of {where}")
+    kind = part.get("type", "text")
+    if kind not in ("text", "input_text", "output_text"):
+        raise _Lost(Dropped(NOT_TEXT, f"{where} has a part of the type {quoted(kind)}"))
+    if "text" not in part:
+        keys = ", ".join(f"`{key}`" for key in part if key != "type") or "no text"
+        raise RowError("missing key", f"{where}: a part has {keys}; expected `text`")
     return text_of(part, "text")

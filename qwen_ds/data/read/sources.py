@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_ds.data.read.dialogue import (
+    EMPTY,
     Dropped,
     Outcome,
     Result,
@@ -32,7 +33,14 @@ from qwen_ds.data.read.dialogue import (
 )
 from qwen_ds.data.read.files import DATA_SUFFIXES, chosen_names, numbered_rows, read_rows
 from qwen_ds.data.read.files_json import BadRow, SourceRow
-from qwen_ds.data.read.readers import TABLE, Reader, find_reader, nearest, reader_named
+from qwen_ds.data.read.readers import (
+    TABLE,
+    Reader,
+    find_reader,
+    nearest,
+    nested_answer,
+    reader_named,
+)
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
 
@@ -57,6 +65,9 @@ class Place:
     split: str | None = None
 
 
+NotRead = dict[str, Counter[str]]  # by path, the rows that hold something under a key not read
+
+
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """How rows are read, as a recipe's data.* and the options of serving say it."""
@@ -71,6 +82,7 @@ def iter_conversations(
     paths: Sequence[str | Path],
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
+    not_read: NotRead | None = None,
 ) -> Iterator[tuple[Result, str]]:
     """The conversations of all paths in order, or a Dropped for a row without one, and its source.
 
@@ -79,14 +91,17 @@ def iter_conversations(
     unknown keys) comes as a Dropped with `unreadable` set. Options and paths are checked at once,
     not when the first row is asked for. "rows" of `counts` counts the source rows as they are read.
     Where bad_rows is "stop", such a row is a UserError: "source: what came; what was expected".
+    `not_read` counts, by path and key, the rows whose key holds something that is not read.
     """
-    reading = _Reading(options, False, Counter() if counts is None else counts)
+    reading = _Reading(options, False, Counter() if counts is None else counts, not_read)
     results = reading.results([locate(path) for path in paths])
     return ((result, source) for result, _, source in results)
 
 
 def iter_prompts(
-    paths: Sequence[str | Path], options: ReadOptions = ReadOptions()
+    paths: Sequence[str | Path],
+    options: ReadOptions = ReadOptions(),
+    not_read: NotRead | None = None,
 ) -> Iterator[tuple[Result, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
@@ -95,7 +110,8 @@ def iter_prompts(
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
     question comes as (Dropped, None, source), so that no row is lost.
     """
-    return _Reading(options, True, Counter()).results([locate(path) for path in paths])
+    reading = _Reading(options, True, Counter(), not_read)
+    return reading.results([locate(path) for path in paths])
 
 
 def locate(path: str | Path) -> Place:
@@ -189,8 +205,15 @@ def _dataset_rows(place: Place) -> Iterator[SourceRow | BadRow]:
 class _Reading:
     """ReadOptions, checked, and what they make of a row."""
 
-    def __init__(self, options: ReadOptions, for_prompts: bool, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        options: ReadOptions,
+        for_prompts: bool,
+        counts: Counter[str],
+        not_read: NotRead | None,
+    ) -> None:
         self.options, self.for_prompts, self.counts = options, for_prompts, counts
+        self.not_read = {} if not_read is None else not_read
         self.columns = options.columns or {}
         self.reader = None if options.format == "auto" else reader_named(options.format)
         if self.columns:
@@ -198,7 +221,7 @@ class _Reading:
 
     def _reader_of_columns(self) -> Reader:
         readers = [self.reader] if self.reader else list(TABLE)
-        known = {key for each in readers for key in each.all_keys}
+        known = {key for each in readers for key in each.mappable}
         unknown = [key for key in self.columns if key not in known]
         if unknown:
             raise UserError(
@@ -207,7 +230,7 @@ class _Reading:
             )
         keys = set(self.columns)
         for each in readers:
-            if each.fits(keys, self.for_prompts) and keys.issubset(each.all_keys):
+            if each.fits(keys, self.for_prompts) and keys.issubset(each.mappable):
                 return each
         expected = self.reader.expected if self.reader else nearest(tuple(self.columns))
         raise UserError(
@@ -232,6 +255,7 @@ class _Reading:
         """Every outcome of a path, with its source and, if one row gave it, that row."""
         trees = MessageTrees()
         is_first = True
+        not_read = self.not_read.setdefault(place.path, Counter())
         for row in rows_of(place):
             self.counts["rows"] += 1
             if isinstance(row, BadRow):
@@ -240,14 +264,18 @@ class _Reading:
                 continue
             for value, source in self._unwrapped(row):
                 try:
+                    left_out: list[str] = []
                     if self.columns:
-                        value = self._mapped(value, source, is_first)
+                        value, left_out = self._mapped(value, source, is_first)
                         is_first = False
                     reader, found = self._recognised(value)
-                    if reader.read is None:
+                    if reader.of_row is None:
                         trees.add(found, source)
+                        not_read.update(reader.not_read(found))
                         continue
-                    outcomes = reader.read(found)
+                    outcomes = reader.read(found, self.for_prompts)
+                    if left_out := [*left_out, *reader.not_read(found, outcomes)]:
+                        not_read.update(left_out)
                 except RowError as error:
                     yield self._unreadable(error, source), source, value
                     continue
@@ -260,7 +288,13 @@ class _Reading:
         """The result; a Dropped without a detail names the row's keys and those of its format."""
         if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
             return result
-        expected = (self.reader or find_reader(row, self.for_prompts)).expected
+        reader = self.reader or find_reader(row, self.for_prompts)
+        if len(reader.keys) == 1 and not reader.answers and row.get(reader.keys[0]) is not None:
+            if nested := nested_answer(row):
+                return Dropped(result.reason, nested)
+            if reader.parts is None:
+                return Dropped(result.reason, f"{reader.keys[0]} holds {result.reason}")
+        expected = reader.expected
         return Dropped(result.reason, f"keys found: {names(row)}; keys expected: {expected}")
 
     def _recognised(self, value: object) -> tuple[Reader, Row]:
@@ -297,8 +331,11 @@ class _Reading:
             return True
         return False
 
-    def _mapped(self, value: object, source: str, is_first: bool) -> Row:
-        """The row under the reader's own keys. A path's first row must have every mapped column."""
+    def _mapped(self, value: object, source: str, is_first: bool) -> tuple[Row, list[str]]:
+        """(the row under the reader's own keys, its other columns that hold something).
+
+        A path's first row must have every mapped column.
+        """
         row = object_of(value, "the row")
         assert self.reader is not None, "columns fix the reader"
         for key, column in self.columns.items():
@@ -309,4 +346,6 @@ class _Reading:
                 raise UserError(f"{source}: {fault}")
             if key in (*self.reader.keys, *self.reader.answers):
                 raise RowError("missing key", fault)
-        return {key: row[column] for key, column in self.columns.items() if column in row}
+        mapped = {key: row[column] for key, column in self.columns.items() if column in row}
+        used = set(self.columns.values())
+        return mapped, [key for key in row if key not in used and row[key] not in EMPTY]

@@ -25,7 +25,14 @@ from tqdm import tqdm
 from qwen_ds.data.read.dialogue import RowError
 from qwen_ds.data.read.files import SourceRow
 from qwen_ds.data.read.readers import find_reader
-from qwen_ds.data.read.sources import Place, ReadOptions, iter_conversations, locate, rows_of
+from qwen_ds.data.read.sources import (
+    NotRead,
+    Place,
+    ReadOptions,
+    iter_conversations,
+    locate,
+    rows_of,
+)
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, fault
@@ -164,13 +171,18 @@ def _fill(
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     parts: list[tuple[PartReport, Counter[str]]] = [(PartReport(path), Counter()) for path in paths]
     reading = ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
-    streams = [(part, iter_conversations([part.path], reading, count)) for part, count in parts]
+    not_read: list[NotRead] = [{} for _ in paths]
+    streams = [
+        (part, iter_conversations([part.path], reading, count, unread))
+        for (part, count), unread in zip(parts, not_read, strict=True)
+    ]
     with RowWriter(file) as writer:
         # Shown on a terminal only, and not for a small data set that takes a moment.
         with tqdm(desc="tokenising", unit=" rows", disable=None, delay=3, mininterval=0.5) as bar:
             encode_all(streams, writer, encoding, options, bar.update)
-        for report, count in parts:
+        for (report, count), unread in zip(parts, not_read, strict=True):
             report.read = count["rows"]
+            report.not_read = dict(sum(unread.values(), Counter()).most_common())
             report.formats = _formats(data, locate(report.path))
             report.check()
         writer.finish(

@@ -7,10 +7,11 @@ come out identical, the keys or the format are wrong: a UserError.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_ds.data.read.dialogue import names
 from qwen_ds.data.rows.blocks import Block
 from qwen_ds.errors import UserError
 
@@ -39,6 +40,8 @@ class PartReport:
     """Rows that could not be read (data.bad_rows skip), by reason."""
     truncated: dict[str, Tally] = field(default_factory=dict)
     """Rows that were too long, by "prompt cut", "answer cut" or "oldest turns dropped"."""
+    not_read: dict[str, int] = field(default_factory=dict)
+    """Keys that hold something which is no part of a conversation, and the number of such rows."""
     tokens: int = 0
     learnt_tokens: int = 0  # target tokens
     longest_tokens: int = 0
@@ -118,6 +121,31 @@ def summary(report: dict[str, Any]) -> list[str]:
     for key, fate in _FATES.items():
         for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
+    lines += not_read_lines(report)
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
     return lines
+
+
+def not_read_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each data set that holds something which is not read."""
+    parts = report["data_sets"]
+    # A report of an earlier version has no such counts.
+    found = [
+        not_read_line(part.get("not_read", {}), part["path"] if parts[1:] else None)
+        for part in parts
+    ]
+    return [line for line in found if line]
+
+
+def not_read_line(counts: Mapping[str, int], path: str | None = None) -> str:
+    """Word the keys that are not read as one line: "not read: id, source (51,200 rows)"."""
+    by_count: dict[int, list[str]] = {}
+    for key, rows in counts.items():
+        by_count.setdefault(rows, []).append(key)
+    found = [
+        f"{names(by_count[rows], 20)} ({rows:,} row{'s' if rows != 1 else ''})"
+        for rows in sorted(by_count, reverse=True)
+    ]
+    place = f" in {path}" if path is not None else ""
+    return f"not read{place}: {', '.join(found)}" if found else ""

@@ -16,6 +16,8 @@ answer: only the tokens that the model itself writes after a prompt.
 official: the labels of Qwen's own fine-tuning script, `#`, `/` and `\\n` of system and user turns
 included. Such a row has no `$`, so a base model trained with it stops at `/`.
 
+A turn that its row marks as not to be learnt (`Turn.learnt`) has no target under any of them.
+
 A row that is too long is cut (see `encode_row`), and `Encoded` says so.
 """
 
@@ -122,7 +124,8 @@ def encode_row(enc: Encoding, conversation: Conversation, options: EncodeOptions
     texts = conversation.system, options.system, DEFAULT_SYSTEM
     text = next(text for text in texts if text is not None)
     try:
-        system = _system(enc, text, official, options.parse_specials)
+        marks = official and conversation.system_learnt
+        system = _system(enc, text, marks, options.parse_specials)
         segments = [
             _segment(enc, turn, options, is_last=i == len(turns)) for i, turn in enumerate(turns, 1)
         ]
@@ -155,7 +158,8 @@ def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -
     official = options.learn_on == "official"
     if turn.role == "user":
         text = turn.text.strip() if options.learn_on == "original" else turn.text
-        return _unlearnt(enc, "user", text_ids(enc, text, options.parse_specials), official)
+        marks = official and turn.learnt
+        return _unlearnt(enc, "user", text_ids(enc, text, options.parse_specials), marks)
     if turn.role != "assistant":
         raise UserError(f"role is {turn.role!r}; expected user or assistant")
     head, text = header_ids(enc, "assistant"), turn.text
@@ -168,6 +172,8 @@ def _segment(enc: Encoding, turn: Turn, options: EncodeOptions, is_last: bool) -
     labels = [IGNORE] * len(head) + [*answer, last_label]
     if official:
         labels[0] = head[0]
+    if not turn.learnt:
+        labels = [IGNORE] * len(labels)
     return _Segment([*head, *answer, end], labels, len(head), 0)
 
 
@@ -176,7 +182,7 @@ def _original_single(
 ) -> Encoded:
     question, answer = segments
     x = [*system.ids, *question.ids, enc.im_start_id]
-    y = answer.ids[1:]
+    y, is_learnt = answer.ids[1:], answer.labels[-1] != IGNORE
     n_x, n_y = options.max_prompt_tokens, options.max_answer_tokens
     too_long = len(x) + len(y) > n_x + n_y
     prompt_cut, answer_cut = too_long and len(x) > n_x, too_long and len(y) > n_y
@@ -184,7 +190,8 @@ def _original_single(
         x[n_x - 3 :] = [*footer_ids(enc), enc.im_start_id]
     if answer_cut:
         y[n_y - 2 :] = [enc.im_end_id, enc.eod_id]
-    return Encoded(x + y, [IGNORE] * len(x) + y, prompt_cut, answer_cut, n_turns - 2)
+    labels = [IGNORE] * len(x) + (y if is_learnt else [IGNORE] * len(y))
+    return Encoded(x + y, labels, prompt_cut, answer_cut, n_turns - 2)
 
 
 def _bounded(
@@ -204,7 +211,9 @@ def _bounded(
         is_cut = [segment.n_text > share for segment, share in zip(segments, shares, strict=True)]
         segments = [segment.cut(share) for segment, share in zip(segments, shares, strict=True)]
         if any(is_cut[1:]) and options.learn_on == "original":
-            segments[1].ids[-2:] = segments[1].labels[-2:] = [enc.im_end_id, enc.eod_id]
+            end, is_learnt = [enc.im_end_id, enc.eod_id], segments[1].labels[-1] != IGNORE
+            segments[1].ids[-2:] = end
+            segments[1].labels[-2:] = end if is_learnt else [IGNORE] * 2
     ids, labels = list(system.ids), list(system.labels)
     for segment in segments:
         ids += segment.ids

@@ -67,6 +67,10 @@ FAULTS: dict[str, list[tuple[object, str]]] = {
         ({"messages": "hello"}, "messages is text; expected a list"),
         ({"question": "q", "chatgpt_answers": [1]}, "chatgpt_answers holds a number"),
         ({"round_0": "x"}, "round_0 is text; expected an object"),
+        (alpaca("q", output=float("nan")), "output is NaN; expected text"),  # type: ignore[arg-type]
+        ({**said("q", "a"), "loss_mask": [1]}, "loss_mask has 1 entries; expected 2"),
+        ({**said("q", "a"), "loss_mask": [1, 2]}, r"loss_mask\[1\] is 2; expected 0 or 1"),
+        ({**said("q", "a"), "mask": "gpt"}, "mask is 'gpt'; expected a role that asks"),
     ],
     "unknown role": [
         (messages(("bot", "x")), "role is 'bot'; expected one of system, user"),
@@ -79,6 +83,7 @@ FAULTS: dict[str, list[tuple[object, str]]] = {
             r"messages\[0\] has the keys role, text; .*content",
         ),
         ({"conversation": [{"question": "x"}]}, "keys question; expected role and content"),
+        (said([{"type": "text", "value": "x"}], "a"), "a part has `value`; expected `text`"),
         ({"chat": {"first": {}}}, "chat has the keys first; expected turn_1"),
     ],
 }
@@ -173,6 +178,63 @@ def test_turns_that_are_incomplete_or_not_in_order(
     assert read(row) == expected
 
 
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"messages": None}, "messages is null"),
+        (said("q", ""), "turn 2 has no text"),
+        (said("q"), "turn 1, a question, is the last; expected turn 2 after it"),
+        (said(" ", "a"), "turn 1 has no text"),
+        (messages(("system", "s")), "turn 1, the system's, is the last; expected turn 2 after it"),
+        (messages(("system", "s"), ("user", "q"), ("assistant", "")), "turn 3 has no text"),
+        (said("q", "", "r", "b"), "turn 2 has no text"),
+        (messages(("assistant", "a")), "turn 1 is the assistant's; expected the user's"),
+        (
+            messages(("system", "s"), ("user", "q"), ("user", "q")),
+            "turn 3 is the user's; expected the assistant's",
+        ),
+        (messages(("user", "q"), ("tool", "t")), "turn 2 calls a tool, or is its answer"),
+        (
+            said([{"type": "image_url"}], "a"),
+            "messages[0].content has a part of the type 'image_url'",
+        ),
+    ],
+)
+def test_turns_that_give_nothing_say_which_of_them(row: dict[str, object], detail: str) -> None:
+    (found,) = find_reader(row).read(row)
+    found = found if isinstance(found, Dropped) else as_conversation(found)
+    assert isinstance(found, Dropped) and found.detail == detail
+
+
+def learnt(row: dict[str, object]) -> list[bool]:
+    (found,) = find_reader(row).read(row)
+    conversation = as_conversation(found)  # type: ignore[arg-type]
+    return [turn.learnt for turn in conversation.turns]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"training": False},
+     {"loss_scale": 0}],
+)  # fmt: skip
+def test_a_turn_may_be_marked_as_not_to_be_learnt(mark: dict[str, object]) -> None:
+    row = said("q", "a", "r", "b")
+    row["messages"][1].update(mark)  # type: ignore[index]
+    assert learnt(row) == [True, False, True, True]
+    nulls = [{**dict.fromkeys(mark), **turn} for turn in said("q", "a")["messages"]]  # type: ignore[attr-defined]
+    assert learnt({"conversations": nulls}) == [True, True]
+
+
+def test_a_mask_of_the_row_counts_every_turn_of_it() -> None:
+    system = {"role": "system", "content": "s"}
+    turns = [system, *said("q", "a", "r", "b")["messages"]]  # type: ignore[misc]
+    assert learnt({"messages": turns, "loss_mask": [0, 0, 0, 0, 1]}) == [False, False, False, True]
+    pairs = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
+    for mask in ([0, 1], [False, False, True, True]):
+        assert learnt({"conversation": pairs, "loss_mask": mask}) == [False, False, True, True]
+
+
 def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
     row = said("q", "a")
     row["messages"][1]["tool_calls"] = [{"id": "c"}]  # type: ignore[index]
@@ -182,7 +244,8 @@ def test_a_call_of_a_tool_is_a_tool_turn_even_when_it_says_something() -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (alpaca("q\n", "\nx "), conversation("q\tx", "a")),
+        (alpaca(" q\n", "\nx "), conversation("q\n\t\nx", "a")),
+        (alpaca("q ", ""), conversation("q", "a")),
         (alpaca("", "x"), conversation("x", "a")),
         (alpaca("q", " \n"), conversation("q", "a")),
         (alpaca("q", output="\n a \n"), conversation("q", "\n a \n")),

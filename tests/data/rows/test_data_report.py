@@ -152,6 +152,18 @@ def test_a_stopped_run_leaves_no_cache_behind(tmp_path: Path, small_dir: Path) -
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 
+def test_columns_that_are_not_read_are_counted_and_said(tmp_path: Path, small_dir: Path) -> None:
+    rows = [
+        {"content": f"q{i}", "summary": "a", "id": i, "lang": "zh" if i else None} for i in range(3)
+    ]
+    found = rows_of(tmp_path, small_dir, rows).report
+    assert found["data_sets"][0]["not_read"] == {"id": 3, "lang": 2}
+    assert "not read: id (3 rows), lang (2 rows)" in summary(found)
+    lines = summary(rows_of(tmp_path, small_dir, rows, rows[:1]).report)
+    assert f"not read in {tmp_path}/0.jsonl: id (3 rows), lang (2 rows)" in lines
+    assert f"not read in {tmp_path}/1.jsonl: id (1 row)" in lines
+
+
 def test_the_commonest_reason_is_the_one_that_is_named() -> None:
     report = PartReport("x", read=3)
     report.drop("no question", "x:1")

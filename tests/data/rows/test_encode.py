@@ -12,6 +12,8 @@ from typing import get_args
 
 import pytest
 
+from qwen_ds.data.read.dialogue import as_conversation
+from qwen_ds.data.read.readers import find_reader
 from qwen_ds.data.rows.encode import EncodeOptions, LearnOn, encode_row
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import Encoding, load_encoding
@@ -112,6 +114,49 @@ def marked(enc: Encoding, row: object) -> str:
 def test_what_is_learnt_of_several_turns(enc, learn_on, expected):
     row = encode_row(enc, talk("Q", "A", "R", "B", system="S"), EncodeOptions(learn_on))
     assert marked(enc, row) == expected
+
+
+@pytest.mark.parametrize(
+    ("learn_on", "expected"),
+    [
+        ("original", "#system\nS/\n#user\nQ/\n#assistant\nA/\n#user\nR/\n#[assistant\nB/$]"),
+        ("answer", "#system\nS/\n#user\nQ/\n#assistant\nA/\n#user\nR/\n#assistant\n[B/$]"),
+        ("official", "#system\nS/\n#user\nQ/\n#assistant\nA/\n[#]user\nR[/\n#]assistant\n[B/\n]"),
+    ],
+)
+def test_a_turn_that_is_marked_so_has_no_targets(enc, learn_on, expected):
+    system, *turns = (Turn("system", "S"), Turn("user", "Q", False), Turn("assistant", "A", False),
+                      Turn("user", "R"), Turn("assistant", "B"))  # fmt: skip
+    conversation = Conversation(system.text, tuple(turns), system_learnt=False)
+    row = encode_row(enc, conversation, EncodeOptions(learn_on))
+    assert marked(enc, row) == expected
+    assert (
+        row.ids
+        == encode_row(enc, talk("Q", "A", "R", "B", system="S"), EncodeOptions(learn_on)).ids
+    )
+
+
+@pytest.mark.parametrize("learn_on", ["original", "answer"])
+@pytest.mark.parametrize("texts", [("Q", "A"), ("Q", "A" * 900), (LONG * 20, LONG * 20)])
+def test_an_answer_that_is_marked_so_has_no_targets_when_it_is_cut(enc, learn_on, texts):
+    """Pairs too long for the bound are cut down to the last, whose tail is made anew."""
+    for before in ((), ("Q", "A")):
+        turns = [*talk(*before).turns, Turn("user", texts[0]), Turn("assistant", texts[1], False)]
+        options = EncodeOptions(learn_on, max_tokens=100)
+        row = encode_row(enc, Conversation(None, tuple(turns)), options)
+        last = len(row.ids) - 1 - row.ids[::-1].index(IM_START)
+        assert all(label == IGNORE for label in row.labels[last:])
+
+
+def test_the_rows_of_the_original_data_set_are_the_original_projects(enc):
+    """Blanks around the tab that joins instruction and input stay; those around both do not."""
+    pairs = [("计算总费用。 ", "输入：书 20 元"), ("列出颜色。\n", "三个"), ("翻译", " hello")]
+    for instruction, extra in [*pairs, (" 翻译", "hello "), ("", "x"), ("x", "")]:
+        row = {"instruction": instruction, "input": extra, "output": "好"}
+        (dialogue,) = find_reader(row).read(row)
+        found = encode_row(enc, as_conversation(dialogue), EncodeOptions())
+        expected = oracle(enc, f"{instruction}\t{extra}", "好", 254, 254)
+        assert (found.ids, found.labels) == expected
 
 
 def test_one_turn_of_several_is_learnt_as_in_a_row_of_its_own(enc):
