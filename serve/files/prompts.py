@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from qwen_ds.data.read.dialogue import Dropped
+from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.runlog import say
 from serve.options import AnswerOptions
 
 
@@ -53,8 +55,11 @@ class PromptReader:
             )
 
     def __iter__(self) -> Iterator[PromptRow]:
+        return self._rows(self.options.files())
+
+    def _rows(self, files: FileOptions) -> Iterator[PromptRow]:
         o = self.options
-        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system))
+        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system, files=files))
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
@@ -71,7 +76,7 @@ class PromptReader:
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
         prompts that are cut)."""
-        is_cut = [row.tokens_cut > 0 for row in self]
+        is_cut = [row.tokens_cut > 0 for row in self._rows(self.options.files().told_by(say))]
         if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
         return len(is_cut), sum(is_cut)
