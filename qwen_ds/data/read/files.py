@@ -45,7 +45,7 @@ from qwen_ds.errors import UserError
 
 _PLAIN = ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .xlsx"
 DATA_SUFFIXES = tuple(f"{_PLAIN} .gz .tgz .bz2 .xz .zst .tar .zip".split())
-_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.[^/]+)(?:/|\Z)")
+_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.(?!\.?/)[^/]+)(?:/|\Z)")
 _OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 _HEAD_BYTES = 1 << 22

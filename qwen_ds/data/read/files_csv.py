@@ -84,7 +84,7 @@ def csv_rows(
     lines: Lines, encoding: str, table: Table, options: FileOptions
 ) -> Iterator[SourceRow | BadRow]:
     """The rows below the header; one of another width, or that is no CSV, is a BadRow."""
-    csv.field_size_limit(options.row_bytes)
+    csv.field_size_limit(2 * options.row_bytes)  # the lines have a limit of their own
     name, width = lines.name, len(table.names)
     named = all(table.names)
     # A map, unlike a generator, goes on after an error. The reader does not count such a line.

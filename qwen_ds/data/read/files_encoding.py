@@ -88,9 +88,9 @@ def _wide(head: bytes) -> str | None:
     ):  # fmt: skip
         units = len(sample) // width
         zeros = [sample[at::width].count(0) for at in range(width)]
-        # The byte that tells ASCII signs apart is never zero in text; the others often are.
+        # The byte that tells ASCII signs apart is seldom zero in text; the others often are.
         others = [count for at, count in enumerate(zeros) if at != place]
-        if units and not zeros[place] and min(others) * 20 >= units:
+        if units and min(others) * 20 >= units and zeros[place] * 5 <= min(others):
             text = codecs.getincrementaldecoder(encoding)()
             try:
                 return encoding if text.decode(sample) else None

@@ -12,7 +12,7 @@ from qwen_ds.data.read.limits import DEFAULT, Budget, FileOptions
 from qwen_ds.errors import UserError
 
 _ROWS_AT_ONCE = 1024
-_BATCH_BYTES = 1 << 26  # a batch of rows that takes more is turned into rows one by one
+_ROWS_BYTES = 1 << 29  # of rows that are made from a batch together
 PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _WORKBOOK = "xl/workbook.xml"
 
@@ -70,11 +70,13 @@ def numbered_rows(
     index = 0
     for batch in batches:
         # A text of a dictionary counts once, however many rows repeat it: as rows they may take
-        # far more than the batch, so rows of long texts come one by one.
-        step = batch.num_rows if batch.nbytes < _BATCH_BYTES // _ROWS_AT_ONCE * 16 else 1
-        for start in range(0, batch.num_rows, max(step, 1)):
+        # far more than the batch, up to its size each.
+        step = min(max(_ROWS_BYTES // max(batch.nbytes, 1), 1), _ROWS_AT_ONCE)
+        may_be_long = batch.nbytes > options.row_bytes
+        step = 1 if may_be_long else step
+        for start in range(0, batch.num_rows, step):
             part = batch.slice(start, step)
-            if step == 1 and _bytes_of(part) > options.row_bytes:
+            if may_be_long and _bytes_of(part) > options.row_bytes:
                 raise options.too_long(f"{name}#{index}")
             for row in part.to_pylist():
                 yield SourceRow(row, f"{name}#{index}")
@@ -86,7 +88,7 @@ def _bytes_of(row: Any) -> int:
     import pyarrow
 
     return sum(
-        len(str(column[0])) if pyarrow.types.is_dictionary(column.type) else column.nbytes
+        len(column[0].as_py() or "") if pyarrow.types.is_dictionary(column.type) else column.nbytes
         for column in row.columns
     )
 
