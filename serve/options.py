@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
+from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
@@ -60,6 +61,14 @@ class AnswerOptions:
     columns: dict[str, str] | None = None
     """Maps expected column names to those in the files, for example {"instruction": "q", "output":
     "a"}."""
+    encoding: str = "auto"
+    """Encoding of texts: gb18030, big5, cp1252 and so on. auto: UTF-8, or what each file's own
+    bytes tell; where they leave a doubt, the command stops and asks for this option."""
+    max_row_mb: PositiveInt = 64
+    """Longest row of a file, in MB (10^6 bytes). An object that holds all rows counts as one."""
+    max_expansion: PositiveInt = 200
+    """How many times its own size a compressed file or an archive may unfold to; every one may
+    unfold to 256 MB."""
     system: str | None = None
     """System text of rows that bring none; unset means the original's "You are a helpful
     assistant."."""
@@ -69,6 +78,11 @@ class AnswerOptions:
 
     def __post_init__(self) -> None:
         self.sampling()  # its checks
+        self.files()
+
+    def files(self) -> FileOptions:
+        """How input files are read. UserError for an unknown encoding."""
+        return FileOptions(self.encoding, self.max_row_mb, self.max_expansion)
 
     def sampling(self) -> SamplingParams:
         try:
@@ -106,7 +120,8 @@ class EvaluateOptions(AnswerOptions):
 
 Options = TypeVar("Options", bound=AnswerOptions)
 # Training calls these data.format and so on; here --data.format is the same as --format.
-_DATA_OPTION = re.compile(r"\A--data\.(?=(format|columns|system|special_tokens_in_text)(=|\Z))")
+_SHARED = "format|columns|system|encoding|max_row_mb|max_expansion|special_tokens_in_text"
+_DATA_OPTION = re.compile(rf"\A--data\.(?=({_SHARED})(=|\Z))")
 
 
 def parse(kind: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:

@@ -67,6 +67,14 @@ class DataOptions:
     """One weight for each entry of data.train: how often an epoch draws each of its rows."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """At a row that cannot be read: stop with its file:line, or skip and count it."""
+    encoding: str = "auto"
+    """Encoding of texts: gb18030, big5, cp1252 and so on. auto: UTF-8, or what each file's own
+    bytes tell; where they leave a doubt, the run stops and asks for this option."""
+    max_row_mb: PositiveInt = 64
+    """Longest row of a file, in MB (10^6 bytes). An object that holds all rows counts as one."""
+    max_expansion: PositiveInt = 200
+    """How many times its own size a compressed file or an archive may unfold to; every one may
+    unfold to 256 MB."""
     cache_dir: str | None = None
     """Cache of tokenised rows. Unset: ~/.cache/qwen_ds/rows."""
     max_prompt_tokens: PromptBound = 254

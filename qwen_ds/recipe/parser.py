@@ -16,6 +16,7 @@ import yaml
 
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.ranges import IN_WORDS
+from qwen_ds.recipe.yaml_size import check_yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,6 +58,7 @@ class Parser(jsonargparse.ArgumentParser):
         the user wrote. UserError: an unknown option, a value of the wrong type or out of its range.
         """
         args = self._fold_lists(self._switch_on(list(sys.argv[1:] if argv is None else argv)))
+        check_yaml(args)
         try:
             parsed = self.parse_args(args, defaults=defaults)
         except argparse.ArgumentError as error:

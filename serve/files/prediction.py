@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_ds import dist
-from qwen_ds.data.read.sources import locate
+from qwen_ds.data.read.places import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.adapter_folder import tell_adapter
@@ -34,7 +34,7 @@ WINDOW = 64
 
 _SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts",
-    "limit", "format", "columns", "system", "special_tokens_in_text",
+    "limit", "format", "columns", "system", "encoding", "special_tokens_in_text",
 )  # fmt: skip
 
 # Errors of the engine, worded for the user of a command, who can change its options.

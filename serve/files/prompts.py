@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from qwen_ds.data.read.dialogue import Dropped
+from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.data.rows.data_report import not_read_line
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.runlog import say
 from serve.options import AnswerOptions
 
 
@@ -55,11 +57,12 @@ class PromptReader:
             )
 
     def __iter__(self) -> Iterator[PromptRow]:
-        return self._rows({})
+        return self._rows(self.options.files(), {})
 
-    def _rows(self, not_read: NotRead) -> Iterator[PromptRow]:
+    def _rows(self, files: FileOptions, not_read: NotRead) -> Iterator[PromptRow]:
         o = self.options
-        found = iter_prompts(self.paths, ReadOptions(o.format, o.columns, o.system), not_read)
+        reading = ReadOptions(o.format, o.columns, o.system, files=files)
+        found = iter_prompts(self.paths, reading, not_read)
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
@@ -77,7 +80,8 @@ class PromptReader:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
         prompts that are cut). Says, once for each path, which columns are not read."""
         not_read: NotRead = {}
-        is_cut = [row.tokens_cut > 0 for row in self._rows(not_read)]
+        files = self.options.files().told_by(say)
+        is_cut = [row.tokens_cut > 0 for row in self._rows(files, not_read)]
         say_not_read(not_read)
         if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")

@@ -15,10 +15,12 @@ from rich.cells import chop_cells
 
 from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
+from qwen_ds.data.read.limits import DEFAULT, FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
+from qwen_ds.runlog import say
 from serve.files.parts import check_output, held_output
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
@@ -110,11 +112,12 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     take precedence. UserError: no predictions, another number of references, or a row without a
     text to score or to compare with.
     """
-    lines = list(_prediction_lines(file, options.limit))
+    lines = list(_prediction_lines(file, options.limit, options.files()))
     if not lines:
         raise UserError(f"{file}: no rows; expected at least one prediction")
     if options.data:
-        reading = ReadOptions(options.format, options.columns, options.system)
+        files = options.files().told_by(say)
+        reading = ReadOptions(options.format, options.columns, options.system, files=files)
         not_read: NotRead = {}
         rows = iter_prompts(options.data, reading, not_read)
         found = [{"reference": reference, "source": source} for _, reference, source in rows]
@@ -135,11 +138,13 @@ def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any
     return lines
 
 
-def _prediction_lines(file: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def _prediction_lines(
+    file: Path, limit: int | None = None, reading: FileOptions = DEFAULT
+) -> Iterator[dict[str, Any]]:
     """The first `limit` rows, each an object with a text `prediction` and the `source` of it."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected predictions of serve.predict")
-    for row in islice(read_rows(file), limit):
+    for row in islice(read_rows(file, reading), limit):
         if isinstance(row, BadRow):
             raise UserError(f"{row.source}: {row.detail}")
         value = row.row

@@ -1,27 +1,27 @@
 """Source rows from files. The content decides how a file is read: most `.json` are JSON lines.
 
-JSON is read in every arrangement (files_json.py), CSV with a header line, and parquet; each plain,
-as `.gz`, or inside a tar archive. Text is UTF-8, with or without a byte order mark, or GB18030.
-Only a top-level JSON object is ever in memory as a whole.
+JSON is read in every arrangement (files_json.py), CSV with a header line (files_csv.py), parquet,
+Arrow and Excel (files_tables.py); each plain, compressed, or inside a tar or zip archive
+(files_packed.py). Text is UTF-8 or in another encoding (files_encoding.py). Only a row is ever in
+memory as a whole, a packed file unfolds only so far, and both limits are options (limits.py).
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
 import re
 import shutil
-import tarfile
+import stat
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
+from qwen_ds.data.read import files_packed
+from qwen_ds.data.read.files_csv import csv_rows, table_of
+from qwen_ds.data.read.files_encoding import encoding_of
 from qwen_ds.data.read.files_json import (
     BadRow,
     SourceRow,
@@ -29,255 +29,194 @@ from qwen_ds.data.read.files_json import (
     iter_lines,
     iter_objects,
     stands_alone,
-    undecodable,
+)
+from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_rows
+from qwen_ds.data.read.files_text import AsUtf8, Lines, OneLineEnd, pieces
+from qwen_ds.data.read.limits import (
+    DEFAULT,
+    Budget,
+    Budgeted,
+    FileOptions,
+    LimitReached,
+    Readable,
+    Rewound,
 )
 from qwen_ds.errors import UserError
 
-DATA_SUFFIXES = tuple(".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .gz .tgz .tar".split())
-_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.[^/]+)(?:/|\Z)")
-_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json")
+_PLAIN = ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .xlsx"
+DATA_SUFFIXES = tuple(f"{_PLAIN} .gz .tgz .bz2 .xz .zst .tar .zip".split())
+_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.(?!\.?/)[^/]+)(?:/|\Z)")
+_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 _HEAD_BYTES = 1 << 22
-_CHUNK_BYTES = 1 << 20
-_PARQUET_ROWS = 1024
-_GZIP, _PARQUET, _TAR_MARK, _TAR_MARK_AT = b"\x1f\x8b", b"PAR1", b"ustar", 257
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive: unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
-    b"BZh": "compressed with bzip2: unpack it first",
-    b"\xfd7zXZ": "compressed with xz: unpack it first",
-    b"ARROW1": "an Arrow file: give the folder that load_from_disk reads",
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
-}
-BinaryStream = IO[bytes] | gzip.GzipFile
-_DELIMITERS = ",\t;|"
-_LONGEST_CELL = 1 << 26  # characters; csv's own limit of 131,072 is less than a long document
-_ONE_COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_OPENS_ARRAY = re.compile(r'\[\s*(?:[\[{"\]\-0-9]|true|false|null|NaN|Infinity|\Z)')
 _EXPECTED = "JSON, JSON lines, CSV with a header line, or parquet"
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a pipe, which can be read only once",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Bytes to read, with a name for messages: a file, a decompressed .gz, an archive's member."""
+    """Bytes to read, with a name for messages: a file, or an archive's member."""
 
     name: str
-    open: Callable[[], BinaryStream]
+    stream: Readable
+    options: FileOptions
+    file: IO[bytes] | None = None  # the stream itself where it can seek
+    size: int = 0  # of the file that it comes from
     is_member: bool = False
 
 
-def read_rows(path: str | Path) -> Iterator[SourceRow | BadRow]:
+def read_rows(path: str | Path, options: FileOptions = DEFAULT) -> Iterator[SourceRow | BadRow]:
     """The rows of one file in order; a BadRow says where and why one cannot be read.
 
-    `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet, and
-    "file:member:line" in an archive. UserError if the file is missing, empty, damaged or of another
-    type.
+    `source` is "file:line" of the row's first line, "file#index" (from 0) in parquet and Arrow,
+    "file:sheet:line" in Excel, and begins with "file:member" in an archive. UserError if the file
+    is missing, empty, damaged, of another type, or beyond a limit.
     """
     path = Path(path)
-    if not path.is_file():
-        came = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {came}; expected a data file")
+    require_file(path)
     try:
-        yield from _rows(_Content(str(path), lambda: path.open("rb")))
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            yield from _rows(_Content(str(path), file, options, file=file, size=size))
+    except LimitReached as error:
+        raise UserError(str(error)) from error
     except OSError as error:  # includes damaged gzip data
         raise UserError(f"{path}: {error.strerror or error}; expected a readable file") from error
-    except (EOFError, zlib.error, tarfile.TarError) as error:
+    except files_packed.damages() as error:
         raise UserError(f"{path}: damaged archive ({error}); expected {_EXPECTED}") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise UserError unless the path is that of a regular file, perhaps through links."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        came = "no such file"
+        if path.is_symlink():
+            came = f"a link to {path.readlink()}, which is not there"
+        raise UserError(f"{path}: {came}; expected a data file") from None
+    except (OSError, ValueError) as error:  # links in a ring, a name with a zero byte
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: {what}; expected a data file") from None
+    if not stat.S_ISREG(mode):
+        came = next((words for is_kind, words in _KINDS.items() if is_kind(mode)), "no file")
+        raise UserError(f"{path}: {came}; expected a data file")
+
+
+def is_hidden(name: str) -> bool:
+    return _HIDDEN.search(name) is not None
 
 
 def chosen_names(names: Iterable[str]) -> list[str]:
     """The data files among the names of a folder or an archive, sorted: those with a known suffix,
     or all if there are none."""
-    seen = [name for name in names if not _HIDDEN.search(name)]
+    seen = [name for name in names if not is_hidden(name)]
     data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    return sorted([name for name in data if Path(name).name not in _OF_DATASETS] or seen)
+    return sorted([name for name in data if not is_about_data(name)] or seen)
+
+
+def is_about_data(name: str) -> bool:
+    """Whether a file belongs to the library `datasets` and holds no rows."""
+    return Path(name).name in _OF_DATASETS
 
 
 def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
-    plain, head = content, _head(content)
-    if head.startswith(_GZIP):
-        plain = replace(content, open=lambda: _Unzipped(content.open()))
-        head = _head(plain)
-    is_tar, is_parquet = head.startswith(_TAR_MARK, _TAR_MARK_AT), head.startswith(_PARQUET)
+    head = content.stream.read(_HEAD_BYTES)
+    whole = Rewound(head, content.stream)
+    packed = files_packed.unpacked(head, whole)
+    if packed is not None:
+        budget = Budget(content.name, content.size, content.options)
+        content = replace(content, file=None)
+        stream = Budgeted(packed, budget)
+        head = stream.read(_HEAD_BYTES)
+        whole = Rewound(head, stream)
+    if head.startswith(_LFS_POINTER):
+        raise UserError(f"{content.name}: a Git LFS pointer; expected the file: git lfs pull")
+    is_tar, is_zip = files_packed.is_tar(head), files_packed.is_zip(head)
+    table_rows = reader_of(head)
+    if (is_tar or is_zip) and content.is_member:
+        kind = "tar" if is_tar else "zip"
+        raise UserError(f"{content.name}: a {kind} archive inside an archive; expected {_EXPECTED}")
+    if not (is_tar or is_zip or table_rows):
+        yield from _text_rows(content, head, whole)
+        return
     with ExitStack() as stack:
-        if plain is not content and (is_tar or is_parquet):  # these need to seek
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
-            with plain.open() as stream:
-                shutil.copyfileobj(stream, unpacked)
-            plain = replace(content, open=lambda: unpacked)
-        if is_tar and not content.is_member:
-            yield from _tar_rows(plain)
-        elif is_parquet:
-            yield from _parquet_rows(plain)
+        file = content.file or stack.enter_context(tempfile.TemporaryFile())
+        if content.file is None:  # these need to seek
+            shutil.copyfileobj(whole, cast(IO[bytes], file))
+        file.seek(0)
+        if table_rows is not None:
+            yield from table_rows(file, content.name, content.options)
         else:
-            yield from _text_rows(plain, head)
+            yield from _archive_rows(replace(content, file=file), is_tar)
 
 
-def _text_rows(content: _Content, head: bytes) -> Iterator[SourceRow | BadRow]:
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise UserError(f"{content.name}: {what}; expected {_EXPECTED}")
-    encoding = encoding_of(head)
+def _archive_rows(content: _Content, is_tar: bool) -> Iterator[SourceRow | BadRow]:
+    assert content.file is not None
+    name, options, file = content.name, content.options, content.file
+    budget = Budget(name, content.size, options)
+
+    def chosen(names: list[str]) -> list[str]:
+        found = chosen_names(names)
+        for left in sorted({*names} - {*found}):
+            if not is_hidden(left) and not is_about_data(left):
+                options.on_left_out(f"{name}:{left}", "no suffix of data")
+        return found
+
+    if is_tar:
+        members = files_packed.tar_members(file, name, chosen, budget, options)
+    else:
+        archive = zipfile.ZipFile(file)
+        if is_workbook(archive):
+            yield from workbook_rows(archive, name, budget)
+            return
+        members = files_packed.zip_members(archive, name, chosen, budget)
+    for member, stream in members:
+        yield from _rows(
+            _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
+        )
+
+
+def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[SourceRow | BadRow]:
+    name, options = content.name, content.options
+    encoding = options.encoding
+    if encoding == "auto":
+        encoding = encoding_of(head, name, len(head) < _HEAD_BYTES)
+    if encoding not in ("utf-8", "utf8"):
+        options.on_encoding(name, encoding)
+    if "\n".encode(encoding)[-1:] != b"\n" or len("\n".encode(encoding)) != 1:
+        stream = AsUtf8(stream, name, encoding)
+        head = stream.read(_HEAD_BYTES)
+        stream, encoding = Rewound(head, stream), "utf-8"
+    if b"\n" not in head and b"\r" in head:
+        stream, head = OneLineEnd(stream), head.replace(b"\r", b"\n")
     lines = head.decode(encoding, "replace").lstrip("\ufeff").split("\n")
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for line in lines if line.strip("\ufeff \t\r\n\f\v")), "").lstrip("\ufeff")
     if not first:
-        raise UserError(f"{content.name}: the file is empty; expected {_EXPECTED}")
+        raise UserError(f"{name}: the file is empty; expected {_EXPECTED}")
     opens = first.lstrip()[0]
-    header = None if opens in "{[" else _csv_header(first)
-    with content.open() as stream:
-        if opens == "[":
-            yield from iter_array(_decoded(stream, content.name, encoding), content.name)
-        elif opens == "{" and not stands_alone(first):
-            yield from iter_objects(stream, content.name, encoding)
-        elif header is not None:
-            yield from _csv_rows(stream, content.name, encoding, *header)
-        # JSON lines even if the first is broken: others may be whole.
-        elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
-            yield from iter_lines(stream, content.name, encoding)
-        else:
-            came = f"the text begins with {first.strip()[:40]!r}"
-            line = lines.index(first) + 1
-            raise UserError(f"{content.name}:{line}: {came}; expected {_EXPECTED}")
-
-
-def encoding_of(head: bytes) -> str:
-    """Choose utf-8 or gb18030 by the first megabytes of a file.
-
-    UTF-8, unless more characters are malformed in it than well formed, and fewer in GB18030. So one
-    damaged byte does not turn a UTF-8 file into wrong characters: its line is reported.
-    """
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)
-    except UnicodeDecodeError:
-        as_utf8 = head.decode("utf-8", "replace")
-        wrong = as_utf8.count("\ufffd")
-        right = sum(char > "\x7f" for char in as_utf8) - wrong
-        if wrong > right and head.decode("gb18030", "replace").count("\ufffd") < wrong:
-            return "gb18030"
-    return "utf-8"
-
-
-def _decoded(stream: BinaryStream, name: str, encoding: str) -> Iterator[str]:
-    """The text of a stream in pieces; UserError with its line for an undecodable byte."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    while True:
-        raw = stream.read(_CHUNK_BYTES)
-        try:
-            text = decoder.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            line += error.object[: error.start].count(b"\n")
-            fault = undecodable(f"{name}:{line}", encoding, error)
-            raise UserError(
-                f"{fault.source}: {fault.detail}; what follows in the array cannot be read"
-            ) from error
-        if text:
-            yield text
-        if not raw:
-            return
-        line += raw.count(b"\n")
-
-
-def _csv_header(line: str) -> tuple[str, list[str]] | None:
-    """(delimiter, column names) of a line that can be a CSV header, None for any other.
-
-    A header's names are short, distinct and free of JSON's signs, unlike running text.
-    """
-    delimiter, names = "", list[str]()
-    for each in _DELIMITERS:
-        with suppress(csv.Error):
-            cells = next(csv.reader([line], delimiter=each, strict=True))
-            if len(cells) > len(names):
-                delimiter, names = each, [cell.strip() for cell in cells]
-    named = [name for name in names if name]  # pandas writes its index column without a name
-    is_header = (
-        len(set(named)) == len(named)
-        and not any(len(name) > 64 or set('{}[]":') & set(name) for name in named)
-        and (len(named) > 1 or _ONE_COLUMN.fullmatch("".join(named)))
-    )
-    return (delimiter, names) if is_header else None
-
-
-def _csv_rows(
-    stream: BinaryStream, name: str, encoding: str, delimiter: str, header: list[str]
-) -> Iterator[SourceRow | BadRow]:
-    csv.field_size_limit(_LONGEST_CELL)
-    # A map, unlike a generator, goes on after an error. The reader does not count such a line.
-    lines = map(bytes.decode, stream, repeat(encoding))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    undecoded, is_header = 0, True
-    while True:
-        source = f"{name}:{reader.line_num + undecoded + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except UnicodeDecodeError as error:
-            undecoded += 1
-            yield undecodable(source, encoding, error)
-            continue
-        except csv.Error as error:
-            detail = f"not valid CSV: {error}; expected {len(header)} cells"
-            yield BadRow(source, "not valid CSV", detail)
-            continue
-        if not cells:
-            continue
-        if is_header:
-            is_header = False
-        elif len(cells) != len(header):
-            detail = f"{len(cells)} cells; expected {len(header)}, as in the header line"
-            yield BadRow(source, "wrong number of cells", detail)
-        else:
-            row = {key: cell for key, cell in zip(header, cells, strict=True) if key}
-            yield SourceRow(row, source)
-
-
-def _parquet_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with content.open() as stream:
-        try:
-            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_PARQUET_ROWS)
-            yield from numbered_rows(batches, content.name)
-        except pyarrow.ArrowException as error:
-            came = f"damaged parquet file ({str(error).splitlines()[0]})"
-            raise UserError(f"{content.name}: {came}; expected parquet") from error
-
-
-def numbered_rows(batches: Iterable[Any], name: str) -> Iterator[SourceRow]:
-    """The rows of pyarrow's batches or tables, "name#index" from 0."""
-    rows = (row for batch in batches for row in batch.to_pylist())
-    return (SourceRow(row, f"{name}#{index}") for index, row in enumerate(rows))
-
-
-def _tar_rows(content: _Content) -> Iterator[SourceRow | BadRow]:
-    with content.open() as stream:
-        stream.seek(0)
-        with tarfile.open(fileobj=stream) as archive:
-            members = {member.name: member for member in archive if member.isreg()}
-            for name in chosen_names(members):
-
-                def opened(member: tarfile.TarInfo = members[name]) -> IO[bytes]:
-                    inside = archive.extractfile(member)
-                    assert inside is not None, "only regular members are chosen"
-                    return inside
-
-                yield from _rows(_Content(f"{content.name}:{name}", opened, is_member=True))
-
-
-class _Unzipped(gzip.GzipFile):
-    """A gzip stream that closes what it reads from, which GzipFile leaves open."""
-
-    def __init__(self, packed: IO[bytes] | gzip.GzipFile) -> None:
-        super().__init__(fileobj=packed)
-        self.packed = packed
-
-    def close(self) -> None:
-        super().close()
-        self.packed.close()
-
-
-def _head(content: _Content) -> bytes:
-    with content.open() as stream:
-        return stream.read(_HEAD_BYTES)
+    is_array = opens == "[" and _OPENS_ARRAY.match(first.strip())
+    table = None if opens == "{" or is_array else table_of(lines, name)
+    if is_array or (opens == "[" and table is None):
+        yield from iter_array(pieces(stream, name, encoding), name, options)
+        return
+    source = Lines(stream, name, options)
+    if opens == "{" and not stands_alone(first):
+        yield from iter_objects(source, encoding, options)
+    elif table is not None:
+        yield from csv_rows(source, encoding, table, options)
+    # JSON lines even if the first is broken: others may be whole.
+    elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
+        yield from iter_lines(source, encoding)
+    else:
+        came = f"the text begins with {first.strip()[:40]!r}"
+        number = next(at for at, line in enumerate(lines, 1) if line.strip("\ufeff \t\r\n\f\v"))
+        raise UserError(f"{name}:{number}: {came}; expected {_EXPECTED}")

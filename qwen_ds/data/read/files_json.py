@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qwen_ds.data.read.files_text import Lines, shown, undecodable
+from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.errors import UserError
 
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
+# Files that were joined by `cat` have byte order marks inside.
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 # Brackets, and strings as a whole, so that brackets inside them do not count. A string without a
 # closing quote runs to the end of the text.
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
@@ -50,23 +52,41 @@ def stands_alone(line: str) -> bool:
     return depth <= 0
 
 
-def iter_lines(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
+class _RepeatedKey(ValueError):
+    """An object that has two values for one key."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        kept: dict[str, object] = {}
+        for key, value in pairs:
+            if kept.setdefault(key, value) != value:
+                raise _RepeatedKey(f"the key {key!r} is there twice, with two values")
+    return found
+
+
+# pandas writes NaN and Infinity for cells that have no value.
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=_object)
+
+
+def iter_lines(lines: Lines, encoding: str) -> Iterator[SourceRow | BadRow]:
     """Rows of JSON lines. Blank lines are skipped; a broken line is a BadRow of its own."""
-    for number, raw in enumerate(lines, 1):
+    for raw in lines:
         if raw.isspace():
             continue
-        source = f"{name}:{number}"
+        lines.held = 0
+        source = f"{lines.name}:{lines.number}"
         try:
             text = raw.decode(encoding)
-            text = text.lstrip("\ufeff") if number == 1 else text
-            yield SourceRow(json.loads(text), source)
+            yield SourceRow(_DECODER.decode(text), source)
         except UnicodeDecodeError as error:
-            yield undecodable(source, encoding, error)
+            yield bad_bytes(source, encoding, error)
         except (ValueError, RecursionError) as error:
             yield from _several_on_a_line(text, source, error)
 
 
-def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[SourceRow | BadRow]:
+def iter_objects(lines: Lines, encoding: str, options: FileOptions) -> Iterator[SourceRow | BadRow]:
     """Rows of one or more objects one after another, each over one or more lines.
 
     A broken object ends where a line opens the next one: with `{` at the first object's
@@ -75,14 +95,16 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
     parts: list[str] = []  # of the object being collected, which began on line `start`
     fault: BadRow | None = None
     depth, start, margin, last = 0, 0, None, ""
-    for number, raw in enumerate(lines, 1):
+    name = lines.name
+    for raw in lines:
+        number = lines.number
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
             # Reported instead of the object, once that closes.
-            fault = undecodable(f"{name}:{number}", encoding, error)
+            fault = bad_bytes(f"{name}:{number}", encoding, error)
             line = raw.decode(encoding, "replace")
-        if number == 1:
+        if not parts:
             line = line.lstrip("\ufeff")
         body = line.strip()
         if not body:
@@ -100,18 +122,31 @@ def iter_objects(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[S
             if place + 1 < len(pieces) or depth <= 0:
                 yield fault or _parsed("".join(parts), f"{name}:{start}")
                 parts, fault = [], None
+                lines.held = 0
     if parts:
         yield _not_json(f"{name}:{start}", "the file ends inside the object that begins here")
 
 
-def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]:
-    """The elements of one JSON array, read as the text arrives.
+def iter_array(
+    chunks: Iterator[str], name: str, options: FileOptions
+) -> Iterator[SourceRow | BadRow]:
+    """The elements of one JSON array, or of several one after another, read as the text arrives.
 
     A broken element whose end can be found is a BadRow. If it cannot be found, or the array itself
     is broken, nothing after that can be trusted: UserError.
     """
-    text = _Arriving(chunks)
+    text = _Arriving(chunks, name, options)
     text.skip_space()
+    while True:
+        yield from _elements(text, name)
+        if text.here() == "the end of the file":
+            return
+        if not text.starts_with("["):
+            came = f"{text.here()} after the end of the JSON array"
+            raise UserError(f"{name}:{text.line}: {came}; expected nothing more")
+
+
+def _elements(text: _Arriving, name: str) -> Iterator[SourceRow | BadRow]:
     text.skip("[")
     if not text.starts_with("]"):
         while True:
@@ -120,33 +155,32 @@ def iter_array(chunks: Iterator[str], name: str) -> Iterator[SourceRow | BadRow]
             if not text.starts_with(","):
                 break
             text.skip(",")
+            if text.starts_with("]"):
+                came = "a comma before the ']' that closes the JSON array"
+                raise UserError(f"{name}:{text.line}: {came}; expected another row, or no comma")
     if not text.starts_with("]"):
         came = f"{text.here()} inside a JSON array"
         raise UserError(f"{name}:{text.line}: {came}; expected ',' or ']'")
     text.skip("]")
-    if text.here() != "the end of the file":
-        came = f"{text.here()} after the end of the JSON array"
-        raise UserError(f"{name}:{text.line}: {came}; expected nothing more")
 
 
-def undecodable(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
-    shown = "UTF-8" if encoding == "utf-8" else encoding.upper()
-    byte = error.object[error.start]
-    detail = f"byte 0x{byte:02x} is not {shown}; expected text in one encoding"
-    return BadRow(source, f"not {shown} text", detail)
+def bad_bytes(source: str, encoding: str, error: UnicodeDecodeError) -> BadRow:
+    return BadRow(source, f"not {shown(encoding)} text", undecodable(encoding, error))
 
 
 class _Arriving:
     """A text that arrives in chunks, and our place in it; what has been read is freed."""
 
-    def __init__(self, chunks: Iterator[str]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: Iterator[str], name: str, options: FileOptions) -> None:
+        self.chunks, self.name, self.options = chunks, name, options
         self.text = next(chunks, "").lstrip("\ufeff")
         self.place, self.line, self.is_complete = 0, 1, False
 
     def more(self) -> None:
         """Double the text ahead, so that the repeated scans of a long element stay linear."""
         parts, fetched = [self.text[self.place :]], 0
+        if len(parts[0]) > self.options.row_bytes:
+            raise self.options.too_long(f"{self.name}:{self.line}")
         while fetched < max(len(parts[0]), 1):
             chunk = next(self.chunks, None)
             if chunk is None:
@@ -236,7 +270,7 @@ def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
 
 def _parsed(text: str, source: str) -> SourceRow | BadRow:
     try:
-        return SourceRow(json.loads(text), source)
+        return SourceRow(_DECODER.decode(text.lstrip("\ufeff")), source)
     except (ValueError, RecursionError) as error:
         return _fault(error, source)
 
@@ -265,7 +299,15 @@ def _fault(error: Exception, source: str, start: int = 0) -> BadRow:
     """The fault of a JSON text; its position is counted from the start of the row."""
     what = str(error)
     if isinstance(error, json.JSONDecodeError):
+        if (
+            error.doc[: error.pos].rstrip().endswith(",")
+            and error.doc[error.pos : error.pos + 1] in "}]"
+        ):
+            what = f"a comma before {error.doc[error.pos : error.pos + 1]!r}"
+            return _not_json(source, f"{what} at character {error.pos - start + 1}; expected none")
         what = f"{error.msg.removesuffix(' at')} at character {error.pos - start + 1}"
+    elif isinstance(error, _RepeatedKey):
+        return BadRow(source, "repeated key", f"{error}; expected each key once")
     elif isinstance(error, RecursionError):
         what = "nested too deep"
     return _not_json(source, f"{what}; expected one JSON object")

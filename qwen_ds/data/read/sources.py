@@ -3,7 +3,7 @@
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
 order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
 "org/name", "org/name:split" or "org/name:config:split". "folder:split" names one of several splits
-of a folder; without a name it is "train".
+of a folder; without a name it is "train" (places.py).
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
 "output": "a"}. Then only the columns named in it are read, by the reader whose keys are named.
@@ -11,7 +11,6 @@ of a folder; without a name it is "train".
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qwen_ds.data.read.containers import rows_inside
 from qwen_ds.data.read.dialogue import (
     EMPTY,
     Dropped,
@@ -31,8 +31,9 @@ from qwen_ds.data.read.dialogue import (
     names,
     object_of,
 )
-from qwen_ds.data.read.files import DATA_SUFFIXES, chosen_names, numbered_rows, read_rows
 from qwen_ds.data.read.files_json import BadRow, SourceRow
+from qwen_ds.data.read.limits import DEFAULT, FileOptions
+from qwen_ds.data.read.places import Place, locate, rows_of
 from qwen_ds.data.read.readers import (
     TABLE,
     Reader,
@@ -43,27 +44,6 @@ from qwen_ds.data.read.readers import (
 )
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPLITS = {
-    "train": re.compile(r"(?<![a-z])(?:train|training)(?![a-z])"),
-    "validation": re.compile(r"(?<![a-z])(?:validation|valid|val|dev)(?![a-z])"),
-    "test": re.compile(r"(?<![a-z])(?:test|testing|eval|evaluation)(?![a-z])"),
-}
-_ARROW_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The place of one path's rows: files, a folder of `datasets`, or the hub."""
-
-    path: str
-    files: tuple[Path, ...] = ()
-    saved: Path | None = None
-    hub_id: str | None = None
-    config: str | None = None
-    split: str | None = None
-
 
 NotRead = dict[str, Counter[str]]  # by path, the rows that hold something under a key not read
 
@@ -76,6 +56,7 @@ class ReadOptions:
     columns: Mapping[str, str] | None = None  # see the top of this file
     system: str | None = None  # system text of rows that have none
     bad_rows: Literal["stop", "skip"] = "stop"  # what becomes of a row that cannot be read
+    files: FileOptions = DEFAULT
 
 
 def iter_conversations(
@@ -112,94 +93,6 @@ def iter_prompts(
     """
     reading = _Reading(options, True, Counter(), not_read)
     return reading.results([locate(path) for path in paths])
-
-
-def locate(path: str | Path) -> Place:
-    """Find the rows of a path without reading them. UserError if they are not there."""
-    path = str(path)
-    folder, _, split = path.partition(":")
-    if Path(path).is_file():
-        return Place(path, files=(Path(path),))
-    if Path(path).is_dir():
-        return _folder(path, Path(path), None)
-    if split and Path(folder).is_dir():
-        return _folder(path, Path(folder), split)
-    hub_id, *rest = path.split(":")
-    is_hub_id = _HUB_ID.fullmatch(hub_id) and not hub_id.lower().endswith(DATA_SUFFIXES)
-    if is_hub_id and len(rest) <= 2 and not Path(hub_id).parent.exists():
-        config = rest[0] if len(rest) == 2 else None
-        return Place(path, hub_id=hub_id, config=config, split=rest[-1] if rest else "train")
-    expected = "a data file, a folder of them, or a hub id org/name"
-    raise UserError(f"{path}: no such file or folder; expected {expected}")
-
-
-def rows_of(place: Place) -> Iterator[SourceRow | BadRow]:
-    """The source rows of a path, file after file."""
-    parts = [(f"{file}: the file", read_rows(file)) for file in place.files]
-    if place.saved is not None or place.hub_id is not None:
-        parts.append((f"{place.path}: the data set", _dataset_rows(place)))
-    for name, rows in parts:
-        is_empty = True
-        for row in rows:
-            is_empty = False
-            yield row
-        if is_empty:
-            raise UserError(f"{name} holds no rows; expected at least one")
-
-
-def _folder(path: str, folder: Path, split: str | None) -> Place:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return Place(path, saved=folder, split=split)
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    found = chosen_names(file.relative_to(folder).as_posix() for file in files)
-    if not found:
-        expected = "files such as *.json, *.parquet, *.csv"
-        raise UserError(f"{path}: the folder holds no data files; expected {expected}")
-    of_split = {name: _split_of(name) for name in found}
-    wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
-    if split and not wanted:
-        known = names(sorted({of for of in of_split.values() if of}))
-        raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
-    return Place(path, files=tuple(folder / name for name in wanted or found), split=split)
-
-
-def _split_of(name: str) -> str | None:
-    """The split that a file or its folder is named for, as `datasets` recognises it."""
-    for part in reversed(name.lower().split("/")):
-        for split, word in _SPLITS.items():
-            if word.search(part):
-                return split
-    return None
-
-
-def _dataset_rows(place: Place) -> Iterator[SourceRow | BadRow]:
-    import datasets
-
-    try:
-        if place.saved is not None:
-            data = datasets.load_from_disk(str(place.saved))
-        else:
-            data = datasets.load_dataset(place.hub_id, place.config, split=place.split)
-    # Network, hub and library raise all kinds of errors; they all mean that the path did not load.
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-        hub = "no such file or folder, and as a data set of the hub it"
-        raise UserError(
-            f"{place.path}: {'the folder' if place.saved else hub} could not be loaded ({reason}); "
-            "expected a data file, a folder of data files, or the id of a data set that can be "
-            "reached"
-        ) from error
-    if isinstance(data, datasets.DatasetDict):
-        split = place.split or ("train" if "train" in data or len(data) != 1 else next(iter(data)))
-        if split not in data:
-            raise UserError(f"{place.path}: no split {split!r}; splits found: {names(data)}")
-        data = data[split]
-    elif place.saved is not None and place.split is not None:
-        raise UserError(
-            f"{place.path}: the folder holds one data set without splits; expected {place.saved}"
-        )
-    yield from numbered_rows(data.with_format("arrow").iter(batch_size=_ARROW_ROWS), place.path)
 
 
 class _Reading:
@@ -256,7 +149,7 @@ class _Reading:
         trees = MessageTrees()
         is_first = True
         not_read = self.not_read.setdefault(place.path, Counter())
-        for row in rows_of(place):
+        for row in rows_of(place, self.options.files):
             self.counts["rows"] += 1
             if isinstance(row, BadRow):
                 error = RowError(row.reason, row.detail)
@@ -312,16 +205,12 @@ class _Reading:
         return Dropped(error.reason, error.detail, unreadable=True)
 
     def _unwrapped(self, row: SourceRow) -> Iterator[tuple[object, str]]:
-        """The row itself, or the rows of an object of lists of rows (Safety-Prompts)."""
-        value = row.row
-        if isinstance(value, dict) and all(isinstance(rows, list) for rows in value.values()):
-            inner = next((inner for rows in value.values() for inner in rows), None)
-            if not self._is_row(value) and self._is_row(inner):
-                for name, rows in value.items():
-                    for place, inner in enumerate(rows):
-                        yield inner, f"{row.source} {name}[{place}]"
-                return
-        yield value, row.source
+        """The row itself, or the rows of a container of rows."""
+        inside = rows_inside(row.row, self._is_row) if isinstance(row.row, dict) else None
+        if inside is None:
+            yield row.row, row.source
+        else:
+            yield from ((inner, f"{row.source} {place}") for inner, place in inside)
 
     def _is_row(self, value: object) -> bool:
         if self.columns:

@@ -15,24 +15,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from qwen_ds.data.read.dialogue import RowError
+from qwen_ds.data.read.containers import rows_inside
+from qwen_ds.data.read.dialogue import RowError, object_of
 from qwen_ds.data.read.files import SourceRow
+from qwen_ds.data.read.limits import FileOptions
+from qwen_ds.data.read.places import Place, locate, rows_of
 from qwen_ds.data.read.readers import find_reader
-from qwen_ds.data.read.sources import (
-    NotRead,
-    Place,
-    ReadOptions,
-    iter_conversations,
-    locate,
-    rows_of,
-)
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_conversations
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, fault
@@ -91,6 +87,15 @@ def _make_room(path: Path, found: str) -> None:
     say(f"{path}: {found}; the token rows are made anew")
 
 
+def read_options(data: DataOptions, report: PartReport | None = None) -> ReadOptions:
+    """How the rows of a recipe are read; `report` takes what becomes of the files."""
+    files = FileOptions(data.encoding, data.max_row_mb, data.max_expansion)
+    if report is not None:
+        encodings, left_out = report.encodings, report.left_out
+        files = replace(files, on_encoding=encodings.__setitem__, on_left_out=left_out.__setitem__)
+    return ReadOptions(data.format, data.columns, bad_rows=data.bad_rows, files=files)
+
+
 def _key(
     data: DataOptions, parts: Sequence[Place], options: EncodeOptions, vocabulary_sha256: str
 ) -> str:
@@ -99,7 +104,8 @@ def _key(
         "code": _code_sha256(),
         "vocabulary": vocabulary_sha256,
         "options": asdict(options),
-        "reading": [data.format, data.columns, data.bad_rows],
+        "reading": [data.format, data.columns, data.bad_rows]
+        + [data.encoding, data.max_row_mb, data.max_expansion],
         "inputs": [_input_sha256(part) for part in parts],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
@@ -170,10 +176,9 @@ def _fill(
 ) -> None:
     """Read, encode and write the rows of all paths, and check that each can be trained on."""
     parts: list[tuple[PartReport, Counter[str]]] = [(PartReport(path), Counter()) for path in paths]
-    reading = ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
     not_read: list[NotRead] = [{} for _ in paths]
     streams = [
-        (part, iter_conversations([part.path], reading, count, unread))
+        (part, iter_conversations([part.path], read_options(data, part), count, unread))
         for (part, count), unread in zip(parts, not_read, strict=True)
     ]
     with RowWriter(file) as writer:
@@ -203,14 +208,17 @@ def _formats(data: DataOptions, part: Place) -> dict[str, str]:
     if data.format != "auto":
         return {part.path: data.format}
     alone = [Place(str(file), files=(file,)) for file in part.files] or [part]
-    return {each.path: _format(each) for each in alone}
+    files = read_options(data).files
+    return {each.path: _format(each, files) for each in alone}
 
 
-def _format(part: Place) -> str:
-    first = next((row.row for row in rows_of(part) if isinstance(row, SourceRow)), None)
-    # An object that maps names to lists of rows is read as those rows (sources.py).
-    inner = next(iter(first.values()), None) if isinstance(first, dict) else None
-    for row in (first, *(inner[:1] if isinstance(inner, list) else [])):
-        with contextlib.suppress(RowError):
-            return find_reader(row).name
-    return "none"
+def _format(part: Place, files: FileOptions) -> str:
+    first = next((row.row for row in rows_of(part, files) if isinstance(row, SourceRow)), None)
+    inner = rows_inside(first, lambda row: _reader(row) is not None)
+    return _reader(first if inner is None else next(inner)[0]) or "none"
+
+
+def _reader(row: object) -> str | None:
+    with contextlib.suppress(RowError):
+        return find_reader(object_of(row, "the row")).name
+    return None

@@ -32,6 +32,10 @@ class PartReport:
     path: str
     formats: dict[str, str] = field(default_factory=dict)
     """By file, the reader that recognised its first row, or that the user named."""
+    encodings: dict[str, str] = field(default_factory=dict)
+    """By file, the encoding of its text, if it is not UTF-8."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """By file of a folder or an archive, why it is not read."""
     read: int = 0  # source rows
     kept: int = 0  # token rows
     dropped: dict[str, Tally] = field(default_factory=dict)
@@ -105,6 +109,8 @@ def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for reason, tally in part[key].items():
                 known = summed[key].setdefault(reason, {**tally, "rows": 0})
                 known["rows"] += tally["rows"]
+    for key in ("encodings", "left_out"):
+        summed[key] = {file: note for part in parts for file, note in part[key].items()}
     longest = max(parts, key=lambda part: part["longest_tokens"])
     return {**summed, "longest_tokens": longest["longest_tokens"], "longest": longest["longest"]}
 
@@ -121,6 +127,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     for key, fate in _FATES.items():
         for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
+    lines += _in_words(found["encodings"], "{}: read as {}", "more files are not UTF-8")
+    lines += _in_words(found["left_out"], "{}: not read, {}", "more files are not read")
     lines += not_read_lines(report)
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
@@ -149,3 +157,13 @@ def not_read_line(counts: Mapping[str, int], path: str | None = None) -> str:
     ]
     place = f" in {path}" if path is not None else ""
     return f"not read{place}: {', '.join(found)}" if found else ""
+
+
+_FILES_NAMED = 8
+
+
+def _in_words(notes: dict[str, str], words: str, others: str) -> list[str]:
+    """A line for each of the first notes on files, and one for the number of the others."""
+    lines = [words.format(*note) for note in notes.items()]
+    rest = len(lines) - _FILES_NAMED
+    return [*lines[:_FILES_NAMED], f"{rest:,} {others}"] if rest > 1 else lines

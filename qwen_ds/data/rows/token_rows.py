@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from qwen_ds.data.batches import Part
-from qwen_ds.data.read.sources import ReadOptions, iter_conversations
-from qwen_ds.data.rows.cache import make_or_find
+from qwen_ds.data.read.sources import iter_conversations
+from qwen_ds.data.rows.cache import make_or_find, read_options
 from qwen_ds.data.rows.data_report import total
 from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.row_file import RowFile
@@ -191,6 +191,4 @@ def check_data(data: DataOptions) -> None:
         )
     if data.eval and data.eval_fraction:
         raise UserError("data.eval and data.eval_fraction are both given; expected one of them")
-    iter_conversations(
-        [*data.train, *data.eval], ReadOptions(data.format, data.columns, bad_rows=data.bad_rows)
-    )
+    iter_conversations([*data.train, *data.eval], read_options(data))

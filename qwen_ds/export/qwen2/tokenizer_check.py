@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from qwen_ds.data.read.files_json import BadRow
-from qwen_ds.data.read.sources import locate, rows_of
+from qwen_ds.data.read.places import locate, rows_of
 from qwen_ds.errors import UserError
 from qwen_ds.export.qwen2.tokenizer_json import TOKENIZER
 from qwen_ds.model.tokenizer import Encoding

@@ -14,8 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwen_ds.data.read import files
-from qwen_ds.data.read.files import BadRow, SourceRow, encoding_of, read_rows
+from qwen_ds.data.read import files, files_tables, files_text
+from qwen_ds.data.read.files import BadRow, SourceRow, read_rows
+from qwen_ds.data.read.files_encoding import encoding_of
 from qwen_ds.errors import UserError
 
 ROWS = [
@@ -78,7 +79,7 @@ def verdicts(path: Path) -> list[tuple[int, bool]]:
 def test_every_arrangement_of_json_is_found_by_content(
     arrangement: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files_text, "_CHUNK_BYTES", chunk)
     text, lines = ARRANGEMENTS[arrangement]
     path = saved(tmp_path, text)
     assert rows_in(path) == ROWS
@@ -97,7 +98,8 @@ def test_one_damaged_byte_does_not_turn_utf8_into_other_characters(tmp_path: Pat
     good = dumped({"q": "问题", "a": "这是一个完整的回答。"}).encode()
     # Three bytes that GB18030 would take with what follows.
     damaged = good.replace("完".encode(), b"\xc5\xea\x8c")
-    assert encoding_of(good) == encoding_of(good + b"\n" + damaged) == "utf-8"
+    assert encoding_of(good, "f", True) == "utf-8"
+    assert encoding_of(good + b"\n" + damaged, "f", True) == "utf-8"
     path = saved(tmp_path, good + b"\n" + damaged + b"\n" + good)
     first, second, third = read_rows(path)
     assert isinstance(first, SourceRow) and isinstance(third, SourceRow)
@@ -110,7 +112,7 @@ def test_one_damaged_byte_does_not_turn_utf8_into_other_characters(tmp_path: Pat
 def test_a_damaged_byte_inside_a_longer_object_is_told_and_never_left_out(
     arrangement: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files_text, "_CHUNK_BYTES", chunk)
     text = ARRANGEMENTS[arrangement][0]
     path = saved(tmp_path, text.encode().replace("加".encode(), b"\xff"))
     if arrangement == "objects":
@@ -122,9 +124,8 @@ def test_a_damaged_byte_inside_a_longer_object_is_told_and_never_left_out(
             list(read_rows(path))
 
 
-def test_a_head_that_ends_inside_a_character_is_still_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_HEAD_BYTES", 2)
-    assert encoding_of("中".encode()[:2]) == "utf-8"
+def test_a_head_that_ends_inside_a_character_is_still_utf8() -> None:
+    assert encoding_of("中".encode()[:2], "f", is_whole=False) == "utf-8"
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
@@ -153,7 +154,7 @@ def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path:
 
 
 def test_parquet_rows_are_numbered_from_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PARQUET_ROWS", 2)
+    monkeypatch.setattr(files_tables, "_ROWS_AT_ONCE", 2)
     path = tmp_path / "rows.json"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TEXTS), path)
     assert rows_in(path) == TEXTS
@@ -196,7 +197,7 @@ def test_an_archive_inside_an_archive_is_refused(tmp_path: Path) -> None:
     for archive, name in ((inner, "a.json"), (outer, "inner.tar")):
         with tarfile.open(archive, "w") as tar:
             tar.add(tmp_path / name, name)
-    with pytest.raises(UserError, match="outer.tar:inner.tar:1: the text begins with"):
+    with pytest.raises(UserError, match="outer.tar:inner.tar: a tar archive inside an archive"):
         list(read_rows(outer))
 
 
@@ -243,7 +244,7 @@ def test_a_comma_missing_inside_an_object_costs_that_object_only(tmp_path: Path)
 def test_a_number_that_arrives_in_two_parts_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", 2)
+    monkeypatch.setattr(files_text, "_CHUNK_BYTES", 2)
     assert rows_in(saved(tmp_path, "[123, 4567]")) == [123, 4567]
 
 
@@ -256,7 +257,7 @@ def test_an_object_that_is_never_closed_does_not_take_the_file_with_it(tmp_path:
 def test_a_broken_element_of_an_array_is_bad_alone(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files_text, "_CHUNK_BYTES", chunk)
     path = saved(tmp_path, '[{"q": 1},\n{"q": "\\d}", "r": [[]]},\n{"q": 3}]')
     first, second, third = read_rows(path)
     assert isinstance(first, SourceRow) and third == SourceRow({"q": 3}, f"{path}:3")
@@ -293,8 +294,7 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(
         ("\n\n从前有一座山。".encode(), ":3: the text begins with '从前有一座山。'"),
         (b"q,q\n1,2\n", ":1: the text begins with 'q,q'"),
         (b",\n1,2\n", ":1: the text begins with ','"),
-        (b"PK\x03\x04abc", "a zip archive: unpack it first"),
-        ("a,b".encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04abc", "damaged archive"),
         (b"PAR1 and nothing more", "damaged parquet"),
         (gzip.compress(b'{"q": 1}\n' * 100)[:-20], "damaged archive|gzip"),
     ],
@@ -320,7 +320,7 @@ def test_a_file_is_never_in_memory_as_a_whole(
     arrangement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_HEAD_BYTES", 1 << 16)
-    monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(files_text, "_CHUNK_BYTES", 1 << 16)
     count, cell = 5_000, "x" * 1000
     text = {
         "lines": (dumped({"q": cell}) + "\n") * count,

@@ -15,7 +15,8 @@ import pytest
 
 from qwen_ds.data.read import files, sources
 from qwen_ds.data.read.dialogue import Dropped
-from qwen_ds.data.read.sources import ReadOptions, iter_conversations, iter_prompts, locate
+from qwen_ds.data.read.places import locate
+from qwen_ds.data.read.sources import ReadOptions, iter_conversations, iter_prompts
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn
 
