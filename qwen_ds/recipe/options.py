@@ -127,6 +127,9 @@ class OptimOptions:
     """Learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
+    decay_steps: PositiveInt | None = None
+    """Optimizer step, warm-up included, at which linear and cosine have come down to 0, where they
+    stay. Unset: the end of the run."""
     epochs: PositiveFloat = 3.0
     """Passes over the training rows."""
     max_steps: PositiveInt | None = None

@@ -26,7 +26,7 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
     dist.once_per_machine(lambda: found.append(find_sources(asked)), "model")
     asked = found[0] if found else find_sources(asked)
     run = resolve(asked, survey(device), Base.read(Path(asked.recipe.model.path)))
-    start.check_config(run.deepspeed.engine_json)
+    start.check_config(run.deepspeed.engine_json, run.recipe.deepspeed)
     return run
 
 
