@@ -12,7 +12,7 @@ from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
-from qwen_ds.recipe.ranges import PositiveFloat, PositiveInt
+from qwen_ds.recipe.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class AnswerOptions:
     do_sample: bool = False
     """false: always the most probable token, the same answers every time. true: draw, as the
     original API does."""
-    temperature: float = SamplingParams.temperature
+    temperature: PositiveFloat = SamplingParams.temperature
     """Divides the logits before drawing."""
     top_p: float = SamplingParams.top_p
     """Draw from the most probable tokens that together have this probability."""
-    top_k: int = SamplingParams.top_k
+    top_k: NonNegativeInt = SamplingParams.top_k
     """Draw from that many most probable tokens; 0 for no limit."""
-    max_new_tokens: int = SamplingParams.max_new_tokens
+    max_new_tokens: PositiveInt = SamplingParams.max_new_tokens
     """Tokens of an answer at most; one that is cut there has the finish_reason length."""
-    seed: int = SamplingParams.seed
+    seed: Seed = SamplingParams.seed
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
     long_prompts: Literal["stop", "cut"] = "stop"

@@ -119,9 +119,7 @@ def resolve(
     """
     config, idle = split_idle(copy.deepcopy(config))
     merger = _Merger(recipe, set_keys)
-    if idle:
-        merger.remarks.append(f"no effect here: {', '.join(idle)}")
-    _remark_monitors(config, merger)
+    _remark_keys(idle, config, merger)
     _merge_optimizer(config.pop("optimizer", None) or {}, merger)
     if (scheduler := config.pop("scheduler", None)) is not None:
         _merge_scheduler(scheduler, merger)
@@ -132,8 +130,7 @@ def resolve(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise merger.refuse("zero_optimization.stage", stage, "0, 1, 2 or 3")
-    autos = {
-        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
+    autos = {  # stages 1 and 2 allocate two fp32 buffers of reduce_bucket_size: 160 MB
         "reduce_bucket_size": hidden_size**2 if stage == 3 else 20_000_000,
         "allgather_bucket_size": 200_000_000,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -171,7 +168,9 @@ def resolve(
     return ResolvedConfig(config, merger.recipe, stage, offload, tuple(merger.remarks))
 
 
-def _remark_monitors(config: Json, merger: _Merger) -> None:
+def _remark_keys(idle: list[str], config: Json, merger: _Merger) -> None:
+    if idle:
+        merger.remarks.append(f"no effect here: {', '.join(idle)}")
     names = [
         name
         for name in ("tensorboard", "wandb", "csv_monitor", "comet")

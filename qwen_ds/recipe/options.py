@@ -19,6 +19,7 @@ from qwen_ds.recipe.ranges import (
     PositiveInt,
     PromptBound,
     RowBound,
+    Seed,
 )
 
 
@@ -208,7 +209,7 @@ class Recipe:
 
     output_dir: str = "runs/demo"
     """The run folder."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the order of the rows, of the dropout and of the fresh adapter."""
     method: Literal["lora", "full"] = "lora"
     """Train an adapter, or all parameters."""

@@ -115,7 +115,7 @@ class PredictionParts:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write finished rows (each with its "id") and make them visible to every rank."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        self._stream.write("".join(lines).encode())
+        self._stream.write("".join(lines).encode(errors="backslashreplace"))
         self._stream.flush()
 
     def refresh(self) -> int:

@@ -18,6 +18,7 @@ from qwen_ds.data.read.sources import ReadOptions, iter_prompts
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
+from qwen_ds.terminal import show
 from serve.files.parts import check_output
 from serve.files.prediction import PredictionFigures, predict
 from serve.options import EvaluateOptions
@@ -63,7 +64,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     report = report_of(options, lines, scores, figures)
     require_folder(folder, make=True)
     write_json(report_file, report)
-    print(f"{in_words(report, scores, lines)}\n\nscores: {report_file}", flush=True)
+    show(f"{in_words(report, scores, lines)}\n\nscores: {report_file}")
     return report
 
 

@@ -153,6 +153,7 @@ def _child(arguments: Sequence[str], files: Sequence[str], planted: str) -> None
             sys.argv[0] = str(ROOT / script)
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
+            sys.modules.pop(script, None)  # runpy warns about a module that is there already
             runpy.run_module(script, run_name="__main__", alter_sys=True)
     finally:
         Path(files[2]).write_text(str(max(0, _status("VmHWM") - resident)))
