@@ -128,14 +128,14 @@ def merge_whole(options: Namespace) -> int:
     base = find_model(options.base, model_type=options["from"])
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
             if done == total and options.verify != "off":
                 bar.set_description("proof")
 
         adapters = [Path(adapter) for adapter in options.adapter]
-        report = merge(base, adapters, Path(options.output), chosen, show)
+        report = merge(base, adapters, Path(options.output), chosen, advance)
     show("\n".join(report.in_words()))
     if not report.rejected:
         return EXIT_DONE

@@ -8,6 +8,7 @@ act on, and marks that reorder what is read. `visible` spells them; `show` is th
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import traceback
@@ -64,10 +65,14 @@ def show(*texts: object, err: bool = False, end: str = "\n", sep: str = " ") -> 
 
 
 def show_json(lines: Iterable[str]) -> None:
-    """Print JSON lines, such as rows that another program reads, to stdout."""
-    for line in lines:
-        sys.stdout.write(_encodable(json_text(line) + "\n", sys.stdout))
-    sys.stdout.flush()
+    """Print JSON lines, such as rows that another program reads, to stdout, as long as it does."""
+    try:
+        for line in lines:
+            sys.stdout.write(_encodable(json_text(line) + "\n", sys.stdout))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A reader such as `head` has closed the pipe: the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def overwrite_line(text: str, width: int) -> None:

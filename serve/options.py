@@ -42,6 +42,8 @@ class AnswerOptions:
     seed: Seed = SamplingParams.seed
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
+    keep: list[str] = field(default_factory=list)
+    """Columns of the input that each line of the output carries, as an object under `kept`."""
     long_prompts: Literal["stop", "cut"] = "stop"
     """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
     is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
@@ -84,7 +86,8 @@ class PredictOptions(AnswerOptions):
     """Files, folders or hub data sets with questions, in any format that training reads; answers
     become references."""
     output: str
-    """File to write: one JSON object a row, in the order of the input."""
+    """File to write: one JSON object a row, in the order of the input. -: standard output, which
+    then gets nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ COVERED_BY = {
     "qwen_ds/plan/step.py": "tests/plan/test_recomputation.py",
     "qwen_ds/plan/traffic.py": "tests/plan/test_seconds.py",
     "qwen_ds/recipe/deepspeed_json.py": "tests/plan/test_deepspeed_json.py",
-    "qwen_ds/recipe/recipe_file.py": "tests/adversarial/test_recipes.py",
+    "qwen_ds/recipe/recipe_file.py": "tests/recipe/test_parser.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",

@@ -55,7 +55,8 @@ def test_a_line_that_is_overwritten_is_cleared(capsys: pytest.CaptureFixture[str
 def test_a_guarded_process_holds_back_what_libraries_print(encoding: str) -> None:
     """And the traceback of an error; colours and redrawn bars pass."""
     code = (
-        "from qwen_ds.terminal import guard; guard(); print('\\x1b]0;x\\x07\\x1b[31m\\r\\u4f60\\x9b');"
+        "from qwen_ds.terminal import guard; guard()\n"
+        "print('\\x1b]0;x\\x07\\x1b[31m\\r\\u4f60\\x9b');"
         "raise SystemError('\\x1b[2J\\u202e')"
     )
     ended = subprocess.run(

@@ -11,7 +11,6 @@ recipe and use the same cache as training.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,11 +62,7 @@ def encode(options: EncodeCommand) -> None:
             yield json.dumps(found)
 
     if path is None:
-        try:
-            show_json(lines())
-        except BrokenPipeError:
-            # A reader such as `head` has closed the pipe: the flush at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show_json(lines())
     else:
         try:
             with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:

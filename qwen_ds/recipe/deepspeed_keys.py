@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON may hold: every key of DeepSpeed 0.19, its type, and what becomes of it.
+"""Every key that DeepSpeed 0.19 reads in its JSON: its type, and what becomes of it here.
 
 Most keys are passed on to DeepSpeed or merged with the recipe. Those in IDLE do nothing in these
 runs, so they are left out and said. Those in ONLY and OFF would break inside

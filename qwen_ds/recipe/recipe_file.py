@@ -85,7 +85,7 @@ def _check_names(content: dict[Any, Any], known: Collection[str], prefix: str, p
             continue
         inside = [each for each in known if each.startswith(f"{name}.")]
         if not inside or not isinstance(key, str) or "." in key:
-            unknown = f"{prefix}{next(iter(value))}" if inside and value else name
+            unknown = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
             raise UserError(f"{path}: {unknown_option(unknown, known)}")
         if not isinstance(value, dict):
             expected = f"a mapping with keys such as {inside[0].removeprefix(prefix)}"
