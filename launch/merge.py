@@ -21,7 +21,6 @@ the same command starts anew.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -37,7 +36,9 @@ from qwen_ds.export.output_place import REPORT_NAME
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model, find_qwen2
 from qwen_ds.recipe.parser import Parser
+from qwen_ds.recipe.ranges import FiniteFloat
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import show
 
 OPTIONS = {
     "from": (FormatName, "qwen", "format of the base; qwen2: back to the qwen format"),
@@ -49,7 +50,7 @@ OPTIONS = {
         " --from say",
     ),
     "weights": (
-        list[float] | None,
+        list[FiniteFloat] | None,
         None,
         "one for each adapter: instead, the weighted sum of what each does to the bare base",
     ),
@@ -132,19 +133,19 @@ def merge_whole(options: Namespace) -> int:
     adapters = [tell_adapter(adapter) for adapter in options.adapter]
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
             if done == total and options.verify != "off":
                 bar.set_description("proof")
 
-        report = merge(base, adapters, Path(options.output), chosen, show)
-    print("\n".join(report.in_words()))
+        report = merge(base, adapters, Path(options.output), chosen, advance)
+    show("\n".join(report.in_words()))
     if not report.rejected:
         return EXIT_DONE
-    print(
+    show(
         f"the proof failed: the output is left as {report.folder}; see {REPORT_NAME} in it",
-        file=sys.stderr,
+        err=True,
     )
     return EXIT_FAILURE
 
@@ -167,7 +168,7 @@ def convert_adapter_only(options: Namespace) -> int:
     num_modules = convert_adapter(
         base, tell_adapter(options.adapter[0]), output, allow_pickle=options.allow_pickle
     )
-    print(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
+    show(f"{output}: an adapter of {num_modules} modules, for the base in the qwen2 format")
     return EXIT_DONE
 
 

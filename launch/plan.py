@@ -16,6 +16,7 @@ from qwen_ds.plan.sources import find_sources
 from qwen_ds.plan.table import PlanOptions, plan, plan_text, without_options
 from qwen_ds.recipe.loading import load_recipe, recipe_parser
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import show
 
 
 def main() -> int:
@@ -30,7 +31,7 @@ def main() -> int:
     # The command that is printed is for training: without the planner's and the launcher's options.
     ours = {f"--{name}" for name in asked.added} | {"--local_rank", "--local-rank"}
     words = without_options(sys.argv[1:], ours)
-    print(plan_text(plan(asked, PlanOptions(**asked.added), base), words))
+    show(plan_text(plan(asked, PlanOptions(**asked.added), base), words))
     return EXIT_DONE
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from qwen_ds import dist
 from qwen_ds.errors import EXIT_DONE, EXIT_USER, UserError
+from qwen_ds.terminal import guard, one_line, show, visible
 
 LIBRARY_LOGGERS = (
     "DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib",
@@ -30,6 +31,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     A UserError becomes one line on stderr and exit code 2. Any other error is a defect of ours: the
     traceback shows and the exit code is 1.
     """
+    guard()
     try:
         code = main()
     except UserError as error:
@@ -39,11 +41,18 @@ def run_command(main: Callable[[], int | None]) -> None:
         if dist.local_rank():
             time.sleep(2)
             line = f"[local rank {dist.local_rank()}] {line}"
-        print(line, file=sys.stderr, flush=True)
+        show(one_line(line), err=True)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        show("interrupted", err=True)
         code = 130  # 128 + SIGINT, as a shell has it
     sys.exit(code or EXIT_DONE)
+
+
+class _Visible(logging.Formatter):
+    """Log lines as they would be printed: people look at log files on terminals."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class _LastLine(logging.Handler):
@@ -62,7 +71,7 @@ def say(text: str) -> None:
     """Print a message on the terminal, on rank 0 only, and log it on every rank."""
     logging.getLogger("qwen_ds").info(text)
     if dist.rank() == 0:
-        print(text, flush=True)
+        show(text)
 
 
 def log_to_file(folder: Path) -> None:
@@ -70,9 +79,8 @@ def log_to_file(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(
-        level=logging.INFO, format=layout, handlers=[handler, last_line], force=True
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler, last_line], force=True)
+    handler.setFormatter(_Visible(layout))
     for name in LIBRARY_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -96,7 +104,9 @@ class JsonLines:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row. On a full disk the rest waits for the next call; training continues."""
-        self._waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._waiting += (json.dumps(row, ensure_ascii=False) + "\n").encode(
+            errors="backslashreplace"
+        )
         try:
             while self._waiting:
                 written = self._file.write(self._waiting) or 0

@@ -13,7 +13,7 @@ from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
-from qwen_ds.recipe.ranges import PositiveFloat, PositiveInt
+from qwen_ds.recipe.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,19 @@ class AnswerOptions:
     do_sample: bool = False
     """false: always the most probable token, the same answers every time. true: draw, as the
     original API does."""
-    temperature: float = SamplingParams.temperature
+    temperature: PositiveFloat = SamplingParams.temperature
     """Divides the logits before drawing."""
     top_p: float = SamplingParams.top_p
     """Draw from the most probable tokens that together have this probability."""
-    top_k: int = SamplingParams.top_k
+    top_k: NonNegativeInt = SamplingParams.top_k
     """Draw from that many most probable tokens; 0 for no limit."""
-    max_new_tokens: int = SamplingParams.max_new_tokens
+    max_new_tokens: PositiveInt = SamplingParams.max_new_tokens
     """Tokens of an answer at most; one that is cut there has the finish_reason length."""
-    seed: int = SamplingParams.seed
+    seed: Seed = SamplingParams.seed
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
+    keep: list[str] = field(default_factory=list)
+    """Columns of the input that each line of the output carries, as an object under `kept`."""
     long_prompts: Literal["stop", "cut"] = "stop"
     """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
     is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
@@ -101,7 +103,8 @@ class PredictOptions(AnswerOptions):
     """Files, folders or hub data sets with questions, in any format that training reads; answers
     become references."""
     output: str
-    """File to write: one JSON object a row, in the order of the input."""
+    """File to write: one JSON object a row, in the order of the input. -: standard output, which
+    then gets nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ JUNK_DRAWERS = {"utils.py", "common.py", "helpers.py", "constants.py", "misc.py"
 # Rooms from the ground up. A module imports from its own floor or from below.
 FLOORS = {
     "qwen_ds.errors": 0, "qwen_ds.dist": 0, "qwen_ds.runlog": 0, "qwen_ds.machine": 0,
+    "qwen_ds.terminal": 0,
     "qwen_ds.disk": 1, "qwen_ds.recipe": 2, "qwen_ds.decode": 2, "qwen_ds.model": 3, "qwen_ds": 3,
     "qwen_ds.data": 4, "qwen_ds.demo": 5, "qwen_ds.plan": 6,
     "qwen_ds.train": 7, "qwen_ds.export": 7, "serve": 7, "launch": 8,
@@ -40,6 +41,8 @@ OWNERS = {
     "tokenizers": "qwen_ds/export/qwen2/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
 }
+# What may print: `show` and its like, and rich's console, whose texts go through `visible`.
+PRINTERS = ("qwen_ds/terminal.py", "qwen_ds/data/__main__.py", "qwen_ds/data/show.py")
 # transformers calls these with its own arguments.
 CONTRACTS = {"forward", "generate", "chat", "chat_stream", "apply_chat_template", "tokenize"}
 # Modules without a test file of their name, and the test file that covers each.
@@ -92,6 +95,7 @@ COVERED_BY = {
     "qwen_ds/plan/step.py": "tests/plan/test_recomputation.py",
     "qwen_ds/plan/traffic.py": "tests/plan/test_seconds.py",
     "qwen_ds/recipe/deepspeed_json.py": "tests/plan/test_deepspeed_json.py",
+    "qwen_ds/recipe/recipe_file.py": "tests/recipe/test_parser.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",
@@ -314,3 +318,19 @@ def test_nothing_loads_code_or_pickles(file: Path) -> None:
         assert trusts in (None, "False"), f"{place(file)}: {called}"
         if called == "torch.load":
             assert arguments.get("weights_only") == "True", f"{place(file)}: torch.load"
+
+
+def printed(file: Path) -> Iterator[str]:
+    """Calls that write to a terminal by themselves."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            streams = ("sys.stdout.write", "sys.stderr.write", "sys.__std", "console.print")
+            if name in ("print", "tqdm.write", "traceback.print_exc") or name.startswith(streams):
+                yield f"{place(file)}:{node.lineno}: {name}"
+
+
+def test_text_is_printed_by_one_function() -> None:
+    """`show` spells what a terminal would act on; a bare print would send it."""
+    found = [call for file in SOURCES if place(file) not in PRINTERS for call in printed(file)]
+    assert not found

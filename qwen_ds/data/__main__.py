@@ -11,7 +11,6 @@ recipe and use the same cache as training.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import show, show_json, visible
 
 if TYPE_CHECKING:
     from qwen_ds.data.rows.token_rows import TokenRows
@@ -57,23 +57,18 @@ def encode(options: EncodeCommand) -> None:
         for row in range(len(rows)):
             ids, labels = (part.tolist() for part in rows[row])
             found = {"input_ids": ids, "labels": labels, "source": rows.source(row)}
-            yield json.dumps(found) + "\n"
+            yield json.dumps(found)
 
     if path is None:
-        try:
-            sys.stdout.writelines(lines())
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # A reader such as `head` has closed the pipe: the flush at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show_json(lines())
     else:
         try:
             with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:
-                file.writelines(lines())
+                file.writelines(f"{line}\n" for line in lines())
         except OSError as error:
             came = error.strerror or error
             raise UserError(f"{path}: {came}; expected a file that can be written") from error
-    print("\n".join(summary(rows.report)), file=sys.stderr)
+    show("\n".join(summary(rows.report)), err=True)
 
 
 def inspect(options: InspectCommand) -> None:
@@ -91,11 +86,11 @@ def inspect(options: InspectCommand) -> None:
         if not shown:
             expected = f"the file:line of a row that is trained on, such as {rows.source(0)}"
             raise UserError(f"--at is {at}; expected {expected}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
     for row in shown:
         show_row(rows, row, encoding, console)
     show_lengths(rows.lens, console)
-    console.print("\n".join(summary(rows.report)), soft_wrap=True, markup=False)
+    console.print(visible("\n".join(summary(rows.report))), soft_wrap=True)
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
@@ -107,7 +102,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 def main() -> int:
     command, *words = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__)
+        show(__doc__)
         return 0
     if command not in COMMANDS:
         raise UserError(

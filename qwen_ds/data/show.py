@@ -11,21 +11,17 @@ from rich.text import Text
 from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.tokenizer import Encoding
+from qwen_ds.terminal import one_line, visible
 
 _LEARNT, _UNLEARNT, _SPECIAL = "green", "bright_black", "bold"
 _BINS, _BAR_CELLS = 12, 40
-# Control characters are made visible, since they would steer the terminal; line breaks and tabs
-# stay.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) -> None:
     """Print a row: target tokens green (without colour in ⟦ ⟧), others grey, control ones bold."""
     ids, labels = rows[row]
-    console.rule(
-        f"{rows.source(row)}   {len(ids)} tokens, {int(rows.learnt[row])} learnt", align="left"
-    )
+    title = f"{one_line(rows.source(row))}   {len(ids)} tokens, {int(rows.learnt[row])} learnt"
+    console.rule(Text(title), align="left")
     learnt = labels != IGNORE
     edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
     shown = Text()
@@ -45,7 +41,7 @@ def _append(shown: Text, ids: list[int], encoding: Encoding, style: str) -> None
     start = 0
     for place in range(len(ids) + 1):
         if place == len(ids) or ids[place] in specials:
-            shown.append(encoding.decode(ids[start:place]).translate(_VISIBLE), style)
+            shown.append(visible(encoding.decode(ids[start:place])), style)
             shown.append(encoding.decode(ids[place : place + 1]), f"{_SPECIAL} {style}")
             start = place + 1
 

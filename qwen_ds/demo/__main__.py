@@ -26,6 +26,7 @@ from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.recipe.ranges import PositiveInt
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import overwrite_line, show
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = "launch/recipes/demo.yaml"
@@ -53,7 +54,7 @@ class Shell:
 
         Raises StepFailed if its exit code is not 0.
         """
-        print(f"  $ {' '.join(words)}", flush=True)
+        show(f"  $ {' '.join(words)}")
         python, environment = Path(sys.executable), {"OMP_NUM_THREADS": "1"} | os.environ
         program = python if words[0] == "python" else python.with_name(words[0])
         command = [str(program), *words[1:]]
@@ -82,13 +83,13 @@ class Shell:
             if not line or line == shown:
                 continue
             if self.shows_progress_in_place:
-                print(f"\r  {line}", end="", flush=True)
+                overwrite_line(f"  {line}", len(shown) + 2)
                 shown = line
             elif time.monotonic() - shown_at > SECONDS_BETWEEN_LINES:
-                print(f"  {line}", flush=True)
+                show(f"  {line}")
                 shown, shown_at = line, time.monotonic()
         if self.shows_progress_in_place and shown:
-            print("\r" + " " * (len(shown) + 2) + "\r", end="", flush=True)
+            overwrite_line("", len(shown) + 2)
 
 
 def shown(path: Path) -> Path:
@@ -150,14 +151,14 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
     started = time.monotonic()
     folder = REPOSITORY / run
 
-    print("1. Fine-tune with LoRA: from a shop catalogue's style to a lyrical one", flush=True)
+    show("1. Fine-tune with LoRA: from a shop catalogue's style to a lyrical one")
     base, rows = _fine_tune(shell, run, num_gpus, deepspeed_json)
     losses = [row["loss"] for row in training_steps(folder)]
     seconds = time.monotonic() - started
-    print(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {seconds:.0f} s\n")
+    show(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {seconds:.0f} s\n")
 
     what = "Evaluate the base, merge the adapter into it, evaluate the result"
-    print(f"2. {what}: on rows that neither saw", flush=True)
+    show(f"2. {what}: on rows that neither saw")
     evaluate = ["python", "-m", "serve.evaluate", "--data", rows, "--model"]
     merge = ["python", "launch/merge.py", "--base", base]
     shell.run([*evaluate, base, "--output_dir", f"{run}/eval_before"])
@@ -166,11 +167,11 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
 
     before, after = folder / "eval_before", folder / "eval_after"
     scores = [json.loads((each / "metrics.json").read_text()) for each in (before, after)]
-    print(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
+    show(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
     contents = [row["content"] for row in read_lines(Path(rows))]
     first, second = (read_lines(each / "predictions.jsonl") for each in (before, after))
-    print(side_by_side(first, second, contents))
-    print(
+    show(side_by_side(first, second, contents))
+    show(
         f"\nloss curve   {run}/loss.png\n"
         f"report       {run}/report.html\n"
         f"TensorBoard  tensorboard --logdir {run.parent}\n"
@@ -220,7 +221,8 @@ def main() -> int:
         tour(Shell(log, sys.stdout.isatty()), run, options.num_gpus, options.deepspeed)
     except StepFailed as failure:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        print(*lines, f"{failure}; the whole log is {shown(log)}", sep="\n", file=sys.stderr)
+        why = f"{failure}; the whole log is {shown(log)}"
+        show(*lines, why, sep="\n", err=True)
         return EXIT_FAILURE
     return EXIT_DONE
 

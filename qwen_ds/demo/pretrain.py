@@ -31,6 +31,7 @@ from qwen_ds.model.tokenizer import Encoding, load_encoding
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.recipe.ranges import PositiveInt
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import show
 
 RECIPE = "launch/recipes/demo_base.yaml"
 BLOCKS_SEED = 3
@@ -140,7 +141,7 @@ def main() -> None:
     base.write_folder(output / "widened", wide, vocabulary.read_bytes())
     train(output / "widened", output / "second_run", *SECOND_RUN)
     pack_base(output / "second_run" / "model", packed)
-    print(f"{packed}: {packed.stat().st_size:,} bytes")
+    show(f"{packed}: {packed.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

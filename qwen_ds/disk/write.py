@@ -59,7 +59,7 @@ def replacing(path: Path, owner: str = "") -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> str:
     """Write `text` as UTF-8, complete or absent; returns its sha256 in hex."""
-    raw = text.encode()
+    raw = text.encode(errors="backslashreplace")  # a lone surrogate, in JSON: its own escape
     with replacing(path) as unfinished:
         unfinished.write_bytes(raw)
     return hashlib.sha256(raw).hexdigest()

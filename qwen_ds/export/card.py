@@ -20,6 +20,7 @@ from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.carry_over import legal_texts
 from qwen_ds.model.family import QWEN
+from qwen_ds.terminal import one_line, visible
 
 CARD_NAME = "README.md"
 RECIPE, DATA_REPORT = "recipe.yaml", "data_report.json"
@@ -32,6 +33,21 @@ _TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
     autoescape=False,  # the card is Markdown; escaping for HTML would spoil names in it
 )
+
+
+def _as_words(text: object) -> str:
+    """Text of others, such as a folder's name, as plain words in Markdown: no markup, one line."""
+    return re.sub(r"([\\`*<>\[\]|!#])", r"\\\1", one_line(text))
+
+
+def _as_code(text: str) -> str:
+    """A block of YAML, in a fence that nothing in it can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{visible(text)}\n{fence}"
+
+
+_TEMPLATES.filters |= {"words": _as_words, "code": _as_code}
 
 
 def write_card(

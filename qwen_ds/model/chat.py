@@ -24,6 +24,7 @@ from qwen_ds.decode.stop import StopRule
 from qwen_ds.decode.text import TextStream
 from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
 from qwen_ds.model.transformers_tokenizer import QWenTokenizer
+from qwen_ds.terminal import show
 
 History = Sequence[Sequence[str]]  # (query, response) pairs, the oldest first
 MAX_WINDOW_SIZE = 6144  # tokens; the official default
@@ -93,7 +94,7 @@ def decode_tokens(
         end_reason = f"Gen {tokenizer.encoding.decode(stopped_by)!r}"
     response = tokenizer.encoding.decode(kept, errors).strip()
     if verbose:
-        print(f"Raw generate: {tokenizer.encoding.decode(new, errors)!r}\nEnd reason: {end_reason}")
+        show(f"Raw generate: {tokenizer.encoding.decode(new, errors)!r}\nEnd reason: {end_reason}")
     return (response, end_reason) if return_end_reason else response
 
 

@@ -176,8 +176,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Chat messages, or a batch of them, as ChatML; arguments and results are transformers'.
 
         With `tokenize` no content can yield a control token: `sanitize_control_tokens` is always
-        on. A chat without a system message gets DEFAULT_SYSTEM. ValueError if another template,
-        tools, documents or an assistant mask is asked for; UserError for no message.
+        on. The text that `tokenize=False` gives is for people to read: `tok(text)` would take a
+        control token that is spelled in a message for one. Ids come from `tokenize=True` alone.
+        A chat without a system message gets DEFAULT_SYSTEM. ValueError if another template, tools,
+        documents or an assistant mask is asked for; UserError for no message.
         """
         if chat_template is not None or tools or documents or return_assistant_tokens_mask:
             others = "no other chat_template, no tools, no documents, no assistant mask"

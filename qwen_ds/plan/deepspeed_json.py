@@ -12,22 +12,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.deepspeed_json import Json
+from qwen_ds.recipe.deepspeed_json import Json, split_idle
 from qwen_ds.recipe.options import Recipe
 
 # The batch sizes of which, with the ranks, a step's rows are the product.
 _BATCH_PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # JSON scheduler -> our schedule. WarmupLR holds the rate after the warm-up.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-# Parameters of theirs that our schedules fix: the JSON may only repeat the value.
-_FIXED_PARAMS = {
+# Parameters of theirs that our schedules fix: the JSON may only repeat the value. Where it leaves
+# one out and DeepSpeed's own default is another, the run says so.
+_FIXED_PARAMS: dict[str, Any] = {
     "warmup_type": "linear",
     "warmup_min_lr": 0,
     "warmup_min_ratio": 0,
     "cos_min_ratio": 0,
     "last_batch_iteration": -1,
 }
-_SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps", "total_num_steps"}
+_SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps"}
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction"}
 
@@ -40,6 +41,8 @@ class ResolvedConfig:
     recipe: Recipe
     stage: int
     offload_optimizer: bool
+    remarks: tuple[str, ...] = ()
+    """What the JSON asks for and this project does otherwise or not at all, in words."""
 
     def stored_json(self) -> Json:
         """The JSON that resolves to this one again: with the rows of an optimizer step in place of
@@ -53,6 +56,7 @@ class _Merger:
 
     def __init__(self, recipe: Recipe, set_keys: frozenset[str]) -> None:
         self.recipe, self.set_keys = recipe, set_keys
+        self.remarks: list[str] = []
 
     def error(self, mistake: str) -> UserError:
         return UserError(f"{self.recipe.deepspeed or 'DeepSpeed JSON'}: {mistake}")
@@ -70,7 +74,11 @@ class _Merger:
         if isinstance(current, tuple) and isinstance(value, list):
             value = tuple(value)
         # A restricted number of the recipe is a subclass of the plain one that a JSON brings.
+        # Unset are whole numbers alone, such as optim.decay_steps.
         plain = next((kind for kind in (int, float) if isinstance(current, kind)), type(current))
+        plain = int if current is None else plain
+        if plain is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 2e2 is whole
         kinds = int | float if plain is float else plain
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.refuse(json_key, value, f"a value such as {current!r}")
@@ -109,8 +117,9 @@ def resolve(
         UserError: a contradiction, an optimizer or scheduler that we don't have, quantised weights
             without a quantiser; names the key.
     """
-    config = copy.deepcopy(config)
+    config, idle = split_idle(copy.deepcopy(config))
     merger = _Merger(recipe, set_keys)
+    _remark_keys(idle, config, merger)
     _merge_optimizer(config.pop("optimizer", None) or {}, merger)
     if (scheduler := config.pop("scheduler", None)) is not None:
         _merge_scheduler(scheduler, merger)
@@ -121,8 +130,7 @@ def resolve(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise merger.refuse("zero_optimization.stage", stage, "0, 1, 2 or 3")
-    autos = {
-        # Stages 1 and 2 allocate two fp32 buffers of this many elements: 160 MB.
+    autos = {  # stages 1 and 2 allocate two fp32 buffers of reduce_bucket_size: 160 MB
         "reduce_bucket_size": hidden_size**2 if stage == 3 else 20_000_000,
         "allgather_bucket_size": 200_000_000,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -150,14 +158,29 @@ def resolve(
         "gradient_clipping": merger.recipe.optim.max_grad_norm,
         "steps_per_print": 10**9,  # never: the loop has its own lines of metrics
     }
-    _precision_sections(config, merger.recipe)
+    _precision_sections(config, merger)
     if stage == 0 and config.keys() & {"fp16", "bf16"}:
         # Without ZeRO, DeepSpeed's bf16 optimizer refuses fp32 accumulation, and its fp16 one takes
         # other steps than stages 1 to 3 take (measured). Stage 1 computes the same, with the
         # optimizer's state spread over the ranks.
         stage = zero["stage"] = 1
     _drop_auto(config)
-    return ResolvedConfig(config, merger.recipe, stage, offload)
+    return ResolvedConfig(config, merger.recipe, stage, offload, tuple(merger.remarks))
+
+
+def _remark_keys(idle: list[str], config: Json, merger: _Merger) -> None:
+    if idle:
+        merger.remarks.append(f"no effect here: {', '.join(idle)}")
+    names = [
+        name
+        for name in ("tensorboard", "wandb", "csv_monitor", "comet")
+        if isinstance(config.get(name), dict) and config[name].get("enabled") is True
+    ]
+    if names:
+        merger.remarks.append(
+            f"{', '.join(names)}: DeepSpeed writes the learning rate and the loss scale, over steps"
+            " x ranks; metrics.jsonl and tensorboard/ have all the rest"
+        )
 
 
 def _merge_optimizer(block: Json, merger: _Merger) -> None:
@@ -177,7 +200,12 @@ def _merge_scheduler(block: Json, merger: _Merger) -> None:
     kind, params = block.get("type"), block.get("params") or {}
     if kind not in _SCHEDULES:
         raise merger.refuse("scheduler.type", kind, f"one of {', '.join(_SCHEDULES)}")
-    if unknown := sorted(set(params) - _SCHEDULE_PARAMS - _FIXED_PARAMS.keys()):
+    # "auto" at a parameter that the type has not is what generators of such files write.
+    total = "auto" if kind == "WarmupLR" else params.get("total_num_steps", "auto")
+    known = {*_SCHEDULE_PARAMS, *_FIXED_PARAMS}
+    if kind != "WarmupLR" or params.get("total_num_steps") == "auto":
+        known.add("total_num_steps")
+    if unknown := sorted(set(params) - known):
         raise merger.error(f"scheduler.params has {unknown[0]!r}, which {kind} has not")
     # "auto" everywhere, as in the official files, leaves the schedule to the recipe: those files
     # carry WarmupLR whatever the user trains with.
@@ -186,9 +214,27 @@ def _merge_scheduler(block: Json, merger: _Merger) -> None:
     merger.agree("scheduler.type", _SCHEDULES[kind], "optim.schedule")
     for name, key in (("warmup_max_lr", "optim.lr"), ("warmup_num_steps", "optim.warmup_steps")):
         merger.agree(f"scheduler.params.{name}", params.get(name), key)
+    merger.agree("scheduler.params.total_num_steps", total, "optim.decay_steps")
     for name, only in _FIXED_PARAMS.items():
         if params.get(name, "auto") not in ("auto", only):
             raise merger.refuse(f"scheduler.params.{name}", params[name], repr(only))
+    _remark_schedule(str(kind), params, merger)
+
+
+def _remark_schedule(kind: str, params: Json, merger: _Merger) -> None:
+    """Say where DeepSpeed's own defaults for what the JSON leaves out would differ."""
+    optim, ours = merger.recipe.optim, []
+    if optim.warmup_steps and params.get("warmup_type", "auto") == "auto":
+        ours.append("the warm-up is linear (warmup_type; by itself DeepSpeed takes log)")
+    if "warmup_num_steps" not in params:
+        steps = optim.warmup_steps
+        ours.append(f"{steps} steps of warm-up (warmup_num_steps; by itself DeepSpeed takes 1000)")
+    if kind == "WarmupDecayLR" and "warmup_max_lr" not in params:
+        ours.append(f"lr {optim.lr:g} (warmup_max_lr; by itself DeepSpeed takes 0.001)")
+    if kind == "WarmupCosineLR" and params.get("cos_min_ratio", "auto") == "auto":
+        ours.append("it ends at 0 (cos_min_ratio; by itself DeepSpeed takes 0.0001)")
+    if ours:
+        merger.remarks.append(f"scheduler {kind}: {', '.join(ours)}")
 
 
 def _check_batch(config: Json, merger: _Merger, world: int) -> None:
@@ -230,9 +276,12 @@ def _merge_precision(config: Json, merger: _Merger) -> None:
         raise merger.error("bf16.enabled and fp16.enabled are both true; expected one")
     for key in enabled:
         merger.agree(f"{key}.enabled", dtypes[key], "model.dtype")
+    for key, dtype in dtypes.items():
+        if (config.get(key) or {}).get("enabled") is False and merger.recipe.model.dtype == dtype:
+            merger.remarks.append(f"{key}.enabled is false and model.dtype {dtype}, which counts")
 
 
-def _precision_sections(config: Json, recipe: Recipe) -> None:
+def _precision_sections(config: Json, merger: _Merger) -> None:
     """Write the precision sections that training needs, whatever the JSON had.
 
     LoRA on a bf16 or fp32 base has none: its trainable parameters are fp32 and their own masters.
@@ -240,11 +289,13 @@ def _precision_sections(config: Json, recipe: Recipe) -> None:
     in bf16 takes DeepSpeed's bf16 with accumulation and communication in fp32; either alone loses
     three digits of the gradient.
     """
-    fp16 = config.pop("fp16", None) or {}
+    recipe, fp16 = merger.recipe, config.pop("fp16", None) or {}
     config.pop("bf16", None)
     if recipe.model.dtype == "float16":
         config["fp16"] = {k: v for k, v in fp16.items() if v != "auto"} | {"enabled": True}
     elif recipe.method == "full" and recipe.model.dtype == "bfloat16":
+        if config.get("communication_data_type", "fp32") not in ("fp32", "auto"):
+            merger.remarks.append("communication_data_type: fp32, as in all full training in bf16")
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"

@@ -117,12 +117,32 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
         can_quantise=machine.can_quantise,
     )
     recipe = merged.recipe
+    if merged.remarks:
+        notes.append(Note("deepspeed", recipe.deepspeed, "; ".join(merged.remarks)))
     check_values(recipe)  # what the JSON filled in has the same ranges
+    _check_schedule(recipe)
     recipe = _choose_attention(recipe, machine, notes)
     recipe = _choose_special_rows(recipe, base, notes)
     if recipe.method == "lora" and recipe.lora.init_from is not None:
         recipe = _choose_first_adapter(recipe, base, recipe.lora.init_from, notes)
     return Run(recipe, base, machine, replace(merged, recipe=recipe), tuple(notes))
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """Check that the schedule comes down after its warm-up, and that it comes down at all."""
+    optim = recipe.optim
+    if optim.decay_steps is None:
+        return
+    if optim.schedule == "constant":
+        raise UserError(
+            f"optim.decay_steps is {optim.decay_steps} and optim.schedule constant, which never "
+            "comes down; expected linear or cosine, or no decay_steps"
+        )
+    if optim.decay_steps <= optim.warmup_steps:
+        raise UserError(
+            f"optim.decay_steps is {optim.decay_steps} and optim.warmup_steps "
+            f"{optim.warmup_steps}; expected more steps than those of the warm-up"
+        )
 
 
 def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:

@@ -127,7 +127,8 @@ def plan_text(planned: Planned, words: Sequence[str]) -> str:
         f"which {MARGIN:.0%} stay free",
         f"{recipe.batch.rows_per_step} rows a step, {int(workload.lens.mean())} tokens each and "
         f"{workload.longest} at most",
-        *map(str, run.notes),
+        # Those of every stage: the user's own JSON is at one of them.
+        *dict.fromkeys(str(note) for each in planned.runs for note in each.notes),
         "",
         COLUMNS,
     ]

@@ -19,6 +19,7 @@ from qwen_ds.recipe.ranges import (
     PositiveInt,
     PromptBound,
     RowBound,
+    Seed,
 )
 
 
@@ -137,6 +138,9 @@ class OptimOptions:
     """Learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
+    decay_steps: PositiveInt | None = None
+    """Optimizer step, warm-up included, at which linear and cosine have come down to 0, where they
+    stay. Unset: the end of the run."""
     epochs: PositiveFloat = 3.0
     """Passes over the training rows."""
     max_steps: PositiveInt | None = None
@@ -215,7 +219,7 @@ class Recipe:
 
     output_dir: str = "runs/demo"
     """The run folder."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the order of the rows, of the dropout and of the fresh adapter."""
     method: Literal["lora", "full"] = "lora"
     """Train an adapter, or all parameters."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import re
 import sys
@@ -16,7 +15,7 @@ import yaml
 
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.ranges import IN_WORDS
-from qwen_ds.recipe.yaml_size import check_yaml
+from qwen_ds.recipe.recipe_file import check_recipe, unknown_option
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -31,7 +30,7 @@ _UNKNOWN = (
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _VALUES = (
     re.compile(r"(?:Given value|Got value): (.+)$"),
-    re.compile(r"Not of type \w+: (\S+) does not conform"),
+    re.compile(r"Not of type \w+: (\S+) (?:does not conform|not an? )"),
     re.compile(r"(?:invalid literal|could not convert) .*: (.*)$"),
 )
 
@@ -57,15 +56,15 @@ class Parser(jsonargparse.ArgumentParser):
         """Parse argv; None takes the process's own. Without `defaults` the result holds only what
         the user wrote. UserError: an unknown option, a value of the wrong type or out of its range.
         """
-        args = self._fold_lists(self._switch_on(list(sys.argv[1:] if argv is None else argv)))
-        check_yaml(args)
+        words = list(sys.argv[1:] if argv is None else argv)
+        self._check_words(words)
+        args = self._fold_lists(self._switch_on(words))
         try:
             parsed = self.parse_args(args, defaults=defaults)
         except argparse.ArgumentError as error:
             self.error(str(error))
-        except UnicodeDecodeError as error:
-            place = f"{error.reason} at byte {error.start}"
-            raise UserError(f"the recipe file is not UTF-8 ({place})") from None
+        except RecursionError:
+            raise UserError("an option's value is nested too deeply") from None
         for name in ("local_rank", "config"):
             parsed.pop(name, None)
         return parsed
@@ -75,16 +74,41 @@ class Parser(jsonargparse.ArgumentParser):
         text = re.sub(r"\s+", " ", message).strip()
         if unrecognised := next(filter(None, (each.search(text) for each in _UNKNOWN)), None):
             unknown = ".".join(unrecognised.groups())
-            known = [name.removeprefix("--") for name in self._names(lambda _: True)]
-            near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
-            advice = f"the nearest is {near[0]}" if near else "--help lists all"
-            return f"unknown option {unknown}; {advice}"
+            return unknown_option(unknown, self._keys())
         key = _KEY.search(text)
         kind = next((_kind(a) for a in self._actions if key and a.dest == key[1]), None)
         value = next(filter(None, (each.search(text) for each in _VALUES)), None)
+        if key is not None and kind is not None and value is None and "Not of type" in text:
+            return f"{key[1]} has another type; expected {expected(kind)}"
         if key is None or kind is None or value is None:
             return text
-        return f"{key[1]} is {value[1]}; expected {expected(kind)}"
+        came = value[1].split(" - Expected ")[0]
+        came = came if len(came) <= 200 else f"{came[:200]}..."
+        return f"{key[1]} is {came}; expected {expected(kind)}"
+
+    def _keys(self) -> list[str]:
+        """Names of the options that a file may set: no sections, and none of this class's own."""
+        dests = [action.dest for action in self._actions if action.option_strings]
+        inner = {dest.rpartition(".")[0] for dest in dests}
+        ours = {"help", "config", "local_rank", "print_config"}
+        return [dest for dest in dests if dest not in inner and dest not in ours]
+
+    def _check_words(self, words: Sequence[str]) -> None:
+        """Check recipe files and option names before jsonargparse sees them: for a section's own
+        name, such as `--optim`, it would read another file or import a module."""
+        keys, rest = self._keys(), iter(words)
+        ours = {"help", "config", "local_rank", "local-rank", "print_config"}
+        for word in rest:
+            name, has_value, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or word == "--":
+                continue
+            if name == "config":
+                check_recipe(value if has_value else next(rest, ""), keys)
+            elif any(key.startswith(f"{name}.") for key in keys):
+                near = next(key for key in keys if key.startswith(f"{name}."))
+                raise UserError(f"--{name} is a section; expected its keys, such as --{near}")
+            elif name.removesuffix("+") not in keys and name not in ours:
+                raise UserError(unknown_option(name, keys))
 
     def _names(self, holds: Callable[[Any], bool]) -> set[str]:
         """Long option strings of the actions for which `holds` is true."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import traceback
 from typing import NoReturn
 
@@ -12,6 +11,7 @@ from qwen_ds import dist
 from qwen_ds.errors import EXIT_FAILURE, UserError
 from qwen_ds.machine import choose_device
 from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.terminal import one_line, show
 from qwen_ds.train.engine import start
 from qwen_ds.train.job import run_in_group
 from qwen_ds.train.survive.stop import leave_at_signals
@@ -52,8 +52,7 @@ def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     """Say what happened and leave without another word to the peers: any of them may be dead."""
     log.exception("the run has failed")
     if blamed := watchdog.blame(error):
-        print(f"error: {blamed}", file=sys.stderr, flush=True)
+        show(f"error: {one_line(blamed)}", err=True)
     else:
-        traceback.print_exc()
-        sys.stderr.flush()
+        show(traceback.format_exc(), err=True, end="")
     os._exit(EXIT_FAILURE)

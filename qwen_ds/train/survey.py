@@ -29,7 +29,7 @@ def decide(asked: LoadedRecipe, device: torch.device) -> Run:
     dist.once_per_machine(lambda: found.append(find_sources(asked)), "model")
     asked, model = found[0] if found else find_sources(asked)
     run = resolve(asked, survey(device), Base.of(model))
-    start.check_config(run.deepspeed.engine_json)
+    start.check_config(run.deepspeed.engine_json, run.recipe.deepspeed)
     return run
 
 

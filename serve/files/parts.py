@@ -149,7 +149,10 @@ class PredictionParts:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write finished rows (each with its "id"), wait until the disk has them, and so make them
         visible to every rank."""
-        lines = [json.dumps(row, ensure_ascii=False).encode()[:-1] for row in rows]
+        lines = [
+            json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace")[:-1]
+            for row in rows
+        ]
         self._stream.write(b"".join(line + _SUM % zlib.crc32(line) for line in lines))
         self._stream.flush()
         os.fsync(self._stream.fileno())

@@ -169,6 +169,7 @@ def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
     """The line of the output file."""
     line: dict[str, Any] = {
         "id": row.id,
+        **row.own,
         "source": row.source,
         "prompt": row.prompt,
         "prediction": completion.text,
@@ -183,6 +184,7 @@ def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
 def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> Settings:
     """Everything that an answer depends on: options, and files by path, size and time of change."""
     values: dict[str, Any] = {name: vars(options)[name] for name in _SETTINGS}
+    values["keep"] = list(options.keep) or None
     values["model"] = _files_in(folder)
     values["adapter"] = _files_in(Path(options.adapter)) if options.adapter else None
     values["input"] = [[str(p), [_file_card(f) for f in locate(p).files]] for p in paths]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.limits import FileOptions
@@ -15,6 +15,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import say
+from qwen_ds.terminal import show
 from serve.options import AnswerOptions
 
 
@@ -28,6 +29,8 @@ class PromptRow:
     reference: str | None
     ids: tuple[int, ...]
     tokens_cut: int
+    own: dict[str, Any]
+    """What goes with the row into the output: its own id, and the columns of --keep."""
 
 
 class PromptReader:
@@ -62,7 +65,8 @@ class PromptReader:
     def _rows(self, files: FileOptions, not_read: NotRead) -> Iterator[PromptRow]:
         o = self.options
         reading = ReadOptions(o.format, o.columns, o.system, files=files)
-        found = iter_prompts(self.paths, reading, not_read)
+        seen: list[object] = []
+        found = iter_prompts(self.paths, reading, not_read, seen)
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
@@ -74,18 +78,35 @@ class PromptReader:
                     f"{source}: no answer; expected one to compare with (serve.predict needs none)"
                 )
             ids, cut = self._encode(conversation, source)
-            yield PromptRow(row_id, source, conversation.turns[-1].text, reference, tuple(ids), cut)
+            question, own = conversation.turns[-1].text, self._own(seen)
+            yield PromptRow(row_id, source, question, reference, tuple(ids), cut, own)
 
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
         prompts that are cut). Says, once for each path, which columns are not read."""
         not_read: NotRead = {}
-        files = self.options.files().told_by(say)
-        is_cut = [row.tokens_cut > 0 for row in self._rows(files, not_read)]
+        is_cut: list[bool] = []
+        missing = dict.fromkeys(self.options.keep)
+        for row in self._rows(self.options.files().told_by(say), not_read):
+            is_cut.append(row.tokens_cut > 0)
+            for name in [name for name in missing if row.own["kept"][name] is not None]:
+                del missing[name]
+        for counts in not_read.values():
+            for name in self.options.keep:
+                counts.pop(name, None)
         say_not_read(not_read)
         if not is_cut:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; expected at least one")
+        if missing:
+            expected = "expected the name of a column, spelled as in the input"
+            raise UserError(f"--keep {next(iter(missing))}: no row has it; {expected}")
         return len(is_cut), sum(is_cut)
+
+    def _own(self, seen: Sequence[object]) -> dict[str, Any]:
+        row = seen[0] if seen and isinstance(seen[0], dict) else {}
+        own = {"row_id": row["id"]} if row.get("id") is not None else {}
+        names = self.options.keep
+        return own | {"kept": {name: row.get(name) for name in names}} if names else own
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""
@@ -113,4 +134,4 @@ def say_not_read(not_read: NotRead) -> None:
     """
     for path, counts in not_read.items():
         if line := not_read_line(counts, path if len(not_read) > 1 else None):
-            print(line, file=sys.stderr, flush=True)
+            show(line, err=True)

@@ -21,6 +21,7 @@ from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
+from qwen_ds.terminal import show
 from serve.files.parts import check_output, held_output
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
@@ -73,7 +74,7 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
     report = report_of(options, lines, scores, figures)
     require_folder(folder, make=True)
     write_json(report_file, report)
-    print(f"{in_words(report, scores, lines)}\n\nscores: {report_file}", flush=True)
+    show(f"{in_words(report, scores, lines)}\n\nscores: {report_file}")
     return report
 
 

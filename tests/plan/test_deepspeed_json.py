@@ -131,6 +131,25 @@ def test_a_contradiction_names_both_keys(config: dict[str, Any], key: str, named
     assert key in str(error.value)
 
 
+def test_the_schedule_ends_where_the_json_says() -> None:
+    block = scheduler("WarmupDecayLR", total_num_steps=260, **auto("warmup_max_lr"))
+    assert settle(block).recipe.optim.decay_steps == 260
+    assert settle(scheduler("WarmupDecayLR", total_num_steps=2.6e2)).recipe.optim.decay_steps == 260
+    assert settle(scheduler("WarmupDecayLR", total_num_steps="auto")).recipe == RECIPE
+    for kind, value in (("WarmupLR", 260), ("WarmupDecayLR", "many"), ("WarmupDecayLR", True)):
+        with pytest.raises(UserError, match="total_num_steps"):
+            settle(scheduler(kind, total_num_steps=value))
+
+
+def test_defaults_of_deepspeeds_that_do_not_act_are_said() -> None:
+    told = settle(scheduler("WarmupCosineLR", total_num_steps=9), keys=set()).remarks
+    assert "warmup_num_steps; by itself DeepSpeed takes 1000" in told[0] and "0.0001" in told[0]
+    params = {"warmup_num_steps": 2, "cos_min_ratio": 0, "warmup_type": "linear"}
+    assert settle(scheduler("WarmupCosineLR", total_num_steps=9, **params)).remarks == ()
+    assert "takes log" in settle(scheduler("WarmupLR", warmup_num_steps=2)).remarks[0]
+    assert settle(OFFICIAL[2]).remarks == ("no effect here: steps_per_print (log.every_steps)",)
+
+
 def test_explicit_batch_numbers_must_multiply_to_the_rows_of_a_step() -> None:
     good = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
     assert settle(good).engine_json["train_micro_batch_size_per_gpu"] == 1

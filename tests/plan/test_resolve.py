@@ -219,8 +219,9 @@ def test_special_rows_are_on_where_the_folder_does_not_say_chatml(
 def test_a_value_that_the_json_fills_in_has_the_recipes_range(
     small_dir: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": -1.0}))
-    with pytest.raises(UserError, match="optim.max_grad_norm is -1.0; expected 0 or a positive"):
+    optimizer = {"type": "AdamW", "params": {"betas": [0.9, 1.5]}}
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": optimizer}))
+    with pytest.raises(UserError, match="optim.betas is 1.5; expected 2 values, each a number"):
         decided(small_dir, "--deepspeed", str(tmp_path / "ds.json"))
 
 

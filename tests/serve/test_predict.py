@@ -43,3 +43,31 @@ def test_two_processes_share_the_rows(small_dir: Path, tmp_path: Path) -> None:
     assert output.read_bytes() == one.read_bytes()
     assert "11 rows" in texts[1]
     assert texts[0] == ""
+
+
+@pytest.mark.job
+def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path) -> None:
+    """The rows and nothing else; one of them twice, the second finds nothing left behind."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = [sys.executable, "-m", "serve.predict", "--model", str(small_dir), *FAST]
+    command += ["--input", str(rows), "--output", "-"]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert ended[0][0] == "" and "11 rows" in ended[1][1]
+    lines = [json.loads(line) for line in ended[1][0].splitlines()]
+    assert [line["prompt"] for line in lines] == [row["content"] for row in ROWS]
+    assert not list((tmp_path / ".cache" / "qwen_ds" / "predictions").iterdir())

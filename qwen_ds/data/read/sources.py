@@ -83,15 +83,18 @@ def iter_prompts(
     paths: Sequence[str | Path],
     options: ReadOptions = ReadOptions(),
     not_read: NotRead | None = None,
+    seen: list[object] | None = None,
 ) -> Iterator[tuple[Result, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
     As iter_conversations, but a row needs no answer: {"content": ..} alone, an instruction alone,
     messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..}
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
-    question comes as (Dropped, None, source), so that no row is lost.
+    question comes as (Dropped, None, source), so that no row is lost. `seen` is given the row that
+    the latest prompt came from, as its only element: none, if it came from several.
     """
     reading = _Reading(options, True, Counter(), not_read)
+    reading.seen = [] if seen is None else seen
     return reading.results([locate(path) for path in paths])
 
 
@@ -107,6 +110,7 @@ class _Reading:
     ) -> None:
         self.options, self.for_prompts, self.counts = options, for_prompts, counts
         self.not_read = {} if not_read is None else not_read
+        self.seen: list[object] = []
         self.columns = options.columns or {}
         self.reader = None if options.format == "auto" else reader_named(options.format)
         if self.columns:
@@ -156,6 +160,7 @@ class _Reading:
                 yield self._unreadable(error, row.source), row.source, None
                 continue
             for value, source in self._unwrapped(row):
+                self.seen[:] = [value]
                 try:
                     left_out: list[str] = []
                     if self.columns:
@@ -174,6 +179,7 @@ class _Reading:
                     continue
                 for outcome in outcomes:
                     yield outcome, source, value
+        self.seen.clear()
         for outcome, source in trees.outcomes():
             yield outcome, source, None
 

@@ -49,21 +49,20 @@ def stop_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def check_config(engine_json: Json) -> None:
+def check_config(engine_json: Json, file: str | None = None) -> None:
     """Let DeepSpeed read its configuration, before a model is loaded for it.
 
-    Raises UserError, which names an unknown key in a section or a value of the wrong type.
+    Raises UserError, which names `file` and what DeepSpeed itself objects to.
     """
+    file = file or "DeepSpeed JSON"
     try:
         deepspeed.DeepSpeedConfig(engine_json)
     except ValidationError as error:
         first = error.errors()[0]
         key, came = ".".join(map(str, first["loc"])), first.get("input")
-        raise UserError(
-            f"DeepSpeed JSON: {error.title}: {key} is {came!r}: {first['msg']}"
-        ) from None
+        raise UserError(f"{file}: {error.title}: {key} is {came!r}: {first['msg']}") from None
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"DeepSpeed JSON: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def can_quantise_weights(device: torch.device) -> bool:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 from qwen_ds import dist
 from qwen_ds.errors import EXIT_FAILURE
 from qwen_ds.runlog import last_line
+from qwen_ds.terminal import one_line, show
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +259,6 @@ class Watchdog:
     def _end(self, why: str) -> None:
         log.error("%s", why)
         prefix = "" if self._rank == 0 else f"[rank {self._rank}] "
-        print(f"{prefix}error: {why}", file=sys.stderr, flush=True)
+        show(f"{prefix}error: {one_line(why)}", err=True)
         # The main thread may be deep in a collective, where no exception reaches it.
         os._exit(EXIT_FAILURE)

@@ -355,3 +355,38 @@ def test_errors_of_the_engine_are_worded_for_the_command_line(
         monkeypatch.setattr(ServingEngine, "stream", failing)
         with pytest.raises(UserError, match=message):
             run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
+
+
+def test_a_rows_own_id_and_named_columns_are_carried(small_dir: Path, tmp_path: Path) -> None:
+    """Beside our own id, the row's place; not those of another row, and mapped columns too."""
+    mixed: list[dict[str, Any]] = [
+        {"content": "a", "id": "q-7", "topic": {"x": 1}, "prompt": "no question"},
+        {"content": "b", "topic": None},
+        {"content": "c", "id": 0},
+    ]
+    mixed[0].pop("prompt")
+    rows, out = write_rows(tmp_path / "rows.jsonl", mixed), tmp_path / "out.jsonl"
+    run(
+        options_for(
+            small_dir, rows, out, "--keep", "id", "topic", "--columns", '{"content": "content"}'
+        )
+    )
+    lines = read_lines(out)
+    assert [line["id"] for line in lines] == [0, 1, 2]
+    assert [line.get("row_id", ...) for line in lines] == ["q-7", ..., 0]
+    assert lines[0]["kept"] == {"id": "q-7", "topic": {"x": 1}}
+    assert [line["kept"]["topic"] for line in lines[1:]] == [None, None]
+
+
+def test_a_column_that_no_row_has_is_named(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+    options = options_for(small_dir, rows, tmp_path / "out.jsonl", "--keep", "content", "topik")
+    with pytest.raises(UserError, match="--keep topik: no row has it"):
+        run(options)
+
+
+def test_rows_with_other_columns_are_not_mixed_in(small_dir: Path, rows: Path) -> None:
+    plain = options_for(small_dir, rows, rows.with_name("out"))
+    kept = options_for(small_dir, rows, rows.with_name("out"), "--keep", "content")
+    without = settings_of(small_dir, plain.input, plain)
+    assert without != settings_of(small_dir, kept.input, kept)
+    assert without["keep"] is None, "as in the parts that a release without --keep left"
