@@ -21,7 +21,7 @@ import numpy as np
 
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.write import remove_folder, replacing, write_json
+from qwen_ds.disk.write import naming, remove_folder, replacing, write_json
 from qwen_ds.errors import UserError
 
 POLL_SECONDS = 0.2
@@ -115,8 +115,9 @@ class PredictionParts:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write finished rows (each with its "id") and make them visible to every rank."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        self._stream.write("".join(lines).encode())
-        self._stream.flush()
+        with naming(self.output):
+            self._stream.write("".join(lines).encode())
+            self._stream.flush()
 
     def refresh(self) -> int:
         """Find the rows appended since the last call, by any rank; return how many are finished."""
