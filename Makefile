@@ -31,9 +31,10 @@ check: setup
 unit: setup
 	@$(BIN)/python -m pytest -m "not job"
 
-# Runs that are killed, stopped and starved in random ways, for a long time.
+# Runs that are killed, stopped and starved in random ways, and files damaged in random ways, for a
+# long time.
 test-faults: setup
-	@$(BIN)/python -m pytest tests/faults -m "job or soak"
+	@$(BIN)/python -m pytest tests/faults tests/adversarial -m "job or soak"
 
 test: setup
 	@$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from qwen_ds.errors import EXIT_STOPPED
 from qwen_ds.recipe.loading import load_recipe
 from qwen_ds.runlog import run_command
 
@@ -32,4 +33,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    # Before the first step there is nothing to save: the code says that the same command resumes.
+    run_command(main, stopped_code=EXIT_STOPPED)

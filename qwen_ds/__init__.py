@@ -7,6 +7,13 @@ whatever `trust_remote_code` says.
 
 from __future__ import annotations
 
+import os
+
+# torch's C++ warns of every connection that a peer closes, with thirty stack frames each time: the
+# end of one rank would bury the line that says why. Errors still show, and a user's own level
+# stays. torch reads it once, when it is loaded.
+os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from qwen_ds.model.configuration import QWenConfig

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as torch_dist
 
 from qwen_ds.errors import UserError
+from qwen_ds.signals import Stopped
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
@@ -35,7 +36,12 @@ T = TypeVar("T")
 
 
 def _launcher_number(names: tuple[str, ...], otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return otherwise
+    if not re.fullmatch(r"\d{1,9}", os.environ[name]):
+        raise UserError(f"{name} is {os.environ[name]!r}; expected the number that a launcher sets")
+    return int(os.environ[name])
 
 
 def rank() -> int:
@@ -67,6 +73,14 @@ def export_ranks(master_addr: str | None = None, master_port: int | None = None)
     for name, value in values.items():
         if value is not None:
             os.environ.setdefault(name, str(value))
+
+
+def meeting_point() -> tuple[str, int]:
+    """Address and port where the ranks meet, once they are exported."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
+        raise UserError(f"MASTER_PORT is {port!r}; expected a port, 0 to 65535")
+    return address, int(port)
 
 
 def has_rendezvous() -> bool:
@@ -253,8 +267,9 @@ def _lead(make: Callable[[], object], key: str, *, leads: bool, readers: int) ->
         try:
             make()
         except BaseException as error:
-            # U: the user's mistake, which all ranks raise alike. E: a defect of ours.
-            store.set(key, f"U{error}" if isinstance(error, UserError) else f"E{error!r}")
+            # U: the user's mistake, which all ranks raise alike. S: a signal. E: a defect of ours.
+            told = f"U{error}" if isinstance(error, UserError) else f"E{error!r}"
+            store.set(key, f"S{error.number}" if isinstance(error, Stopped) else told)
             # Rank 0 serves the store: it must not leave before the others have read why.
             ends = time.monotonic() + 10
             while store.add(key + "/read", 0) < readers and time.monotonic() < ends:
@@ -267,5 +282,7 @@ def _lead(make: Callable[[], object], key: str, *, leads: bool, readers: int) ->
     store.add(key + "/read", 1)
     if answer.startswith("U"):
         raise UserError(answer[1:])
+    if answer.startswith("S"):
+        raise Stopped(int(answer[1:]))
     if answer.startswith("E"):
         raise RuntimeError(f"{key} failed on the rank that leads: {answer[1:]}")

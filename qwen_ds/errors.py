@@ -7,3 +7,7 @@ EXIT_DONE, EXIT_FAILURE, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 3
 
 class UserError(ValueError):
     """The user's input is wrong. The message is one line: what came, what was expected, where."""
+
+
+class Failed(RuntimeError):
+    """Something outside of this process failed. The message is one line, the exit code 1."""

@@ -6,9 +6,11 @@ Libraries (DeepSpeed, transformers, peft) talk through `logging` and `warnings`.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,24 +18,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_ds import dist
-from qwen_ds.errors import EXIT_DONE, EXIT_USER, UserError
+from qwen_ds import dist, signals
+from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, Failed, UserError
 from qwen_ds.terminal import guard, one_line, show, visible
 
 LIBRARY_LOGGERS = (
     "DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib",
 )  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None], stopped_code: int | None = None) -> None:
     """Run an entry point and leave the process with its exit code.
 
-    A UserError becomes one line on stderr and exit code 2. Any other error is a defect of ours: the
-    traceback shows and the exit code is 1.
+    A UserError becomes one line on stderr and exit code 2, a full disk one line and 1, a signal one
+    line and the code of `signals.raised`. Any other error is a defect of ours: the traceback shows
+    and the exit code is 1.
     """
     guard()
+    code: int | None
     try:
-        code = main()
+        with signals.raised(stopped_code, speaks=dist.rank() == 0):
+            code = main()
     except UserError as error:
         line, code = f"error: {error}", EXIT_USER
         # Every rank of a machine may have found the same mistake. The first speaks at once; a
@@ -42,10 +48,32 @@ def run_command(main: Callable[[], int | None]) -> None:
             time.sleep(2)
             line = f"[local rank {dist.local_rank()}] {line}"
         show(one_line(line), err=True)
+    except signals.Stopped as stopped:
+        code = signals.last_words(stopped.number)
     except KeyboardInterrupt:
-        show("interrupted", err=True)
-        code = 130  # 128 + SIGINT, as a shell has it
+        code = signals.last_words(signal.SIGINT)
+    except Exception as error:
+        if (number := signals.ending()) is not None:  # a worker or a peer has left before us
+            code = signals.last_words(number)
+        elif (failure := in_one_line(error)) is not None:
+            show(f"error: {one_line(failure)}", err=True)
+            code = EXIT_FAILURE
+        else:
+            raise
     sys.exit(code or EXIT_DONE)
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """The words for a failure that is not a defect of ours, a full disk above all; else None."""
+    if isinstance(error, Failed):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    place = error.filename or "the output"
+    return (
+        f"{place}: {error.strerror}; expected room on the disk; what is complete stays, and the "
+        "same command goes on from there"
+    )
 
 
 class _Visible(logging.Formatter):
@@ -67,6 +95,14 @@ class _LastLine(logging.Handler):
 last_line = _LastLine()
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that drops lines while its disk is full, instead of a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def say(text: str) -> None:
     """Print a message on the terminal, on rank 0 only, and log it on every rank."""
     logging.getLogger("qwen_ds").info(text)
@@ -77,7 +113,7 @@ def say(text: str) -> None:
 def log_to_file(folder: Path) -> None:
     """Send this rank's log lines and warnings, libraries' included, to a file under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
+    handler = _LogFile(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, handlers=[handler, last_line], force=True)
     handler.setFormatter(_Visible(layout))

@@ -7,14 +7,15 @@ act on, and marks that reorder what is read. `visible` spells them; `show` is th
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
+
+from qwen_ds.streams import Lossy, outlive_readers
 
 # C0 but line feed and tab, DEL and C1; marks of direction; line separators; surrogates; characters
 # without a form: joiners stay, since emoji and several scripts are written with them.
@@ -86,7 +87,7 @@ def _encodable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-class _Guarded(io.TextIOWrapper):
+class _Guarded(Lossy):
     """A stream on which libraries' own control sequences pass, and no others."""
 
     def write(self, text: str) -> int:
@@ -95,27 +96,10 @@ class _Guarded(io.TextIOWrapper):
 
 
 def guard() -> None:
-    """Let stdout and stderr of this process spell what acts, whoever prints, and never fail to
-    encode; the traceback of an error is printed so, too."""
-    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
+    """Let stdout and stderr of this process spell what acts, whoever prints, and never fail; the
+    traceback of an error is printed so, too."""
+    outlive_readers(_Guarded)
     sys.excepthook = _show_traceback
-
-
-def _guarded(stream: TextIO) -> TextIO:
-    # Not a stream of somebody's own, such as that of a test.
-    if type(stream) is not io.TextIOWrapper:
-        return stream
-    settings: dict[str, Any] = {
-        "encoding": stream.encoding,
-        "errors": "backslashreplace",
-        "line_buffering": stream.line_buffering,
-        "write_through": stream.write_through,
-    }
-    standard = [name for name in ("__stdout__", "__stderr__") if vars(sys)[name] is stream]
-    guarded = _Guarded(stream.detach(), **settings)
-    for name in standard:
-        setattr(sys, name, guarded)
-    return guarded
 
 
 def _show_traceback(

@@ -39,6 +39,17 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the disk's errors in the block the name of the file, which a write does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path, owner: str = "") -> Iterator[Path]:
     """Yield a hidden file name to write to; the file takes the place of `path` when the block ends.
 
@@ -47,7 +58,8 @@ def replacing(path: Path, owner: str = "") -> Iterator[Path]:
     """
     unfinished = unfinished_name(path, owner)
     try:
-        yield unfinished
+        with naming(path):
+            yield unfinished
         unfinished.chmod(0o644)
         sync(unfinished)
         unfinished.replace(path)

@@ -12,7 +12,9 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from qwen_ds.data.rows.data_report import summary
+from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
 from qwen_ds.disk.read import read_json
+from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_text
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, doubts, hub_id
@@ -23,6 +25,8 @@ from qwen_ds.model.family import QWEN
 from qwen_ds.terminal import one_line, visible
 
 CARD_NAME = "README.md"
+# The values that vLLM's --max-lora-rank may have.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 RECIPE, DATA_REPORT = "recipe.yaml", "data_report.json"
 
 _TEMPLATES = jinja2.Environment(
@@ -63,6 +67,7 @@ def write_card(
     kind = "adapter" if is_adapter else str(config.get("model_type", QWEN.model_type))
     made = [adapter.folder for adapter in adapters.members]
     runs = [run for place in made or [base] if (run := _run_of(place)) is not None]
+    very_model = None if len(made) > 1 or adapters.weights is not None else (base, *made)
     legal = legal_texts(folder)
     seq_length = config.get("max_position_embeddings")
     if kind == QWEN.model_type:
@@ -78,9 +83,11 @@ def write_card(
         dtype=dtype,
         notes=doubts(base, adapters.members),
         legal=legal,
-        runs=[_training(run) for run in runs],
+        runs=[_training(run, very_model) for run in runs],
         seq_length=seq_length,
         rank=config.get("r"),
+        vllm_rank=next((rank for rank in VLLM_RANKS if rank >= config.get("r", 1)), None),
+        rslora=bool(config.get("use_rslora")),
         unlike_lora=_unlike_plain_lora(config),
     )
     write_text(folder / CARD_NAME, card)
@@ -126,14 +133,15 @@ def _run_of(made: Path) -> Path | None:
     return next((f for f in above if all((f / name).is_file() for name in files)), None)
 
 
-def _training(run: Path) -> dict[str, Any]:
-    """Recipe, data and evaluations of a run."""
+def _training(run: Path, very_model: tuple[Path, ...] | None) -> dict[str, Any]:
+    """Recipe, data and evaluations of a run; `very_model` as for `_is_of`, or None for several
+    adapters, which no evaluation has put together."""
     try:
         data = summary(read_json(run / DATA_REPORT))
     # A report of another version: no reason to lose the merge.
     except (UserError, KeyError, TypeError, ZeroDivisionError):
         data = [f"see {DATA_REPORT} of the run"]
-    scores = (_scores(run, file) for file in sorted(run.glob("**/metrics.json")))
+    scores = (_scores(run, file, very_model) for file in sorted(run.glob("**/metrics.json")))
     return {
         "recipe": _without_places((run / RECIPE).read_text(encoding="utf-8")).rstrip(),
         "data": data,
@@ -154,11 +162,32 @@ def _without_places(recipe: str) -> str:
     return yaml.safe_dump(cut(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True)
 
 
-def _scores(run: Path, file: Path) -> dict[str, Any] | None:
-    """An evaluation's origin and F scores; None if the file is not an evaluation's."""
+def _is_of(report: dict[str, Any], file: Path, very_model: tuple[Path, ...]) -> bool:
+    """Whether an evaluation's `file` is of this very model: the base, and the adapter if there is
+    one.
+
+    A run's folder may hold scores of its base, or of another model, beside its own.
+    """
+    if not isinstance(model := report.get("model"), str):
+        return False
+    base, *adapter = very_model
+    if model != hub_id(base) and Path(model).expanduser().resolve() != base.resolve():
+        return False
+    if not adapter:
+        # Trained again under the same name since then, it would be another model.
+        weights = [path.stat().st_mtime for path in base.glob("*.safetensors")]
+        return not report.get("adapter") and file.stat().st_mtime >= max(weights, default=0.0)
+    told, weights_file = report.get("adapter_sha256"), adapter[0] / WEIGHTS_NAME
+    return told is not None and weights_file.is_file() and told == file_sha256(weights_file)
+
+
+def _scores(run: Path, file: Path, very_model: tuple[Path, ...] | None) -> dict[str, Any] | None:
+    """An evaluation's origin and F scores; None if the file is not an evaluation of this model."""
     try:
         report = read_json(file)
     except UserError:
+        return None
+    if very_model is None or not _is_of(report, file, very_model):
         return None
     rows = [
         (profile, measure, value["f"] if isinstance(value, dict) else value)
@@ -171,9 +200,7 @@ def _scores(run: Path, file: Path) -> dict[str, Any] | None:
     data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
     what = f"{file.relative_to(run).as_posix()}: {report.get('rows')} rows"
     what += f" of {data}" if data else ""
-    # A run's folder may hold scores of its base, or of another model, beside its own.
-    if (model := report.get("model")) is not None:
-        adapter = report.get("adapter")
-        what += f" by {base_name(str(model))}"
-        what += f" + {_name_of(Path(str(adapter)))}" if adapter else ""
+    adapter = report.get("adapter")
+    what += f" by {base_name(very_model[0])}"
+    what += f" + {_name_of(Path(str(adapter)))}" if adapter else ""
     return {"what": what, "sampling": json.dumps(report.get("sampling")), "rows": rows}

@@ -37,7 +37,10 @@ def train(session: Session) -> RunSummary:
     with observer, windows, request, HeldCollection() as garbage:
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
-            best, evaluated = evaluate(session, begun, best), True
+            best, stop_because = evaluate(session, begun, best, request)
+            if stop_because:  # again: the checkpoint of this step is as it should be
+                return stopped(session, stop_because)
+            evaluated = True
 
         for number in range(begun + 1, steps + 1):  # one optimizer step
             if best.out_of_patience(patience):
@@ -62,9 +65,9 @@ def train(session: Session) -> RunSummary:
             # All ranks, every eval.every_steps. A run that is asked to stop has little time: it
             # saves first, and makes up for the evaluation when it resumes.
             due = session.evaluates_after(number)
+            if due and stop_because is None:
+                best, stop_because = evaluate(session, number, best, request)
             evaluated = not due or stop_because is None
-            if due and evaluated:
-                best = evaluate(session, number, best)
 
             # All ranks, every save.every_steps, after the best evaluation so far, and at the end:
             # they give their state. For LoRA rank 0 then writes it while the training continues.
@@ -133,14 +136,26 @@ def train_step(session: Session, number: int, window: Window) -> Step:
     )
 
 
-def evaluate(session: Session, step: int, best: BestLoss) -> BestLoss:
-    """Loss and sampled answers after `step` (a collective); the best loss since then."""
+def evaluate(
+    session: Session, step: int, best: BestLoss, request: StopRequest
+) -> tuple[BestLoss, str | None]:
+    """Loss and sampled answers after `step` (a collective): the best loss since then, and why it
+    was given up, if the run is asked to stop. Nothing is left to stop after the last step."""
     evaluator, progress = session.evaluator, session.observer.progress
     assert evaluator is not None
-    loss = evaluator.loss(session.engine, step)
+    stop_because: str | None = None
+
+    def asked_to_stop() -> bool:
+        nonlocal stop_because
+        stop_because = request.agreed() if step < session.steps else None
+        return stop_because is not None
+
+    loss = evaluator.loss(session.engine, step, asked_to_stop)
+    if loss is None:
+        return best, stop_because
     progress.evaluated(step, loss)
     progress.sampled(step, evaluator.samples(session.engine, step))
-    return best.after(loss, step)
+    return best.after(loss, step), None
 
 
 def finished(session: Session, best: BestLoss) -> RunSummary:

@@ -7,14 +7,14 @@ import os
 import traceback
 from typing import NoReturn
 
-from qwen_ds import dist
+from qwen_ds import dist, signals
 from qwen_ds.errors import EXIT_FAILURE, UserError
 from qwen_ds.machine import choose_device
 from qwen_ds.recipe.loading import LoadedRecipe
+from qwen_ds.runlog import in_one_line
 from qwen_ds.terminal import one_line, show
 from qwen_ds.train.engine import start
 from qwen_ds.train.job import run_in_group
-from qwen_ds.train.survive.stop import leave_at_signals
 from qwen_ds.train.survive.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,6 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
 
     Raises UserError if data, model or folder is wrong, or the loss is not finite.
     """
-    leave_at_signals()
     launched = dist.has_rendezvous() or dist.world_size() > 1
     timeout_minutes = asked.recipe.distributed.timeout_minutes
     device = choose_device(asked.recipe.device)
@@ -41,8 +40,13 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
         watchdog.stop()
         start.stop_process_group()
         raise
+    except signals.Stopped as stopped:  # before the first step; the other ranks may not know yet
+        watchdog.pass_on(stopped.number)
+        raise
     except Exception as error:
-        end_at_once(error, watchdog)
+        if signals.ending() is None:
+            end_at_once(error, watchdog)
+        raise  # a peer has left at the signal that has reached this rank, too
     watchdog.stop()
     start.stop_process_group()
     return code
@@ -51,8 +55,8 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
 def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     """Say what happened and leave without another word to the peers: any of them may be dead."""
     log.exception("the run has failed")
-    if blamed := watchdog.blame(error):
-        show(f"error: {one_line(blamed)}", err=True)
+    if told := watchdog.blame(error) or in_one_line(error):
+        show(f"error: {one_line(told)}", err=True)
     else:
         show(traceback.format_exc(), err=True, end="")
     os._exit(EXIT_FAILURE)

@@ -26,7 +26,7 @@ import numpy as np
 from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.write import remove_folder, replacing, sync, write_json
+from qwen_ds.disk.write import naming, remove_folder, replacing, sync, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from serve.files.ranks import RankWatch, SignOfLife
@@ -153,9 +153,10 @@ class PredictionParts:
             json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace")[:-1]
             for row in rows
         ]
-        self._stream.write(b"".join(line + _SUM % zlib.crc32(line) for line in lines))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with naming(self.output):
+            self._stream.write(b"".join(line + _SUM % zlib.crc32(line) for line in lines))
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
 
     def refresh(self) -> int:
         """Find the rows appended since the last call, by any rank; return how many are finished.

@@ -17,7 +17,9 @@ from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
+from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
 from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
@@ -89,6 +91,7 @@ def report_of(
     report: dict[str, Any] = {
         "model": options.model,
         "adapter": options.adapter,
+        "adapter_sha256": _adapter_sha256(options),
         "data": options.data,
         "predictions": options.predictions or str(Path(options.output_dir) / "predictions.jsonl"),
         "sampling": None if figures is None else asdict(options.sampling()),
@@ -106,6 +109,12 @@ def report_of(
             "tokens_per_second": round(tokens / figures.seconds, 2) if figures.seconds else None,
         }
     return report | {profile: s.as_dict() for profile, s in scores.items()}
+
+
+def _adapter_sha256(options: EvaluateOptions) -> str | None:
+    """Of the adapter's weights: a model card must not tell the scores of another one."""
+    file = None if options.adapter is None else Path(options.adapter) / WEIGHTS_NAME
+    return file_sha256(file) if file is not None and file.is_file() else None
 
 
 def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:

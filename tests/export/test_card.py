@@ -14,6 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from qwen_ds.disk.weights import file_sha256
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.recipe.loading import write_recipe
@@ -34,8 +35,8 @@ SCORES = {
 
 
 @pytest.fixture
-def run(golden: Path, tmp_path: Path) -> Path:
-    """A run folder as training and evaluation leave it."""
+def run(golden: Path, cached_base: Path, tmp_path: Path) -> Path:
+    """A run folder as training and evaluation of `cached_base` leave it."""
     folder = tmp_path / "runs" / "adgen"
     shutil.copytree(golden / "lora" / "adapter", folder / "adapter")
     write_recipe(Recipe(), folder / "recipe.yaml")
@@ -43,7 +44,9 @@ def run(golden: Path, tmp_path: Path) -> Path:
     (folder / "data_report.json").write_text(json.dumps(report))
     (folder / "eval").mkdir()
     evaluation = {
-        "model": "m",
+        "model": str(cached_base),
+        "adapter": str(folder / "adapter"),
+        "adapter_sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors"),
         "data": ["/somewhere/dev.json"],
         "rows": 100,
         "sampling": {"do_sample": False},
@@ -52,27 +55,69 @@ def run(golden: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_whose_scores_and_which_weights_are_told_and_nobody_s_paths(
+def test_weights_are_told_and_nobody_s_paths(
     cached_base: Path, run: Path, golden: Path, tmp_path: Path
 ) -> None:
     write_recipe(
         dataclasses.replace(Recipe(), output_dir="/home/me/runs/adgen"), run / "recipe.yaml"
-    )
-    scored = json.loads((run / "eval" / "metrics.json").read_text())
-    own = scored | {"model": str(cached_base), "adapter": str(run / "adapter")}
-    (run / "eval" / "metrics.json").write_text(json.dumps(own))
-    (run / "bare").mkdir()
-    (run / "bare" / "metrics.json").write_text(
-        json.dumps(scored | {"model": str(cached_base), "adapter": None})
     )
     adapters = [run / "adapter", golden / "lora" / "adapter"]
     merge_with(cached_base, adapters, tmp_path / "out", weights=[0.7, 0.3], dtype="float16")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- Adapter: adgen, weight 0.7\n- Adapter: adapter, weight 0.3\n" in text
     assert "- Dtype: all weights brought to float16\n" in text
-    assert "eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + adgen;" in text
-    assert "bare/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat;" in text
     assert "output_dir: adgen\n" in text and "/home/me" not in text and str(tmp_path) not in text
+    assert "## Evaluation" not in text, "no evaluation has put the two together"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, True),
+        ({"model": "Qwen/Qwen-7B-Chat"}, True),
+        ({"adapter": "/moved/adapter"}, True),  # the same weights
+        ({"adapter": None, "adapter_sha256": None}, False),  # the base, as eval_before scores it
+        ({"model": "/another/base"}, False),
+        ({"adapter_sha256": "0" * 64}, False),  # trained again since
+        ({"adapter_sha256": None}, False),
+    ],
+)
+def test_scores_are_those_of_this_very_model(
+    cached_base: Path, run: Path, tmp_path: Path, change: dict[str, object], told: bool
+) -> None:
+    scored = json.loads((run / "eval" / "metrics.json").read_text())
+    (run / "eval" / "metrics.json").write_text(json.dumps(scored | change))
+    merge_with(cached_base, [run / "adapter"], tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + " in text) == told
+    assert ("## Evaluation" in text) == told
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [(1, "rank 1 "), (4, "rank 8 "), (200, "rank 256 "), (257, "rank 320 "), (513, "up to 512")],
+)
+def test_vllm_is_told_a_rank_that_it_allows(
+    cached_base: Path, tmp_path: Path, rank: int, words: str
+) -> None:
+    peft_adapter(cached_base, tmp_path / "adapter", r=rank)
+    convert_adapter(cached_base, tmp_path / "adapter", tmp_path / "lora")
+    text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    assert words in text and ("--enable-lora" in text) == (rank <= 512)
+    assert "this adapter's is 513" in text or rank <= 512
+
+
+def test_llama_cpp_is_offered_what_it_computes_alike(cached_base: Path, tmp_path: Path) -> None:
+    """Its converter knows alpha / r alone."""
+    for name, rslora in (("plain", False), ("rs", True)):
+        peft_adapter(cached_base, tmp_path / name, use_rslora=rslora)
+        convert_adapter(cached_base, tmp_path / name, tmp_path / f"{name}-qwen2")
+    plain, rs = (
+        (tmp_path / f"{name}-qwen2" / "README.md").read_text(encoding="utf-8")
+        for name in ("plain", "rs")
+    )
+    assert "convert_lora_to_gguf" in plain and "`</s>`" in plain and "NFC" in plain
+    assert "convert_lora_to_gguf" not in rs and "--enable-lora" in rs and "merge it for llama" in rs
 
 
 @pytest.mark.parametrize(
@@ -198,7 +243,7 @@ def test_the_commands_in_the_cards_are_this_project_s_own(
             r"`python launch/merge\.py (.*?)`", (folder / "README.md").read_text(encoding="utf-8")
         )
         assert set(re.findall(r"--\w+", line)) <= known
-    assert "--max-lora-rank 4 " in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    assert "--max-lora-rank 8 " in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_template_is_part_of_the_package() -> None:
@@ -208,4 +253,4 @@ def test_every_template_is_part_of_the_package() -> None:
     folder = root / "qwen_ds" / "export"
     shipped = {path for pattern in patterns for path in folder.glob(pattern)}
     assert {path for path in folder.iterdir() if path.suffix == ".j2"} == shipped
-    assert len(shipped) == 4
+    assert len(shipped) == 5

@@ -13,8 +13,8 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 from torch.utils import cpp_extension
 
-from qwen_ds import dist
-from qwen_ds.errors import UserError
+from qwen_ds import dist, signals
+from qwen_ds.errors import Failed, UserError
 from qwen_ds.plan.deepspeed_json import Json
 
 
@@ -31,16 +31,35 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     port = 0
     if dist.has_rendezvous():
         dist.export_ranks()
+        dist.meeting_point()  # its checks
     elif dist.world_size() == 1:
         dist.export_ranks("127.0.0.1", dist.free_port())
     else:  # DeepSpeed itself takes the same port for every mpirun
         port = dist.free_port_over_mpi()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        distributed_port=port,
-        verbose=False,
-    )
+    try:
+        with signals.at_once():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+                distributed_port=port,
+                verbose=False,
+            )
+    except torch.distributed.DistNetworkError as error:
+        raise _unreachable(error) from None
+
+
+def _unreachable(error: torch.distributed.DistNetworkError) -> Exception:
+    """A UserError where the meeting point itself is wrong; else the error without C++'s frames."""
+    address, port = dist.meeting_point()
+    if "EADDRINUSE" in str(error):
+        return UserError(
+            f"port {port} of {address} (MASTER_PORT) is in use by another process; expected a free "
+            "one: deepspeed --master_port N, or MASTER_PORT=N"
+        )
+    if "EACCES" in str(error):
+        return UserError(f"port {port} (MASTER_PORT) is not permitted; expected one above 1023")
+    reason = str(error).splitlines()[0]
+    return Failed(f"the ranks cannot meet at {address}:{port}: {reason}")
 
 
 def stop_process_group() -> None:

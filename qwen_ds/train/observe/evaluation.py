@@ -6,6 +6,7 @@ Shapes: L tokens of one row.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +68,23 @@ class Evaluator:
         self._watchdog = watchdog
 
     @torch.no_grad()
-    def loss(self, engine: TrainingEngine, step: int) -> float:
-        """Nats per target token over all rows, by the training formula, dropout off."""
+    def loss(
+        self, engine: TrainingEngine, step: int, asked_to_stop: Callable[[], bool]
+    ) -> float | None:
+        """Nats per target token over all rows, by the training formula, dropout off; None if the
+        run is asked to stop meanwhile.
+
+        `asked_to_stop` is a collective, called once a micro-batch: an evaluation may take longer
+        than the time between a signal and the kill.
+        """
         engine.train(False)
         loss = targets = 0.0
         batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
         for i, batch in enumerate(batches):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
+            if asked_to_stop():
+                engine.train(True)
+                return None
             loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
             targets += batch.num_targets
         # All ranks, once an evaluation.

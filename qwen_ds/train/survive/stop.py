@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from types import FrameType
 
-from qwen_ds import dist
-from qwen_ds.errors import EXIT_STOPPED
+from qwen_ds import dist, signals
 
-# SIGINT: Ctrl-C. SIGTERM: launchers, Kubernetes, Slurm's time limit. SIGUSR1: the choice of Slurm's
-# users for pre-emption.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TIME_LIMIT = 1000.0  # above every signal's number, and so the maximum over the ranks
-
-
-def leave_at_signals() -> None:
-    """Let SIGTERM and SIGUSR1 end the process at once, for the time before the training.
-
-    There is nothing to save yet. The exit code says that the same command resumes; Ctrl-C stays
-    Python's.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(EXIT_STOPPED))
 
 
 class StopRequest:
     """A request to stop: signals while it is entered, or a deadline; the ranks agree on the step.
 
     A launcher forwards a signal to one rank after the other, seconds apart, and may reach only
-    some: the handler merely notes it, and `agreed` asks all ranks at the end of each step.
+    some: the handler merely notes it, and `agreed` asks all ranks at the end of each step and
+    during an evaluation. Before the training a signal ends the process (qwen_ds/signals.py).
 
     Args:
         ends_at: when the job is killed (seconds since 1970), or None.
@@ -50,14 +35,12 @@ class StopRequest:
         return signal.Signals(int(code)).name if code else None
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        signals.handle(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ignore signals from here on: only the short end of the run is left."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        signals.handle(None)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:
         self._received = number

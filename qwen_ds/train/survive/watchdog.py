@@ -18,10 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from qwen_ds import dist
+from qwen_ds import dist, signals
 from qwen_ds.errors import EXIT_FAILURE
 from qwen_ds.runlog import last_line
 from qwen_ds.terminal import one_line, show
@@ -55,6 +56,7 @@ class Beat:
     host: str = ""
     log: str = ""
     failed: str = ""  # the error that ended it
+    signal: int = 0  # the signal that ended it, before the training began
 
 
 class Watchdog:
@@ -114,14 +116,26 @@ class Watchdog:
         """Report that the next thing may take any time."""
         self._own = replace(self._own, moves=self._own.moves + 1, waits=False)
 
-    def stop(self) -> None:
+    def pass_on(self, number: int) -> None:
+        """Let the signal that ends this rank end the others, and stop watching.
+
+        A launcher signals its ranks one after another, and may reach only some of them.
+        """
+        self._own = replace(self._own, signal=number)
+        # A peer that waits for this rank in a collective hears of it only once this rank has left.
+        with suppress(RuntimeError):  # the store is on a rank that has left
+            if self._store is not None:
+                self._post()
+            self.stop(3 * BEAT_SECONDS)
+
+    def stop(self, patience_seconds: float = 10.0) -> None:
         """Stop watching; every rank calls it. Rank 0 serves the store and leaves last."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(5 * BEAT_SECONDS)
         if self._store is not None:
             self._store.add("stopped", 1)
-            ends = time.monotonic() + 10
+            ends = time.monotonic() + patience_seconds
             while self._rank == 0 and time.monotonic() < ends:
                 if self._store.add("stopped", 0) >= self._world:
                     break
@@ -168,7 +182,9 @@ class Watchdog:
             if now - last > SILENT_SECONDS / 3:
                 self._seen, self._answered = {}, now
             last = now
-            if self._launcher is not None and os.getppid() != self._launcher:
+            # A closed terminal ends the launcher at once; this rank saves first.
+            orphaned = self._launcher is not None and os.getppid() != self._launcher
+            if orphaned and signals.received() is None:
                 self._end("the launcher is gone: nobody could stop this run")
             if self._store is not None and now - self._answered > self._silent_seconds + 10:
                 self._end(self._obituary(0, NO_STORE))
@@ -184,8 +200,15 @@ class Watchdog:
                     return
                 log.info("the rendezvous store does not answer: %s", error)
                 verdict = self._obituary(0, NO_STORE)
+            self._take_over_signal()
             if verdict and not self._stopped.is_set():
                 self._end(verdict)
+
+    def _take_over_signal(self) -> None:
+        """Send this process the signal that a peer has passed on."""
+        peers = (beat.signal for rank, (beat, _, _) in self._seen.items() if rank != self._rank)
+        if signals.received() is None and (number := max(peers, default=0)):
+            os.kill(os.getpid(), number)
 
     def _post(self) -> None:
         self._number += 1
@@ -257,6 +280,8 @@ class Watchdog:
         )
 
     def _end(self, why: str) -> None:
+        if signals.ending() is not None:
+            return  # the main thread ends the process, or signals.py does
         log.error("%s", why)
         prefix = "" if self._rank == 0 else f"[rank {self._rank}] "
         show(f"{prefix}error: {one_line(why)}", err=True)

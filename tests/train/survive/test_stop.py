@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from qwen_ds import dist
-from qwen_ds.train.survive.stop import SIGNALS, StopRequest
+from qwen_ds.signals import SIGNALS
+from qwen_ds.train.survive.stop import StopRequest
 
 
 @pytest.fixture(autouse=True)
