@@ -24,7 +24,10 @@ def rows_inside(value: object, is_row: IsRow) -> Iterator[Inner] | None:
 
     `is_row` tells whether a value has the keys of a row.
     """
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict):
+        return None
+    # Before anything that costs: almost every value is a row.
+    if not any(isinstance(inner, list | dict) for inner in value.values()):
         return None
     return _by_column(value, is_row) or (None if is_row(value) else _by_row(value, is_row))
 
