@@ -15,22 +15,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from qwen_ds.data.read.containers import rows_inside
-from qwen_ds.data.read.dialogue import RowError, object_of
-from qwen_ds.data.read.files import SourceRow
-from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.data.read.places import Place, locate, rows_of
-from qwen_ds.data.read.readers import find_reader
-from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_conversations
+from qwen_ds.data.read.sources import NotRead, iter_conversations
 from qwen_ds.data.rows.data_report import PartReport
 from qwen_ds.data.rows.encode import EncodeOptions
+from qwen_ds.data.rows.reading import formats_of, read_options
 from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, fault
 from qwen_ds.data.rows.workers import encode_all
 from qwen_ds.disk.write import replacing
@@ -85,15 +81,6 @@ def _make_room(path: Path, found: str) -> None:
     if path.is_dir() and not path.is_symlink():
         raise UserError(f"{path}: a folder; expected room for the token rows (data.cache_dir)")
     say(f"{path}: {found}; the token rows are made anew")
-
-
-def read_options(data: DataOptions, report: PartReport | None = None) -> ReadOptions:
-    """How the rows of a recipe are read; `report` takes what becomes of the files."""
-    files = FileOptions(data.encoding, data.max_row_mb, data.max_expansion)
-    if report is not None:
-        encodings, left_out = report.encodings, report.left_out
-        files = replace(files, on_encoding=encodings.__setitem__, on_left_out=left_out.__setitem__)
-    return ReadOptions(data.format, data.columns, bad_rows=data.bad_rows, files=files)
 
 
 def _key(
@@ -188,7 +175,7 @@ def _fill(
         for (report, count), unread in zip(parts, not_read, strict=True):
             report.read = count["rows"]
             report.not_read = dict(sum(unread.values(), Counter()).most_common())
-            report.formats = _formats(data, locate(report.path))
+            report.formats = formats_of(data, locate(report.path))
             report.check()
         writer.finish(
             {
@@ -199,26 +186,3 @@ def _fill(
                 "data_sets": [report.to_dict() for report, _ in parts],
             }
         )
-
-
-def _formats(data: DataOptions, part: Place) -> dict[str, str]:
-    """By file, the reader of its first row."""
-    if data.columns:
-        return {part.path: f"columns {', '.join(data.columns)}"}
-    if data.format != "auto":
-        return {part.path: data.format}
-    alone = [Place(str(file), files=(file,)) for file in part.files] or [part]
-    files = read_options(data).files
-    return {each.path: _format(each, files) for each in alone}
-
-
-def _format(part: Place, files: FileOptions) -> str:
-    first = next((row.row for row in rows_of(part, files) if isinstance(row, SourceRow)), None)
-    inner = rows_inside(first, lambda row: _reader(row) is not None)
-    return _reader(first if inner is None else next(inner)[0]) or "none"
-
-
-def _reader(row: object) -> str | None:
-    with contextlib.suppress(RowError):
-        return find_reader(object_of(row, "the row")).name
-    return None

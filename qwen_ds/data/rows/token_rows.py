@@ -12,9 +12,10 @@ import numpy as np
 
 from qwen_ds.data.batches import Part
 from qwen_ds.data.read.sources import iter_conversations
-from qwen_ds.data.rows.cache import make_or_find, read_options
+from qwen_ds.data.rows.cache import make_or_find
 from qwen_ds.data.rows.data_report import total
 from qwen_ds.data.rows.encode import EncodeOptions
+from qwen_ds.data.rows.reading import read_options
 from qwen_ds.data.rows.row_file import RowFile
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
