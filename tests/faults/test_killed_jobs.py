@@ -65,6 +65,11 @@ def saved(run: Path) -> set[str]:
     return {p.name for p in (run / "checkpoints").glob("step_*")}
 
 
+def shared_memory() -> set[str]:
+    """Shared memory on this machine; semaphores come and go with other processes' pools."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
 def until_saved(job: Job, run: Path) -> Job:
     """Until there is a checkpoint that was not there."""
     before = saved(run)
@@ -115,7 +120,7 @@ def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(
     """SIGTERM twice in a row to rank 1 only, and later SIGINT to both: exit code 3 each time, and
     no bit changes."""
     calm, run = tmp_path / "calm", tmp_path / "run"
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory()
     Job([*options, "--output_dir", str(calm)], 2).wait().ok()
     job = until_saved(Job([*options, "--output_dir", str(run)], 2), run)
     job.send(signal.SIGTERM, [1])
@@ -130,7 +135,7 @@ def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(
     assert job.send(signal.SIGINT).wait().codes == [3, 3]
     Job([*options, "--output_dir", str(run)], 2).wait().ok()
     assert same(calm, run)
-    assert set(os.listdir("/dev/shm")) == shared, "no shared-memory file is left"
+    assert shared_memory() <= shared, "no shared-memory file is left"
 
 
 def test_the_evaluation_that_a_signal_put_off_is_made_up_for(

@@ -212,7 +212,9 @@ class Watchdog:
 
     def _post(self) -> None:
         self._number += 1
-        beat = replace(self._own, number=self._number, log=last_line.text)
+        # At once, even if the main thread waits for a peer and has not heard of the signal.
+        number = signals.ending() or self._own.signal
+        beat = replace(self._own, number=self._number, log=last_line.text, signal=number)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
 
