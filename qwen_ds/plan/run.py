@@ -90,8 +90,8 @@ class Run:
     """A recipe as it will run, with all that was decided for it.
 
     Training, planner and start screen share this one. What depends on the rows may still be "auto":
-    data.format, by which each row finds its own reader, and activation checkpointing, which
-    plan/recomputation.py decides once their lengths are known.
+    data.format, by which each row finds its own reader, data.encoding, which each file tells, and
+    activation checkpointing, which plan/recomputation.py decides once their lengths are known.
     """
 
     recipe: Recipe

@@ -165,7 +165,8 @@ def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
         return [found for key, inner in value.items() for found in autos(inner, f"{name}.{key}")]
 
     run = decided(small_dir, machine=GPU)
-    assert set(autos(to_dict(run.recipe))) == {".data.format", ".model.activation_checkpointing"}
+    left = {".data.format", ".data.encoding", ".model.activation_checkpointing"}
+    assert set(autos(to_dict(run.recipe))) == left
     assert run.recipe.device == "cuda" and decided(small_dir).recipe.device == "cpu"
     assert not autos(run.deepspeed.engine_json)
 
@@ -227,7 +228,8 @@ def test_a_value_that_the_json_fills_in_has_the_recipes_range(
 
 def test_a_large_model_on_a_cpu_must_be_asked_for(small_dir: Path) -> None:
     """7.7 billion parameters, counted without making one."""
-    base = replace(Base.qwen_7b(), folder=small_dir)
+    model = Base.read(small_dir).model
+    base = replace(Base.qwen_7b(), model=model)
     asked = load_recipe(["--model.path", "Qwen/Qwen-7B"])
     with pytest.raises(UserError, match=r"7.7 billion parameters.*--device cpu"):
         resolve(asked, CPU, base, rows=False)

@@ -127,8 +127,10 @@ def summary(report: dict[str, Any]) -> list[str]:
     for key, fate in _FATES.items():
         for reason, tally in found[key].items():
             lines.append(f"{tally['rows']:,} {fate}: {reason} (first {tally['first']})")
-    lines += _in_words(found["encodings"], "{}: read as {}", "more files are not UTF-8")
-    lines += _in_words(found["left_out"], "{}: not read, {}", "more files are not read")
+    # A report of an earlier version lacks these, and what was not read.
+    encodings, left_out = found.get("encodings", {}), found.get("left_out", {})
+    lines += _in_words(encodings, "{}: read as {}", "more files are not UTF-8")
+    lines += _in_words(left_out, "{}: not read, {}", "more files are not read")
     lines += not_read_lines(report)
     if report["duplicates"]:
         lines.append(f"rows that repeat an earlier one: {report['duplicates']:,}")
@@ -137,8 +139,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def not_read_lines(report: dict[str, Any]) -> list[str]:
     """A line for each data set that holds something which is not read."""
-    parts = report["data_sets"]
-    # A report of an earlier version has no such counts.
+    parts = report.get("data_sets", [])
     found = [
         not_read_line(part.get("not_read", {}), part["path"] if parts[1:] else None)
         for part in parts
