@@ -267,7 +267,7 @@ def _check_asked(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -
     needed |= {
         f"{module}.{adapter_keys.ROWS}": "trainable_token_indices" for module in wanted.token_rows
     }
-    for name, option in needed.items():
+    for name, option in sorted(needed.items()):
         if key(name) not in adapter.shapes:
             raise UserError(
                 f"{folder}: the weights lack {key(name)}, which {option} in {CONFIG_NAME} asks for;"

@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a mask of texts": ({**TALK, "loss_mask": ["a", "b"]}, "loss_mask[0] is 'a'; expected 0 or 1"),
     "a mask of the answers": ({"conversations": SHARE, "mask": "gpt"}, "mask is 'gpt'; expected"),
     "kto_tag maybe": ({**TALK, "kto_tag": "maybe"}, "kto_tag is 'maybe'; expected true or false"),
-    "NaN": ({**QA, "answer": float("nan")}, "answer is N"),
+    "NaN": ({**QA, "answer": float("nan")}, "no answer"),
     "number": ({**QA, "answer": 2}, "answer is a number; expected text"),
     "context of an object": ({**QA, "context": {"x": 1}}, "context is an object; expected text"),
     "options of a number": ({**QA, "options": 4}, "options is a number; expected a list"),

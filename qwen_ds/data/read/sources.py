@@ -154,12 +154,13 @@ class _Reading:
         is_first = True
         not_read = self.not_read.setdefault(place.path, Counter())
         for row in rows_of(place, self.options.files):
-            self.counts["rows"] += 1
             if isinstance(row, BadRow):
+                self.counts["rows"] += 1
                 error = RowError(row.reason, row.detail)
                 yield self._unreadable(error, row.source), row.source, None
                 continue
             for value, source in self._unwrapped(row):
+                self.counts["rows"] += 1
                 self.seen[:] = [value]
                 try:
                     left_out: list[str] = []
