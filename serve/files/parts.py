@@ -239,7 +239,9 @@ class PredictionParts:
         if self._watch is not None:
             self._watch.stop()
         self._beat.stop()
-        self._stream.close()
+        # Only an append that has failed leaves bytes, and it has raised.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 @contextlib.contextmanager
