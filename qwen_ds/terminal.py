@@ -25,6 +25,7 @@ _ACTS = (
     r"\ud800-\udfff\U000e0000-\U000e007f"
 )
 _UNSAFE = re.compile(f"[{_CONTROL}{_ACTS}]")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 # What tqdm and rich send to move in a line and to colour it. Anything else is spelled.
 _BY_LIBRARIES = re.compile(rf"(\r|\x1b\[A|\x1b\[[0-9;]*[mK])|[{_CONTROL}{_ACTS}]")
 
@@ -66,14 +67,34 @@ def show(*texts: object, err: bool = False, end: str = "\n", sep: str = " ") -> 
 
 
 def show_json(lines: Iterable[str]) -> None:
-    """Print JSON lines, such as rows that another program reads, to stdout, as long as it does."""
+    """Print JSON lines, such as rows that another program reads, to stdout, as long as it does.
+
+    What the stream cannot encode is spelled as JSON spells it. A full disk is an OSError: these
+    lines are the result, and not only words about it.
+    """
+    stream = sys.stdout
     try:
-        for line in lines:
-            sys.stdout.write(_encodable(json_text(line) + "\n", sys.stdout))
-        sys.stdout.flush()
+        if not isinstance(stream, Lossy):
+            _write_json(lines, stream)
+            return
+        stream.flush()
+        with open(os.dup(stream.fileno()), "w", encoding=stream.encoding) as out:
+            _write_json(lines, out)
     except BrokenPipeError:
         # A reader such as `head` has closed the pipe: the flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _write_json(lines: Iterable[str], stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"
+    for line in lines:
+        text = json_text(line) + "\n"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            text = _NOT_ASCII.sub(_as_json, text)
+        stream.write(text)
+    stream.flush()
 
 
 def overwrite_line(text: str, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,9 +33,9 @@ def find_adapter(given: Path | str) -> Path:
 
     UserError: no such folder, a file, or a run without a final adapter; it names a checkpoint then.
     """
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        came = "not a folder" if folder.exists() else "no such folder"
+    folder = Path(os.path.expanduser(given))
+    if not os.path.isdir(folder):
+        came = "not a folder" if os.path.exists(folder) else "no such folder"
         raise UserError(
             f"{folder}: {came}; expected an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
@@ -60,7 +61,7 @@ def find_adapter(given: Path | str) -> Path:
 
 def tell_adapter(given: Path | str) -> Path:
     """`find_adapter`, and say so where the adapter lies in the folder that was given."""
-    if (found := find_adapter(given)) != Path(given).expanduser():
+    if (found := find_adapter(given)) != Path(os.path.expanduser(given)):
         say(f"{given}: its adapter is {found}")
     return found
 

@@ -12,8 +12,9 @@ def read_own(folder: Path, name: str) -> bytes:
     """The bytes of a file that is the folder's own, so that a copy of it shows nobody more than
     the folder did.
 
-    A symbolic link may stay in the folder, or lead into the blobs of the hub cache that the folder
-    is part of (models--X/snapshots/Y -> models--X/blobs). UserError: it leads elsewhere, is no
+    A symbolic link may stay in the folder, lead into the blobs of the hub cache that the folder is
+    part of (models--X/snapshots/Y -> models--X/blobs), or to the very folder that its config.json
+    links to: then this one was linked together from that. UserError: it leads elsewhere, is no
     regular file, cannot be read, or is too large for a small file.
     """
     path = folder / name
@@ -26,7 +27,8 @@ def read_own(folder: Path, name: str) -> bytes:
     roots = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         roots.append((home.parent.parent / "blobs").resolve())
-    if not any(real.is_relative_to(root) for root in roots):
+    is_beside_config = real.parent == (folder / "config.json").resolve().parent
+    if not is_beside_config and not any(real.is_relative_to(root) for root in roots):
         raise UserError(
             f"{path}: a link that leaves the folder, to {real}; expected a file of its own, since"
             " it is copied to the output"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
 
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
@@ -96,8 +97,11 @@ def checked_config(settings: Settings, path: Path, config_class: type[Config]) -
     settings = {key: value for key, value in settings.items() if key not in unread}
     _check_keys(settings, path, config_class)
     _check_values(dict(_canonical(settings, path, config_class.attribute_map)), path)
+    _check_token_ids(settings, path)
     try:
-        return config_class.from_dict(settings)
+        config = config_class.from_dict(settings)
+        GenerationConfig.from_model_config(config)  # which loading makes of it, too
+        return config
     # Ours, the strict dataclass's, and whatever else transformers meets in a wrong value.
     except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
         said = " ".join(str(error).removeprefix("config: ").split())[:300]
@@ -144,16 +148,21 @@ def _check_values(values: dict[str, tuple[str, Any]], path: Path) -> None:
             raise UserError(f"{path}: {key} is {value}; expected {expected}")
 
 
-def check_generation(settings: Settings, path: Path) -> None:
-    """Raise UserError for a generation_config.json with values of the wrong type."""
-    chosen = settings.get("chat_format")
-    if not any(_same(chosen, known) for known in _FORMATS):
-        raise UserError(f"{path}: chat_format is {_shown(chosen)}; expected chatml or raw")
+def _check_token_ids(settings: Settings, path: Path) -> None:
     for key, value in settings.items():
         if key.endswith("_token_id") and value is not None:
             ids = value if isinstance(value, list) else [value]
             if any(type(index) is not int or not 0 <= index < 2**24 for index in ids):
                 raise UserError(f"{path}: {key} is {_shown(value)}; expected ids of tokens")
+
+
+def check_generation(settings: Settings, path: Path) -> None:
+    """Raise UserError for a generation_config.json with values of the wrong type."""
+    chosen = settings.get("chat_format")
+    if not any(_same(chosen, known) for known in _FORMATS):
+        raise UserError(f"{path}: chat_format is {_shown(chosen)}; expected chatml or raw")
+    _check_token_ids(settings, path)
+    for key, value in settings.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {key} is {value}; expected a finite number")
 

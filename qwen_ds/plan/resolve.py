@@ -8,6 +8,7 @@ and the base model.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 def _choose_first_adapter(recipe: Recipe, base: Base, given: str, notes: list[Note]) -> Recipe:
     """Check the adapter to continue from, and name its own folder where a run's was given."""
     found = str(find_adapter(given))
-    if Path(found) != Path(given).expanduser():
+    if Path(found) != Path(os.path.expanduser(given)):
         notes.append(Note("lora.init_from", found, f"it is the adapter in {given}"))
     for note in check_first_adapter(recipe.lora, base):
         notes.append(Note("lora.init_from", found, note))

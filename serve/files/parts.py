@@ -27,7 +27,7 @@ from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import require_folder
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import naming, remove_folder, replacing, sync, write_json
-from qwen_ds.errors import UserError
+from qwen_ds.errors import Failed, UserError
 from qwen_ds.runlog import say
 from serve.files.ranks import RankWatch, SignOfLife
 
@@ -130,7 +130,7 @@ class PredictionParts:
         """Another rank: wait until rank 0 has checked the input and made the folder.
 
         `old` is the state of the earlier output that this run replaces. Returns None if all rows
-        were done by then. RuntimeError if rank 0 has not made the folder in time.
+        were done by then. Failed if rank 0 has not made the folder in time.
         """
         card, deadline = parts_folder(output) / SETTINGS_FILE, time.monotonic() + timeout_seconds
         while True:
@@ -141,7 +141,7 @@ class PredictionParts:
             if not card.parent.exists() and file_state(output) not in (None, old):
                 return None
             if time.monotonic() > deadline:
-                raise RuntimeError(
+                raise Failed(
                     f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s"
                 )
             time.sleep(POLL_SECONDS)
@@ -161,7 +161,7 @@ class PredictionParts:
     def refresh(self) -> int:
         """Find the rows appended since the last call, by any rank; return how many are finished.
 
-        RuntimeError on rank 0 if another rank is gone and its rows are not all finished.
+        Failed on rank 0 if another rank is gone and its rows are not all finished.
         """
         gone = self._watch.gone() if self._watch else {}  # before its last rows are read
         for file in sorted(self.folder.glob("rank_*.jsonl")):
@@ -183,7 +183,7 @@ class PredictionParts:
         for rank, who in gone.items():
             assert self._watch is not None
             if missing := int((~is_finished[rank :: self._watch.world]).sum()):
-                raise RuntimeError(
+                raise Failed(
                     f"{who} and {missing} of its rows are missing; the same command resumes from "
                     "here"
                 )
@@ -206,7 +206,7 @@ class PredictionParts:
     def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
         """Rank 0: wait until every row is finished.
 
-        RuntimeError if no rank has finished a row for `timeout_seconds`.
+        Failed if no rank has finished a row for `timeout_seconds`.
         """
         last, since = -1, time.monotonic()
         while (finished := self.refresh()) < self.rows:
@@ -214,7 +214,7 @@ class PredictionParts:
                 last, since = finished, time.monotonic()
                 progress(finished)
             elif time.monotonic() - since > timeout_seconds:
-                raise RuntimeError(
+                raise Failed(
                     f"{self.rows - finished} of {self.rows} rows are missing and no rank finished "
                     f"one for {timeout_seconds:.0f} s; the same command resumes from here"
                 )

@@ -18,8 +18,9 @@ from qwen_ds.disk.lock import BEAT_SECONDS, Holder
 
 # Six beats: network disks cache a file's time for a few seconds.
 SILENT_SECONDS = 30.0
-# For a rank that has never come: its start may be slower than that of rank 0.
-ABSENT_SECONDS = 50.0
+# For a rank that has never come: a cold disk or a fetch of the model may hold up its start, and a
+# launcher ends the job where it has died.
+ABSENT_SECONDS = 600.0
 LOOK_SECONDS = 1.0
 
 

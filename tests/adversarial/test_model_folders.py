@@ -494,7 +494,6 @@ CARRIED: dict[str, tuple[Change, str]] = {
     "a generation_config that leaves": (beside("generation_config.json"), LEAVES),
     "a tokenizer_config that leaves": (beside("tokenizer_config.json"), LEAVES),
     "a special_tokens_map that leaves": (beside("special_tokens_map.json"), LEAVES),
-    "a config that leaves": (beside("config.json"), LEAVES),
     "a licence by a link of the whole path": (link("LICENSE", "/etc/hostname"), LEAVES),
     "a licence through a folder": (
         lambda f: (beside("x")(f), link("y", "..")(f), link("LICENSE", "y/id_rsa")(f)), LEAVES,

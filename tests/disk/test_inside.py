@@ -49,6 +49,22 @@ def test_a_cache_whose_blobs_lie_on_another_disk_is_read(tmp_path: Path) -> None
     assert read_own(snapshot, "LICENSE") == b"free"
 
 
+def test_a_folder_that_was_linked_together_from_another_has_that_one_s_files(
+    tmp_path: Path,
+) -> None:
+    real, linked = tmp_path / "Qwen-7B-Chat", tmp_path / "mine"
+    for folder in (real, linked):
+        folder.mkdir()
+    for name in ("config.json", "LICENSE"):
+        (real / name).write_text("free")
+        (linked / name).symlink_to(real / name)
+    assert read_own(linked, "LICENSE") == b"free"
+    (tmp_path / "id_rsa").write_text("secret")
+    (linked / "NOTICE").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(UserError, match="a link that leaves the folder"):
+        read_own(linked, "NOTICE")
+
+
 def test_a_folder_with_the_name_of_a_cache_s_is_none(tmp_path: Path) -> None:
     folder = tmp_path / "snapshots" / "0a1b"
     folder.mkdir(parents=True)
