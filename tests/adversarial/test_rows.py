@@ -34,6 +34,8 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
     "two system texts": (
         {**TALK, "system": "sys", "system_prompt": "two"}, "sys|ask|[say]", "not read: system_pr"),
     "context": ({**QA, "context": "ctx"}, "|ctx\nask|[say]", ""),
+    "context of an object": ({**QA, "context": {"x": 1}}, "|ask|[say]", "not read: context (1"),
+    "options of a number": ({**QA, "options": 4}, "|ask|[say]", "not read: options (1 row)"),
     "contexts": ({**QA, "contexts": ["ctx", "two"]}, "|ctx\ntwo\nask|[say]", ""),
     "passage": ({"query": "ask", "answer": "say", "passage": "ctx"}, "|ctx\nask|[say]", ""),
     "text beside a question": ({**QA, "text": "ctx"}, "|ctx\nask|[say]", ""),
@@ -157,8 +159,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kto_tag maybe": ({**TALK, "kto_tag": "maybe"}, "kto_tag is 'maybe'; expected true or false"),
     "NaN": ({**QA, "answer": float("nan")}, "no answer"),
     "number": ({**QA, "answer": 2}, "answer is a number; expected text"),
-    "context of an object": ({**QA, "context": {"x": 1}}, "context is an object; expected text"),
-    "options of a number": ({**QA, "options": 4}, "options is a number; expected a list"),
     "system of a list": ({**TALK, "system_prompt": ["s"]}, "system_prompt is a list; expected"),
 }  # fmt: skip
 
@@ -275,7 +275,7 @@ def test_a_prompt_is_read_as_a_row_is(name: str, tmp_path: Path, small_dir: Path
     [
         ({**TALK, "images": ["cat.jpg"]}, "images are not read; expected a question of text alone"),
         ({"messages": [Q], "tools": [{"name": "f"}]}, "tool turns; expected a question of text"),
-        ({"question": "ask", "context": 5}, "context is a number; expected text"),
+        ({"prompt": "ask", "query": 5}, "query is a number; expected text"),
     ],
 )
 def test_a_prompt_that_lacks_something_is_refused(
