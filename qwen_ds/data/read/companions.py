@@ -203,7 +203,7 @@ def is_set(value: object) -> bool:
         if text.lower() in _UNSET:
             return False
         try:
-            return is_set(json.loads(text)) if text[0] in "[{\"" else True
+            return is_set(json.loads(text)) if text[0] in '[{"' else True
         except (ValueError, RecursionError):
             return True
     if isinstance(value, list):

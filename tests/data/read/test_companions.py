@@ -170,7 +170,7 @@ def test_a_column_that_changes_the_meaning_drops_the_row(row: dict[str, Any], re
 @pytest.mark.parametrize(
     "text",
     ["How do I use the <video> tag?", "<video>x</video>", "<rss><image><url>u</url></image></rss>",
-     "<img src='cat.jpg'>", "a < b and <images>", "<audio controls>"],
+     "<img src='cat.jpg'>", "the <image> tag", "a < b and <images>", "<audio controls>"],
 )  # fmt: skip
 def test_html_refers_to_nothing(text: str) -> None:
     assert questions({"question": text, "answer": "a"}) == [text]
