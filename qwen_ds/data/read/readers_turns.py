@@ -199,10 +199,12 @@ def _is_learnt(turn: Row, where: str) -> bool:
 
 
 def _mark(key: str, value: object, where: str) -> bool:
-    """What a mark of a turn says: whether the turn may be learnt."""
-    if isinstance(value, int | float) and (key in _FLAGS or not isinstance(value, bool)):
-        if value in (0, 1) or (key in _SCALES and value > 0):
-            return value != 0
+    """Whether a turn may be learnt, by one of its marks."""
+    is_mark = key in _FLAGS or not isinstance(value, bool)
+    if value in (0, 1) and is_mark:
+        return value != 0
+    if key in _SCALES and is_mark and isinstance(value, int | float) and value > 0:
+        return True
     expected = "true or false" if key in _FLAGS else "0 or 1"
     raise _wrong_mark(f"{where}.{key}", value, expected)
 
