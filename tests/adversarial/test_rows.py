@@ -34,6 +34,8 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
     "two system texts": (
         {**TALK, "system": "sys", "system_prompt": "two"}, "sys|ask|[say]", "not read: system_pr"),
     "context": ({**QA, "context": "ctx"}, "|ctx\nask|[say]", ""),
+    "context of an object": ({**QA, "context": {"x": 1}}, "|ask|[say]", "not read: context (1"),
+    "options of a number": ({**QA, "options": 4}, "|ask|[say]", "not read: options (1 row)"),
     "contexts": ({**QA, "contexts": ["ctx", "two"]}, "|ctx\ntwo\nask|[say]", ""),
     "passage": ({"query": "ask", "answer": "say", "passage": "ctx"}, "|ctx\nask|[say]", ""),
     "text beside a question": ({**QA, "text": "ctx"}, "|ctx\nask|[say]", ""),
@@ -84,6 +86,16 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
     "weight null": (after(weight=None), "|ask|[say]|more|[end]", ""),
     "loss false": (after(loss=False), "|ask|say|more|[end]", ""),
     "train false": (after(train=False), "|ask|say|more|[end]", ""),
+    "train 0": (after(train=0), "|ask|say|more|[end]", ""),
+    "loss 1.0": (after(loss=1.0), "|ask|[say]|more|[end]", ""),
+    "loss_scale 0.5": (
+        after(loss_scale=0.5), "|ask|[say]|more|[end]", "not read: messages[].loss_scale (1 row)"),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "sys"}, Q, A]}, "sys|ask|[say]", ""),
+    "upper-case names": (
+        {"conversations": [{"from": "USER", "value": "ask"}, {"from": "chatgpt", "value": "say"}]},
+        "|ask|[say]", ""),
+    "an HTML image": ({**QA, "question": "the <image> tag"}, "|the <image> tag|[say]", ""),
     "loss_scale 0": (after(loss_scale=0), "|ask|say|more|[end]", ""),
     "loss_mask": ({**after(), "loss_mask": [0, 0, 0, 1]}, "|ask|say|more|[end]", ""),
     "NeMo's mask": ({"conversations": SHARE, "mask": "User"}, "|ask|[say]", ""),
@@ -100,7 +112,7 @@ COUNTED: dict[str, tuple[Any, str]] = {
     "images": ({"messages": [{**Q, "content": "<image>ask"}, A], "images": ["x"]}, "images are"),
     "images elsewhere": ({**TALK, "images": ["cat.jpg"]}, "1 dropped: images are not read"),
     "image": ({**PAIR, "image": "cat.jpg"}, "1 dropped: images are not read"),
-    "<image>": ({**QA, "question": "see <image>, ask"}, "1 dropped: images are not read"),
+    "<image>": ({**QA, "question": "see <image>\nask"}, "1 dropped: images are not read"),
     "<img>": ({**QA, "question": "<img>cat.jpg</img>ask"}, "1 dropped: images are not read"),
     "<video>": ({**QA, "question": "<video>\nask"}, "1 dropped: videos are not read"),
     "audios": ({**TALK, "audios": ["x.wav"]}, "1 dropped: audios are not read"),
@@ -149,7 +161,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "weight as text": (after(weight="0"), "messages[1].weight is '0'; expected 0 or 1"),
     "weight false": (after(weight=False), "messages[1].weight is False; expected 0 or 1"),
     "loss as text": (after(loss="false"), "messages[1].loss is 'false'; expected true or false"),
-    "train 0": (after(train=0), "messages[1].train is 0; expected true or false"),
+    "train 2": (after(train=2), "messages[1].train is 2; expected true or false"),
+    "loss -1": (after(loss=-1), "messages[1].loss is -1; expected true or false"),
     "train_detail": (after(train_detail=[{"begin": 0}]), "messages[1].train_detail is"),
     "a short mask": ({**TALK, "loss_mask": [1, 0, 1]}, "loss_mask has 3 entries; expected 2"),
     "a mask of texts": ({**TALK, "loss_mask": ["a", "b"]}, "loss_mask[0] is 'a'; expected 0 or 1"),
@@ -157,8 +170,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kto_tag maybe": ({**TALK, "kto_tag": "maybe"}, "kto_tag is 'maybe'; expected true or false"),
     "NaN": ({**QA, "answer": float("nan")}, "no answer"),
     "number": ({**QA, "answer": 2}, "answer is a number; expected text"),
-    "context of an object": ({**QA, "context": {"x": 1}}, "context is an object; expected text"),
-    "options of a number": ({**QA, "options": 4}, "options is a number; expected a list"),
     "system of a list": ({**TALK, "system_prompt": ["s"]}, "system_prompt is a list; expected"),
 }  # fmt: skip
 
@@ -275,7 +286,7 @@ def test_a_prompt_is_read_as_a_row_is(name: str, tmp_path: Path, small_dir: Path
     [
         ({**TALK, "images": ["cat.jpg"]}, "images are not read; expected a question of text alone"),
         ({"messages": [Q], "tools": [{"name": "f"}]}, "tool turns; expected a question of text"),
-        ({"question": "ask", "context": 5}, "context is a number; expected text"),
+        ({"prompt": "ask", "query": 5}, "query is a number; expected text"),
     ],
 )
 def test_a_prompt_that_lacks_something_is_refused(

@@ -55,8 +55,12 @@ _OPTION = re.compile(r"(?:op|opt|option|choice)[_ ]?([A-Ha-h])|([A-H])")
 _LETTERED = re.compile(r"\s*[(（]?[A-H][)）.．:：、]")
 BAD_ANSWER, NOT_LEARNT = "answers marked as bad are not learnt", "rows marked as not to be learnt"
 PREFERENCE = "preference data"
+# What files without types, like CSV, write for a cell that holds nothing.
+_UNSET = ("", "false", "none", "null", "nan", "n/a", "无", "0")
 # A longer part that the question already holds was joined by whoever made the file.
 _REPEATED = 20
+# Parts that are the question itself: of another type, they are an error and not left out.
+_ASKED = ("instruction", "prompt", "query", "question", "input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,8 @@ class Companions:
         return found
 
     def _question(self, own: str, row: Row, unread: list[str]) -> str:
-        lead, after = _texts(row, self.lead, own), _texts(row, self.after, own)
+        lead = _texts(row, self.lead, own, unread)
+        after = _texts(row, self.after, own, unread)
         whole = "\t".join(text for text in (*lead, own, "\n".join(after)) if text)
         if not whole:
             return whole
@@ -142,8 +147,8 @@ class Companions:
             if key == "text" and own and own in str(row[key]):
                 unread.append(key)
             else:
-                before += _texts(row, (key,), whole)
-        return "\n".join([*before, whole, *_options(row, self.options)])
+                before += _texts(row, (key,), whole, unread)
+        return "\n".join([*before, whole, *_options(row, self.options, unread)])
 
 
 NONE_BESIDE = Companions()
@@ -195,15 +200,17 @@ def is_set(value: object) -> bool:
     """Whether a column of tools or media holds any; JSON in a text counts as what it spells."""
     if isinstance(value, str):
         text = value.strip()
-        if text in ("", "None"):
+        if text.lower() in _UNSET:
             return False
         try:
-            return json.loads(text) not in (*EMPTY, False)
+            return is_set(json.loads(text)) if text[0] in '[{"' else True
         except (ValueError, RecursionError):
             return True
     if isinstance(value, list):
         return any(is_set(each) for each in value)
-    return value not in (*EMPTY, False)
+    if isinstance(value, dict):
+        return any(is_set(each) for each in value.values())
+    return value not in (*EMPTY, False) and value == value  # NaN is not
 
 
 def _may_drop(key: str) -> bool:
@@ -236,17 +243,18 @@ def _is_heard(key: str, value: object, row: Row) -> bool:
 
 
 def _is_bad(key: str, value: object, row: Row) -> bool:
-    """Whether a tag of KTO is false. `label` is one only where it is true or false, or beside TRL's
-    prompt and completion; else it is a class, as many data sets have it."""
+    """Whether a tag of KTO is false."""
     if key == "kto_tag" and not _is_tag(key, value, row):
         raise RowError("wrong type", f"kto_tag is {quoted(value)}; expected true or false")
     return _is_tag(key, value, row) and (str(value).strip().lower() in ("false", "0", "0.0"))
 
 
 def _is_tag(key: str, value: object, row: Row) -> bool:
-    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
-        return True
+    """Whether a column is KTO's tag. `label` is one beside TRL's prompt and completion, and, if it
+    is true or false, beside ms-swift's messages; else it is a class, as many data sets have it."""
     is_kto = key == "kto_tag" or {"prompt", "completion"} <= row.keys()
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return is_kto or "messages" in row
     return is_kto and str(value).strip() in ("0", "1", "0.0", "1.0")
 
 
@@ -254,19 +262,28 @@ def _is_other(value: object, answer: str) -> bool:
     return isinstance(value, str) and not is_blank(value) and value.strip() not in answer
 
 
-def _texts(row: Row, keys: Sequence[str], whole: str) -> list[str]:
+def _texts(row: Row, keys: Sequence[str], whole: str, unread: list[str]) -> list[str]:
     """The texts of columns, without blank ones and those that the question repeats anyway."""
-    found = [_text(row[key], key) for key in keys]
-    return [text for text in found if text and (len(text) < _REPEATED or text not in whole)]
+    texts = []
+    for key in keys:
+        text = _text(row[key])
+        if text is None:
+            if key in _ASKED:
+                came = json_name(row[key])
+                raise RowError("wrong type", f"{key} is {came}; expected text or a list of texts")
+            unread.append(key)
+        elif text and (len(text) < _REPEATED or text not in whole):
+            texts.append(text)
+    return texts
 
 
-def _text(value: object, key: str) -> str:
-    """The text of a column, or of a list of texts, one a line."""
+def _text(value: object) -> str | None:
+    """The text of a column, or of a list of texts, one a line; None for anything else."""
     if isinstance(value, str | None):
         return (value or "").strip()
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return "\n".join(map(str, value)).strip()
-    raise RowError("wrong type", f"{key} is {json_name(value)}; expected text or a list of texts")
+    return "" if value in EMPTY else None
 
 
 def _option_columns(keys: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -281,12 +298,15 @@ def _option_columns(keys: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(("", key) for key in ("options", "choices") if key in keys)[:1]
 
 
-def _options(row: Row, columns: tuple[tuple[str, str], ...]) -> list[str]:
-    """The options of a choice, a line each: "A. text"."""
-    if columns and not columns[0][0]:
-        key = columns[0][1]
-        return _listed_options(row[key], key)
-    texts = ((letter, _option(row[key], key)) for letter, key in columns)
+def _options(row: Row, columns: tuple[tuple[str, str], ...], unread: list[str]) -> list[str]:
+    """The options of a choice, a line each: "A. text". None of them, where one is no text."""
+    try:
+        if columns and not columns[0][0]:
+            return _listed_options(row[columns[0][1]], columns[0][1])
+        texts = [(letter, _option(row[key], key)) for letter, key in columns]
+    except RowError:
+        unread += [key for _, key in columns]
+        return []
     return [f"{letter}. {text}" for letter, text in texts if text]
 
 

@@ -22,13 +22,13 @@ NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
 NOT_TEXT = "content is not text"
 NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
 # An image, video or audio that a text refers to: LLaVA's, LLaMA-Factory's and MMMU's marks, and
-# Qwen-VL's and Qwen-Audio's. HTML has <video> and <audio> too, so these count only where a line
-# begins or ends, and none counts that is closed like an element.
+# Qwen-VL's and Qwen-Audio's. HTML and XML have these names too, so they count only
+# where a line begins or ends, and none counts that is closed like an element.
 _MEDIA = re.compile(
-    r"<(?P<image>image)(?:[ _]?\d+)?>|<img>(?P<img>[^<>]+)</img>"
+    r"<(?P<image>image)[ _]?\d+>|<img>(?P<img>[^<>]+)</img>"
     r"|<\|(?P<pad>image|video|audio)(?:_pad|_\d+)?\|>"
     r"|<audio>(?P<file>[^<>\s]+\.\w{2,4})</audio>"
-    r"|^[ \t]*<(?P<first>video|audio)>|<(?P<last>video|audio)>[ \t]*$",
+    r"|^[ \t]*<(?P<first>image|video|audio)>|<(?P<last>image|video|audio)>[ \t]*$",
     re.MULTILINE,
 )
 SYSTEM_TURN = -1

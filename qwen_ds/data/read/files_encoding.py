@@ -24,9 +24,11 @@ _EAST_ASIAN = ("gb18030", "big5hkscs", "cp949", "cp932", "euc_jp")
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
           "shift_jis": "cp932", "iso8859-1": "cp1252", "tis-620": "cp874"}  # fmt: skip
 _SAMPLE_BYTES = 200_000
-# chardet's confidence in one line of text is 0.03 and up if right, 0.02 if wrong. A rival that
+# Nobody writes training data in these; they take any bytes, and so would put every text in doubt.
+_IMPLAUSIBLE = ("hp-roman8", "cp437", "mac-roman")
+# chardet's confidence in one line of text is 0.028 and up if right, 0.02 if wrong. A rival that
 # gives another text must be clearly weaker.
-_SURE, _RIVAL = 0.03, 0.9
+_SURE, _RIVAL = 0.025, 0.9
 _FEW = 0.25  # of the lines
 
 
@@ -119,7 +121,8 @@ def _guesses(lines: list[bytes]) -> list[_Guess]:
     for each in found:
         if each["encoding"] is not None:
             encoding = codecs.lookup(each["encoding"]).name
-            guesses.append(_Guess(_WIDER.get(encoding, encoding), each["confidence"]))
+            if encoding not in _IMPLAUSIBLE:
+                guesses.append(_Guess(_WIDER.get(encoding, encoding), each["confidence"]))
     return guesses
 
 

@@ -4,7 +4,8 @@ Three kinds of turn are told apart by their keys, whatever the list is called: {
 {from, value}, and {human, assistant}, which is a question and its answer at once.
 
 A turn that is marked as not to be learnt (OpenAI's `weight` 0, ms-swift's `loss` false, axolotl's
-`train` false, or 0 in a row's `loss_mask`) is read and gives no targets.
+`train` false, or 0 in a row's `loss_mask`) is read and gives no targets. Whatever else a loss is
+scaled by, a turn is learnt like any other.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ TOOL = "tool"
 # exporter wrote.
 OPENAI_ROLES = {
     **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",
     **dict.fromkeys(("tool", "function"), TOOL),
 }
 SHAREGPT_ROLES = {
-    **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "MOSS"), "assistant"),
+    **dict.fromkeys(("user", "human", "Human", "prompter", "USER"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "MOSS", "chatgpt", "ASSISTANT"), "assistant"),
     **dict.fromkeys(("tool", "function", "function_call", "observation"), TOOL),
-    "system": "system",
+    **dict.fromkeys(("system", "developer", "SYSTEM"), "system"),
 }
-_QUESTIONERS = {"system", *(name for name, role in SHAREGPT_ROLES.items() if role == "user")}
+_QUESTIONERS = {name for name, role in SHAREGPT_ROLES.items() if role in ("system", "user")}
 _EXPECTED_OPENAI = "system, user, assistant"
 _EXPECTED_SHAREGPT = "system, human, gpt, user, assistant"
 
@@ -54,6 +56,7 @@ _EXPECTED_SHAREGPT = "system, human, gpt, user, assistant"
 # Marks of turns that are not learnt, and the values that each may have: (learnt, not learnt).
 _FLAGS = ("loss", "train", "training", "learn")
 _WEIGHTS = ("weight", "loss_weight", "loss_scale")
+_SCALES = ("loss", "loss_weight", "loss_scale")  # these may be fractions, which is said
 _PARTLY = ("train_detail", "training_detail")  # axolotl's masks of parts of a turn
 _ROW_MASKS = ("loss_mask", "train_mask")
 _MASKS = {*_ROW_MASKS, "mask"}
@@ -145,7 +148,9 @@ def unread_of_turns(row: Row, key: str) -> list[str]:
 
 
 def _is_heard(name: str, value: object, turn: Row) -> bool:
-    if name in _FLAGS and value is True:
+    if name in _SCALES and value not in (0, 1):
+        return False
+    if name in _FLAGS and value == 1:
         # Somebody wants a question to be learnt, which nothing here does.
         return turn.get("role", turn.get("from")) not in _QUESTIONERS
     return name in _FLAGS or name in _WEIGHTS or name in _CALLS or name in MEDIA_KEYS
@@ -184,19 +189,24 @@ def _is_learnt(turn: Row, where: str) -> bool:
     for key, value in turn.items():
         if value is None:
             continue
-        if key in _FLAGS:
-            if not isinstance(value, bool):
-                raise _wrong_mark(f"{where}.{key}", value, "true or false")
-            learnt &= value
-        elif key in _WEIGHTS:
-            if isinstance(value, bool) or value not in (0, 1):
-                raise _wrong_mark(f"{where}.{key}", value, "0 or 1")
-            learnt &= value == 1
+        if key in _FLAGS or key in _WEIGHTS:
+            learnt &= _mark(key, value, where)
         elif key in _PARTLY and value not in EMPTY:
             raise _wrong_mark(f"{where}.{key}", value, "null: a turn is learnt whole or not at all")
         elif key in MEDIA_KEYS and is_set(value):
             raise _Lost(media_dropped(MEDIA_KEYS[key], f"{where}.{key} is not empty"))
     return learnt
+
+
+def _mark(key: str, value: object, where: str) -> bool:
+    """Whether a turn may be learnt, by one of its marks."""
+    is_mark = key in _FLAGS or not isinstance(value, bool)
+    if value in (0, 1) and is_mark:
+        return value != 0
+    if key in _SCALES and is_mark and isinstance(value, int | float) and value > 0:
+        return True
+    expected = "true or false" if key in _FLAGS else "0 or 1"
+    raise _wrong_mark(f"{where}.{key}", value, expected)
 
 
 def _masked(turns: list[_Turn], row: Row, count: int) -> list[_Turn]:

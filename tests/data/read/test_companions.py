@@ -103,7 +103,14 @@ def test_an_instruction_is_answered_under_many_names(key: str) -> None:
         ({**QA, "title": "t"}, ["title"]),
         ({**QA, "label": 3, "loss": 0.53, "weight": 0.3}, ["label", "loss", "weight"]),
         ({**QA, "images": ["cat.jpg"]}, []),
-        ({**QA, "label": True, "tools": "[]", "images": [None], "video": False}, []),
+        ({**QA, "label": True, "tools": "[]", "images": [None], "video": False}, ["label"]),
+        ({**QA, "image": "False", "video": "NaN", "audio": "n/a", "tools": "{}"}, []),
+        ({**QA, "image": float("nan"), "img": "无", "tools": {}, "videos": '["None"]'}, []),
+        ({"instruction": "i", "output": "a", "label": False}, ["label"]),
+        ({**QA, "context": {"title": "t"}, "documents": [{"t": 1}]}, ["context", "documents"]),
+        ({**QA, "article": False, "knowledge": 7}, ["article", "knowledge"]),
+        ({**QA, "A": "x", "B": True}, ["A", "B"]),
+        ({**QA, "options": 4}, ["options"]),
         ({"instruction": "i", "chosen": "a", "rejected": "b"}, ["rejected"]),
         ({"instruction": "i", "input": "", "output": "a", "text": "i a"}, ["text"]),
         ({"messages": TURNS, "prompt": "q", "chosen_score": 9.5}, ["prompt", "chosen_score"]),
@@ -163,7 +170,7 @@ def test_a_column_that_changes_the_meaning_drops_the_row(row: dict[str, Any], re
 @pytest.mark.parametrize(
     "text",
     ["How do I use the <video> tag?", "<video>x</video>", "<rss><image><url>u</url></image></rss>",
-     "<img src='cat.jpg'>", "a < b and <images>", "<audio controls>"],
+     "<img src='cat.jpg'>", "the <image> tag", "a < b and <images>", "<audio controls>"],
 )  # fmt: skip
 def test_html_refers_to_nothing(text: str) -> None:
     assert questions({"question": text, "answer": "a"}) == [text]
@@ -211,11 +218,9 @@ def test_for_a_prompt_only_what_the_question_lacks_matters() -> None:
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({**QA, "context": {"title": "t"}}, "context is an object; expected text or a list of"),
+        ({"prompt": 5, "query": "q", "response": "a"}, "prompt is a number; expected text"),
         ({**QA, "system_prompt": 5}, "system_prompt is a number; expected text"),
         ({**QA, "question": float("nan")}, "question is NaN; expected text"),
-        ({**QA, "A": "x", "B": True}, "an option of B is true or false; expected text"),
-        ({**QA, "options": 4}, "options is a number; expected a list of texts"),
         ({"messages": TURNS, "kto_tag": "maybe"}, "kto_tag is 'maybe'; expected true or false"),
     ],
 )

@@ -72,6 +72,12 @@ def test_east_asian_text_is_not_taken_for_gb18030(encoding: str) -> None:
     assert head.decode(encoding_of(head, "f", is_whole=True)) == text
 
 
+@pytest.mark.parametrize("row", [("翻译hello", "你好"), ("你好", "好")])
+def test_a_short_row_of_gbk_is_not_in_doubt(row: tuple[str, str]) -> None:
+    text = json.dumps({"instruction": row[0], "output": row[1]}, ensure_ascii=False)
+    assert encoding_of(text.encode("gbk"), "f", is_whole=True) == "gb18030"
+
+
 def test_a_row_of_a_table_has_the_limit_of_any_row(tmp_path: Path) -> None:
     path, text = tmp_path / "a.parquet", "x" * 2_000_000
     pyarrow.parquet.write_table(pyarrow.table({"q": [text] * 3}), path)
