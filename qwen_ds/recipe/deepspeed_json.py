@@ -119,7 +119,7 @@ def _without_unset(config: Json, schema: Schema) -> Json:
             if not value and key in ("optimizer", "scheduler"):
                 continue
         elif isinstance(value, float) and isinstance(rule, Rule) and rule.whole:
-            value = int(value) if value.is_integer() else value
+            value = int(value) if rule.holds(value) else value
         kept[key] = value
     return kept
 
