@@ -30,7 +30,7 @@ _FIXED_PARAMS: dict[str, Any] = {
 }
 _SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps"}
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
-_ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction"}
+_ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction", "amsgrad"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,20 +16,24 @@ from typing import Any
 
 from qwen_ds.disk.read import read_json as read_object
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.deepspeed_keys import IDLE, OFF, ONLY, SCHEMA, SILENT, Rule, Schema
+from qwen_ds.recipe.deepspeed_keys import IDLE, OBJECT, OFF, ONLY, SCHEMA, SILENT, Rule, Schema
 
 Json = dict[str, Any]
 
 _STEPS_PER_PRINT = 10**9  # as a run stores it: never
+_NOTES = ("_", "//", "#")  # how a key that is a note begins, ...
+_NOTE_WORDS = ("comment", "comments")  # ... or all of it
 # Not keys of DeepSpeed's: their values, whatever they are, are read by nobody.
 _NOBODY = ("comms_config", "monitor_config")
+_OFF = ("none", "auto")  # devices of offloading that ask for none
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 
 
 def read_deepspeed_json(path: str | None) -> Json:
     """Read a DeepSpeed JSON; None gives the built-in ZeRO-2.
 
-    Notes (keys that begin with "_") and null values are left out. UserError: no such file, no JSON
+    Notes (keys such as "_why", "//" and "comment"), null values and sections that are "auto" are
+    left out, and of a section that is switched off all but that. UserError: no such file, no JSON
     object, a key that DeepSpeed does not have, a value that it would not take or that has no
     meaning here.
     """
@@ -43,9 +48,10 @@ def read_deepspeed_json(path: str | None) -> Json:
         example = "expected a DeepSpeed JSON such as ds_configs/zero2.json"
         came = "not a regular file" if file.exists() else "no such file"
         raise UserError(f"deepspeed: {came}: {path}; {example}")
-    config = _without_notes(read_object(file))
+    config = _without_unset(read_object(file), SCHEMA)
     try:
         _check_section(config, SCHEMA, "")
+        config = {key: _without_rest_if_off(key, value) for key, value in config.items()}
         _check_uses(config)
         _check_monitors(config)
     except UserError as error:
@@ -55,7 +61,11 @@ def read_deepspeed_json(path: str | None) -> Json:
 
 def split_idle(config: Json) -> tuple[Json, list[str]]:
     """The JSON without what does nothing here, and of that, in words, what asks for something."""
-    return _without_idle(config, "")
+    rest, words = _without_idle(config, "")
+    zero = rest.get("zero_optimization", {})
+    if zero.get("stage", 0) < 3 and zero.pop("offload_param", {}).get("device", "none") not in _OFF:
+        words.append("zero_optimization.offload_param (only stage 3 spreads the parameters)")
+    return rest, words
 
 
 def _without_idle(config: Json, prefix: str) -> tuple[Json, list[str]]:
@@ -81,15 +91,45 @@ def _asks(name: str, value: Any) -> bool:
         return value["enabled"] is True
     if isinstance(value, dict) and name not in _NOBODY:
         return any(_asks(f"{name}.{key}", inner) for key, inner in value.items())
-    return value is True or value not in (None, False, 0, 1, "auto", "", _STEPS_PER_PRINT, [])
+    return value is True or value not in (
+        None,
+        False,
+        0,
+        1,
+        "auto",
+        "",
+        _STEPS_PER_PRINT,
+        math.inf,
+        [],
+    )
 
 
-def _without_notes(value: Any) -> Any:
-    """The value without keys that begin with "_", and without nulls, which mean unset."""
-    if not isinstance(value, dict):
-        return value
-    kept = {key: inner for key, inner in value.items() if not key.startswith("_")}
-    return {key: _without_notes(inner) for key, inner in kept.items() if inner is not None}
+def _without_unset(config: Json, schema: Schema) -> Json:
+    """The section without notes and what means unset, and with whole numbers for such as 32.0."""
+    kept: Json = {}
+    for key, value in config.items():
+        rule = schema.get(key)
+        is_section = rule is OBJECT or isinstance(rule, Mapping)
+        if key.startswith(_NOTES) or key in _NOTE_WORDS or value is None:
+            continue
+        if value == "auto" and (is_section or key == "stage"):
+            continue
+        if isinstance(value, dict):
+            value = _without_unset(value, rule if isinstance(rule, Mapping) else {})
+            if not value and key in ("optimizer", "scheduler"):
+                continue
+        elif isinstance(value, float) and isinstance(rule, Rule) and rule.whole:
+            value = int(value) if rule.holds(value) else value
+        kept[key] = value
+    return kept
+
+
+def _without_rest_if_off(name: str, section: Any) -> Any:
+    """The section, of which nothing else counts where it says that it is off."""
+    # Those in OFF may have switches of their own further in.
+    if name not in OFF and isinstance(section, dict) and section.get("enabled") is False:
+        return {"enabled": False}
+    return section
 
 
 def _check_section(config: Mapping[str, Any], schema: Schema, prefix: str) -> None:
@@ -104,7 +144,7 @@ def _check_section(config: Mapping[str, Any], schema: Schema, prefix: str) -> No
                 raise UserError(f"{name} is {_short(value)}; expected {rule.words}")
         elif isinstance(value, dict):
             _check_section(value, rule, f"{name}.")
-        elif value != "auto":
+        else:
             raise UserError(f"{name} is {_short(value)}; expected an object")
 
 
@@ -126,14 +166,13 @@ def _check_uses(config: Json) -> None:
             raise UserError(f"{name} is on; expected it to be off or left out: {why}")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(key) or {}).get("device", "none")
-        if stage != "auto" and stage < least and device not in ("none", "auto"):
-            raise UserError(
-                f"zero_optimization.{key}.device is {device!r} at stage {stage}; expected stage "
-                f"{least}{' or more' if least < 3 else ''}, or 'none'"
-            )
-    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1)
+    offload = zero.get("offload_optimizer", {})
+    device, ratio = offload.get("device", "none"), offload.get("ratio", 1)
+    if stage < 1 and device not in _OFF:
+        raise UserError(
+            f"zero_optimization.offload_optimizer.device is {device!r} at stage {stage}; expected "
+            "stage 1 or more, or 'none'"
+        )
     if ratio != "auto" and ratio < 1 and stage != 3:
         key = "zero_optimization.offload_optimizer.ratio"
         raise UserError(f"{key} is {ratio} at stage {stage}; expected 1, or stage 3")
@@ -148,7 +187,7 @@ def _check_monitors(config: Json) -> None:
     """Check that a monitor has its package, and a place to write to."""
     for name in (*_PACKAGES, "csv_monitor"):
         section = config.get(name, {})
-        if section == "auto" or section.get("enabled") is not True:
+        if section.get("enabled") is not True:
             continue
         package = _PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
@@ -158,12 +197,24 @@ def _check_monitors(config: Json) -> None:
             )
         if name in ("tensorboard", "csv_monitor"):
             place = Path(section.get("output_path", ""), section.get("job_name", ""))
-            there = next(each for each in (place, *place.absolute().parents) if each.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            if not _can_be_written(place):
                 raise UserError(
-                    f"{name}.output_path is {_short(section.get('output_path', ''))} and {there} "
-                    "cannot be written to; expected a folder that can be"
+                    f"{name}.output_path is {_short(section.get('output_path', ''))}; expected, "
+                    "with job_name below it, a folder that can be written to"
                 )
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether the folder, or the nearest above it that exists, takes files."""
+    for each in (folder, *folder.absolute().parents):
+        try:
+            os.stat(each)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):  # too long a name, a zero in it, a file above it
+            return False
+        return each.is_dir() and os.access(each, os.W_OK | os.X_OK)
+    return False
 
 
 def _is_on(section: Any, by_itself: bool) -> bool:

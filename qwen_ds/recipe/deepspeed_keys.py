@@ -20,6 +20,8 @@ class Rule:
 
     words: str
     holds: Callable[[Any], bool]
+    whole: bool = False
+    """Whether 32.0 is to be taken as 32."""
 
 
 def _is_number(value: Any) -> bool:
@@ -31,6 +33,7 @@ def _whole(least: int = 0, most: int = 2**63 - 1) -> Rule:
     return Rule(
         f"a whole number from {least} to {most}",
         lambda value: _is_number(value) and value == int(value) and least <= value <= most,
+        whole=True,
     )
 
 
@@ -54,6 +57,11 @@ NUMBER = _number(0, 1e30)
 COUNT = _whole(1)
 SIZE = _whole()
 ANY = Rule("any value", lambda _: True)
+POSITIVE = Rule(
+    "a number, 0 or more, or Infinity",
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
+)
+SIZE_OR_NONE = Rule("a whole number or false", lambda value: value is False or SIZE.holds(value))
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 # Inner keys of what is never used here, and of what DeepSpeed has removed.
 SWITCH = Rule("an object, true or false", lambda value: isinstance(value, dict | bool))
@@ -105,7 +113,7 @@ _ZERO: Schema = {
 _ADAM: Schema = {
     **_keys(NUMBER, "lr eps weight_decay"),
     "betas": LIST,
-    **_keys(FLAG, "torch_adam adam_w_mode bias_correction"),
+    **_keys(FLAG, "torch_adam adam_w_mode bias_correction amsgrad"),
 }
 _MONITOR: Schema = {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT}
 _BF16: Schema = _keys(
@@ -118,8 +126,9 @@ SCHEMA: Schema = {
     **_keys(
         COUNT,
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"
-        " sequence_parallel_size vocabulary_size steps_per_print",
+        " sequence_parallel_size vocabulary_size",
     ),
+    "steps_per_print": POSITIVE,
     **_keys(
         FLAG,
         """managed_gradient_accumulation zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
@@ -166,7 +175,7 @@ SCHEMA: Schema = {
             """partition_activations contiguous_memory_optimization cpu_checkpointing
             synchronize_checkpoint_boundary profile""",
         ),
-        "number_checkpoints": SIZE,
+        "number_checkpoints": SIZE_OR_NONE,
     },
     "comms_logger": {**_keys(FLAG, "enabled prof_all verbose debug"), "prof_ops": LIST},
     "flops_profiler": {
@@ -250,6 +259,7 @@ IDLE: Mapping[str, str] = {
     "steps_per_print": "log.every_steps",
     "activation_checkpointing": "model.activation_checkpointing",
     "comms_logger": "log.profile_steps",
+    "flops_profiler": "log.profile_steps",
     "checkpoint": _NO_CHECKPOINT,
     "datastates": _NO_CHECKPOINT,
     "datastates_ckpt": _NO_CHECKPOINT,
@@ -302,6 +312,7 @@ ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "torch_autocast.enabled": ((False,), "expected false, and model.dtype instead"),
     "fp16.auto_cast": ((False,), "expected false: the model casts by itself"),
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTERS),
+    "optimizer.params.amsgrad": ((False,), "expected false: the optimizer is AdamW"),
     "data_types.grad_accum_dtype": (("fp32", "float32"), "expected fp32, as gradients are summed"),
     "data_types.param_dtype": ((), 'expected "auto", and model.dtype instead'),
     "data_types.buffer_dtype": ((), 'expected "auto": the model decides'),
@@ -333,7 +344,6 @@ _REMOVED = "DeepSpeed has removed it"
 # Sections that must be switched off, why, and whether DeepSpeed takes one without "enabled" as on.
 OFF: Mapping[str, tuple[str, bool]] = {
     "autotuning": ("it would end the run after a few steps; launch/plan.py plans", False),
-    "flops_profiler": ("log.profile_steps profiles", False),
     "hybrid_engine": ("there is no generation in training", False),
     "data_efficiency": ("every epoch draws every row, and every layer sees every token", False),
     "expert_parallel": ("the model has no experts", False),

@@ -15,7 +15,7 @@ import yaml
 
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.ranges import IN_WORDS
-from qwen_ds.recipe.recipe_file import check_recipe, unknown_option
+from qwen_ds.recipe.recipe_file import read_recipe, unknown_option
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -46,6 +46,11 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(exit_on_error=False, **kwargs)
         self.add_argument("--config", action="config", help="options as a YAML file")
         self.add_argument("--local_rank", "--local-rank", type=int, help=jsonargparse.SUPPRESS)
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Read the options in a recipe file; jsonargparse calls it for `--config`."""
+        lists = [action.dest for action in self._actions if _is_of_texts(_kind(action))]
+        return self.parse_string(read_recipe(str(cfg_path), self._keys(), lists), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._explain(message)) from None
@@ -103,7 +108,7 @@ class Parser(jsonargparse.ArgumentParser):
             if not word.startswith("--") or word == "--":
                 continue
             if name == "config":
-                check_recipe(value if has_value else next(rest, ""), keys)
+                read_recipe(value if has_value else next(rest, ""), keys)
             elif any(key.startswith(f"{name}.") for key in keys):
                 near = next(key for key in keys if key.startswith(f"{name}."))
                 raise UserError(f"--{name} is a section; expected its keys, such as --{near}")
@@ -153,6 +158,11 @@ class Parser(jsonargparse.ArgumentParser):
 def _kind(action: argparse.Action) -> Any:
     """The type of an option, which jsonargparse keeps in an attribute of its own; None without."""
     return vars(action).get("_typehint")
+
+
+def _is_of_texts(kind: Any) -> bool:
+    """Whether a type is a list of texts, or that or nothing."""
+    return kind == list[str] or (list[str] in get_args(kind) and str not in get_args(kind))
 
 
 def expected(kind: Any) -> str:

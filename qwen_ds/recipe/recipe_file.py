@@ -1,8 +1,8 @@
 """Recipe files, looked at before jsonargparse reads them: YAML that can only be data.
 
 jsonargparse imports the module of a `class_path`, or of a dotted name in place of a section. So a
-file passes only with names of options and mappings around them. Aliases, which can make a small
-file huge, and keys that come twice are refused too.
+file passes only with names of options and mappings around them. Aliases that make a small file
+huge, and keys that come twice are refused too.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from qwen_ds.errors import UserError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
+MAX_VALUES = 10_000  # in a file with aliases, once they are written out
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, which makes no Python objects, without aliases and without repeated keys."""
+    """SafeLoader, which makes no Python objects, without repeated keys."""
 
     depth = 0
+    has_alias = False
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, "an alias; expected values written out", mark)
+            self.has_alias = True
         self.depth += 1
         if self.depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
@@ -49,9 +50,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_recipe(path: str, known: Collection[str]) -> None:
-    """Check a recipe file against the dotted names of all options. UserError: not a regular file,
-    too large, not UTF-8, not a mapping, or a key that is no option."""
+def read_recipe(path: str, known: Collection[str], lists: Collection[str] = ()) -> str:
+    """Check a recipe file against the dotted names of all options, and give it as YAML in which
+    sections with nothing in them are left out, and one text for an option in `lists` is a list.
+    UserError: not a regular file, too large, not UTF-8, not a mapping, or a key that is no option.
+    """
     file = Path(path)
     try:
         came = None if file.is_file() else "not a regular file" if file.exists() else "no such file"
@@ -67,7 +70,11 @@ def check_recipe(path: str, known: Collection[str]) -> None:
     if len(raw) > MAX_BYTES:
         raise UserError(f"{path}: over {MAX_BYTES:,} bytes; expected a recipe in YAML")
     try:
-        content = yaml.load(raw.decode("utf-8-sig"), _Loader)
+        loader = _Loader(raw.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if loader.has_alias:
+            _check_size(node)
+        content = None if node is None else loader.construct_document(node)
     except UnicodeDecodeError as error:
         place = f"{error.reason} at byte {error.start}"
         raise UserError(f"{path}: the recipe file is not UTF-8 ({place})") from None
@@ -76,6 +83,37 @@ def check_recipe(path: str, known: Collection[str]) -> None:
     if not isinstance(content, dict):
         raise UserError(f"{path}: {_kind(content)}; expected a mapping of options")
     _check_names(content, known, "", path)
+    _complete(node, known, lists, "")
+    return yaml.serialize(node)
+
+
+def _check_size(root: Any) -> None:
+    """Raise where a file is too large or too deep with its aliases written out."""
+    rest, count = [(root, 1)], 0
+    while rest:
+        node, depth = rest.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            why = "nested too deeply" if depth > MAX_DEPTH else f"over {MAX_VALUES:,} values"
+            raise yaml.MarkedYAMLError(None, None, f"by its aliases {why}", node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            rest += [(inner, depth + 1) for inner in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            rest += [(inner, depth + 1) for _, inner in node.value]
+
+
+def _complete(section: Any, known: Collection[str], lists: Collection[str], prefix: str) -> None:
+    kept = []
+    for key, value in section.value:
+        name = prefix + key.value
+        if name not in known and isinstance(value, yaml.ScalarNode):
+            continue  # a section with nothing in it
+        if name not in known:
+            _complete(value, known, lists, f"{name}.")
+        elif name in lists and value.tag == "tag:yaml.org,2002:str":
+            value = yaml.SequenceNode("tag:yaml.org,2002:seq", [value])
+        kept.append((key, value))
+    section.value = kept
 
 
 def _check_names(content: dict[Any, Any], known: Collection[str], prefix: str, path: str) -> None:
@@ -87,6 +125,8 @@ def _check_names(content: dict[Any, Any], known: Collection[str], prefix: str, p
         if not inside or not isinstance(key, str) or "." in key:
             unknown = f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
             raise UserError(f"{path}: {unknown_option(unknown, known)}")
+        if value is None:
+            continue
         if not isinstance(value, dict):
             expected = f"a mapping with keys such as {inside[0].removeprefix(prefix)}"
             raise UserError(f"{path}: {name} is {_kind(value)}; expected {expected}")

@@ -57,3 +57,21 @@ def test_values_that_were_never_parsed_are_held_to_the_same_ranges() -> None:
 def test_profiled_steps_are_in_order() -> None:
     with pytest.raises(UserError, match=r"log.profile_steps is \[3, 1\]; expected two steps"):
         load_recipe(["--log.profile_steps", "[3,1]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "train"),
+    [
+        ("optim:\n  # lr: 1\ndata: {train: a.jsonl}", ["a.jsonl"]),
+        ("data: {train: &a [x, y], eval: *a}\noptim: {lr: 3e-4}", ["x", "y"]),
+        ("data.train: 'a b'\nlora:", ["a b"]),
+    ],
+)
+def test_a_recipe_may_leave_a_section_empty_and_name_one_file(
+    text: str, train: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    loaded = load_recipe(["--config", str(tmp_path / "r.yaml")])
+    assert loaded.recipe.data.train == train and loaded.recipe.lora == Recipe().lora
+    assert loaded.recipe.optim.lr == (3e-4 if "3e-4" in text else Recipe().optim.lr)
+    assert "lora" not in loaded.set_keys and "optim" not in loaded.set_keys

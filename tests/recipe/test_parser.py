@@ -13,7 +13,7 @@ from qwen_ds.recipe.loading import load_recipe
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import expected as in_words
 from qwen_ds.recipe.parser import parse_options
-from qwen_ds.recipe.recipe_file import check_recipe
+from qwen_ds.recipe.recipe_file import read_recipe
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_options_of_a_command_are_one_dataclass(tmp_path: Path) -> None:
 def test_a_file_cannot_name_anything_but_options(tmp_path: Path) -> None:
     """tests/adversarial/test_recipes.py has the many ways to try it."""
     (tmp_path / "r.yaml").write_text("a.b: 1\nc: {d: 2}\n")
-    check_recipe(str(tmp_path / "r.yaml"), ["a.b", "c.d"])
+    read_recipe(str(tmp_path / "r.yaml"), ["a.b", "c.d"])
     for known in (["c.d"], ["a.b"]):
         with pytest.raises(UserError, match="unknown option"):
-            check_recipe(str(tmp_path / "r.yaml"), known)
+            read_recipe(str(tmp_path / "r.yaml"), known)
