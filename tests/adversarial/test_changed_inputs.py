@@ -197,10 +197,15 @@ def test_a_change_is_refused_with_its_name_or_allowed(
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_changes_no_number_goes_on(place: Place, name: str) -> None:
+def test_what_changes_no_number_goes_on(
+    place: Place, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With nothing allowed, and the same rows."""
     found = stopped(place)
     HARMLESS[name](place)
     resumes(place, found)
+    assert place.data_sha256(place.run()) == found.state["data_sha256"]
+    assert "resume.allow_changes" not in capsys.readouterr().out
 
 
 KINDS = ("rotary_emb_base", "vocabulary", "all weights", "adapter weights", "data")

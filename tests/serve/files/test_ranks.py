@@ -66,7 +66,10 @@ def test_a_rank_that_never_came_is_gone_later(tmp_path: Path) -> None:
 def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path, 2)
     until(watch.gone)
+    assert list(watch.gone()) == [1]
     beat = SignOfLife(tmp_path, 1)
     until(lambda: not watch.gone())
+    time.sleep(5 * ranks.LOOK_SECONDS)  # the watch looks again, several times
+    assert watch.gone() == {}
     beat.stop()
     watch.stop()
