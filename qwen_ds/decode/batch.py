@@ -8,8 +8,9 @@ Shapes: B rows, T tokens of the longest prompt, S decoding steps, V rows of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,46 @@ class Completion:
 
 
 @torch.no_grad()
+def decode_steps(
+    model: CausalModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    num_tokens: int,
+    choose: Callable[[Tensor, int], Tensor],
+    cache: Any = None,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """The next tokens ids_B, step by step and without end. Nothing is computed ahead of need.
+
+    Args:
+        ids_BT, mask_BT: the prompts, padded on the left.
+        num_tokens: of the vocabulary; the head's rows beyond are never chosen.
+        choose: from logits_BV (fp32, -inf where there is no token) and the number of the step,
+            counted from 0, to ids_B.
+        cache: a key-value cache that may hold the first columns already; None for a new one.
+        use_cache: false runs the whole sequence at each step.
+
+    Raises LogitsNotFinite at the first new token; checking later ones would cost a synchronisation
+    each.
+    """
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    new_BT = ids_BT[:, seen:]
+    for step in count():
+        outputs = model(
+            input_ids=new_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=use_cache,
+            logits_to_keep=1,
+        )  # fmt: skip
+        logits_BV = only_tokens(outputs.logits[:, -1], num_tokens)
+        if step == 0 and not bool(logits_BV.max(-1).values.isfinite().all()):
+            raise LogitsNotFinite
+        next_B = choose(logits_BV, step)
+        yield next_B
+        next_B1 = next_B.unsqueeze(1)
+        cache = outputs.past_key_values
+        new_BT = next_B1 if use_cache else torch.cat((new_BT, next_B1), dim=1)
+        mask_BT = torch.cat((mask_BT, mask_BT.new_ones(next_B1.shape)), dim=1)
+
+
 def decode_batch(
     model: CausalModel,
     rows: Sequence[DecodingRow],
@@ -86,25 +127,19 @@ def decode_batch(
         all_done: called after each token with whether all rows here have ended; decoding ends when
             it returns true. Ranks that must make the same number of forward passes agree in it.
 
-    Raises LogitsNotFinite at the first new token; checking later ones would cost a synchronisation
-    each.
+    Raises LogitsNotFinite, as `decode_steps` does.
     """
     ids_BT, mask_BT = pad_left([row.prompt for row in rows], vocabulary.pad_id, device)
     params = [row.sampling for row in rows]
     groups, uniform_BS = sampling_groups(params, device), uniforms(params, device)
     new: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    cache: Any = None
-    for step in range(uniform_BS.shape[1]):
-        outputs = model(
-            input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = outputs.past_key_values
-        logits_BV = only_tokens(outputs.logits[:, -1], vocabulary.size)
-        if step == 0 and not bool(logits_BV.max(-1).values.isfinite().all()):
-            raise LogitsNotFinite
-        next_B = draw(logits_BV, groups, uniform_BS[:, step])
+
+    def choose(logits_BV: Tensor, step: int) -> Tensor:
+        return draw(logits_BV, groups, uniform_BS[:, step])
+
+    steps = decode_steps(model, ids_BT, mask_BT, vocabulary.size, choose)
+    for next_B in islice(steps, uniform_BS.shape[1]):
         for i, token in enumerate(next_B.tolist()):
             if not ended[i]:
                 new[i].append(token)
@@ -114,8 +149,6 @@ def decode_batch(
                 )
         if all_done(all(ended)):
             break
-        ids_BT = next_B.unsqueeze(1)
-        mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(rows), 1)), dim=1)
     found = []
     for row, ids in zip(rows, new, strict=True):
         kept, reason = row.stop.cut(ids)

@@ -8,20 +8,26 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
 )
+from transformers.generation import GenerationMode
 
+from qwen_ds.decode.batch import decode_steps
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.decode.text import TextStream
+from qwen_ds.model.cache import declare_prompt_lens, row_lens
 from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
 from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 from qwen_ds.terminal import show
@@ -201,9 +207,15 @@ class ChatMixin:
         call = self._chat_call(
             tokenizer, query, history, system, generation_config, stop_words_ids, kwargs
         )
-        outputs = self.generate(**call)
-        ids = (outputs if isinstance(outputs, Tensor) else outputs.sequences)[0]
-        response = decode_tokens(ids, tokenizer, 0, call["inputs"].shape[1], "chatml")
+        context: Tensor = call["inputs"]
+        if self._is_plain(generation_config, kwargs):
+            new = list(self.generate(**call, custom_generate=decode_row))
+        else:
+            outputs = self.generate(**call)
+            ids_BT = outputs if isinstance(outputs, Tensor) else outputs.sequences
+            new = ids_BT[0, context.shape[1] :].tolist()
+        ids = [*context[0].tolist(), *new]
+        response = decode_tokens(ids, tokenizer, 0, context.shape[1], "chatml")
         assert isinstance(response, str)
         return response, [*(history or ()), (query, response)]
 
@@ -227,9 +239,7 @@ class ChatMixin:
             tokenizer, query, history, system, generation_config, stop_words_ids, kwargs
         )
         processors = LogitsProcessorList([*(logits_processor or ()), *call.pop("logits_processor")])
-        new_tokens = self.generate(
-            **call, logits_processor=processors, custom_generate=stream_tokens
-        )
+        new_tokens = self.generate(**call, logits_processor=processors, custom_generate=decode_row)
 
         def texts() -> Iterator[str]:
             stream, text = TextStream(tokenizer.encoding.token_bytes, errors="ignore"), ""
@@ -239,6 +249,18 @@ class ChatMixin:
                 yield text
 
         return texts()
+
+    def _is_plain(self, config: GenerationConfig | None, options: dict[str, Any]) -> bool:
+        """Whether the decoding core can answer a call: one answer, token by token.
+
+        Beams, assistants and streamers are left to transformers' `generate`.
+        """
+        asked = copy.deepcopy(self.generation_config if config is None else config)
+        asked.update(**options)
+        plain = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        one_answer = (asked.num_return_sequences or 1) == 1
+        others = {"assistant_model", "streamer", "synced_gpus"} & options.keys()
+        return asked.get_generation_mode() in plain and one_answer and not others
 
     def _chat_call(
         self,
@@ -275,8 +297,7 @@ class ChatMixin:
         }
 
 
-@torch.no_grad()
-def stream_tokens(
+def decode_row(
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
@@ -284,24 +305,53 @@ def stream_tokens(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Iterator[int]:
-    """Yield the new tokens of one row: the decoding loop of `generate`, as a `custom_generate`."""
+    """Yield the new tokens of one row, by the decoding core: a `custom_generate`.
+
+    transformers has made the arguments: it knows the options that `generate` takes.
+    """
     if input_ids.shape[0] != 1:
-        came = f"cannot stream {input_ids.shape[0]} rows or beams"
+        came = f"cannot decode {input_ids.shape[0]} rows or beams"
         raise ValueError(f"{came}; expected one row and num_beams 1")
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
+    mask_BT = torch.ones_like(input_ids)  # transformers drops a mask that masks nothing
+    cache: Cache | None = model_kwargs.get("past_key_values")
+    chunk: int | None = generation_config.prefill_chunk_size
+    if chunk is not None:
+        if cache is None:
+            raise ValueError(
+                f"prefill_chunk_size is {chunk} without a cache; expected use_cache True"
+            )
+        prefill(model, input_ids, mask_BT, cache, chunk)
+    ids_BT = input_ids
+
+    def choose(logits_BV: Tensor, step: int) -> Tensor:
+        nonlocal ids_BT
+        scores_BV = logits_processor(ids_BT, logits_BV)
         if generation_config.do_sample:
-            token_B = torch.multinomial(scores_BV.softmax(-1), num_samples=1).squeeze(1)
+            next_B1 = torch.multinomial(scores_BV.softmax(-1), num_samples=1)
         else:
-            token_B = scores_BV.argmax(-1)
-        input_ids = torch.cat([input_ids, token_B.unsqueeze(1)], dim=-1)
-        yield int(token_B)
-        if bool(stopping_criteria(input_ids, None).all()):
+            next_B1 = scores_BV.argmax(-1, keepdim=True)
+        ids_BT = torch.cat((ids_BT, next_B1), dim=1)
+        return next_B1.squeeze(1)
+
+    # What else the caller has for the model's forward, such as extend_context.
+    own = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
+    forward = partial(model, **{k: v for k, v in model_kwargs.items() if k not in own})
+    size, use_cache = model.config.vocab_size, model_kwargs["use_cache"]
+    for next_B in decode_steps(forward, input_ids, mask_BT, size, choose, cache, use_cache):
+        yield int(next_B)
+        if bool(stopping_criteria(ids_BT, None).all()):
             return
-        new = 1 if model_kwargs["use_cache"] else None
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=new, **model_kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
+
+
+@torch.no_grad()
+def prefill(model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, chunk: int) -> None:
+    """Fill a cache with all but the last 1 to `chunk` tokens of the prompts."""
+    length, seen = ids_BT.shape[1], int(cache.get_seq_length())
+    if seen == 0:
+        declare_prompt_lens(cache, row_lens(mask_BT, length, model.config.seq_length))
+    for start in range(seen, length - chunk, chunk):
+        end = start + chunk
+        model(
+            input_ids=ids_BT[:, start:end], attention_mask=mask_BT[:, :end],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip

@@ -14,8 +14,10 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.generation import BaseStreamer
 
 import qwen_ds
+from qwen_ds.decode.exceptions import LogitsNotFinite
 from qwen_ds.model.chat import decode_tokens, get_stop_words_ids, make_context
 
 
@@ -166,13 +168,87 @@ def test_the_stream_works_without_a_cache_and_without_gradients(
     assert with_gradients == [False] * len(case["new_tokens"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"prefill_chunk_size": 7},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
+        {"do_sample": True, "top_p": 0.9, "temperature": 1.5, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 9, "temperature": 1.5},
+        {"extend_context": False},
+        {"extend_context": True, "prefill_chunk_size": 7},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_options_of_generate_give_the_tokens_that_generate_gives(
+    full_model, tokenizer, greedy, monkeypatch, options: dict
+) -> None:
+    if "extend_context" in options:
+        monkeypatch.setattr(full_model.config, "seq_length", 8)
+    ids = torch.tensor([make_context(tokenizer, "Hi", system="You are a helpful assistant.")[1]])
+    torch.manual_seed(5)
+    words = get_stop_words_ids("chatml", tokenizer)
+    tokens = full_model.generate(
+        ids, greedy, attention_mask=torch.ones_like(ids), stop_words_ids=words, **options
+    )
+    torch.manual_seed(5)
+    response, _ = full_model.chat(tokenizer, "Hi", None, generation_config=greedy, **options)
+    assert response == decode_tokens(tokens[0], tokenizer, 0, ids.shape[1], "chatml")
+
+
+def test_the_context_is_extended_unless_the_call_says_no(
+    full_model, tokenizer, greedy, monkeypatch
+) -> None:
+    monkeypatch.setattr(full_model.config, "seq_length", 8)
+    responses = [
+        full_model.chat(tokenizer, "Hi", None, generation_config=greedy, extend_context=extend)[0]
+        for extend in (True, False)
+    ]
+    assert responses[0] != responses[1]
+
+
+def test_a_streamer_gets_the_tokens(full_model, tokenizer, greedy) -> None:
+    pieces = []
+
+    class Collect(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            pieces.append(value)
+
+        def end(self) -> None:
+            pieces.append(None)
+
+    response, _ = full_model.chat(
+        tokenizer, "Hi", None, generation_config=greedy, streamer=Collect()
+    )
+    new = [int(piece) for piece in pieces[1:-1]]
+    assert response and response == tokenizer.decode(new).strip()
+
+
+@pytest.mark.parametrize("method", ["chat", "chat_stream"])
+def test_logits_that_are_no_numbers_end_a_chat(
+    full_model, tokenizer, greedy, monkeypatch, method: str
+) -> None:
+    monkeypatch.setattr(
+        full_model.lm_head, "forward", lambda x: x.new_full((1, 1, 151936), torch.nan)
+    )
+    with pytest.raises(LogitsNotFinite):
+        list(getattr(full_model, method)(tokenizer, "Hi", None, generation_config=greedy))
+
+
 def test_window_size_comes_from_the_call_or_the_generation_config(
     full_model, tokenizer, monkeypatch, greedy
 ) -> None:
     seen = []
-    monkeypatch.setattr(
-        full_model, "generate", lambda inputs, **_: seen.append(inputs.shape[1]) or inputs
-    )
+
+    def no_tokens(inputs: torch.Tensor, **_: object) -> list[int]:
+        seen.append(inputs.shape[1])
+        return []
+
+    monkeypatch.setattr(full_model, "generate", no_tokens)
     history = [("a", "b")] * 3
     for config, call in ((6144, None), (6144, 30), (30, None)):
         monkeypatch.setattr(greedy, "max_window_size", config)
