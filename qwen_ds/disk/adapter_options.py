@@ -42,6 +42,7 @@ _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 MAX_RANK = 2**17  # wider than any layer of any Qwen
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 100_000  # of a list: every module of Qwen-72B, named in full, makes 400
+MAX_PATTERNS = 2000  # of rank_pattern or alpha_pattern, each of which is tried on each module
 _NAME = re.compile(r"[\w.]{1,200}")
 
 
@@ -69,8 +70,11 @@ def check_options(path: Path, config: Mapping[str, Any]) -> None:
         ("alpha_pattern", _is_alpha, f"numbers above 0, up to {MAX_ALPHA:g}"),
     ):
         patterns = config.get(name) or {}
-        fits = isinstance(patterns, dict) and len(patterns) <= MAX_ENTRIES
-        require(fits and all(map(right, patterns.values())), name, f"patterns with {what}")
+        right_values = isinstance(patterns, dict) and all(map(right, patterns.values()))
+        require(right_values, name, f"patterns with {what}")
+        if len(patterns) > MAX_PATTERNS:
+            came = f"{name} has {len(patterns)} patterns"
+            raise UserError(f"{path}: {came}; expected at most {MAX_PATTERNS}")
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     named = isinstance(targets, str) or _are_names(targets)
     require(named and bool(targets), "target_modules", "names of modules, or a pattern")
@@ -142,8 +146,8 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
 def _check_token_rows(path: Path, rows: object) -> None:
     tables = rows if isinstance(rows, dict) else {} if rows is None else {"the embedding": rows}
     for name, indices in tables.items():
-        listed = indices if isinstance(indices, list) and all(map(_is_index, indices)) else []
-        if not listed or len(set(listed)) < len(listed) or not name:
+        right = isinstance(indices, list) and all(map(_is_index, indices))
+        if not right or len(set(indices)) < len(indices) or not name:
             raise UserError(
                 f"{path}: trainable_token_indices has {_short(indices)} for {_short(name)};"
                 " expected different token ids"

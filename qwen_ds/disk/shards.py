@@ -93,6 +93,11 @@ def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | 
     return None
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds any file of weights; an index alone is none."""
+    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "pytorch_model*.bin"))
+
+
 def _read_index(folder: Path, index_name: str, suffix: str, there: set[str]) -> WeightFiles:
     path = folder / index_name
     index = read_json(path)
@@ -147,7 +152,8 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
     index that disagrees with its files.
     """
     files = find_weight_files(folder, allow_pickle)
-    if files is None and any(folder.glob("pytorch_model*.bin")):
+    # With their index: pickles that are not allowed are not fetched.
+    if files is None and any(folder.glob("pytorch_model*.bin*")):
         raise only_pickles(folder)
     if files is None:
         raise UserError(

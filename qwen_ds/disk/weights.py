@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -122,7 +123,21 @@ def read_header(path: Path) -> Header:
     expected = 8 + length + sum(spec.num_bytes for spec in tensors)
     if size != expected:
         raise bad(f"{size} bytes, the header says {expected}: the file is cut off or damaged")
+    with open_tensors(path):  # what the library cannot read is known before it is to load it
+        pass
     return Header(path, tensors, metadata, 8 + length)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file opened by the library, for reading on the CPU. UserError names the file
+    where the library fails, on opening or on reading."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: {reason}; expected a whole safetensors file") from None
 
 
 def _parse_header(raw: bytes) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:

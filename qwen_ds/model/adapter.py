@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds.disk.adapter_folder import (
@@ -27,6 +26,7 @@ from qwen_ds.disk.adapter_folder import (
     open_weights,
     read_config,
 )
+from qwen_ds.disk.weights import open_tensors
 from qwen_ds.errors import UserError
 from qwen_ds.model import adapter_keys
 from qwen_ds.model.adapter_asked import asked
@@ -83,10 +83,10 @@ class Adapter:
         if self._loaded is not None:
             whole = self._loaded[name]
             return whole[first:last].clone() if whole.ndim else whole.clone()
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
-            if first == 0 and last is None:
-                return file.get_tensor(name).clone()
-            return file.get_slice(name)[first:last].clone()
+        with open_tensors(self.folder / WEIGHTS_NAME) as file:
+            whole = first == 0 and last is None
+            part: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[first:last]
+            return part.clone()
 
     def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:
         """The adapter of a module that has only these rows of the base's tensor `name`, in this
@@ -109,11 +109,11 @@ class Adapter:
                 pick(pair.magnitude_key)
         token_rows = {}
         place = {index: i for i, index in enumerate(indices)}
-        if (rows := self.token_rows.get(module)) and (
-            here := [i for i in rows.indices if i in place]
-        ):
-            tensors[rows.key] = self.tensor(rows.key)[[rows.indices.index(i) for i in here]]
-            token_rows = {module: ReplacedTokenRows(rows.key, tuple(place[i] for i in here))}
+        if rows := self.token_rows.get(module):
+            here = {at: place[i] for at, i in enumerate(rows.indices) if i in place}
+            if here:
+                tensors[rows.key] = self.tensor(rows.key)[list(here)]
+                token_rows = {module: ReplacedTokenRows(rows.key, tuple(here.values()))}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return replace(
             self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, shapes=shapes,
@@ -200,8 +200,10 @@ def read_adapter(
             shape = shapes[key]
             if len(shape) != 2:
                 raise UserError(f"{folder}: {key} is {list(shape)}; expected a row for each token")
-            indices = adapter_keys.token_indices(folder, config, module, shape[0])
-            rows[module] = ReplacedTokenRows(key, indices)
+            if indices := adapter_keys.token_indices(folder, config, module, shape[0]):
+                rows[module] = ReplacedTokenRows(key, indices)
+            else:
+                del shapes[key]  # peft's tensor for an empty list of rows
         saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
         if f"{module}.weight" in saved or (module in pairs and module in rows):

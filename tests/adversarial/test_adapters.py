@@ -114,6 +114,10 @@ def header(folder: Path, length: int, text: str = "") -> None:
     rewrite(folder, WEIGHTS, length.to_bytes(8, "little") + text.encode())
 
 
+def spelled(folder: Path, text: str) -> None:
+    header(folder, len(text), text)
+
+
 def pickled(folder: Path, keep_config: bool = True) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -123,6 +127,7 @@ def pickled(folder: Path, keep_config: bool = True) -> None:
 
 ONE = torch.ones(4, 64)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+EMPTY = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
 SLOW = r"(\w|\w\w|.)*[^\w.]"
 LACK, UNASKED, BROKEN = "the weights lack", "the weights hold", "simple regular expression"
 Bad = Mapping[str, tuple[Callable[[Place], Path], Sequence[str]]]
@@ -231,6 +236,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "rank_pattern_text": ({"rank_pattern": {"c_attn": "4"}}, ("rank_pattern",)),
     "rank_pattern_zero": ({"rank_pattern": {"c_attn": 0}}, ("rank_pattern",)),
     "alpha_pattern_nan": ({"alpha_pattern": {"c_attn": float("nan")}}, ("alpha_pattern",)),
+    "rank_pattern_endless": (
+        {"rank_pattern": {f"w{i}": 2 for i in range(100_000)}}, ("100000 patterns", "at most 2000"),
+    ),
     "dora_text": ({"use_dora": "false"}, ("use_dora", "true or false")),
     "rslora_number": ({"use_rslora": 1}, ("use_rslora", "true or false")),
     "bias_text": ({"bias": "some"}, ("bias", "lora_only")),
@@ -254,7 +262,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     ),
     "rows_negative": ({"trainable_token_indices": [-1]}, ("trainable_token_indices",)),
     "rows_twice": ({"trainable_token_indices": [3, 3]}, ("trainable_token_indices",)),
-    "rows_none": ({"trainable_token_indices": []}, ("trainable_token_indices",)),
     "rows_text": ({"trainable_token_indices": "304"}, ("trainable_token_indices",)),
     "rows_bool": ({"trainable_token_indices": {"wte": [True]}}, ("trainable_token_indices",)),
     "other_method": ({"peft_type": "LOHA"}, ("'LOHA'", "'LORA'")),
@@ -310,7 +317,22 @@ FILES: Bad = {
     "float8": (tensors({A1: ONE.to(torch.float8_e4m3fn)}), ("dtype F8_E4M3", "BF16")),
     "empty_tensor": (tensors({A1: torch.zeros(0)}), ("ZeRO-3",)),
     "unknown_tensor": (tensors({f"{P}model.layers.0.q_proj.lora_A.weight": ONE}), ("q_proj",)),
-    "embedding_lora": (tensors({f"{P}transformer.wte.lora_embedding_A": ONE}), ("embedding_A",)),
+    "embedding_lora": (
+        tensors({f"{P}transformer.wte.lora_embedding_{side}": ONE for side in "AB"}),
+        ("wte.lora_embedding_A is LoRA on the embedding, which is not supported",),
+    ),
+    "surrogate_in_a_name": (
+        files(lambda a: spelled(a, f'{{"\\ud800x":{{{EMPTY}}}}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
+    "surrogate_in_metadata": (
+        files(lambda a: spelled(a, '{"__metadata__":{"format":"pt","by":"\\udfff"}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
+    "a_header_with_nan": (
+        files(lambda a: spelled(a, f'{{"x":{{{EMPTY},"y":NaN}}}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
     "two_adapters": (tensors({A1.replace("A.w", "A.x.w"): ONE}), ("are the same tensor",)),
     "pickle": (files(pickled), ("a pickle", "allow_pickle true")),
     "pickle_alone": (files(lambda a: pickled(a, keep_config=False)), ("allow_pickle true",)),
@@ -366,8 +388,19 @@ PASS: Mapping[str, tuple[Callable[[Place], Path], Sequence[str], Sequence[str]]]
     "layers_of_a_list": (config(layers_to_transform=[0, 1, 2, 9], layers_pattern=["h"]), (), ()),
     "excluded_by_chance": (config(exclude_modules=["w1"]), (), ()),
     "a_module_of_another_model": (config(modules_to_save=["score"]), ("names score",), ()),
-    "a_key_for_nothing": (config(rank_pattern={"w9": 2}), ("rank_pattern has 'w9'",), ()),
-    "an_option_of_tomorrow": (config(use_zora=True), ("use_zora is not read",), ()),
+    "a_key_for_nothing": (
+        config(rank_pattern={"w9": 2}), ("rank_pattern names no module with LoRA by w9",), (),
+    ),
+    "keys_for_nothing": (
+        config(alpha_pattern={f"w{i}": 2 for i in range(3, 2003)}), ("by w3 and 1999 more",), (),
+    ),
+    "an_option_of_tomorrow": (config(use_zora=True), ("does not know it: use_zora",), ()),
+    "no_rows": (config(trainable_token_indices=[]), (), ()),
+    "no_rows_of_a_module": (config(trainable_token_indices={"wte": []}), (), ()),
+    "no_rows_of_no_module": (config(trainable_token_indices={}), (), ()),
+    "an_empty_tensor_for_no_rows": (
+        tensors({ROWS: torch.zeros(0, 64)}, trainable_token_indices=[]), (), (),
+    ),
     "eva": (config(init_lora_weights="eva"), (), ()),
     "half": (tensors({A1: ONE.half() / 9, B1: torch.ones(192, 4).bfloat16() / 99}), (), ()),
     "linked_files": (

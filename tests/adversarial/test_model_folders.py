@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_ds.export.formats import find_format
 from tests.adversarial.harness import Member, Place, check
-from tests.export.folders import as_pickles, peft_adapter, shard
+from tests.export.folders import as_pickles, merge_with, peft_adapter, shard
 
 Change = Callable[[Path], object]
 """Spoils a checkpoint folder."""
@@ -129,7 +130,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"attn_implementation": "kernels-community/flash-attn"}, "attn_implementation is 'kernels",
     ),
     "a kernel by its private name": (
-        {"_attn_implementation": "kernels-community/flash-attn"}, "'_attn_implementation'",
+        {"_attn_implementation": "kernels-community/flash-attn"}, "_attn_implementation is 'kernel",
     ),
     "other names": ({"attribute_map": {"hidden_size": "vocab_size"}}, "'attribute_map'"),
     "a method's name": ({"to_dict": 5}, "the key 'to_dict' is the name of something in"),
@@ -146,9 +147,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "all states": ({"output_hidden_states": True}, "output_hidden_states is True"),
     "all attentions": ({"output_attentions": True}, "output_attentions is True"),
     "an encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
-    "recomputation": ({"gradient_checkpointing": True}, "gradient_checkpointing is True"),
+    "recomputation": ({"gradient_checkpointing": "all"}, "gradient_checkpointing is 'all'"),
     "a billion labels": ({"num_labels": 10**9}, "num_labels is 1000000000"),
-    "labels that are no numbers": ({"id2label": {"a": "b"}}, "config.json: invalid literal"),
+    "labels that are no numbers": ({"id2label": {"a": "b"}}, "id2label is an object of 1, with 'a"),
+    "a number for labels": ({"id2label": 5}, "id2label is 5; expected an object of numbers and"),
+    "labels without numbers": ({"label2id": {"a": "b"}}, "label2id is an object of 1, with 'b'"),
     "a list of architectures": ({"architectures": "QWenLMHeadModel"}, "architectures"),
     "two names, two values": ({"n_layer": 2}, "num_hidden_layers is 3 and n_layer is 2"),
     "quantised": ({"quantization_config": {"bits": 4}, "hidden_size": [1]}, "quantised weights"),
@@ -163,6 +166,11 @@ def setting(name: str, changes: dict[str, Any], words: str) -> Member:
     run = next(COMMANDS)
     run = "predict" if name in NEEDS_WEIGHTS else run
     return member(name, lambda folder: edit(folder, **changes), words, run)
+
+
+def changed_setting(name: str) -> tuple[Change, str]:
+    changes, words = SETTINGS[name]
+    return lambda folder: edit(folder, **changes), words
 
 
 def fifo(name: str) -> Change:
@@ -511,7 +519,7 @@ def hidden_adapter(folder: Path) -> None:
     peft_adapter(folder, folder)
 
 
-# What every command must refuse alike, those that read weights.
+# What every command must refuse alike, whether it reads weights or only plans with them.
 ALIKE: dict[str, tuple[Change, str]] = {
     "a hidden adapter": (hidden_adapter, "adapter_config.json beside config.json"),
     "other weights": (
@@ -521,6 +529,29 @@ ALIKE: dict[str, tuple[Change, str]] = {
     "an absolute shard": STORED["an absolute shard"],
     "a shard above": STORED["a shard above"],
 }  # fmt: skip
+
+# A Qwen2 that is converted back passes the same gate.
+QWEN2: dict[str, tuple[Change, str]] = {
+    "a generation_config without end": FILES["a generation_config without end"],
+    "a pointer for tokenizer_config": FILES["a pointer for tokenizer_config"],
+    "no metadata": STORED["no metadata"],
+    "whole numbers": STORED["whole numbers"],
+    "a method's name": changed_setting("a method's name"),
+    "a dtype of torch's functions": changed_setting("a dtype of torch's functions"),
+    "labels that are no numbers": changed_setting("labels that are no numbers"),
+    "a pickle that nobody allowed": (pickled({"x": RunsCode()}), "--allow_pickle true"),
+}
+
+
+def qwen2_member(name: str, change: Change, words: str) -> Member:
+    def make(place: Place) -> Sequence[str | Path]:
+        base = place.here / "qwen2"
+        merge_with(place.base(), [], base, to=find_format("qwen", "qwen2"))
+        change(base)
+        return [*command("merge", place, base), "--from", "qwen2"]
+
+    return Member(f"from qwen2: {name}", make, 2, (words,))
+
 
 MEMBERS = [
     *(setting(name, *case) for name, case in SETTINGS.items()),
@@ -538,8 +569,10 @@ MEMBERS = [
     *(
         member(name, *case, run=run)
         for name, case in ALIKE.items()
-        for run in ("train", "predict", "merge")
+        for run in ("train", "predict", "merge", "plan")
     ),
+    member("a pickle unasked", pickled({"x": RunsCode()}), "--allow_pickle true", "merge"),
+    *(qwen2_member(name, *case) for name, case in QWEN2.items()),
 ]  # fmt: skip
 
 
@@ -565,6 +598,20 @@ def hub_cache(folder: Path) -> None:
     folder.symlink_to(cache / "snapshots" / "0a1b")
 
 
+# Settings that mean nothing here, or are spelled as other tools spell them.
+SAID_IN_VAIN: dict[str, dict[str, Any]] = {
+    "torch's own name of a dtype": {"torch_dtype": "torch.bfloat16"},
+    "an empty quantisation": {"quantization_config": {}},
+    "no quantisation": {"quantization_config": None},
+    "no picture": {"visual": None, "audio": None},
+    "no width of a head": {"head_dim": None},
+    "a kernel that this model has": {"_attn_implementation": "sdpa"},
+    "a kernel that it does not need": {"attn_implementation": "flash_attention_2"},
+    "the same by its private name": {"_attn_implementation": "flash_attention_2"},
+    "that training recomputes": {"gradient_checkpointing": True},
+    "labels": {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0}},
+}
+
 RIGHT = [
     *right("as it is", lambda f: None, "data", "plan", "predict", "merge"),
     *right("tables that are computed", tensors(computed_tables), "predict", "merge"),
@@ -573,6 +620,16 @@ RIGHT = [
     *right("a link in the folder", lambda f: (text("a", "x")(f), link("LICENSE", "a")(f)), "merge"),
     *right("a hub cache", hub_cache, "merge", "predict"),
     *right("null for what is not there", lambda f: edit(f, transformers_weights=None), "predict"),
+    *right("no weights", removed(WEIGHTS), "plan", "data"),
+    *right(
+        "an index without its shards",
+        lambda f: (index(lambda c, f: None)(f), [p.unlink() for p in f.glob("*.safetensors")]),
+        "plan",
+    ),
+    *(
+        right(name, lambda f, changes=changes: edit(f, **changes), run)[0]
+        for (name, changes), run in zip(SAID_IN_VAIN.items(), cycle(("predict", "merge", "train")))
+    ),
 ]
 
 
