@@ -72,6 +72,7 @@ class Adapter:
     # Base tensor -> the key of an unchanged copy. peft stores one of the head, unasked, if LoRA is
     # on the head.
     copies: dict[str, str]
+    copy_shapes: dict[str, tuple[int, ...]]  # by base tensor
     shapes: dict[str, tuple[int, ...]]  # by key, without those of copies
     _names_in_file: dict[str, str]
     # The tensors in memory, as a pickle's are; None: they are read from the safetensors file.
@@ -116,8 +117,8 @@ class Adapter:
                 token_rows = {module: ReplacedTokenRows(rows.key, tuple(here.values()))}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return replace(
-            self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, shapes=shapes,
-            _names_in_file={key: key for key in tensors}, _loaded=tensors,
+            self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, copy_shapes={},
+            shapes=shapes, _names_in_file={key: key for key in tensors}, _loaded=tensors,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -187,6 +188,7 @@ def read_adapter(
         if "lora_A" in keys and names.get(keys.get("weight", ""), "").endswith(".base_layer.weight")
     }
     copied = set(copies.values())
+    copy_shapes = {tensor: shapes_in_file[names[key]] for tensor, key in copies.items()}
     shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copied}
     adapter_keys.check_pairs(folder, parts, shapes)
     if config is None:
@@ -211,7 +213,7 @@ def read_adapter(
                 f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, "
                 "saved module"
             )
-    return Adapter(folder, config, pairs, saved, rows, copies, shapes, names, loaded)
+    return Adapter(folder, config, pairs, saved, rows, copies, copy_shapes, shapes, names, loaded)
 
 
 def check_adapter_fits(
@@ -247,6 +249,12 @@ def check_adapter_fits(
         require(pair.b_key, (shape[0], pair.r), name)
         if pair.magnitude_key is not None:
             require(pair.magnitude_key, (shape[0],), name)
+    for name, shape in adapter.copy_shapes.items():
+        if shape != base_shapes[name]:
+            raise UserError(
+                f"{folder}: its copy of {name} is {list(shape)}; expected"
+                f" {list(base_shapes[name])}, as in the base: an adapter of another base"
+            )
     for name, key in adapter.saved.items():
         require(key, weight_shape(name, key), name)
     for module, rows in adapter.token_rows.items():

@@ -194,6 +194,21 @@ DISAGREE: Bad = {
         }, target_modules=["c_attn", "lm_head"]),
         ("its copy of lm_head.weight differs",),
     ),
+    "copy_of_another_shape": (
+        tensors({
+            f"{P}lm_head.base_layer.weight": torch.ones(500, 64),
+            f"{P}lm_head.lora_A.weight": ONE, f"{P}lm_head.lora_B.weight": torch.ones(512, 4),
+        }, target_modules=["c_attn", "lm_head"]),
+        ("its copy of lm_head.weight is [500, 64]; expected [512, 64]",),
+    ),
+    "saved_head_of_another_shape": (
+        tensors({HEAD: torch.ones(500, 64)}, modules_to_save=["lm_head"]),
+        ("lm_head.weight is [500, 64]; expected [512, 64]",),
+    ),
+    "saved_head_of_whole_numbers": (
+        tensors({HEAD: torch.ones(512, 64, dtype=torch.int32)}, modules_to_save=["lm_head"]),
+        ("lm_head.weight has dtype I32",),
+    ),
     "other_kind_of_model": (config(target_modules=["q_proj", "v_proj"]), ("names no module",)),
     "targets_a_block": (config(target_modules=["c_attn", "mlp"]), ("no linear layer",)),
     "targets_the_embedding": (config(target_modules=["c_attn", "wte"]), ("the embedding",)),
@@ -318,7 +333,7 @@ FILES: Bad = {
     "empty_tensor": (tensors({A1: torch.zeros(0)}), ("ZeRO-3",)),
     "unknown_tensor": (tensors({f"{P}model.layers.0.q_proj.lora_A.weight": ONE}), ("q_proj",)),
     "embedding_lora": (
-        tensors({f"{P}transformer.wte.lora_embedding_{side}": ONE for side in "AB"}),
+        tensors({f"{P}transformer.wte.lora_embedding_{side}": ONE.clone() for side in "AB"}),
         ("wte.lora_embedding_A is LoRA on the embedding, which is not supported",),
     ),
     "surrogate_in_a_name": (
@@ -360,7 +375,10 @@ def _made(folder: Path) -> Path:
 MEMBERS: Bad = {**DISAGREE, **{k: (config(**o), s) for k, (o, s) in OPTIONS.items()}, **FILES}
 TURNS = [(name, list(COMMANDS)[i % 3]) for i, name in enumerate(MEMBERS)]
 # Those that the three once took differently, by all of them.
-ALL = ["saved_missing", "rows_missing", "layer_missing", "layers_to_transform", "excluded"]
+ALL = [
+    "copy_of_another_shape", "saved_head_of_another_shape", "saved_missing", "rows_missing",
+    "layer_missing", "layers_to_transform", "excluded",
+]  # fmt: skip
 TURNS += [(name, command) for name in ALL for command in COMMANDS if (name, command) not in TURNS]
 # The planner compares names and shapes; a copy's values need the base's.
 TURNS = [(n, "merge" if (n, c) == ("copy_of_another_base", "plan") else c) for n, c in TURNS]

@@ -86,6 +86,25 @@ def test_tensors_are_read_whole_and_by_rows(golden: Path) -> None:
     assert torch.equal(rows, stored[f"{PREFIX}lm_head.weight"][10:13])
 
 
+def test_picked_rows_are_found_without_a_search(adapter_dir: Path) -> None:
+    """An adapter may replace all of 151,936 rows: a search for each would take minutes."""
+
+    class NoSearch(tuple[int, ...]):
+        def index(self, *_: Any) -> int:
+            raise AssertionError("searched")
+
+    store(adapter_dir, {ROWS_KEY: ONE}, trainable_token_indices=[9, 3, 500, 4])
+    adapter = read_adapter(adapter_dir)
+    rows = adapter.token_rows["transformer.wte"]
+    quick = dataclasses.replace(rows, indices=NoSearch(rows.indices))
+    adapter = dataclasses.replace(adapter, token_rows={"transformer.wte": quick})
+    adapter = dataclasses.replace(adapter, _loaded={ROWS_KEY: torch.arange(4.0)[:, None]})
+    part = adapter.of_rows("transformer.wte.weight", [500, 7, 3])
+    (picked,) = part.token_rows.values()
+    values = part.tensor(ROWS_KEY)[:, 0].tolist()
+    assert dict(zip(picked.indices, values, strict=True)) == {2: 1.0, 0: 2.0}
+
+
 @pytest.mark.parametrize(
     "rename",
     [
