@@ -85,8 +85,8 @@ class Adapter:
             whole = self._loaded[name]
             return whole[first:last].clone() if whole.ndim else whole.clone()
         with open_tensors(self.folder / WEIGHTS_NAME) as file:
-            whole = first == 0 and last is None
-            part: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[first:last]
+            is_whole = first == 0 and last is None
+            part: Tensor = file.get_tensor(name) if is_whole else file.get_slice(name)[first:last]
             return part.clone()
 
     def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:

@@ -47,7 +47,7 @@ _EVEN = {"intermediate_size": "twice the width of w1 and w2", "kv_channels": "an
 _WAYS_AROUND = (
     "transformers_weights", "configuration_files", "gguf_file", "fusion_config",
     "per_layer_config", "distributed_config", "compression_config", "experts_implementation",
-    "kernel_config", "use_kernels",
+    "kernel_config", "use_kernels", "text_config", "decoder", "generator",
 )  # fmt: skip
 _NOT_IN_QWEN = ("rope_scaling", "rope_parameters")
 # Names of transformers' own. Any other is that of a kernel on the hub: code.
@@ -65,7 +65,7 @@ _ONE_OF: dict[str, tuple[object, ...]] = {
 # Attributes of the class that a file may set as well.
 _HARMLESS = {
     "model_type", "num_labels", "output_attentions", "torch_dtype", "name_or_path",
-    "keys_to_ignore_at_inference",
+    "keys_to_ignore_at_inference", "rope_scaling",
 }  # fmt: skip
 _PRIVATE = {"_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation_autoset"}
 _FORMATS = (None, "chatml", "raw")

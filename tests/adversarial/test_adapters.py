@@ -272,6 +272,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "layers_pattern_regex": (
         {"layers_to_transform": 0, "layers_pattern": "(h|x)*"}, ("layers_pattern",),
     ),
+    "layers_pattern_endless": (
+        {"layers_to_transform": 0, "layers_pattern": [f"k{i}" for i in range(99_000)]},
+        ("layers_pattern is", "at most 100 names"),
+    ),
+    "targets_endless": (
+        {"target_modules": [f"k{i}" for i in range(99_000)]}, ("at most 10000",),
+    ),
     "layers_beside_a_pattern": (
         {"layers_to_transform": 0, "target_modules": ".*c_attn"}, ("target_modules",),
     ),

@@ -143,6 +143,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a plan of ranks": ({"distributed_config": {"tp_size": 2}}, "distributed_config is an object"),
     "scaled rotary angles": ({"rope_scaling": {"type": "linear", "factor": 4}}, "rope_scaling is"),
+    "a configuration inside": ({"text_config": {"hidden_size": 8}}, "text_config is an object of"),
     "tuples": ({"return_dict": False}, "return_dict is False; expected True"),
     "all states": ({"output_hidden_states": True}, "output_hidden_states is True"),
     "all attentions": ({"output_attentions": True}, "output_attentions is True"),
@@ -539,18 +540,27 @@ QWEN2: dict[str, tuple[Change, str]] = {
     "a method's name": changed_setting("a method's name"),
     "a dtype of torch's functions": changed_setting("a dtype of torch's functions"),
     "labels that are no numbers": changed_setting("labels that are no numbers"),
+    "a configuration inside": changed_setting("a configuration inside"),
+    "half of the width turned": (
+        lambda f: edit(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5; expected 1.0",
+    ),
+    "scaled rotary angles": (
+        lambda f: edit(f, rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_type is 'yarn'",
+    ),
     "a pickle that nobody allowed": (pickled({"x": RunsCode()}), "--allow_pickle true"),
 }
 
 
-def qwen2_member(name: str, change: Change, words: str) -> Member:
+def qwen2_member(name: str, change: Change, words: str = "", code: int = 2) -> Member:
     def make(place: Place) -> Sequence[str | Path]:
         base = place.here / "qwen2"
         merge_with(place.base(), [], base, to=find_format("qwen", "qwen2"))
         change(base)
         return [*command("merge", place, base), "--from", "qwen2"]
 
-    return Member(f"from qwen2: {name}", make, 2, (words,))
+    return Member(f"from qwen2: {name}", make, code, (words,))
 
 
 MEMBERS = [
@@ -629,6 +639,10 @@ RIGHT = [
     *(
         right(name, lambda f, changes=changes: edit(f, **changes), run)[0]
         for (name, changes), run in zip(SAID_IN_VAIN.items(), cycle(("predict", "merge", "train")))
+    ),
+    *(
+        qwen2_member(name, lambda f, changes=changes: edit(f, **changes), code=0)
+        for name, changes in {**SAID_IN_VAIN, "no scale": {"rope_scaling": None}}.items()
     ),
 ]
 
