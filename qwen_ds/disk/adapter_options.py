@@ -147,6 +147,7 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_token_rows(path: Path, rows: object) -> None:
     tables = rows if isinstance(rows, dict) else {} if rows is None else {"the embedding": rows}
+    indices: Any
     for name, indices in tables.items():
         right = isinstance(indices, list) and all(map(_is_index, indices))
         if not right or len(set(indices)) < len(indices) or not name:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,16 +228,26 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         reason = str(error.strerror or error)
         raise UserError(f"{path}: {reason}; expected what torch.save wrote") from None
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # A damaged file makes torch's reader fail anywhere, with whatever it meets there.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Weights only load failed"):  # advice follows, to read it all the same
+            reason = "it holds something else, or is damaged"
         raise UserError(
             f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
         ) from None
-    if isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values()):
-        return {name: tensor.detach() for name, tensor in tensors.items()}
-    raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+    for name, value in tensors.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            came = f"a {type(value).__name__} under {str(name)[:100]!r}"
+            raise UserError(f"{path}: holds {came}; expected a dict of tensors by name")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = "quantised" if value.is_quantized else f"{value.device.type}, {value.layout}"
+            raise UserError(f"{path}: {name} is no plain tensor ({kind}); expected its values")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def open_file(path: Path) -> Header:

@@ -448,12 +448,46 @@ def test_an_odd_adapter_that_is_right_passes_and_says_what_is_not_read(
     check(member, tmp_path, small_dir)
 
 
-@pytest.mark.parametrize("command", ["merge", "predict"])
+@pytest.mark.parametrize("command", ["merge", "predict", "adapter_only"])
+@pytest.mark.parametrize("value", [float("nan"), 1e300], ids=str)
 def test_values_that_are_not_finite_are_named(
-    command: str, tmp_path: Path, small_dir: Path
+    value: float, command: str, tmp_path: Path, small_dir: Path
 ) -> None:
-    make = tensors({B1: torch.full((192, 4), float("nan"))})
-    member = Member(
-        "nan", lambda place: COMMANDS[command](place, make(place)), says=("h.1.attn.c_attn", "NaN")
-    )
-    check(member, tmp_path, small_dir)
+    def make(place: Place) -> Sequence[str | Path]:
+        folder = tensors({B1: torch.full((192, 4), value, dtype=torch.float64)})(place)
+        if command != "adapter_only":
+            return COMMANDS[command](place, folder)
+        return [
+            "merge", "--base", place.base(), "--adapter", folder, "--format", "qwen2",
+            "--adapter_only", "true", "--output", place.out / "adapter",
+        ]  # fmt: skip
+
+    check(Member("nan", make, says=("h.1.attn.c_attn", "NaN")), tmp_path, small_dir)
+
+
+# What an allowed pickle may still not hold.
+PICKLES: dict[str, tuple[Any, Sequence[str]]] = {
+    "a_sparse_tensor": ({A1: ONE.to_sparse()}, ("is no plain tensor (cpu, torch.sparse_coo)",)),
+    "no_values": ({A1: ONE.to("meta")}, ("is no plain tensor (meta",)),
+    "numbers_for_names": ({1: ONE}, ("holds a Tensor under '1'",)),
+    "another_pickle": ({"state_dict": {A1: ONE}}, ("holds a dict under 'state_dict'",)),
+    "complex_numbers": ({A1: ONE.to(torch.complex64)}, ("has dtype torch.complex64",)),
+    "a_function": ({A1: os.getcwd}, ("not a whole file of plain tensors",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [(name, list(COMMANDS)[i % 3]) for i, name in enumerate(PICKLES)]
+)
+def test_an_allowed_pickle_holds_plain_tensors_by_name(
+    name: str, command: str, tmp_path: Path, small_dir: Path
+) -> None:
+    content, says = PICKLES[name]
+
+    def make(place: Place) -> Sequence[str | Path]:
+        (folder := adapter(place)).joinpath(WEIGHTS).unlink()
+        torch.save(content, folder / "adapter_model.bin")
+        allow = "--lora.allow_pickle" if command == "plan" else "--allow_pickle"
+        return COMMANDS[command](place, folder, allow, "true")
+
+    check(Member(name, make, says=says), tmp_path, small_dir)

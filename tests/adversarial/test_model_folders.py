@@ -473,6 +473,18 @@ STORED: dict[str, tuple[Change, str]] = {
     ),
     "a pickle of a list": (pickled([torch.ones(1)]), "holds a list; expected a dict of tensors"),
     "a pickle of other tensors": (pickled({"x": torch.ones(1)}), MISSING),
+    "a pickle of a sparse tensor": (
+        pickled({"x": torch.ones(4).to_sparse()}), "x is no plain tensor (cpu, torch.sparse_coo)",
+    ),
+    "a pickle of a tensor without values": (
+        pickled({"x": torch.ones(4, device="meta")}), "x is no plain tensor (meta",
+    ),
+    "a pickle with numbers for names": (
+        pickled({7: torch.ones(4)}), "holds a Tensor under '7'; expected a dict of tensors by name",
+    ),
+    "a pickle in a pickle": (
+        pickled({"state_dict": {"x": torch.ones(4)}}), "holds a dict under 'state_dict'",
+    ),
     "a pickle that is none": (
         lambda f: (removed(WEIGHTS)(f), text("pytorch_model.bin", "x" * 99)(f)), "not a whole file",
     ),
@@ -595,6 +607,12 @@ def computed_tables(found: dict[str, torch.Tensor]) -> None:
     found["transformer.h.0.attn.masked_bias"] = torch.ones(1)
 
 
+def turned_pickle(folder: Path) -> None:
+    found = load_file(folder / WEIGHTS)
+    found["lm_head.weight"] = found["lm_head.weight"].T.contiguous().T
+    pickled(found)(folder)
+
+
 def hub_cache(folder: Path) -> None:
     """The folder's files as blobs of a hub cache, which is put in its place."""
     cache = folder.parent / "models--acme--tiny"
@@ -627,6 +645,7 @@ RIGHT = [
     *right("tables that are computed", tensors(computed_tables), "predict", "merge"),
     *right("shards", index(lambda c, f: None), "predict", "merge"),
     *right("pickles", as_pickles, "predict"),
+    *right("a pickle of a turned view", turned_pickle, "predict", "train"),
     *right("a link in the folder", lambda f: (text("a", "x")(f), link("LICENSE", "a")(f)), "merge"),
     *right("a hub cache", hub_cache, "merge", "predict"),
     *right("null for what is not there", lambda f: edit(f, transformers_weights=None), "predict"),

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds import dist
-from qwen_ds.disk.weights import open_tensors
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import Json
 from qwen_ds.plan.run import Run
@@ -227,14 +227,14 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
     state = found.state
     if state["sharded"]:
         file = found.folder / shard_name(dist.rank(), dist.world_size())
-        with open_tensors(file) as shard:
+        with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
     elif dist.rank() == 0:
         in_adapter = ADAPTER in state["files"]
         values = found.folder / (ADAPTER if in_adapter else OPTIMIZER)
         with (
-            open_tensors(values) as adapter,
-            open_tensors(found.folder / OPTIMIZER) as held,
+            safe_open(values, framework="pt") as adapter,
+            safe_open(found.folder / OPTIMIZER, framework="pt") as held,
         ):
 
             def read(name: str, kind: str) -> Tensor:
@@ -253,7 +253,7 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
 def _restore_rng(found: Checkpoint) -> None:
     states: dict[str, Tensor] = {}
     if dist.rank() == 0:
-        with open_tensors(found.folder / RNG) as file:
+        with safe_open(found.folder / RNG, framework="pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # All ranks, once. A rank that the saved run did not have keeps the states that it has.
     states = dist.from_rank_0(states)
