@@ -156,8 +156,9 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
     if files is None and any(folder.glob("pytorch_model*.bin*")):
         raise only_pickles(folder)
     if files is None:
+        hint = "" if allow_pickle else " (--allow_pickle true reads pickles, too)"
         raise UserError(
-            f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
+            f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards{hint}"
         )
     shards = tuple(open_file(folder / name) for name in files.names)
     if files.weight_map is not None:
