@@ -124,17 +124,18 @@ def read_header(path: Path) -> Header:
     expected = 8 + length + sum(spec.num_bytes for spec in tensors)
     if size != expected:
         raise bad(f"{size} bytes, the header says {expected}: the file is cut off or damaged")
-    with open_tensors(path):  # what the library cannot read is known before it is to load it
+    # What the library cannot read is known before it is to load it. "np" maps no writable memory.
+    with open_tensors(path, "np"):
         pass
     return Header(path, tensors, metadata, 8 + length)
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
     """A safetensors file opened by the library, for reading on the CPU. UserError names the file
     where the library fails, on opening or on reading."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except SafetensorError as error:
         reason = " ".join(str(error).split())[:200]
