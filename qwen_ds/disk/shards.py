@@ -114,8 +114,8 @@ def _read_index(folder: Path, index_name: str, suffix: str, there: set[str]) -> 
     names = tuple(sorted(set(files)))
     if missing := [name for name in names if name not in there]:
         raise UserError(
-            f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} weight files are);"
-            f" expected every file that {index_name} names"
+            f"{folder}: {missing[0][:200]} is missing ({len(missing)} of {len(names)} weight files"
+            f" are); expected every file that {index_name} names"
         )
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -165,8 +165,8 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
         found = {(spec.name, shard.path.name) for shard in shards for spec in shard.tensors}
         if odd := sorted(found ^ set(files.weight_map.items())):
             raise UserError(
-                f"{folder / str(files.index_name)}: disagrees with its shards about {odd[0][0]};"
-                " expected an index made for them"
+                f"{folder / str(files.index_name)}: disagrees with its shards about"
+                f" {odd[0][0][:200]}; expected an index made for them"
             )
     return StoredWeights(folder, shards, files.metadata, files.index_name)
 

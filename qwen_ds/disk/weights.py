@@ -42,6 +42,7 @@ FLOAT_DTYPES = {name: _DTYPES[name] for name in ("F32", "F16", "BF16")}
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Name in a recipe, an option or config.json -> torch's dtype."""
 
+_MAX_NAME = 500  # characters of a tensor's name
 # A model of 80 layers has 0.1 MB of it. The library allows 100 MB, which take GBs when parsed.
 _MAX_HEADER_BYTES = 16 * 2**20
 
@@ -168,6 +169,8 @@ def _sizes(values: list[int]) -> tuple[int, ...]:
 def _check_offsets(tensors: Iterable[TensorSpec], offsets: Iterable[tuple[int, ...]]) -> None:
     position = 0
     for spec, (first, last) in zip(tensors, offsets, strict=True):
+        if len(spec.name) > _MAX_NAME:  # which no message could show
+            raise UserError(f"the name {spec.name[:60]!r}... has {len(spec.name)} characters")
         if not isinstance(spec.dtype, str) or spec.dtype not in _DTYPES:
             raise UserError(f"{spec.name} has dtype {str(spec.dtype)[:100]}")
         if first != position or last - first != spec.num_bytes:
@@ -242,7 +245,8 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
     for name, value in tensors.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
+        is_name = isinstance(name, str) and len(name) <= _MAX_NAME
+        if not (is_name and isinstance(value, Tensor)):
             came = f"a {type(value).__name__} under {str(name)[:100]!r}"
             raise UserError(f"{path}: holds {came}; expected a dict of tensors by name")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:

@@ -69,6 +69,7 @@ _HARMLESS = {
 }  # fmt: skip
 _PRIVATE = {"_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation_autoset"}
 _FORMATS = (None, "chatml", "raw")
+MAX_KEYS = 1000  # a Qwen's config.json has 40; transformers takes minutes for 300,000
 _EMPTY_IS_ABSENT = ("quantization_config", "visual", "audio", "head_dim")
 
 
@@ -146,7 +147,9 @@ def _made(settings: dict[str, Any], path: Path, config_class: type[Config]) -> C
 
 def _check_keys(settings: Settings, path: Path, config_class: type[PreTrainedConfig]) -> None:
     """transformers sets an attribute for any key: one that is a method's would replace it."""
-    taken = dir(config_class)
+    if len(settings) > MAX_KEYS:
+        raise UserError(f"{path}: {len(settings)} settings; expected at most {MAX_KEYS}")
+    taken = set(dir(config_class))
     ours = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
     for key in settings:
         is_private = key.startswith("_") and key not in _PRIVATE

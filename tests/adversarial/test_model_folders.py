@@ -156,6 +156,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of architectures": ({"architectures": "QWenLMHeadModel"}, "architectures"),
     "two names, two values": ({"n_layer": 2}, "num_hidden_layers is 3 and n_layer is 2"),
     "quantised": ({"quantization_config": {"bits": 4}, "hidden_size": [1]}, "quantised weights"),
+    "endless settings": ({f"k{i}": 1 for i in range(300_000)}, "expected at most 1000"),
     "a sister": ({"model_type": "qwen2"}, "model_type is 'qwen2'; expected 'qwen'"),
     "no type": ({"model_type": ["qwen"]}, "model_type is"),
 }  # fmt: skip
@@ -430,6 +431,9 @@ STORED: dict[str, tuple[Change, str]] = {
     "an unknown dtype": (entry(dtype="F4"), "x has dtype F4"),
     "a dtype in a list": (entry(dtype=["F32"]), "x has dtype"),
     "metadata that are no text": (header({"__metadata__": {"a": 1}}), "metadata are not all text"),
+    "an endless name": (
+        tensors(lambda t: t.update({"x" * 10**6: torch.ones(1)})), "has 1000000 characters",
+    ),
     "a hole": (entry(data_offsets=[8, 8]), "x lies at 8..8"),
     "a tensor twice": (
         header('{"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "x": 1}'), "a broken",
