@@ -287,6 +287,15 @@ def test_pickles_that_are_not_allowed_are_neither_fetched_nor_opened(folder, mon
     assert "*.safetensors" in patterns and not any(".bin" in name for name in patterns)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_the_small_files_of_a_qwen2_are_read_before_anything_is_made_of_it(folder, name):
+    edit(folder, model_type="qwen2")
+    find_qwen2(folder)
+    (folder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: not readable as JSON"):
+        find_qwen2(folder)
+
+
 def test_the_planner_looks_at_the_weights_that_are_there(folder):
     edit(folder, num_hidden_layers=2)
     with pytest.raises(UserError, match="in the weights and not in the model"):
