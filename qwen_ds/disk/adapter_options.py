@@ -43,7 +43,7 @@ MAX_RANK = 2**17  # wider than any layer of any Qwen
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 10_000  # of a list: every module of Qwen-72B, named in full, makes 400
 MAX_LISTS = 100  # of names in layers_pattern, each of which is tried on each module
-MAX_PATTERNS = 2000  # of rank_pattern or alpha_pattern, each of which is tried on each module
+MAX_PATTERNS = 1000  # of rank_pattern or alpha_pattern, each of which is tried on each module
 _NAME = re.compile(r"[\w.]{1,200}")
 _NAMES = f"names of modules, at most {MAX_ENTRIES}"
 

@@ -23,7 +23,7 @@ from qwen_ds.errors import UserError
 MAX_LENGTH = 4000  # of one pattern; LLaMA-Factory's longest, with every excluded part, has 300
 MAX_COUNT = 1000  # of all {m,n} of a pattern, multiplied
 # Of all patterns of a configuration, compiled and matched. One for each module of Qwen-72B: 0.3.
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # A brace that is no count begins a fuzzy match in `regex`, and [[ or [: a set of its own.
