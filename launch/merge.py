@@ -129,7 +129,8 @@ def merge_whole(options: Namespace) -> int:
         check_texts=options.check_texts,
     )
     is_native = options["from"] == QWEN.model_type
-    base = (find_model if is_native else find_qwen2)(options.base).stored
+    find = find_model if is_native else find_qwen2
+    base = find(options.base, allow_pickle=options.allow_pickle).stored
     adapters = [tell_adapter(adapter) for adapter in options.adapter]
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=None) as bar:
 
@@ -164,7 +165,7 @@ def convert_adapter_only(options: Namespace) -> int:
                 f"{name} was given with adapter_only, which converts an adapter as it is; expected"
                 " neither"
             )
-    output, base = Path(options.output), find_model(options.base, weights=False).path
+    output, base = Path(options.output), find_model(options.base, weights="if there").path
     num_modules = convert_adapter(
         base, tell_adapter(options.adapter[0]), output, allow_pickle=options.allow_pickle
     )

@@ -2,8 +2,9 @@
 
     python launch/plan.py --config launch/recipes/lora_zero2.yaml --gpus 8 --gpu h100
 
-It takes the options that launch/train.py takes, and plans the run that training would make. Of a
-model only settings and vocabulary are read; without --model.path it is Qwen-7B.
+It takes the options that launch/train.py takes, and plans the run that training would make. A
+model's folder may be without weights, and none are fetched; those that are there are checked as
+training checks them. Without --model.path it is Qwen-7B.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> int:
     asked = load_recipe(parser=parser)
     base = Base.qwen_7b()
     if "model.path" in asked.set_keys:
-        asked, model = find_sources(asked, weights=False)
+        asked, model = find_sources(asked, weights="if there")
         base = Base.of(model)
     # The command that is printed is for training: without the planner's and the launcher's options.
     ours = {f"--{name}" for name in asked.added} | {"--local_rank", "--local-rank"}

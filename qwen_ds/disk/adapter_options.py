@@ -41,8 +41,11 @@ _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 MAX_RANK = 2**17  # wider than any layer of any Qwen
 MAX_ALPHA = 1e6
-MAX_ENTRIES = 100_000  # of a list: every module of Qwen-72B, named in full, makes 400
+MAX_ENTRIES = 10_000  # of a list: every module of Qwen-72B, named in full, makes 400
+MAX_LISTS = 100  # of names in layers_pattern, each of which is tried on each module
+MAX_PATTERNS = 1000  # of rank_pattern or alpha_pattern, each of which is tried on each module
 _NAME = re.compile(r"[\w.]{1,200}")
+_NAMES = f"names of modules, at most {MAX_ENTRIES}"
 
 
 def check_options(path: Path, config: Mapping[str, Any]) -> None:
@@ -69,16 +72,19 @@ def check_options(path: Path, config: Mapping[str, Any]) -> None:
         ("alpha_pattern", _is_alpha, f"numbers above 0, up to {MAX_ALPHA:g}"),
     ):
         patterns = config.get(name) or {}
-        fits = isinstance(patterns, dict) and len(patterns) <= MAX_ENTRIES
-        require(fits and all(map(right, patterns.values())), name, f"patterns with {what}")
+        right_values = isinstance(patterns, dict) and all(map(right, patterns.values()))
+        require(right_values, name, f"patterns with {what}")
+        if len(patterns) > MAX_PATTERNS:
+            came = f"{name} has {len(patterns)} patterns"
+            raise UserError(f"{path}: {came}; expected at most {MAX_PATTERNS}")
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     named = isinstance(targets, str) or _are_names(targets)
-    require(named and bool(targets), "target_modules", "names of modules, or a pattern")
+    require(named and bool(targets), "target_modules", f"{_NAMES}, or a pattern")
     named = excluded is None or isinstance(excluded, str) or _are_names(excluded)
-    require(named, "exclude_modules", "names of modules, or a pattern")
+    require(named, "exclude_modules", f"{_NAMES}, or a pattern")
     saved = config.get("modules_to_save") or []
     named = _are_names(saved) and all(map(_NAME.fullmatch, saved))
-    require(named, "modules_to_save", "a list of names of modules")
+    require(named, "modules_to_save", f"a list of {_NAMES}")
     _check_layers(path, config)
     _check_token_rows(path, config.get("trainable_token_indices"))
 
@@ -122,11 +128,11 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: layers_to_transform is {_short(layers)}; expected the number of a layer, or"
             " a list of them"
         )
-    names = [pattern] if isinstance(pattern, str) and pattern else pattern or []
-    if not _are_names(names) or not all(map(_NAME.fullmatch, names)):
+    names: Any = [pattern] if isinstance(pattern, str) and pattern else pattern or []
+    if not _are_names(names) or len(names) > MAX_LISTS or not all(map(_NAME.fullmatch, names)):
         raise UserError(
             f"{path}: layers_pattern is {_short(pattern)}; expected the name of the list of layers,"
-            " such as h"
+            f" such as h, or at most {MAX_LISTS} names"
         )
     if isinstance(config["target_modules"], str) and (listed or names):
         raise UserError(
@@ -141,9 +147,10 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_token_rows(path: Path, rows: object) -> None:
     tables = rows if isinstance(rows, dict) else {} if rows is None else {"the embedding": rows}
+    indices: Any
     for name, indices in tables.items():
-        listed = indices if isinstance(indices, list) and all(map(_is_index, indices)) else []
-        if not listed or len(set(listed)) < len(listed) or not name:
+        right = isinstance(indices, list) and all(map(_is_index, indices))
+        if not right or len(set(indices)) < len(indices) or not name:
             raise UserError(
                 f"{path}: trainable_token_indices has {_short(indices)} for {_short(name)};"
                 " expected different token ids"

@@ -93,6 +93,11 @@ def find_weight_files(folder: Path, allow_pickle: bool = True) -> WeightFiles | 
     return None
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds any file of weights; an index alone is none."""
+    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "pytorch_model*.bin"))
+
+
 def _read_index(folder: Path, index_name: str, suffix: str, there: set[str]) -> WeightFiles:
     path = folder / index_name
     index = read_json(path)
@@ -109,8 +114,8 @@ def _read_index(folder: Path, index_name: str, suffix: str, there: set[str]) -> 
     names = tuple(sorted(set(files)))
     if missing := [name for name in names if name not in there]:
         raise UserError(
-            f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} weight files are);"
-            f" expected every file that {index_name} names"
+            f"{folder}: {missing[0][:200]} is missing ({len(missing)} of {len(names)} weight files"
+            f" are); expected every file that {index_name} names"
         )
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -147,19 +152,21 @@ def open_stored(folder: Path, allow_pickle: bool = False) -> StoredWeights:
     index that disagrees with its files.
     """
     files = find_weight_files(folder, allow_pickle)
-    if files is None and any(folder.glob("pytorch_model*.bin")):
+    # With their index: pickles that are not allowed are not fetched.
+    if files is None and any(folder.glob("pytorch_model*.bin*")):
         raise only_pickles(folder)
     if files is None:
+        hint = "" if allow_pickle else " (--allow_pickle true reads pickles, too)"
         raise UserError(
-            f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards"
+            f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards{hint}"
         )
     shards = tuple(open_file(folder / name) for name in files.names)
     if files.weight_map is not None:
         found = {(spec.name, shard.path.name) for shard in shards for spec in shard.tensors}
         if odd := sorted(found ^ set(files.weight_map.items())):
             raise UserError(
-                f"{folder / str(files.index_name)}: disagrees with its shards about {odd[0][0]};"
-                " expected an index made for them"
+                f"{folder / str(files.index_name)}: disagrees with its shards about"
+                f" {odd[0][0][:200]}; expected an index made for them"
             )
     return StoredWeights(folder, shards, files.metadata, files.index_name)
 

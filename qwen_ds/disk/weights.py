@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,6 +42,7 @@ FLOAT_DTYPES = {name: _DTYPES[name] for name in ("F32", "F16", "BF16")}
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Name in a recipe, an option or config.json -> torch's dtype."""
 
+_MAX_NAME = 500  # characters of a tensor's name
 # A model of 80 layers has 0.1 MB of it. The library allows 100 MB, which take GBs when parsed.
 _MAX_HEADER_BYTES = 16 * 2**20
 
@@ -122,7 +125,22 @@ def read_header(path: Path) -> Header:
     expected = 8 + length + sum(spec.num_bytes for spec in tensors)
     if size != expected:
         raise bad(f"{size} bytes, the header says {expected}: the file is cut off or damaged")
+    # What the library cannot read is known before it is to load it. "np" maps no writable memory.
+    with open_tensors(path, "np"):
+        pass
     return Header(path, tensors, metadata, 8 + length)
+
+
+@contextmanager
+def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file opened by the library, for reading on the CPU. UserError names the file
+    where the library fails, on opening or on reading."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: {reason}; expected a whole safetensors file") from None
 
 
 def _parse_header(raw: bytes) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
@@ -151,6 +169,8 @@ def _sizes(values: list[int]) -> tuple[int, ...]:
 def _check_offsets(tensors: Iterable[TensorSpec], offsets: Iterable[tuple[int, ...]]) -> None:
     position = 0
     for spec, (first, last) in zip(tensors, offsets, strict=True):
+        if len(spec.name) > _MAX_NAME:  # which no message could show
+            raise UserError(f"the name {spec.name[:60]!r}... has {len(spec.name)} characters")
         if not isinstance(spec.dtype, str) or spec.dtype not in _DTYPES:
             raise UserError(f"{spec.name} has dtype {str(spec.dtype)[:100]}")
         if first != position or last - first != spec.num_bytes:
@@ -212,16 +232,27 @@ def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         reason = str(error.strerror or error)
         raise UserError(f"{path}: {reason}; expected what torch.save wrote") from None
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # A damaged file makes torch's reader fail anywhere, with whatever it meets there.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Weights only load failed"):  # advice follows, to read it all the same
+            reason = "it holds something else, or is damaged"
         raise UserError(
             f"{path}: not a whole file of plain tensors ({reason}); expected what torch.save wrote"
         ) from None
-    if isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values()):
-        return {name: tensor.detach() for name, tensor in tensors.items()}
-    raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}; expected a dict of tensors")
+    for name, value in tensors.items():
+        is_name = isinstance(name, str) and len(name) <= _MAX_NAME
+        if not (is_name and isinstance(value, Tensor)):
+            came = f"a {type(value).__name__} under {str(name)[:100]!r}"
+            raise UserError(f"{path}: holds {came}; expected a dict of tensors by name")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = "quantised" if value.is_quantized else f"{value.device.type}, {value.layout}"
+            raise UserError(f"{path}: {name} is no plain tensor ({kind}); expected its values")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def open_file(path: Path) -> Header:

@@ -8,10 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from qwen_ds.disk.shards import INDEX_NAME, write_index
-from qwen_ds.disk.weights import TensorSpec, file_facts
+from qwen_ds.disk.weights import TensorSpec, file_facts, open_tensors
 from qwen_ds.disk.write import sync
 from qwen_ds.export.base_check import doubts
 from qwen_ds.export.card import CARD_NAME, write_card
@@ -104,7 +102,7 @@ def _write_weights(
 
 def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
     """Check that the safetensors library reads what our block writer meant."""
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         read = {key: (piece.get_dtype(), list(piece.get_shape())) for key, piece in found.items()}
     wanted = {spec.name: (spec.dtype, list(spec.shape)) for spec in specs}

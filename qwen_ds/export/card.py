@@ -21,6 +21,7 @@ from qwen_ds.export.base_check import base_name, doubts, hub_id
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.carry_over import legal_texts
+from qwen_ds.model.config_check import checked_config
 from qwen_ds.model.family import QWEN
 from qwen_ds.terminal import one_line, visible
 
@@ -71,7 +72,7 @@ def write_card(
     legal = legal_texts(folder)
     seq_length = config.get("max_position_embeddings")
     if kind == QWEN.model_type:
-        seq_length = QWEN.config_class.from_dict(config).seq_length
+        seq_length = checked_config(config, folder / "config.json", QWEN.config_class).seq_length
     card = _TEMPLATES.get_template("card.md.j2").render(
         kind=kind,
         metadata=_metadata(legal, base, bool(made), kind),

@@ -24,6 +24,7 @@ from qwen_ds.export.qwen2.tokenizer_json import (
     write_qwen2_tokenizer,
 )
 from qwen_ds.model.carry_over import carry_over
+from qwen_ds.model.config_check import checked_config
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, load_encoding
 
@@ -78,7 +79,7 @@ def write_own_files(
         if (output / name).read_bytes() != (base / name).read_bytes():
             edits[name].append("auto_map removed: it names code that is not carried")
     carried = read_json(output / settings.CONFIG)
-    config = _with_rms_norm_eps(carried)
+    config = _with_rms_norm_eps(carried, base)
     if config != carried:
         edits[settings.CONFIG].append("rms_norm_eps added for llama.cpp")
     if torch_dtype is not None:
@@ -95,12 +96,13 @@ def write_own_files(
     return {name: "; ".join(what) for name, what in edits.items()}
 
 
-def _with_rms_norm_eps(config: dict[str, Any]) -> dict[str, Any]:
+def _with_rms_norm_eps(config: dict[str, Any], base: Path) -> dict[str, Any]:
     """config.json with Qwen's `layer_norm_epsilon` also under the name that llama.cpp looks for.
 
     Without that key llama.cpp converts a Qwen and then cannot load the outcome.
     """
-    return {**config, "rms_norm_eps": QWEN.config_class.from_dict(config).layer_norm_epsilon}
+    checked = checked_config(config, base / settings.CONFIG, QWEN.config_class)
+    return {**config, "rms_norm_eps": checked.layer_norm_epsilon}
 
 
 def _with_torch_dtype(config: dict[str, Any], torch_dtype: str) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def _layout_to_qwen2(stored: StoredWeights) -> Layout:
 
 
 def _layout_from_qwen2(stored: StoredWeights) -> Layout:
-    config = QWEN.config_class.from_dict(settings.from_qwen2(stored.folder)[0])
+    found, path = settings.from_qwen2(stored.folder)[0], stored.folder / settings.CONFIG
+    config = checked_config(found, path, QWEN.config_class)
     n_vocab = read_qwen2_tokenizer(stored.folder).n_vocab
     if n_vocab > config.vocab_size:
         raise UserError(
@@ -162,7 +165,7 @@ def _write_qwen_files(
     # The settings date from the conversion to Qwen2: the weights may have another dtype since.
     if torch_dtype is not None or config.get("torch_dtype", config.get("dtype", stored)) != stored:
         config = _with_torch_dtype(config, stored)
-    write_json(output / settings.CONFIG, _with_rms_norm_eps(config))
+    write_json(output / settings.CONFIG, _with_rms_norm_eps(config, base))
     write_json(output / settings.TOKENIZER_CONFIG, tokenizer_config)
     if generation := settings.generation_from_qwen2(base, encoding.eod_id):
         write_json(output / settings.GENERATION_CONFIG, generation)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from qwen_ds.disk.adapter_folder import (
@@ -27,6 +26,7 @@ from qwen_ds.disk.adapter_folder import (
     open_weights,
     read_config,
 )
+from qwen_ds.disk.weights import open_tensors
 from qwen_ds.errors import UserError
 from qwen_ds.model import adapter_keys
 from qwen_ds.model.adapter_asked import asked
@@ -72,6 +72,7 @@ class Adapter:
     # Base tensor -> the key of an unchanged copy. peft stores one of the head, unasked, if LoRA is
     # on the head.
     copies: dict[str, str]
+    copy_shapes: dict[str, tuple[int, ...]]  # by base tensor
     shapes: dict[str, tuple[int, ...]]  # by key, without those of copies
     _names_in_file: dict[str, str]
     # The tensors in memory, as a pickle's are; None: they are read from the safetensors file.
@@ -83,10 +84,10 @@ class Adapter:
         if self._loaded is not None:
             whole = self._loaded[name]
             return whole[first:last].clone() if whole.ndim else whole.clone()
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
-            if first == 0 and last is None:
-                return file.get_tensor(name).clone()
-            return file.get_slice(name)[first:last].clone()
+        with open_tensors(self.folder / WEIGHTS_NAME) as file:
+            is_whole = first == 0 and last is None
+            part: Tensor = file.get_tensor(name) if is_whole else file.get_slice(name)[first:last]
+            return part.clone()
 
     def of_rows(self, name: str, indices: Sequence[int]) -> Adapter:
         """The adapter of a module that has only these rows of the base's tensor `name`, in this
@@ -109,15 +110,15 @@ class Adapter:
                 pick(pair.magnitude_key)
         token_rows = {}
         place = {index: i for i, index in enumerate(indices)}
-        if (rows := self.token_rows.get(module)) and (
-            here := [i for i in rows.indices if i in place]
-        ):
-            tensors[rows.key] = self.tensor(rows.key)[[rows.indices.index(i) for i in here]]
-            token_rows = {module: ReplacedTokenRows(rows.key, tuple(place[i] for i in here))}
+        if rows := self.token_rows.get(module):
+            here = {at: place[i] for at, i in enumerate(rows.indices) if i in place}
+            if here:
+                tensors[rows.key] = self.tensor(rows.key)[list(here)]
+                token_rows = {module: ReplacedTokenRows(rows.key, tuple(here.values()))}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return replace(
-            self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, shapes=shapes,
-            _names_in_file={key: key for key in tensors}, _loaded=tensors,
+            self, pairs=pairs, saved=saved, token_rows=token_rows, copies={}, copy_shapes={},
+            shapes=shapes, _names_in_file={key: key for key in tensors}, _loaded=tensors,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -187,6 +188,7 @@ def read_adapter(
         if "lora_A" in keys and names.get(keys.get("weight", ""), "").endswith(".base_layer.weight")
     }
     copied = set(copies.values())
+    copy_shapes = {tensor: shapes_in_file[names[key]] for tensor, key in copies.items()}
     shapes = {key: shapes_in_file[name] for key, name in names.items() if key not in copied}
     adapter_keys.check_pairs(folder, parts, shapes)
     if config is None:
@@ -200,8 +202,10 @@ def read_adapter(
             shape = shapes[key]
             if len(shape) != 2:
                 raise UserError(f"{folder}: {key} is {list(shape)}; expected a row for each token")
-            indices = adapter_keys.token_indices(folder, config, module, shape[0])
-            rows[module] = ReplacedTokenRows(key, indices)
+            if indices := adapter_keys.token_indices(folder, config, module, shape[0]):
+                rows[module] = ReplacedTokenRows(key, indices)
+            else:
+                del shapes[key]  # peft's tensor for an empty list of rows
         saved |= {f"{module}.{kind}": keys[kind] for kind in ("weight", "bias") if kind in keys}
     for module in (*pairs, *rows):
         if f"{module}.weight" in saved or (module in pairs and module in rows):
@@ -209,7 +213,7 @@ def read_adapter(
                 f"{folder}: {module} is changed in two ways; expected one of LoRA, token rows, "
                 "saved module"
             )
-    return Adapter(folder, config, pairs, saved, rows, copies, shapes, names, loaded)
+    return Adapter(folder, config, pairs, saved, rows, copies, copy_shapes, shapes, names, loaded)
 
 
 def check_adapter_fits(
@@ -245,6 +249,12 @@ def check_adapter_fits(
         require(pair.b_key, (shape[0], pair.r), name)
         if pair.magnitude_key is not None:
             require(pair.magnitude_key, (shape[0],), name)
+    for name, shape in adapter.copy_shapes.items():
+        if shape != base_shapes[name]:
+            raise UserError(
+                f"{folder}: its copy of {name} is {list(shape)}; expected"
+                f" {list(base_shapes[name])}, as in the base: an adapter of another base"
+            )
     for name, key in adapter.saved.items():
         require(key, weight_shape(name, key), name)
     for module, rows in adapter.token_rows.items():

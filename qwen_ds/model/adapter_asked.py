@@ -159,7 +159,7 @@ def _token_rows(config: Mapping[str, Any], base: _Base, bad: Any) -> dict[str, t
             if module in found:
                 raise bad(f"trainable_token_indices names {module} twice", "one list for each")
             found[module] = tuple(indices)
-    return found
+    return {module: indices for module, indices in found.items() if indices}
 
 
 def token_rows_of(config: Mapping[str, Any], module: str) -> list[int] | None:
@@ -175,12 +175,19 @@ def _notes(
     config: Mapping[str, Any], base: _Base, targets: tuple[str, ...], patterns: Patterns
 ) -> tuple[str, ...]:
     """A line for all that is asked for and matches nothing: peft goes on, and so do we."""
-    notes = [f"{name} is not read: this PEFT does not know it" for name in unknown_options(config)]
-    for name in config.get("modules_to_save") or ():
-        if not any(module.endswith(name) for module in base.modules):
-            notes.append(f"modules_to_save names {name}, which this base does not have")
+    unread = unknown_options(config)
+    notes = [f"not read, since this PEFT does not know it: {_first(unread)}"] if unread else []
+    saved = config.get("modules_to_save") or ()
+    if absent := [n for n in saved if not any(module.endswith(n) for module in base.modules)]:
+        notes.append(f"modules_to_save names {_first(absent)}, which this base does not have")
     for option in ("rank_pattern", "alpha_pattern"):
-        for key in config.get(option) or {}:
-            if not any(patterns.names(key, module) for module in targets):
-                notes.append(f"{option} has {key!r}, which names no module with LoRA")
+        keys = config.get(option) or {}
+        vain = [key for key in keys if not any(patterns.names(key, m) for m in targets)]
+        if vain:
+            notes.append(f"{option} names no module with LoRA by {_first(vain)}")
     return tuple(notes)
+
+
+def _first(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0][:100] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

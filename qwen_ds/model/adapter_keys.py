@@ -21,6 +21,7 @@ ROWS = "token_adapter.trainable_tokens_delta"
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?\.weight$")
 _MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$")
+_EMBEDDING_LORA = re.compile(r"\.lora_embedding_[AB](?:\.\w+)?$")
 _TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
 _SAVED = re.compile(
     r"^(?P<module>.+?)(?:\.modules_to_save(?:\.\w+)?|\.base_layer)?\.(?P<parameter>weight|bias)$"
@@ -50,6 +51,12 @@ def sort_keys(
             r"\.(lora_|original_module|token_adapter)", short
         ):
             kind = suffix = match["parameter"]
+        elif _EMBEDDING_LORA.search(short):
+            raise UserError(
+                f"{folder}: {name} is LoRA on the embedding, which is not supported; expected"
+                " LoRA on linear layers (rows of the embedding are trained by"
+                " trainable_token_indices, the whole of it by modules_to_save)"
+            )
         else:
             raise UserError(
                 f"{folder}: unknown tensor {name}; expected PEFT's names on Qwen's modules, such as"

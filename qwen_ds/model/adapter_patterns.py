@@ -22,7 +22,8 @@ from qwen_ds.errors import UserError
 
 MAX_LENGTH = 4000  # of one pattern; LLaMA-Factory's longest, with every excluded part, has 300
 MAX_COUNT = 1000  # of all {m,n} of a pattern, multiplied
-MAX_SECONDS = 1.0  # of all matches of a configuration; those of Qwen-72B's take 0.2
+# Of all patterns of a configuration, compiled and matched. One for each module of Qwen-72B: 0.3.
+MAX_SECONDS = 2.0
 
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # A brace that is no count begins a fuzzy match in `regex`, and [[ or [: a set of its own.
@@ -54,18 +55,22 @@ class Patterns:
         return next(named, otherwise)
 
     def _match(self, pattern: str, whole: str, text: str) -> bool:
-        compiled = self._compiled.get(whole) or self._compile(pattern, whole)
         started = time.thread_time()
         try:
+            compiled = self._compiled.get(whole) or self._compile(pattern, whole)
             return compiled.fullmatch(text, timeout=max(self.left, 1e-3)) is not None
         except TimeoutError:
             raise self._bad(
-                pattern, f"takes more than {MAX_SECONDS:g} s on the names of the base's modules"
+                pattern,
+                f"takes more than {MAX_SECONDS:g} s on the names of the base's modules, with all"
+                f" {len(self._compiled)} that were compiled",
             ) from None
         finally:
             self.left -= time.thread_time() - started
 
     def _compile(self, pattern: str, whole: str) -> Any:
+        if self.left < 0:
+            raise TimeoutError
         if len(pattern) > MAX_LENGTH:
             raise self._bad(pattern, f"has {len(pattern)} characters")
         counts = [max(int(n or 1) for n in pair) for pair in _COUNT.findall(pattern)]

@@ -7,20 +7,20 @@ keys make it read other files, load code or wrap the model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, Qwen2Config
 
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.model.configuration import QWenConfig
 
 Settings = Mapping[str, Any]
-Config = TypeVar("Config", bound=QWenConfig)
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 # Least and greatest value, by the names of September 2023. The greatest are far above every Qwen's
 # (80 layers of 8192, 152,064 rows), and small enough that nothing overflows or takes forever.
@@ -47,24 +47,47 @@ _EVEN = {"intermediate_size": "twice the width of w1 and w2", "kv_channels": "an
 _WAYS_AROUND = (
     "transformers_weights", "configuration_files", "gguf_file", "fusion_config",
     "per_layer_config", "distributed_config", "compression_config", "experts_implementation",
-    "kernel_config", "use_kernels",
+    "kernel_config", "use_kernels", "text_config", "decoder", "generator",
 )  # fmt: skip
 _NOT_IN_QWEN = ("rope_scaling", "rope_parameters")
+# Names of transformers' own. Any other is that of a kernel on the hub: code.
+_ATTENTIONS = (
+    "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "flex_attention",
+)  # fmt: skip
 _ONE_OF: dict[str, tuple[object, ...]] = {
     "dtype": (None, *TORCH_DTYPES), "torch_dtype": (None, *TORCH_DTYPES),
-    # Any other is the name of a kernel on the hub: code.
-    "attn_implementation": (None, "eager", "sdpa"),
+    "attn_implementation": (None, *_ATTENTIONS), "_attn_implementation": (None, *_ATTENTIONS),
     "return_dict": (True,), "output_hidden_states": (None, False),
     "output_attentions": (None, False), "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False), "gradient_checkpointing": (None, False),
+    "add_cross_attention": (None, False), "gradient_checkpointing": (None, False, True),
 }  # fmt: skip
 # Attributes of the class that a file may set as well.
 _HARMLESS = {
     "model_type", "num_labels", "output_attentions", "torch_dtype", "name_or_path",
-    "keys_to_ignore_at_inference",
+    "keys_to_ignore_at_inference", "rope_scaling",
 }  # fmt: skip
 _PRIVATE = {"_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation_autoset"}
 _FORMATS = (None, "chatml", "raw")
+MAX_KEYS = 1000  # a Qwen's config.json has 40; transformers takes minutes for 300,000
+_EMPTY_IS_ABSENT = ("quantization_config", "visual", "audio", "head_dim")
+
+
+def as_meant(settings: Settings) -> dict[str, Any]:
+    """The settings without those that say nothing here: empty ones, whether training recomputes
+    activations, and kernels that compute what ours do. `torch.bfloat16` is bfloat16."""
+    found = dict(settings)
+    for key in _EMPTY_IS_ABSENT:
+        if key in found and found[key] in (None, {}):
+            del found[key]
+    found.pop("gradient_checkpointing", None)
+    for key in ("_attn_implementation", "attn_implementation"):
+        if (kernel := found.pop(key, None)) in ("eager", "sdpa"):
+            found["attn_implementation"] = kernel
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(found.get(key), str):
+            found[key] = found[key].removeprefix("torch.")
+    return found
 
 
 def refuse_ways_around(settings: Settings, path: Path) -> None:
@@ -77,8 +100,11 @@ def refuse_ways_around(settings: Settings, path: Path) -> None:
                 " transformers load something else than what was checked"
             )
     for key, allowed in _ONE_OF.items():
-        if key in settings and not any(_same(settings[key], value) for value in allowed):
-            words = " or ".join("null" if value is None else str(value) for value in allowed)
+        value = settings.get(key, allowed[0])
+        if key.endswith("dtype") and isinstance(value, str):
+            value = value.removeprefix("torch.")
+        if not any(_same(value, right) for right in allowed):
+            words = " or ".join("null" if right is None else str(right) for right in allowed)
             raise UserError(f"{path}: {key} is {_shown(settings[key])}; expected {words}")
 
 
@@ -94,10 +120,21 @@ def checked_config(settings: Settings, path: Path, config_class: type[Config]) -
             came = f"{key} is {_shown(settings[key])}"
             raise UserError(f"{path}: {came}; expected no such key, which Qwen does not read")
     unread = {*_WAYS_AROUND, *_NOT_IN_QWEN}  # all are null
-    settings = {key: value for key, value in settings.items() if key not in unread}
-    _check_keys(settings, path, config_class)
+    settings = {key: value for key, value in as_meant(settings).items() if key not in unread}
     _check_values(dict(_canonical(settings, path, config_class.attribute_map)), path)
+    return _made(settings, path, config_class)
+
+
+def checked_qwen2(settings: Settings, path: Path) -> Qwen2Config:
+    """As `checked_config`, of a Qwen2 that is to be converted; the converter checks its numbers."""
+    refuse_ways_around(settings, path)
+    return _made(as_meant(settings), path, Qwen2Config)
+
+
+def _made(settings: dict[str, Any], path: Path, config_class: type[Config]) -> Config:
+    _check_keys(settings, path, config_class)
     _check_token_ids(settings, path)
+    _check_labels(settings, path)
     try:
         config = config_class.from_dict(settings)
         GenerationConfig.from_model_config(config)  # which loading makes of it, too
@@ -108,9 +145,11 @@ def checked_config(settings: Settings, path: Path, config_class: type[Config]) -
         raise UserError(f"{path}: {said}") from None
 
 
-def _check_keys(settings: Settings, path: Path, config_class: type[QWenConfig]) -> None:
+def _check_keys(settings: Settings, path: Path, config_class: type[PreTrainedConfig]) -> None:
     """transformers sets an attribute for any key: one that is a method's would replace it."""
-    taken = dir(config_class)
+    if len(settings) > MAX_KEYS:
+        raise UserError(f"{path}: {len(settings)} settings; expected at most {MAX_KEYS}")
+    taken = set(dir(config_class))
     ours = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
     for key in settings:
         is_private = key.startswith("_") and key not in _PRIVATE
@@ -154,6 +193,20 @@ def _check_token_ids(settings: Settings, path: Path) -> None:
             ids = value if isinstance(value, list) else [value]
             if any(type(index) is not int or not 0 <= index < 2**24 for index in ids):
                 raise UserError(f"{path}: {key} is {_shown(value)}; expected ids of tokens")
+
+
+def _check_labels(settings: Settings, path: Path) -> None:
+    """Names of a classifier's outputs, which no language model has: only their types count."""
+    for key, numbers in (("id2label", 0), ("label2id", 1)):
+        value = settings.get(key)
+        if value is None:
+            continue
+        pairs = value.items() if isinstance(value, dict) else [("", "")]
+        odd = [pair for pair in pairs if not re.fullmatch(r"\d{1,9}", str(pair[numbers]))]
+        if odd:
+            came = f"{key} is {_shown(value)}"
+            came += f", with {_shown(odd[0][numbers])} for a number" if odd[0] != ("", "") else ""
+            raise UserError(f"{path}: {came}; expected an object of numbers and their labels")
 
 
 def check_generation(settings: Settings, path: Path) -> None:

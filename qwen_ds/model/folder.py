@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.shards import StoredWeights, open_stored
+from qwen_ds.disk.shards import StoredWeights, has_weights, open_stored
 from qwen_ds.disk.weights import FLOAT_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.model.config_check import check_generation, checked_config, refuse_ways_around
+from qwen_ds.model.config_check import (
+    as_meant,
+    check_generation,
+    checked_config,
+    checked_qwen2,
+    refuse_ways_around,
+)
 from qwen_ds.model.family import FAMILIES, QWEN, Family, ModelConfig
 from qwen_ds.model.shapes import check_shapes, state_shapes
 from qwen_ds.model.tokenizer import VOCABULARY_FILE, Encoding
@@ -26,6 +32,10 @@ _FETCHED = ["*.json", "*.tiktoken", *_LEGAL]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SIZE_BY_WIDTH = {2048: "1_8B", 4096: "7B", 5120: "14B", 8192: "72B"}
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
+
+WhichWeights = bool | Literal["if there"]
+"""Whether a folder must have weights and they are looked at. "if there": they are looked at if the
+folder has any; none are fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +64,31 @@ class ModelFolder(StoredModel):
     encoding: Encoding
 
 
-def find_model(path_or_hub_id: str | Path, weights: bool = True) -> ModelFolder:
+def find_model(
+    path_or_hub_id: str | Path, weights: WhichWeights = True, allow_pickle: bool = True
+) -> ModelFolder:
     """Find and inspect the checkpoint folder of a path or of a hub id (`Qwen/Qwen-7B-Chat`).
 
     What exists on disk is never looked up on the hub. Fetching is huggingface_hub's: its cache,
     mirror (HF_ENDPOINT) and offline mode (HF_HUB_OFFLINE) apply. UserError if the folder cannot be
-    found, fetched or used. Without `weights` none are fetched or looked at.
+    found, fetched or used. Without `allow_pickle` no pickle is fetched or opened.
     """
-    return inspect_folder(_find(path_or_hub_id, weights), weights)
+    if (folder := _on_disk(path_or_hub_id)) is not None:
+        return inspect_folder(folder, weights, allow_pickle)
+    whole = weights is True  # of a cached model some weights may not have been fetched yet
+    return inspect_folder(_fetch(str(path_or_hub_id), whole, allow_pickle), whole, allow_pickle)
 
 
-def find_qwen2(path_or_hub_id: str | Path) -> StoredModel:
+def find_qwen2(path_or_hub_id: str | Path, allow_pickle: bool = True) -> StoredModel:
     """Find a Qwen2 that is only to be converted, as `find_model` does. The converter checks what
     its configuration and tokenizer say."""
-    folder = _find(path_or_hub_id, weights=True)
-    return StoredModel(folder, _read_config(folder, "qwen2"), open_stored(folder, True))
+    folder = _on_disk(path_or_hub_id) or _fetch(str(path_or_hub_id), True, allow_pickle)
+    settings = _read_config(folder, "qwen2")
+    checked_qwen2(settings, folder / "config.json")
+    _read_small_files(folder)
+    stored = open_stored(folder, allow_pickle)
+    _check_stored(stored, stored.tensors)
+    return StoredModel(folder, settings, stored)
 
 
 def check_place(path_or_hub_id: str | Path) -> None:
@@ -76,10 +96,6 @@ def check_place(path_or_hub_id: str | Path) -> None:
     folder that cannot be used, or neither a folder nor the form of a hub id."""
     if (folder := _on_disk(path_or_hub_id)) is not None:
         inspect_folder(folder, weights=False)
-
-
-def _find(path_or_hub_id: str | Path, weights: bool) -> Path:
-    return _on_disk(path_or_hub_id) or _fetch(str(path_or_hub_id), weights)
 
 
 def _on_disk(path_or_hub_id: str | Path) -> Path | None:
@@ -97,7 +113,7 @@ def _on_disk(path_or_hub_id: str | Path) -> Path | None:
     )
 
 
-def _fetch(hub_id: str, weights: bool) -> Path:
+def _fetch(hub_id: str, weights: bool, allow_pickle: bool) -> Path:
     def download(*weight_files: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=[*_FETCHED, *weight_files]))
 
@@ -107,7 +123,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         folder = download("*.safetensors")
         # Pickles only where there is nothing else, as in the releases of August 2023.
         whole = any(folder.glob("*.safetensors"))
-        return folder if whole else download("pytorch_model*.bin")
+        return folder if whole or not allow_pickle else download("pytorch_model*.bin")
     # An error of the hub, of HTTP or of the disk: the user's way out is the same.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -118,7 +134,9 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         ) from None
 
 
-def inspect_folder(folder: Path, weights: bool = True) -> ModelFolder:
+def inspect_folder(
+    folder: Path, weights: WhichWeights = True, allow_pickle: bool = True
+) -> ModelFolder:
     """Read a folder's settings, vocabulary and, with `weights`, the headers of its weight files,
     and check that they make one Qwen that can be loaded; no tensor is read.
 
@@ -129,11 +147,7 @@ def inspect_folder(folder: Path, weights: bool = True) -> ModelFolder:
     settings = _read_config(folder, QWEN.model_type)
     family = FAMILIES[settings["model_type"]]
     config = checked_config(settings, folder / "config.json", family.config_class)
-    names = _names(folder)
-    generation = read_json(folder / _GENERATION) if _GENERATION in names else {}
-    check_generation(generation, folder / _GENERATION)
-    if _TOKENIZER in names:  # ours reads nothing of it, but whoever gets the output does
-        read_json(folder / _TOKENIZER)
+    generation = _read_small_files(folder)
     encoding = family.load_encoding(folder)
     # The first release had `vocab_size` for the tokenizer and `padded_vocab_size` for the rows.
     n_rows = settings.get("padded_vocab_size") or settings.get("vocab_size")
@@ -142,24 +156,37 @@ def inspect_folder(folder: Path, weights: bool = True) -> ModelFolder:
             f"{folder}: {VOCABULARY_FILE} has {encoding.n_vocab} tokens but config.json says"
             f" vocab_size {n_rows}; expected an embedding row for every token"
         )
-    stored = open_stored(folder, allow_pickle=True) if weights else None
-    if stored is not None:
-        _check_weights(stored, config)
+    stored = None
+    if weights is True or (weights and has_weights(folder)):
+        stored = open_stored(folder, allow_pickle)
+        try:
+            used = check_shapes(stored.shapes, state_shapes(config))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        _check_stored(stored, used)
     return ModelFolder(folder, settings, stored, family, config, generation, encoding)
 
 
-def _check_weights(stored: StoredWeights, config: ModelConfig) -> None:
+def _read_small_files(folder: Path) -> dict[str, Any]:
+    """generation_config.json, checked; empty if there is none."""
+    names = _names(folder)
+    generation = read_json(folder / _GENERATION) if _GENERATION in names else {}
+    check_generation(generation, folder / _GENERATION)
+    if _TOKENIZER in names:  # ours reads nothing of it, but whoever gets the output does
+        read_json(folder / _TOKENIZER)
+    return generation
+
+
+def _check_stored(stored: StoredWeights, used: Iterable[str]) -> None:
+    """Check that transformers can load the weights, and that the tensors `used` are floats."""
     if stored.index_name is not None and stored.index_metadata is None:
         raise UserError(
             f"{stored.folder / stored.index_name}: no metadata; expected an object of that name"
             " beside weight_map, without which transformers cannot load the weights"
         )
-    try:
-        used = check_shapes(stored.shapes, state_shapes(config))
-    except UserError as error:
-        raise UserError(f"{stored.folder}: {error}") from None
+    tensors = stored.tensors
     for name in used:
-        if (dtype := stored.tensors[name].dtype) not in FLOAT_DTYPES:
+        if (dtype := tensors[name].dtype) not in FLOAT_DTYPES:
             raise UserError(
                 f"{stored.folder}: {name} is stored as {dtype}; expected {', '.join(FLOAT_DTYPES)}"
             )
@@ -192,11 +219,12 @@ def _read_config(folder: Path, expected_type: str) -> dict[str, Any]:
         which = "(Qwen 1, not Qwen1.5 or later)" if native else "(--from qwen2)"
         came = f"model_type is {str(model_type)[:100]!r}" if model_type else "model_type is None"
         raise UserError(f"{path}: {came}; expected {expected_type!r} {which}")
-    if config.get("quantization_config") is not None or "quantize_config.json" in names:
+    meant = as_meant(config)
+    if "quantization_config" in meant or "quantize_config.json" in names:
         use = _unquantised(folder, config)
         raise UserError(f"{folder}: quantised weights (Int4/Int8); expected bf16: use {use}")
     for part in ("visual", "audio"):
-        if part in config:
+        if part in meant:
             came = f"a Qwen with a part for {part} input"
             raise UserError(f"{path}: {came}; expected a text-only Qwen")
     if is_adapter:  # transformers would put it on the model, unasked

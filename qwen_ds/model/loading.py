@@ -34,4 +34,6 @@ def load_base(
         **chosen,
     )
     assert isinstance(model, folder.family.model_class)
+    for parameter in model.parameters():  # a pickle may hold a turned view; DeepSpeed takes none
+        parameter.data = parameter.data.contiguous()
     return model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_ds import demo
 from qwen_ds.model.carry_over import check_carried
-from qwen_ds.model.folder import ModelFolder, check_place, find_model
+from qwen_ds.model.folder import ModelFolder, WhichWeights, check_place, find_model
 from qwen_ds.recipe.loading import LoadedRecipe
 
 DEMO_HOME = Path("~/.cache/qwen_ds/demo")
@@ -20,12 +20,14 @@ def check_sources(asked: LoadedRecipe) -> None:
         check_place(asked.recipe.model.path)
 
 
-def find_sources(asked: LoadedRecipe, weights: bool = True) -> tuple[LoadedRecipe, ModelFolder]:
+def find_sources(
+    asked: LoadedRecipe, weights: WhichWeights = True
+) -> tuple[LoadedRecipe, ModelFolder]:
     """The recipe with real paths in it, and its base inspected: the demo's files are made, a hub id
     is fetched.
 
-    Any number of processes may call this at once. Without `weights` none are fetched or looked at.
-    UserError: no such model, or one that cannot be used.
+    Any number of processes may call this at once. UserError: no such model, or one that cannot be
+    used.
     """
     recipe = asked.recipe
     place, data = recipe.model.path, recipe.data

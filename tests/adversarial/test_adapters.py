@@ -114,6 +114,10 @@ def header(folder: Path, length: int, text: str = "") -> None:
     rewrite(folder, WEIGHTS, length.to_bytes(8, "little") + text.encode())
 
 
+def spelled(folder: Path, text: str) -> None:
+    header(folder, len(text), text)
+
+
 def pickled(folder: Path, keep_config: bool = True) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -123,6 +127,7 @@ def pickled(folder: Path, keep_config: bool = True) -> None:
 
 ONE = torch.ones(4, 64)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+EMPTY = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
 SLOW = r"(\w|\w\w|.)*[^\w.]"
 LACK, UNASKED, BROKEN = "the weights lack", "the weights hold", "simple regular expression"
 Bad = Mapping[str, tuple[Callable[[Place], Path], Sequence[str]]]
@@ -189,6 +194,21 @@ DISAGREE: Bad = {
         }, target_modules=["c_attn", "lm_head"]),
         ("its copy of lm_head.weight differs",),
     ),
+    "copy_of_another_shape": (
+        tensors({
+            f"{P}lm_head.base_layer.weight": torch.ones(500, 64),
+            f"{P}lm_head.lora_A.weight": ONE, f"{P}lm_head.lora_B.weight": torch.ones(512, 4),
+        }, target_modules=["c_attn", "lm_head"]),
+        ("its copy of lm_head.weight is [500, 64]; expected [512, 64]",),
+    ),
+    "saved_head_of_another_shape": (
+        tensors({HEAD: torch.ones(500, 64)}, modules_to_save=["lm_head"]),
+        ("lm_head.weight is [500, 64]; expected [512, 64]",),
+    ),
+    "saved_head_of_whole_numbers": (
+        tensors({HEAD: torch.ones(512, 64, dtype=torch.int32)}, modules_to_save=["lm_head"]),
+        ("lm_head.weight has dtype I32",),
+    ),
     "other_kind_of_model": (config(target_modules=["q_proj", "v_proj"]), ("names no module",)),
     "targets_a_block": (config(target_modules=["c_attn", "mlp"]), ("no linear layer",)),
     "targets_the_embedding": (config(target_modules=["c_attn", "wte"]), ("the embedding",)),
@@ -231,6 +251,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "rank_pattern_text": ({"rank_pattern": {"c_attn": "4"}}, ("rank_pattern",)),
     "rank_pattern_zero": ({"rank_pattern": {"c_attn": 0}}, ("rank_pattern",)),
     "alpha_pattern_nan": ({"alpha_pattern": {"c_attn": float("nan")}}, ("alpha_pattern",)),
+    "rank_pattern_endless": (
+        {"rank_pattern": {f"w{i}": 2 for i in range(100_000)}}, ("100000 patterns", "at most 1000"),
+    ),
     "dora_text": ({"use_dora": "false"}, ("use_dora", "true or false")),
     "rslora_number": ({"use_rslora": 1}, ("use_rslora", "true or false")),
     "bias_text": ({"bias": "some"}, ("bias", "lora_only")),
@@ -249,12 +272,18 @@ OPTIONS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "layers_pattern_regex": (
         {"layers_to_transform": 0, "layers_pattern": "(h|x)*"}, ("layers_pattern",),
     ),
+    "layers_pattern_endless": (
+        {"layers_to_transform": 0, "layers_pattern": [f"k{i}" for i in range(99_000)]},
+        ("layers_pattern is", "at most 100 names"),
+    ),
+    "targets_endless": (
+        {"target_modules": [f"k{i}" for i in range(99_000)]}, ("at most 10000",),
+    ),
     "layers_beside_a_pattern": (
         {"layers_to_transform": 0, "target_modules": ".*c_attn"}, ("target_modules",),
     ),
     "rows_negative": ({"trainable_token_indices": [-1]}, ("trainable_token_indices",)),
     "rows_twice": ({"trainable_token_indices": [3, 3]}, ("trainable_token_indices",)),
-    "rows_none": ({"trainable_token_indices": []}, ("trainable_token_indices",)),
     "rows_text": ({"trainable_token_indices": "304"}, ("trainable_token_indices",)),
     "rows_bool": ({"trainable_token_indices": {"wte": [True]}}, ("trainable_token_indices",)),
     "other_method": ({"peft_type": "LOHA"}, ("'LOHA'", "'LORA'")),
@@ -310,7 +339,22 @@ FILES: Bad = {
     "float8": (tensors({A1: ONE.to(torch.float8_e4m3fn)}), ("dtype F8_E4M3", "BF16")),
     "empty_tensor": (tensors({A1: torch.zeros(0)}), ("ZeRO-3",)),
     "unknown_tensor": (tensors({f"{P}model.layers.0.q_proj.lora_A.weight": ONE}), ("q_proj",)),
-    "embedding_lora": (tensors({f"{P}transformer.wte.lora_embedding_A": ONE}), ("embedding_A",)),
+    "embedding_lora": (
+        tensors({f"{P}transformer.wte.lora_embedding_{side}": ONE.clone() for side in "AB"}),
+        ("wte.lora_embedding_A is LoRA on the embedding, which is not supported",),
+    ),
+    "surrogate_in_a_name": (
+        files(lambda a: spelled(a, f'{{"\\ud800x":{{{EMPTY}}}}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
+    "surrogate_in_metadata": (
+        files(lambda a: spelled(a, '{"__metadata__":{"format":"pt","by":"\\udfff"}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
+    "a_header_with_nan": (
+        files(lambda a: spelled(a, f'{{"x":{{{EMPTY},"y":NaN}}}}')),
+        (WEIGHTS, "expected a whole safetensors file"),
+    ),
     "two_adapters": (tensors({A1.replace("A.w", "A.x.w"): ONE}), ("are the same tensor",)),
     "pickle": (files(pickled), ("a pickle", "allow_pickle true")),
     "pickle_alone": (files(lambda a: pickled(a, keep_config=False)), ("allow_pickle true",)),
@@ -338,7 +382,10 @@ def _made(folder: Path) -> Path:
 MEMBERS: Bad = {**DISAGREE, **{k: (config(**o), s) for k, (o, s) in OPTIONS.items()}, **FILES}
 TURNS = [(name, list(COMMANDS)[i % 3]) for i, name in enumerate(MEMBERS)]
 # Those that the three once took differently, by all of them.
-ALL = ["saved_missing", "rows_missing", "layer_missing", "layers_to_transform", "excluded"]
+ALL = [
+    "copy_of_another_shape", "saved_head_of_another_shape", "saved_missing", "rows_missing",
+    "layer_missing", "layers_to_transform", "excluded",
+]  # fmt: skip
 TURNS += [(name, command) for name in ALL for command in COMMANDS if (name, command) not in TURNS]
 # The planner compares names and shapes; a copy's values need the base's.
 TURNS = [(n, "merge" if (n, c) == ("copy_of_another_base", "plan") else c) for n, c in TURNS]
@@ -366,8 +413,19 @@ PASS: Mapping[str, tuple[Callable[[Place], Path], Sequence[str], Sequence[str]]]
     "layers_of_a_list": (config(layers_to_transform=[0, 1, 2, 9], layers_pattern=["h"]), (), ()),
     "excluded_by_chance": (config(exclude_modules=["w1"]), (), ()),
     "a_module_of_another_model": (config(modules_to_save=["score"]), ("names score",), ()),
-    "a_key_for_nothing": (config(rank_pattern={"w9": 2}), ("rank_pattern has 'w9'",), ()),
-    "an_option_of_tomorrow": (config(use_zora=True), ("use_zora is not read",), ()),
+    "a_key_for_nothing": (
+        config(rank_pattern={"w9": 2}), ("rank_pattern names no module with LoRA by w9",), (),
+    ),
+    "keys_for_nothing": (
+        config(alpha_pattern={f"w{i}": 2 for i in range(3, 503)}), ("by w3 and 499 more",), (),
+    ),
+    "an_option_of_tomorrow": (config(use_zora=True), ("does not know it: use_zora",), ()),
+    "no_rows": (config(trainable_token_indices=[]), (), ()),
+    "no_rows_of_a_module": (config(trainable_token_indices={"wte": []}), (), ()),
+    "no_rows_of_no_module": (config(trainable_token_indices={}), (), ()),
+    "an_empty_tensor_for_no_rows": (
+        tensors({ROWS: torch.zeros(0, 64)}, trainable_token_indices=[]), (), (),
+    ),
     "eva": (config(init_lora_weights="eva"), (), ()),
     "half": (tensors({A1: ONE.half() / 9, B1: torch.ones(192, 4).bfloat16() / 99}), (), ()),
     "linked_files": (
@@ -390,12 +448,46 @@ def test_an_odd_adapter_that_is_right_passes_and_says_what_is_not_read(
     check(member, tmp_path, small_dir)
 
 
-@pytest.mark.parametrize("command", ["merge", "predict"])
+@pytest.mark.parametrize("command", ["merge", "predict", "adapter_only"])
+@pytest.mark.parametrize("value", [float("nan"), 1e300], ids=str)
 def test_values_that_are_not_finite_are_named(
-    command: str, tmp_path: Path, small_dir: Path
+    value: float, command: str, tmp_path: Path, small_dir: Path
 ) -> None:
-    make = tensors({B1: torch.full((192, 4), float("nan"))})
-    member = Member(
-        "nan", lambda place: COMMANDS[command](place, make(place)), says=("h.1.attn.c_attn", "NaN")
-    )
-    check(member, tmp_path, small_dir)
+    def make(place: Place) -> Sequence[str | Path]:
+        folder = tensors({B1: torch.full((192, 4), value, dtype=torch.float64)})(place)
+        if command != "adapter_only":
+            return COMMANDS[command](place, folder)
+        return [
+            "merge", "--base", place.base(), "--adapter", folder, "--format", "qwen2",
+            "--adapter_only", "true", "--output", place.out / "adapter",
+        ]  # fmt: skip
+
+    check(Member("nan", make, says=("h.1.attn.c_attn", "NaN")), tmp_path, small_dir)
+
+
+# What an allowed pickle may still not hold.
+PICKLES: dict[str, tuple[Any, Sequence[str]]] = {
+    "a_sparse_tensor": ({A1: ONE.to_sparse()}, ("is no plain tensor (cpu, torch.sparse_coo)",)),
+    "no_values": ({A1: ONE.to("meta")}, ("is no plain tensor (meta",)),
+    "numbers_for_names": ({1: ONE}, ("holds a Tensor under '1'",)),
+    "another_pickle": ({"state_dict": {A1: ONE}}, ("holds a dict under 'state_dict'",)),
+    "complex_numbers": ({A1: ONE.to(torch.complex64)}, ("has dtype torch.complex64",)),
+    "a_function": ({A1: os.getcwd}, ("not a whole file of plain tensors",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [(name, list(COMMANDS)[i % 3]) for i, name in enumerate(PICKLES)]
+)
+def test_an_allowed_pickle_holds_plain_tensors_by_name(
+    name: str, command: str, tmp_path: Path, small_dir: Path
+) -> None:
+    content, says = PICKLES[name]
+
+    def make(place: Place) -> Sequence[str | Path]:
+        (folder := adapter(place)).joinpath(WEIGHTS).unlink()
+        torch.save(content, folder / "adapter_model.bin")
+        allow = "--lora.allow_pickle" if command == "plan" else "--allow_pickle"
+        return COMMANDS[command](place, folder, allow, "true")
+
+    check(Member(name, make, says=says), tmp_path, small_dir)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_ds.export.formats import find_format
 from tests.adversarial.harness import Member, Place, check
-from tests.export.folders import as_pickles, peft_adapter, shard
+from tests.export.folders import as_pickles, merge_with, peft_adapter, shard
 
 Change = Callable[[Path], object]
 """Spoils a checkpoint folder."""
@@ -129,7 +130,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"attn_implementation": "kernels-community/flash-attn"}, "attn_implementation is 'kernels",
     ),
     "a kernel by its private name": (
-        {"_attn_implementation": "kernels-community/flash-attn"}, "'_attn_implementation'",
+        {"_attn_implementation": "kernels-community/flash-attn"}, "_attn_implementation is 'kernel",
     ),
     "other names": ({"attribute_map": {"hidden_size": "vocab_size"}}, "'attribute_map'"),
     "a method's name": ({"to_dict": 5}, "the key 'to_dict' is the name of something in"),
@@ -142,16 +143,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a plan of ranks": ({"distributed_config": {"tp_size": 2}}, "distributed_config is an object"),
     "scaled rotary angles": ({"rope_scaling": {"type": "linear", "factor": 4}}, "rope_scaling is"),
+    "a configuration inside": ({"text_config": {"hidden_size": 8}}, "text_config is an object of"),
     "tuples": ({"return_dict": False}, "return_dict is False; expected True"),
     "all states": ({"output_hidden_states": True}, "output_hidden_states is True"),
     "all attentions": ({"output_attentions": True}, "output_attentions is True"),
     "an encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
-    "recomputation": ({"gradient_checkpointing": True}, "gradient_checkpointing is True"),
+    "recomputation": ({"gradient_checkpointing": "all"}, "gradient_checkpointing is 'all'"),
     "a billion labels": ({"num_labels": 10**9}, "num_labels is 1000000000"),
-    "labels that are no numbers": ({"id2label": {"a": "b"}}, "config.json: invalid literal"),
+    "labels that are no numbers": ({"id2label": {"a": "b"}}, "id2label is an object of 1, with 'a"),
+    "a number for labels": ({"id2label": 5}, "id2label is 5; expected an object of numbers and"),
+    "labels without numbers": ({"label2id": {"a": "b"}}, "label2id is an object of 1, with 'b'"),
     "a list of architectures": ({"architectures": "QWenLMHeadModel"}, "architectures"),
     "two names, two values": ({"n_layer": 2}, "num_hidden_layers is 3 and n_layer is 2"),
     "quantised": ({"quantization_config": {"bits": 4}, "hidden_size": [1]}, "quantised weights"),
+    "endless settings": ({f"k{i}": 1 for i in range(300_000)}, "expected at most 1000"),
     "a sister": ({"model_type": "qwen2"}, "model_type is 'qwen2'; expected 'qwen'"),
     "no type": ({"model_type": ["qwen"]}, "model_type is"),
 }  # fmt: skip
@@ -163,6 +168,11 @@ def setting(name: str, changes: dict[str, Any], words: str) -> Member:
     run = next(COMMANDS)
     run = "predict" if name in NEEDS_WEIGHTS else run
     return member(name, lambda folder: edit(folder, **changes), words, run)
+
+
+def changed_setting(name: str) -> tuple[Change, str]:
+    changes, words = SETTINGS[name]
+    return lambda folder: edit(folder, **changes), words
 
 
 def fifo(name: str) -> Change:
@@ -421,6 +431,9 @@ STORED: dict[str, tuple[Change, str]] = {
     "an unknown dtype": (entry(dtype="F4"), "x has dtype F4"),
     "a dtype in a list": (entry(dtype=["F32"]), "x has dtype"),
     "metadata that are no text": (header({"__metadata__": {"a": 1}}), "metadata are not all text"),
+    "an endless name": (
+        tensors(lambda t: t.update({"x" * 10**6: torch.ones(1)})), "has 1000000 characters",
+    ),
     "a hole": (entry(data_offsets=[8, 8]), "x lies at 8..8"),
     "a tensor twice": (
         header('{"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "x": 1}'), "a broken",
@@ -464,6 +477,18 @@ STORED: dict[str, tuple[Change, str]] = {
     ),
     "a pickle of a list": (pickled([torch.ones(1)]), "holds a list; expected a dict of tensors"),
     "a pickle of other tensors": (pickled({"x": torch.ones(1)}), MISSING),
+    "a pickle of a sparse tensor": (
+        pickled({"x": torch.ones(4).to_sparse()}), "x is no plain tensor (cpu, torch.sparse_coo)",
+    ),
+    "a pickle of a tensor without values": (
+        pickled({"x": torch.ones(4, device="meta")}), "x is no plain tensor (meta",
+    ),
+    "a pickle with numbers for names": (
+        pickled({7: torch.ones(4)}), "holds a Tensor under '7'; expected a dict of tensors by name",
+    ),
+    "a pickle in a pickle": (
+        pickled({"state_dict": {"x": torch.ones(4)}}), "holds a dict under 'state_dict'",
+    ),
     "a pickle that is none": (
         lambda f: (removed(WEIGHTS)(f), text("pytorch_model.bin", "x" * 99)(f)), "not a whole file",
     ),
@@ -511,7 +536,7 @@ def hidden_adapter(folder: Path) -> None:
     peft_adapter(folder, folder)
 
 
-# What every command must refuse alike, those that read weights.
+# What every command must refuse alike, whether it reads weights or only plans with them.
 ALIKE: dict[str, tuple[Change, str]] = {
     "a hidden adapter": (hidden_adapter, "adapter_config.json beside config.json"),
     "other weights": (
@@ -521,6 +546,38 @@ ALIKE: dict[str, tuple[Change, str]] = {
     "an absolute shard": STORED["an absolute shard"],
     "a shard above": STORED["a shard above"],
 }  # fmt: skip
+
+# A Qwen2 that is converted back passes the same gate.
+QWEN2: dict[str, tuple[Change, str]] = {
+    "a generation_config without end": FILES["a generation_config without end"],
+    "a pointer for tokenizer_config": FILES["a pointer for tokenizer_config"],
+    "no metadata": STORED["no metadata"],
+    "whole numbers": STORED["whole numbers"],
+    "a method's name": changed_setting("a method's name"),
+    "a dtype of torch's functions": changed_setting("a dtype of torch's functions"),
+    "labels that are no numbers": changed_setting("labels that are no numbers"),
+    "a configuration inside": changed_setting("a configuration inside"),
+    "half of the width turned": (
+        lambda f: edit(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5; expected 1.0",
+    ),
+    "scaled rotary angles": (
+        lambda f: edit(f, rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_type is 'yarn'",
+    ),
+    "a pickle that nobody allowed": (pickled({"x": RunsCode()}), "--allow_pickle true"),
+}
+
+
+def qwen2_member(name: str, change: Change, words: str = "", code: int = 2) -> Member:
+    def make(place: Place) -> Sequence[str | Path]:
+        base = place.here / "qwen2"
+        merge_with(place.base(), [], base, to=find_format("qwen", "qwen2"))
+        change(base)
+        return [*command("merge", place, base), "--from", "qwen2"]
+
+    return Member(f"from qwen2: {name}", make, code, (words,))
+
 
 MEMBERS = [
     *(setting(name, *case) for name, case in SETTINGS.items()),
@@ -538,8 +595,10 @@ MEMBERS = [
     *(
         member(name, *case, run=run)
         for name, case in ALIKE.items()
-        for run in ("train", "predict", "merge")
+        for run in ("train", "predict", "merge", "plan")
     ),
+    member("a pickle unasked", pickled({"x": RunsCode()}), "--allow_pickle true", "merge"),
+    *(qwen2_member(name, *case) for name, case in QWEN2.items()),
 ]  # fmt: skip
 
 
@@ -550,6 +609,12 @@ def right(name: str, change: Change, *runs: str) -> list[Member]:
 def computed_tables(found: dict[str, torch.Tensor]) -> None:
     found["transformer.rotary_emb.inv_freq"] = torch.ones(8)
     found["transformer.h.0.attn.masked_bias"] = torch.ones(1)
+
+
+def turned_pickle(folder: Path) -> None:
+    found = load_file(folder / WEIGHTS)
+    found["lm_head.weight"] = found["lm_head.weight"].T.contiguous().T
+    pickled(found)(folder)
 
 
 def hub_cache(folder: Path) -> None:
@@ -565,14 +630,43 @@ def hub_cache(folder: Path) -> None:
     folder.symlink_to(cache / "snapshots" / "0a1b")
 
 
+# Settings that mean nothing here, or are spelled as other tools spell them.
+SAID_IN_VAIN: dict[str, dict[str, Any]] = {
+    "torch's own name of a dtype": {"torch_dtype": "torch.bfloat16"},
+    "an empty quantisation": {"quantization_config": {}},
+    "no quantisation": {"quantization_config": None},
+    "no picture": {"visual": None, "audio": None},
+    "no width of a head": {"head_dim": None},
+    "a kernel that this model has": {"_attn_implementation": "sdpa"},
+    "a kernel that it does not need": {"attn_implementation": "flash_attention_2"},
+    "the same by its private name": {"_attn_implementation": "flash_attention_2"},
+    "that training recomputes": {"gradient_checkpointing": True},
+    "labels": {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0}},
+}
+
 RIGHT = [
     *right("as it is", lambda f: None, "data", "plan", "predict", "merge"),
     *right("tables that are computed", tensors(computed_tables), "predict", "merge"),
     *right("shards", index(lambda c, f: None), "predict", "merge"),
     *right("pickles", as_pickles, "predict"),
+    *right("a pickle of a turned view", turned_pickle, "predict", "train"),
     *right("a link in the folder", lambda f: (text("a", "x")(f), link("LICENSE", "a")(f)), "merge"),
     *right("a hub cache", hub_cache, "merge", "predict"),
     *right("null for what is not there", lambda f: edit(f, transformers_weights=None), "predict"),
+    *right("no weights", removed(WEIGHTS), "plan", "data"),
+    *right(
+        "an index without its shards",
+        lambda f: (index(lambda c, f: None)(f), [p.unlink() for p in f.glob("*.safetensors")]),
+        "plan",
+    ),
+    *(
+        right(name, lambda f, changes=changes: edit(f, **changes), run)[0]
+        for (name, changes), run in zip(SAID_IN_VAIN.items(), cycle(("predict", "merge", "train")))
+    ),
+    *(
+        qwen2_member(name, lambda f, changes=changes: edit(f, **changes), code=0)
+        for name, changes in {**SAID_IN_VAIN, "no scale": {"rope_scaling": None}}.items()
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.disk.weights import (
@@ -18,6 +18,7 @@ from qwen_ds.disk.weights import (
     file_facts,
     file_sha256,
     header_bytes,
+    open_tensors,
     read_header,
     save_tensors,
 )
@@ -116,6 +117,32 @@ def test_a_header_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=reason):
         read_header(with_header(tmp_path / "a.safetensors", {"x": entry}, 8))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        '{"__metadata__":{"by":"\\ud800"}}',
+        '{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+        '{"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"y":Infinity}}',
+    ],
+)
+def test_a_header_that_only_python_can_read_is_refused(tmp_path: Path, raw: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw.encode())
+    with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
+        pass
+    with pytest.raises(UserError, match=r"a\.safetensors: .*expected a whole safetensors file$"):
+        read_header(path)
+
+
+def test_what_the_library_refuses_to_read_is_one_line_that_names_the_file(stored: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"a\.safetensors: .*nothing.*expected a whole") as caught,
+        open_tensors(stored) as file,
+    ):
+        file.get_tensor("nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_header_may_have_no_metadata(tmp_path: Path) -> None:

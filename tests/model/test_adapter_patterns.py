@@ -77,5 +77,15 @@ def test_the_time_of_all_matches_counts_together(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(time, "thread_time", lambda: float(next(clock)))
     patterns = Patterns(FOLDER, left=5.0)
     for _ in range(4):
-        patterns.whole("x", "y")
+        patterns.whole("x", "y")  # compiled once, within the first
     assert patterns.left == 1.0
+
+
+def test_compiling_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 1))
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(clock)))
+    patterns = Patterns(FOLDER, left=3.0)
+    with pytest.raises(UserError, match=rf"takes more than {MAX_SECONDS:g} s .* all 4 that were"):
+        for i in range(100):
+            patterns.whole(f"x{i}", "y")
+    assert next(clock) == 10

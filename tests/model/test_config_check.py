@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen_ds.errors import UserError
 from qwen_ds.model.config_check import check_generation, checked_config
@@ -23,6 +24,20 @@ def settings(small_dir: Path, **changes: Any) -> dict[str, Any]:
 def test_a_right_file_gives_what_transformers_reads_from_it(small_dir: Path) -> None:
     found = checked_config(settings(small_dir), PATH, QWenConfig)
     assert found.to_dict() == QWenConfig.from_pretrained(small_dir).to_dict()
+
+
+def test_what_means_nothing_here_does_not_reach_transformers(small_dir: Path) -> None:
+    said = {
+        "gradient_checkpointing": True,  # it would recompute whatever the recipe says
+        "attn_implementation": "flash_attention_2", "torch_dtype": "torch.bfloat16",
+        "quantization_config": {}, "visual": None, "head_dim": None,
+    }  # fmt: skip
+    found = checked_config(settings(small_dir, **said), PATH, QWenConfig)
+    plain = checked_config(settings(small_dir, torch_dtype="bfloat16"), PATH, QWenConfig)
+    assert found.to_dict() == plain.to_dict()
+    assert found._attn_implementation is None and found.dtype == torch.bfloat16
+    eager = settings(small_dir, _attn_implementation="eager")
+    assert checked_config(eager, PATH, QWenConfig)._attn_implementation == "eager"
 
 
 def test_the_names_of_august_2023_have_the_same_ranges(small_dir: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_ds.errors import UserError
-from qwen_ds.model.folder import find_model, inspect_folder
+from qwen_ds.model.folder import find_model, find_qwen2, inspect_folder
 
 ROOT = Path(__file__).parents[2]
 INDEX, GIT_LFS = "model.safetensors.index.json", "version https://git-lfs.github.com/spec/v1"
@@ -261,3 +261,44 @@ def test_a_hub_id_is_fetched_from_the_mirror_without_code_and_found_again_offlin
     assert find_model("acme/tiny").path == Path(tiny)
     with pytest.raises(UserError, match=failed):
         find_model("acme/none")
+    # Of a hub's model some files may not have been fetched yet: the planner does without.
+    (Path(tiny) / "model.safetensors").unlink()
+    assert find_model("acme/tiny", weights="if there").weights is None
+
+
+def test_pickles_that_are_not_allowed_are_neither_fetched_nor_opened(folder, monkeypatch):
+    patterns: list[str] = []
+
+    def download(_: str, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("qwen_ds.model.folder.snapshot_download", download)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    (folder / "model.safetensors").unlink()
+    for pickle_is_there in (False, True):
+        if pickle_is_there:
+            (folder / "pytorch_model.bin").write_bytes(b"")
+        for find, model_type in ((find_model, "qwen"), (find_qwen2, "qwen2")):
+            edit(folder, model_type=model_type)
+            for place in (folder, "acme/old"):
+                with pytest.raises(UserError, match="--allow_pickle true"):
+                    find(place, allow_pickle=False)
+    assert "*.safetensors" in patterns and not any(".bin" in name for name in patterns)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_the_small_files_of_a_qwen2_are_read_before_anything_is_made_of_it(folder, name):
+    edit(folder, model_type="qwen2")
+    find_qwen2(folder)
+    (folder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: not readable as JSON"):
+        find_qwen2(folder)
+
+
+def test_the_planner_looks_at_the_weights_that_are_there(folder):
+    edit(folder, num_hidden_layers=2)
+    with pytest.raises(UserError, match="in the weights and not in the model"):
+        find_model(folder, weights="if there")
+    (folder / "model.safetensors").unlink()
+    assert find_model(folder, weights="if there").weights is None

@@ -14,6 +14,7 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.export.merge_plan import MergePlan
 from qwen_ds.export.proof.noise import RoundingNoise
 from qwen_ds.export.proof.sides import POSITIONS, Outputs, ProofRow, put_adapters
+from qwen_ds.model.config_check import checked_qwen2
 from qwen_ds.model.family import FAMILIES
 from qwen_ds.model.folder import find_qwen2, inspect_folder
 from qwen_ds.model.loading import load_base
@@ -53,9 +54,9 @@ def memory_needed(plan: MergePlan) -> int:
 def _load(folder: Path) -> nn.Module:
     if read_json(folder / "config.json")["model_type"] in FAMILIES:
         return load_base(inspect_folder(folder), torch.float32)
-    find_qwen2(folder)  # for its checks
+    config = checked_qwen2(find_qwen2(folder).settings, folder / "config.json")
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, trust_remote_code=False
+        str(folder), config=config, dtype=torch.float32, trust_remote_code=False
     )
     return model.eval()
 

@@ -78,17 +78,19 @@ def convert_adapter(base: Path, adapter: Path, output: Path, *, allow_pickle: bo
 
 
 def _tensors(source: Adapter) -> dict[str, Tensor]:
-    """Each target's A_RI, its rows of B_OR and of the magnitudes [O], under PEFT's keys."""
-    found: dict[str, Tensor] = {}
+    """Each target's A_RI, its rows of B_OR and of the magnitudes [O], under PEFT's keys. UserError
+    names a value that is not finite."""
+    values, found = source.state_dict(), dict[str, Tensor]()
     for module, pair in source.pairs.items():
         targets = qwen2_modules(module)
         rows = source.shapes[pair.b_key][0] // len(targets)
         for i, target in enumerate(targets):
             first, last = i * rows, (i + 1) * rows
-            found[f"{PEFT_PREFIX}{target}.lora_A.weight"] = source.tensor(pair.a_key)
-            found[f"{PEFT_PREFIX}{target}.lora_B.weight"] = source.tensor(pair.b_key, first, last)
+            found[f"{PEFT_PREFIX}{target}.lora_A.weight"] = values[pair.a_key].clone()
+            b_OR = values[pair.b_key][first:last].clone()
+            found[f"{PEFT_PREFIX}{target}.lora_B.weight"] = b_OR
             if pair.magnitude_key is not None:
-                magnitude_O = source.tensor(pair.magnitude_key, first, last)
+                magnitude_O = values[pair.magnitude_key][first:last].clone()
                 found[f"{PEFT_PREFIX}{target}.lora_magnitude_vector"] = magnitude_O
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwen_ds.disk.read import read_json
 from qwen_ds.errors import UserError
-from qwen_ds.model.config_check import checked_config
+from qwen_ds.model.config_check import as_meant, checked_config
 from qwen_ds.model.family import QWEN, ModelConfig
 
 Settings = dict[str, Any]  # a JSON object of settings
@@ -31,6 +31,7 @@ _SIZES = (
 )  # fmt: skip
 # Settings of a Qwen2 that have one value in every Qwen.
 _ONLY_CHOICE = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
+_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
 def read_qwen_config(folder: Path) -> ModelConfig:
@@ -104,7 +105,7 @@ def from_qwen2(base: Path) -> tuple[Settings, Settings]:
     say. For any other Qwen2 they are made anew, without dynamic NTK and LogN: those are not in the
     function of that model. UserError names a key that Qwen has no equivalent for.
     """
-    found = read_json(base / CONFIG)
+    found = as_meant(read_json(base / CONFIG))
     function = _function_of_qwen2(found, base / CONFIG)
     longest = function["max_position_embeddings"]
     tokenizer_config = {"model_max_length": longest, "tokenizer_class": "QWenTokenizer"}
@@ -152,9 +153,9 @@ def _function_of_qwen2(found: Settings, path: Path) -> Settings:
     ropes = [found.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(rope, dict) for rope in ropes):
         raise UserError(f"{path}: rope_scaling and rope_parameters are not both objects")
-    rope = ropes[0] | ropes[1]
-    says = {**found, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    expected = {"num_key_value_heads": heads, **_ONLY_CHOICE, "rope_type": "default"}
+    rope = ropes[0] or ropes[1]  # as transformers has it
+    says = {**found, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    expected = {"num_key_value_heads": heads, **_ONLY_CHOICE, **_ROPE}
     for key, value in {**expected, "head_dim": sizes["hidden_size"] // heads}.items():
         if says.get(key, value) != value:
             raise UserError(

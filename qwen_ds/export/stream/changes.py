@@ -1,6 +1,7 @@
 """Changes of one tensor of the base by adapters, computed a block of rows at a time.
 
-Shapes: O output features (rows), I input features, R rank, N rows of the block.
+Shapes: O output features (rows), I input features, R rank, N rows of the block, K that
+are replaced.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ class Replacement:
 class ReplacedRows:
     """Some rows replaced, the others as they are: trainable token rows."""
 
-    values_by_index: dict[int, Tensor]
+    indices_K: Tensor  # ascending
+    values_KI: Tensor
     kind: ClassVar[str] = "rows"
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        changed = block.clone()
-        for index, value in self.values_by_index.items():
-            if first <= index < first + block.shape[0]:
-                changed[index - first] = value
+        changed, ends = block.clone(), torch.tensor([first, first + block.shape[0]])
+        start, stop = torch.searchsorted(self.indices_K, ends).tolist()
+        changed[self.indices_K[start:stop] - first] = self.values_KI[start:stop]
         return changed
 
 
@@ -155,7 +156,8 @@ def load_change(adapter: Adapter, name: str) -> Change:
     module = name.removesuffix(".weight")
     if module in adapter.token_rows:
         rows = adapter.token_rows[module]
-        return ReplacedRows(dict(zip(rows.indices, adapter.tensor(rows.key).float(), strict=True)))
+        indices_K, order_K = torch.tensor(rows.indices).sort()
+        return ReplacedRows(indices_K, adapter.tensor(rows.key)[order_K].float())
     pair = adapter.pairs[module]
     a_RI, b_OR = adapter.tensor(pair.a_key).float(), adapter.tensor(pair.b_key).float()
     magnitude_O = None if pair.magnitude_key is None else adapter.tensor(pair.magnitude_key).float()

@@ -1,4 +1,4 @@
-"""Whatever peft makes is merged and served as peft itself would load it: one reading for all."""
+"""Whatever peft or a run makes is merged and served as peft would load it: one reading for all."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from qwen_ds.model.adapter_loading import load_adapter
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.shapes import state_shapes
+from qwen_ds.recipe.options import LoraOptions
+from qwen_ds.train.lora import add_lora, config_of, write_adapter
 from serve.engine.loading import load_engine
 from tests.export.folders import merge_with
 from tests.serve.engine.test_engine import answers
@@ -101,13 +103,43 @@ def greedy(folder: Path, adapter: Path | None) -> list[list[int]]:
     return [list(answer.ids) for answer in answers(engine, rows)]
 
 
+# What a run of ours can train: options of the recipe, and the ids of its trainable token rows.
+TRAINED: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "lora": ({}, []),
+    "rows": ({}, [304, 305, 306]),
+    "rslora_and_rows": ({"variant": "rslora"}, [304, 305, 306]),
+    "dora_and_rows": ({"variant": "dora"}, [304, 305, 306]),
+    "whole_ends": ({"modules_to_save": ["wte", "lm_head"]}, []),
+    "rslora_and_a_whole_head": ({"variant": "rslora", "modules_to_save": ["lm_head"]}, []),
+}
+
+
+MADE = [*SEEDS, *TRAINED]
+
+
+def made_by_a_run(base: Path, folder: Path, kind: str) -> dict[str, Any]:
+    """Save an adapter of random values by the code that a run saves its own with."""
+    options, row_ids = TRAINED[kind]
+    recipe = LoraOptions(r=4, alpha=8, targets=["c_attn", "c_proj", "w1"], **options)
+    model = QWenLMHeadModel.from_pretrained(str(base), dtype=torch.float32)
+    wrapped = add_lora(model, recipe, base=str(base), seed=3, row_ids=row_ids)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    draw = torch.Generator().manual_seed(4)
+    values = {n: p + 0.1 * torch.randn(p.shape, generator=draw) for n, p in trained.items()}
+    write_adapter(folder, config_of(wrapped), values)
+    return options
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_peft_makes_is_served_as_peft_loads_it_and_merged_to_the_same_tokens(
-    small_dir: Path, tmp_path: Path, seed: int
+@pytest.mark.parametrize("made", MADE)
+def test_any_adapter_is_served_as_peft_loads_it_and_merged_to_the_same_tokens(
+    small_dir: Path, tmp_path: Path, made: int | str
 ) -> None:
     adapter = tmp_path / "adapter"
-    options = made_by_peft(small_dir, adapter, seed)
+    if isinstance(made, int):
+        options = made_by_peft(small_dir, adapter, made)
+    else:
+        options = made_by_a_run(small_dir, adapter, made)
     base = QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32)
     bare = logits(base)
     expected = logits(PeftModel.from_pretrained(base, str(adapter)).eval())
@@ -116,7 +148,10 @@ def test_whatever_peft_makes_is_served_as_peft_loads_it_and_merged_to_the_same_t
     assert not torch.equal(bare, expected), options
 
     report = merge_with(
-        small_dir, [adapter], tmp_path / "merged", proof="sampled" if seed % 2 else "full"
+        small_dir,
+        [adapter],
+        tmp_path / "merged",
+        proof="sampled" if MADE.index(made) % 2 else "full",
     )
     assert report.verification is not None and report.verification.status == "passed", options
     assert greedy(tmp_path / "merged", None) == greedy(small_dir, adapter), options
