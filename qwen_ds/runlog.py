@@ -26,14 +26,19 @@ LIBRARY_LOGGERS = (
     "DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib",
 )  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a path that a user has given, or of one below it.
+_NO_WAY = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def run_command(main: Callable[[], int | None], stopped_code: int | None = None) -> None:
     """Run an entry point and leave the process with its exit code.
 
-    A UserError becomes one line on stderr and exit code 2, a full disk one line and 1, a signal one
-    line and the code of `signals.raised`. Any other error is a defect of ours: the traceback shows
-    and the exit code is 1.
+    A UserError becomes one line on stderr and exit code 2, and so does a path that the system does
+    not let us use; a full disk one line and 1, a signal one line and the code of `signals.raised`.
+    Any other error is a defect of ours: the traceback shows and the exit code is 1.
     """
     guard()
     code: int | None
@@ -57,7 +62,7 @@ def run_command(main: Callable[[], int | None], stopped_code: int | None = None)
             code = signals.last_words(number)
         elif (failure := in_one_line(error)) is not None:
             show(f"error: {one_line(failure)}", err=True)
-            code = EXIT_FAILURE
+            code = EXIT_USER if _is_about_a_path(error) else EXIT_FAILURE
         else:
             raise
     sys.exit(code or EXIT_DONE)
@@ -67,6 +72,8 @@ def in_one_line(error: BaseException) -> str | None:
     """The words for a failure that is not a defect of ours, a full disk above all; else None."""
     if isinstance(error, Failed):
         return str(error)
+    if isinstance(error, OSError) and _is_about_a_path(error):
+        return f"{error.filename}: {error.strerror}; expected a path that this user can use"
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
     place = error.filename or "the output"
@@ -74,6 +81,12 @@ def in_one_line(error: BaseException) -> str | None:
         f"{place}: {error.strerror}; expected room on the disk; what is complete stays, and the "
         "same command goes on from there"
     )
+
+
+def _is_about_a_path(error: BaseException) -> bool:
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    return error.errno in _NO_WAY
 
 
 class _Visible(logging.Formatter):

@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.place import cache_home, require_folder
 from qwen_ds.runlog import run_command
 from qwen_ds.terminal import show, show_json
 from serve.engine.loading import silence_libraries
@@ -55,7 +55,7 @@ def _predict_to_stdout(options: PredictOptions) -> None:
     Until then whatever is printed goes to stderr.
     """
     key = json.dumps(asdict(options), sort_keys=True, default=str).encode(errors="replace")
-    folder = Path.home() / ".cache" / "qwen_ds" / "predictions"
+    folder = cache_home() / "predictions"
     require_folder(folder, make=True)
     output = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.jsonl"
     with contextlib.redirect_stdout(sys.stderr):

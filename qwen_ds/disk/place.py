@@ -1,11 +1,84 @@
-"""Checks of a place to write in, made before any work is done for it."""
+"""Paths that a user gives, and places to write in: checked before any work is done for them."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import tempfile
 from pathlib import Path
 
 from qwen_ds.errors import UserError
+
+MAX_PART_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux and its file systems
+_VARIABLE = re.compile(r"\$(\{\w+\}|[A-Za-z_]\w*)")
+
+
+def given_path(option: str, text: str) -> str:
+    """A path as the user meant it, with ~ spelled out. A model's or data set's hub id passes, too.
+
+    UserError, naming the option: a path that no file can have, that leads in a circle or where we
+    may not look, an unknown ~user, or a variable, which nothing but a shell expands.
+    """
+    expanded = os.path.expanduser(text) if not os.path.lexists(text) else text
+    if fault := _fault(text, expanded):
+        came = text if len(text) <= 200 else f"{text[:200]}..."
+        raise UserError(f"{option} is {came!r}: {fault}")
+    return expanded
+
+
+def _fault(text: str, expanded: str) -> str | None:
+    if fault := name_fault(expanded):
+        return fault
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        return "no such user's home; expected a path that is spelled out"
+    if not os.path.lexists(expanded) and (variable := _VARIABLE.search(expanded)):
+        return (
+            f"{variable[0]} is for a shell, and nothing here expands it; expected a path that is"
+            " spelled out, or the option on a command line, without single quotes"
+        )
+    try:
+        os.stat(expanded)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a loop of symbolic links; expected a path that leads somewhere"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return "no permission to look there; expected a path that this user may open"
+    return None
+
+
+def name_fault(path: str) -> str | None:
+    """The reason why no file can have this path, in words; None where one can."""
+    if not path:
+        return "empty; expected a path"
+    if "\0" in path:
+        return "it has a zero byte; expected a path"
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:
+        return "it has a character that no name can have; expected a path"
+    if max(map(len, raw.split(b"/"))) > MAX_PART_BYTES or len(raw) > MAX_PATH_BYTES:
+        return (
+            f"too long; expected at most {MAX_PART_BYTES} bytes between two slashes, and"
+            f" {MAX_PATH_BYTES} in all"
+        )
+    return None
+
+
+def cache_home() -> Path:
+    """The folder for what can be made again: below XDG_CACHE_HOME, or ~/.cache; for a user without
+    a home, below the folder of temporary files (TMPDIR)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):  # the convention has others ignored
+        return Path(given, "qwen_ds")
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        return Path(home, ".cache", "qwen_ds")
+    folder = Path(tempfile.gettempdir(), f"qwen_ds-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder}: another user's; expected a home folder, or XDG_CACHE_HOME")
+    return folder
 
 
 def require_folder(folder: Path, make: bool = False) -> None:

@@ -18,15 +18,24 @@ from qwen_ds.data.read.places import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.adapter_folder import tell_adapter
-from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
-from serve.files.parts import PredictionParts, Settings, check_output, file_state, held_output
+from serve.files.parts import (
+    PredictionParts,
+    Settings,
+    check_output,
+    file_state,
+    held_output,
+    made_folder,
+    output_file,
+    remove_parts,
+)
 from serve.files.prompts import PromptReader, PromptRow
+from serve.files.ranks import RankWatch, SignOfLife
 from serve.options import AnswerOptions
 
 # Batches whose rows are sorted by length together: enough for little padding, and few in memory.
@@ -61,21 +70,35 @@ def predict(
     output: Path,
     options: AnswerOptions,
     needs_reference: bool = False,
+    keeps_parts: bool = False,
 ) -> PredictionFigures | None:
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
     Returns figures on rank 0, once the output is complete; None on other ranks, once their share
-    is. UserError: anything wrong with model, input or output, before the first row is answered; or
-    another process writes this output.
+    is. With `keeps_parts` the caller removes the parts of the output: until then the same call
+    knows a finished output for its own. UserError: anything wrong with model, input or output,
+    before the first row is answered; or another process writes this output.
     """
+    output = output_file(output)
     with ExitStack() as held:
+        watch: RankWatch | None = None
         if dist.rank() == 0:
             held.enter_context(held_output(output))
-        return _predict(held, model, paths, output, options, needs_reference)
+            check_output(output, options.overwrite)
+            watch = RankWatch(output, dist.world_size())
+            held.callback(watch.stop)
+        else:
+            held.enter_context(made_folder(output.parent))
+            held.callback(SignOfLife(output, dist.rank()).stop)
+        figures = _predict(held, watch, model, paths, output, options, needs_reference)
+        if figures is not None and not keeps_parts:
+            remove_parts(output)
+        return figures
 
 
 def _predict(
     held: ExitStack,
+    watch: RankWatch | None,
     model: str,
     paths: Sequence[str],
     output: Path,
@@ -83,8 +106,6 @@ def _predict(
     needs_reference: bool,
 ) -> PredictionFigures | None:
     rank, timeout = dist.rank(), options.timeout_minutes * 60
-    if rank == 0:
-        check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
     if options.adapter is not None:  # checked before minutes of reading rows
@@ -97,11 +118,10 @@ def _predict(
     settings = settings_of(folder.path, paths, options)
     parts: PredictionParts | None
     prompts_cut = 0
-    if rank == 0:
+    if watch is not None:  # rank 0
         rows, prompts_cut = reader.survey()
-        require_folder(output.parent, make=True)
         parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
-        parts.watch(dist.world_size())
+        parts.watch(watch)
     else:
         parts = PredictionParts.join_in(output, settings, rank, timeout, old)
     if parts is None:
