@@ -64,6 +64,11 @@ def local_world_size() -> int:
     return _launcher_number(_LOCAL_WORLD, world_size())
 
 
+def started_by_deepspeed() -> bool:
+    """Whether DeepSpeed's launcher started this process."""
+    return {"CROSS_RANK", "CROSS_SIZE"} <= os.environ.keys()
+
+
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Export Slurm's and MPI's numbers, and the meeting point, under the names that torch reads."""
     if master_addr is None and _started_by_srun():

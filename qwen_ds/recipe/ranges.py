@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import restricted_number_type, restricted_string_type
+from jsonargparse.typing import extend_base_type, restricted_number_type
 
 # Each range, by its name, in the words of an error message.
 IN_WORDS: dict[str, str] = {}
@@ -58,6 +58,11 @@ else:
     FiniteFloat = _range("FiniteFloat", float, f"a number, {_UP_TO}", (">=", -MOST_FLOAT), _most)
     Fraction = _range("Fraction", float, "a number from 0 to less than 1", (">=", 0), ("<", 1))
     Share = _range("Share", float, "a number above 0, up to 1", (">", 0), ("<=", 1))
+
+    def _is_text(_: type, value: object) -> None:
+        if not isinstance(value, str):
+            raise ValueError(f"invalid literal for a path: {value}")  # as int() words it
+
     # Any text here: `parser.py` looks at paths, which it also changes.
-    PathText = restricted_string_type("PathText", "(?s).*")
+    PathText = extend_base_type("PathText", str, _is_text)
     IN_WORDS["PathText"] = "a path"
