@@ -39,6 +39,7 @@ PACKAGES = (
 )  # fmt: skip
 BLOCK_BYTES = 4096
 BLOCKS_OF_A_PICKLE = 512  # whose tensors have no places that are known without loading it
+_END_SECONDS = 5.0
 _READERS = 8  # a network disk answers many small reads at once
 # Keys of config.json that change no number of a training.
 _IMMATERIAL = {
@@ -215,7 +216,7 @@ class WholeFiles:
 
     def __exit__(self, *error: object) -> None:
         self._ends.set()
-        self._thread.join()
+        self._thread.join(_END_SECONDS)  # a disk that does not answer must not hold up the end
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the bytes are compared, if there are any to compare with, or for `seconds`.
