@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -134,8 +135,18 @@ def log_to_file(folder: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    threading.excepthook = _thread_has_failed
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def _thread_has_failed(args: threading.ExceptHookArgs) -> None:
+    """Log the error of a disk, which TensorBoard's thread also hands to its next caller; print any
+    other."""
+    if isinstance(args.exc_value, OSError):
+        logging.getLogger("qwen_ds").warning("a thread has ended: %s", args.exc_value)
+    else:
+        threading.__excepthook__(args)
 
 
 class JsonLines:

@@ -292,3 +292,29 @@ def test_a_stop_does_not_wait_until_all_of_the_base_is_compared(
     assert json.loads(state.read_text())["compared"] is True
     results = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (calm, run)]
     assert results[0] == results[1]
+
+
+def test_a_full_disk_under_the_logs_and_tensorboard_costs_no_step(
+    small_job: list[str], tmp_path: Path
+) -> None:
+    """TensorBoard's own thread gets the error, and hands it to whoever calls next."""
+    script, run = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(
+        "import errno, os, runpy\n"
+        "from tensorboard.summary.writer.record_writer import RecordWriter\n"
+        "write, written = RecordWriter.write, []\n"
+        "def full(self, data):\n"
+        "    written.append(data)\n"
+        "    if len(written) > 20: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "    write(self, data)\n"
+        "RecordWriter.write = full\n"
+        f"runpy.run_path({str(jobs.SCRIPT)!r}, run_name='__main__')\n"
+    )
+    (run / "logs").mkdir(parents=True)
+    for rank in range(2):
+        (run / "logs" / f"rank_{rank}.log").symlink_to("/dev/full")
+    job = Job([*small_job, "--output_dir", str(run)], 2, script).wait().ok()
+    assert "Traceback" not in job.err + job.out
+    assert job.out.count("TensorBoard's file is given up: No space left on device") == 1
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11)) and (run / "adapter" / "adapter_model.safetensors").is_file()
