@@ -125,9 +125,17 @@ def say(text: str) -> None:
 
 
 def log_to_file(folder: Path) -> None:
-    """Send this rank's log lines and warnings, libraries' included, to a file under `folder`."""
+    """Send this rank's log lines and warnings, libraries' included, to a file under `folder`.
+
+    UserError: something else has the name of the file or of the folder.
+    """
+    file = folder / f"rank_{dist.rank()}.log"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file; expected a folder for the logs")
+    if file.is_dir() or file.is_fifo():  # a FIFO would wait for a reader
+        raise UserError(f"{file}: not a regular file; expected a log, or nothing")
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
+    handler = _LogFile(file, encoding="utf-8")
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, handlers=[handler, last_line], force=True)
     handler.setFormatter(_Visible(layout))

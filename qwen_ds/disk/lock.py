@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def holding(lock: Path, purpose: str, say: Callable[[str], None] = ignore) -> It
 def _taken(lock: Path, purpose: str, say: Callable[[str], None]) -> BinaryIO:
     while True:
         # Creates the file, and keeps what a holder wrote into it.
-        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        file = _opened(lock)
         is_ours, holder = kernel_lock(file.fileno()), _holder(file)
         if is_ours is False:
             file.close()
@@ -99,6 +100,17 @@ def _taken(lock: Path, purpose: str, say: Callable[[str], None]) -> BinaryIO:
             file.close()
             raise _busy(lock, purpose, None)
         file.close()
+
+
+def _opened(lock: Path) -> BinaryIO:
+    """The lock's file itself: a link may lead to a file of the user's, and our name replaces what
+    a file holds."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(lock, flags, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(lock))
+    return os.fdopen(descriptor, "r+b")
 
 
 def _is_last(own: Holder, lock: Path) -> bool:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwen_ds.errors import UserError
@@ -81,6 +82,28 @@ def cache_home() -> Path:
     return folder
 
 
+def output_file(given: str | Path) -> Path:
+    """The file that the name of an output means. A symbolic link is the user's: it is followed, to
+    a file that may be absent. UserError: a folder, a device, a FIFO."""
+    given = Path(given)
+    file = Path(os.path.realpath(given))
+    if not file.name or os.path.isdir(given):
+        raise UserError(f"{given}: a folder; expected the name of a file to write")
+    if os.path.exists(given) and not os.path.isfile(given):
+        raise UserError(f"{given}: not a regular file; expected the name of a file to write")
+    return file
+
+
+def refuse_input(output: Path, inputs: Iterable[Path | str]) -> None:
+    """Raise UserError if the file `output` is an input, or lies in a folder that is one."""
+    place = Path(os.path.realpath(output))
+    for given in inputs:
+        if place.is_relative_to(os.path.realpath(given)):
+            raise UserError(
+                f"{output}: this command reads {given}; expected an output that is no input"
+            )
+
+
 def require_folder(folder: Path, make: bool = False) -> None:
     """Check that `folder` is, or may be made, a folder to write in, else raise UserError.
 
@@ -88,6 +111,9 @@ def require_folder(folder: Path, make: bool = False) -> None:
     """
     # Not Path.exists, which raises where it may not look.
     above = next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
+    link = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if link != above:
+        raise UserError(f"{link}: a link to nothing; expected a folder to write in")
     if not os.path.isdir(above):
         raise UserError(f"{above}: a file; expected a folder to write in")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -96,9 +122,13 @@ def require_folder(folder: Path, make: bool = False) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}; expected a folder to write in"
-            ) from error
+            raise unwritable(folder, error) from error
+
+
+def unwritable(place: Path, error: OSError) -> UserError:
+    """The system's error at a place to write in, for the user."""
+    came = f"{error.filename or place}: {error.strerror or error}"
+    return UserError(f"{came}; expected a folder to write in")
 
 
 def require_new_folder(output: Path) -> None:

@@ -54,7 +54,8 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
 
 def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     """Say what happened and leave without another word to the peers: any of them may be dead."""
-    log.exception("the run has failed")
+    if logging.getLogger().handlers:  # before the log file is open it would go to the terminal
+        log.exception("the run has failed")
     if told := watchdog.blame(error) or in_one_line(error):
         show(f"error: {one_line(told)}", err=True)
     else:

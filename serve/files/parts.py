@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from qwen_ds.disk.lock import holding, kernel_lock
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.place import require_folder, unwritable
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import naming, remove_folder, replacing, sync, write_json
 from qwen_ds.errors import Failed, UserError
@@ -82,8 +82,7 @@ class PredictionParts:
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
         sync(self.folder)
         # Files of an earlier release have lines without a checksum.
-        card = _read_card(self.folder / SETTINGS_FILE) or {}
-        self._sums = bool(card.get("sums"))
+        self._sums = bool((_read_settings(self.folder) or {}).get("sums"))
 
     @classmethod
     def prepare(
@@ -96,8 +95,10 @@ class PredictionParts:
         folder = parts_folder(output)
         card = folder / SETTINGS_FILE
         require_folder(folder)
+        if folder.is_symlink():
+            raise UserError(f"{folder}: a symbolic link; expected the name to be free")
         if folder.exists():
-            left = _read_card(card)
+            left = _read_settings(folder)
             difference = first_difference(settings, left["settings"]) if left else None
             if difference and not overwrite and _has_rows(folder):
                 raise UserError(
@@ -124,18 +125,16 @@ class PredictionParts:
         `old` is the state of the earlier output that this run replaces. Returns None if all rows
         were done by then. Failed if rank 0 has not made the folder in time.
         """
-        card, deadline = parts_folder(output) / SETTINGS_FILE, time.monotonic() + timeout_seconds
+        folder, deadline = parts_folder(output), time.monotonic() + timeout_seconds
         while True:
-            left = _read_card(card)
+            left = _read_settings(folder)
             if left and first_difference(settings, left["settings"]) is None:
                 return cls(output, rank, left["rows"])
             # In this order: the folder is removed only after the output is there.
-            if not card.parent.exists() and file_state(output) not in (None, old):
+            if not folder.exists() and file_state(output) not in (None, old):
                 return None
             if time.monotonic() > deadline:
-                raise Failed(
-                    f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s"
-                )
+                raise Failed(f"{folder}: rank 0 did not make it within {timeout_seconds:.0f} s")
             time.sleep(POLL_SECONDS)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -234,18 +233,6 @@ class PredictionParts:
             self._stream.close()
 
 
-def output_file(given: str | Path) -> Path:
-    """The file that the name of an output means. A symbolic link is the user's: it is followed, to
-    a file that may be absent. UserError: a folder, a device, a FIFO."""
-    given = Path(given)
-    file = Path(os.path.realpath(given))
-    if not file.name or os.path.isdir(given):
-        raise UserError(f"{given}: a folder; expected the name of a file to write")
-    if os.path.exists(given) and not os.path.isfile(given):
-        raise UserError(f"{given}: not a regular file; expected the name of a file to write")
-    return file
-
-
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder to write in, and those above it; those that stay empty go again."""
@@ -269,9 +256,7 @@ def held_output(file: Path) -> Iterator[None]:
         try:
             held.enter_context(holding(file.with_name(f".{file.name}.lock"), str(file), say))
         except OSError as error:
-            raise UserError(
-                f"{file}: {error.strerror or error}; expected a folder to write in"
-            ) from error
+            raise unwritable(file, error) from error
         yield
 
 
@@ -330,6 +315,13 @@ def _remove_ours(folder: Path) -> None:
 
 def _has_rows(folder: Path) -> bool:
     return any(b"\n" in file.read_bytes() for file in folder.glob("rank_*.jsonl"))
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings and the rows of a folder; None where they are not there, or are not ours."""
+    card = _read_card(folder / SETTINGS_FILE) or {}
+    is_ours = isinstance(card.get("settings"), dict) and type(card.get("rows")) is int
+    return card if is_ours else None
 
 
 def _read_card(card: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +18,7 @@ from qwen_ds.data.read.places import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.adapter_folder import tell_adapter
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
@@ -31,7 +32,6 @@ from serve.files.parts import (
     file_state,
     held_output,
     made_folder,
-    output_file,
     remove_parts,
 )
 from serve.files.prompts import PromptReader, PromptRow
@@ -116,6 +116,7 @@ def _predict(
     context = folder.family.context(folder.config)
     reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
     settings = settings_of(folder.path, paths, options)
+    refuse_input(output, [file for files in _files_of(settings) for file in files] + [*paths])
     parts: PredictionParts | None
     prompts_cut = 0
     if watch is not None:  # rank 0
@@ -211,8 +212,16 @@ def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> S
     return values
 
 
+def _files_of(settings: Settings) -> Iterator[list[str]]:
+    """The names of all files that answers depend on."""
+    for cards in (settings["model"], settings["adapter"] or [], *(c for _, c in settings["input"])):
+        yield [name for name, _, _ in cards]
+
+
 def _files_in(folder: Path) -> list[list[Any]]:
-    return [_file_card(file) for file in sorted(folder.iterdir()) if file.is_file()]
+    # Hidden files are nothing of a model's, and those of an output beside it come and go.
+    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+    return [_file_card(file) for file in files if file.is_file()]
 
 
 def _file_card(file: Path) -> list[Any]:

@@ -39,7 +39,9 @@ class SignOfLife:
         self._thread.start()
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps(asdict(Holder.this_process())))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self._path, flags, 0o644), "w") as file:
+            file.write(json.dumps(asdict(Holder.this_process())))
 
     def _touch(self) -> None:
         while not self._done.wait(BEAT_SECONDS):

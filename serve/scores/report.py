@@ -18,12 +18,13 @@ from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show
-from serve.files.parts import check_output, held_output, output_file, remove_parts
+from serve.files.parts import check_output, held_output, remove_parts
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
 from serve.options import EvaluateOptions
@@ -45,6 +46,8 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
     predictions_file = output_file(Path(options.output_dir) / "predictions.jsonl")
     if dist.rank() == 0:
         advice = "a new --output_dir, or --overwrite true to replace it"
+        given = [options.predictions] if options.predictions else []
+        refuse_input(report_file, [*given, *options.data])
         check_output(report_file, options.overwrite, advice)
     figures: PredictionFigures | None = None
     if options.predictions is not None:

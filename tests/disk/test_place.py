@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_ds.disk.place import cache_home, given_path, require_folder
+from qwen_ds.disk.place import (
+    cache_home,
+    given_path,
+    output_file,
+    refuse_input,
+    require_folder,
+)
 from qwen_ds.errors import UserError
 
 
@@ -111,3 +117,21 @@ def test_a_user_without_a_home_has_a_cache_of_his_own(
     (tmp_path / "qwen_ds-4711").mkdir()
     with pytest.raises(UserError, match="qwen_ds-4711: another user's; expected a home folder"):
         cache_home()
+
+
+@pytest.mark.parametrize("output", ["/", ".", ""])
+def test_an_output_without_a_name_is_refused(output: str) -> None:
+    with pytest.raises(UserError, match="expected the name of a file"):
+        output_file(output)
+
+
+def test_an_output_is_no_input_whatever_its_name(tmp_path: Path) -> None:
+    folder, link = tmp_path / "data", tmp_path / "link"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a").touch()
+    link.symlink_to(folder / "a")
+    for output in (folder / "a", link, folder / "deep" / ".." / "a", folder / "new"):
+        with pytest.raises(UserError, match=r"this command reads .*; expected an output that is"):
+            refuse_input(output, ["Qwen/Qwen-7B", folder if output.name == "new" else folder / "a"])
+    refuse_input(tmp_path / "data2", [folder])
+    refuse_input(folder / "deep" / "new", [folder / "a", folder / "gone"])

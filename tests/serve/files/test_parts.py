@@ -23,7 +23,6 @@ from serve.files.parts import (
     file_state,
     first_difference,
     held_output,
-    output_file,
     remove_parts,
 )
 from serve.files.ranks import RankWatch, SignOfLife
@@ -212,12 +211,6 @@ def test_a_folder_made_for_the_lock_goes_if_it_stays_empty(tmp_path: Path) -> No
     with held_output(tmp_path / "a" / "out.jsonl"):
         (tmp_path / "a" / "out.jsonl").write_text("rows")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out.jsonl"]
-
-
-@pytest.mark.parametrize("output", ["/", ".", ""])
-def test_an_output_without_a_name_is_refused(output: str) -> None:
-    with pytest.raises(UserError, match="expected the name of a file"):
-        output_file(output)
 
 
 def test_a_rank_of_a_killed_run_that_still_lives_keeps_its_file(tmp_path: Path) -> None:
