@@ -43,16 +43,19 @@ def run_command(main: Callable[[], int | None], stopped_code: int | None = None)
     """
     guard()
     code: int | None
+    local_rank = 0
     try:
+        dist.check_place()
         with signals.raised(stopped_code, speaks=dist.rank() == 0):
+            local_rank = dist.local_rank()
             code = main()
     except UserError as error:
         line, code = f"error: {error}", EXIT_USER
         # Every rank of a machine may have found the same mistake. The first speaks at once; a
         # launcher then ends the others within these two seconds; without one they speak, too.
-        if dist.local_rank():
+        if local_rank:
             time.sleep(2)
-            line = f"[local rank {dist.local_rank()}] {line}"
+            line = f"[local rank {local_rank}] {line}"
         show(one_line(line), err=True)
     except signals.Stopped as stopped:
         code = signals.last_words(stopped.number)

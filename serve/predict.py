@@ -24,7 +24,7 @@ from qwen_ds import dist
 from qwen_ds.disk.place import cache_home, require_folder
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import run_command
-from qwen_ds.terminal import show, show_json
+from qwen_ds.terminal import require_stdout, show, show_json
 from serve.engine.loading import silence_libraries
 from serve.files.prediction import predict
 from serve.options import PredictOptions, parse
@@ -62,6 +62,7 @@ def _predict_to_stdout(options: PredictOptions) -> None:
             "--output is - under the deepspeed launcher, which writes lines of its own to standard"
             " output; expected a file, or another launcher"
         )
+    require_stdout()
     key = json.dumps(asdict(options), sort_keys=True, default=str).encode(errors="replace")
     folder = cache_home() / "predictions"
     require_folder(folder, make=True)

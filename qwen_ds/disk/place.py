@@ -39,6 +39,11 @@ def _fault(text: str, expanded: str) -> str | None:
             " spelled out, or the option on a command line, without single quotes"
         )
     try:
+        if not os.path.isabs(expanded):
+            os.getcwd()
+    except FileNotFoundError:
+        return "the working folder is gone; expected an absolute path, or another working folder"
+    try:
         os.stat(expanded)
     except OSError as error:
         if error.errno == errno.ELOOP:

@@ -118,12 +118,18 @@ class PredictionParts:
 
     @classmethod
     def join_in(
-        cls, output: Path, settings: Settings, rank: int, timeout_seconds: float, old: FileState
+        cls,
+        output: Path,
+        settings: Settings,
+        rank: int,
+        timeout_seconds: float,
+        old: FileState,
+        watch: RankWatch | None = None,
     ) -> PredictionParts | None:
         """Another rank: wait until rank 0 has checked the input and made the folder.
 
         `old` is the state of the earlier output that this run replaces. Returns None if all rows
-        were done by then. Failed if rank 0 has not made the folder in time.
+        were done by then. Failed if rank 0 is gone, or has not made the folder in time.
         """
         folder, deadline = parts_folder(output), time.monotonic() + timeout_seconds
         while True:
@@ -133,6 +139,8 @@ class PredictionParts:
             # In this order: the folder is removed only after the output is there.
             if not folder.exists() and file_state(output) not in (None, old):
                 return None
+            if watch is not None and (gone := watch.gone()):
+                raise Failed(f"{gone[0]} and has not begun; see what it said")
             if time.monotonic() > deadline:
                 raise Failed(f"{folder}: rank 0 did not make it within {timeout_seconds:.0f} s")
             time.sleep(POLL_SECONDS)

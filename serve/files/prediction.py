@@ -81,15 +81,15 @@ def predict(
     """
     output = output_file(output)
     with ExitStack() as held:
-        watch: RankWatch | None = None
         if dist.rank() == 0:
             held.enter_context(held_output(output))
             check_output(output, options.overwrite)
-            watch = RankWatch(output, dist.world_size())
-            held.callback(watch.stop)
         else:
             held.enter_context(made_folder(output.parent))
+        if dist.world_size() > 1:
             held.callback(SignOfLife(output, dist.rank()).stop)
+        watch = RankWatch(output, dist.world_size(), dist.rank())
+        held.callback(watch.stop)
         figures = _predict(held, watch, model, paths, output, options, needs_reference)
         if figures is not None and not keeps_parts:
             remove_parts(output)
@@ -98,7 +98,7 @@ def predict(
 
 def _predict(
     held: ExitStack,
-    watch: RankWatch | None,
+    watch: RankWatch,
     model: str,
     paths: Sequence[str],
     output: Path,
@@ -119,12 +119,12 @@ def _predict(
     refuse_input(output, [file for files in _files_of(settings) for file in files] + [*paths])
     parts: PredictionParts | None
     prompts_cut = 0
-    if watch is not None:  # rank 0
+    if rank == 0:
         rows, prompts_cut = reader.survey()
         parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
         parts.watch(watch)
     else:
-        parts = PredictionParts.join_in(output, settings, rank, timeout, old)
+        parts = PredictionParts.join_in(output, settings, rank, timeout, old, watch)
     if parts is None:
         return None
     held.callback(parts.close)

@@ -1,8 +1,8 @@
 """Signs of life of the ranks of a prediction, which share no more than the output's folder.
 
 From its start, before it looks for the model, each rank touches a file of its own beside the output
-every few seconds, until its share is done. Rank 0 watches the files from a thread, so that a long
-batch of its own does not blind it.
+every few seconds, until its share is done. Rank 0 watches the others' from a thread, so that a long
+batch of its own does not blind it; they watch rank 0's until it has made the folder of parts.
 """
 
 from __future__ import annotations
@@ -59,17 +59,18 @@ class SignOfLife:
 
 
 class RankWatch:
-    """Rank 0's view of the others: a rank is gone whose file does not change for some time."""
+    """The view of a rank of those that it waits for, which are all others for rank 0, and rank 0
+    for the others: one is gone whose file does not change for some time."""
 
-    def __init__(self, output: Path, world: int) -> None:
+    def __init__(self, output: Path, world: int, rank: int = 0) -> None:
         self.world = world
         self._output = output
         self._gone: dict[int, str] = {}
         self._done = threading.Event()
-        now = time.monotonic()
+        now, awaited = time.monotonic(), [0] if rank else range(1, world)
         # Of each rank: the time of its file (None: no file), since when, and whether it ever beat.
         # A file that is there now may be a killed run's.
-        self._seen = {rank: (self._time(rank), now, False) for rank in range(1, world)}
+        self._seen = {rank: (self._time(rank), now, False) for rank in awaited}
         self._thread = threading.Thread(target=self._look_on, name="rank watch", daemon=True)
         self._thread.start()
 

@@ -135,3 +135,14 @@ def test_an_output_is_no_input_whatever_its_name(tmp_path: Path) -> None:
             refuse_input(output, ["Qwen/Qwen-7B", folder if output.name == "new" else folder / "a"])
     refuse_input(tmp_path / "data2", [folder])
     refuse_input(folder / "deep" / "new", [folder / "a", folder / "gone"])
+
+
+def test_a_working_folder_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="output is 'x': the working folder is gone; expected"):
+        given_path("output", "x")
+    assert given_path("output", str(tmp_path / "x")) == str(tmp_path / "x")

@@ -167,6 +167,17 @@ def test_rank_0_names_the_rank_that_is_gone(
     assert not list(tmp_path.glob("*.alive")), "nor is a killed rank's file left behind"
 
 
+def test_a_rank_does_not_wait_for_a_rank_0_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("LOOK", 0.02), ("SILENT", 1.0), ("ABSENT", 2.0)):
+        monkeypatch.setattr(ranks, f"{name}_SECONDS", seconds)
+    watch = RankWatch(tmp_path / "out.jsonl", 3, rank=2)
+    with pytest.raises(RuntimeError, match="rank 0 has given no sign of life .* has not begun"):
+        PredictionParts.join_in(tmp_path / "out.jsonl", {}, 2, 60.0, None, watch)
+    watch.stop()
+
+
 def test_a_rank_that_has_done_its_share_may_be_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
