@@ -66,7 +66,7 @@ def run_command(main: Callable[[], int | None], stopped_code: int | None = None)
             code = signals.last_words(number)
         elif (failure := in_one_line(error)) is not None:
             show(f"error: {one_line(failure)}", err=True)
-            code = EXIT_USER if _is_about_a_path(error) else EXIT_FAILURE
+            code = failure_code(error)
         else:
             raise
     sys.exit(code or EXIT_DONE)
@@ -85,6 +85,11 @@ def in_one_line(error: BaseException) -> str | None:
         f"{place}: {error.strerror}; expected room on the disk; what is complete stays, and the "
         "same command goes on from there"
     )
+
+
+def failure_code(error: BaseException) -> int:
+    """The exit code after an error that is worded by `in_one_line`, or by nobody."""
+    return EXIT_USER if _is_about_a_path(error) else EXIT_FAILURE
 
 
 def _is_about_a_path(error: BaseException) -> bool:
