@@ -36,14 +36,14 @@ from qwen_ds.export.output_place import REPORT_NAME
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model, find_qwen2
 from qwen_ds.recipe.parser import Parser
-from qwen_ds.recipe.ranges import FiniteFloat
+from qwen_ds.recipe.ranges import FiniteFloat, PathText
 from qwen_ds.runlog import run_command
 from qwen_ds.terminal import show
 
 OPTIONS = {
     "from": (FormatName, "qwen", "format of the base; qwen2: back to the qwen format"),
     "adapter": (
-        list[str],
+        list[PathText],
         [],
         "PEFT folders, or runs and checkpoints that hold one in adapter/; each is folded onto the"
         " result of the one before; without any, the base is converted as --dtype, --format or"
@@ -67,7 +67,7 @@ OPTIONS = {
         " other option",
     ),
     "check_texts": (
-        list[str],
+        list[PathText],
         [],
         "data files: every text in them must get the same ids from a converted tokenizer",
     ),
@@ -78,7 +78,7 @@ OPTIONS = {
         "compare logits with base + adapters: of whole models, or layer by layer in the memory of"
         " one layer on shorter texts; auto: full if the model fits in memory",
     ),
-    "prompts": (str | None, None, "text file, a prompt a line, instead of the built-in ones"),
+    "prompts": (PathText | None, None, "text file, a prompt a line, instead of the built-in ones"),
     "allow_pickle": (
         bool,
         False,
@@ -92,9 +92,14 @@ def command_line() -> Parser:
         description="Fold an adapter into its base model, a block of rows at a time, with proof."
     )
     parser.add_argument(
-        "--base", type=str, required=True, help="folder or hub id of the base model, in safetensors"
+        "--base",
+        type=PathText,
+        required=True,
+        help="folder or hub id of the base model, in safetensors",
     )
-    parser.add_argument("--output", type=str, required=True, help="new folder for the merged model")
+    parser.add_argument(
+        "--output", type=PathText, required=True, help="new folder for the merged model"
+    )
     for name, (kind, default, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser

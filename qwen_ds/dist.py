@@ -64,6 +64,21 @@ def local_world_size() -> int:
     return _launcher_number(_LOCAL_WORLD, world_size())
 
 
+def check_place() -> None:
+    """Raise UserError unless the launcher's numbers say which one of how many ranks this is."""
+    if not rank() < world_size() or not local_rank() < local_world_size():
+        raise UserError(
+            f"the environment says rank {rank()} of {world_size()}, and {local_rank()} of"
+            f" {local_world_size()} on this machine; expected a launcher's RANK, WORLD_SIZE,"
+            " LOCAL_RANK, or none of them"
+        )
+
+
+def started_by_deepspeed() -> bool:
+    """Whether DeepSpeed's launcher started this process."""
+    return {"CROSS_RANK", "CROSS_SIZE"} <= os.environ.keys()
+
+
 def export_ranks(master_addr: str | None = None, master_port: int | None = None) -> None:
     """Export Slurm's and MPI's numbers, and the meeting point, under the names that torch reads."""
     if master_addr is None and _started_by_srun():

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -26,27 +27,35 @@ LIBRARY_LOGGERS = (
     "DeepSpeed", "transformers", "datasets", "huggingface_hub", "peft", "jieba", "matplotlib",
 )  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a path that a user has given, or of one below it.
+_NO_WAY = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def run_command(main: Callable[[], int | None], stopped_code: int | None = None) -> None:
     """Run an entry point and leave the process with its exit code.
 
-    A UserError becomes one line on stderr and exit code 2, a full disk one line and 1, a signal one
-    line and the code of `signals.raised`. Any other error is a defect of ours: the traceback shows
-    and the exit code is 1.
+    A UserError becomes one line on stderr and exit code 2, and so does a path that the system does
+    not let us use; a full disk one line and 1, a signal one line and the code of `signals.raised`.
+    Any other error is a defect of ours: the traceback shows and the exit code is 1.
     """
     guard()
     code: int | None
+    local_rank = 0
     try:
+        dist.check_place()
         with signals.raised(stopped_code, speaks=dist.rank() == 0):
+            local_rank = dist.local_rank()
             code = main()
     except UserError as error:
         line, code = f"error: {error}", EXIT_USER
         # Every rank of a machine may have found the same mistake. The first speaks at once; a
         # launcher then ends the others within these two seconds; without one they speak, too.
-        if dist.local_rank():
+        if local_rank:
             time.sleep(2)
-            line = f"[local rank {dist.local_rank()}] {line}"
+            line = f"[local rank {local_rank}] {line}"
         show(one_line(line), err=True)
     except signals.Stopped as stopped:
         code = signals.last_words(stopped.number)
@@ -57,7 +66,7 @@ def run_command(main: Callable[[], int | None], stopped_code: int | None = None)
             code = signals.last_words(number)
         elif (failure := in_one_line(error)) is not None:
             show(f"error: {one_line(failure)}", err=True)
-            code = EXIT_FAILURE
+            code = failure_code(error)
         else:
             raise
     sys.exit(code or EXIT_DONE)
@@ -67,6 +76,8 @@ def in_one_line(error: BaseException) -> str | None:
     """The words for a failure that is not a defect of ours, a full disk above all; else None."""
     if isinstance(error, Failed):
         return str(error)
+    if isinstance(error, OSError) and _is_about_a_path(error):
+        return f"{error.filename}: {error.strerror}; expected a path that this user can use"
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
     place = error.filename or "the output"
@@ -74,6 +85,17 @@ def in_one_line(error: BaseException) -> str | None:
         f"{place}: {error.strerror}; expected room on the disk; what is complete stays, and the "
         "same command goes on from there"
     )
+
+
+def failure_code(error: BaseException) -> int:
+    """The exit code after an error that is worded by `in_one_line`, or by nobody."""
+    return EXIT_USER if _is_about_a_path(error) else EXIT_FAILURE
+
+
+def _is_about_a_path(error: BaseException) -> bool:
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    return error.errno in _NO_WAY
 
 
 class _Visible(logging.Formatter):
@@ -111,9 +133,17 @@ def say(text: str) -> None:
 
 
 def log_to_file(folder: Path) -> None:
-    """Send this rank's log lines and warnings, libraries' included, to a file under `folder`."""
+    """Send this rank's log lines and warnings, libraries' included, to a file under `folder`.
+
+    UserError: something else has the name of the file or of the folder.
+    """
+    file = folder / f"rank_{dist.rank()}.log"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file; expected a folder for the logs")
+    if file.is_dir() or file.is_fifo():  # a FIFO would wait for a reader
+        raise UserError(f"{file}: not a regular file; expected a log, or nothing")
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(folder / f"rank_{dist.rank()}.log", encoding="utf-8")
+    handler = _LogFile(file, encoding="utf-8")
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, handlers=[handler, last_line], force=True)
     handler.setFormatter(_Visible(layout))
@@ -121,8 +151,18 @@ def log_to_file(folder: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    threading.excepthook = _thread_has_failed
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def _thread_has_failed(args: threading.ExceptHookArgs) -> None:
+    """Log the error of a disk, which TensorBoard's thread also hands to its next caller; print any
+    other."""
+    if isinstance(args.exc_value, OSError):
+        logging.getLogger("qwen_ds").warning("a thread has ended: %s", args.exc_value)
+    else:
+        threading.__excepthook__(args)
 
 
 class JsonLines:

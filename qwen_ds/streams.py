@@ -1,7 +1,7 @@
 """stdout and stderr that nobody may be reading: what is printed there never ends the work.
 
-A terminal is closed, `| head` has seen enough, the disk of a log file is full. Everything that is
-worth keeping is in files.
+A terminal is closed, `| head` has seen enough, the disk of a log file is full, `>&-` was given.
+Everything that is worth keeping is in files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,20 @@ class Lossy(io.TextIOWrapper):
 
 def outlive_readers(kind: type[Lossy] = Lossy) -> None:
     """Let stdout and stderr of this process drop what cannot be written."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if vars(sys)[name] is None:  # closed when the process began
+            setattr(sys, name, _null(descriptor))
     sys.stdout, sys.stderr = _lossy(sys.stdout, 1, kind), _lossy(sys.stderr, 2, kind)
+
+
+def _null(descriptor: int) -> TextIO:
+    """A stream to nowhere, under a descriptor that no file of ours must get: C++ prints there."""
+    opened = os.open(os.devnull, os.O_RDWR)
+    try:
+        os.fstat(descriptor)  # a library has a file there
+    except OSError:
+        os.dup2(opened, descriptor)
+    return os.fdopen(opened, "r" if descriptor == 0 else "w", errors="backslashreplace")
 
 
 def _lossy(stream: TextIO, descriptor: int, kind: type[Lossy]) -> TextIO:

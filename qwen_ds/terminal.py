@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TextIO
 
+from qwen_ds.errors import UserError
 from qwen_ds.streams import Lossy, outlive_readers
 
 # C0 but line feed and tab, DEL and C1; marks of direction; line separators; surrogates; characters
@@ -66,12 +67,19 @@ def show(*texts: object, err: bool = False, end: str = "\n", sep: str = " ") -> 
     stream.flush()
 
 
+def require_stdout() -> None:
+    """Raise UserError if standard output was closed when this process began."""
+    if sys.__stdout__ is None:
+        raise UserError("standard output is closed, and the result goes there; expected --output")
+
+
 def show_json(lines: Iterable[str]) -> None:
     """Print JSON lines, such as rows that another program reads, to stdout, as long as it does.
 
     What the stream cannot encode is spelled as JSON spells it. A full disk is an OSError: these
-    lines are the result, and not only words about it.
+    lines are the result, and not only words about it. UserError as `require_stdout`.
     """
+    require_stdout()
     stream = sys.stdout
     try:
         if not isinstance(stream, Lossy):

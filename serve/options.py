@@ -13,14 +13,14 @@ from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
-from qwen_ds.recipe.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from qwen_ds.recipe.ranges import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
     """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
 
-    adapter: str | None = None
+    adapter: PathText | None = None
     """Folder of a PEFT adapter to put on the model, unmerged; or of a run or checkpoint that holds
     one."""
     allow_pickle: bool = False
@@ -97,12 +97,12 @@ class AnswerOptions:
 class PredictOptions(AnswerOptions):
     """Options of serve.predict."""
 
-    model: str
+    model: PathText
     """Folder or hub id of a Qwen checkpoint."""
-    input: list[str]
+    input: list[PathText]
     """Files, folders or hub data sets with questions, in any format that training reads; answers
     become references."""
-    output: str
+    output: PathText
     """File to write: one JSON object a row, in the order of the input. -: standard output, which
     then gets nothing else."""
 
@@ -111,13 +111,13 @@ class PredictOptions(AnswerOptions):
 class EvaluateOptions(AnswerOptions):
     """Options of serve.evaluate."""
 
-    model: str | None = None
+    model: PathText | None = None
     """Folder or hub id of a Qwen checkpoint. Not needed with predictions."""
-    data: list[str] = field(default_factory=list)
+    data: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets with questions and reference answers."""
-    output_dir: str
+    output_dir: PathText
     """Folder to write predictions.jsonl and metrics.json to."""
-    predictions: str | None = None
+    predictions: PathText | None = None
     """Score this file of serve.predict instead of generating."""
 
 

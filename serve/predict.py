@@ -7,7 +7,8 @@ A line of the output: id (0, 1, ..), row_id (the row's own id, if it has one), k
 named by --keep), source ("file:line"), prompt (the last question), prediction, reference (the row's
 own answer, or null), finish_reason (stop, or length: cut at max_new_tokens), prompt_tokens,
 completion_tokens, and prompt_tokens_cut where a prompt was too long. A killed run is resumed by the
-same command. `--output -` writes to standard output, once all rows are done.
+same command. `--output -` writes to standard output, once all rows are done; not under deepspeed's
+launcher, which writes there, too.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwen_ds.disk.place import require_folder
+from qwen_ds import dist
+from qwen_ds.disk.place import cache_home, require_folder
+from qwen_ds.errors import UserError
 from qwen_ds.runlog import run_command
-from qwen_ds.terminal import show, show_json
+from qwen_ds.terminal import require_stdout, show, show_json
 from serve.engine.loading import silence_libraries
 from serve.files.prediction import predict
 from serve.options import PredictOptions, parse
@@ -54,8 +57,14 @@ def _predict_to_stdout(options: PredictOptions) -> None:
 
     Until then whatever is printed goes to stderr.
     """
+    if dist.started_by_deepspeed():
+        raise UserError(
+            "--output is - under the deepspeed launcher, which writes lines of its own to standard"
+            " output; expected a file, or another launcher"
+        )
+    require_stdout()
     key = json.dumps(asdict(options), sort_keys=True, default=str).encode(errors="replace")
-    folder = Path.home() / ".cache" / "qwen_ds" / "predictions"
+    folder = cache_home() / "predictions"
     require_folder(folder, make=True)
     output = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.jsonl"
     with contextlib.redirect_stdout(sys.stderr):

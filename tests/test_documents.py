@@ -178,7 +178,7 @@ def check_cluster_script(
     """Check a script that adds the user's options to its own and starts launch/train.py."""
     assert (ROOT / path).is_file() and (ROOT / path).stat().st_mode & 0o111
     (own,) = [words for words in split_commands(read(path)) if "launch/train.py" in words]
-    own = own[own.index("launch/train.py") + 1 :]
+    own = [word.replace("$UID", "0") for word in own[own.index("launch/train.py") + 1 :]]
     check_program("launch/train.py", [*own[: own.index("$@")], *options], monkeypatch)
 
 

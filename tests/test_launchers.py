@@ -13,6 +13,7 @@ import torch.distributed as torch_dist
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError
+from qwen_ds.runlog import run_command
 
 # Task 3 of `srun --nodes=2 --ntasks-per-node=2`, as Slurm 22.05 sets them.
 SRUN = {
@@ -179,3 +180,27 @@ def test_one_rank_of_each_machine_makes_what_all_need(
         variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
         with pytest.raises(UserError, match="^rows.jsonl:3: broken$"):
             dist.once_per_machine(fail, "bad data")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "rank 5 of 2, and 0 of 2"),
+        ({"RANK": "1"}, "rank 1 of 1"),
+        ({"WORLD_SIZE": "0"}, "rank 0 of 0"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "2 of 2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'; expected the number"),
+    ],
+)
+def test_numbers_that_make_no_sense_end_every_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    numbers: dict[str, str],
+    said: str,
+) -> None:
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: pytest.fail("the command began"))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and said in told and told.count("\n") == 1

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_ds.errors import UserError
 from qwen_ds.runlog import run_command
+from qwen_ds.terminal import show, show_json
 from tests.jobs import fork
 
 
@@ -63,3 +65,34 @@ def test_a_full_disk_under_the_output_ends_nothing(tmp_path: Path) -> None:
     process.join(60)
     process.kill()
     assert process.exitcode == 3 and (tmp_path / "done").is_file()
+
+
+def closed(place: Path) -> None:
+    """In the child: as a shell's >&- 2>&- starts a process."""
+    sys.stdout.flush()
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    sys.__stdout__ = None  # type: ignore[misc]
+
+    def main() -> int:
+        with (place / "file").open("w") as file:
+            print("words", flush=True)
+            print("words", file=sys.stderr, flush=True)
+            show("words")
+            os.write(1, b"of C++")
+            os.write(2, b"of C++")
+            file.write("mine")
+        with pytest.raises(UserError, match="standard output is closed, and the result goes there"):
+            show_json(["{}"])
+        return 3
+
+    run_command(main)
+
+
+def test_streams_that_were_closed_at_the_start_end_nothing(tmp_path: Path) -> None:
+    """And no file of ours gets their numbers, under which libraries print."""
+    process = fork(closed, tmp_path)
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 3 and (tmp_path / "file").read_text() == "mine"

@@ -14,11 +14,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ds import dist
 from qwen_ds.data.options import EncodeCommand, InspectCommand, RowOptions
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
@@ -44,9 +44,13 @@ def prepared(options: RowOptions) -> tuple[TokenRows, Encoding]:
 def encode(options: EncodeCommand) -> None:
     """Write the rows to a file, complete or absent, or to standard output. UserError if the file
     exists or cannot be written."""
+    from qwen_ds.data.read.places import locate
     from qwen_ds.data.rows.data_report import summary
 
-    path = None if options.output is None else Path(options.output)
+    path = None if options.output is None else output_file(options.output)
+    if path is not None:
+        train = options.data.train
+        refuse_input(path, [*train, *(file for each in train for file in locate(each).files)])
     if path is not None and path.exists() and not options.overwrite:
         raise UserError(f"{path}: exists; expected a new file, or --overwrite")
     if path is not None and not path.parent.is_dir():

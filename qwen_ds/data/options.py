@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_ds.recipe.options import DataOptions
-from qwen_ds.recipe.ranges import NonNegativeInt
+from qwen_ds.recipe.ranges import NonNegativeInt, PathText
 
 
 @dataclass(frozen=True)
 class ModelChoice:
     """Whose vocabulary encodes the rows."""
 
-    path: str
+    path: PathText
     """Folder or hub id of a Qwen checkpoint."""
 
 
@@ -28,7 +28,7 @@ class RowOptions:
 class EncodeCommand(RowOptions):
     """Options of encode."""
 
-    output: str | None = None
+    output: PathText | None = None
     """File for the rows. Unset: standard output."""
     overwrite: bool = False
     """Let --output replace a file."""

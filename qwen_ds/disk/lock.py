@@ -3,7 +3,7 @@
 The kernel's lock ends with its holder, but some network file systems have none, or keep it to one
 machine. So the holder also writes its name into the file and touches it every few seconds: where
 the kernel lets a second process in, that one watches the file before it believes that the holder is
-dead.
+dead; where there is no kernel's lock at all, the name that stands in the file decides.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from qwen_ds.errors import UserError
 BEAT_SECONDS = 5.0
 # Twelve beats: a holder may be stopped for a while, and network disks cache a file's time.
 DEAD_SECONDS = 60.0
+_NAME_BYTES = 1024  # each name covers the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,9 @@ def holding(lock: Path, purpose: str, say: Callable[[str], None] = ignore) -> It
 
 def _taken(lock: Path, purpose: str, say: Callable[[str], None]) -> BinaryIO:
     while True:
-        # Appending creates the file and keeps what a holder wrote into it.
-        file = lock.open("a+b")
-        is_ours, holder = _kernel_lock(file), _holder(file)
+        # Creates the file, and keeps what a holder wrote into it.
+        file = _opened(lock)
+        is_ours, holder = kernel_lock(file.fileno()), _holder(file)
         if is_ours is False:
             file.close()
             raise _busy(lock, purpose, holder)
@@ -90,18 +92,42 @@ def _taken(lock: Path, purpose: str, say: Callable[[str], None]) -> BinaryIO:
             _watch(lock, file, purpose, holder, say)
         # The last holder may have removed the file after we opened it.
         if _is_under_its_name(file, lock):
-            file.truncate(0)
-            file.write(json.dumps(asdict(Holder.this_process())).encode())
-            file.flush()
+            own = Holder.this_process()
+            os.pwrite(file.fileno(), json.dumps(asdict(own)).encode().ljust(_NAME_BYTES), 0)
             os.fsync(file.fileno())
-            return file
+            if is_ours or _is_last(own, lock):
+                return file
+            file.close()
+            raise _busy(lock, purpose, None)
         file.close()
 
 
-def _kernel_lock(file: BinaryIO) -> bool | None:
-    """Whether the kernel gives us the lock; None where the file system has none."""
+def _opened(lock: Path) -> BinaryIO:
+    """The lock's file itself: a link may lead to a file of the user's, and our name replaces what
+    a file holds."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(lock, flags, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(lock))
+    return os.fdopen(descriptor, "r+b")
+
+
+def _is_last(own: Holder, lock: Path) -> bool:
+    """Whether ours is the name that stays, a beat later: another process may have begun at once."""
+    time.sleep(BEAT_SECONDS)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock.open("rb") as file:
+            return _holder(file) == own
+    except FileNotFoundError:
+        return False
+
+
+def kernel_lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Whether the kernel gives us the lock of an open file, which ends with the process; None where
+    the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True

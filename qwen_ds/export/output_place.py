@@ -7,6 +7,7 @@ merge clears away, from anything else, which is refused.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +39,8 @@ def check_inputs_elsewhere(output: Path, inputs: Sequence[Path]) -> None:
         raise UserError(f"{output}: is the root; expected a new folder for the output")
     places = (output, rejected_name(output), _partial_name(output))
     for place, given in product(places, inputs):
-        if given.resolve().is_relative_to(place.resolve()):
+        # Not Path.resolve, which raises for a loop of links.
+        if Path(os.path.realpath(given)).is_relative_to(os.path.realpath(place)):
             raise UserError(
                 f"{output}: {given} is an input, and a merge to this output writes to {place};"
                 " expected another name for the output"

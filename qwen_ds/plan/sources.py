@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from qwen_ds import demo
+from qwen_ds.disk.place import cache_home
 from qwen_ds.model.carry_over import check_carried
 from qwen_ds.model.folder import ModelFolder, WhichWeights, check_place, find_model
 from qwen_ds.recipe.loading import LoadedRecipe
-
-DEMO_HOME = Path("~/.cache/qwen_ds/demo")
 
 
 def check_sources(asked: LoadedRecipe) -> None:
@@ -32,7 +30,7 @@ def find_sources(
     recipe = asked.recipe
     place, data = recipe.model.path, recipe.data
     if place == "demo":
-        paths = demo.prepare(DEMO_HOME.expanduser())
+        paths = demo.prepare(cache_home() / "demo")
         place = str(paths.model)
         if not data.train:
             data = replace(data, train=[str(paths.train)], eval=data.eval or [str(paths.eval)])

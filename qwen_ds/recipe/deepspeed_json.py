@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.disk.place import name_fault
 from qwen_ds.disk.read import read_json as read_object
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.deepspeed_keys import IDLE, OBJECT, OFF, ONLY, SCHEMA, SILENT, Rule, Schema
@@ -206,12 +207,14 @@ def _check_monitors(config: Json) -> None:
 
 def _can_be_written(folder: Path) -> bool:
     """Whether the folder, or the nearest above it that exists, takes files."""
+    if name_fault(str(folder)):
+        return False
     for each in (folder, *folder.absolute().parents):
         try:
             os.stat(each)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError):  # too long a name, a zero in it, a file above it
+        except OSError:  # a file above it, a loop of links
             return False
         return each.is_dir() and os.access(each, os.W_OK | os.X_OK)
     return False

@@ -15,6 +15,7 @@ from qwen_ds.recipe.ranges import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     PromptBound,
@@ -27,7 +28,7 @@ from qwen_ds.recipe.ranges import (
 class ModelOptions:
     """The base model."""
 
-    path: str = "demo"
+    path: PathText = "demo"
     """Folder or hub id of a Qwen checkpoint in the official layout; `demo` is the embedded tiny
     Qwen."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -52,9 +53,9 @@ class ModelOptions:
 class DataOptions:
     """The rows: where they come from, how they become tokens, and which tokens are targets."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets to train on."""
-    eval: list[str] = field(default_factory=list)
+    eval: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets to compute the evaluation loss on."""
     eval_fraction: Fraction = 0.0
     """Share of the training rows that is set aside for evaluation when data.eval is empty."""
@@ -76,7 +77,7 @@ class DataOptions:
     max_expansion: PositiveInt = 200
     """How many times its own size a compressed file or an archive may unfold to; every one may
     unfold to 256 MB."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Cache of tokenised rows. Unset: ~/.cache/qwen_ds/rows."""
     max_prompt_tokens: PromptBound = 254
     """Bound for the prompt of a single-turn row, in tokens (learn_on original)."""
@@ -114,7 +115,7 @@ class LoraOptions:
     modules_to_save: list[str] = field(default_factory=list)
     """Train these whole, in fp32: wte, lm_head. The official way for base models: 1.2 billion
     parameters of the 7B."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Folder of an adapter to continue from, or of a run or checkpoint that holds one."""
     allow_pickle: bool = False
     """Also read init_from from adapter_model.bin or pytorch_model.bin: tensors, nothing else."""
@@ -217,13 +218,13 @@ class DistributedOptions:
 class Recipe:
     """Everything that a user can ask of a run."""
 
-    output_dir: str = "runs/demo"
+    output_dir: PathText = "runs/demo"
     """The run folder."""
     seed: Seed = 42
     """Seed of the order of the rows, of the dropout and of the fresh adapter."""
     method: Literal["lora", "full"] = "lora"
     """Train an adapter, or all parameters."""
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     """Path of a DeepSpeed JSON. Unset: ZeRO-2."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU when there is one."""

@@ -13,8 +13,9 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import jsonargparse
 import yaml
 
+from qwen_ds.disk.place import given_path
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.ranges import IN_WORDS
+from qwen_ds.recipe.ranges import IN_WORDS, PathText
 from qwen_ds.recipe.recipe_file import read_recipe, unknown_option
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -72,6 +73,9 @@ class Parser(jsonargparse.ArgumentParser):
             raise UserError("an option's value is nested too deeply") from None
         for name in ("local_rank", "config"):
             parsed.pop(name, None)
+        for action in self._actions:
+            if _holds_paths(_kind(action)) and parsed.get(action.dest) is not None:
+                parsed[action.dest] = _given(action.dest, parsed[action.dest])
         return parsed
 
     def _explain(self, message: str) -> str:
@@ -161,8 +165,20 @@ def _kind(action: argparse.Action) -> Any:
 
 
 def _is_of_texts(kind: Any) -> bool:
-    """Whether a type is a list of texts, or that or nothing."""
-    return kind == list[str] or (list[str] in get_args(kind) and str not in get_args(kind))
+    """Whether a type is a list of texts or paths, or that or nothing."""
+    lists, texts = {list[str], list[PathText]}, {str, PathText}
+    return kind in lists or (bool(lists & {*get_args(kind)}) and not texts & {*get_args(kind)})
+
+
+def _holds_paths(kind: Any) -> bool:
+    return kind is PathText or any(map(_holds_paths, get_args(kind)))
+
+
+def _given(option: str, value: Any) -> Any:
+    """A path or a list of paths as `given_path` has it, in plain texts."""
+    if isinstance(value, list):
+        return [given_path(option, str(each)) for each in value]
+    return given_path(option, str(value))
 
 
 def expected(kind: Any) -> str:

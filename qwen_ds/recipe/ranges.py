@@ -1,14 +1,14 @@
-"""Number types with a range, for the fields of options, so that each field carries its own rule.
+"""Types of options that carry a rule of their own: numbers with a range, and paths.
 
 jsonargparse checks them on the command line and in files; `parser.py` words the errors. For a type
-checker each is the plain number that it restricts.
+checker each is the plain number or text that it restricts.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import restricted_number_type
+from jsonargparse.typing import extend_base_type, restricted_number_type
 
 # Each range, by its name, in the words of an error message.
 IN_WORDS: dict[str, str] = {}
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     FiniteFloat = float
     Fraction = float
     Share = float
+    PathText = str
 else:
 
     def _range(name: str, kind: type, words: str, *limits: tuple[str, float]) -> type:
@@ -57,3 +58,11 @@ else:
     FiniteFloat = _range("FiniteFloat", float, f"a number, {_UP_TO}", (">=", -MOST_FLOAT), _most)
     Fraction = _range("Fraction", float, "a number from 0 to less than 1", (">=", 0), ("<", 1))
     Share = _range("Share", float, "a number above 0, up to 1", (">", 0), ("<=", 1))
+
+    def _is_text(_: type, value: object) -> None:
+        if not isinstance(value, str):
+            raise ValueError(f"invalid literal for a path: {value}")  # as int() words it
+
+    # Any text here: `parser.py` looks at paths, which it also changes.
+    PathText = extend_base_type("PathText", str, _is_text)
+    IN_WORDS["PathText"] = "a path"

@@ -8,15 +8,20 @@ huge, and keys that come twice are refused too.
 from __future__ import annotations
 
 import difflib
+import os
+import select
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qwen_ds import dist
 from qwen_ds.errors import UserError
 
 MAX_BYTES = 2**20
+PIPE_SECONDS = 10.0  # of silence
 MAX_DEPTH = 16
 MAX_VALUES = 10_000  # in a file with aliases, once they are written out
 
@@ -53,18 +58,11 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: str, known: Collection[str], lists: Collection[str] = ()) -> str:
     """Check a recipe file against the dotted names of all options, and give it as YAML in which
     sections with nothing in them are left out, and one text for an option in `lists` is a list.
-    UserError: not a regular file, too large, not UTF-8, not a mapping, or a key that is no option.
+    UserError: neither a regular file nor a pipe, too large, not UTF-8, not a mapping, or a key that
+    is no option.
     """
-    file = Path(path)
     try:
-        came = None if file.is_file() else "not a regular file" if file.exists() else "no such file"
-    except (OSError, ValueError):  # too long a name, a zero in it
-        came = "no such file"
-    if came is not None:  # a FIFO would wait for ever
-        raise UserError(f"--config: {came}: {path[:200]}; expected a recipe in YAML")
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
+        raw = _bytes_of(path)
     except OSError as error:
         raise UserError(f"--config: {path}: {error.strerror}; expected a recipe in YAML") from None
     if len(raw) > MAX_BYTES:
@@ -85,6 +83,49 @@ def read_recipe(path: str, known: Collection[str], lists: Collection[str] = ()) 
     _check_names(content, known, "", path)
     _complete(node, known, lists, "")
     return yaml.serialize(node)
+
+
+def _bytes_of(path: str) -> bytes:
+    """The content of a recipe file, cut where it is too large."""
+    file = Path(path)
+    try:
+        came = "not a regular file" if file.exists() else "no such file"
+        is_file, is_pipe = file.is_file(), file.is_fifo()
+    except (OSError, ValueError):  # too long a name, a zero in it
+        came, is_file, is_pipe = "no such file", False, False
+    if is_pipe and dist.world_size() > 1:
+        came, is_pipe = "a pipe, which only one of several ranks could read", False
+    elif came == "no such file" and path.startswith(("/dev/fd/", "/proc/self/fd/")):
+        came = "no such file (a launcher passes no pipe on to its ranks)"
+    if is_pipe:
+        about = file.stat()
+        return _bytes_of_pipe(path, about.st_dev, about.st_ino)
+    if not is_file:
+        raise UserError(f"--config: {came}: {path[:200]}; expected a recipe in YAML")
+    with file.open("rb") as stream:
+        return stream.read(MAX_BYTES + 1)
+
+
+@cache
+def _bytes_of_pipe(path: str, device: int, inode: int) -> bytes:
+    """The content of a pipe, which can be read only once: a parser asks for it several times, each
+    time with the same `device` and `inode`."""
+    raw = b""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while len(raw) <= MAX_BYTES:
+            if not select.select([descriptor], [], [], PIPE_SECONDS)[0]:
+                raise UserError(
+                    f"--config: {path}: nothing came through the pipe for {PIPE_SECONDS:g} s;"
+                    " expected a recipe in YAML"
+                )
+            block = os.read(descriptor, 2**16)
+            if not block:
+                break
+            raw += block
+    finally:
+        os.close(descriptor)
+    return raw
 
 
 def _check_size(root: Any) -> None:

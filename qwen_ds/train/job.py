@@ -59,7 +59,9 @@ def _run(
     whole: WholeFiles | None = None
     if dist.rank() == 0:
         run_folder.write_resolved(run, device, model.count, data.report(), began)
-        whole = held.enter_context(WholeFiles(began, files_of(run), folder / run_folder.IDENTITY))
+        unsure = found.folder if found and resume.is_unsure(found) else None
+        identity = folder / run_folder.IDENTITY
+        whole = held.enter_context(WholeFiles(began, files_of(run), identity, unsure))
     session = open_session(run, data, model, watchdog, found, whole)
     summary = train(session)
     watchdog.idle()

@@ -76,7 +76,8 @@ def train(session: Session) -> RunSummary:
             saves = bool(stop_because) or last or on_time or best.step == number
             if saves:
                 observer.at(number, "saving")
-                saver.save(engine, session.state(number, best, evaluated=evaluated))
+                state = session.state(number, best, evaluated=evaluated)
+                saver.save(engine, state, stopping=bool(stop_because))
             if stop_because:
                 return stopped(session, stop_because)
             garbage.after_step(number, quiet=due or saves)
@@ -175,6 +176,6 @@ def stopped(session: Session, why: str) -> RunSummary:
     """The summary of a run that was asked to stop, once its state is on the disk (a collective)."""
     summary = session.observer.progress.summary()
     summary.stopped_by = why
-    if not session.saver.wait():
+    if not session.saver.wait(seconds_to_compare=0.0):
         raise OSError(f"stopped by {why}, and step {summary.steps} could not be saved")
     return summary

@@ -8,10 +8,10 @@ import traceback
 from typing import NoReturn
 
 from qwen_ds import dist, signals
-from qwen_ds.errors import EXIT_FAILURE, UserError
+from qwen_ds.errors import UserError
 from qwen_ds.machine import choose_device
 from qwen_ds.recipe.loading import LoadedRecipe
-from qwen_ds.runlog import in_one_line
+from qwen_ds.runlog import failure_code, in_one_line
 from qwen_ds.terminal import one_line, show
 from qwen_ds.train.engine import start
 from qwen_ds.train.job import run_in_group
@@ -54,9 +54,10 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
 
 def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     """Say what happened and leave without another word to the peers: any of them may be dead."""
-    log.exception("the run has failed")
+    if logging.getLogger().handlers:  # before the log file is open it would go to the terminal
+        log.exception("the run has failed")
     if told := watchdog.blame(error) or in_one_line(error):
         show(f"error: {one_line(told)}", err=True)
     else:
         show(traceback.format_exc(), err=True, end="")
-    os._exit(EXIT_FAILURE)
+    os._exit(failure_code(error))

@@ -4,14 +4,13 @@ While OUTPUT is being made, there is a folder OUTPUT.parts. In it each rank appe
 rows to a file of its own, a batch at a time, and finds the rows that a killed run has finished,
 whatever its number of ranks. Each line ends with a checksum: a damaged one is left out, and its row
 is answered again. Once all rows are there, rank 0 writes them in order to OUTPUT, which is complete
-or absent at every moment, and removes the folder. Ranks share nothing else, in particular no
-process group that could hang.
+or absent at every moment. The folder goes when the command needs it no longer. Ranks share no
+process group, which could hang.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,16 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from qwen_ds.disk.lock import holding
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.lock import holding, kernel_lock
+from qwen_ds.disk.place import require_folder, unwritable
 from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import naming, remove_folder, replacing, sync, write_json
 from qwen_ds.errors import Failed, UserError
 from qwen_ds.runlog import say
-from serve.files.ranks import RankWatch, SignOfLife
+from serve.files.ranks import RankWatch
 
 POLL_SECONDS = 0.2
 SETTINGS_FILE = "settings.json"
+# The output as it was joined; there for as long as the folder is.
+JOINED_FILE = "joined.json"
 # The end of a line in the folder, which the output does not have.
 _SUM = b', "crc32": "%08x"}\n'
 _SUM_BYTES = len(_SUM % 0)
@@ -71,27 +72,17 @@ class PredictionParts:
         self._place_R3 = np.full((rows, 3), -1, dtype=np.int64)
         own = self.folder / f"rank_{rank:05d}.jsonl"
         self._stream = own.open("ab")
-        self._hold(own)
-        self._beat = SignOfLife(self.folder, rank)
+        # From a rank of another run that still lives.
+        if kernel_lock(self._stream.fileno()) is False:
+            self._stream.close()
+            raise UserError(
+                f"{own}: another process is writing it; expected one prediction at a time"
+            )
         # A kill may have cut off the last line.
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
         sync(self.folder)
         # Files of an earlier release have lines without a checksum.
-        card = _read_card(self.folder / SETTINGS_FILE) or {}
-        self._sums = bool(card.get("sums"))
-
-    def _hold(self, own: Path) -> None:
-        """Keep the rank's file from a rank of another run that still lives; the kernel's lock ends
-        with the process."""
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._stream.close()
-            raise UserError(
-                f"{own}: another process is writing it; expected one prediction at a time"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        self._sums = bool((_read_settings(self.folder) or {}).get("sums"))
 
     @classmethod
     def prepare(
@@ -104,8 +95,10 @@ class PredictionParts:
         folder = parts_folder(output)
         card = folder / SETTINGS_FILE
         require_folder(folder)
+        if folder.is_symlink():
+            raise UserError(f"{folder}: a symbolic link; expected the name to be free")
         if folder.exists():
-            left = _read_card(card)
+            left = _read_settings(folder)
             difference = first_difference(settings, left["settings"]) if left else None
             if difference and not overwrite and _has_rows(folder):
                 raise UserError(
@@ -119,31 +112,37 @@ class PredictionParts:
             write_json(card, {"settings": settings, "rows": rows, "sums": True})
         return cls(output, 0, rows)
 
-    def watch(self, world: int) -> None:
-        """Rank 0: watch over the other ranks until `close`; see `refresh`."""
-        self._watch = RankWatch(self.folder, world)
+    def watch(self, watch: RankWatch) -> None:
+        """Rank 0: let `refresh` fail where a rank is gone."""
+        self._watch = watch
 
     @classmethod
     def join_in(
-        cls, output: Path, settings: Settings, rank: int, timeout_seconds: float, old: FileState
+        cls,
+        output: Path,
+        settings: Settings,
+        rank: int,
+        timeout_seconds: float,
+        old: FileState,
+        watch: RankWatch | None = None,
     ) -> PredictionParts | None:
         """Another rank: wait until rank 0 has checked the input and made the folder.
 
         `old` is the state of the earlier output that this run replaces. Returns None if all rows
-        were done by then. Failed if rank 0 has not made the folder in time.
+        were done by then. Failed if rank 0 is gone, or has not made the folder in time.
         """
-        card, deadline = parts_folder(output) / SETTINGS_FILE, time.monotonic() + timeout_seconds
+        folder, deadline = parts_folder(output), time.monotonic() + timeout_seconds
         while True:
-            left = _read_card(card)
+            left = _read_settings(folder)
             if left and first_difference(settings, left["settings"]) is None:
                 return cls(output, rank, left["rows"])
             # In this order: the folder is removed only after the output is there.
-            if not card.parent.exists() and file_state(output) not in (None, old):
+            if not folder.exists() and file_state(output) not in (None, old):
                 return None
+            if watch is not None and (gone := watch.gone()):
+                raise Failed(f"{gone[0]} and has not begun; see what it said")
             if time.monotonic() > deadline:
-                raise Failed(
-                    f"{card.parent}: rank 0 did not make it within {timeout_seconds:.0f} s"
-                )
+                raise Failed(f"{folder}: rank 0 did not make it within {timeout_seconds:.0f} s")
             time.sleep(POLL_SECONDS)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -222,53 +221,51 @@ class PredictionParts:
         progress(self.rows)
 
     def join(self) -> None:
-        """Rank 0, all rows finished: write them in order to the output and remove the folder."""
+        """Rank 0, all rows finished: write them in order to the output. The folder stays, so that
+        the same command knows the output for its own, until `remove_parts`."""
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(file.open("rb")) for file in self._read_up_to]
-            out = stack.enter_context(stack.enter_context(replacing(self.output)).open("wb"))
-            for number, start, end in self._place_R3.tolist():
-                streams[number].seek(start)
-                line = streams[number].read(end - start)
-                out.write(line[:-_SUM_BYTES] + b"}\n" if _has_sum(line) else line)
+            unfinished = stack.enter_context(replacing(self.output))
+            with unfinished.open("wb") as out:
+                for number, start, end in self._place_R3.tolist():
+                    streams[number].seek(start)
+                    line = streams[number].read(end - start)
+                    out.write(line[:-_SUM_BYTES] + b"}\n" if _has_sum(line) else line)
+            # Before the output has its name, which it gets with this state.
+            write_json(self.folder / JOINED_FILE, {"output": file_state(unfinished)})
         self.close()
-        # Some network file systems refuse it while another rank still has its file open.
-        with contextlib.suppress(OSError):
-            remove_folder(self.folder)
 
     def close(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
-        self._beat.stop()
         # Only an append that has failed leaves bytes, and it has raised.
         with contextlib.suppress(OSError):
             self._stream.close()
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder to write in, and those above it; those that stay empty go again."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    require_folder(folder, make=True)
+    try:
+        yield
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # not empty
+                each.rmdir()
+
+
+@contextlib.contextmanager
 def held_output(file: Path) -> Iterator[None]:
-    """Hold an output, a file that may be absent, against every other process; its folder is made,
-    and goes if it stays empty.
+    """Hold an output, a file that may be absent, against every other process, in its `made_folder`.
 
     UserError: another process writes it; the message names that and its host.
     """
-    if not file.name or file.is_dir():
-        raise UserError(f"{file}: a folder; expected the name of a file to write")
-    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
-    require_folder(file.parent, make=True)
-    try:
-        with contextlib.ExitStack() as held:
-            try:
-                lock = file.with_name(f".{file.name}.lock")
-                held.enter_context(holding(lock, str(file), say))
-            except OSError as error:
-                raise UserError(
-                    f"{file}: {error.strerror or error}; expected a folder to write in"
-                ) from error
-            yield
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+    with made_folder(file.parent), contextlib.ExitStack() as held:
+        try:
+            held.enter_context(holding(file.with_name(f".{file.name}.lock"), str(file), say))
+        except OSError as error:
+            raise unwritable(file, error) from error
+        yield
 
 
 def _has_sum(line: bytes) -> bool:
@@ -292,10 +289,21 @@ def check_output(
 ) -> None:
     """Raise UserError unless `file` is free, or may be replaced, and its folder can be written."""
     require_folder(file.parent)
-    if file.is_dir():
-        raise UserError(f"{file}: a folder; expected the name of a file to write")
-    if file.exists() and not overwrite:
+    if file.exists() and not overwrite and not _was_just_joined(file):
         raise UserError(f"{file}: exists; expected {advice}")
+
+
+def _was_just_joined(output: Path) -> bool:
+    """Whether a command has joined this very file, and was stopped before it was done with it."""
+    card = _read_card(parts_folder(output) / JOINED_FILE)
+    return card is not None and card.get("output") == list(file_state(output) or ())
+
+
+def remove_parts(output: Path) -> None:
+    """Remove the folder of an output that is complete."""
+    # Some network file systems refuse it while another rank still has its file open.
+    with contextlib.suppress(OSError):
+        remove_folder(parts_folder(output))
 
 
 def parts_folder(output: Path) -> Path:
@@ -303,7 +311,7 @@ def parts_folder(output: Path) -> Path:
 
 
 def _remove_ours(folder: Path) -> None:
-    ours = ("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}")
+    ours = ("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}", JOINED_FILE, f".{JOINED_FILE}")
     foreign = [file.name for file in folder.iterdir() if not file.name.startswith(ours)]
     if foreign:
         raise UserError(
@@ -315,6 +323,13 @@ def _remove_ours(folder: Path) -> None:
 
 def _has_rows(folder: Path) -> bool:
     return any(b"\n" in file.read_bytes() for file in folder.glob("rank_*.jsonl"))
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings and the rows of a folder; None where they are not there, or are not ours."""
+    card = _read_card(folder / SETTINGS_FILE) or {}
+    is_ours = isinstance(card.get("settings"), dict) and type(card.get("rows")) is int
+    return card if is_ours else None
 
 
 def _read_card(card: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,15 +18,24 @@ from qwen_ds.data.read.places import locate
 from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
 from qwen_ds.disk.adapter_folder import tell_adapter
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from serve.engine.loading import load_engine
-from serve.files.parts import PredictionParts, Settings, check_output, file_state, held_output
+from serve.files.parts import (
+    PredictionParts,
+    Settings,
+    check_output,
+    file_state,
+    held_output,
+    made_folder,
+    remove_parts,
+)
 from serve.files.prompts import PromptReader, PromptRow
+from serve.files.ranks import RankWatch, SignOfLife
 from serve.options import AnswerOptions
 
 # Batches whose rows are sorted by length together: enough for little padding, and few in memory.
@@ -61,21 +70,35 @@ def predict(
     output: Path,
     options: AnswerOptions,
     needs_reference: bool = False,
+    keeps_parts: bool = False,
 ) -> PredictionFigures | None:
     """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
 
     Returns figures on rank 0, once the output is complete; None on other ranks, once their share
-    is. UserError: anything wrong with model, input or output, before the first row is answered; or
-    another process writes this output.
+    is. With `keeps_parts` the caller removes the parts of the output: until then the same call
+    knows a finished output for its own. UserError: anything wrong with model, input or output,
+    before the first row is answered; or another process writes this output.
     """
+    output = output_file(output)
     with ExitStack() as held:
         if dist.rank() == 0:
             held.enter_context(held_output(output))
-        return _predict(held, model, paths, output, options, needs_reference)
+            check_output(output, options.overwrite)
+        else:
+            held.enter_context(made_folder(output.parent))
+        if dist.world_size() > 1:
+            held.callback(SignOfLife(output, dist.rank()).stop)
+        watch = RankWatch(output, dist.world_size(), dist.rank())
+        held.callback(watch.stop)
+        figures = _predict(held, watch, model, paths, output, options, needs_reference)
+        if figures is not None and not keeps_parts:
+            remove_parts(output)
+        return figures
 
 
 def _predict(
     held: ExitStack,
+    watch: RankWatch,
     model: str,
     paths: Sequence[str],
     output: Path,
@@ -83,8 +106,6 @@ def _predict(
     needs_reference: bool,
 ) -> PredictionFigures | None:
     rank, timeout = dist.rank(), options.timeout_minutes * 60
-    if rank == 0:
-        check_output(output, options.overwrite)
     old = file_state(output) if options.overwrite else None
     folder = find_model(model)
     if options.adapter is not None:  # checked before minutes of reading rows
@@ -95,15 +116,15 @@ def _predict(
     context = folder.family.context(folder.config)
     reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
     settings = settings_of(folder.path, paths, options)
+    refuse_input(output, [file for files in _files_of(settings) for file in files] + [*paths])
     parts: PredictionParts | None
     prompts_cut = 0
     if rank == 0:
         rows, prompts_cut = reader.survey()
-        require_folder(output.parent, make=True)
         parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
-        parts.watch(dist.world_size())
+        parts.watch(watch)
     else:
-        parts = PredictionParts.join_in(output, settings, rank, timeout, old)
+        parts = PredictionParts.join_in(output, settings, rank, timeout, old, watch)
     if parts is None:
         return None
     held.callback(parts.close)
@@ -191,8 +212,16 @@ def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> S
     return values
 
 
+def _files_of(settings: Settings) -> Iterator[list[str]]:
+    """The names of all files that answers depend on."""
+    for cards in (settings["model"], settings["adapter"] or [], *(c for _, c in settings["input"])):
+        yield [name for name, _, _ in cards]
+
+
 def _files_in(folder: Path) -> list[list[Any]]:
-    return [_file_card(file) for file in sorted(folder.iterdir()) if file.is_file()]
+    # Hidden files are nothing of a model's, and those of an output beside it come and go.
+    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+    return [_file_card(file) for file in files if file.is_file()]
 
 
 def _file_card(file: Path) -> list[Any]:

@@ -92,7 +92,7 @@ class PromptReader:
             for name in [name for name in missing if row.own["kept"][name] is not None]:
                 del missing[name]
         for counts in not_read.values():
-            for name in self.options.keep:
+            for name in ("id", *self.options.keep):  # carried into the output: see _own
                 counts.pop(name, None)
         say_not_read(not_read)
         if not is_cut:

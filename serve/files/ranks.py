@@ -1,7 +1,8 @@
-"""Signs of life of the ranks of a prediction, which share no more than a folder.
+"""Signs of life of the ranks of a prediction, which share no more than the output's folder.
 
-Each rank touches a file of its own there every few seconds until its share is done. Rank 0 watches
-the files from a thread, so that a long batch of its own does not blind it.
+From its start, before it looks for the model, each rank touches a file of its own beside the output
+every few seconds, until its share is done. Rank 0 watches the others' from a thread, so that a long
+batch of its own does not blind it; they watch rank 0's until it has made the folder of parts.
 """
 
 from __future__ import annotations
@@ -18,48 +19,58 @@ from qwen_ds.disk.lock import BEAT_SECONDS, Holder
 
 # Six beats: network disks cache a file's time for a few seconds.
 SILENT_SECONDS = 30.0
-# For a rank that has never come: a cold disk or a fetch of the model may hold up its start, and a
-# launcher ends the job where it has died.
-ABSENT_SECONDS = 600.0
+# For a rank that has never come: all start together, and nothing slow comes before the first beat.
+ABSENT_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 
 
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.alive"
+def _file(output: Path, rank: int) -> Path:
+    return output.with_name(f".{output.name}.rank_{rank:05d}.alive")
 
 
 class SignOfLife:
-    """The file of this rank, touched by a thread until `stop`."""
+    """The file of this rank, touched by a thread until `stop`, which removes it."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path = _file(folder, rank)
+    def __init__(self, output: Path, rank: int) -> None:
+        self._path = _file(output, rank)
         self._done = threading.Event()
-        self._path.write_text(json.dumps(asdict(Holder.this_process())))
+        self._write()
         self._thread = threading.Thread(target=self._touch, name="beat", daemon=True)
         self._thread.start()
+
+    def _write(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self._path, flags, 0o644), "w") as file:
+            file.write(json.dumps(asdict(Holder.this_process())))
 
     def _touch(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
             with suppress(OSError):  # a disk that is away for a while is not the end of the work
-                os.utime(self._path)
+                try:
+                    os.utime(self._path)
+                except FileNotFoundError:  # another run on this output, which was refused, took it
+                    self._write()
 
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
+        with suppress(OSError):
+            self._path.unlink()
 
 
 class RankWatch:
-    """Rank 0's view of the others: a rank is gone whose file does not change for some time."""
+    """The view of a rank of those that it waits for, which are all others for rank 0, and rank 0
+    for the others: one is gone whose file does not change for some time."""
 
-    def __init__(self, folder: Path, world: int) -> None:
+    def __init__(self, output: Path, world: int, rank: int = 0) -> None:
         self.world = world
-        self._folder = folder
+        self._output = output
         self._gone: dict[int, str] = {}
         self._done = threading.Event()
-        now = time.monotonic()
+        now, awaited = time.monotonic(), [0] if rank else range(1, world)
         # Of each rank: the time of its file (None: no file), since when, and whether it ever beat.
         # A file that is there now may be a killed run's.
-        self._seen = {rank: (self._time(rank), now, False) for rank in range(1, world)}
+        self._seen = {rank: (self._time(rank), now, False) for rank in awaited}
         self._thread = threading.Thread(target=self._look_on, name="rank watch", daemon=True)
         self._thread.start()
 
@@ -71,6 +82,9 @@ class RankWatch:
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
+        for rank in self._gone:  # a killed one leaves its file
+            with suppress(OSError):
+                _file(self._output, rank).unlink()
 
     def _look_on(self) -> None:
         last = time.monotonic()
@@ -92,13 +106,13 @@ class RankWatch:
             return None
         silent = f"rank {rank} has given no sign of life for {now - since:.0f} s"
         with suppress(OSError, ValueError, TypeError):
-            silent += f" ({Holder(**json.loads(_file(self._folder, rank).read_text()))})"
+            silent += f" ({Holder(**json.loads(_file(self._output, rank).read_text()))})"
         return silent
 
     def _time(self, rank: int) -> int | None:
         try:
             # Opened anew each time: that is when a network disk asks its server for the time.
-            with _file(self._folder, rank).open("rb") as file:
+            with _file(self._output, rank).open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return None

@@ -18,13 +18,13 @@ from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show
-from serve.files.parts import check_output, held_output
+from serve.files.parts import check_output, held_output, remove_parts
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
 from serve.options import EvaluateOptions
@@ -37,16 +37,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any] | None:
     Returns its content on rank 0, None on the others. UserError: nothing to score, an answer
     missing in the data, an output that exists or that another process writes.
     """
-    report_file = Path(options.output_dir) / "metrics.json"
+    report_file = output_file(Path(options.output_dir) / "metrics.json")
     with held_output(report_file) if dist.rank() == 0 else nullcontext():
         return _evaluate(options, report_file)
 
 
 def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | None:
-    folder = report_file.parent
-    predictions_file = folder / "predictions.jsonl"
+    predictions_file = output_file(Path(options.output_dir) / "predictions.jsonl")
     if dist.rank() == 0:
         advice = "a new --output_dir, or --overwrite true to replace it"
+        given = [options.predictions] if options.predictions else []
+        refuse_input(report_file, [*given, *options.data])
         check_output(report_file, options.overwrite, advice)
     figures: PredictionFigures | None = None
     if options.predictions is not None:
@@ -65,7 +66,12 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
             )
             check_output(predictions_file, options.overwrite, advice)
         figures = predict(
-            options.model, options.data, predictions_file, options, needs_reference=True
+            options.model,
+            options.data,
+            predictions_file,
+            options,
+            needs_reference=True,
+            keeps_parts=True,
         )
         if figures is None:
             return None
@@ -74,8 +80,9 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
     )
     report = report_of(options, lines, scores, figures)
-    require_folder(folder, make=True)
     write_json(report_file, report)
+    if figures is not None:
+        remove_parts(predictions_file)
     show(f"{in_words(report, scores, lines)}\n\nscores: {report_file}")
     return report
 

@@ -37,6 +37,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"tensorboard": on(output_path="/dev/null/x")}, "tensorboard.output_path is '/dev/null/x'"),
     ({"csv_monitor": on(output_path="/dev/null/x")}, "csv_monitor.output_path"),
     ({"csv_monitor": on(output_path="x" * 5000)}, "csv_monitor.output_path is 'xxx"),
+    ({"csv_monitor": on(output_path=f"no/{'x' * 256}")}, "csv_monitor.output_path is 'no/xxx"),
+    ({"tensorboard": on(output_path="no", job_name="x" * 256)}, "tensorboard.output_path is 'no'"),
     ({"tensorboard": on(output_path="a\0b")}, "tensorboard.output_path is 'a"),
     (zero(cpu_offload=True), "zero_optimization.cpu_offload is True"),
     (zero(cpu_offload_param=True), '"offload_param": {"device": "cpu"}'),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,27 @@ import pytest
 from tests.adversarial.harness import PLANTED, Member, Place, check
 
 CLASS = f"{PLANTED}.Options"
+# options that are paths, one in each shape, each with paths that cannot be meant: one mechanism
+PATHS = {
+    "plan": "output_dir data.cache_dir data.train lora.init_from deepspeed model.path",
+    "merge": "base output adapter check_texts prompts",
+    "data inspect": "model.path data.eval",
+    "data encode": "output",
+    "predict": "model input output adapter",
+    "evaluate": "output_dir data predictions",
+}
+REQUIRED = {
+    "merge": "base output",
+    "data inspect": "model.path",
+    "data encode": "model.path",
+    "predict": "model input output",
+    "evaluate": "output_dir",
+}
+WRONG_PATHS = {
+    "~nosuch/x": "no such user",
+    "${RUNS}/x": "${RUNS} is for a shell",
+    "x" * 256: "too long",
+}
 # name -> recipe, and a word of the message
 TEXTS: dict[str, tuple[str | bytes, str]] = {
     "class_path of a section": (f"optim: {{class_path: {CLASS}}}", "optim.class_path"),
@@ -132,6 +155,29 @@ def _fifo(place: Place) -> Sequence[str | Path]:
     return ["plan", "--config", place.here / "fifo"]
 
 
+def _path_line(command: str, option: str, path: str) -> str:
+    """The command line of an option that is a path, with the other options that it must have."""
+    others = [f"--{name} r" for name in REQUIRED.get(command, "").split() if name != option]
+    return " ".join([command, *others, f"--{option} {path}"])
+
+
+def _pipe(content: bytes) -> Callable[[Place], Sequence[str | Path]]:
+    """A recipe from a process, such as a shell's <(...) gives."""
+
+    def make(place: Place) -> Sequence[str | Path]:
+        place.out.mkdir()  # a pipe's time changes
+        os.mkfifo(place.out / "fifo")
+        threading.Thread(target=_feed, args=(place.out / "fifo", content), daemon=True).start()
+        return ["plan", "--config", place.out / "fifo"]
+
+    return make
+
+
+def _feed(fifo: Path, content: bytes) -> None:
+    with suppress(BrokenPipeError), fifo.open("wb") as stream:
+        stream.write(content)
+
+
 MEMBERS = [
     *(Member(name, partial(_recipe, text), says=(said,)) for name, (text, said) in TEXTS.items()),
     *(
@@ -140,12 +186,30 @@ MEMBERS = [
         for value in values
     ),
     *(
+        Member(
+            f"{command} {option} {path[:12]}",
+            _words(_path_line(command, option, path)),
+            says=(f"{option} is '{path[:100]}", said),
+        )
+        for command, options in PATHS.items()
+        for option in options.split()
+        for path, said in WRONG_PATHS.items()
+    ),
+    *(
         Member(line[:60], _words(line.replace("CLASS", CLASS)), says=(said,))
         for line, said in LINES.items()
     ),
-    Member("a FIFO", _fifo, says=("not a regular file",)),
+    Member("a FIFO", _fifo, says=("nothing came through the pipe for 10 s",)),
+    Member("a pipe with a recipe", _pipe(b"seed: 7"), code=0),
+    Member("a pipe with a mistake", _pipe(b"sed: 7"), says=("unknown option sed",)),
+    Member("an endless pipe", _pipe(b"# " + bytes(2**21)), says=("over 1,048,576 bytes",)),
+    Member(
+        "a pipe that a launcher closed",
+        _words("plan --config /dev/fd/987"),
+        says=("no such file (a launcher passes no pipe on to its ranks)",),
+    ),
     Member("a BOM", partial(_recipe, b"\xef\xbb\xbfseed: 1"), code=0),
-    Member("a variable is text", partial(_recipe, "output_dir: ${HOME}"), code=0),
+    Member("a variable in a text", partial(_recipe, "data: {system: '${HOME}'}"), code=0),
     Member("a section is empty", partial(_recipe, "optim:\n  # lr: 1\nseed: 1"), code=0),
     Member("one text for a list", partial(_recipe, f"data: {{train: {CLASS}}}"), code=0),
     Member("an alias", partial(_recipe, "data: {train: &a [x], eval: *a}"), code=0),

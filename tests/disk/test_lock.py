@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,69 @@ def test_the_holder_is_worded_for_a_person() -> None:
     assert str(Holder("node7", 12, "2026-01-02 03:04:05")) == (
         "process 12 on node7, since 2026-01-02 03:04:05"
     )
+
+
+@pytest.mark.parametrize("longer", ["the first", "the second"])
+def test_without_locks_of_the_file_system_one_of_two_that_begin_at_once_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, longer: str
+) -> None:
+    """Both have found the file without a holder; the name that was written last stays."""
+    monkeypatch.setattr(module, "_holder", _both_at_once(monkeypatch))
+    monkeypatch.setattr(fcntl, "flock", _no_locks)
+    hosts = {"first": "a", "second": "b"}
+    hosts[longer.removeprefix("the ")] *= 60  # a longer name leaves no tail behind
+    monkeypatch.setattr(
+        module.socket, "gethostname", lambda: hosts[threading.current_thread().name]
+    )
+    held: list[str] = []
+    refused: list[str] = []
+    over = threading.Event()
+
+    def one() -> None:
+        name = threading.current_thread().name
+        try:
+            with holding(tmp_path / "lock", "it"):
+                held.append(name)
+                over.wait(20)
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=one, name=name) for name in hosts]
+    for thread in threads:
+        thread.start()
+    ends = time.monotonic() + 20
+    while len(held) + len(refused) < 2:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 1, (held, refused)
+    assert "it is being written by another process" in refused[0]
+
+
+def _no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def _both_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Holder | None]:
+    """Let two threads find out together who holds a lock, before either writes its name, and look
+    again only when both have written."""
+    found, written = threading.Barrier(2), threading.Barrier(2)
+    holder, pwrite, asked = module._holder, os.pwrite, threading.local()
+
+    def waiting(file: Any) -> Holder | None:
+        if not vars(asked):
+            asked.once = True
+            seen = holder(file)
+            found.wait(20)
+            return seen
+        return holder(file)
+
+    def write(*arguments: Any) -> int:
+        count = pwrite(*arguments)
+        written.wait(20)
+        return count
+
+    monkeypatch.setattr(os, "pwrite", write)
+    return waiting

@@ -161,9 +161,7 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_output(
     assert not any("unfinished" in name or "partial" in name for name in left), left
     assert not left & {"model", "answers.jsonl", "rows.jsonl", "metrics.json"}, left
     assert shared_memory() <= shared
-    # Answers that are complete are not made again unasked, and may be scored with --predictions.
-    more = ["--overwrite", "true"] if "scores" in where else []
-    again = Command([*words[name], *more], tmp_path / "again")
+    again = Command(words[name], tmp_path / "again")
     assert again.ended() == 0, again.err
     assert visible(made) & {"model", "answers.jsonl", "rows.jsonl", "metrics.json"}
 
@@ -260,3 +258,63 @@ def test_a_signal_inside_an_evaluation_saves_at_once(small_job: list[str], tmp_p
         for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (calm, run))
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_stop_does_not_wait_until_all_of_the_base_is_compared(
+    small_job: list[str], tmp_path: Path
+) -> None:
+    """The checkpoint says so, and the next start compares it; nothing else is different."""
+    script, calm, run = tmp_path / "slow.py", tmp_path / "calm", tmp_path / "run"
+    script.write_text(
+        "import os, runpy, signal, sys, time\n"
+        "from qwen_ds.train import loop\n"
+        "from qwen_ds.train.survive import identity\n"
+        "train_step, stops_after = loop.train_step, int(sys.argv.pop())\n"
+        "def stopping(session, number, window):\n"
+        "    if number == stops_after: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return train_step(session, number, window)\n"
+        "loop.train_step = stopping\n"
+        "if stops_after == 6: identity.WholeFiles._sha256 = lambda *_: time.sleep(1000)\n"
+        f"runpy.run_path({str(jobs.SCRIPT)!r}, run_name='__main__')\n"
+    )
+    job = [*small_job, "--output_dir", str(run)]
+    Job([*small_job, "--output_dir", str(calm)], 1).wait().ok()
+    compared = {}
+    for step in (4, 6):
+        stopped = Job([*job, str(step)], 1, script).wait(90)
+        assert stopped.codes == [3], stopped.out[-2000:] + stopped.err[-2000:]
+        state = run / "checkpoints" / f"step_{step:06d}" / "state.json"
+        compared[step] = json.loads(state.read_text())["compared"]
+    assert compared == {4: True, 6: False}
+    last = Job(job, 1).wait().ok()
+    assert "step_000006: saved at a stop, before all of the base was compared" in last.out
+    state = run / "checkpoints" / "step_000010" / "state.json"
+    assert json.loads(state.read_text())["compared"] is True
+    results = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (calm, run)]
+    assert results[0] == results[1]
+
+
+def test_a_full_disk_under_the_logs_and_tensorboard_costs_no_step(
+    small_job: list[str], tmp_path: Path
+) -> None:
+    """TensorBoard's own thread gets the error, and hands it to whoever calls next."""
+    script, run = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(
+        "import errno, os, runpy\n"
+        "from tensorboard.summary.writer.record_writer import RecordWriter\n"
+        "write, written = RecordWriter.write, []\n"
+        "def full(self, data):\n"
+        "    written.append(data)\n"
+        "    if len(written) > 20: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "    write(self, data)\n"
+        "RecordWriter.write = full\n"
+        f"runpy.run_path({str(jobs.SCRIPT)!r}, run_name='__main__')\n"
+    )
+    (run / "logs").mkdir(parents=True)
+    for rank in range(2):
+        (run / "logs" / f"rank_{rank}.log").symlink_to("/dev/full")
+    job = Job([*small_job, "--output_dir", str(run)], 2, script).wait().ok()
+    assert "Traceback" not in job.err + job.out
+    assert job.out.count("TensorBoard's file is given up: No space left on device") == 1
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11)) and (run / "adapter" / "adapter_model.safetensors").is_file()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from qwen_ds.errors import UserError
-from qwen_ds.plan import sources
 from qwen_ds.plan.sources import find_sources
 from qwen_ds.recipe.loading import load_recipe
 
@@ -15,7 +14,7 @@ from qwen_ds.recipe.loading import load_recipe
 def test_the_demo_brings_its_model_and_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "DEMO_HOME", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked, model = find_sources(load_recipe([]))
     assert model.path == Path(asked.recipe.model.path) and model.weights is not None
     assert Path(asked.recipe.model.path).is_relative_to(tmp_path.resolve())

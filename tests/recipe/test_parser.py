@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import get_type_hints
 
@@ -80,3 +81,28 @@ def test_a_file_cannot_name_anything_but_options(tmp_path: Path) -> None:
     for known in (["c.d"], ["a.b"]):
         with pytest.raises(UserError, match="unknown option"):
             read_recipe(str(tmp_path / "r.yaml"), known)
+
+
+def test_a_path_is_spelled_out_wherever_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "r.yaml").write_text("output_dir: ~/a\ndata: {train: [~/b, c], system: ~/d}\n")
+    found = load_recipe(["--config", str(tmp_path / "r.yaml"), "--lora.init_from", "~/e"]).recipe
+    assert (found.output_dir, found.lora.init_from) == ("/home/me/a", "/home/me/e")
+    assert found.data.train == ["/home/me/b", "c"] and found.data.system == "~/d"
+    (tmp_path / "r.yaml").write_text("output_dir: 2024")
+    with pytest.raises(UserError, match="output_dir is 2024; expected a path"):
+        load_recipe(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_a_pipe_is_no_recipe_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"seed: 5")
+    os.close(writer)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="a pipe, which only one of several ranks could read"):
+            load_recipe(["--config", f"/dev/fd/{reader}"])
+    assert load_recipe(["--config", f"/dev/fd/{reader}"]).recipe.seed == 5
+    os.close(reader)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_ds.errors import UserError
+from serve import predict as command
 from serve.files.prediction import predict
 from serve.options import PredictOptions, parse
 
@@ -58,7 +60,7 @@ def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path)
             cwd=Path(__file__).parents[2],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
+            | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONIOENCODING": "ascii"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -70,4 +72,21 @@ def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path)
     assert ended[0][0] == "" and "11 rows" in ended[1][1]
     lines = [json.loads(line) for line in ended[1][0].splitlines()]
     assert [line["prompt"] for line in lines] == [row["content"] for row in ROWS]
-    assert not list((tmp_path / ".cache" / "qwen_ds" / "predictions").iterdir())
+    assert not list((tmp_path / "cache" / "qwen_ds" / "predictions").iterdir())
+
+
+def test_standard_output_that_a_launcher_writes_to_is_refused(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is read or made."""
+    for name, value in {
+        "CROSS_RANK": "0",
+        "CROSS_SIZE": "1",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    words = ["--model", str(small_dir), "--input", "none.jsonl", "--output", "-"]
+    monkeypatch.setattr(sys, "argv", ["serve.predict", *words])
+    with pytest.raises(UserError, match="--output is - under the deepspeed launcher, which writes"):
+        command.main()
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from qwen_ds.recipe.options import Recipe
 from qwen_ds.train import setup
 from qwen_ds.train.job import run_in_group
 from qwen_ds.train.survive.watchdog import Watchdog
+from tests.jobs import SCRIPT, Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,3 +189,17 @@ def test_the_command_itself_prints_one_line_and_exits_with_2(
         f"error: {typo}: DeepSpeed has no top-level key 'zero_optimisation'; the nearest is "
         "'zero_optimization'"
     ]
+
+
+@pytest.mark.job
+def test_a_home_where_nothing_can_be_made_is_one_line(tmp_path: Path) -> None:
+    """Before the log file is open, and without a traceback in its place."""
+    script = tmp_path / "home.py"
+    script.write_text(
+        "import os, runpy\n"
+        "os.environ['XDG_CACHE_HOME'] = '/dev/null'\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    ended = Job(["--output_dir", str(tmp_path / "run")], 1, script).wait()
+    assert ended.codes == [2] and ended.err.count("\n") == 1, ended.err
+    assert "/dev/null/qwen_ds/demo" in ended.err and "Not a directory" in ended.err

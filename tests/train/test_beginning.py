@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.jobs import Job, run_job
+from tests.jobs import SCRIPT, Job, run_job
 
 pytestmark = pytest.mark.job
 
@@ -79,3 +79,46 @@ def test_the_second_of_two_runs_on_a_folder_is_refused(
     third = Job(job, 1).wait().ok()
     assert steps(run) == list(range(1, 61)) and "is being written" not in third.err
     assert not (run / ".lock").exists()
+
+
+@pytest.mark.parametrize("what", ["config.json", "the vocabulary", "model.safetensors", "adapter"])
+def test_machines_with_different_beginnings_are_told_which_file_it_is(
+    small_job: list[str], small_dir: Path, golden: Path, tmp_path: Path, what: str
+) -> None:
+    """Two machines on one: each rank is the first of its own, and has a disk (a folder) of its own
+    on which the same relative paths lead to other files."""
+    hosts = [tmp_path / "0", tmp_path / "1"]
+    for host in hosts:
+        shutil.copytree(small_dir, host / "base")
+        shutil.copytree(golden / "lora" / "adapter", host / "adapter")
+    changed = hosts[1] / "base"
+    if what == "config.json":
+        config = json.loads((changed / what).read_text())
+        (changed / what).write_text(json.dumps(config | {"layer_norm_epsilon": 1e-5}))
+    elif what == "the vocabulary":
+        (file,) = changed.glob("*.tiktoken")
+        first, second, *rest = file.read_text().splitlines()
+        swapped = [f"{a.split()[0]} {b.split()[1]}" for a, b in ((first, second), (second, first))]
+        file.write_text("\n".join([*swapped, *rest]) + "\n")
+    else:
+        file = (
+            changed / what if what != "adapter" else hosts[1] / what / "adapter_model.safetensors"
+        )
+        held = {name: 2 * tensor for name, tensor in load_file(file).items()}
+        save_file(held, file, metadata={"format": "pt"})
+    script = tmp_path / "host.py"
+    script.write_text(
+        "import os, runpy\n"
+        "os.environ |= {'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}\n"
+        f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    job = with_base(small_job, Path("base"))
+    job += ["--lora.init_from", "adapter", "--lora.targets", "c_attn", "c_proj", "w1", "w2"]
+    job += ["--lora.r", "4", "--lora.alpha", "8", "--lora.special_rows", "off"]
+    ended = Job([*job, "--output_dir", str(tmp_path / "run")], 2, script).wait(mercy=20.0)
+    assert ended.codes == [2, 2], ended.err
+    said = "adapter_model.safetensors" if what == "adapter" else what
+    assert f"{said} is" in ended.err or f"of {said} is" in ended.err, ended.err
+    assert "on the machine of rank 1 and" in ended.err and "Traceback" not in ended.err
+    assert not (tmp_path / "run" / "recipe.yaml").exists()

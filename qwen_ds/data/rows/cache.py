@@ -9,7 +9,6 @@ damaged, or is not that of its name, is made again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -29,14 +28,14 @@ from qwen_ds.data.rows.encode import EncodeOptions
 from qwen_ds.data.rows.reading import formats_of, read_options
 from qwen_ds.data.rows.row_file import FORMAT_VERSION, RowWriter, cache_errors, fault
 from qwen_ds.data.rows.workers import encode_all
+from qwen_ds.disk.lock import kernel_lock
+from qwen_ds.disk.place import cache_home
 from qwen_ds.disk.write import replacing
 from qwen_ds.errors import UserError
 from qwen_ds.model import chatml, tokenizer
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.recipe.options import DataOptions
 from qwen_ds.runlog import say
-
-DEFAULT_CACHE = "~/.cache/qwen_ds/rows"
 
 
 def make_or_find(
@@ -52,7 +51,7 @@ def make_or_find(
     UserError: a row or a data set that cannot be trained on, or a cache that cannot be written.
     """
     key = _key(data, [locate(path) for path in paths], options, encoding.sha256)
-    cache = Path(data.cache_dir or DEFAULT_CACHE).expanduser()
+    cache = Path(data.cache_dir) if data.cache_dir else cache_home() / "rows"
     path = cache / f"{key}.arrow"
     if fault(path, key, every_byte) is None:
         return path
@@ -143,12 +142,7 @@ def _lock(path: Path) -> Iterator[bool]:
     # Reading is enough for a lock, and for the file of another user who shares the cache.
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield kernel_lock(descriptor, wait=True) is True
     finally:
         os.close(descriptor)
 

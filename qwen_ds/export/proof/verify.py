@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qwen_ds.disk.read import read_text
 from qwen_ds.errors import UserError
 from qwen_ds.export.choices import Proof, ProofKind
 from qwen_ds.export.merge_plan import MergePlan
@@ -93,13 +94,7 @@ class Verification:
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank; UserError if it cannot be read or has none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: {error}; expected a text file in UTF-8, a prompt a line"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no text; expected a prompt a line")
     return prompts

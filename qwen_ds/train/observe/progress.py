@@ -169,7 +169,7 @@ class Progress:
             try:
                 method(self._board, *arguments)
             except OSError as error:
-                log.warning("TensorBoard's file is given up: %s", error)
+                say(f"TensorBoard's file is given up: {error.strerror or error}")
                 self._board = None
 
 

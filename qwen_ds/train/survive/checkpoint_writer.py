@@ -35,7 +35,10 @@ from qwen_ds.train.survive.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
-BEGAN_WITH = "began_with"  # in state.json
+# In state.json: what the run began with, and whether its bytes were compared with that.
+BEGAN_WITH, COMPARED = "began_with", "compared"
+# For bytes to compare, at a stop: a scheduler may give 30 seconds until it kills.
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +94,15 @@ class Saver:
         if resumed and dist.rank() == 0:
             checkpoint.tidy(self._run, resumed.step, resumed.state["best"]["step"], keep)
 
-    def save(self, engine: TrainingEngine, state: RunState) -> Path:
+    def save(self, engine: TrainingEngine, state: RunState, *, stopping: bool = False) -> Path:
         """Save the state after `state.step` (a collective); returns the folder it will have.
 
         A failure (a full disk) is reported, leaves the older checkpoints alone, and does not end
-        the training. UserError: see `WholeFiles.wait`.
+        the training. A run that is `stopping` has little time: it does not wait for all of the base
+        to be compared, and the checkpoint says so. UserError: see `WholeFiles.wait`.
         """
         target = checkpoint.step_folder(self._run, state.step)
-        self.wait()
+        self.wait(STOP_SECONDS if stopping else None)
         # All ranks, once a save. Nothing has changed since a save of the same step, and replacing
         # it would leave a moment without it.
         if dist.max_floats(dist.rank() == 0 and self._saved_step == state.step)[0]:
@@ -121,19 +125,19 @@ class Saver:
             self._thread.start()
         return target
 
-    def wait(self) -> bool:
-        """Wait until the last save is on the disk and the base is known to be the same; whether
-        the save succeeded (a collective)."""
+    def wait(self, seconds_to_compare: float | None = None) -> bool:
+        """Wait until the last save is on the disk and the base is known to be the same, for that
+        only so many seconds; whether the save succeeded (a collective)."""
         # At the store and not in a collective, which has a time-out that a slow disk may exceed.
-        dist.once(self._join, "the saver")
+        dist.once(partial(self._join, seconds_to_compare), "the saver")
         return not dist.max_floats(self._failure is not None)[0]
 
-    def _join(self) -> None:
+    def _join(self, seconds_to_compare: float | None) -> None:
         if self._thread is not None:
             self.watchdog.touch_during(self._thread.join)
         self._thread = None
         if self._whole is not None:
-            self.watchdog.touch_during(self._whole.wait)
+            self.watchdog.touch_during(partial(self._whole.wait, seconds_to_compare))
 
     def _sharded(self, engine: TrainingEngine) -> bool:
         """Whether the state stays in the ranks' pieces: full training under ZeRO."""
@@ -156,8 +160,13 @@ class Saver:
             "zero_stage": engine.stage,
             "sharded": self._sharded(engine),
             **self._identity,
-            **({BEGAN_WITH: self._whole.began.as_json()} if self._whole else {}),
+            **self._beginning(),
         }
+
+    def _beginning(self) -> dict[str, Any]:
+        if self._whole is None:
+            return {}
+        return {BEGAN_WITH: self._whole.began.as_json(), COMPARED: self._whole.compared}
 
     def _write_whole(self, snapshot: _Snapshot, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint from gathered state, in the thread of rank 0."""

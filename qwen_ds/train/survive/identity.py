@@ -39,6 +39,7 @@ PACKAGES = (
 )  # fmt: skip
 BLOCK_BYTES = 4096
 BLOCKS_OF_A_PICKLE = 512  # whose tensors have no places that are known without loading it
+_END_SECONDS = 5.0
 _READERS = 8  # a network disk answers many small reads at once
 # Keys of config.json that change no number of a training.
 _IMMATERIAL = {
@@ -194,12 +195,18 @@ class WholeFiles:
     memory. Bytes that an earlier start has recorded are compared: see `wait`. Otherwise they are
     recorded in `file` and in the checkpoints, as soon as all are known. A run that ends before has
     none recorded, and its next start tries again.
+
+    Args:
+        unsure: the checkpoint that the run resumes from, where its bytes were not compared.
     """
 
-    def __init__(self, began: Began, paths: Mapping[str, Path], file: Path) -> None:
-        self.began = began
+    def __init__(
+        self, began: Began, paths: Mapping[str, Path], file: Path, unsure: Path | None = None
+    ) -> None:
+        self.began, self._unsure = began, unsure
         self._paths, self._file = paths, file
         self._change: str | None = None
+        self._compared = False
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._read, name="whole files", daemon=True)
 
@@ -209,18 +216,24 @@ class WholeFiles:
 
     def __exit__(self, *error: object) -> None:
         self._ends.set()
-        self._thread.join()
+        self._thread.join(_END_SECONDS)  # a disk that does not answer must not hold up the end
 
-    def wait(self) -> None:
-        """Wait until the bytes are compared, if there are any to compare with.
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the bytes are compared, if there are any to compare with, or for `seconds`.
 
         Each save does it first: however slow the disk, no checkpoint says that it is of this run
-        and is of another base. UserError names the file that has changed.
+        and is of another base. Where it waited for `seconds` alone, it says `compared` false.
+        UserError names the file that has changed.
         """
         if self.began.whole:
-            self._thread.join()
+            self._thread.join(seconds)
         if self._change:
             raise UserError(self._change)
+
+    @property
+    def compared(self) -> bool:
+        """Whether no bytes are left to compare with those that the run began with."""
+        return self._compared or not self.began.whole
 
     def _read(self) -> None:
         with suppress(OSError):  # Linux: of this thread alone
@@ -235,15 +248,20 @@ class WholeFiles:
                 if found[name] != self.began.whole.get(name, found[name]):
                     self._change = (
                         f"{path}: was {_short(self.began.whole[name])} when the run began and is "
-                        f"{_short(sha256)} now; expected the same file (nothing was saved since "
-                        "this start)"
+                        f"{_short(sha256)} now; expected the same file ({self._saved()})"
                     )
                     return
+            self._compared = True
             if found != self.began.whole:
                 self.began = replace(self.began, whole=found)
                 write_json(self._file, self.began.as_json())
         except OSError as error:
             say(f"{error.filename}: {error.strerror}; its bytes are not compared from now on")
+
+    def _saved(self) -> str:
+        if self._unsure is None:
+            return "nothing was saved since this start"
+        return f"{self._unsure} was saved before this was known: remove it, or begin anew"
 
     def _sha256(self, path: Path) -> str | None:
         """None: the run has ended meanwhile."""

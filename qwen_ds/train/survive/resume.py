@@ -31,7 +31,7 @@ from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
-from qwen_ds.train.survive.checkpoint_writer import BEGAN_WITH, OPTIMIZER, RNG, shard_name
+from qwen_ds.train.survive.checkpoint_writer import BEGAN_WITH, COMPARED, OPTIMIZER, RNG, shard_name
 from qwen_ds.train.survive.identity import Began, changes, known_later, other_versions
 from qwen_ds.train.survive.run_folder import DS_CONFIG, IDENTITY, RECIPE, holds_run, is_finished
 
@@ -87,6 +87,11 @@ def check_same_files(found: Checkpoint, run: Run, now: Began) -> Began:
             "same base, first adapter and libraries, which cannot be compared"
         )
         return now
+    if is_unsure(found):
+        say(
+            f"{found.folder}: saved at a stop, before all of the base was compared with that of the"
+            " start; it is compared now, before the next save"
+        )
     if versions := other_versions(began, now):
         say(f"{found.folder}: other libraries than it was saved with ({versions})")
     changed = False
@@ -106,6 +111,11 @@ def check_same_files(found: Checkpoint, run: Run, now: Began) -> Began:
         if changed
         else replace(now, whole=began.whole or known_later(began, run.folder / IDENTITY))
     )
+
+
+def is_unsure(found: Checkpoint) -> bool:
+    """Whether nobody knows yet that a checkpoint is of the base that the run began with."""
+    return found.state.get(COMPARED) is False
 
 
 def nothing_is_left(found: Checkpoint, run: Run, data_sha256: str, steps_per_epoch: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.disk.lock import holding
-from qwen_ds.disk.place import require_folder
+from qwen_ds.disk.place import require_folder, unwritable
 from qwen_ds.disk.write import unfinished_name, write_json
 from qwen_ds.errors import UserError
 from qwen_ds.plan.run import Run
@@ -46,9 +46,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             held.enter_context(holding(folder / LOCK, f"output_dir {folder}", say))
         except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}; expected a folder to write in"
-            ) from error
+            raise unwritable(folder, error) from error
         yield
 
 

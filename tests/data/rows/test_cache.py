@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -214,7 +215,7 @@ def test_a_run_that_broke_off_leaves_nothing_that_counts(
 def test_without_locks_each_process_writes_a_file_of_its_own(
     data: DataOptions, small_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_cache.fcntl, "flock", raising(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", raising(errno.ENOLCK))
     other = []
 
     def meanwhile(target: Path, *args: object) -> None:

@@ -524,6 +524,7 @@ def test_only_one_of_many_ranks_merges(
     small_dir: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     paths = [
         "--base",
         str(small_dir),

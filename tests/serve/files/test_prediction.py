@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -299,6 +302,100 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
     with pytest.raises(UserError, match=message):
         run(options_for(small_dir, rows, tmp_path / output, *more))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rank_beats_before_it_looks_for_the_model(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the model takes, rank 0 knows within a minute who has come; and it looks out
+    for them from its own start."""
+    output, seen = tmp_path / "new" / "out.jsonl", []
+
+    def loading(_: str) -> NoReturn:
+        seen.append(sorted(path.name for path in output.parent.iterdir()))
+        seen.append(
+            sorted(t.name for t in threading.enumerate() if t.name in ("beat", "rank watch"))
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serve.files.prediction.find_model", loading)
+    for rank in (1, 0):
+        as_rank(monkeypatch, rank, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(options_for(small_dir, rows, output))
+        assert not output.parent.exists(), "neither of them leaves anything"
+    threads = ["beat", "rank watch"]
+    zero, one = (f".out.jsonl.rank_0000{rank}.alive" for rank in range(2))
+    assert seen == [[one], threads, [".out.jsonl.lock", zero], threads]
+
+
+def test_the_link_of_an_output_stays_the_users(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
+    """It is followed: to a file that is absent, and with --overwrite to one that is there."""
+    link, target = tmp_path / "link", tmp_path / "far" / "out.jsonl"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    run(options_for(small_dir, rows, link))
+    assert link.is_symlink() and target.read_bytes() == expected
+    target.write_text("mine")
+    with pytest.raises(UserError, match=r"out\.jsonl: exists"):
+        run(options_for(small_dir, rows, link))
+    run(options_for(small_dir, rows, link, "--overwrite"))
+    assert link.is_symlink() and target.read_bytes() == expected
+    assert [path.name for path in target.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a link to a device"])
+def test_what_is_no_file_is_never_replaced(
+    small_dir: Path, rows: Path, tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "out"
+    if kind == "a FIFO":
+        os.mkfifo(output)
+    elif kind == "a device":
+        os.mknod(output, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else:
+        output.symlink_to("/dev/null")
+    with pytest.raises(UserError, match="out: not a regular file; expected the name of a file"):
+        run(options_for(small_dir, rows, output, "--overwrite"))
+    assert not output.is_file() and output.exists()
+
+
+def test_a_command_killed_behind_its_last_row_is_done_again_by_itself(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output has its name, and its parts were not removed; nothing is answered twice."""
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.files.prediction.remove_parts", raising_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(options_for(small_dir, rows, output))
+    assert output.read_bytes() == expected and (tmp_path / "out.jsonl.parts").is_dir()
+    with pytest.raises(UserError, match="interrupted run with seed"):
+        run(options_for(small_dir, rows, output, "--seed", "5"))
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.files.prediction.load_engine", raising_interrupt)
+        run(options_for(small_dir, rows, output))
+    assert output.read_bytes() == expected and not (tmp_path / "out.jsonl.parts").exists()
+
+
+def test_an_output_that_was_changed_since_is_kept(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.files.prediction.remove_parts", raising_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(options_for(small_dir, rows, output))
+    output.write_text("mine")
+    with pytest.raises(UserError, match=r"out\.jsonl: exists"):
+        run(options_for(small_dir, rows, output))
+    assert output.read_text() == "mine"
+
+
+def raising_interrupt(*_: object, **__: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def test_a_rank_waits_for_rank_0_where_the_output_is_to_be_replaced(

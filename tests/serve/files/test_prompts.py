@@ -52,3 +52,13 @@ def test_control_tokens_spelled_in_a_question_stay_text(small_dir: Path, tmp_pat
         options = options_for(rows, *how)
         (row,) = PromptReader(options.input, options, encoding, context=200)
         assert row.ids.count(encoding.im_end_id) == count
+
+
+def test_an_id_is_carried_and_not_called_unread(
+    tmp_path: Path, small_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"content": "a", "id": "q-7", "origin": "web"}])
+    reader = PromptReader([str(rows)], options_for(rows), load_encoding(small_dir), context=200)
+    reader.survey()
+    assert capsys.readouterr().err == "not read: origin (1 row)\n"
+    assert next(iter(reader)).own == {"row_id": "q-7"}

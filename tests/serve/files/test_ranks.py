@@ -37,12 +37,12 @@ def until(holds: Callable[[], object]) -> None:
 
 def test_the_waits_fit_into_a_minute() -> None:
     assert 5 * BEAT_SECONDS < SILENT_SECONDS < 60 - LOOK_SECONDS
-    assert SILENT_SECONDS < ABSENT_SECONDS
+    assert SILENT_SECONDS < ABSENT_SECONDS <= 60
 
 
 def test_a_rank_that_falls_silent_is_gone_and_named(tmp_path: Path) -> None:
-    watch = RankWatch(tmp_path, 3)
-    beats = [SignOfLife(tmp_path, 1), SignOfLife(tmp_path, 2)]
+    watch = RankWatch(tmp_path / "out", 3)
+    beats = [SignOfLife(tmp_path / "out", 1), SignOfLife(tmp_path / "out", 2)]
     until(lambda: all(came for _, _, came in watch._seen.values()))
     beats[0]._done.set()  # as a kill would stop it
     until(watch.gone)
@@ -54,9 +54,9 @@ def test_a_rank_that_falls_silent_is_gone_and_named(tmp_path: Path) -> None:
 
 def test_a_rank_that_never_came_is_gone_later(tmp_path: Path) -> None:
     """The file of a killed run is no sign of life."""
-    (tmp_path / "rank_00001.alive").write_text("{")
+    (tmp_path / ".out.rank_00001.alive").write_text("{")
     began = time.monotonic()
-    watch = RankWatch(tmp_path, 3)
+    watch = RankWatch(tmp_path / "out", 3)
     until(lambda: len(watch.gone()) == 2)
     assert time.monotonic() - began >= 2.0
     assert watch.gone()[2].startswith("rank 2 has given no sign of life for ")
@@ -64,12 +64,21 @@ def test_a_rank_that_never_came_is_gone_later(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
-    watch = RankWatch(tmp_path, 2)
+    watch = RankWatch(tmp_path / "out", 2)
     until(watch.gone)
     assert list(watch.gone()) == [1]
-    beat = SignOfLife(tmp_path, 1)
+    beat = SignOfLife(tmp_path / "out", 1)
     until(lambda: not watch.gone())
     time.sleep(5 * ranks.LOOK_SECONDS)  # the watch looks again, several times
     assert watch.gone() == {}
     beat.stop()
     watch.stop()
+
+
+def test_a_file_that_another_run_took_comes_back(tmp_path: Path) -> None:
+    beat = SignOfLife(tmp_path / "out", 1)
+    file = tmp_path / ".out.rank_00001.alive"
+    file.unlink()
+    until(file.is_file)
+    beat.stop()
+    assert not file.exists()

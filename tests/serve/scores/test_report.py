@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from qwen_ds.errors import UserError
+from serve.files.parts import held_output
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
 from serve.scores.report import evaluate, sample
@@ -136,6 +138,42 @@ def test_what_is_missing_is_named(small_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 predictions; expected 2"):
         evaluate(options_for(tmp_path / "e", "--predictions", str(two), "--data", str(data)))
     assert not (tmp_path / "e").exists()
+
+
+def test_an_evaluation_stopped_while_scoring_goes_on_from_its_answers(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command; other settings are refused, and a finished result stays."""
+    data, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "e"
+    words = ("--model", str(small_dir), "--data", str(data))
+
+    def stopped(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "score_all", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(options_for(out, *words))
+    answers = (out / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match="interrupted run with seed"):
+        evaluate(options_for(out, *words, "--seed", "7"))
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.files.prediction.load_engine", stopped)
+        report = evaluate(options_for(out, *words))
+    assert report is not None and report["rows"] == 5
+    assert (out / "predictions.jsonl").read_bytes() == answers
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.jsonl"]
+    with pytest.raises(UserError, match=r"metrics\.json: exists"):
+        evaluate(options_for(out, *words))
+
+
+def test_two_evaluations_do_not_share_an_output(small_dir: Path, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "e"
+    told = rf"metrics\.json is being written by process {os.getpid()} on "
+    for given in (("--model", str(small_dir), "--data", str(data)), ("--predictions", str(data))):
+        with held_output(out / "metrics.json"), pytest.raises(UserError, match=told):
+            evaluate(options_for(out, *given))
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("given", ["--predictions", "--data"])

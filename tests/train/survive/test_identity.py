@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -162,6 +163,39 @@ def test_a_run_that_ends_early_leaves_no_reader_behind(
         reader.wait()
     assert ends.is_set() and not reader._thread.is_alive()
     assert not (tmp_path / "identity.json").exists()
+
+
+def test_a_save_at_a_stop_waits_for_some_seconds_only(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tells a base that was compared from one that was not."""
+    goes_on, sha256 = threading.Event(), WholeFiles._sha256
+
+    def slow(self: WholeFiles, path: Path) -> str | None:
+        assert goes_on.wait(20)
+        return sha256(self, path)
+
+    monkeypatch.setattr(WholeFiles, "_sha256", slow)
+    file = files_of(run_of(base))["base/model.safetensors"]
+    known = {"base/model.safetensors": hashlib.sha256(file.read_bytes()).hexdigest()}
+    with whole(base, tmp_path, known) as reader:
+        reader.wait(0.05)
+        assert not reader.compared
+        goes_on.set()
+        reader.wait()
+        assert reader.compared
+    with whole(base, tmp_path, {}) as first:
+        assert first.compared, "nothing is claimed where nothing is known"
+
+
+def test_a_checkpoint_of_a_changed_base_is_named(base: Path, tmp_path: Path) -> None:
+    run, step = run_of(base), tmp_path / "step_000007"
+    began = replace(Began.of(run), whole={"base/model.safetensors": "0" * 64})
+    with (
+        WholeFiles(began, files_of(run), tmp_path / "identity.json", step) as changed,
+        pytest.raises(UserError, match="step_000007 was saved before this was known: remove it"),
+    ):
+        changed.wait()
 
 
 def test_the_first_adapter_counts_in_either_form(base: Path, golden: Path, tmp_path: Path) -> None:
