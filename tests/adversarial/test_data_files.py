@@ -12,7 +12,7 @@ import os
 import socket
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -77,10 +77,11 @@ def table(fmt: str) -> bytes:
     return out.getvalue()
 
 
-def workbook(*sheets: list[list[object]]) -> bytes:
+def workbook(*sheets: list[list[object]], titles: Sequence[str] = ()) -> bytes:
     book, out = openpyxl.Workbook(), io.BytesIO()
     for at, rows in enumerate(sheets):
         sheet = book.active if at == 0 else book.create_sheet()
+        sheet.title = titles[at] if titles else sheet.title
         for row in rows:
             sheet.append(row)
     book.save(out)
@@ -106,6 +107,9 @@ READ: dict[str, str | bytes] = {
     "data.json": dumped({"version": "1.0", "data": ROWS}),
     "rows.json": dumped({"rows": [{"row_idx": 0, "row": row} for row in ROWS], "partial": False}),
     "train.json": dumped({"train": ROWS}),
+    "data_splits.json": dumped({"version": "1.0", "train": ROWS, "test": ROWS[:1], "dev": ROWS}),
+    "splits.zip": zipped({"a/train.jsonl": LINES, "a/test.jsonl": LINES, "dev.csv": CSV}),
+    "splits.xlsx": workbook(SHEET, SHEET, titles=("train", "test")),
     "navicat.json": json.dumps({"RECORDS": ROWS}, indent=1),
     "orient_index.json": dumped({str(at): row for at, row in enumerate(ROWS)}),
     "orient_split.json": dumped(
@@ -135,6 +139,10 @@ READ: dict[str, str | bytes] = {
     "long_header.csv": CSV.replace("\n", f",{'x' * 300}\n", 1).replace("weather.", "weather.,1")
     .replace("助手。", "助手。,2"),
     "trailing_commas.csv": CSV.replace("weather.\n", "weather.,,\n"),
+    "equal_names.csv": CSV.replace("\n", ",note,note\n", 1).replace("weather.", "weather.,1,2")
+    .replace("助手。", "助手。,3,3"),
+    "equal_cells.csv": CSV.replace("\n", ",output\n", 1).replace("er.\n", "er.,\n")
+    .replace("助手。", "助手。,我是一个助手。"),
     "line_in_a_cell.csv": CSV.replace("今天天气很好", '"今天\r\n天气"'),
     "utf16.csv": CSV.replace(",", "\t").encode("utf-16"),
     "utf16_be_mark.jsonl": "\ufeff".encode("utf-16-be") + LINES.encode("utf-16-be"),
@@ -180,7 +188,10 @@ READ: dict[str, str | bytes] = {
 SAID = {
     "utf16.csv": "read as utf-16", "big5.jsonl": "read as big5", "cp1251.jsonl": "read as cp1251",
     "gbk.csv": "read as gb18030", "euc_kr.jsonl": "read as cp949", "koi8.jsonl": "read as koi8-r",
-    "lines.zip": "lines.zip:README.md: not read",
+    "lines.zip": "lines.zip:README.md: not read", "equal_names.csv": "not read: note (2 rows)",
+    "data_splits.json": "data_splits.json:1 dev: not read, of the split validation (2 rows)",
+    "splits.zip": "splits.zip:dev.csv: not read, of the split validation",
+    "splits.xlsx": "splits.xlsx:test: not read, of the split test",
 }  # fmt: skip
 
 
@@ -260,7 +271,11 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "deep.jsonl": (lambda: '{"content": ' + "[" * 100_000, "not valid JSON"),
     "deep.json": (lambda: "[" * 1_000_000, "nested too deep"),
     "long_number.jsonl": (lambda: '{"content": ' + "9" * 10_000 + "}", "not valid JSON"),
-    "equal_names.csv": (lambda: "content,summary,summary\na,b,c\n", "two columns 'summary'"),
+    "equal_names.csv": (lambda: "content,summary,summary\na,b,c\n", ":2: summary is not the same"),
+    "equal_names.xlsx": (
+        lambda: workbook([["content", "summary", "summary"], ["a", "b", "c"]]),
+        "Sheet:2: summary is not the same",
+    ),
     "ragged.csv": (lambda: "content,summary\na,b\nc\n", ":3: 1 cells; expected 2"),
     "prose.txt": (lambda: "从前有一座山。\n山上有一座庙。\n", "the text begins with"),
     "html.json": (lambda: "<!DOCTYPE html>\n<p>404</p>", "the text begins with"),
@@ -398,6 +413,22 @@ FOLDERS: dict[str, tuple[Callable[[Place], Path | str], int, str]] = {
     "a named split": (lambda p: f"{files(p, 'train.json', 'xx_dev.json')}:validation", 1, "train"),
     "hub cache": (hub_cache, 1, "1 rows of 1"),
     "cache of datasets": (lambda p: cache_of_datasets(p, "x"), 2, "that datasets has cached"),
+    "a split of one file": (
+        lambda p: f"{p.json('a.json', {'train': ROWS, 'test': ROWS[1:]})}:test", 1,
+        "a.json:1 train: not read, of the split train (2 rows)",
+    ),
+    "a split of an archive": (
+        lambda p: f"{p.file('a.zip', zipped({'train.json': LINES, 'x/dev.csv': CSV}))}:validation",
+        2, "a.zip:train.json: not read, of the split train",
+    ),
+    "a split inside an archive": (
+        lambda p: f"{p.file('a.zip', zipped({'x.json': dumped({'test': ROWS})}))}:test",
+        2, "2 rows",
+    ),
+    "a split of a workbook": (
+        lambda p: f"{p.file('a.xlsx', workbook(SHEET, SHEET[:2], titles=('train', 'dev')))}:dev", 1,
+        "a.xlsx:train: not read, of the split train",
+    ),
     "name with a colon": (lambda p: files(p, "a:b.jsonl") / "a:b.jsonl", 1, "1 rows of 1"),
 }  # fmt: skip
 
@@ -411,7 +442,12 @@ NO_FOLDERS: dict[str, tuple[Callable[[Place], Path | str], str]] = {
     "socket": (partial(with_special, bound_socket), "b.jsonl: a socket"),
     "device alone": (lambda p: "/dev/zero", "/dev/zero: a device"),
     "empty": (lambda p: files(p, ".hidden.jsonl"), "holds no data files"),
-    "file:split": (lambda p: f"{files(p, 'a.jsonl') / 'a.jsonl'}:test", "is one file, without"),
+    "file:split": (lambda p: f"{files(p, 'a.jsonl') / 'a.jsonl'}:test", "of a file without splits"),
+    "file:split, no such": (
+        lambda p: f"{p.json('a.json', {'train': ROWS})}:test",
+        "no split 'test' in it; splits found",
+    ),
+    "parquet:split": (lambda p: f"{p.file('a.parquet', table('parquet'))}:test", "without splits"),
     "no such split": (lambda p: f"{files(p, 'train.json')}:dev", "splits found: train"),
     "hub cache, no revision": (partial(hub_cache, main=None), "the revisions one, two"),
     "hub cache, another": (partial(hub_cache, main="three"), "refs/main names three"),

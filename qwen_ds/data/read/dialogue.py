@@ -37,6 +37,7 @@ _KINDS = {"image": "images", "video": "videos", "audio": "audios"}
 _JSON_NAMES: dict[type, str] = {
     **{type(None): "null", str: "text", bool: "true or false"},
     **{int: "a number", float: "a number", list: "a list", dict: "an object"},
+    tuple: "not the same in all columns of this name",
 }
 
 

@@ -13,13 +13,21 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
 from qwen_ds.data.read import files_packed
+from qwen_ds.data.read.file_names import (
+    chosen_names,
+    is_about_data,
+    is_hidden,
+    names_of_split,
+    split_of,
+    splits_among,
+)
 from qwen_ds.data.read.files_csv import csv_rows, table_of
 from qwen_ds.data.read.files_encoding import encoding_of
 from qwen_ds.data.read.files_json import (
@@ -30,7 +38,7 @@ from qwen_ds.data.read.files_json import (
     iter_objects,
     stands_alone,
 )
-from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_rows
+from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_sheets
 from qwen_ds.data.read.files_text import AsUtf8, Lines, OneLineEnd, pieces
 from qwen_ds.data.read.limits import (
     DEFAULT,
@@ -42,11 +50,6 @@ from qwen_ds.data.read.limits import (
     Rewound,
 )
 from qwen_ds.errors import UserError
-
-_PLAIN = ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .xlsx"
-DATA_SUFFIXES = tuple(f"{_PLAIN} .gz .tgz .bz2 .xz .zst .tar .zip".split())
-_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.(?!\.?/)[^/]+)(?:/|\Z)")
-_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 _HEAD_BYTES = 1 << 22
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -111,23 +114,6 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: {came}; expected a data file")
 
 
-def is_hidden(name: str) -> bool:
-    return _HIDDEN.search(name) is not None
-
-
-def chosen_names(names: Iterable[str]) -> list[str]:
-    """The data files among the names of a folder or an archive, sorted: those with a known suffix,
-    or all if there are none."""
-    seen = [name for name in names if not is_hidden(name)]
-    data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    return sorted([name for name in data if not is_about_data(name)] or seen)
-
-
-def is_about_data(name: str) -> bool:
-    """Whether a file belongs to the library `datasets` and holds no rows."""
-    return Path(name).name in _OF_DATASETS
-
-
 def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
     head = content.stream.read(_HEAD_BYTES)
     whole = Rewound(head, content.stream)
@@ -169,20 +155,40 @@ def _archive_rows(content: _Content, is_tar: bool) -> Iterator[SourceRow | BadRo
         for left in sorted({*names} - {*found}):
             if not is_hidden(left) and not is_about_data(left):
                 options.on_left_out(f"{name}:{left}", "no suffix of data")
-        return found
+        return _of_split(found, content)
 
     if is_tar:
         members = files_packed.tar_members(file, name, chosen, budget, options)
     else:
         archive = zipfile.ZipFile(file)
         if is_workbook(archive):
-            yield from workbook_rows(archive, name, budget)
+            for title, rows in workbook_sheets(
+                archive, name, budget, lambda titles: _of_split(titles, content)
+            ):
+                yield from _marked(rows, title, options)
             return
         members = files_packed.zip_members(archive, name, chosen, budget)
     for member, stream in members:
-        yield from _rows(
-            _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
-        )
+        inside = _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
+        yield from _marked(_rows(inside), member, options)
+
+
+def _of_split(names: list[str], content: _Content) -> list[str]:
+    """The names, in a file, of what is read for the split that is asked; the others are told."""
+    split, name = content.options.split, content.name
+    wanted, left = names_of_split(names, split if splits_among(names) else None, name)
+    for each, reason in left.items():
+        content.options.on_left_out(f"{name}:{each}", reason)
+    return wanted
+
+
+def _marked(
+    rows: Iterator[SourceRow | BadRow], name: str, options: FileOptions
+) -> Iterator[SourceRow | BadRow]:
+    """The rows of what is named so, and is read for the split that is asked, if any."""
+    if options.split is None or split_of(name) is None:
+        return rows
+    return (replace(r, split=options.split) if isinstance(r, SourceRow) else r for r in rows)
 
 
 def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[SourceRow | BadRow]:
@@ -204,7 +210,7 @@ def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[Sou
         raise UserError(f"{name}: the file is empty; expected {_EXPECTED}")
     opens = first.lstrip()[0]
     is_array = opens == "[" and _OPENS_ARRAY.match(first.strip())
-    table = None if opens == "{" or is_array else table_of(lines, name)
+    table = None if opens == "{" or is_array else table_of(lines)
     if is_array or (opens == "[" and table is None):
         yield from iter_array(pieces(stream, name, encoding), name, options)
         return

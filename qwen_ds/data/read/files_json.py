@@ -27,10 +27,13 @@ _MORE_MUST_FOLLOW = (",", "[", "{", ":")
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start."""
+    """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start.
+    `split` is the one that was asked, if the row comes from a part of a file that is named for it.
+    """
 
     row: object
     source: str
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from typing import IO, Any
 
+from qwen_ds.data.read.files_csv import row_of
 from qwen_ds.data.read.files_json import SourceRow
+from qwen_ds.data.read.files_packed import Chosen
 from qwen_ds.data.read.limits import DEFAULT, Budget, FileOptions
 from qwen_ds.errors import UserError
 
@@ -97,8 +99,10 @@ def is_workbook(archive: zipfile.ZipFile) -> bool:
     return _WORKBOOK in archive.namelist()
 
 
-def workbook_rows(archive: zipfile.ZipFile, name: str, budget: Budget) -> Iterator[SourceRow]:
-    """The rows of every sheet that has any, below its first line, "name:sheet:line".
+def workbook_sheets(
+    archive: zipfile.ZipFile, name: str, budget: Budget, chosen: Chosen
+) -> Iterator[tuple[str, Iterator[SourceRow]]]:
+    """The title of every chosen sheet, and its rows below the first line, "name:sheet:line".
 
     A cell is text, as a CSV file would have it.
     """
@@ -111,8 +115,9 @@ def workbook_rows(archive: zipfile.ZipFile, name: str, budget: Budget) -> Iterat
     # The library raises all kinds of errors for damaged or foreign XML.
     except Exception as error:
         raise _damaged(name, error) from error
-    for sheet in book.worksheets:
-        yield from _sheet_rows(sheet, f"{name}:{sheet.title}")
+    sheets = {sheet.title: sheet for sheet in book.worksheets}
+    for title in chosen(list(sheets)):
+        yield title, _sheet_rows(sheets[title], f"{name}:{title}")
 
 
 def _sheet_rows(sheet: Any, name: str) -> Iterator[SourceRow]:
@@ -131,19 +136,13 @@ def _sheet_rows(sheet: Any, name: str) -> Iterator[SourceRow]:
             continue
         if names is None:
             names = [text.strip() for text in texts]
-            twice = next((each for each in names if each and names.count(each) > 1), None)
-            if twice is not None:
-                raise UserError(
-                    f"{name}:{number}: two columns {twice!r}; expected names that differ"
-                )
             continue
         texts += [""] * (len(names) - len(texts))
         if any(texts[len(names) :]):
             raise UserError(
                 f"{name}:{number}: {len(texts)} cells; expected {len(names)}, as in the header line"
             )
-        row = {key: text for key, text in zip(names, texts, strict=False) if key}
-        yield SourceRow(row, f"{name}:{number}")
+        yield SourceRow(row_of(names, texts), f"{name}:{number}")
 
 
 def _text(cell: object) -> str:

@@ -2,8 +2,8 @@
 
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
 order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
-"org/name", "org/name:split" or "org/name:config:split". "folder:split" names one of several splits
-of a folder; without a name it is "train" (places.py).
+"org/name", "org/name:split" or "org/name:config:split". "path:split" names one of several splits
+of a folder, an archive, a workbook or a JSON object; without a name it is "train" (file_names.py).
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
 "output": "a"}. Then only the columns named in it are read, by the reader whose keys are named.
@@ -12,7 +12,7 @@ of a folder; without a name it is "train" (places.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,7 @@ class _Reading:
                 error = RowError(row.reason, row.detail)
                 yield self._unreadable(error, row.source), row.source, None
                 continue
-            for value, source in self._unwrapped(row):
+            for value, source in self._unwrapped(row, place):
                 self.counts["rows"] += 1
                 self.seen[:] = [value]
                 try:
@@ -211,13 +211,18 @@ class _Reading:
             raise UserError(f"{source}: {error.detail}")
         return Dropped(error.reason, error.detail, unreadable=True)
 
-    def _unwrapped(self, row: SourceRow) -> Iterator[tuple[object, str]]:
+    def _unwrapped(self, row: SourceRow, place: Place) -> Iterable[tuple[object, str]]:
         """The row itself, or the rows of a container of rows."""
-        inside = rows_inside(row.row, self._is_row) if isinstance(row.row, dict) else None
+        split = None if row.split is not None or not place.files else place.split
+        inside = rows_inside(row.row, self._is_row, split, place.path)
+        if split is not None and (inside is None or not inside.splits):
+            expected = f"a file or a folder that holds the split {split!r}, or one path alone"
+            raise UserError(f"{row.source}: a row of a file without splits; expected {expected}")
         if inside is None:
-            yield row.row, row.source
-        else:
-            yield from ((inner, f"{row.source} {place}") for inner, place in inside)
+            return ((row.row, row.source),)
+        for key, reason in inside.left_out.items():
+            self.options.files.on_left_out(f"{row.source} {key}", reason)
+        return ((inner, f"{row.source} {where}") for inner, where in inside.rows)
 
     def _is_row(self, value: object) -> bool:
         if self.columns:

@@ -153,6 +153,12 @@ def test_a_csv_row_of_another_width_or_with_a_stray_quote_is_bad_alone(tmp_path:
     assert first == SourceRow({"q": "one", "a": "1"}, f"{path}:2") and isinstance(last, SourceRow)
 
 
+def test_columns_of_one_name_are_one_where_they_agree(tmp_path: Path) -> None:
+    path = saved(tmp_path, "q,a,a,\n1,x,x,0\n2,,y,0\n3,x,y,0\n4,,,0\n")
+    said: list[object] = ["x", "y", ("x", "y"), ""]
+    assert rows_in(path) == [{"q": str(at), "a": a} for at, a in enumerate(said, 1)]
+
+
 def test_parquet_rows_are_numbered_from_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_tables, "_ROWS_AT_ONCE", 2)
     path = tmp_path / "rows.json"
@@ -292,7 +298,6 @@ def test_an_array_that_cannot_be_followed_stops_the_reading(
             ":1: the text begins with '<!DOCTYPE html>'; expected JSON",
         ),
         ("\n\n从前有一座山。".encode(), ":3: the text begins with '从前有一座山。'"),
-        (b"q,q\n1,2\n", ":1: the text begins with 'q,q'"),
         (b",\n1,2\n", ":1: the text begins with ','"),
         (b"PK\x03\x04abc", "damaged archive"),
         (b"PAR1 and nothing more", "damaged parquet"),
