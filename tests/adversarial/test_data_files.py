@@ -48,6 +48,11 @@ def translated(question: str, answer: str, encoding: str) -> bytes:
     return "".join(dumped(row) + "\n" for row in rows).encode(encoding)
 
 
+def turns(row: dict[str, str]) -> list[dict[str, str]]:
+    question, answer = f"{row['instruction']}\t{row['input']}".strip(), row["output"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def archive(members: dict[str, str], mode: str = "w") -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as tar:  # type: ignore[call-overload]
@@ -120,6 +125,13 @@ READ: dict[str, str | bytes] = {
     ),
     "orient_list.json": dumped(BY_COLUMN),
     "orient_table.json": dumped({"schema": {"fields": []}, "data": ROWS}),
+    "commas.jsonl": LINES.replace("\n", ",\n"),
+    "commas_on_one_line.json": LINES.replace("\n", ", "),
+    "list_of_turns.json": "\n".join(dumped(turns(row)) for row in ROWS),
+    "list_of_turns_and_commas.json": "".join(dumped(turns(row)) + ",\n" for row in ROWS),
+    "array_of_turns.json": json.dumps([turns(row) for row in ROWS], indent=1),
+    "turns_in_cells.csv": "id,messages\n1,{}\n2,{}\n".format(
+        *('"' + dumped(turns(row)).replace('"', '""') + '"' for row in ROWS)),
     "key_twice_alike.jsonl": LINES.replace('"input": ""', '"input": "", "input": ""'),
     "plain.csv": CSV,
     "cr_only.csv": CSV.replace("\n", "\r"),

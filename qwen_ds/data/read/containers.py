@@ -7,6 +7,8 @@
 {"columns": [..], "index": [..], "data": [[..], ..]}                       "split"
 {"instruction": {"0": .., "1": ..}, "output": {"0": .., "1": ..}}          "columns"
 {"instruction": [.., ..], "output": [.., ..]}                              "list"
+[turn, turn]                                   a conversation, without a key for its turns
+[[turn, turn], [turn, turn]]                   several
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 from qwen_ds.data.read.file_names import SPLITS, names_of_split, splits_among
 
 _LISTS = {*"data rows examples instances items records samples list results".split(), *SPLITS}
+_TURNS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
 IsRow = Callable[[object], bool]
 
 
@@ -42,6 +45,8 @@ def rows_inside(
         split: the one to read where the keys name splits, as the names of a folder's files do.
             UserError, which names the path, if they name others only.
     """
+    if isinstance(value, list):
+        return _by_turns(value)
     if not isinstance(value, dict):
         return None
     # Before anything that costs: almost every value is a row.
@@ -50,6 +55,23 @@ def rows_inside(
     return _by_column(value, is_row) or (
         None if is_row(value) else _by_row(value, is_row, split, path)
     )
+
+
+def key_of_turns(value: object) -> str | None:
+    """The key under which a list of turns would be a row, None if the value is no such list."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        for key, kind in _TURNS.items():
+            if all(turn.keys() >= kind for turn in value):
+                return key
+    return None
+
+
+def _by_turns(value: list[Any]) -> Inside | None:
+    if key := key_of_turns(value):
+        return Inside(iter([({key: value}, "")]))
+    if value and (key := key_of_turns(value[0])):
+        return Inside(({key: turns}, f"[{at}]") for at, turns in enumerate(value))
+    return None
 
 
 def _by_column(table: dict[str, Any], is_row: IsRow) -> Inside | None:

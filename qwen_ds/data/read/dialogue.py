@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
 
+from qwen_ds.data.read.files_json import parsed
 from qwen_ds.model.chatml import Conversation, Turn
 
 Row = Mapping[str, object]
@@ -19,7 +20,7 @@ Pair = tuple[str, str]
 Kind = TypeVar("Kind")
 
 NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
-NOT_TEXT = "content is not text"
+NOT_TEXT, HALF_CHARACTER = "content is not text", "half a character in the text"
 NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
 # An image, video or audio that a text refers to: LLaVA's, LLaMA-Factory's and MMMU's marks, and
 # Qwen-VL's and Qwen-Audio's. HTML and XML have these names too, so they count only
@@ -110,11 +111,15 @@ def _turns(dialogue: Dialogue) -> list[Turn]:
 
 
 def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | None) -> Result:
+    system = dialogue.system or default_system
     for place, turn in enumerate(turns, 1):
         if "<" in turn.text and (kind := media_in(turn.text)):
             return media_dropped(kind, f"the text of turn {place} refers to one")
+        if half := half_character(turn.text):
+            return Dropped(HALF_CHARACTER, f"turn {place} has {half} alone")
     if turns:
-        system = dialogue.system or default_system
+        if system and (half := half_character(system)):
+            return Dropped(HALF_CHARACTER, f"the system text has {half} alone")
         return Conversation(system, tuple(turns), SYSTEM_TURN not in dialogue.unlearnt)
     if not dialogue.pairs:
         return Dropped(NO_TURNS, dialogue.fault)
@@ -132,6 +137,18 @@ def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None, before: in
             return Dropped(NOT_ALTERNATING, fault)
         texts.append(text if place % 2 else text.strip())
     return Dialogue(system, tuple(zip_longest(texts[::2], texts[1::2], fillvalue="")))
+
+
+def half_character(text: str) -> str:
+    """The first lone surrogate of a text, spelled as in JSON; "" if there is none.
+
+    Texts that were cut in the middle of an emoji have one. The tokenizer would make it U+FFFD.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return ""
 
 
 def media_in(text: str) -> str | None:
@@ -176,8 +193,18 @@ def system_of(row: Row, key: str = "system") -> str | None:
 
 
 def list_of(row: Row, key: str) -> list[object]:
-    """The list under a key, empty if it is absent or null. Raises RowError for anything else."""
-    return [] if row.get(key) is None else _checked(row[key], list, key)
+    """The list under a key, empty if it is absent, null or a blank text. Tables have it as JSON in
+    a text. Raises RowError for anything else."""
+    value = row.get(key)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        try:
+            value = parsed(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            fault = f"{key} is {quoted(value)}; expected a list, or the JSON of one"
+            raise RowError("wrong type", fault) from None
+    return _checked(value, list, key)
 
 
 def object_of(value: object, what: str) -> Row:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from qwen_ds.data.read import files_packed
+from qwen_ds.data.read.containers import key_of_turns
 from qwen_ds.data.read.file_names import (
     chosen_names,
     is_about_data,
@@ -36,6 +37,7 @@ from qwen_ds.data.read.files_json import (
     iter_array,
     iter_lines,
     iter_objects,
+    parsed,
     stands_alone,
 )
 from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_sheets
@@ -191,6 +193,14 @@ def _marked(
     return (replace(r, split=options.split) if isinstance(r, SourceRow) else r for r in rows)
 
 
+def _is_conversation(line: str) -> bool:
+    """Whether a line is a row by itself that has turns and no keys, not a whole array of rows."""
+    try:
+        return key_of_turns(parsed(line.strip().removesuffix(","))) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
 def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[SourceRow | BadRow]:
     name, options = content.name, content.options
     encoding = options.encoding
@@ -211,16 +221,18 @@ def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[Sou
     opens = first.lstrip()[0]
     is_array = opens == "[" and _OPENS_ARRAY.match(first.strip())
     table = None if opens == "{" or is_array else table_of(lines)
-    if is_array or (opens == "[" and table is None):
+    is_conversation = is_array and _is_conversation(first)
+    if opens == "[" and table is None and not is_conversation:
         yield from iter_array(pieces(stream, name, encoding), name, options)
         return
     source = Lines(stream, name, options)
     if opens == "{" and not stands_alone(first):
-        yield from iter_objects(source, encoding, options)
+        chunks = pieces(stream, name, encoding, "surrogateescape")
+        yield from iter_objects(chunks, name, options, encoding)
     elif table is not None:
         yield from csv_rows(source, encoding, table, options)
     # JSON lines even if the first is broken: others may be whole.
-    elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
+    elif is_conversation or opens == "{" or any(line.startswith("{") for line in lines[:10]):
         yield from iter_lines(source, encoding)
     else:
         came = f"the text begins with {first.strip()[:40]!r}"

@@ -36,7 +36,7 @@ from qwen_ds.data.read.dialogue import (
     object_of,
     without_answer,
 )
-from qwen_ds.data.read.readers_turns import read_turns, unread_of_turns
+from qwen_ds.data.read.readers_turns import read_turns, read_turns_in_halves, unread_of_turns
 from qwen_ds.errors import UserError
 
 
@@ -57,8 +57,8 @@ class Reader:
     also: tuple[str, ...] = ()
     parts: Parts | None = None
     """Further columns of the question; None where the question is not one column."""
-    turns: str | None = None
-    """Key of a list of turns."""
+    turns: tuple[str, ...] = ()
+    """Keys of lists of turns."""
     pattern: re.Pattern[str] | None = None
     all_keys: tuple[str, ...] = field(init=False)
     """Keys of the shape, companions left out."""
@@ -100,8 +100,8 @@ class Reader:
         """The keys that hold something and are no part of the row's conversations."""
         beside = _beside(self, tuple(row))
         found = [] if beside is NONE_BESIDE else beside.not_read(row)
-        if self.turns is not None:
-            found += unread_of_turns(row, self.turns)
+        for key in self.turns:
+            found += unread_of_turns(row, key)
         for outcome in outcomes:
             if isinstance(outcome, Dialogue) and outcome.unread:
                 found += outcome.unread
@@ -134,13 +134,17 @@ _MASKS = ("loss_mask", "train_mask", "mask")
 
 
 def _turns(name: str, key: str) -> Reader:
-    return Reader(name, read_turns(key), (key,), optional=("system", *_MASKS), turns=key)
+    return Reader(name, read_turns(key), (key,), optional=("system", *_MASKS), turns=(key,))
 
 
 def _pair(name: str, question: str, answers: tuple[str, ...], parts: Parts) -> Reader:
     also = tuple(key for key in ANSWER_KEYS if key not in answers) if name != "adgen" else ()
-    read = flat.column_pair(question, (*answers, *also))
-    return Reader(name, read, (question,), answers, _COLUMNS, also, parts)
+    every = (*answers, *also)
+    read = flat.column_pair(question, every)
+    if name != "prompt":
+        return Reader(name, read, (question,), answers, _COLUMNS, also, parts)
+    read = read_turns_in_halves(question, every, read)
+    return Reader(name, read, (question,), answers, _COLUMNS, also, parts, (question, *every))
 
 
 _OF_ALPACA = ("response", "answer", "chosen", "completion", "target", "summary")
@@ -153,7 +157,7 @@ TABLE: tuple[Reader, ...] = (
     _turns("sharegpt", "conversations"),
     _turns("conversation", "conversation"),
     Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction", *_MASKS),
-           turns="chat"),
+           turns=("chat",)),
     Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
     Reader("oasst_messages", None, ("message_id", "parent_id", "text", "role"),
            optional=("tree_state", "deleted")),

@@ -222,7 +222,7 @@ class _Reading:
             return ((row.row, row.source),)
         for key, reason in inside.left_out.items():
             self.options.files.on_left_out(f"{row.source} {key}", reason)
-        return ((inner, f"{row.source} {where}") for inner, where in inside.rows)
+        return ((inner, f"{row.source} {where}".rstrip()) for inner, where in inside.rows)
 
     def _is_row(self, value: object) -> bool:
         if self.columns:
