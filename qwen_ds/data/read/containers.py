@@ -50,11 +50,12 @@ def rows_inside(
     if not isinstance(value, dict):
         return None
     # Before anything that costs: almost every value is a row.
-    if not any(isinstance(inner, list | dict) for inner in value.values()):
+    of_rows = sum([isinstance(inner, (list, dict)) for inner in value.values()])
+    if not of_rows:
         return None
-    return _by_column(value, is_row) or (
-        None if is_row(value) else _by_row(value, is_row, split, path)
-    )
+    if of_rows == len(value) and (columns := _by_column(value, is_row)):
+        return columns
+    return None if is_row(value) else _by_row(value, is_row, split, path)
 
 
 def key_of_turns(value: object) -> str | None:

@@ -102,11 +102,12 @@ def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Re
 def _turns(dialogue: Dialogue) -> list[Turn]:
     """The turns before the first blank side."""
     turns: list[Turn] = []
+    unlearnt = dialogue.unlearnt
     for question, answer in dialogue.pairs:
         for role, text in (("user", question), ("assistant", answer)):
-            if is_blank(text):
+            if not text or text.isspace():
                 return turns
-            turns.append(Turn(role, text, len(turns) not in dialogue.unlearnt))
+            turns.append(Turn(role, text, not unlearnt or len(turns) not in unlearnt))
     return turns
 
 
@@ -115,15 +116,27 @@ def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | N
     for place, turn in enumerate(turns, 1):
         if "<" in turn.text and (kind := media_in(turn.text)):
             return media_dropped(kind, f"the text of turn {place} refers to one")
-        if half := half_character(turn.text):
-            return Dropped(HALF_CHARACTER, f"turn {place} has {half} alone")
     if turns:
-        if system and (half := half_character(system)):
-            return Dropped(HALF_CHARACTER, f"the system text has {half} alone")
+        if half := _half_character([system or "", *[turn.text for turn in turns]]):
+            return Dropped(HALF_CHARACTER, half)
         return Conversation(system, tuple(turns), SYSTEM_TURN not in dialogue.unlearnt)
     if not dialogue.pairs:
         return Dropped(NO_TURNS, dialogue.fault)
     return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION, dialogue.fault)
+
+
+def _half_character(texts: list[str]) -> str:
+    """Words for the first lone surrogate of the system text and the turns, "" if there is none.
+
+    Texts that were cut in the middle of an emoji have one. The tokenizer would make it U+FFFD.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        place = next(place for place, text in enumerate(texts) if half in text)
+        return f"{f'turn {place}' if place else 'the system text'} has \\u{ord(half):04x} alone"
+    return ""
 
 
 def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None, before: int = 0) -> Outcome:
@@ -137,18 +150,6 @@ def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None, before: in
             return Dropped(NOT_ALTERNATING, fault)
         texts.append(text if place % 2 else text.strip())
     return Dialogue(system, tuple(zip_longest(texts[::2], texts[1::2], fillvalue="")))
-
-
-def half_character(text: str) -> str:
-    """The first lone surrogate of a text, spelled as in JSON; "" if there is none.
-
-    Texts that were cut in the middle of an emoji have one. The tokenizer would make it U+FFFD.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}"
-    return ""
 
 
 def media_in(text: str) -> str | None:
@@ -184,7 +185,10 @@ def is_said(value: object) -> bool:
 
 def text_of(row: Row, key: str) -> str:
     """The text under a key, "" if it is absent or null. Raises RowError for anything else."""
-    return "" if row.get(key) is None else _checked(row[key], str, key)
+    value = row.get(key)
+    if isinstance(value, str):
+        return value
+    return "" if value is None else _checked(value, str, key)
 
 
 def system_of(row: Row, key: str = "system") -> str | None:

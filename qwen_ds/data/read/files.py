@@ -190,7 +190,7 @@ def _marked(
     """The rows of what is named so, and is read for the split that is asked, if any."""
     if options.split is None or split_of(name) is None:
         return rows
-    return (replace(r, split=options.split) if isinstance(r, SourceRow) else r for r in rows)
+    return (r._replace(split=options.split) if isinstance(r, SourceRow) else r for r in rows)
 
 
 def _is_conversation(line: str) -> bool:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen_ds.data.read.files_text import Lines, shown, undecodable
 from qwen_ds.data.read.limits import FileOptions
@@ -28,8 +29,7 @@ _ON_A_LINE = r'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?|[{}\[\]]'
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start.
     `split` is the one that was asked, if the row comes from a part of a file that is named for it.
     """
@@ -89,8 +89,11 @@ def iter_lines(lines: Lines, encoding: str) -> Iterator[SourceRow | BadRow]:
         lines.held = 0
         source = f"{lines.name}:{lines.number}"
         try:
-            text = raw.decode(encoding)
-            yield SourceRow(_DECODER.decode(text), source)
+            text = raw.decode(encoding).lstrip()
+            value, end = _DECODER.raw_decode(text)
+            if end < len(text) and not text[end:].isspace():
+                raise json.JSONDecodeError("Extra data", text, end)
+            yield SourceRow(value, source)
         except UnicodeDecodeError as error:
             yield bad_bytes(source, encoding, error)
         except (ValueError, RecursionError) as error:

@@ -68,17 +68,14 @@ class Reader:
         object.__setattr__(self, "all_keys", keys)
 
     def fits(self, keys: Iterable[str], for_prompts: bool = False) -> bool:
-        keys = set(keys)
-        if self.pattern is not None and not any(self.pattern.fullmatch(key) for key in keys):
-            return False
-        answers = (*self.answers, *self.also)
-        answered = for_prompts or not answers or not keys.isdisjoint(answers)
-        return answered and keys.issuperset(self.keys)
+        return _fits(self, tuple(keys), for_prompts)
 
-    def read(self, row: Row, for_prompts: bool = False) -> list[Outcome]:
+    def read(
+        self, row: Row, for_prompts: bool = False, beside: Companions | None = None
+    ) -> list[Outcome]:
         """The outcomes of a row, with what the columns beside its shape say."""
         assert self.of_row is not None, "a message of a tree is no dialogue"
-        beside = _beside(self, tuple(row))
+        beside = beside or self.beside(row)
         if beside is NONE_BESIDE:
             return self.of_row(row)
         if beside.fateful and (dropped := beside.fate(row, for_prompts)):
@@ -96,9 +93,12 @@ class Reader:
             ]
         return outcomes
 
-    def not_read(self, row: Row, outcomes: Sequence[Outcome] = ()) -> list[str]:
+    def beside(self, row: Row) -> Companions:
+        """The columns of a row beside the reader's own."""
+        return _beside(self, tuple(row))
+
+    def not_read(self, row: Row, beside: Companions, outcomes: Sequence[Outcome] = ()) -> list[str]:
         """The keys that hold something and are no part of the row's conversations."""
-        beside = _beside(self, tuple(row))
         found = [] if beside is NONE_BESIDE else beside.not_read(row)
         for key in self.turns:
             found += unread_of_turns(row, key)
@@ -118,6 +118,15 @@ class Reader:
         """The keys that data.columns may name."""
         parts = self.parts or Parts()
         return (*self.all_keys, "system", *parts.lead, *parts.before, *parts.after)
+
+
+@lru_cache(maxsize=1024)
+def _fits(reader: Reader, keys: tuple[str, ...], for_prompts: bool) -> bool:
+    if reader.pattern is not None and not any(reader.pattern.fullmatch(key) for key in keys):
+        return False
+    answers = (*reader.answers, *reader.also)
+    answered = for_prompts or not answers or not set(keys).isdisjoint(answers)
+    return answered and set(keys).issuperset(reader.keys)
 
 
 @lru_cache(maxsize=1024)
@@ -212,7 +221,7 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     """
     row = object_of(row, "the row")
     keys = tuple(row)
-    candidates = _fitting(keys, for_prompts)
+    candidates = fitting(keys, for_prompts)
     if not candidates:
         if (key := preference_key(row)) is not None:
             raise preference_error(key)
@@ -221,8 +230,10 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
         fault = f"{hint}keys found: {names(keys)}; keys expected: {expected}"
         raise RowError("unknown keys", fault)
     # Arrow files have every column in every row, so a null column says nothing about the shape.
-    filled = (each for each in candidates if all(row[key] is not None for key in each.keys))
-    return next(filled, candidates[0])
+    for each in candidates:
+        if None not in [row[key] for key in each.keys]:
+            return each
+    return candidates[0]
 
 
 @lru_cache(maxsize=1024)
@@ -247,7 +258,8 @@ def nearest(keys: tuple[str, ...]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
+def fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
+    """The readers whose keys are among these, the best first."""
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
     return complete or tuple(reader for reader in TABLE if reader.fits(keys, for_prompts))
 

@@ -112,10 +112,13 @@ def _outcomes(row: Row, lists: dict[str, list[object]]) -> list[Outcome]:
     try:
         for key, values in lists.items():
             for place, value in enumerate(values):
-                turns += _read_turn(value, f"{key}[{place}]")
+                if type(value) is dict and (plain := _plain_turn(value)) is not None:
+                    turns.append(plain)
+                else:
+                    turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
     except _Lost as lost:
         return [lost.dropped]
-    if any(turn[0] == TOOL for turn in turns):
+    if TOOL in [turn[0] for turn in turns]:
         place = next(n for n, turn in enumerate(turns, 1) if turn[0] == TOOL)
         return [Dropped(TOOL_TURNS, f"turn {place} calls a tool, or is its answer")]
     if not turns:
@@ -194,8 +197,18 @@ def _kind(turn: Row) -> str | None:
     return "from" if turn.get("from") is not None else None
 
 
-def _read_turn(value: object, where: str) -> list[_Turn]:
-    turn = object_of(value, where)
+def _plain_turn(turn: dict[str, object]) -> _Turn | None:
+    """A turn of a role and a text and nothing else, as most are; None for any other."""
+    role, text, roles = turn.get("role"), turn.get("content"), OPENAI_ROLES
+    if role is None:
+        role, text, roles = turn.get("from"), turn.get("value"), SHAREGPT_ROLES
+    if len(turn) != 2 or not isinstance(role, str) or not isinstance(text, str):
+        return None
+    name = roles.get(role)
+    return None if name is None or name == TOOL else (name, text, True)
+
+
+def _read_turn(turn: Row, where: str) -> list[_Turn]:
     kind = _kind(turn)
     # Most turns have two keys, and nothing to look for beside them.
     learnt = len(turn) <= 2 or _is_learnt(turn, where)
