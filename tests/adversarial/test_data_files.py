@@ -71,13 +71,14 @@ def zipped(members: dict[str, str | bytes], method: int = zipfile.ZIP_DEFLATED) 
     return out.getvalue()
 
 
-def table(fmt: str) -> bytes:
+def table(fmt: str, compression: str | None = None) -> bytes:
     out, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS)
     if fmt == "parquet":
         pyarrow.parquet.write_table(rows, out)
     else:
         new = pyarrow.ipc.new_file if fmt == "file" else pyarrow.ipc.new_stream
-        with new(out, rows.schema) as writer:
+        kept = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        with new(out, rows.schema, options=kept) as writer:
             writer.write_table(rows)
     return out.getvalue()
 
@@ -93,9 +94,27 @@ def workbook(*sheets: list[list[object]], titles: Sequence[str] = ()) -> bytes:
     return out.getvalue()
 
 
+def bomb(fmt: str, count: int, megabytes: int) -> bytes:
+    """A table of long texts, compressed as a whole to next to nothing."""
+    row = {"content": "q" * (megabytes * MB), "summary": "a"}
+    batch, out = pyarrow.RecordBatch.from_pylist([row]), io.BytesIO()
+    if fmt == "parquet":
+        kept = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+        with pyarrow.parquet.ParquetWriter(out, batch.schema, **kept) as writer:
+            for _ in range(count):
+                writer.write_batch(batch)
+        return out.getvalue()
+    new = pyarrow.ipc.new_file if fmt == "file" else pyarrow.ipc.new_stream
+    with new(out, batch.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for _ in range(count):
+            writer.write_batch(batch)
+    return out.getvalue()
+
+
 SHEET: list[list[object]] = [list(KEYS), *[list(row.values()) for row in ROWS]]
 BY_COLUMN = {key: [row[key] for row in ROWS] for key in KEYS}
 RU = "Переведи текст на английский язык", "Сегодня хорошая погода, пойдём гулять"
+CZ = "Přelož tento text do angličtiny, žádám tě", "Dnes je šťastný den, půjdeme na louku"
 
 # name -> content; every one gives the two rows. The suffix of the file is in the name.
 READ: dict[str, str | bytes] = {
@@ -174,6 +193,9 @@ READ: dict[str, str | bytes] = {
     + b"\n" + "日本語,,英語\n今日は,,天気\n".encode("iso2022_jp"),
     "cp1251.jsonl": translated(*RU, "cp1251"),
     "koi8.jsonl": translated(*RU, "koi8-r"),
+    "iso8859_5.jsonl": translated(*RU, "iso8859-5"),
+    "cp1250.jsonl": translated(*CZ, "cp1250"),
+    "cp1250_as_its_twin.jsonl": translated("Fordítsd le a szöveget", "légy szíves, fűz", "cp1250"),
     "cp1252.jsonl": translated("Wie heißt du? Für mich bitte", "ein großes Stück Käse", "cp1252"),
     "cp1253.jsonl": translated("Μετάφρασε το κείμενο", "στα αγγλικά παρακαλώ", "cp1253"),
     "cp1256.jsonl": translated("ترجم النص إلى الإنجليزية", "الطقس جميل اليوم", "cp1256"),
@@ -194,11 +216,14 @@ READ: dict[str, str | bytes] = {
     "table.parquet.zst": zstandard.compress(table("parquet")),
     "file.arrow": table("file"),
     "stream.arrow": table("stream"),
+    "lz4.arrow": table("file", "lz4"),
+    "zstd.arrow": table("stream", "zstd"),
     "sheet.xlsx": workbook(SHEET),
     "two_sheets.xlsx": workbook(SHEET[:2], [SHEET[0], SHEET[2]], []),
 }  # fmt: skip
 SAID = {
     "utf16.csv": "read as utf-16", "big5.jsonl": "read as big5", "cp1251.jsonl": "read as cp1251",
+    "cp1250.jsonl": "read as cp1250", "iso8859_5.jsonl": "read as iso8859-5",
     "gbk.csv": "read as gb18030", "euc_kr.jsonl": "read as cp949", "koi8.jsonl": "read as koi8-r",
     "lines.zip": "lines.zip:README.md: not read", "equal_names.csv": "not read: note (2 rows)",
     "data_splits.json": "data_splits.json:1 dev: not read, of the split validation (2 rows)",
@@ -295,6 +320,9 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
         lambda: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"
     ),
     "doubt.jsonl": (lambda: translated("\xe9\xf5", "\xfe\xf0", "latin-1"), DOUBT),
+    "iso8859_2.jsonl": (lambda: translated(*CZ, "iso8859-2"), DOUBT),
+    "iso8859_15.jsonl": (lambda: translated("Cœur à l'œuvre", "été, sœur", "iso8859-15"), DOUBT),
+    "tiny_lines.json": (lambda: '{\n"x": [\n' + "1,\n" * (20 * MB) + "1]\n}", "keys found: x"),
     "odd_utf16.jsonl": (lambda: LINES.encode("utf-16") + b"x", "not UTF-16"),
     "cut.gz": (lambda: gzip.compress(LINES.encode() * 50)[:-9], "expected"),
     "cut.xz": (lambda: lzma.compress(LINES.encode() * 50)[:-30], "damaged archive"),
@@ -321,6 +349,20 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "blank_lines.gz": (lambda: gzip.compress(b"{}\n" + b"\n" * (90 * MB), 1), ""),
     "pax.tar.gz": (lambda: pax_header(70), LIMIT),
     "sparse.tar": (sparse_tar, "expected"),
+    "bomb.zip": (
+        lambda: zipped({f"{at}.jsonl": LINES.encode() + b"\n" * (60 * MB) for at in range(5)}),
+        "data.max_expansion",
+    ),
+    "long_row.zip": (lambda: zipped({"a.jsonl": b'{"x": "' + b"x" * (90 * MB)}), LIMIT),
+    "bomb.xlsx": (
+        lambda: zipped({"xl/workbook.xml": "", "xl/sharedStrings.xml": b" " * (300 * MB)}),
+        "data.max_expansion",
+    ),
+    "bomb.parquet": (lambda: bomb("parquet", 8, 40), "data.max_expansion"),
+    "long_row.parquet": (lambda: bomb("parquet", 1, 80), LIMIT),
+    "bomb.arrow": (lambda: bomb("file", 8, 40), "data.max_expansion"),
+    "bomb_stream.arrow": (lambda: bomb("stream", 8, 40), "data.max_expansion"),
+    "long_row.arrow": (lambda: bomb("stream", 1, 80), LIMIT),
     "bomb.bz2": (lambda: bz2.compress(b"{" + b" " * (300 * MB), 1), LIMIT),
     "bomb.zst": (lambda: zstandard.compress(b"{" + b"x" * (300 * MB)), LIMIT),
     "bomb.tar.gz": (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from typing import IO, Any
 
+from qwen_ds.data.read.files_arrow import unfolded_sizes
 from qwen_ds.data.read.files_csv import row_of
 from qwen_ds.data.read.files_json import SourceRow
 from qwen_ds.data.read.files_packed import Chosen
@@ -34,7 +36,9 @@ def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator
     import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.ParquetFile(stream).schema
+        about = pyarrow.parquet.ParquetFile(stream)
+        schema = about.schema
+        _check_sizes(stream, name, options, _groups_of(about.metadata))
         texts = [c.path for c in map(schema.column, range(len(schema))) if c.physical_type == _TEXT]
         stream.seek(0)
         file = pyarrow.parquet.ParquetFile(stream, read_dictionary=texts)
@@ -47,11 +51,33 @@ def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator
 _TEXT = "BYTE_ARRAY"
 
 
+def _groups_of(metadata: Any) -> Iterator[tuple[int, int]]:
+    """(bytes once decompressed, rows) of each row group of a parquet file."""
+    for at in range(metadata.num_row_groups):
+        group = metadata.row_group(at)
+        yield max(group.total_byte_size, 0), group.num_rows
+
+
+def _check_sizes(
+    stream: IO[bytes], name: str, options: FileOptions, parts: Iterable[tuple[int, int]]
+) -> None:
+    """Raise LimitReached before anything is decompressed that is beyond a limit."""
+    budget = Budget(name, stream.seek(0, os.SEEK_END), options)
+    index = 0
+    for count, rows in parts:
+        budget.spend(count)
+        if count > rows * options.row_bytes and rows:
+            raise options.too_long(f"{name}#{index}")
+        index += rows
+    stream.seek(0)
+
+
 def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[SourceRow]:
     """The rows of an Arrow file in either format, "name#index" from 0."""
     import pyarrow
 
     try:
+        _check_sizes(stream, name, options, ((size, 0) for size in unfolded_sizes(stream)))
         is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
         stream.seek(0)
         if is_file:
@@ -60,7 +86,7 @@ def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[S
         else:
             batches = iter(pyarrow.ipc.open_stream(stream))
         yield from numbered_rows(batches, name, options)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         came = f"damaged Arrow file ({str(error).splitlines()[0]})"
         raise UserError(f"{name}: {came}; expected Arrow") from error
 

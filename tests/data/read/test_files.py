@@ -8,6 +8,8 @@ import io
 import json
 import tarfile
 import tracemalloc
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +19,7 @@ import pytest
 from qwen_ds.data.read import files, files_tables, files_text
 from qwen_ds.data.read.files import BadRow, SourceRow, read_rows
 from qwen_ds.data.read.files_encoding import encoding_of
+from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.errors import UserError
 
 ROWS = [
@@ -92,6 +95,42 @@ def test_text_is_utf8_with_or_without_mark_or_gb18030(
     arrangement: str, encoding: str, tmp_path: Path
 ) -> None:
     assert rows_in(saved(tmp_path, ARRANGEMENTS[arrangement][0].encode(encoding))) == ROWS
+
+
+ASIAN = {
+    "big5": "請翻譯成英文，謝謝您的幫忙",
+    "euc_kr": "다음 문장을 영어로 번역하세요",
+    "shift_jis": "日本語を英語に翻訳してください",
+    "utf-16": "把下面的话翻译成英文",
+}
+LAID_OUT = {
+    "lines": lambda rows: "".join(dumped(row) + "\n" for row in rows),
+    "array": dumped,
+    "objects": lambda rows: "\n".join(dumped(row, 1) for row in rows),
+    "csv": lambda rows: "q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in rows),
+    "tsv": lambda rows: "q\ta\n" + "".join(f"{row['q']}\t{row['a']}\n" for row in rows),
+}
+
+
+def zip_of(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("inner.txt", data)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, zip_of])
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("encoding", ASIAN)
+def test_every_reader_takes_the_encoding_that_is_named_and_tells_it(
+    encoding: str, layout: str, packed: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    rows = [{"q": ASIAN[encoding], "a": "x"}, {"q": "y", "a": ASIAN[encoding]}]
+    path = saved(tmp_path, packed(LAID_OUT[layout](rows).encode(encoding)))
+    told: dict[str, str] = {}
+    options = FileOptions(encoding, on_encoding=told.__setitem__)
+    assert [row.row for row in read_rows(path, options) if isinstance(row, SourceRow)] == rows
+    assert told == {f"{path}:inner.txt" if packed is zip_of else str(path): encoding}
 
 
 def test_one_damaged_byte_does_not_turn_utf8_into_other_characters(tmp_path: Path) -> None:
