@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "pax.tar.gz": (lambda: pax_header(70), LIMIT),
     "sparse.tar": (sparse_tar, "expected"),
     "bomb.zip": (
-        lambda: zipped({f"{at}.jsonl": LINES.encode() + b"\n" * (60 * MB) for at in range(5)}),
+        lambda: zipped({f"{at}.jsonl": LINES.encode() + b" " * (60 * MB) for at in range(5)}),
         "data.max_expansion",
     ),
     "long_row.zip": (lambda: zipped({"a.jsonl": b'{"x": "' + b"x" * (90 * MB)}), LIMIT),
