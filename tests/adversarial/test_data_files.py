@@ -11,8 +11,11 @@ import lzma
 import os
 import socket
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +74,8 @@ def zipped(members: dict[str, str | bytes], method: int = zipfile.ZIP_DEFLATED) 
     return out.getvalue()
 
 
-def table(fmt: str, compression: str | None = None) -> bytes:
-    out, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS)
+def table(fmt: str, compression: str | None = None, rows: pyarrow.Table = None) -> bytes:
+    out, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS) if rows is None else rows
     if fmt == "parquet":
         pyarrow.parquet.write_table(rows, out)
     else:
@@ -91,6 +94,34 @@ def workbook(*sheets: list[list[object]], titles: Sequence[str] = ()) -> bytes:
         for row in rows:
             sheet.append(row)
     book.save(out)
+    return out.getvalue()
+
+
+def of_types(fmt: str) -> bytes:
+    """The rows beside columns of all kinds, the texts as large strings and a dictionary."""
+    rows = pyarrow.Table.from_pylist(ROWS)
+    rows = rows.set_column(0, KEYS[0], rows[KEYS[0]].cast(pyarrow.large_string()))
+    rows = rows.set_column(2, KEYS[2], rows[KEYS[2]].dictionary_encode())
+    more = {
+        "nothing": pyarrow.nulls(2), "price": pyarrow.array([Decimal("1.5"), None]),
+        "at": pyarrow.array([datetime(2020, 1, 2), None]), "raw": pyarrow.array([b"\xff", None]),
+        "map": pyarrow.array([[("a", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+    }  # fmt: skip
+    for name, column in more.items():
+        rows = rows.append_column(name, column)
+    return table(fmt, rows=rows)
+
+
+def wrong_bytes() -> bytes:
+    texts = pyarrow.array([b"q\xff", b"q"]).view(pyarrow.string())
+    return table("parquet", rows=pyarrow.table({"content": texts, "summary": ["a", "b"]}))
+
+
+def zipped_twice(name: str, *texts: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file, warnings.catch_warnings(action="ignore"):
+        for text in texts:
+            file.writestr(name, text)
     return out.getvalue()
 
 
@@ -218,7 +249,22 @@ READ: dict[str, str | bytes] = {
     "stream.arrow": table("stream"),
     "lz4.arrow": table("file", "lz4"),
     "zstd.arrow": table("stream", "zstd"),
+    "types.parquet": of_types("parquet"),
+    "types.arrow": of_types("file"),
     "sheet.xlsx": workbook(SHEET),
+    "formulas.xlsx": workbook(
+        [[*KEYS, "at"], [*ROWS[0].values(), "=1+1"], [*ROWS[1].values(), date(2020, 1, 2)]]
+    ),
+    "excel_bom_sep.csv": "\ufeffsep=;\r\n" + CSV.replace(",", ";").replace("\n", "\r\n"),
+    "quotes.tsv": CSV.replace(",", "\t").replace("Nice", 'a 5" N').replace("你是谁", '"你""谁"'),
+    "u2028.jsonl": LINES.replace("天气", "天\u2028\x85气"),
+    "zero_bytes.csv": CSV.replace("天气", "\0"),
+    "deep_meta.jsonl": LINES.replace("}", ', "meta": ' + '{"a":' * 300 + "1" + "}" * 301, 1),
+    "zeros_behind.gz": gzip.compress(LINES.encode()) + bytes(99),
+    "twice.zip": zipped_twice("a.jsonl", LINES[:9], LINES),
+    "chinese_roles.json": dumped(
+        [{"conversations": [{"from": "用户", "value": "问"}, {"from": "助手", "value": each}]}
+         for each in ("答", "好")]),
     "two_sheets.xlsx": workbook(SHEET[:2], [SHEET[0], SHEET[2]], []),
 }  # fmt: skip
 SAID = {
@@ -228,6 +274,8 @@ SAID = {
     "lines.zip": "lines.zip:README.md: not read", "equal_names.csv": "not read: note (2 rows)",
     "data_splits.json": "data_splits.json:1 dev: not read, of the split validation (2 rows)",
     "splits.zip": "splits.zip:dev.csv: not read, of the split validation",
+    "twice.zip": "twice.zip:a.jsonl: not read, a later file of this name replaces it",
+    "types.parquet": "not read: price, at, raw, map (1 row)",
     "splits.xlsx": "splits.xlsx:test: not read, of the split test",
 }  # fmt: skip
 
@@ -349,6 +397,18 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "blank_lines.gz": (lambda: gzip.compress(b"{}\n" + b"\n" * (90 * MB), 1), ""),
     "pax.tar.gz": (lambda: pax_header(70), LIMIT),
     "sparse.tar": (sparse_tar, "expected"),
+    "wrong_bytes.parquet": (wrong_bytes, "wrong_bytes.parquet#0: byte 0xff is not UTF-8"),
+    "no_members.zip": (lambda: zipped({}), "holds no rows"),
+    "no_batches.arrow": (lambda: table("file", rows=pyarrow.table({"q": []})), "holds no rows"),
+    "no_rows.parquet": (lambda: table("parquet", rows=pyarrow.table({"q": []})), "holds no rows"),
+    **{f"empty.{each}": (bytes, "the file is empty") for each in ("parquet", "xlsx", "gz", "zip")},
+    "zero_byte.jsonl": (lambda: LINES.replace("q", "").replace("谁", "\0"), ":2: not valid JSON"),
+    "zeros_at_the_end.jsonl": (lambda: LINES + "\0" * 512, ":3: not valid JSON"),
+    "ends_of_u2028.jsonl": (lambda: LINES.replace("\n", "\u2028"), "Extra data"),
+    "more_behind.gz": (lambda: gzip.compress(LINES.encode()) + b"more", "Not a gzipped file"),
+    "title.xlsx": (lambda: workbook([["Title"], *SHEET]), "3 cells; expected 1"),
+    "python.jsonl": (lambda: f"{ROWS[0]}\n", "not valid JSON"),
+    "comment.json": (lambda: f"// rows\n{dumped(ROWS)}", "the text begins with '// rows'"),
     "bomb.zip": (
         lambda: zipped({f"{at}.jsonl": LINES.encode() + b" " * (60 * MB) for at in range(5)}),
         "data.max_expansion",

@@ -92,6 +92,10 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
         after(loss_scale=0.5), "|ask|[say]|more|[end]", "not read: messages[].loss_scale (1 row)"),
     "developer": (
         {"messages": [{"role": "developer", "content": "sys"}, Q, A]}, "sys|ask|[say]", ""),
+    "names in Chinese": (
+        {"conversations": [{"from": "系统", "value": "sys"}, {"from": "用户", "value": "ask"},
+                           {"from": "助手", "value": "say"}]},
+        "sys|ask|[say]", ""),
     "upper-case names": (
         {"conversations": [{"from": "USER", "value": "ask"}, {"from": "chatgpt", "value": "say"}]},
         "|ask|[say]", ""),

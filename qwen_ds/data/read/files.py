@@ -169,7 +169,7 @@ def _archive_rows(content: _Content, is_tar: bool) -> Iterator[SourceRow | BadRo
             ):
                 yield from _marked(rows, title, options)
             return
-        members = files_packed.zip_members(archive, name, chosen, budget)
+        members = files_packed.zip_members(archive, name, chosen, budget, options)
     for member, stream in members:
         inside = _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
         yield from _marked(_rows(inside), member, options)

@@ -101,9 +101,11 @@ def _wide(head: bytes) -> str | None:
         if units and min(others) * 20 >= units and zeros[place] * 5 <= min(others):
             text = codecs.getincrementaldecoder(encoding)()
             try:
-                return encoding if text.decode(sample) else None
+                found = text.decode(sample)
             except UnicodeDecodeError:
                 continue
+            if any(sign in found for sign in "\n{["):  # else a few zero bytes in other text
+                return encoding
     return None
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from qwen_ds.data.read.files_arrow import unfolded_sizes
 from qwen_ds.data.read.files_csv import row_of
-from qwen_ds.data.read.files_json import SourceRow
+from qwen_ds.data.read.files_json import BadRow, SourceRow, bad_bytes
 from qwen_ds.data.read.files_packed import Chosen
 from qwen_ds.data.read.limits import DEFAULT, Budget, FileOptions
 from qwen_ds.errors import UserError
@@ -21,7 +21,10 @@ PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _WORKBOOK = "xl/workbook.xml"
 
 
-def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Iterator[SourceRow]] | None:
+Rows = Iterator[SourceRow | BadRow]
+
+
+def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Rows] | None:
     """The function that reads such a table, None for anything else."""
     if head.startswith(PARQUET):
         return parquet_rows
@@ -30,7 +33,7 @@ def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Iterator[S
     return None
 
 
-def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[SourceRow]:
+def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Rows:
     """The rows of a parquet file, "name#index" from 0. Texts that repeat are in memory once."""
     import pyarrow
     import pyarrow.parquet
@@ -72,7 +75,7 @@ def _check_sizes(
     stream.seek(0)
 
 
-def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[SourceRow]:
+def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Rows:
     """The rows of an Arrow file in either format, "name#index" from 0."""
     import pyarrow
 
@@ -91,9 +94,7 @@ def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[S
         raise UserError(f"{name}: {came}; expected Arrow") from error
 
 
-def numbered_rows(
-    batches: Iterable[Any], name: str, options: FileOptions = DEFAULT
-) -> Iterator[SourceRow]:
+def numbered_rows(batches: Iterable[Any], name: str, options: FileOptions = DEFAULT) -> Rows:
     """The rows of pyarrow's batches or tables, "name#index" from 0."""
     index = 0
     for batch in batches:
@@ -106,9 +107,23 @@ def numbered_rows(
             part = batch.slice(start, step)
             if may_be_long and _bytes_of(part) > options.row_bytes:
                 raise options.too_long(f"{name}#{index}")
-            for row in part.to_pylist():
-                yield SourceRow(row, f"{name}#{index}")
+            for row in _values(part):
+                source = f"{name}#{index}"
+                if isinstance(row, UnicodeDecodeError):
+                    yield bad_bytes(source, "utf-8", row)
+                else:
+                    yield SourceRow(row, source)
                 index += 1
+
+
+def _values(part: Any) -> list[Any]:
+    """The rows of a slice; instead of one whose text is no UTF-8, the error."""
+    try:
+        return list(part.to_pylist())
+    except UnicodeDecodeError as error:
+        if part.num_rows == 1:
+            return [error]
+        return [row for at in range(part.num_rows) for row in _values(part.slice(at, 1))]
 
 
 def _bytes_of(row: Any) -> int:

@@ -45,10 +45,12 @@ OPENAI_ROLES = {
     **dict.fromkeys(("tool", "function"), TOOL),
 }
 SHAREGPT_ROLES = {
-    **dict.fromkeys(("user", "human", "Human", "prompter", "USER"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "MOSS", "chatgpt", "ASSISTANT"), "assistant"),
+    **dict.fromkeys(("user", "human", "Human", "prompter", "USER", "用户"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "bot", "MOSS", "chatgpt", "ASSISTANT", "助手"), "assistant"
+    ),
     **dict.fromkeys(("tool", "function", "function_call", "observation"), TOOL),
-    **dict.fromkeys(("system", "developer", "SYSTEM"), "system"),
+    **dict.fromkeys(("system", "developer", "SYSTEM", "系统"), "system"),
 }
 _QUESTIONERS = {name for name, role in SHAREGPT_ROLES.items() if role in ("system", "user")}
 _EXPECTED_OPENAI = "system, user, assistant"
