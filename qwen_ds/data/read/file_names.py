@@ -1,5 +1,7 @@
-"""What the names of files say: which are data, and of which split. An archive's members, a
-workbook's sheets and the keys of a JSON object that holds all rows are named alike.
+"""Names of files: which are data, and of which split.
+
+An archive's members, a workbook's sheets and the keys of a JSON object that holds all rows are
+named alike.
 """
 
 from __future__ import annotations
