@@ -52,6 +52,8 @@ COVERED_BY = {
     "launch/train.py": "tests/train/test_bad_input.py",
     "qwen_ds/data/options.py": "tests/data/test_data_cli.py",
     "qwen_ds/data/read/dialogue.py": "tests/data/read/test_readers.py",
+    "qwen_ds/data/read/file_names.py": "tests/data/read/test_places.py",
+    "qwen_ds/data/read/files_arrow.py": "tests/data/read/test_files.py",
     "qwen_ds/data/read/files_csv.py": "tests/data/read/test_files.py",
     "qwen_ds/data/read/files_encoding.py": "tests/data/read/test_places.py",
     "qwen_ds/data/read/files_json.py": "tests/data/read/test_files.py",

@@ -78,9 +78,7 @@ class Place:
     def rows(self, *rows: Any, name: str = "rows.jsonl") -> Path:
         """JSON lines; without rows, eight that are right."""
         right = [{"content": f"q{i}", "summary": f"a{i}"} for i in range(8)]
-        return self.file(
-            name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows or right)
-        )
+        return self.file(name, "".join(json.dumps(row) + "\n" for row in rows or right))
 
 
 @dataclass(frozen=True)

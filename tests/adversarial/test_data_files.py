@@ -11,8 +11,11 @@ import lzma
 import os
 import socket
 import tarfile
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +51,11 @@ def translated(question: str, answer: str, encoding: str) -> bytes:
     return "".join(dumped(row) + "\n" for row in rows).encode(encoding)
 
 
+def turns(row: dict[str, str]) -> list[dict[str, str]]:
+    question, answer = f"{row['instruction']}\t{row['input']}".strip(), row["output"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def archive(members: dict[str, str], mode: str = "w") -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as tar:  # type: ignore[call-overload]
@@ -66,30 +74,78 @@ def zipped(members: dict[str, str | bytes], method: int = zipfile.ZIP_DEFLATED) 
     return out.getvalue()
 
 
-def table(fmt: str) -> bytes:
-    out, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS)
+def table(fmt: str, compression: str | None = None, rows: pyarrow.Table = None) -> bytes:
+    out, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS) if rows is None else rows
     if fmt == "parquet":
         pyarrow.parquet.write_table(rows, out)
     else:
         new = pyarrow.ipc.new_file if fmt == "file" else pyarrow.ipc.new_stream
-        with new(out, rows.schema) as writer:
+        kept = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        with new(out, rows.schema, options=kept) as writer:
             writer.write_table(rows)
     return out.getvalue()
 
 
-def workbook(*sheets: list[list[object]]) -> bytes:
+def workbook(*sheets: list[list[object]], titles: Sequence[str] = ()) -> bytes:
     book, out = openpyxl.Workbook(), io.BytesIO()
     for at, rows in enumerate(sheets):
         sheet = book.active if at == 0 else book.create_sheet()
+        sheet.title = titles[at] if titles else sheet.title
         for row in rows:
             sheet.append(row)
     book.save(out)
     return out.getvalue()
 
 
+def of_types(fmt: str) -> bytes:
+    """The rows beside columns of all kinds, the texts as large strings and a dictionary."""
+    rows = pyarrow.Table.from_pylist(ROWS)
+    rows = rows.set_column(0, KEYS[0], rows[KEYS[0]].cast(pyarrow.large_string()))
+    rows = rows.set_column(2, KEYS[2], rows[KEYS[2]].dictionary_encode())
+    more = {
+        "nothing": pyarrow.nulls(2), "price": pyarrow.array([Decimal("1.5"), None]),
+        "at": pyarrow.array([datetime(2020, 1, 2), None]), "raw": pyarrow.array([b"\xff", None]),
+        "map": pyarrow.array([[("a", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+    }  # fmt: skip
+    for name, column in more.items():
+        rows = rows.append_column(name, column)
+    return table(fmt, rows=rows)
+
+
+def wrong_bytes() -> bytes:
+    texts = pyarrow.array([b"q\xff", b"q"]).view(pyarrow.string())
+    return table("parquet", rows=pyarrow.table({"content": texts, "summary": ["a", "b"]}))
+
+
+def zipped_twice(name: str, *texts: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file, warnings.catch_warnings(action="ignore"):
+        for text in texts:
+            file.writestr(name, text)
+    return out.getvalue()
+
+
+def bomb(fmt: str, count: int, megabytes: int) -> bytes:
+    """A table of long texts, compressed as a whole to next to nothing."""
+    row = {"content": "q" * (megabytes * MB), "summary": "a"}
+    batch, out = pyarrow.RecordBatch.from_pylist([row]), io.BytesIO()
+    if fmt == "parquet":
+        kept = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+        with pyarrow.parquet.ParquetWriter(out, batch.schema, **kept) as writer:
+            for _ in range(count):
+                writer.write_batch(batch)
+        return out.getvalue()
+    new = pyarrow.ipc.new_file if fmt == "file" else pyarrow.ipc.new_stream
+    with new(out, batch.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for _ in range(count):
+            writer.write_batch(batch)
+    return out.getvalue()
+
+
 SHEET: list[list[object]] = [list(KEYS), *[list(row.values()) for row in ROWS]]
 BY_COLUMN = {key: [row[key] for row in ROWS] for key in KEYS}
 RU = "Переведи текст на английский язык", "Сегодня хорошая погода, пойдём гулять"
+CZ = "Přelož tento text do angličtiny, žádám tě", "Dnes je šťastný den, půjdeme na louku"
 
 # name -> content; every one gives the two rows. The suffix of the file is in the name.
 READ: dict[str, str | bytes] = {
@@ -106,6 +162,9 @@ READ: dict[str, str | bytes] = {
     "data.json": dumped({"version": "1.0", "data": ROWS}),
     "rows.json": dumped({"rows": [{"row_idx": 0, "row": row} for row in ROWS], "partial": False}),
     "train.json": dumped({"train": ROWS}),
+    "data_splits.json": dumped({"version": "1.0", "train": ROWS, "test": ROWS[:1], "dev": ROWS}),
+    "splits.zip": zipped({"a/train.jsonl": LINES, "a/test.jsonl": LINES, "dev.csv": CSV}),
+    "splits.xlsx": workbook(SHEET, SHEET, titles=("train", "test")),
     "navicat.json": json.dumps({"RECORDS": ROWS}, indent=1),
     "orient_index.json": dumped({str(at): row for at, row in enumerate(ROWS)}),
     "orient_split.json": dumped(
@@ -116,6 +175,13 @@ READ: dict[str, str | bytes] = {
     ),
     "orient_list.json": dumped(BY_COLUMN),
     "orient_table.json": dumped({"schema": {"fields": []}, "data": ROWS}),
+    "commas.jsonl": LINES.replace("\n", ",\n"),
+    "commas_on_one_line.json": LINES.replace("\n", ", "),
+    "list_of_turns.json": "\n".join(dumped(turns(row)) for row in ROWS),
+    "list_of_turns_and_commas.json": "".join(dumped(turns(row)) + ",\n" for row in ROWS),
+    "array_of_turns.json": json.dumps([turns(row) for row in ROWS], indent=1),
+    "turns_in_cells.csv": "id,messages\n1,{}\n2,{}\n".format(
+        *('"' + dumped(turns(row)).replace('"', '""') + '"' for row in ROWS)),
     "key_twice_alike.jsonl": LINES.replace('"input": ""', '"input": "", "input": ""'),
     "plain.csv": CSV,
     "cr_only.csv": CSV.replace("\n", "\r"),
@@ -135,6 +201,10 @@ READ: dict[str, str | bytes] = {
     "long_header.csv": CSV.replace("\n", f",{'x' * 300}\n", 1).replace("weather.", "weather.,1")
     .replace("助手。", "助手。,2"),
     "trailing_commas.csv": CSV.replace("weather.\n", "weather.,,\n"),
+    "equal_names.csv": CSV.replace("\n", ",note,note\n", 1).replace("weather.", "weather.,1,2")
+    .replace("助手。", "助手。,3,3"),
+    "equal_cells.csv": CSV.replace("\n", ",output\n", 1).replace("er.\n", "er.,\n")
+    .replace("助手。", "助手。,我是一个助手。"),
     "line_in_a_cell.csv": CSV.replace("今天天气很好", '"今天\r\n天气"'),
     "utf16.csv": CSV.replace(",", "\t").encode("utf-16"),
     "utf16_be_mark.jsonl": "\ufeff".encode("utf-16-be") + LINES.encode("utf-16-be"),
@@ -154,6 +224,9 @@ READ: dict[str, str | bytes] = {
     + b"\n" + "日本語,,英語\n今日は,,天気\n".encode("iso2022_jp"),
     "cp1251.jsonl": translated(*RU, "cp1251"),
     "koi8.jsonl": translated(*RU, "koi8-r"),
+    "iso8859_5.jsonl": translated(*RU, "iso8859-5"),
+    "cp1250.jsonl": translated(*CZ, "cp1250"),
+    "cp1250_as_its_twin.jsonl": translated("Fordítsd le a szöveget", "légy szíves, fűz", "cp1250"),
     "cp1252.jsonl": translated("Wie heißt du? Für mich bitte", "ein großes Stück Käse", "cp1252"),
     "cp1253.jsonl": translated("Μετάφρασε το κείμενο", "στα αγγλικά παρακαλώ", "cp1253"),
     "cp1256.jsonl": translated("ترجم النص إلى الإنجليزية", "الطقس جميل اليوم", "cp1256"),
@@ -174,13 +247,36 @@ READ: dict[str, str | bytes] = {
     "table.parquet.zst": zstandard.compress(table("parquet")),
     "file.arrow": table("file"),
     "stream.arrow": table("stream"),
+    "lz4.arrow": table("file", "lz4"),
+    "zstd.arrow": table("stream", "zstd"),
+    "types.parquet": of_types("parquet"),
+    "types.arrow": of_types("file"),
     "sheet.xlsx": workbook(SHEET),
+    "formulas.xlsx": workbook(
+        [[*KEYS, "at"], [*ROWS[0].values(), "=1+1"], [*ROWS[1].values(), date(2020, 1, 2)]]
+    ),
+    "excel_bom_sep.csv": "\ufeffsep=;\r\n" + CSV.replace(",", ";").replace("\n", "\r\n"),
+    "quotes.tsv": CSV.replace(",", "\t").replace("Nice", 'a 5" N').replace("你是谁", '"你""谁"'),
+    "u2028.jsonl": LINES.replace("天气", "天\u2028\x85气"),
+    "zero_bytes.csv": CSV.replace("天气", "\0"),
+    "deep_meta.jsonl": LINES.replace("}", ', "meta": ' + '{"a":' * 300 + "1" + "}" * 301, 1),
+    "zeros_behind.gz": gzip.compress(LINES.encode()) + bytes(99),
+    "twice.zip": zipped_twice("a.jsonl", LINES[:9], LINES),
+    "chinese_roles.json": dumped(
+        [{"conversations": [{"from": "用户", "value": "问"}, {"from": "助手", "value": each}]}
+         for each in ("答", "好")]),
     "two_sheets.xlsx": workbook(SHEET[:2], [SHEET[0], SHEET[2]], []),
 }  # fmt: skip
 SAID = {
     "utf16.csv": "read as utf-16", "big5.jsonl": "read as big5", "cp1251.jsonl": "read as cp1251",
+    "cp1250.jsonl": "read as cp1250", "iso8859_5.jsonl": "read as iso8859-5",
     "gbk.csv": "read as gb18030", "euc_kr.jsonl": "read as cp949", "koi8.jsonl": "read as koi8-r",
-    "lines.zip": "lines.zip:README.md: not read",
+    "lines.zip": "lines.zip:README.md: not read", "equal_names.csv": "not read: note (2 rows)",
+    "data_splits.json": "data_splits.json:1 dev: not read, of the split validation (2 rows)",
+    "splits.zip": "splits.zip:dev.csv: not read, of the split validation",
+    "twice.zip": "twice.zip:a.jsonl: not read, a later file of this name replaces it",
+    "types.parquet": "not read: price, at, raw, map (1 row)",
+    "splits.xlsx": "splits.xlsx:test: not read, of the split test",
 }  # fmt: skip
 
 
@@ -260,7 +356,11 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "deep.jsonl": (lambda: '{"content": ' + "[" * 100_000, "not valid JSON"),
     "deep.json": (lambda: "[" * 1_000_000, "nested too deep"),
     "long_number.jsonl": (lambda: '{"content": ' + "9" * 10_000 + "}", "not valid JSON"),
-    "equal_names.csv": (lambda: "content,summary,summary\na,b,c\n", "two columns 'summary'"),
+    "equal_names.csv": (lambda: "content,summary,summary\na,b,c\n", ":2: summary is not the same"),
+    "equal_names.xlsx": (
+        lambda: workbook([["content", "summary", "summary"], ["a", "b", "c"]]),
+        "Sheet:2: summary is not the same",
+    ),
     "ragged.csv": (lambda: "content,summary\na,b\nc\n", ":3: 1 cells; expected 2"),
     "prose.txt": (lambda: "从前有一座山。\n山上有一座庙。\n", "the text begins with"),
     "html.json": (lambda: "<!DOCTYPE html>\n<p>404</p>", "the text begins with"),
@@ -268,6 +368,9 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
         lambda: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"
     ),
     "doubt.jsonl": (lambda: translated("\xe9\xf5", "\xfe\xf0", "latin-1"), DOUBT),
+    "iso8859_2.jsonl": (lambda: translated(*CZ, "iso8859-2"), DOUBT),
+    "iso8859_15.jsonl": (lambda: translated("Cœur à l'œuvre", "été, sœur", "iso8859-15"), DOUBT),
+    "tiny_lines.json": (lambda: '{\n"x": [\n' + "1,\n" * (20 * MB) + "1]\n}", "keys found: x"),
     "odd_utf16.jsonl": (lambda: LINES.encode("utf-16") + b"x", "not UTF-16"),
     "cut.gz": (lambda: gzip.compress(LINES.encode() * 50)[:-9], "expected"),
     "cut.xz": (lambda: lzma.compress(LINES.encode() * 50)[:-30], "damaged archive"),
@@ -294,6 +397,32 @@ REFUSED: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "blank_lines.gz": (lambda: gzip.compress(b"{}\n" + b"\n" * (90 * MB), 1), ""),
     "pax.tar.gz": (lambda: pax_header(70), LIMIT),
     "sparse.tar": (sparse_tar, "expected"),
+    "wrong_bytes.parquet": (wrong_bytes, "wrong_bytes.parquet#0: byte 0xff is not UTF-8"),
+    "no_members.zip": (lambda: zipped({}), "holds no rows"),
+    "no_batches.arrow": (lambda: table("file", rows=pyarrow.table({"q": []})), "holds no rows"),
+    "no_rows.parquet": (lambda: table("parquet", rows=pyarrow.table({"q": []})), "holds no rows"),
+    **{f"empty.{each}": (bytes, "the file is empty") for each in ("parquet", "xlsx", "gz", "zip")},
+    "zero_byte.jsonl": (lambda: LINES.replace("q", "").replace("谁", "\0"), ":2: not valid JSON"),
+    "zeros_at_the_end.jsonl": (lambda: LINES + "\0" * 512, ":3: not valid JSON"),
+    "ends_of_u2028.jsonl": (lambda: LINES.replace("\n", "\u2028"), "Extra data"),
+    "more_behind.gz": (lambda: gzip.compress(LINES.encode()) + b"more", "Not a gzipped file"),
+    "title.xlsx": (lambda: workbook([["Title"], *SHEET]), "3 cells; expected 1"),
+    "python.jsonl": (lambda: f"{ROWS[0]}\n", "not valid JSON"),
+    "comment.json": (lambda: f"// rows\n{dumped(ROWS)}", "the text begins with '// rows'"),
+    "bomb.zip": (
+        lambda: zipped({f"{at}.jsonl": LINES.encode() + b" " * (60 * MB) for at in range(5)}),
+        "data.max_expansion",
+    ),
+    "long_row.zip": (lambda: zipped({"a.jsonl": b'{"x": "' + b"x" * (90 * MB)}), LIMIT),
+    "bomb.xlsx": (
+        lambda: zipped({"xl/workbook.xml": "", "xl/sharedStrings.xml": b" " * (300 * MB)}),
+        "data.max_expansion",
+    ),
+    "bomb.parquet": (lambda: bomb("parquet", 8, 40), "data.max_expansion"),
+    "long_row.parquet": (lambda: bomb("parquet", 1, 80), LIMIT),
+    "bomb.arrow": (lambda: bomb("file", 8, 40), "data.max_expansion"),
+    "bomb_stream.arrow": (lambda: bomb("stream", 8, 40), "data.max_expansion"),
+    "long_row.arrow": (lambda: bomb("stream", 1, 80), LIMIT),
     "bomb.bz2": (lambda: bz2.compress(b"{" + b" " * (300 * MB), 1), LIMIT),
     "bomb.zst": (lambda: zstandard.compress(b"{" + b"x" * (300 * MB)), LIMIT),
     "bomb.tar.gz": (
@@ -398,6 +527,22 @@ FOLDERS: dict[str, tuple[Callable[[Place], Path | str], int, str]] = {
     "a named split": (lambda p: f"{files(p, 'train.json', 'xx_dev.json')}:validation", 1, "train"),
     "hub cache": (hub_cache, 1, "1 rows of 1"),
     "cache of datasets": (lambda p: cache_of_datasets(p, "x"), 2, "that datasets has cached"),
+    "a split of one file": (
+        lambda p: f"{p.json('a.json', {'train': ROWS, 'test': ROWS[1:]})}:test", 1,
+        "a.json:1 train: not read, of the split train (2 rows)",
+    ),
+    "a split of an archive": (
+        lambda p: f"{p.file('a.zip', zipped({'train.json': LINES, 'x/dev.csv': CSV}))}:validation",
+        2, "a.zip:train.json: not read, of the split train",
+    ),
+    "a split inside an archive": (
+        lambda p: f"{p.file('a.zip', zipped({'x.json': dumped({'test': ROWS})}))}:test",
+        2, "2 rows",
+    ),
+    "a split of a workbook": (
+        lambda p: f"{p.file('a.xlsx', workbook(SHEET, SHEET[:2], titles=('train', 'dev')))}:dev", 1,
+        "a.xlsx:train: not read, of the split train",
+    ),
     "name with a colon": (lambda p: files(p, "a:b.jsonl") / "a:b.jsonl", 1, "1 rows of 1"),
 }  # fmt: skip
 
@@ -411,7 +556,12 @@ NO_FOLDERS: dict[str, tuple[Callable[[Place], Path | str], str]] = {
     "socket": (partial(with_special, bound_socket), "b.jsonl: a socket"),
     "device alone": (lambda p: "/dev/zero", "/dev/zero: a device"),
     "empty": (lambda p: files(p, ".hidden.jsonl"), "holds no data files"),
-    "file:split": (lambda p: f"{files(p, 'a.jsonl') / 'a.jsonl'}:test", "is one file, without"),
+    "file:split": (lambda p: f"{files(p, 'a.jsonl') / 'a.jsonl'}:test", "of a file without splits"),
+    "file:split, no such": (
+        lambda p: f"{p.json('a.json', {'train': ROWS})}:test",
+        "no split 'test' in it; splits found",
+    ),
+    "parquet:split": (lambda p: f"{p.file('a.parquet', table('parquet'))}:test", "without splits"),
     "no such split": (lambda p: f"{files(p, 'train.json')}:dev", "splits found: train"),
     "hub cache, no revision": (partial(hub_cache, main=None), "the revisions one, two"),
     "hub cache, another": (partial(hub_cache, main="three"), "refs/main names three"),

@@ -92,6 +92,10 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
         after(loss_scale=0.5), "|ask|[say]|more|[end]", "not read: messages[].loss_scale (1 row)"),
     "developer": (
         {"messages": [{"role": "developer", "content": "sys"}, Q, A]}, "sys|ask|[say]", ""),
+    "names in Chinese": (
+        {"conversations": [{"from": "系统", "value": "sys"}, {"from": "用户", "value": "ask"},
+                           {"from": "助手", "value": "say"}]},
+        "sys|ask|[say]", ""),
     "upper-case names": (
         {"conversations": [{"from": "USER", "value": "ask"}, {"from": "chatgpt", "value": "say"}]},
         "|ask|[say]", ""),
@@ -103,6 +107,25 @@ TAKEN: dict[str, tuple[Any, str, str]] = {
         {"conversation": [{"human": "ask", "assistant": "say", "loss": False},
                           {"human": "more", "assistant": "end"}]},
         "|ask|say|more|[end]", ""),
+    "TRL's messages": ({"prompt": [Q], "completion": [A], "id": 1}, "|ask|[say]", "not read: id"),
+    "TRL's messages and a tag": (
+        {"prompt": [Q], "completion": [A], "label": True}, "|ask|[say]", ""),
+    "prompt of turns, answer of text": (
+        {"prompt": [{**Q, "role": "system"}, Q], "response": "say"}, "ask|ask|[say]", ""),
+    "keys of TRL's turns": (
+        {"prompt": [Q], "completion": [{**A, "name": "n"}]}, "|ask|[say]",
+        "not read: completion[].name (1 row)"),
+    "TRL's weights": (
+        {"prompt": [Q, {**A, "weight": 0}, Q], "completion": [A]}, "|ask|say|ask|[say]", ""),
+    "history of no text": ({**PAIR, "history": "[]"}, "|ask|[say]", ""),
+    "history as JSON": ({**PAIR, "history": '[["h", "i"]]'}, "|h|[i]|ask|[say]", ""),
+    "messages as JSON": ({"messages": json.dumps([Q, A])}, "|ask|[say]", ""),
+    "keys of turns in JSON": (
+        {"messages": json.dumps([Q, {**A, "name": "n"}])}, "|ask|[say]", "messages[].name (1 row)"),
+    "conversations as JSON": ({"conversations": json.dumps(SHARE)}, "|ask|[say]", ""),
+    "turns without a key": ([Q, A], "|ask|[say]", ""),
+    "ShareGPT's turns without a key": (SHARE, "|ask|[say]", ""),
+    "an emoji": ({**QA, "answer": "\U0001f600"}, "|ask|[\U0001f600]", ""),
     "parts": (
         {"messages": [{**Q, "content": [{"type": "text", "text": "ask"}]}, A]}, "|ask|[say]", ""),
 }  # fmt: skip
@@ -127,6 +150,12 @@ COUNTED: dict[str, tuple[Any, str]] = {
     "kto_tag false": ({**TALK, "kto_tag": "false"}, "1 dropped: answers marked as bad"),
     "TRL's label": ({"prompt": "ask", "completion": "no", "label": False}, "answers marked as bad"),
     "loss false": ({**TALK, "loss": False}, "1 dropped: rows marked as not to be learnt"),
+    "half an emoji": ({**QA, "answer": "so \ud83d"}, "1 dropped: half a character in the text"),
+    "half a system text": ({**TALK, "system": "\ude00"}, "1 dropped: half a character in the text"),
+    "TRL's label and messages": (
+        {"prompt": [Q], "completion": [A], "label": False},
+        "answers marked as bad",
+    ),
     "no turn to learn": ({"messages": [Q, {**A, "weight": 0}]}, "1 dropped: nothing to learn"),
 }
 
@@ -168,6 +197,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a mask of texts": ({**TALK, "loss_mask": ["a", "b"]}, "loss_mask[0] is 'a'; expected 0 or 1"),
     "a mask of the answers": ({"conversations": SHARE, "mask": "gpt"}, "mask is 'gpt'; expected"),
     "kto_tag maybe": ({**TALK, "kto_tag": "maybe"}, "kto_tag is 'maybe'; expected true or false"),
+    "messages as Python": ({"messages": str([Q, A])}, "expected a list, or the JSON of one"),
+    "messages of a text": ({"messages": "ask"}, "messages is 'ask'; expected a list, or the JSON"),
+    "deep history": ({**PAIR, "history": "[" * 100_000}, "history is '[[["),
+    "history with a key twice": (
+        {"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "messages is '["),
+    "prompt of texts": ({"prompt": ["ask"], "completion": "say"}, "prompt[0] is text; expected an"),
     "NaN": ({**QA, "answer": float("nan")}, "no answer"),
     "number": ({**QA, "answer": 2}, "answer is a number; expected text"),
     "system of a list": ({**TALK, "system_prompt": ["s"]}, "system_prompt is a list; expected"),
@@ -260,6 +295,8 @@ def prompt(place: Place) -> str:
 
 ASKED: dict[str, tuple[Any, str, str]] = {
     "context": ({"context": "ctx", "question": "ask", "id": 4}, "ctx\nask", "not read: id (1 row)"),
+    "prompt of turns": ({"prompt": [Q]}, "ask", ""),
+    "turns without a key": ([Q], "ask", ""),
     "options": ({"question": "ask", "A": "x", "B": "y"}, "ask\nA. x\nB. y", ""),
     "prompt, query": ({"prompt": "do", "query": "ask"}, "do\task", ""),
     "preference data": (
@@ -287,6 +324,10 @@ def test_a_prompt_is_read_as_a_row_is(name: str, tmp_path: Path, small_dir: Path
         ({**TALK, "images": ["cat.jpg"]}, "images are not read; expected a question of text alone"),
         ({"messages": [Q], "tools": [{"name": "f"}]}, "tool turns; expected a question of text"),
         ({"prompt": "ask", "query": 5}, "query is a number; expected text"),
+        (
+            {"prompt": "so \ud83d"},
+            "half a character in the text; expected a question of text alone",
+        ),
     ],
 )
 def test_a_prompt_that_lacks_something_is_refused(

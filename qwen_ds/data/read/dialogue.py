@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
 
+from qwen_ds.data.read.files_json import parsed
 from qwen_ds.model.chatml import Conversation, Turn
 
 Row = Mapping[str, object]
@@ -19,7 +20,7 @@ Pair = tuple[str, str]
 Kind = TypeVar("Kind")
 
 NO_ANSWER, NO_QUESTION, NO_TURNS = "no answer", "no question", "no turns"
-NOT_TEXT = "content is not text"
+NOT_TEXT, HALF_CHARACTER = "content is not text", "half a character in the text"
 NOT_ALTERNATING, TOOL_TURNS = "roles do not alternate", "tool turns"
 # An image, video or audio that a text refers to: LLaVA's, LLaMA-Factory's and MMMU's marks, and
 # Qwen-VL's and Qwen-Audio's. HTML and XML have these names too, so they count only
@@ -37,6 +38,7 @@ _KINDS = {"image": "images", "video": "videos", "audio": "audios"}
 _JSON_NAMES: dict[type, str] = {
     **{type(None): "null", str: "text", bool: "true or false"},
     **{int: "a number", float: "a number", list: "a list", dict: "an object"},
+    tuple: "not the same in all columns of this name",
 }
 
 
@@ -100,24 +102,41 @@ def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Re
 def _turns(dialogue: Dialogue) -> list[Turn]:
     """The turns before the first blank side."""
     turns: list[Turn] = []
+    unlearnt = dialogue.unlearnt
     for question, answer in dialogue.pairs:
         for role, text in (("user", question), ("assistant", answer)):
-            if is_blank(text):
+            if not text or text.isspace():
                 return turns
-            turns.append(Turn(role, text, len(turns) not in dialogue.unlearnt))
+            turns.append(Turn(role, text, not unlearnt or len(turns) not in unlearnt))
     return turns
 
 
 def _conversation(dialogue: Dialogue, turns: list[Turn], default_system: str | None) -> Result:
+    system = dialogue.system or default_system
     for place, turn in enumerate(turns, 1):
         if "<" in turn.text and (kind := media_in(turn.text)):
             return media_dropped(kind, f"the text of turn {place} refers to one")
     if turns:
-        system = dialogue.system or default_system
+        if half := _half_character([system or "", *[turn.text for turn in turns]]):
+            return Dropped(HALF_CHARACTER, half)
         return Conversation(system, tuple(turns), SYSTEM_TURN not in dialogue.unlearnt)
     if not dialogue.pairs:
         return Dropped(NO_TURNS, dialogue.fault)
     return Dropped(NO_ANSWER if dialogue.pairs[0][0] else NO_QUESTION, dialogue.fault)
+
+
+def _half_character(texts: list[str]) -> str:
+    """Words for the first lone surrogate of the system text and the turns, "" if there is none.
+
+    Texts that were cut in the middle of an emoji have one. The tokenizer would make it U+FFFD.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        place = next(place for place, text in enumerate(texts) if half in text)
+        return f"{f'turn {place}' if place else 'the system text'} has \\u{ord(half):04x} alone"
+    return ""
 
 
 def dialogue_of(turns: Iterable[tuple[str, str]], system: str | None, before: int = 0) -> Outcome:
@@ -166,7 +185,10 @@ def is_said(value: object) -> bool:
 
 def text_of(row: Row, key: str) -> str:
     """The text under a key, "" if it is absent or null. Raises RowError for anything else."""
-    return "" if row.get(key) is None else _checked(row[key], str, key)
+    value = row.get(key)
+    if isinstance(value, str):
+        return value
+    return "" if value is None else _checked(value, str, key)
 
 
 def system_of(row: Row, key: str = "system") -> str | None:
@@ -175,8 +197,18 @@ def system_of(row: Row, key: str = "system") -> str | None:
 
 
 def list_of(row: Row, key: str) -> list[object]:
-    """The list under a key, empty if it is absent or null. Raises RowError for anything else."""
-    return [] if row.get(key) is None else _checked(row[key], list, key)
+    """The list under a key, empty if it is absent, null or a blank text. Tables have it as JSON in
+    a text. Raises RowError for anything else."""
+    value = row.get(key)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        try:
+            value = parsed(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            fault = f"{key} is {quoted(value)}; expected a list, or the JSON of one"
+            raise RowError("wrong type", fault) from None
+    return _checked(value, list, key)
 
 
 def object_of(value: object, what: str) -> Row:

@@ -13,13 +13,22 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
 from qwen_ds.data.read import files_packed
+from qwen_ds.data.read.containers import key_of_turns
+from qwen_ds.data.read.file_names import (
+    chosen_names,
+    is_about_data,
+    is_hidden,
+    names_of_split,
+    split_of,
+    splits_among,
+)
 from qwen_ds.data.read.files_csv import csv_rows, table_of
 from qwen_ds.data.read.files_encoding import encoding_of
 from qwen_ds.data.read.files_json import (
@@ -28,9 +37,10 @@ from qwen_ds.data.read.files_json import (
     iter_array,
     iter_lines,
     iter_objects,
+    parsed,
     stands_alone,
 )
-from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_rows
+from qwen_ds.data.read.files_tables import is_workbook, reader_of, workbook_sheets
 from qwen_ds.data.read.files_text import AsUtf8, Lines, OneLineEnd, pieces
 from qwen_ds.data.read.limits import (
     DEFAULT,
@@ -42,11 +52,6 @@ from qwen_ds.data.read.limits import (
     Rewound,
 )
 from qwen_ds.errors import UserError
-
-_PLAIN = ".json .jsonl .jsonlines .ndjson .csv .tsv .parquet .arrow .xlsx"
-DATA_SUFFIXES = tuple(f"{_PLAIN} .gz .tgz .bz2 .xz .zst .tar .zip".split())
-_HIDDEN = re.compile(r"(?:\A|/)(?:__MACOSX|\.(?!\.?/)[^/]+)(?:/|\Z)")
-_OF_DATASETS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 _HEAD_BYTES = 1 << 22
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -111,23 +116,6 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: {came}; expected a data file")
 
 
-def is_hidden(name: str) -> bool:
-    return _HIDDEN.search(name) is not None
-
-
-def chosen_names(names: Iterable[str]) -> list[str]:
-    """The data files among the names of a folder or an archive, sorted: those with a known suffix,
-    or all if there are none."""
-    seen = [name for name in names if not is_hidden(name)]
-    data = [name for name in seen if name.lower().endswith(DATA_SUFFIXES)]
-    return sorted([name for name in data if not is_about_data(name)] or seen)
-
-
-def is_about_data(name: str) -> bool:
-    """Whether a file belongs to the library `datasets` and holds no rows."""
-    return Path(name).name in _OF_DATASETS
-
-
 def _rows(content: _Content) -> Iterator[SourceRow | BadRow]:
     head = content.stream.read(_HEAD_BYTES)
     whole = Rewound(head, content.stream)
@@ -169,20 +157,48 @@ def _archive_rows(content: _Content, is_tar: bool) -> Iterator[SourceRow | BadRo
         for left in sorted({*names} - {*found}):
             if not is_hidden(left) and not is_about_data(left):
                 options.on_left_out(f"{name}:{left}", "no suffix of data")
-        return found
+        return _of_split(found, content)
 
     if is_tar:
         members = files_packed.tar_members(file, name, chosen, budget, options)
     else:
         archive = zipfile.ZipFile(file)
         if is_workbook(archive):
-            yield from workbook_rows(archive, name, budget)
+            for title, rows in workbook_sheets(
+                archive, name, budget, lambda titles: _of_split(titles, content)
+            ):
+                yield from _marked(rows, title, options)
             return
-        members = files_packed.zip_members(archive, name, chosen, budget)
+        members = files_packed.zip_members(archive, name, chosen, budget, options)
     for member, stream in members:
-        yield from _rows(
-            _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
-        )
+        inside = _Content(f"{name}:{member}", stream, options, size=content.size, is_member=True)
+        yield from _marked(_rows(inside), member, options)
+
+
+def _of_split(names: list[str], content: _Content) -> list[str]:
+    """The names, in a file, of what is read for the split that is asked; the others are told."""
+    split, name = content.options.split, content.name
+    wanted, left = names_of_split(names, split if splits_among(names) else None, name)
+    for each, reason in left.items():
+        content.options.on_left_out(f"{name}:{each}", reason)
+    return wanted
+
+
+def _marked(
+    rows: Iterator[SourceRow | BadRow], name: str, options: FileOptions
+) -> Iterator[SourceRow | BadRow]:
+    """The rows of what is named so, and is read for the split that is asked, if any."""
+    if options.split is None or split_of(name) is None:
+        return rows
+    return (r._replace(split=options.split) if isinstance(r, SourceRow) else r for r in rows)
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether a line is a row by itself that has turns and no keys, not a whole array of rows."""
+    try:
+        return key_of_turns(parsed(line.strip().removesuffix(","))) is not None
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[SourceRow | BadRow]:
@@ -204,17 +220,19 @@ def _text_rows(content: _Content, head: bytes, stream: Readable) -> Iterator[Sou
         raise UserError(f"{name}: the file is empty; expected {_EXPECTED}")
     opens = first.lstrip()[0]
     is_array = opens == "[" and _OPENS_ARRAY.match(first.strip())
-    table = None if opens == "{" or is_array else table_of(lines, name)
-    if is_array or (opens == "[" and table is None):
+    table = None if opens == "{" or is_array else table_of(lines)
+    is_conversation = is_array and _is_conversation(first)
+    if opens == "[" and table is None and not is_conversation:
         yield from iter_array(pieces(stream, name, encoding), name, options)
         return
     source = Lines(stream, name, options)
     if opens == "{" and not stands_alone(first):
-        yield from iter_objects(source, encoding, options)
+        chunks = pieces(stream, name, encoding, "surrogateescape")
+        yield from iter_objects(chunks, name, options, encoding)
     elif table is not None:
         yield from csv_rows(source, encoding, table, options)
     # JSON lines even if the first is broken: others may be whole.
-    elif opens == "{" or any(line.startswith("{") for line in lines[:10]):
+    elif is_conversation or opens == "{" or any(line.startswith("{") for line in lines[:10]):
         yield from iter_lines(source, encoding)
     else:
         came = f"the text begins with {first.strip()[:40]!r}"

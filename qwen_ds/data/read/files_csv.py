@@ -12,7 +12,6 @@ from itertools import islice, repeat
 from qwen_ds.data.read.files_json import BadRow, SourceRow, bad_bytes
 from qwen_ds.data.read.files_text import Lines
 from qwen_ds.data.read.limits import FileOptions
-from qwen_ds.errors import UserError
 
 _DELIMITERS = ",\t;|"
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # Excel's first line
@@ -29,11 +28,11 @@ class Table:
     skip: int = 0
 
 
-def table_of(lines: list[str], name: str) -> Table | None:
+def table_of(lines: list[str]) -> Table | None:
     """The table that begins with these lines, None if they are no CSV.
 
     Either the header's names are as short and plain as names are, or the rows below have as many
-    cells as it has; running text has neither. UserError if two columns have one name.
+    cells as it has; running text has neither.
     """
     skip = next((at for at, line in enumerate(lines) if line.strip()), 0)
     delimiters = _DELIMITERS
@@ -50,17 +49,7 @@ def table_of(lines: list[str], name: str) -> Table | None:
         if any(names) and (is_even or separator or _is_plain(names)):
             found = is_even, len(names), Table(delimiter, names, skip)
             best = found if best is None or found[:2] > best[:2] else best
-    if best is None:
-        return None
-    named = [each for each in best[2].names if each]
-    twice = next((each for each in named if named.count(each) > 1), None)
-    if twice is not None:
-        begins = lines[skip].strip()[:40]
-        raise UserError(
-            f"{name}:{skip + 1}: the text begins with {begins!r}, a header with two columns "
-            f"{twice!r}; expected names that differ"
-        )
-    return best[2]
+    return None if best is None else best[2]
 
 
 def _rows_tried(lines: list[str], delimiter: str) -> list[list[str]]:
@@ -86,7 +75,7 @@ def csv_rows(
     """The rows below the header; one of another width, or that is no CSV, is a BadRow."""
     csv.field_size_limit(2 * options.row_bytes)  # the lines have a limit of their own
     name, width = lines.name, len(table.names)
-    named = all(table.names)
+    is_plain = all(table.names) and len({*table.names}) == width
     # A map, unlike a generator, goes on after an error. The reader does not count such a line.
     texts = map(bytes.decode, iter(lines), repeat(encoding))
     for _ in range(table.skip):
@@ -119,5 +108,18 @@ def csv_rows(
                 yield BadRow(source, "wrong number of cells", detail)
                 continue
             cells = cells[:width]  # delimiters at the end of the line
-        row = dict(zip(table.names, cells, strict=True))
-        yield SourceRow(row if named else {k: v for k, v in row.items() if k}, source)
+        row = dict(zip(table.names, cells, strict=True)) if is_plain else row_of(table.names, cells)
+        yield SourceRow(row, source)
+
+
+def row_of(names: list[str], cells: list[str]) -> dict[str, object]:
+    """The cells of a row by the names of their columns; those without a name are left out.
+
+    Columns of one name that say different things give a tuple, which is an error where a reader
+    wants a text, and else is counted as not read.
+    """
+    row: dict[str, dict[str, None]] = {name: {} for name in names if name}
+    for name, cell in zip(names, cells, strict=False):
+        if name and cell:
+            row[name][cell] = None
+    return {k: tuple(said) if len(said) > 1 else next(iter(said), "") for k, said in row.items()}

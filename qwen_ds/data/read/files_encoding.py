@@ -9,6 +9,7 @@ and only if they speak clearly.
 from __future__ import annotations
 
 import codecs
+import re
 from dataclasses import dataclass
 
 from qwen_ds.errors import UserError
@@ -25,7 +26,12 @@ _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": 
           "shift_jis": "cp932", "iso8859-1": "cp1252", "tis-620": "cp874"}  # fmt: skip
 _SAMPLE_BYTES = 200_000
 # Nobody writes training data in these; they take any bytes, and so would put every text in doubt.
-_IMPLAUSIBLE = ("hp-roman8", "cp437", "mac-roman")
+_IMPLAUSIBLE = ("hp-roman8", "cp437", "mac-roman", "mac-turkish", "iso8859-16")
+# Nearly the same letters: frequencies cannot tell these apart where the text is not the same.
+_TWINS = {"cp1250": "iso8859-2", "cp1252": "iso8859-15", "cp1253": "iso8859-7",
+          "cp1257": "iso8859-13"}  # fmt: skip
+_TWINS |= {twin: encoding for encoding, twin in _TWINS.items()}
+_CONTROLS = re.compile(rb"[\x80-\x9f]")  # no text has these; in Windows' encodings they are letters
 # chardet's confidence in one line of text is 0.028 and up if right, 0.02 if wrong. A rival that
 # gives another text must be clearly weaker.
 _SURE, _RIVAL = 0.025, 0.9
@@ -95,9 +101,11 @@ def _wide(head: bytes) -> str | None:
         if units and min(others) * 20 >= units and zeros[place] * 5 <= min(others):
             text = codecs.getincrementaldecoder(encoding)()
             try:
-                return encoding if text.decode(sample) else None
+                found = text.decode(sample)
             except UnicodeDecodeError:
                 continue
+            if any(sign in found for sign in "\n{["):  # else a few zero bytes in other text
+                return encoding
     return None
 
 
@@ -118,11 +126,14 @@ def _guesses(lines: list[bytes]) -> list[_Guess]:
     era = chardet.EncodingEra
     found = chardet.detect_all(sample, ignore_threshold=True, encoding_era=era.ALL & ~era.MAINFRAME)
     guesses = []
+    has_controls = _CONTROLS.search(sample) is not None
     for each in found:
         if each["encoding"] is not None:
             encoding = codecs.lookup(each["encoding"]).name
-            if encoding not in _IMPLAUSIBLE:
-                guesses.append(_Guess(_WIDER.get(encoding, encoding), each["confidence"]))
+            encoding = _WIDER.get(encoding, encoding)
+            if encoding in _IMPLAUSIBLE or (has_controls and encoding.startswith("iso8859-")):
+                continue
+            guesses.append(_Guess(encoding, each["confidence"]))
     return guesses
 
 
@@ -131,8 +142,10 @@ def _is_clear(guesses: list[_Guess], lines: list[bytes]) -> bool:
     if best.confidence < _SURE or not all(_decodes(x, best.encoding, True) for x in lines[:-1]):
         return False
     text = b"\n".join(lines)[:_SAMPLE_BYTES]
-    return not any(
-        guess.confidence > best.confidence * _RIVAL
-        and text.decode(guess.encoding, "replace") != text.decode(best.encoding, "replace")
-        for guess in guesses[1:]
-    )
+    least = best.confidence * _RIVAL
+    rivals = {guess.encoding for guess in guesses[1:] if guess.confidence > least}
+    twin = _TWINS.get(best.encoding)
+    if twin and not (twin.startswith("iso8859-") and _CONTROLS.search(text)):
+        rivals.add(twin)
+    found = text.decode(best.encoding, "replace")
+    return all(text.decode(rival, "replace") == found for rival in rivals)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen_ds.data.read.files_text import Lines, shown, undecodable
 from qwen_ds.data.read.limits import FileOptions
@@ -22,15 +23,20 @@ _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 # closing quote runs to the end of the text.
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\]]', re.DOTALL)
 _DEEPER = {"{": 1, "[": 1, "}": -1, "]": -1}  # of a match's text; a string changes no depth
-_MORE_MUST_FOLLOW = (",", "[", "{", ":")
+_MORE_MUST_FOLLOW = ",[{:"
+# As `_STRUCTURE`, for broken text: no string goes over a line break.
+_ON_A_LINE = r'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?|[{}\[\]]'
+_UNDECODED = re.compile("[\udc80-\udcff]")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start."""
+class SourceRow(NamedTuple):
+    """One row of a file as json, csv or pyarrow returns it. `source` ("file:line") is its start.
+    `split` is the one that was asked, if the row comes from a part of a file that is named for it.
+    """
 
     row: object
     source: str
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,11 @@ class BadRow:
     source: str
     reason: str
     detail: str
+
+
+def parsed(text: str) -> object:
+    """The value of a JSON text, read as a row is. ValueError or RecursionError if it is none."""
+    return _DECODER.decode(text)
 
 
 def stands_alone(line: str) -> bool:
@@ -78,53 +89,90 @@ def iter_lines(lines: Lines, encoding: str) -> Iterator[SourceRow | BadRow]:
         lines.held = 0
         source = f"{lines.name}:{lines.number}"
         try:
-            text = raw.decode(encoding)
-            yield SourceRow(_DECODER.decode(text), source)
+            text = raw.decode(encoding).lstrip()
+            value, end = _DECODER.raw_decode(text)
+            if end < len(text) and not text[end:].isspace():
+                raise json.JSONDecodeError("Extra data", text, end)
+            yield SourceRow(value, source)
         except UnicodeDecodeError as error:
             yield bad_bytes(source, encoding, error)
         except (ValueError, RecursionError) as error:
             yield from _several_on_a_line(text, source, error)
 
 
-def iter_objects(lines: Lines, encoding: str, options: FileOptions) -> Iterator[SourceRow | BadRow]:
-    """Rows of one or more objects one after another, each over one or more lines.
+def iter_objects(
+    chunks: Iterator[str], name: str, options: FileOptions, encoding: str
+) -> Iterator[SourceRow | BadRow]:
+    """Rows of one or more objects one after another, each over one or more lines, perhaps with
+    commas between them. In the text an undecodable byte is a surrogate, as `surrogateescape` has
+    it: the object that holds it is a BadRow.
 
-    A broken object ends where a line opens the next one: with `{` at the first object's
-    indentation, where JSON allows no object.
+    A broken object ends with its last bracket, or where a line opens the next one: with `{` at the
+    first object's indentation, where JSON allows no object.
     """
-    parts: list[str] = []  # of the object being collected, which began on line `start`
-    fault: BadRow | None = None
-    depth, start, margin, last = 0, 0, None, ""
-    name = lines.name
-    for raw in lines:
-        number = lines.number
+    text = _Arriving(chunks, name, options)
+    text.skip_space()
+    margin = text.text[text.text.rfind("\n", 0, text.place) + 1 : text.place].lstrip("\ufeff")
+    marks = re.compile(rf"{_ON_A_LINE}|\n(?={margin}\{{)")
+    while text.place < len(text.text):
+        yield _object_of(text, marks, encoding)
+        text.skip_space()
+        if text.starts_with(","):
+            text.skip(",")
+
+
+def _object_of(text: _Arriving, marks: re.Pattern[str], encoding: str) -> SourceRow | BadRow:
+    line = text.line
+    while True:
+        begin, fault = text.place, None
+        value: object = None
         try:
-            line = raw.decode(encoding)
-        except UnicodeDecodeError as error:
-            # Reported instead of the object, once that closes.
-            fault = bad_bytes(f"{name}:{number}", encoding, error)
-            line = raw.decode(encoding, "replace")
-        if not parts:
-            line = line.lstrip("\ufeff")
-        body = line.strip()
-        if not body:
-            continue
-        if margin is None and body[0] == "{":
-            margin = line[: line.index("{")]
-        if parts and line.startswith(f"{margin}{{") and not last.endswith(_MORE_MUST_FOLLOW):
-            yield _not_json(f"{name}:{start}", "the object is not closed before the next one")
-            parts, depth = [], 0
-        last = body
-        pieces, depth = _cut_behind_objects(line, depth)
-        for place, piece in enumerate(pieces):
-            start = start if parts else number
-            parts.append(piece)
-            if place + 1 < len(pieces) or depth <= 0:
-                yield fault or _parsed("".join(parts), f"{name}:{start}")
-                parts, fault = [], None
-                lines.held = 0
-    if parts:
-        yield _not_json(f"{name}:{start}", "the file ends inside the object that begins here")
+            value, end = _DECODER.raw_decode(text.text, begin)
+        except (ValueError, RecursionError) as error:
+            # What is wrong on the last line may be that the rest of it has not arrived.
+            at = error.pos if isinstance(error, json.JSONDecodeError) else begin
+            end = -1
+            if text.is_complete or text.text.find("\n", at) >= 0:
+                end = _end_of_broken(text.text, begin, marks)
+            if end < 0 and not text.is_complete:
+                text.more()
+                continue
+            fault = _fault_of_object(text.text, end, error, f"{text.name}:{line}", begin)
+            end = len(text.text) if end < 0 else end
+        if damage := _UNDECODED.search(text.text, begin, end):
+            line += text.text.count("\n", begin, damage.start())
+            byte = bytes([ord(damage[0]) - 0xDC00])
+            error_of_byte = UnicodeDecodeError(encoding, byte, 0, 1, "")
+            fault = bad_bytes(f"{text.name}:{line}", encoding, error_of_byte)
+        text.move_to(end)
+        return fault or SourceRow(value, f"{text.name}:{line}")
+
+
+def _end_of_broken(text: str, begin: int, marks: re.Pattern[str]) -> int:
+    """Where the broken object that begins here ends; -1 if nothing tells."""
+    if text[begin] not in "{[":
+        return text.find("\n", begin)
+    depth = 0
+    for mark in marks.finditer(text, begin):
+        if mark[0] == "\n":
+            last = mark.start()
+            while text[last - 1].isspace():
+                last -= 1
+            if text[last - 1] not in _MORE_MUST_FOLLOW:
+                return mark.end()
+        deeper = _DEEPER.get(mark[0], 0)
+        depth += deeper
+        if deeper < 0 and depth <= 0:
+            return mark.end()
+    return -1
+
+
+def _fault_of_object(text: str, end: int, error: Exception, source: str, begin: int) -> BadRow:
+    if text[begin] in "{[" and end < 0:
+        return _not_json(source, "the file ends inside the object that begins here")
+    if text[begin] in "{[" and text[end - 1] == "\n":
+        return _not_json(source, "the object is not closed before the next one")
+    return _fault(error, source, begin)
 
 
 def iter_array(
@@ -252,39 +300,20 @@ def _end_of(text: str, place: int) -> int:
     return -1
 
 
-def _cut_behind_objects(line: str, depth: int) -> tuple[list[str], int]:
-    """The line, which begins at `depth`, cut after every object's end; and the depth after it."""
-    pieces: list[str] = []
-    start = 0
-    for token in _STRUCTURE.finditer(line):
-        deeper = _DEEPER.get(token[0], 0)
-        depth += deeper
-        if deeper < 0 and depth <= 0:
-            pieces.append(line[start : token.end()])
-            start, depth = token.end(), 0
-    rest = line[start:]
-    if rest and not rest.isspace():
-        pieces.append(rest)
-    return pieces, depth
-
-
-def _parsed(text: str, source: str) -> SourceRow | BadRow:
-    try:
-        return SourceRow(_DECODER.decode(text.lstrip("\ufeff")), source)
-    except (ValueError, RecursionError) as error:
-        return _fault(error, source)
-
-
 def _several_on_a_line(text: str, source: str, error: Exception) -> list[SourceRow | BadRow]:
-    """Objects one after another on one line; for anything else, the error of the whole line."""
+    """Rows one after another on one line, perhaps with commas behind them, as the lines of an array
+    have; for anything else, the error of the whole line."""
     rows: list[SourceRow | BadRow] = []
-    place = 0
+    place = _end_of_space(text, 0)
     try:
-        while (place := _end_of_space(text, place)) < len(text):
+        while place < len(text):
             value, place = _DECODER.raw_decode(text, place)
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
+            if not isinstance(value, dict | list):
+                raise ValueError("no row")
             rows.append(SourceRow(value, source))
+            place = _end_of_space(text, place)
+            if text.startswith(",", place):
+                place = _end_of_space(text, place + 1)
     except (ValueError, RecursionError):
         return [_fault(error, source)]
     return rows

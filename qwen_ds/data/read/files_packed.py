@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from qwen_ds.data.read.limits import MB, Budget, Budgeted, FileOptions, LimitReached, Readable
 from qwen_ds.errors import UserError
@@ -17,7 +17,7 @@ from qwen_ds.errors import UserError
 _XZ_MEMORY = 256 * MB  # its header may ask for 4 GB
 _ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2}
 _TAR_MARK, _TAR_MARK_AT = b"ustar", 257
-_ZIP_MARK = b"PK\x03\x04"
+_ZIP_MARKS = b"PK\x03\x04", b"PK\x05\x06"  # the second opens an empty archive
 
 
 def _gzip(stream: Readable) -> Readable:
@@ -95,7 +95,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_zip(head: bytes) -> bool:
-    return head.startswith(_ZIP_MARK)
+    return head.startswith(_ZIP_MARKS)
 
 
 class _Headers:
@@ -115,7 +115,20 @@ class _Headers:
 
 
 Member = tuple[str, Readable]
+Entry = TypeVar("Entry")
 Chosen = Callable[[list[str]], list[str]]
+
+
+def _last_of_each(
+    members: list[tuple[str, Entry]], name: str, options: FileOptions
+) -> dict[str, Entry]:
+    """The members by their names; of equal names the last, as any program unpacks them."""
+    found = dict(members)
+    if len(found) < len(members):
+        for each, entry in members:
+            if found[each] is not entry:
+                options.on_left_out(f"{name}:{each}", "a later file of this name replaces it")
+    return found
 
 
 def tar_members(
@@ -124,7 +137,9 @@ def tar_members(
     """The chosen files of a tar archive, by name."""
     careful = cast(IO[bytes], _Headers(stream, name, options))
     with tarfile.open(fileobj=careful) as archive:
-        members = {member.name: member for member in archive if member.isreg()}
+        members = _last_of_each(
+            [(each.name, each) for each in archive if each.isreg()], name, options
+        )
         for each in chosen(list(members)):
             inside = archive.extractfile(members[each])
             assert inside is not None, "only regular members are chosen"
@@ -132,10 +147,11 @@ def tar_members(
 
 
 def zip_members(
-    archive: zipfile.ZipFile, name: str, chosen: Chosen, budget: Budget
+    archive: zipfile.ZipFile, name: str, chosen: Chosen, budget: Budget, options: FileOptions
 ) -> Iterator[Member]:
     """The chosen files of a zip archive, by name."""
-    members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    infos = [(info.filename, info) for info in archive.infolist() if not info.is_dir()]
+    members = _last_of_each(infos, name, options)
     for each in chosen(list(members)):
         info = members[each]
         if info.flag_bits & 1:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from typing import IO, Any
 
-from qwen_ds.data.read.files_json import SourceRow
+from qwen_ds.data.read.files_arrow import unfolded_sizes
+from qwen_ds.data.read.files_csv import row_of
+from qwen_ds.data.read.files_json import BadRow, SourceRow, bad_bytes
+from qwen_ds.data.read.files_packed import Chosen
 from qwen_ds.data.read.limits import DEFAULT, Budget, FileOptions
 from qwen_ds.errors import UserError
 
@@ -17,7 +21,10 @@ PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _WORKBOOK = "xl/workbook.xml"
 
 
-def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Iterator[SourceRow]] | None:
+Rows = Iterator[SourceRow | BadRow]
+
+
+def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Rows] | None:
     """The function that reads such a table, None for anything else."""
     if head.startswith(PARQUET):
         return parquet_rows
@@ -26,13 +33,15 @@ def reader_of(head: bytes) -> Callable[[IO[bytes], str, FileOptions], Iterator[S
     return None
 
 
-def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[SourceRow]:
+def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Rows:
     """The rows of a parquet file, "name#index" from 0. Texts that repeat are in memory once."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.ParquetFile(stream).schema
+        about = pyarrow.parquet.ParquetFile(stream)
+        schema = about.schema
+        _check_sizes(stream, name, options, _groups_of(about.metadata))
         texts = [c.path for c in map(schema.column, range(len(schema))) if c.physical_type == _TEXT]
         stream.seek(0)
         file = pyarrow.parquet.ParquetFile(stream, read_dictionary=texts)
@@ -45,11 +54,33 @@ def parquet_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator
 _TEXT = "BYTE_ARRAY"
 
 
-def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[SourceRow]:
+def _groups_of(metadata: Any) -> Iterator[tuple[int, int]]:
+    """(bytes once decompressed, rows) of each row group of a parquet file."""
+    for at in range(metadata.num_row_groups):
+        group = metadata.row_group(at)
+        yield max(group.total_byte_size, 0), group.num_rows
+
+
+def _check_sizes(
+    stream: IO[bytes], name: str, options: FileOptions, parts: Iterable[tuple[int, int]]
+) -> None:
+    """Raise LimitReached before anything is decompressed that is beyond a limit."""
+    budget = Budget(name, stream.seek(0, os.SEEK_END), options)
+    index = 0
+    for count, rows in parts:
+        budget.spend(count)
+        if count > rows * options.row_bytes and rows:
+            raise options.too_long(f"{name}#{index}")
+        index += rows
+    stream.seek(0)
+
+
+def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Rows:
     """The rows of an Arrow file in either format, "name#index" from 0."""
     import pyarrow
 
     try:
+        _check_sizes(stream, name, options, ((size, 0) for size in unfolded_sizes(stream)))
         is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
         stream.seek(0)
         if is_file:
@@ -58,14 +89,12 @@ def arrow_rows(stream: IO[bytes], name: str, options: FileOptions) -> Iterator[S
         else:
             batches = iter(pyarrow.ipc.open_stream(stream))
         yield from numbered_rows(batches, name, options)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         came = f"damaged Arrow file ({str(error).splitlines()[0]})"
         raise UserError(f"{name}: {came}; expected Arrow") from error
 
 
-def numbered_rows(
-    batches: Iterable[Any], name: str, options: FileOptions = DEFAULT
-) -> Iterator[SourceRow]:
+def numbered_rows(batches: Iterable[Any], name: str, options: FileOptions = DEFAULT) -> Rows:
     """The rows of pyarrow's batches or tables, "name#index" from 0."""
     index = 0
     for batch in batches:
@@ -78,9 +107,23 @@ def numbered_rows(
             part = batch.slice(start, step)
             if may_be_long and _bytes_of(part) > options.row_bytes:
                 raise options.too_long(f"{name}#{index}")
-            for row in part.to_pylist():
-                yield SourceRow(row, f"{name}#{index}")
+            for row in _values(part):
+                source = f"{name}#{index}"
+                if isinstance(row, UnicodeDecodeError):
+                    yield bad_bytes(source, "utf-8", row)
+                else:
+                    yield SourceRow(row, source)
                 index += 1
+
+
+def _values(part: Any) -> list[Any]:
+    """The rows of a slice; instead of one whose text is no UTF-8, the error."""
+    try:
+        return list(part.to_pylist())
+    except UnicodeDecodeError as error:
+        if part.num_rows == 1:
+            return [error]
+        return [row for at in range(part.num_rows) for row in _values(part.slice(at, 1))]
 
 
 def _bytes_of(row: Any) -> int:
@@ -97,8 +140,10 @@ def is_workbook(archive: zipfile.ZipFile) -> bool:
     return _WORKBOOK in archive.namelist()
 
 
-def workbook_rows(archive: zipfile.ZipFile, name: str, budget: Budget) -> Iterator[SourceRow]:
-    """The rows of every sheet that has any, below its first line, "name:sheet:line".
+def workbook_sheets(
+    archive: zipfile.ZipFile, name: str, budget: Budget, chosen: Chosen
+) -> Iterator[tuple[str, Iterator[SourceRow]]]:
+    """The title of every chosen sheet, and its rows below the first line, "name:sheet:line".
 
     A cell is text, as a CSV file would have it.
     """
@@ -111,8 +156,9 @@ def workbook_rows(archive: zipfile.ZipFile, name: str, budget: Budget) -> Iterat
     # The library raises all kinds of errors for damaged or foreign XML.
     except Exception as error:
         raise _damaged(name, error) from error
-    for sheet in book.worksheets:
-        yield from _sheet_rows(sheet, f"{name}:{sheet.title}")
+    sheets = {sheet.title: sheet for sheet in book.worksheets}
+    for title in chosen(list(sheets)):
+        yield title, _sheet_rows(sheets[title], f"{name}:{title}")
 
 
 def _sheet_rows(sheet: Any, name: str) -> Iterator[SourceRow]:
@@ -131,19 +177,13 @@ def _sheet_rows(sheet: Any, name: str) -> Iterator[SourceRow]:
             continue
         if names is None:
             names = [text.strip() for text in texts]
-            twice = next((each for each in names if each and names.count(each) > 1), None)
-            if twice is not None:
-                raise UserError(
-                    f"{name}:{number}: two columns {twice!r}; expected names that differ"
-                )
             continue
         texts += [""] * (len(names) - len(texts))
         if any(texts[len(names) :]):
             raise UserError(
                 f"{name}:{number}: {len(texts)} cells; expected {len(names)}, as in the header line"
             )
-        row = {key: text for key, text in zip(names, texts, strict=False) if key}
-        yield SourceRow(row, f"{name}:{number}")
+        yield SourceRow(row_of(names, texts), f"{name}:{number}")
 
 
 def _text(cell: object) -> str:

@@ -80,9 +80,10 @@ class AsUtf8:
             ) from error
 
 
-def pieces(stream: Readable, name: str, encoding: str) -> Iterator[str]:
-    """The text of a stream in pieces; UserError with its line for an undecodable byte."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+def pieces(stream: Readable, name: str, encoding: str, errors: str = "strict") -> Iterator[str]:
+    """The text of a stream in pieces; UserError with its line for an undecodable byte, unless
+    `errors` is another of Python's ways."""
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
     line = 1
     while True:
         raw = stream.read(_CHUNK_BYTES)

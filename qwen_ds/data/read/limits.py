@@ -36,6 +36,7 @@ class FileOptions:
     encoding: str = "auto"  # a codec, or auto: each file's own bytes tell
     max_row_mb: int = 64
     max_expansion: int = 200
+    split: str | None = None  # of a file that holds several; None: train
     on_encoding: Callable[[str, str], None] = field(default=ignore, compare=False)
     """Told (file, encoding) of text that is not UTF-8."""
     on_left_out: Callable[[str, str], None] = field(default=ignore, compare=False)

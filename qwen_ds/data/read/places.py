@@ -10,35 +10,24 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_ds.data.read.dialogue import names
-from qwen_ds.data.read.files import (
+from qwen_ds.data.read.file_names import (
     DATA_SUFFIXES,
     chosen_names,
     is_about_data,
     is_hidden,
-    read_rows,
-    require_file,
+    names_of_split,
 )
+from qwen_ds.data.read.files import read_rows, require_file
 from qwen_ds.data.read.files_json import BadRow, SourceRow
 from qwen_ds.data.read.files_tables import numbered_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions, LimitReached
 from qwen_ds.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPLITS = {
-    word: split
-    for split, words in {
-        "train": "train training",
-        "validation": "validation valid val dev",
-        "test": "test testing eval evaluation",
-    }.items()
-    for word in words.split()
-}
-# What may follow the split in a name: "data-train-00000-of-00002-a09b74b3.parquet".
-_SHARD = re.compile(r"of|\d+|[0-9a-f]{16}")
 _CACHED_STEP = re.compile(r"(?:\A|/)cache-[0-9a-f]+[^/]*\.arrow\Z")
 _ARROW_ROWS = 1024
 _EXPECTED = "a data file, a folder of them, or a hub id org/name"
@@ -53,7 +42,7 @@ class Place:
     saved: Path | None = None
     hub_id: str | None = None
     config: str | None = None
-    split: str | None = None
+    split: str | None = None  # of a hub or saved data set, or of what one file holds
     left_out: tuple[tuple[str, str], ...] = ()
     """(file, reason) of what lies in the folder and is not read."""
 
@@ -75,9 +64,7 @@ def locate(path: str | Path) -> Place:
         what = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path[:200]!r}: {what}; expected {_EXPECTED}") from error
     if is_file:
-        raise UserError(
-            f"{path}: {folder} is one file, without splits; expected {folder}, or FOLDER:{split}"
-        )
+        return Place(path, files=(Path(folder),), split=split)
     hub_id, *rest = path.split(":")
     is_hub_id = _HUB_ID.fullmatch(hub_id) and not hub_id.lower().endswith(DATA_SUFFIXES)
     if is_hub_id and len(rest) <= 2 and not Path(hub_id).parent.exists():
@@ -90,6 +77,7 @@ def rows_of(place: Place, options: FileOptions = DEFAULT) -> Iterator[SourceRow 
     """The source rows of a path, file after file."""
     for left, reason in place.left_out:
         options.on_left_out(left, reason)
+    options = replace(options, split=place.split)
     parts = [(f"{file}: the file", read_rows(file, options)) for file in place.files]
     if place.saved is not None or place.hub_id is not None:
         parts.append((f"{place.path}: the data set", _dataset_rows(place, options)))
@@ -111,19 +99,11 @@ def _folder(path: str, folder: Path, split: str | None) -> Place:
     if not found:
         expected = "files such as *.json, *.parquet, *.csv"
         raise UserError(f"{path}: the folder holds no data files; expected {expected}")
-    of_split = {name: split_of(name) for name in found}
-    wanted = [name for name in found if of_split[name] in ((split,) if split else ("train", None))]
-    if split and not wanted:
-        known = names(sorted({of for of in of_split.values() if of}))
-        raise UserError(f"{path}: no file is named for the split {split!r}; splits found: {known}")
-    wanted = wanted or found
-    left |= {
-        name: f"of the split {of_split[name] or 'train'}" for name in found if name not in wanted
-    }
+    wanted, others = names_of_split(found, split, path)
+    left |= others
     return Place(
         path,
         files=tuple(folder / name for name in wanted),
-        split=split,
         left_out=tuple((str(folder / name), reason) for name, reason in sorted(left.items())),
     )
 
@@ -216,26 +196,6 @@ def _one_cached_data_set(folder: Path, seen: list[str]) -> None:
         raise UserError(
             f"{folder}: several cached data sets: {names(cached)}; expected one of these folders"
         )
-
-
-def split_of(name: str) -> str | None:
-    """The split that a file or its folder is named for.
-
-    The first or the last word of a name tells, before the numbers of a shard: "train.jsonl",
-    "data-train-00000-of-00002.parquet", "validation/x.json", "xx_dev.json". A word in the middle
-    of a longer name does not: "dialog_dev_team.jsonl".
-    """
-    *folders, file = name.lower().split("/")
-    while file.endswith(DATA_SUFFIXES):
-        file = file.rpartition(".")[0]
-    for part in (file, *reversed(folders)):
-        words = [word for word in re.split(r"[^a-z0-9]+", part) if word]
-        while len(words) > 1 and _SHARD.fullmatch(words[-1]):
-            words.pop()
-        for word in (words[-1:] + words[:1]) if words else ():
-            if word in _SPLITS:
-                return _SPLITS[word]
-    return None
 
 
 def _dataset_rows(place: Place, options: FileOptions) -> Iterator[SourceRow | BadRow]:

@@ -36,7 +36,7 @@ from qwen_ds.data.read.dialogue import (
     object_of,
     without_answer,
 )
-from qwen_ds.data.read.readers_turns import read_turns, unread_of_turns
+from qwen_ds.data.read.readers_turns import read_turns, read_turns_in_halves, unread_of_turns
 from qwen_ds.errors import UserError
 
 
@@ -57,8 +57,8 @@ class Reader:
     also: tuple[str, ...] = ()
     parts: Parts | None = None
     """Further columns of the question; None where the question is not one column."""
-    turns: str | None = None
-    """Key of a list of turns."""
+    turns: tuple[str, ...] = ()
+    """Keys of lists of turns."""
     pattern: re.Pattern[str] | None = None
     all_keys: tuple[str, ...] = field(init=False)
     """Keys of the shape, companions left out."""
@@ -68,17 +68,14 @@ class Reader:
         object.__setattr__(self, "all_keys", keys)
 
     def fits(self, keys: Iterable[str], for_prompts: bool = False) -> bool:
-        keys = set(keys)
-        if self.pattern is not None and not any(self.pattern.fullmatch(key) for key in keys):
-            return False
-        answers = (*self.answers, *self.also)
-        answered = for_prompts or not answers or not keys.isdisjoint(answers)
-        return answered and keys.issuperset(self.keys)
+        return _fits(self, tuple(keys), for_prompts)
 
-    def read(self, row: Row, for_prompts: bool = False) -> list[Outcome]:
+    def read(
+        self, row: Row, for_prompts: bool = False, beside: Companions | None = None
+    ) -> list[Outcome]:
         """The outcomes of a row, with what the columns beside its shape say."""
         assert self.of_row is not None, "a message of a tree is no dialogue"
-        beside = _beside(self, tuple(row))
+        beside = beside or self.beside(row)
         if beside is NONE_BESIDE:
             return self.of_row(row)
         if beside.fateful and (dropped := beside.fate(row, for_prompts)):
@@ -96,12 +93,15 @@ class Reader:
             ]
         return outcomes
 
-    def not_read(self, row: Row, outcomes: Sequence[Outcome] = ()) -> list[str]:
+    def beside(self, row: Row) -> Companions:
+        """The columns of a row beside the reader's own."""
+        return _beside(self, tuple(row))
+
+    def not_read(self, row: Row, beside: Companions, outcomes: Sequence[Outcome] = ()) -> list[str]:
         """The keys that hold something and are no part of the row's conversations."""
-        beside = _beside(self, tuple(row))
         found = [] if beside is NONE_BESIDE else beside.not_read(row)
-        if self.turns is not None:
-            found += unread_of_turns(row, self.turns)
+        for key in self.turns:
+            found += unread_of_turns(row, key)
         for outcome in outcomes:
             if isinstance(outcome, Dialogue) and outcome.unread:
                 found += outcome.unread
@@ -121,6 +121,15 @@ class Reader:
 
 
 @lru_cache(maxsize=1024)
+def _fits(reader: Reader, keys: tuple[str, ...], for_prompts: bool) -> bool:
+    if reader.pattern is not None and not any(reader.pattern.fullmatch(key) for key in keys):
+        return False
+    answers = (*reader.answers, *reader.also)
+    answered = for_prompts or not answers or not set(keys).isdisjoint(answers)
+    return answered and set(keys).issuperset(reader.keys)
+
+
+@lru_cache(maxsize=1024)
 def _beside(reader: Reader, keys: tuple[str, ...]) -> Companions:
     """The columns beside the reader's own; cached, since the rows of a file have the same keys."""
     own = reader.all_keys
@@ -134,13 +143,17 @@ _MASKS = ("loss_mask", "train_mask", "mask")
 
 
 def _turns(name: str, key: str) -> Reader:
-    return Reader(name, read_turns(key), (key,), optional=("system", *_MASKS), turns=key)
+    return Reader(name, read_turns(key), (key,), optional=("system", *_MASKS), turns=(key,))
 
 
 def _pair(name: str, question: str, answers: tuple[str, ...], parts: Parts) -> Reader:
     also = tuple(key for key in ANSWER_KEYS if key not in answers) if name != "adgen" else ()
-    read = flat.column_pair(question, (*answers, *also))
-    return Reader(name, read, (question,), answers, _COLUMNS, also, parts)
+    every = (*answers, *also)
+    read = flat.column_pair(question, every)
+    if name != "prompt":
+        return Reader(name, read, (question,), answers, _COLUMNS, also, parts)
+    read = read_turns_in_halves(question, every, read)
+    return Reader(name, read, (question,), answers, _COLUMNS, also, parts, (question, *every))
 
 
 _OF_ALPACA = ("response", "answer", "chosen", "completion", "target", "summary")
@@ -153,7 +166,7 @@ TABLE: tuple[Reader, ...] = (
     _turns("sharegpt", "conversations"),
     _turns("conversation", "conversation"),
     Reader("moss_003", marked.read_moss_003, ("chat",), optional=("meta_instruction", *_MASKS),
-           turns="chat"),
+           turns=("chat",)),
     Reader("oasst_trees", tree.read_tree, ("message_tree_id", "prompt"), optional=("tree_state",)),
     Reader("oasst_messages", None, ("message_id", "parent_id", "text", "role"),
            optional=("tree_state", "deleted")),
@@ -208,7 +221,7 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
     """
     row = object_of(row, "the row")
     keys = tuple(row)
-    candidates = _fitting(keys, for_prompts)
+    candidates = fitting(keys, for_prompts)
     if not candidates:
         if (key := preference_key(row)) is not None:
             raise preference_error(key)
@@ -217,8 +230,10 @@ def find_reader(row: object, for_prompts: bool = False) -> Reader:
         fault = f"{hint}keys found: {names(keys)}; keys expected: {expected}"
         raise RowError("unknown keys", fault)
     # Arrow files have every column in every row, so a null column says nothing about the shape.
-    filled = (each for each in candidates if all(row[key] is not None for key in each.keys))
-    return next(filled, candidates[0])
+    for each in candidates:
+        if None not in [row[key] for key in each.keys]:
+            return each
+    return candidates[0]
 
 
 @lru_cache(maxsize=1024)
@@ -243,7 +258,8 @@ def nearest(keys: tuple[str, ...]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
+def fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
+    """The readers whose keys are among these, the best first."""
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
     return complete or tuple(reader for reader in TABLE if reader.fits(keys, for_prompts))
 

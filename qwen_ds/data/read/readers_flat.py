@@ -121,8 +121,10 @@ def read_math23k(row: Row) -> list[Outcome]:
 def _answer(row: Row, keys: Sequence[str]) -> str:
     answer = ""
     for key in keys:
-        if key in row and is_blank(answer):
+        if key in row:
             answer = text_of(row, key) or answer
+            if not is_blank(answer):
+                break
     return answer
 
 

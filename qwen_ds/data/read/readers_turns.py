@@ -10,7 +10,8 @@ scaled by, a turn is learnt like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from qwen_ds.data.read.companions import MEDIA_KEYS, is_set
@@ -25,6 +26,7 @@ from qwen_ds.data.read.dialogue import (
     RowError,
     dialogue_of,
     is_blank,
+    is_said,
     json_name,
     list_of,
     media_dropped,
@@ -43,10 +45,12 @@ OPENAI_ROLES = {
     **dict.fromkeys(("tool", "function"), TOOL),
 }
 SHAREGPT_ROLES = {
-    **dict.fromkeys(("user", "human", "Human", "prompter", "USER"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "MOSS", "chatgpt", "ASSISTANT"), "assistant"),
+    **dict.fromkeys(("user", "human", "Human", "prompter", "USER", "用户"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "bot", "MOSS", "chatgpt", "ASSISTANT", "助手"), "assistant"
+    ),
     **dict.fromkeys(("tool", "function", "function_call", "observation"), TOOL),
-    **dict.fromkeys(("system", "developer", "SYSTEM"), "system"),
+    **dict.fromkeys(("system", "developer", "SYSTEM", "系统"), "system"),
 }
 _QUESTIONERS = {name for name, role in SHAREGPT_ROLES.items() if role in ("system", "user")}
 _EXPECTED_OPENAI = "system, user, assistant"
@@ -79,23 +83,52 @@ def read_turns(key: str) -> Callable[[Row], list[Outcome]]:
     """Make a reader of the turns under `key`. A leading system turn wins over a system column."""
 
     def read(row: Row) -> list[Outcome]:
-        values = list_of(row, key)
-        turns: list[_Turn] = []
-        try:
-            for place, value in enumerate(values):
-                turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
-        except _Lost as lost:
-            return [lost.dropped]
-        if any(turn[0] == TOOL for turn in turns):
-            place = next(n for n, turn in enumerate(turns, 1) if turn[0] == TOOL)
-            return [Dropped(TOOL_TURNS, f"turn {place} calls a tool, or is its answer")]
-        if not turns:
-            return [Dropped(NO_TURNS, f"{key} is {'empty' if row[key] == [] else 'null'}")]
-        if not _MASKS.isdisjoint(row):
-            turns = _masked(turns, row, len(values))
-        return [_dialogue(turns)]
+        return _outcomes(row, {key: list_of(row, key)})
 
     return read
+
+
+def read_turns_in_halves(
+    question: str, answers: Sequence[str], other: Callable[[Row], list[Outcome]]
+) -> Callable[[Row], list[Outcome]]:
+    """Make a reader of TRL's conversational prompt and completion: turns under each, or a text
+    under one. If both are texts, the `other` reader is asked."""
+
+    def read(row: Row) -> list[Outcome]:
+        answer = next((key for key in answers if is_said(row.get(key))), None)
+        if not isinstance(row[question], list) and not isinstance(row.get(answer or ""), list):
+            return other(row)
+        halves = {}
+        for key, role in ((question, "user"), (answer, "assistant")):
+            if key is not None:
+                said = row[key]
+                halves[key] = said if isinstance(said, list) else [{"role": role, "content": said}]
+        return _outcomes(row, halves)
+
+    return read
+
+
+def _outcomes(row: Row, lists: dict[str, list[object]]) -> list[Outcome]:
+    """The outcome of a row whose turns stand in lists, here by their keys."""
+    turns: list[_Turn] = []
+    try:
+        for key, values in lists.items():
+            for place, value in enumerate(values):
+                if type(value) is dict and (plain := _plain_turn(value)) is not None:
+                    turns.append(plain)
+                else:
+                    turns += _read_turn(object_of(value, f"{key}[{place}]"), f"{key}[{place}]")
+    except _Lost as lost:
+        return [lost.dropped]
+    if TOOL in [turn[0] for turn in turns]:
+        place = next(n for n, turn in enumerate(turns, 1) if turn[0] == TOOL)
+        return [Dropped(TOOL_TURNS, f"turn {place} calls a tool, or is its answer")]
+    if not turns:
+        key = next(iter(lists))
+        return [Dropped(NO_TURNS, f"{key} is {'null' if row[key] is None else 'empty'}")]
+    if not _MASKS.isdisjoint(row):
+        turns = _masked(turns, row, sum(map(len, lists.values())))
+    return [_dialogue(turns)]
 
 
 def _dialogue(turns: list[_Turn]) -> Outcome:
@@ -137,6 +170,9 @@ def unread_of_turns(row: Row, key: str) -> list[str]:
     """Keys of turns that hold something which is not read: "messages[].reasoning_content"."""
     found: dict[str, None] = {}
     turns = row.get(key)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with suppress(RowError):
+            turns = list_of(row, key)
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and len(turn) > 2:
             kind = _kind(turn)
@@ -161,6 +197,17 @@ def _kind(turn: Row) -> str | None:
     if turn.get("role") is not None:
         return "role"
     return "from" if turn.get("from") is not None else None
+
+
+def _plain_turn(turn: dict[str, object]) -> _Turn | None:
+    """A turn of a role and a text and nothing else, as most are; None for any other."""
+    role, text, roles = turn.get("role"), turn.get("content"), OPENAI_ROLES
+    if role is None:
+        role, text, roles = turn.get("from"), turn.get("value"), SHAREGPT_ROLES
+    if len(turn) != 2 or not isinstance(role, str) or not isinstance(text, str):
+        return None
+    name = roles.get(role)
+    return None if name is None or name == TOOL else (name, text, True)
 
 
 def _read_turn(turn: Row, where: str) -> list[_Turn]:

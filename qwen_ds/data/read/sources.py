@@ -2,8 +2,8 @@
 
 A path is a data file of any kind that files.py reads; a folder, whose data files are read in the
 order of their names; a folder that `datasets` saved; or the id of a data set on the hub,
-"org/name", "org/name:split" or "org/name:config:split". "folder:split" names one of several splits
-of a folder; without a name it is "train" (places.py).
+"org/name", "org/name:split" or "org/name:config:split". "path:split" names one of several splits
+of a folder, an archive, a workbook or a JSON object; without a name it is "train" (file_names.py).
 
 `columns` maps the keys that a reader expects to the columns of the data, {"instruction": "q",
 "output": "a"}. Then only the columns named in it are read, by the reader whose keys are named.
@@ -12,8 +12,7 @@ of a folder; without a name it is "train" (places.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,7 @@ from qwen_ds.data.read.readers import (
     TABLE,
     Reader,
     find_reader,
+    fitting,
     nearest,
     nested_answer,
     reader_named,
@@ -146,7 +146,9 @@ class _Reading:
                     result, reference = as_prompt(outcome, self.options.system)
                 else:
                     result = as_conversation(outcome, self.options.system)
-                yield self._explained(result, row), reference, source
+                if isinstance(result, Dropped) and not result.detail:
+                    result = self._explained(result, row)
+                yield result, reference, source
 
     def _outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:
         """Every outcome of a path, with its source and, if one row gave it, that row."""
@@ -159,7 +161,7 @@ class _Reading:
                 error = RowError(row.reason, row.detail)
                 yield self._unreadable(error, row.source), row.source, None
                 continue
-            for value, source in self._unwrapped(row):
+            for value, source in self._unwrapped(row, place):
                 self.counts["rows"] += 1
                 self.seen[:] = [value]
                 try:
@@ -168,13 +170,16 @@ class _Reading:
                         value, left_out = self._mapped(value, source, is_first)
                         is_first = False
                     reader, found = self._recognised(value)
+                    beside = reader.beside(found)
                     if reader.of_row is None:
                         trees.add(found, source)
-                        not_read.update(reader.not_read(found))
+                        not_read.update(reader.not_read(found, beside))
                         continue
-                    outcomes = reader.read(found, self.for_prompts)
-                    if left_out := [*left_out, *reader.not_read(found, outcomes)]:
-                        not_read.update(left_out)
+                    outcomes = reader.read(found, self.for_prompts, beside)
+                    if unread := reader.not_read(found, beside, outcomes):
+                        left_out += unread
+                    for key in left_out:
+                        not_read[key] += 1
                 except RowError as error:
                     yield self._unreadable(error, source), source, value
                     continue
@@ -184,9 +189,9 @@ class _Reading:
         for outcome, source in trees.outcomes():
             yield outcome, source, None
 
-    def _explained(self, result: Result, row: object) -> Result:
-        """The result; a Dropped without a detail names the row's keys and those of its format."""
-        if not isinstance(result, Dropped) or result.detail or not isinstance(row, dict):
+    def _explained(self, result: Dropped, row: object) -> Dropped:
+        """The result with a detail that names the row's keys and those of its format."""
+        if not isinstance(row, dict):
             return result
         reader = self.reader or find_reader(row, self.for_prompts)
         if len(reader.keys) == 1 and not reader.answers and row.get(reader.keys[0]) is not None:
@@ -211,21 +216,27 @@ class _Reading:
             raise UserError(f"{source}: {error.detail}")
         return Dropped(error.reason, error.detail, unreadable=True)
 
-    def _unwrapped(self, row: SourceRow) -> Iterator[tuple[object, str]]:
+    def _unwrapped(self, row: SourceRow, place: Place) -> Iterable[tuple[object, str]]:
         """The row itself, or the rows of a container of rows."""
-        inside = rows_inside(row.row, self._is_row) if isinstance(row.row, dict) else None
+        split = None if row.split is not None or not place.files else place.split
+        inside = rows_inside(row.row, self._is_row, split, place.path)
+        if split is not None and (inside is None or not inside.splits):
+            expected = f"a file or a folder that holds the split {split!r}, or one path alone"
+            raise UserError(f"{row.source}: a row of a file without splits; expected {expected}")
         if inside is None:
-            yield row.row, row.source
-        else:
-            yield from ((inner, f"{row.source} {place}") for inner, place in inside)
+            return ((row.row, row.source),)
+        for key, reason in inside.left_out.items():
+            self.options.files.on_left_out(f"{row.source} {key}", reason)
+        return ((inner, f"{row.source} {where}".rstrip()) for inner, where in inside.rows)
 
     def _is_row(self, value: object) -> bool:
         if self.columns:
             return isinstance(value, dict) and not set(self.columns.values()).isdisjoint(value)
-        with suppress(RowError):
-            self._recognised(value)
-            return True
-        return False
+        if not isinstance(value, dict):
+            return False
+        if self.reader is not None:
+            return self.reader.fits(value, self.for_prompts)
+        return bool(fitting(tuple(value), self.for_prompts))
 
     def _mapped(self, value: object, source: str, is_first: bool) -> tuple[Row, list[str]]:
         """(the row under the reader's own keys, its other columns that hold something).

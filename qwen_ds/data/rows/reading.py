@@ -31,15 +31,15 @@ def formats_of(data: DataOptions, part: Place) -> dict[str, str]:
         return {part.path: f"columns {', '.join(data.columns)}"}
     if data.format != "auto":
         return {part.path: data.format}
-    alone = [Place(str(file), files=(file,)) for file in part.files] or [part]
+    alone = [replace(part, path=str(file), files=(file,)) for file in part.files] or [part]
     files = read_options(data).files
     return {each.path: _format(each, files) for each in alone}
 
 
 def _format(part: Place, files: FileOptions) -> str:
     first = next((row.row for row in rows_of(part, files) if isinstance(row, SourceRow)), None)
-    inner = rows_inside(first, lambda row: _reader(row) is not None)
-    return _reader(first if inner is None else next(inner)[0]) or "none"
+    inside = rows_inside(first, lambda row: _reader(row) is not None, part.split, part.path)
+    return _reader(first if inside is None else next(inside.rows)[0]) or "none"
 
 
 def _reader(row: object) -> str | None:

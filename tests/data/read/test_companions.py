@@ -24,7 +24,7 @@ def questions(row: dict[str, Any]) -> list[str]:
 
 def unread(row: dict[str, Any]) -> list[str]:
     reader = find_reader(row)
-    return list(reader.not_read(row, reader.read(row)))
+    return list(reader.not_read(row, reader.beside(row), reader.read(row)))
 
 
 def dropped(row: dict[str, Any]) -> str:
@@ -207,7 +207,8 @@ def test_for_a_prompt_only_what_the_question_lacks_matters() -> None:
 
     asked = {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}
     assert not isinstance(prompt(asked)[0], Dropped)
-    assert list(find_reader(asked, True).not_read(asked)) == ["chosen", "rejected"]
+    reader = find_reader(asked, True)
+    assert reader.not_read(asked, reader.beside(asked)) == ["chosen", "rejected"]
     # A bad answer is nothing to compare with.
     assert prompt({"messages": TURNS, "label": True})[1] == "a"
     assert prompt({"messages": TURNS, "label": False})[1] is None

@@ -17,7 +17,7 @@ SAMPLES_OF_READER = {
         alpaca_chinese_dataset alpaca_cot alpaca_gpt4_data_zh belle_generated_chat_0.4M
         belle_multiturn_chat_0.8M belle_school_math_0.25M belle_train_1M_CN
         coig_human_value_alignment_instructions_part1 coig_leetcode_instructions guanaco
-        instinwild_ch llamafactory_alpaca tigerbot_medical_qa tigerbot_sft
+        history_as_text instinwild_ch llamafactory_alpaca tigerbot_medical_qa tigerbot_sft
     """,
     "input": "belle_train_0.5M_CN_input_target firefly_train_1.1M",
     "sharegpt": "belle_train_3.5M_CN sharegpt",
@@ -32,9 +32,9 @@ SAMPLES_OF_READER = {
     "moss_003": "moss_003_sft_no_tools moss_003_sft_plugin",
     "oasst_messages": "oasst1_messages",
     "oasst_trees": "oasst1_trees",
-    "messages": "openai_messages",
+    "messages": "messages_as_text openai_messages turns_without_keys",
     "refgpt": "refgpt_fact",
-    "prompt": "safety_prompts_typical",
+    "prompt": "safety_prompts_typical trl_prompt_completion",
 }
 READER_OF_SAMPLE = {
     sample: reader for reader, samples in SAMPLES_OF_READER.items() for sample in samples.split()
@@ -69,4 +69,4 @@ def test_every_sample_gives_its_expected_conversations(sample: Path, named: bool
 def test_every_expected_file_has_its_sample() -> None:
     stems = {path.name.removesuffix(".expected.json") for path in FORMATS.glob("*.expected.json")}
     assert stems == set(READER_OF_SAMPLE) == {stem_of(sample) for sample in SAMPLES}
-    assert len(SAMPLES) == 38
+    assert len(SAMPLES) == 42

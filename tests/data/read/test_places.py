@@ -9,10 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen_ds.data.read.file_names import split_of
 from qwen_ds.data.read.files import read_rows
 from qwen_ds.data.read.files_encoding import encoding_of
 from qwen_ds.data.read.limits import Budget, Budgeted, FileOptions, LimitReached, Rewound
-from qwen_ds.data.read.places import locate, rows_of, split_of
+from qwen_ds.data.read.places import locate, rows_of
 from qwen_ds.errors import UserError
 
 

@@ -64,7 +64,7 @@ FAULTS: dict[str, list[tuple[object, str]]] = {
         (alpaca("q", system={}), "system is an object; expected text"),
         (messages(("user", 5)), r"messages\[0\].content is a number"),
         ({"messages": ["hello"]}, r"messages\[0\] is text; expected an object"),
-        ({"messages": "hello"}, "messages is text; expected a list"),
+        ({"messages": "hello"}, "messages is 'hello'; expected a list, or the JSON of one"),
         ({"question": "q", "chatgpt_answers": [1]}, "chatgpt_answers holds a number"),
         ({"round_0": "x"}, "round_0 is text; expected an object"),
         (alpaca("q", output=float("nan")), "output is NaN; expected text"),  # type: ignore[arg-type]

@@ -210,7 +210,7 @@ def test_a_folder_with_splits_gives_the_one_for_training_unless_another_is_named
     assert said_in(tmp_path) == ["extra.json", "train.json"]
     assert said_in(f"{tmp_path}:validation") == ["dev.json"]
     assert said_in(f"{tmp_path}:test") == ["test/part-0.json"]
-    message = "no file is named for the split 'eval'; splits found: test, train, validation"
+    message = "no split 'eval' in it; splits found: test, train, validation"
     with pytest.raises(UserError, match=message):
         locate(f"{tmp_path}:eval")
     # A folder that holds nothing else is what was meant.
