@@ -566,8 +566,8 @@ NO_FOLDERS: dict[str, tuple[Callable[[Place], Path | str], str]] = {
     "hub cache, no revision": (partial(hub_cache, main=None), "the revisions one, two"),
     "hub cache, another": (partial(hub_cache, main="three"), "refs/main names three"),
     "two cached data sets": (lambda p: cache_of_datasets(p, "x", "y"), "several cached data sets"),
-    "long name": (lambda p: "x" * 5000, "name too long"),
-    "zero byte": (lambda p: "a\0b", "expected a data file"),
+    "long name": (lambda p: "x" * 5000, "too long; expected at most 255 bytes"),
+    "zero byte": (lambda p: "a\0b", "it has a zero byte; expected a path"),
 }
 
 

@@ -685,11 +685,19 @@ def test_an_unusual_folder_that_is_right_is_taken(
 
 
 @pytest.mark.parametrize(
-    "path", ["loop", "nothing", "~nobody_of_this_name", "x" * 5000, "/dev/null", "-"]
+    "path, words",
+    [
+        ("loop", "a loop of symbolic links"),
+        ("nothing", "folder"),
+        ("~nobody_of_this_name", "no such user's home"),
+        ("x" * 5000, "too long; expected at most 255 bytes"),
+        ("/dev/null", "folder"),
+        ("-", "folder"),
+    ],
 )
 @pytest.mark.parametrize("run", ["data", "predict", "merge"])
 def test_a_path_that_cannot_be_a_folder_is_named_and_never_looked_up(
-    run: str, path: str, tmp_path: Path, small_dir: Path
+    run: str, path: str, words: str, tmp_path: Path, small_dir: Path
 ) -> None:
     def make(place: Place) -> Sequence[str | Path]:
         (place.here / "loop").symlink_to("loop")
@@ -697,4 +705,4 @@ def test_a_path_that_cannot_be_a_folder_is_named_and_never_looked_up(
         given = place.here / path if path in ("loop", "nothing") else path
         return command(run, place, given)
 
-    check(Member(f"{run} {path[:20]}", make, says=("folder",)), tmp_path, small_dir)
+    check(Member(f"{run} {path[:20]}", make, says=(words,)), tmp_path, small_dir)
