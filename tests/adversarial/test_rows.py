@@ -294,7 +294,8 @@ def prompt(place: Place) -> str:
 
 
 ASKED: dict[str, tuple[Any, str, str]] = {
-    "context": ({"context": "ctx", "question": "ask", "id": 4}, "ctx\nask", "not read: id (1 row)"),
+    "context": (
+        {"context": "ctx", "question": "ask", "mark": 4}, "ctx\nask", "not read: mark (1 row)"),
     "prompt of turns": ({"prompt": [Q]}, "ask", ""),
     "turns without a key": ([Q], "ask", ""),
     "options": ({"question": "ask", "A": "x", "B": "y"}, "ask\nA. x\nB. y", ""),

@@ -17,6 +17,6 @@ def test_every_part_reports_its_seconds(
     monkeypatch.setattr(benchmark, "SHARD_BYTES", 100_000)
     shape = Shape(layers=3, hidden=64, heads=4, inner=48, vocab=512)
     found = benchmark.measure(tmp_path, shape, golden / "small" / "mini.tiktoken", 1)
-    assert set(found) == {"gigabytes", "load", "begin", "cache", "whole", "ratio"}
+    assert set(found) == {"gigabytes", "load", "inspect", "begin", "cache", "whole", "ratio"}
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     assert (tmp_path / "identity.json").exists() and found["ratio"] > 1
