@@ -33,6 +33,17 @@ class StopRule:
         lengths = (len(s) for s in self.sequences if tuple(ids[max(end - len(s), 0) : end]) == s)
         return max(lengths, default=0)
 
+    def begun(self, ids: Sequence[int]) -> int:
+        """Length of the longest end of `ids` that more tokens may make a stop; 1 for a stop id, and
+        all of a sequence that is there."""
+        longest = 1 if ids and ids[-1] in self.ids else 0
+        for sequence in self.sequences:
+            for length in range(min(len(sequence), len(ids)), longest, -1):
+                if tuple(ids[-length:]) == sequence[:length]:
+                    longest = length
+                    break
+        return longest
+
     def cut(self, ids: Sequence[int]) -> tuple[tuple[int, ...], FinishReason]:
         """The answer among the generated `ids`, without its stop, and how it ended."""
         for end in range(1, len(ids) + 1):

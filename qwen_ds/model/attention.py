@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
+from qwen_ds.decode.kv import PackedCache
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.rotary import apply_rotary
 
@@ -53,7 +54,7 @@ class QWenAttention(nn.Module):
         logn: Tensor | None,
         mask: Tensor | None,
         is_causal: bool,
-        cache: Cache | None,
+        cache: Cache | PackedCache | None,
     ) -> Tensor:
         rows, length, width = x_BTD.shape
         qkv = self.c_attn(x_BTD).view(rows, length, 3, self.num_heads, self.head_dim)
@@ -61,6 +62,9 @@ class QWenAttention(nn.Module):
         q, k = apply_rotary(qk, cos, sin).unbind(2)
         if logn is not None:
             q = q * logn
+        if isinstance(cache, PackedCache):
+            out_NHW = cache.attend(q[0], k[0], v[0, :, 0], self.layer_idx)
+            return self.c_proj(out_NHW.reshape(rows, length, width))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -24,11 +23,15 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from qwen_ds.decode.batch import decode_steps
+from qwen_ds.decode.engine import DecodingEngine, packed
+from qwen_ds.decode.kv_rows import ContiguousStore
+from qwen_ds.decode.request import Request, Vocabulary
+from qwen_ds.decode.sampling import SamplingParams
+from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.decode.text import TextStream
-from qwen_ds.model.cache import declare_prompt_lens, row_lens
 from qwen_ds.model.chatml import DEFAULT_SYSTEM, Turn, encode_turns, render_turns, turn_ids
+from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.model.transformers_tokenizer import QWenTokenizer
 from qwen_ds.terminal import show
 
@@ -259,7 +262,7 @@ class ChatMixin:
         asked.update(**options)
         plain = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         one_answer = (asked.num_return_sequences or 1) == 1
-        others = {"assistant_model", "streamer", "synced_gpus"} & options.keys()
+        others = {"assistant_model", "past_key_values", "streamer", "synced_gpus"} & options.keys()
         return asked.get_generation_mode() in plain and one_answer and not others
 
     def _chat_call(
@@ -305,53 +308,48 @@ def decode_row(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Iterator[int]:
-    """Yield the new tokens of one row, by the decoding core: a `custom_generate`.
+    """Yield the new tokens of one row, by the decoding engine: a `custom_generate`.
 
-    transformers has made the arguments: it knows the options that `generate` takes.
+    transformers has made the arguments: it knows the options that `generate` takes. Those about the
+    cache have no effect, since the engine has its own.
     """
     if input_ids.shape[0] != 1:
         came = f"cannot decode {input_ids.shape[0]} rows or beams"
         raise ValueError(f"{came}; expected one row and num_beams 1")
-    mask_BT = torch.ones_like(input_ids)  # transformers drops a mask that masks nothing
-    cache: Cache | None = model_kwargs.get("past_key_values")
-    chunk: int | None = generation_config.prefill_chunk_size
-    if chunk is not None:
-        if cache is None:
-            raise ValueError(
-                f"prefill_chunk_size is {chunk} without a cache; expected use_cache True"
-            )
-        prefill(model, input_ids, mask_BT, cache, chunk)
-    ids_BT = input_ids
+    prompt, ids_1T = input_ids[0].tolist(), input_ids
 
-    def choose(logits_BV: Tensor, step: int) -> Tensor:
-        nonlocal ids_BT
-        scores_BV = logits_processor(ids_BT, logits_BV)
+    def choose(logits_V: Tensor) -> int:
+        nonlocal ids_1T
+        scores_1V = logits_processor(ids_1T, logits_V[None])
         if generation_config.do_sample:
-            next_B1 = torch.multinomial(scores_BV.softmax(-1), num_samples=1)
+            next_11 = torch.multinomial(scores_1V.softmax(-1), num_samples=1)
         else:
-            next_B1 = scores_BV.argmax(-1, keepdim=True)
-        ids_BT = torch.cat((ids_BT, next_B1), dim=1)
-        return next_B1.squeeze(1)
+            next_11 = scores_1V.argmax(-1, keepdim=True)
+        ids_1T = torch.cat((ids_1T, next_11), dim=1)
+        return int(next_11)
 
     # What else the caller has for the model's forward, such as extend_context.
     own = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
-    forward = partial(model, **{k: v for k, v in model_kwargs.items() if k not in own})
-    size, use_cache = model.config.vocab_size, model_kwargs["use_cache"]
-    for next_B in decode_steps(forward, input_ids, mask_BT, size, choose, cache, use_cache):
-        yield int(next_B)
-        if bool(stopping_criteria(ids_BT, None).all()):
-            return
-
-
-@torch.no_grad()
-def prefill(model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, chunk: int) -> None:
-    """Fill a cache with all but the last 1 to `chunk` tokens of the prompts."""
-    length, seen = ids_BT.shape[1], int(cache.get_seq_length())
-    if seen == 0:
-        declare_prompt_lens(cache, row_lens(mask_BT, length, model.config.seq_length))
-    for start in range(seen, length - chunk, chunk):
-        end = start + chunk
-        model(
-            input_ids=ids_BT[:, start:end], attention_mask=mask_BT[:, :end],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+    more = {name: value for name, value in model_kwargs.items() if name not in own}
+    alpha_of = partial(alpha_of_prompt, model.config)
+    if more.get("extend_context") is False:
+        alpha_of = partial(min, 1)
+    room = generation_config.max_length  # of prompt and new tokens, however it was asked for
+    assert room is not None
+    limits = EngineLimits(1, generation_config.prefill_chunk_size or len(prompt), room)
+    store = ContiguousStore(kv_shape(model.config, model.dtype, model.device), 0)
+    store.num_pages = store.pages_for(room)
+    forward = packed(partial(model, **more))
+    # The text is the caller's, who has the tokenizer.
+    no_text = Vocabulary(model.config.vocab_size, lambda _: "", lambda _: b"")
+    engine = DecodingEngine(forward, store, no_text, limits, alpha_of)
+    sampling = SamplingParams(max_new_tokens=room - len(prompt))
+    engine.submit(Request(prompt, sampling, StopRule(), choose=choose))
+    while engine.is_busy:
+        for update in engine.step():
+            if update.error is not None:
+                raise update.error
+            assert update.token is not None
+            yield update.token
+            if bool(stopping_criteria(ids_1T, None).all()):
+                return

@@ -8,13 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
+from qwen_ds.decode.kv import KVShape
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
+from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.model.tokenizer import END_OF_TEXT, IM_END, IM_START, Encoding, load_encoding
 
 Role = Literal["qkv", "attention_out", "up", "gate", "down"]
@@ -55,6 +59,9 @@ class Family:
     stop_tokens: tuple[str, ...]  # each of them ends a generated turn
     load_encoding: Callable[[str | Path], Encoding]  # the tokenizer of a checkpoint folder
     context: Callable[[ModelConfig], int]  # tokens that prompt and answer may have together
+    kv_shape: Callable[[ModelConfig, torch.dtype, torch.device], KVShape]
+    """Keys and values that a token adds, of a model that computes in a dtype on a device."""
+    alpha: Callable[[ModelConfig, int], int]  # of dynamic NTK, for a prompt of so many tokens
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -98,6 +105,10 @@ class Family:
         """Ids of the tokens that end a generated turn."""
         return tuple(encoding.special[token] for token in self.stop_tokens)
 
+    def alpha_of(self, config: ModelConfig) -> Callable[[int], int]:
+        """`alpha` of one model."""
+        return partial(self.alpha, config)
+
     def chat_format(self, generation_config: dict[str, object]) -> Literal["chatml", "raw"]:
         """The chat format that generation_config.json names: "raw" in the official base models;
         ChatML where it names none."""
@@ -138,6 +149,8 @@ QWEN = Family(
     stop_tokens=(END_OF_TEXT, IM_START, IM_END),
     load_encoding=load_encoding,
     context=_context,
+    kv_shape=kv_shape,
+    alpha=alpha_of_prompt,
 )
 FAMILIES = {QWEN.model_type: QWEN}
 

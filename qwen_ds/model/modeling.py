@@ -16,12 +16,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from qwen_ds.decode.kv import PackedCache
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.attention import QWenAttention, ResidualLinear
 from qwen_ds.model.cache import declare_prompt_lens, prompt_lens_of, row_lens
 from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.masking import visibility
+from qwen_ds.model.masking import Visibility, visibility
 from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
 
@@ -73,7 +74,7 @@ class QWenBlock(nn.Module):
         logn: Tensor | None = None,
         mask: Tensor | None = None,
         is_causal: bool = True,
-        cache: Cache | None = None,
+        cache: Cache | PackedCache | None = None,
     ) -> Tensor:
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cos, sin, logn, mask, is_causal, cache)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
@@ -140,7 +141,7 @@ class QWenModel(QWenPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | PackedCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -154,7 +155,9 @@ class QWenModel(QWenPreTrainedModel):
             attention_mask: [B, past + T], 1 for real tokens; or as `visibility` takes it.
             position_ids: int64 [B or 1, T]. Default: the index in the row, cache included, not
                 counting padding to its left.
-            past_key_values: any transformers Cache; a new one is made if use_cache is set.
+            past_key_values: any transformers Cache; a new one is made if use_cache is set. A
+                PackedCache makes the tokens of a row of its own rows: B is 1, position_ids are
+                given, and prompt_lens are int64 [1, T], or an int up to seq_length for all.
             use_cache: default: the config's, but off in training mode.
             extend_context: whether dynamic NTK and LogN act beyond seq_length. Default: in eval
                 mode only, as in the official code; False gives the training formula in eval mode.
@@ -174,33 +177,32 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         config, cache = self.config, past_key_values
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
+        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache(config=config)
         (rows, length), device = x_BTD.shape[:2], x_BTD.device
         past_len = 0 if cache is None else cache.get_seq_length()
-        num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        is_sdpa = config._attn_implementation != "eager"
-        seen = visibility(attention_mask, length, num_keys, past_len, device, is_sdpa)
+        num_keys = self._num_keys(cache, length)
+        seen = Visibility(None, is_causal=False)
+        if not isinstance(cache, PackedCache):
+            is_sdpa = config._attn_implementation != "eager"
+            seen = visibility(attention_mask, length, num_keys, past_len, device, is_sdpa)
         positions_BT = position_ids
         if positions_BT is None:
             positions_BT = seen.positions(length, past_len, device)
         extend = not self.training if extend_context is None else extend_context
-        alpha_B, logn, seq_length = None, None, config.seq_length
+        alpha_BT, seq_length = None, config.seq_length
         assert seq_length is not None
         if extend and config.use_dynamic_ntk:
-            new = (rows, length)
-            lens = prompt_lens_of(cache, new, past_len, attention_mask, prompt_lens, seq_length)
-            if isinstance(lens, Tensor) or lens > seq_length:  # else alpha is 1 in every row
-                alpha_B = ntk_alpha(torch.as_tensor(lens, device=device).view(-1), seq_length)
+            lens = prompt_lens
+            if not isinstance(cache, PackedCache):
+                new = (rows, length)
+                lens = prompt_lens_of(cache, new, past_len, attention_mask, prompt_lens, seq_length)
+            alpha_BT = self._alpha(lens, device)
         # Positions that the caller chose may exceed seq_length however short the row is.
-        is_long = position_ids is not None or num_keys > seq_length
-        if extend and is_long and config.use_logn_attn:
-            logn = logn_factors(positions_BT, seq_length).to(x_BTD.dtype)[:, :, None, None]
-        angles = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_B)
-        cos, sin = (table[:, :, None, None] for table in angles)  # fp32 [B or 1, T, 1, 1, F]
-
+        chosen = position_ids is not None and not isinstance(cache, PackedCache)
+        is_long = extend and (chosen or num_keys > seq_length)
+        cos, sin, logn = self._tables(positions_BT, alpha_BT, is_long, x_BTD.dtype)
         if self.training and config.emb_dropout_prob:
             x_BTD = F.dropout(x_BTD, config.emb_dropout_prob)
         states = [x_BTD] if output_hidden_states else []
@@ -216,7 +218,40 @@ class QWenModel(QWenPreTrainedModel):
                 states.append(x_BTD)
         x_BTD = self.ln_f(x_BTD)
         hidden_states = (*states[:-1], x_BTD) if output_hidden_states else None
-        return BaseModelOutputWithPast(x_BTD, cache, hidden_states)
+        return BaseModelOutputWithPast(
+            x_BTD, None if isinstance(cache, PackedCache) else cache, hidden_states
+        )
+
+    def _tables(
+        self, positions_BT: Tensor, alpha_BT: Tensor | None, is_long: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cosines and sines, fp32 [B or 1, T, 1, 1, F], and where rows may be long LogN's factors,
+        [B or 1, T, 1, 1] in `dtype`."""
+        config = self.config
+        angles = rotary_tables(positions_BT, config.kv_channels, config.rotary_emb_base, alpha_BT)
+        cos, sin = (table[:, :, None, None] for table in angles)
+        if not (is_long and config.use_logn_attn):
+            return cos, sin, None
+        assert config.seq_length is not None
+        factors_BT = logn_factors(positions_BT, config.seq_length).to(dtype)
+        return cos, sin, factors_BT[:, :, None, None]
+
+    @staticmethod
+    def _num_keys(cache: Cache | PackedCache | None, length: int) -> int:
+        """Keys of the longest row, new ones included."""
+        if isinstance(cache, PackedCache):
+            return cache.num_keys
+        return length if cache is None else cache.get_mask_sizes(length, 0)[0]
+
+    def _alpha(self, lens: Tensor | int | None, device: torch.device) -> Tensor | None:
+        """Alpha of dynamic NTK for prompts of so many tokens, int64 [B, 1 or T]; None where it is 1
+        in every row."""
+        seq_length = self.config.seq_length
+        assert lens is not None and seq_length is not None, "packed rows come with prompt_lens"
+        if not isinstance(lens, Tensor) and lens <= seq_length:
+            return None
+        lens_BT = torch.as_tensor(lens, device=device)
+        return ntk_alpha(lens_BT if lens_BT.dim() == 2 else lens_BT.view(-1, 1), seq_length)
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
@@ -234,7 +269,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | PackedCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,

@@ -31,7 +31,7 @@ def ntk_alpha(lens: Tensor, seq_length: int) -> Tensor:
 
 
 def rotary_tables(
-    position_ids_BT: Tensor, head_dim: int, base: float, alpha_B: Tensor | None = None
+    position_ids_BT: Tensor, head_dim: int, base: float, alpha_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, position * b^(-2i/D), b = base * alpha^(D/(D-2)).
 
@@ -39,18 +39,18 @@ def rotary_tables(
 
     Args:
         position_ids_BT: int64 [B or 1, T].
-        alpha_B: int64 [B], alpha of dynamic NTK per row; None is 1 for all.
+        alpha_BT: int64 [B, 1 or T], alpha of dynamic NTK per row, or per token; None is 1 for all.
     Returns:
         cos and sin, fp32 [B or 1, T, F].
     """
     dimensions_F = torch.arange(0, head_dim, 2, device=position_ids_BT.device, dtype=torch.float32)
     exponents_F = dimensions_F / head_dim
-    if alpha_B is None:
+    if alpha_BT is None:
         inv_freq = 1.0 / torch.pow(float(base), exponents_F)
     else:
         # The scaled base is a float64 in the official code and rounded once, on entering the power.
-        base_B = float(base) * alpha_B.double() ** (head_dim / (head_dim - 2))
-        inv_freq = 1.0 / torch.pow(base_B.float()[:, None, None], exponents_F)  # [B, 1, F]
+        base_BT = float(base) * alpha_BT.double() ** (head_dim / (head_dim - 2))
+        inv_freq = 1.0 / torch.pow(base_BT.float().unsqueeze(-1), exponents_F)  # [B, 1 or T, F]
     angles = position_ids_BT.float().unsqueeze(-1) * inv_freq
     return angles.cos(), angles.sin()
 

@@ -6,8 +6,10 @@ import pytest
 
 from qwen_ds.decode.exceptions import (
     DecodingError,
+    InvalidGrammar,
     InvalidSampling,
     LogitsNotFinite,
+    NoTokenLeft,
     PromptTooLong,
     RowOutOfMemory,
 )
@@ -15,7 +17,15 @@ from qwen_ds.decode.exceptions import (
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidSampling("top_p", 2, "1"), PromptTooLong(9, 5), LogitsNotFinite(), RowOutOfMemory()],
+    [
+        InvalidSampling("top_p", 2, "1"),
+        InvalidGrammar("regex", "unclosed group"),
+        PromptTooLong(9, 5),
+        LogitsNotFinite(),
+        NoTokenLeft(),
+        NoTokenLeft("of its limits"),
+        RowOutOfMemory(),
+    ],  # fmt: skip
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_is_one_line_that_any_front_can_show(error: DecodingError) -> None:

@@ -5,14 +5,23 @@ Shapes: B rows, V vocabulary, G rows of a group, N candidates.
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import (
     SamplingGroup,
     SamplingParams,
+    _sorted,
+    _top,
     candidates,
     draw,
     only_tokens,
@@ -22,10 +31,26 @@ from qwen_ds.decode.sampling import (
 )
 
 CPU = torch.device("cpu")
+NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+)  # fmt: skip
 
 
 def same(n: int, temperature: float, top_p: float, top_k: int) -> tuple[SamplingGroup, ...]:
     return sampling_groups([SamplingParams(True, temperature, top_p, top_k)] * n, CPU)
+
+
+def distribution(logits_GV: torch.Tensor, group: SamplingGroup) -> torch.Tensor:
+    """Probabilities of all tokens as they are drawn."""
+    found_GV, seen = torch.zeros_like(logits_GV), []
+    for found in candidates(logits_GV / group.temperature_G1, group):
+        seen += found.place_C.tolist()
+        for row, ids_N, probs_N, kept in zip(
+            found.place_C, found.ids_CN, found.probs_CN, found.kept_C1[:, 0], strict=True
+        ):
+            found_GV[row, ids_N[:kept]] = probs_N[:kept] / probs_N[:kept].sum()
+    assert sorted(seen) == list(range(len(logits_GV)))
+    return found_GV
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 50, 5000])
@@ -40,11 +65,85 @@ def test_candidates_are_those_of_transformers(top_k: int, top_p: float, spread: 
     if top_p < 1:
         expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
     (group,) = same(3, 0.8, top_p, top_k)
-    probs_GN, ids_GN = candidates(logits_BV, group)
-    found_BV = torch.zeros_like(logits_BV).scatter(
-        1, ids_GN, probs_GN / probs_GN.sum(-1, keepdim=True)
-    )
+    found_BV = distribution(logits_BV, group)
     torch.testing.assert_close(found_BV, expected_BV.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("spread", [0.3, 4.0], ids=["flat", "peaked"])
+def test_the_prefilter_keeps_the_tokens_of_a_full_sort(top_p: float, spread: float) -> None:
+    """Exactly those, of the whole vocabulary: a token more or less would be another candidate."""
+    size = 151_936
+    logits_BV = torch.randn(3, size, generator=torch.Generator().manual_seed(2)) * spread
+    logits_BV[:, 151_851:] = -torch.inf
+    (group,) = same(3, 0.8, top_p, 0)
+    sorted_BV, ids_BV = (logits_BV / group.temperature_G1).sort(descending=True, stable=True)
+    probs_BV = (sorted_BV - sorted_BV.logsumexp(-1, keepdim=True)).exp()
+    before_BV = probs_BV.cumsum(-1) - probs_BV
+    expected = [set(i[(b < top_p) & (p > 0)].tolist()) for i, b, p in zip(
+        ids_BV, before_BV, probs_BV, strict=True)]  # fmt: skip
+    found_BV = distribution(logits_BV, group)
+    assert [set(row.nonzero()[:, 0].tolist()) for row in found_BV] == expected
+    assert all(len(kept) <= 151_851 for kept in expected)
+
+
+def test_equal_logits_come_in_one_order_whatever_the_batch() -> None:
+    """The prefilter does for the first row and not for the others; rounding makes many equal."""
+    generator = torch.Generator().manual_seed(3)
+    spread_B1 = torch.tensor([[3.0], [0.2], [0.0]])
+    logits_BV = (torch.randn(3, 3000, generator=generator) * spread_B1).bfloat16().float()
+    rows = [SamplingParams(True, 1.0, 0.9, 0)] * 3
+    for _ in range(50):
+        uniform_B = torch.rand(3, generator=generator)
+        together_B = draw(logits_BV, sampling_groups(rows, CPU), uniform_B)
+        for i in range(3):
+            alone = draw(logits_BV[i : i + 1], same(1, 1.0, 0.9, 0), uniform_B[i : i + 1])
+            assert alone.item() == together_B[i].item()
+
+
+def test_the_quick_sort_is_torchs_stable_one() -> None:
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(4)).bfloat16().float()
+    values[0, ::7], values[0, 1::7], values[1, ::3] = 0.0, -0.0, -torch.inf
+    found, places = _sorted(values)
+    expected, expected_places = values.sort(descending=True, stable=True)
+    assert torch.equal(found, expected) and torch.equal(places, expected_places)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1024])
+def test_the_quick_selection_is_the_beginning_of_the_sort(size: int) -> None:
+    values = torch.randn(6, 2500, generator=torch.Generator().manual_seed(4)).bfloat16().float()
+    values[1, 40:] = -torch.inf  # fewer than are asked for
+    values[2] = values[2].sort().values  # all the largest in the last blocks
+    values[3] = 1.0
+    values[4, 2499] = 9.0  # behind the last whole block
+    values[5, ::2] = -torch.inf
+    found, places = _top(values, size)
+    expected, expected_places = values.sort(descending=True, stable=True)
+    assert torch.equal(found, expected[:, :size])
+    finite = found.isfinite()
+    assert torch.equal(places[finite], expected_places[:, :size][finite])
+    values[0, 5] = torch.nan  # who decodes on with it gets any token, but no crash
+    assert _top(values, size)[0].shape == (6, size)
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_min_p_is_a_share_of_the_most_probable_token(top_k: int) -> None:
+    logits_BV = torch.randn(3, 3000, generator=torch.Generator().manual_seed(7)) * 2
+    expected_BV = TemperatureLogitsWarper(0.8)(None, logits_BV)
+    if top_k:
+        expected_BV = TopKLogitsWarper(top_k)(None, expected_BV)
+    expected_BV = MinPLogitsWarper(0.1)(None, TopPLogitsWarper(0.9)(None, expected_BV))
+    (group,) = sampling_groups([SamplingParams(True, 0.8, 0.9, top_k, min_p=0.1)] * 3, CPU)
+    found_BV = distribution(logits_BV, group)
+    assert 1 < (found_BV[0] > 0).sum() < 50
+    torch.testing.assert_close(found_BV, expected_BV.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_temperature_near_0_takes_the_most_probable_token() -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    for top_k in (0, 2):
+        (group,) = same(2, 1e-300, 1.0, top_k)
+        assert draw(logits_BV, [group], torch.tensor([0.9, 0.9])).tolist() == [1, 0]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
@@ -60,6 +159,16 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     for largest in (1 - 2**-24, 1.0):  # its product with the sum may be rounded up to the sum
         last = draw(logits_BV[:1], same(1, 1.0, 0.6, 0), torch.tensor([largest]))
         assert last.item() == 2  # not a token that top-p dropped
+
+
+@pytest.mark.parametrize("size", [50, 3000], ids=["prefilter", "sort"])
+def test_a_token_of_no_probability_is_never_drawn(size: int) -> None:
+    """Even by the largest number, where the probabilities sum up to less than 1."""
+    logits_BV = torch.randn(40, size, generator=torch.Generator().manual_seed(6))
+    logits_BV[:, ::2] = -torch.inf
+    for largest in (1 - 2**-24, 1.0):
+        drawn_B = draw(logits_BV, same(40, 1.0, 1.0, 0), torch.full((40,), largest))
+        assert (drawn_B % 2 == 1).all()
 
 
 def test_every_row_of_a_mixed_batch_draws_what_it_draws_alone() -> None:
@@ -108,8 +217,17 @@ def test_logits_of_padding_ids_are_masked_in_fp32_and_the_models_own_stay() -> N
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}],
-)
+    [
+        {"temperature": 0.0}, {"temperature": inf}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
+        {"max_new_tokens": 0}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.1}, {"frequency_penalty": -2.1}, {"min_tokens": -1},
+        {"min_tokens": 129}, {"logprobs": 21}, {"logprobs": -1}, {"prompt_logprobs": 21},
+        {"logit_bias": ((3, 100.5),)}, {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((3, nan),)}, {"logit_bias": ((3, 1.0), (3, 2.0))},
+        *({name: nan} for name in NUMBERS),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidSampling, match=f"{next(iter(wrong))} is .*; expected"):
         SamplingParams(**wrong)  # type: ignore[arg-type]

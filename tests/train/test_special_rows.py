@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen_ds.export.merge import merge
-from qwen_ds.model.adapter_loading import load_adapter
+from qwen_ds.model.adapter import read_adapter
+from qwen_ds.model.adapter_loading import put_adapter
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
@@ -183,7 +184,8 @@ def test_stock_peft_our_loader_and_the_merge_give_the_same_logits(
         base = base_model(small_dir, dtype)
         stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(stock(ids).logits, expected, rtol=0, atol=tolerance)
-        loaded = load_adapter(base_model(small_dir, dtype), tmp_path / "adapter")
+        loaded = put_adapter(base_model(small_dir, dtype), read_adapter(tmp_path / "adapter"))
+        assert loaded is not None
         torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=tolerance)
         if dtype == torch.float32:
             report = merge(small_dir, [tmp_path / "adapter"], tmp_path / "merged")
@@ -274,7 +276,8 @@ def test_a_base_model_learns_to_stop_with_its_rows_and_not_without(
         optimizer.step()
         optimizer.zero_grad()
     write_adapter(tmp_path / "adapter", config_of(ours), trained(ours))
-    tuned, text = load_adapter(base_model(base), tmp_path / "adapter"), prompts
+    tuned, text = put_adapter(base_model(base), read_adapter(tmp_path / "adapter")), prompts
+    assert tuned is not None
     with torch.inference_mode():
         for _ in range(8):
             text = torch.cat([text, tuned(text).logits[:, -1].argmax(-1, keepdim=True)], 1)

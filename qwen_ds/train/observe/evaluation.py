@@ -14,10 +14,12 @@ import torch
 from qwen_ds import dist
 from qwen_ds.data.batches import evaluation_batches
 from qwen_ds.data.rows.token_rows import TokenRows
-from qwen_ds.decode.batch import DecodingRow, Vocabulary, decode_batch
+from qwen_ds.decode.batch import decode_batch
 from qwen_ds.decode.exceptions import LogitsNotFinite
+from qwen_ds.decode.request import Request, Vocabulary
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
+from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.plan.run import Base
 from qwen_ds.recipe.options import Recipe
@@ -62,7 +64,8 @@ class Evaluator:
         self._budget = recipe.batch.tokens_per_micro_batch
         encoding = base.encoding
         assert encoding is not None
-        self._vocabulary = Vocabulary(encoding.n_vocab, rows.pad_id, encoding.decode)
+        self._vocabulary = Vocabulary(encoding.n_vocab, encoding.decode, encoding.token_bytes)
+        self._base, self._dtype = base, TORCH_DTYPES.get(recipe.model.dtype, torch.float32)
         self._stop = StopRule(base.family.stop_ids(encoding))
         self._header = tuple(encoding.ordinary("assistant\n"))
         self._watchdog = watchdog
@@ -99,7 +102,7 @@ class Evaluator:
             return []
         self._watchdog.at(step, "sampled answers")
         sampling = SamplingParams(max_new_tokens=self._options.sample_tokens)
-        batch = [DecodingRow(prompt, sampling, self._stop) for prompt, _ in rows]
+        batch = [Request(prompt, sampling, self._stop) for prompt, _ in rows]
         partitioned = engine.stage == 3 and dist.world_size() > 1
 
         def all_done(done: bool) -> bool:
@@ -108,11 +111,13 @@ class Evaluator:
             return dist.sum_floats(float(not done)) == [0.0] if partitioned else done
 
         engine.train(False)
-        model, vocabulary = engine.model.model, self._vocabulary
+        model, vocabulary, base = engine.model.model, self._vocabulary, self._base
+        shape = base.family.kv_shape(base.config, self._dtype, engine.device)
+        alpha_of = base.family.alpha_of(base.config)
         # Decoding runs the blocks with a cache, for which torch would compile them anew.
         with torch.compiler.set_stance("force_eager"):
             try:
-                found = decode_batch(model, batch, vocabulary, engine.device, all_done)
+                found = decode_batch(model, batch, vocabulary, shape, alpha_of, all_done)
                 answers = [completion.text for completion in found]
             except LogitsNotFinite:
                 # Every rank gets here, and the loss beside the samples is NaN as well.

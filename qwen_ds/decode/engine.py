@@ -1,0 +1,282 @@
+"""The decoding engine: requests come and go at every step, and each decodes as it would alone.
+
+A step runs one token of each row that decodes, and pieces of prompts up to `prefill_tokens`, so
+that a long prompt does not hold up the others.
+
+In fp32 a row's greedy answer is the one that it gets alone, token for token. In bf16 the last bit
+of a logit depends on the shape of the matrix products, so a near tie may go the other way.
+
+Shapes: N tokens of a step, R tokens whose logits are due, V rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_ds.decode.answer_text import AnswerText
+from qwen_ds.decode.exceptions import (
+    DecodingError,
+    InvalidToken,
+    KVBudgetTooSmall,
+    LogitsNotFinite,
+    RowOutOfMemory,
+    UnknownAdapter,
+)
+from qwen_ds.decode.kv import KVStore, Segment, page_keys
+from qwen_ds.decode.request import EngineFigures, PromptFigures, Request, Update, Vocabulary
+from qwen_ds.decode.sampler import RowSampler, Sampled, prepare, prompt_logprobs, sample
+from qwen_ds.decode.sampling import only_tokens
+from qwen_ds.decode.scheduler import EngineLimits, Running, Scheduler
+from qwen_ds.decode.stop import FinishReason, StopRule
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The input of one forward pass."""
+
+    ids_1N: Tensor  # int64
+    positions_1N: Tensor  # int64, in each token's own row
+    prompt_lens: Tensor | int
+    """The tokens of each token's whole prompt, int64 [1, N], which decide alpha of dynamic NTK; 0
+    where it is 1 in every row."""
+    due_R: Tensor  # int64: places among the N whose logits are asked for
+    adapters: tuple[tuple[str | None, int], ...]  # runs of tokens: an adapter's name, how many
+    store: KVStore
+
+
+class PackedModel(Protocol):
+    """A causal language model whose attention asks the store in place of a cache."""
+
+    def __call__(self, step: PackedStep) -> Tensor:
+        """Logits [R, V] of the tokens that are due."""
+
+
+def packed(model: Any) -> PackedModel:
+    """Call a model of transformers' form with the rows of a step packed into one sequence."""
+
+    def forward(step: PackedStep) -> Tensor:
+        logits_1RV = model(
+            input_ids=step.ids_1N, position_ids=step.positions_1N, past_key_values=step.store,
+            use_cache=True, prompt_lens=step.prompt_lens, logits_to_keep=step.due_R,
+        ).logits  # fmt: skip
+        return logits_1RV[0]
+
+    return forward
+
+
+class DecodingEngine:
+    """Continuous batching over one model. `submit`, then `step` until `is_busy` is false."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        store: KVStore,
+        vocabulary: Vocabulary,
+        limits: EngineLimits,
+        alpha_of: Callable[[int], int] = lambda prompt_len: 1,
+        adapters: Collection[str] = (),
+    ) -> None:
+        """
+        Args:
+            alpha_of: alpha of dynamic NTK for a prompt of so many tokens.
+            adapters: names of those that the model has.
+        """
+        self.model, self.store, self.limits = model, store, limits
+        self._vocabulary, self._alpha_of, self._adapters = vocabulary, alpha_of, adapters
+        self._next_id = 0
+        self.figures = EngineFigures()
+        self.scheduler = Scheduler(store, limits, self.figures)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its id. DecodingError for one that can never be answered."""
+        request.require_room(self.limits.context)
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UnknownAdapter(request.adapter, self._adapters)
+        size, sampling = self._vocabulary.size, request.sampling
+        for token in request.prompt:
+            if not 0 <= token < size:
+                raise InvalidToken(token, size)
+        room = self.store.num_pages * self.store.page_size
+        needed = len(request.prompt) + sampling.max_new_tokens
+        if needed > room:
+            raise KVBudgetTooSmall(needed, room)
+        alpha, number = self._alpha_of(len(request.prompt)), self._next_id
+        self._next_id += 1
+        tokens, stop = list(request.prompt), request.stop
+        ends = StopRule(sequences=stop.sequences) if sampling.ignore_eos else stop
+        text = AnswerText(
+            self._vocabulary.token_bytes, ends, request.stop_strings, sampling.min_tokens
+        )
+        sampler = RowSampler(sampling, tokens, size, stop.ids, request.grammar)
+        keys = page_keys(tokens, self.store.page_size, request.adapter, alpha)
+        one = Running(number, request, sampler, text, alpha, tokens, keys)
+        self.scheduler.waiting.append(one)
+        return number
+
+    def cancel(self, request_id: int) -> bool:
+        """Drop a request, whether it waits or runs; false if it has ended."""
+        one = self.scheduler.find(request_id)
+        if one is not None:
+            self.scheduler.remove(one)
+        return one is not None
+
+    @torch.no_grad()
+    def step(self) -> list[Update]:
+        """One forward pass, and what it brought to whom."""
+        shares = self.scheduler.next_shares()
+        if not shares:
+            return []
+        due = [one for one, count in shares if count == one.todo]
+        prepare([one.sampler for one in due])
+        try:
+            logits_RV = self.model(self._pack(shares))
+        except torch.OutOfMemoryError:
+            return self._out_of_memory(shares)
+        figures = self.figures
+        figures.steps += 1
+        figures.largest_batch = max(figures.largest_batch, len(due))
+        figures.prefilled_tokens += sum(count for one, count in shares if one.todo > 1)
+        updates, last = [], []
+        for (one, count), places in zip(shares, _places(shares), strict=True):
+            assert one.row is not None
+            if one.wants_prompt and (error := self._keep_prompt(one, logits_RV[places])):
+                updates.append(self._end(one, Update(one.id, None, error=error)))
+                continue
+            one.row.length += count
+            self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
+            if one.todo == 0:
+                last.append((one, places.stop - 1))
+        if last:
+            rows = [one for one, _ in last]
+            # Every logit is a row's last one unless prompts are looked at: then no copy is made.
+            chosen_RV = logits_RV
+            if len(last) < len(logits_RV):
+                chosen_RV = logits_RV[[place for _, place in last]]
+            found = self._sample(chosen_RV, rows)
+            updates += [
+                self._advance(one, sampled) for one, sampled in zip(rows, found, strict=True)
+            ]
+        return updates
+
+    def _pack(self, shares: Sequence[tuple[Running, int]]) -> PackedStep:
+        ids: list[int] = []
+        positions: list[int] = []
+        lens: list[int] = []
+        due: list[int] = []
+        segments: list[Segment] = []
+        adapters: list[tuple[str | None, int]] = []
+        for (one, count), places in zip(shares, _places(shares), strict=True):
+            assert one.row is not None
+            done = one.row.length
+            segments.append(Segment(one.row, len(ids), count))
+            ids += one.tokens[done : done + count]
+            positions += range(done, done + count)
+            lens += [one.prompt_len] * count
+            due += range(len(ids) - (places.stop - places.start), len(ids))
+            if adapters and adapters[-1][0] == one.request.adapter:
+                adapters[-1] = (one.request.adapter, adapters[-1][1] + count)
+            else:
+                adapters.append((one.request.adapter, count))
+        self.store.plan(segments)
+        device = self.store.shape.device
+        extended = any(one.alpha != 1 for one, _ in shares)
+        return PackedStep(
+            torch.tensor([ids], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor([lens], device=device) if extended else 0,
+            torch.tensor(due, dtype=torch.int64, device=device),
+            tuple(adapters),
+            self.store,
+        )
+
+    def _keep_prompt(self, one: Running, logits_TV: Tensor) -> DecodingError | None:
+        """Keep the log-probabilities of a piece of a prompt; the error if they are no numbers."""
+        assert one.row is not None and one.request.sampling.prompt_logprobs is not None
+        begin = one.row.length + 1
+        following = one.tokens[begin : min(begin + len(logits_TV), one.prompt_len)]
+        n, size = one.request.sampling.prompt_logprobs, self._vocabulary.size
+        try:
+            one.prompt_logprobs += prompt_logprobs(logits_TV[: len(following)], following, n, size)
+        except LogitsNotFinite as error:
+            return error
+        return None
+
+    def _sample(self, logits_RV: Tensor, rows: Sequence[Running]) -> list[Sampled]:
+        found = sample(logits_RV, [one.sampler for one in rows])
+        for i, one in enumerate(rows):
+            if one.request.choose is not None and found[i].error is None:
+                logits_V = only_tokens(logits_RV[i : i + 1], self._vocabulary.size)[0]
+                one.sampler.tokens[-1] = token = one.request.choose(logits_V)
+                found[i] = Sampled(token)
+        return found
+
+    def _advance(self, one: Running, sampled: Sampled) -> Update:
+        """Take a row's new token, and end the row where it ends."""
+        if sampled.error is not None:
+            return self._end(one, Update(one.id, None, error=sampled.error))
+        one.tokens.append(sampled.token)
+        self.figures.generated_tokens += 1
+        new, text = one.sampler.tokens, one.text
+        prompt = None
+        if len(new) == 1:
+            prompt = PromptFigures(one.cached_tokens, tuple(one.prompt_logprobs))
+        shown, reason = text.push(sampled.token), self._reason(one)
+        if reason is not None:
+            shown += text.finish(_stop(one).length_of_stop(new) if reason == "stop" else 0)
+        update = Update(
+            one.id, sampled.token, shown, reason, None, sampled.logprobs, prompt,
+        )  # fmt: skip
+        return self._end(one, update) if reason else update
+
+    def _reason(self, one: Running) -> FinishReason | None:
+        new, sampling = one.sampler.tokens, one.request.sampling
+        is_early = one.sampler.holds_back_stops
+        if one.text.is_stopped or (not is_early and _stop(one).length_of_stop(new)):
+            return "stop"
+        return "length" if len(new) == sampling.max_new_tokens else None
+
+    def _end(self, one: Running, update: Update) -> Update:
+        if one.row is not None and update.error is None:
+            # The next turn of a conversation begins with this answer.
+            known = one.tokens[: one.row.length]
+            keys = page_keys(known, self.store.page_size, one.request.adapter, one.alpha)
+            self.store.publish(one.row, keys)
+        self.scheduler.remove(one)
+        return update
+
+    def _out_of_memory(self, shares: Sequence[tuple[Running, int]]) -> list[Update]:
+        """A step that did not fit the device: its youngest prompt fails alone, or its youngest row
+        is put back."""
+        torch.cuda.empty_cache()
+        prompts = [one for one, count in shares if count > 1]
+        if prompts or len(shares) == 1:
+            one = prompts[-1] if prompts else shares[0][0]
+            return [self._end(one, Update(one.id, None, error=RowOutOfMemory()))]
+        self.scheduler.put_back(shares[-1][0])
+        return []
+
+
+def _places(shares: Sequence[tuple[Running, int]]) -> list[slice]:
+    """Where each row's logits are among those that are due: of its last token, if it gets there; of
+    all its tokens, if its prompt's are asked for."""
+    places, start = [], 0
+    for one, count in shares:
+        end = start + (count if one.wants_prompt else count == one.todo)
+        places.append(slice(start, end))
+        start = end
+    return places
+
+
+def _stop(one: Running) -> StopRule:
+    """The stops that count for a request."""
+    stop = one.request.stop
+    return StopRule(sequences=stop.sequences) if one.request.sampling.ignore_eos else stop

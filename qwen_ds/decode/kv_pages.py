@@ -1,0 +1,196 @@
+"""Keys and values for GPUs: pages of one pool, which rows name in a table and share.
+
+Attention reads the pages where they lie, by FlashAttention's block tables, where this device and
+torch have that; else it gathers them first.
+
+Shapes: N new tokens, T those of one row, B rows of one token, P pages, S tokens of a page, L tokens
+of a row's pages, H heads, W head width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
+
+
+class PagedStore(KVStore):
+    """A store whose rows are lists of pages. All of its memory is taken at once."""
+
+    def __init__(self, shape: KVShape, num_pages: int, page_size: int = 16) -> None:
+        super().__init__(shape, num_pages, page_size)
+        size = (shape.layers, 2, num_pages, page_size, shape.heads, shape.head_dim)
+        self._pool = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self._free = list(range(num_pages))
+        self._fresh: list[int] = []  # taken since the last step
+        self._num_rows = [0] * num_pages  # that have a page
+        self._page_of: dict[PageKey, int] = {}
+        self._key_of: dict[int, PageKey] = {}
+        self._left: OrderedDict[int, None] = OrderedDict()  # shared pages that no row has
+        self._reads_tables = reads_tables(shape, page_size)
+        self.pages: StepPages
+
+    def reserve(self) -> int:
+        """Take a page out of use, for good; its number. Only a new store can spare it."""
+        self.num_pages -= 1
+        page = self._free.pop()
+        self._pool[:, :, page] = 0
+        return page
+
+    @property
+    def available_pages(self) -> int:
+        return len(self._free) + len(self._left)
+
+    def open(self, keys: Sequence[PageKey]) -> StoredRow:
+        row = StoredRow()
+        row.place = table = []
+        for key in keys:
+            if (page := self._page_of.get(key)) is None:
+                break
+            self._left.pop(page, None)
+            self._num_rows[page] += 1
+            table.append(page)
+        row.pages = len(table)
+        row.length = row.pages * self.page_size
+        return row
+
+    def grow(self, row: StoredRow, tokens: int) -> bool:
+        table = _table(row)
+        more = self.pages_for(tokens) - len(table)
+        if more > self.available_pages:
+            return False
+        for _ in range(more):
+            if not self._free:
+                page, _ = self._left.popitem(last=False)
+                del self._page_of[self._key_of.pop(page)]
+                self._free.append(page)
+            page = self._free.pop()
+            self._num_rows[page] = 1
+            table.append(page)
+            self._fresh.append(page)
+        row.pages = len(table)
+        return True
+
+    def publish(self, row: StoredRow, keys: Sequence[PageKey]) -> None:
+        assert len(keys) * self.page_size <= row.length
+        for page, key in zip(_table(row), keys, strict=False):
+            # Whoever came first is kept: others may have its page already.
+            if key not in self._page_of and page not in self._key_of:
+                self._page_of[key], self._key_of[page] = page, key
+
+    def close(self, row: StoredRow) -> None:
+        # Backwards: a page is of no use without those before it, so the last ones go first.
+        for page in reversed(_table(row)):
+            self._num_rows[page] -= 1
+            if self._num_rows[page] == 0:
+                if page in self._key_of:
+                    self._left[page] = None
+                else:
+                    self._free.append(page)
+        row.place = None
+
+    def plan(self, segments: Sequence[Segment]) -> None:
+        # What lies behind a row's last token gets the weight 0, and 0 times NaN is NaN: a row that
+        # went wrong must not spoil the next one that gets its page. So tables are filled up with
+        # pages of the row itself, too.
+        self._pool[:, :, self._fresh] = 0
+        self._fresh = []
+        device, size = self.shape.device, self.page_size
+        lens = [s.row.length + s.count for s in segments]
+        self.num_keys = max(lens)
+        slots = [
+            table[position // size] * size + position % size
+            for segment, length in zip(segments, lens, strict=True)
+            for table in [_table(segment.row)]
+            for position in range(segment.row.length, length)
+        ]
+        most = self.pages_for(self.num_keys)
+        tables = [(_table(s.row) + _table(s.row)[:1] * most)[:most] for s in segments]
+        counts = [s.count for s in segments]
+        make = partial(torch.tensor, device=device, dtype=torch.int32)
+        self.pages = StepPages(
+            torch.tensor(slots, device=device), make(tables), make(lens),
+            make([0, *counts]).cumsum(0, dtype=torch.int32), tuple(counts),
+        )  # fmt: skip
+
+    def attend(self, q_NHW: Tensor, k_NHW: Tensor, v_NHW: Tensor, layer: int) -> Tensor:
+        pool, pages = self._pool[layer], self.pages
+        pool.flatten(1, 2)[:, pages.slots_N] = torch.stack((k_NHW, v_NHW)).to(pool)
+        if not self._reads_tables:
+            return self._attend_gathered(q_NHW, pool)
+        keys, values = pool.unbind()
+        out_NHW = varlen_attn(
+            q_NHW, keys, values, pages.starts_B1, None, max(pages.counts), self.num_keys,
+            window_size=(-1, 0), enable_gqa=q_NHW.shape[1] != self.shape.heads,
+            seqused_k=pages.lens_B, block_table=pages.table_BP,
+        )  # fmt: skip
+        assert isinstance(out_NHW, Tensor)
+        return out_NHW
+
+    def _attend_gathered(self, q_NHW: Tensor, pool: Tensor) -> Tensor:
+        pages, outputs = self.pages, []
+        gqa = q_NHW.shape[1] != self.shape.heads
+        index_L = torch.arange(pages.table_BP.shape[1] * self.page_size, device=q_NHW.device)
+        if single := sum(count == 1 for count in pages.counts):
+            # [2, B, P, S, H, W] to [2, B, H, L, W]
+            keys, values = pool[:, pages.table_BP[:single]].flatten(2, 3).transpose(2, 3).unbind()
+            mask_B11L = (index_L < pages.lens_B[:single, None])[:, None, None]
+            out_BH1W = F.scaled_dot_product_attention(
+                q_NHW[:single].unsqueeze(2), keys, values, mask_B11L, enable_gqa=gqa
+            )
+            outputs.append(out_BH1W.squeeze(2))
+        start = single
+        for i, count in enumerate(pages.counts[single:], single):
+            keys, values = pool[:, pages.table_BP[i]].flatten(1, 2).transpose(1, 2).unbind()
+            new_T1 = torch.arange(1 - count, 1, device=q_NHW.device)[:, None]
+            q_HTW = q_NHW[start : start + count].transpose(0, 1)
+            out_HTW = F.scaled_dot_product_attention(
+                q_HTW[None], keys[None], values[None], index_L < pages.lens_B[i] + new_T1,
+                enable_gqa=gqa,
+            )[0]  # fmt: skip
+            outputs.append(out_HTW.transpose(0, 1))
+            start += count
+        return torch.cat(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPages:
+    """Where the rows of a step lie; those of one new token come first."""
+
+    slots_N: Tensor  # int64: the place of each new token in the pool, counted in tokens
+    table_BP: Tensor  # int32: pages of each row
+    lens_B: Tensor  # int32: tokens of each row, new ones included
+    starts_B1: Tensor  # int32: places of the rows' first tokens among the N, and N
+    counts: tuple[int, ...]  # new tokens of each row
+
+
+def reads_tables(shape: KVShape, page_size: int) -> bool:
+    """Whether this device's attention reads pages by a block table. It is tried: that depends on
+    the card, on torch, and on the FlashAttention in it."""
+    if shape.device.type != "cuda" or shape.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    make = partial(torch.zeros, dtype=torch.int32, device=shape.device)
+    pages = torch.zeros(
+        2, page_size, shape.heads, shape.head_dim, dtype=shape.dtype, device=shape.device
+    )
+    try:
+        varlen_attn(
+            pages[0, :1], pages, pages, make(2) + torch.tensor([0, 1], device=shape.device).int(),
+            None, 1, 1, window_size=(-1, 0), seqused_k=make(1) + 1, block_table=make(1, 1),
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _table(row: StoredRow) -> list[int]:
+    assert isinstance(row.place, list), "the row is closed"
+    return row.place

@@ -1,0 +1,126 @@
+"""Attention of packed rows, by either store, against plain attention of each row alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen_ds.decode import kv_pages
+from qwen_ds.decode.kv import KVShape, KVStore, Segment
+from qwen_ds.decode.kv_pages import PagedStore
+from qwen_ds.decode.kv_rows import ContiguousStore
+
+LAYERS, WIDTH = 2, 8
+
+
+def plain(q_THW: Tensor, keys_LHW: Tensor, values_LHW: Tensor) -> Tensor:
+    """Causal attention of the last T tokens of a row of L: [T, H, W]."""
+    groups = q_THW.shape[1] // keys_LHW.shape[1]
+    keys = keys_LHW.repeat_interleave(groups, 1).transpose(0, 1)
+    values = values_LHW.repeat_interleave(groups, 1).transpose(0, 1)
+    scores = q_THW.transpose(0, 1) @ keys.transpose(1, 2) / WIDTH**0.5
+    total, new = keys.shape[1], q_THW.shape[0]
+    hidden = torch.ones(new, total, dtype=torch.bool).triu(diagonal=total - new + 1)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+
+
+def check(kv: KVStore, q_heads: int, heads: int, seed: int) -> None:
+    """Run rows through steps of single tokens and pieces, and compare each."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    lens = [rng.randrange(1, 40) for _ in range(5)]
+    rows = [kv.open([]) for _ in lens]
+    keys = [draw(LAYERS, n, heads, WIDTH) for n in lens]
+    values = [draw(LAYERS, n, heads, WIDTH) for n in lens]
+    while any(row.length < n for row, n in zip(rows, lens, strict=True)):
+        counts = [
+            min(rng.choice([0, 1, 1, 3, 9]), n - row.length)
+            for row, n in zip(rows, lens, strict=True)
+        ]
+        order = sorted((i for i in range(5) if counts[i]), key=lambda i: counts[i] > 1)
+        if not order:
+            continue
+        segments, start = [], 0
+        for i in order:
+            assert kv.grow(rows[i], rows[i].length + counts[i])
+            segments.append(Segment(rows[i], start, counts[i]))
+            start += counts[i]
+        kv.plan(segments)
+        assert kv.num_keys == max(rows[i].length + counts[i] for i in order)
+        for layer in range(LAYERS):
+            q_NHW = draw(start, q_heads, WIDTH)
+            spans = [(i, rows[i].length, rows[i].length + counts[i]) for i in order]
+            out_NHW = kv.attend(
+                q_NHW,
+                torch.cat([keys[i][layer, begin:end] for i, begin, end in spans]),
+                torch.cat([values[i][layer, begin:end] for i, begin, end in spans]),
+                layer,
+            )
+            for segment, (i, _, end) in zip(segments, spans, strict=True):
+                part = slice(segment.start, segment.start + segment.count)
+                expected = plain(q_NHW[part], keys[i][layer, :end], values[i][layer, :end])
+                torch.testing.assert_close(out_NHW[part], expected)
+        for i in order:
+            rows[i].length += counts[i]
+
+
+def shape(heads: int) -> KVShape:
+    return KVShape(LAYERS, heads, WIDTH, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("q_heads, heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("store", [ContiguousStore, PagedStore])
+def test_each_token_attends_to_its_row_up_to_itself(
+    store: Any, seed: int, q_heads: int, heads: int
+) -> None:
+    check(store(shape(heads), 60, 4), q_heads, heads, seed)
+
+
+def varlen_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: None, max_q: int,
+    max_k: int, *, window_size: Sequence[int], enable_gqa: bool, seqused_k: Tensor,
+    block_table: Tensor,
+) -> Tensor:  # fmt: skip
+    """FlashAttention with a block table, as torch's documentation describes it."""
+    assert tuple(window_size) == (-1, 0) and block_table.dtype == cu_seq_q.dtype == torch.int32
+    assert enable_gqa == (query.shape[1] != key.shape[2])
+    outputs, starts = [], cu_seq_q.tolist()
+    assert max_q == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    assert max_k == int(seqused_k.max())
+    for i, used in enumerate(seqused_k.tolist()):
+        keys = key[block_table[i].long()].flatten(0, 1)[:used]
+        values = value[block_table[i].long()].flatten(0, 1)[:used]
+        outputs.append(plain(query[starts[i] : starts[i + 1]], keys, values))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("q_heads, heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
+def test_block_tables_say_where_a_row_lies(
+    monkeypatch: pytest.MonkeyPatch, q_heads: int, heads: int
+) -> None:
+    """The path of GPUs, with the kernel spelled out."""
+    monkeypatch.setattr(kv_pages, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(kv_pages, "reads_tables", lambda *_: True)
+    check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed=9)
+
+
+def test_a_store_of_rows_follows_the_models_dtype() -> None:
+    kv = ContiguousStore(shape(2), 4, 4)
+    row = kv.open([])
+    assert kv.grow(row, 3)
+    kv.plan([Segment(row, 0, 3)])
+    q = torch.randn(3, 2, WIDTH, dtype=torch.bfloat16)
+    out = kv.attend(q, q, q, 0)
+    expected = F.scaled_dot_product_attention(*[q.transpose(0, 1)] * 3, is_causal=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.transpose(0, 1), rtol=0.02, atol=0.02)
