@@ -1,21 +1,26 @@
-"""Loading of an engine from a checkpoint folder: device, dtype, and an adapter on the model."""
+"""Loading of an engine from a checkpoint folder: device, dtype, and adapters on the model."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from qwen_ds.decode.batch import Vocabulary
+from qwen_ds.decode.request import Vocabulary
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
-from qwen_ds.model.adapter_loading import load_adapter
+from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.loading import load_base
+from qwen_ds.model.prepacked import prepack
+from qwen_ds.model.shapes import state_shapes
+from serve.engine.adapted import AdaptedModule
+from serve.engine.adapters import DEFAULT, put_adapters
 from serve.engine.engine import ServingEngine
 
 
@@ -33,25 +38,49 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     *,
+    adapters: Mapping[str, str | Path] | None = None,
     allow_pickle: bool = False,
 ) -> ServingEngine:
-    """Load a checkpoint folder (inspected or not) or hub id, and put an unmerged PEFT adapter on it
-    if one is given.
+    """Load a checkpoint folder (inspected or not) or hub id, and put unmerged PEFT adapters on it.
 
-    `device` is auto, cuda or cpu; `dtype` is auto (see `choose_dtype`), bfloat16, float16 or
-    float32; `allow_pickle` is about the adapter. UserError: no such model, adapter or device, or an
-    adapter for another base.
+    Args:
+        adapter: folder of one that answers all requests, as that named default does.
+        device: auto, cuda or cpu.
+        dtype: auto (see `choose_dtype`), bfloat16, float16 or float32.
+        adapters: folders by the names that requests have. One named default answers requests that
+            name none, in place of the bare base.
+        allow_pickle: also read an adapter's adapter_model.bin.
+
+    UserError: no such model, adapter or device, or an adapter for another base.
     """
+    folders = dict(adapters or {})
+    if adapter is not None:
+        assert not folders, "one adapter for all requests, or adapters by name"
+        folders = {DEFAULT: adapter}
     place = choose_device(device)
     folder = model_dir if isinstance(model_dir, ModelFolder) else find_model(model_dir)
     family, encoding = folder.family, folder.encoding
+    fitting = {name: _fitting(at, folder, allow_pickle) for name, at in folders.items()}
     model: Any = load_base(folder, "auto" if dtype == "auto" else TORCH_DTYPES[dtype])
-    model = model.to(choose_dtype(dtype, model.dtype, place))
-    if adapter is not None:
-        model = load_adapter(model, adapter, allow_pickle=allow_pickle)
-    vocabulary = Vocabulary(encoding.n_vocab, encoding.eod_id, encoding.decode)
-    stop, context = StopRule(family.stop_ids(encoding)), family.context(folder.config)
-    return ServingEngine(model.to(place), vocabulary, stop, context)
+    model = model.to(choose_dtype(dtype, model.dtype, place)).to(place)
+    served = put_adapters(model, fitting, family) if fitting else None
+    prepack(model, (AdaptedModule,))
+    vocabulary = Vocabulary(encoding.n_vocab, encoding.decode, encoding.token_bytes)
+    return ServingEngine(
+        model,
+        vocabulary,
+        StopRule(family.stop_ids(encoding)),
+        family.context(folder.config),
+        family.kv_shape(folder.config, model.dtype, place),
+        family.alpha_of(folder.config),
+        served,
+    )
+
+
+def _fitting(folder: str | Path, base: ModelFolder, allow_pickle: bool) -> Adapter:
+    adapter = read_adapter(folder, allow_pickle=allow_pickle)
+    check_adapter_fits(adapter, state_shapes(base.config))
+    return adapter
 
 
 def silence_libraries() -> None:

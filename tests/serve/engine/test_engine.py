@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_ds.decode.batch import Completion, DecodingRow, decode_batch
-from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong, RowOutOfMemory
+from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong
+from qwen_ds.decode.request import Completion, Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
-from serve.engine import engine as engine_module
-from serve.engine.engine import ServingEngine
+from qwen_ds.errors import UserError
+from serve.engine.engine import PAGE_TOKENS, ServingEngine, stream
 from serve.engine.loading import load_engine
 
 # Beyond the small model's seq_length of 64, too.
@@ -34,18 +34,16 @@ def small(small_dir: Path) -> ServingEngine:
 
 def rows_of(
     engine: ServingEngine, prompts: Sequence[Sequence[int]], sampling: SamplingParams
-) -> list[DecodingRow]:
-    return [
-        DecodingRow(prompt, sampling.of_row(i), engine.stop) for i, prompt in enumerate(prompts)
-    ]
+) -> list[Request]:
+    return [Request(prompt, sampling.of_row(i), engine.stop) for i, prompt in enumerate(prompts)]
 
 
-def answers(
-    engine: ServingEngine, rows: Sequence[DecodingRow], batch_size: int = 16
-) -> list[Completion]:
+def answers(engine: ServingEngine, rows: Sequence[Request], slots: int = 16) -> list[Completion]:
     """In the order of the rows."""
-    found = dict(engine.stream(rows, batch_size))
-    return [found[i] for i in range(len(rows))]
+    found = dict(stream(engine.start(slots), rows))
+    completions = [found[i] for i in range(len(rows))]
+    assert all(isinstance(completion, Completion) for completion in completions)
+    return completions  # type: ignore[return-value]
 
 
 def random_prompts(seed: int = 1) -> list[list[int]]:
@@ -75,16 +73,38 @@ def test_a_row_in_a_batch_is_answered_as_if_alone(
     rows = rows_of(small, random_prompts(), sampling)
     alone = [answers(small, [row])[0] for row in rows]
     assert len({c.finish_reason for c in alone}) == 2
-    for batch_size in (3, len(rows)):
-        assert answers(small, rows, batch_size) == alone
+    for slots in (3, len(rows)):
+        assert answers(small, rows, slots) == alone
 
 
-def test_completions_come_longest_prompt_first_with_their_index(small: ServingEngine) -> None:
+def test_requests_are_taken_as_slots_free_up_and_answers_come_with_their_index(
+    small: ServingEngine,
+) -> None:
     prompts = random_prompts()
     rows = rows_of(small, prompts, SamplingParams(max_new_tokens=2))
-    streamed = list(small.stream(rows, batch_size=5))
-    assert [len(prompts[i]) for i, _ in streamed] == sorted(LENS, reverse=True)
-    assert all(completion.prompt_tokens == len(prompts[i]) for i, completion in streamed)
+    taken: list[int] = []
+
+    def coming() -> Iterator[Request]:
+        for i, row in enumerate(rows):
+            taken.append(i)
+            yield row
+
+    streamed = []
+    for one in stream(small.start(slots=1), coming()):
+        streamed.append(one)
+        # Others are left to other ranks.
+        assert len(taken) <= len(streamed) + 3
+    assert [i for i, _ in streamed] == list(range(len(rows)))
+    for i, completion in streamed:
+        assert isinstance(completion, Completion)
+        assert completion.prompt_tokens == len(prompts[i])
+
+
+def test_the_room_for_keys_and_values_follows_from_the_memory(small: ServingEngine) -> None:
+    per_page = small.shape.bytes_per_token * PAGE_TOKENS
+    assert small.shape.bytes_per_token == 2 * 3 * 4 * 16 * 4  # k and v, layers, heads, width, fp32
+    assert small.start(memory_gb=10.5 * per_page / 1e9).store.num_pages == 10
+    assert small.start().store.num_pages > 10
 
 
 def test_a_stop_id_ends_its_row_and_no_other(small_dir: Path, golden: Path) -> None:
@@ -135,44 +155,33 @@ def test_random_numbers_depend_on_the_seed_and_the_row_alone(small: ServingEngin
 
 def test_rows_of_one_batch_may_differ_in_everything(small: ServingEngine) -> None:
     rows = [
-        DecodingRow(prompt, SamplingParams(i % 2 == 1, 0.5 + i / 9, 0.9, i, 3 + i, i), stop)
+        Request(prompt, SamplingParams(i % 2 == 1, 0.5 + i / 9, 0.9, i, 3 + i, i), stop)
         for i, prompt in enumerate(random_prompts())
         for stop in (small.stop, StopRule(ids=(i, 100 + i), sequences=((200, 201),)))
     ]
     assert answers(small, rows, len(rows)) == [answers(small, [row])[0] for row in rows]
 
 
-def test_a_batch_that_does_not_fit_is_halved(
-    small: ServingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = rows_of(small, random_prompts(), SamplingParams(max_new_tokens=3))
-    expected, sizes = answers(small, rows), []
-
-    def tight(model: object, part: list[DecodingRow], *more: object) -> list[Completion]:
-        sizes.append(len(part))
-        if len(part) > limit:
-            raise torch.OutOfMemoryError
-        return decode_batch(model, part, *more)
-
-    monkeypatch.setattr(engine_module, "decode_batch", tight)
-    limit = 2
-    assert answers(small, rows, batch_size=8) == expected
-    assert max(sizes) == 8
-    limit = 0
-    with pytest.raises(RowOutOfMemory, match="one row does not fit"):
-        answers(small, rows)
-
-
 def test_a_prompt_that_leaves_no_room_is_refused(small: ServingEngine) -> None:
     assert small.context == 512
     rows = rows_of(small, [[5] * 510, [5] * 511], SamplingParams(max_new_tokens=2))
-    assert answers(small, rows[:1])[0].prompt_tokens == 510
-    with pytest.raises(PromptTooLong, match="511 tokens; expected at most 510"):
-        answers(small, rows)
+    found = dict(stream(small.start(), rows))
+    assert isinstance(found[0], Completion) and found[0].prompt_tokens == 510
+    assert isinstance(found[1], PromptTooLong)
+    assert str(found[1]) == "the prompt has 511 tokens; expected at most 510"
 
 
-def test_logits_that_are_no_numbers_are_an_error(small_dir: Path) -> None:
+def test_logits_that_are_no_numbers_are_the_error_of_each_row(small_dir: Path) -> None:
     engine = load_engine(small_dir)
     engine.model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(LogitsNotFinite):
-        answers(engine, rows_of(engine, [[5]], SamplingParams(max_new_tokens=2)))
+    rows = rows_of(engine, [[5], [6]], SamplingParams(max_new_tokens=2))
+    found = dict(stream(engine.start(), rows))
+    assert found.keys() == {0, 1}
+    assert all(isinstance(error, LogitsNotFinite) for error in found.values())
+
+
+def test_too_little_memory_is_one_line(small: ServingEngine) -> None:
+    page_gb = small.shape.bytes_per_token * PAGE_TOKENS / 1e9
+    with pytest.raises(UserError, match=r"memory for keys and values: .* expected at least .* GB"):
+        small.start(memory_gb=3.9 * page_gb)
+    assert small.start(memory_gb=4.1 * page_gb).store.num_pages == 4

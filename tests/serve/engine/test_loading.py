@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_ds.decode.batch import Completion, DecodingRow
+from qwen_ds.decode.request import Completion, Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from serve.engine.engine import ServingEngine
@@ -21,7 +21,7 @@ from tests.serve.engine.test_engine import answers
 
 def greedy(engine: ServingEngine, prompts: list[list[int]], tokens: int) -> list[Completion]:
     sampling = SamplingParams(max_new_tokens=tokens)
-    return answers(engine, [DecodingRow(prompt, sampling, StopRule()) for prompt in prompts])
+    return answers(engine, [Request(prompt, sampling, StopRule()) for prompt in prompts])
 
 
 @pytest.mark.parametrize(
