@@ -14,24 +14,13 @@ from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.recipe.ranges import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Seed
+from serve.endpoint.options import EndpointOptions
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
-    """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
+class SamplingOptions:
+    """Options of how the next token is chosen."""
 
-    adapter: PathText | None = None
-    """Folder of a PEFT adapter to put on the model, unmerged; or of a run or checkpoint that holds
-    one."""
-    allow_pickle: bool = False
-    """Also read adapter_model.bin and pytorch_model.bin, and of them nothing but tensors."""
-    batch_size: PositiveInt = 16
-    """Rows decoded together. It changes the speed, not the answers."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes the GPU when there is one."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with
-    single rows to the last token in float32 only."""
     do_sample: bool = False
     """false: always the most probable token, the same answers every time. true: draw, as the
     original API does."""
@@ -46,6 +35,45 @@ class AnswerOptions:
     seed: Seed = SamplingParams.seed
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
+
+    def sampling(self) -> SamplingParams:
+        try:
+            names = {f.name for f in fields(SamplingParams)}
+            return SamplingParams(**{k: value for k, value in vars(self).items() if k in names})
+        except InvalidSampling as error:
+            raise UserError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of a model that this process loads."""
+
+    adapter: PathText | None = None
+    """Folder of a PEFT adapter to put on the model, unmerged; or of a run or checkpoint that holds
+    one."""
+    allow_pickle: bool = False
+    """Also read adapter_model.bin and pytorch_model.bin, and of them nothing but tensors."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPU when there is one."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: as the checkpoint is stored (float16 becomes float32 on a CPU). Batches agree with
+    single rows to the last token in float32 only."""
+
+
+@dataclass(frozen=True)
+class AnswerOptions(LoadOptions, SamplingOptions, EndpointOptions):
+    """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
+
+    batch_size: PositiveInt = 32
+    """Rows decoded together, where there is memory for them. It changes the speed, not the answers;
+    in bfloat16 near ties may go the other way."""
+    prefill_tokens: PositiveInt = 256
+    """Tokens of prompts in one step at most; fewer on a CPU while other rows decode."""
+    memory_gb: PositiveFloat | None = None
+    """Memory for keys and values, in GB (10^9 bytes); unset: most of what is free once the model is
+    loaded. Rows that find no room wait."""
+    concurrency: PositiveInt = 32
+    """With endpoint: requests that are under way at a time."""
     keep: list[str] = field(default_factory=list)
     """Columns of the input that each line of the output carries, as an object under `kept`."""
     long_prompts: Literal["stop", "cut"] = "stop"
@@ -57,7 +85,8 @@ class AnswerOptions:
     overwrite: bool = False
     """Replace the output if it exists."""
     timeout_minutes: PositiveFloat = 30.0
-    """With several ranks: give up when none of them finishes a row for so long."""
+    """With several ranks: give up when none of them finishes a row for so long. With endpoint: when
+    the server answers nothing for so long."""
     format: str = "auto"
     """Name of a reader, or auto to recognise each row by its keys."""
     columns: dict[str, str] | None = None
@@ -86,19 +115,13 @@ class AnswerOptions:
         """How input files are read. UserError for an unknown encoding."""
         return FileOptions(self.encoding, self.max_row_mb, self.max_expansion)
 
-    def sampling(self) -> SamplingParams:
-        try:
-            return SamplingParams(**{f.name: vars(self)[f.name] for f in fields(SamplingParams)})
-        except InvalidSampling as error:
-            raise UserError(str(error)) from None
-
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(AnswerOptions):
     """Options of serve.predict."""
 
-    model: PathText
-    """Folder or hub id of a Qwen checkpoint."""
+    model: PathText | None = None
+    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint."""
     input: list[PathText]
     """Files, folders or hub data sets with questions, in any format that training reads; answers
     become references."""
@@ -112,7 +135,7 @@ class EvaluateOptions(AnswerOptions):
     """Options of serve.evaluate."""
 
     model: PathText | None = None
-    """Folder or hub id of a Qwen checkpoint. Not needed with predictions."""
+    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint or predictions."""
     data: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets with questions and reference answers."""
     output_dir: PathText

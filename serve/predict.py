@@ -1,14 +1,16 @@
 """Answers to the questions in files: one JSON object a row, in the order of the input.
 
     python -m serve.predict --model DIR_OR_HUB_ID [--adapter DIR] --input FILE... --output FILE
+    python -m serve.predict --endpoint URL --input FILE... --output FILE
     deepspeed --num_gpus 8 --module serve.predict ...          # each rank answers every eighth row
 
 A line of the output: id (0, 1, ..), row_id (the row's own id, if it has one), kept (the columns
 named by --keep), source ("file:line"), prompt (the last question), prediction, reference (the row's
 own answer, or null), finish_reason (stop, or length: cut at max_new_tokens), prompt_tokens,
-completion_tokens, and prompt_tokens_cut where a prompt was too long. A killed run is resumed by the
-same command. `--output -` writes to standard output, once all rows are done; not under deepspeed's
-launcher, which writes there, too.
+completion_tokens, and prompt_tokens_cut where a prompt was too long. A row that fails alone has the
+finish_reason error, and why in error. A killed run is resumed by the same command. `--output -`
+writes to standard output, once all rows are done; not under deepspeed's launcher, which writes
+there, too.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def _predict_to_file(options: PredictOptions, output: Path) -> bool:
         return False
     rate = figures.rows_of_this_run / figures.seconds if figures.seconds else 0.0
     cut = f", {figures.prompts_cut} prompts cut" if figures.prompts_cut else ""
-    rows = f"{options.output}: {figures.rows} rows{cut}"
+    failed = f", {figures.failed} with an error in place of an answer" if figures.failed else ""
+    rows = f"{options.output}: {figures.rows} rows{cut}{failed}"
     show(f"{rows}; {figures.seconds:.1f} s, {rate:.2f} rows/s")
     return True
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.write import naming, remove_folder, replacing, sync, write_json
 from qwen_ds.errors import Failed, UserError
 from qwen_ds.runlog import say
+from serve.files.claims import FOLDER as CLAIMS
+from serve.files.claims import Claims, block_rows
 from serve.files.ranks import RankWatch
 
 POLL_SECONDS = 0.2
 SETTINGS_FILE = "settings.json"
 # The output as it was joined; there for as long as the folder is.
 JOINED_FILE = "joined.json"
+ERROR_MARK = b'"finish_reason": "error"'
 # The end of a line in the folder, which the output does not have.
 _SUM = b', "crc32": "%08x"}\n'
 _SUM_BYTES = len(_SUM % 0)
@@ -65,6 +68,7 @@ class PredictionParts:
     def __init__(self, output: Path, rank: int, rows: int) -> None:
         self.folder, self.output, self.rows = parts_folder(output), output, rows
         self._watch: RankWatch | None = None
+        self._claims: Claims | None = None
         # By file, the bytes that were read of it.
         self._read_up_to: dict[Path, int] = {}
         # The place of each finished row: a file (index into _read_up_to, -1: not finished), and the
@@ -82,13 +86,15 @@ class PredictionParts:
         self._stream.truncate(own.read_bytes().rfind(b"\n") + 1)
         sync(self.folder)
         # Files of an earlier release have lines without a checksum.
-        self._sums = bool((_read_settings(self.folder) or {}).get("sums"))
+        left = _read_settings(self.folder) or {}
+        self._sums = bool(left.get("sums"))
+        self.block_rows = int(left.get("block_rows", 1))
 
     @classmethod
     def prepare(
-        cls, output: Path, settings: Settings, rows: int, overwrite: bool
+        cls, output: Path, settings: Settings, rows: int, overwrite: bool, world: int = 1
     ) -> PredictionParts:
-        """Rank 0: make the folder, or take over the one that a killed run left.
+        """Rank 0: make the folder for so many ranks, or take over the one that a killed run left.
 
         UserError if it holds rows made with other settings, and `overwrite` is not set.
         """
@@ -109,12 +115,13 @@ class PredictionParts:
                 _remove_ours(folder)
         require_folder(folder, make=True)
         if not card.exists():  # the last thing to appear: the other ranks wait for it
-            write_json(card, {"settings": settings, "rows": rows, "sums": True})
+            size = block_rows(rows, world)
+            write_json(card, {"settings": settings, "rows": rows, "block_rows": size, "sums": True})
         return cls(output, 0, rows)
 
-    def watch(self, watch: RankWatch) -> None:
-        """Rank 0: let `refresh` fail where a rank is gone."""
-        self._watch = watch
+    def watch(self, watch: RankWatch, claims: Claims) -> None:
+        """Rank 0: let `wait` fail where a rank is gone whose rows are missing."""
+        self._watch, self._claims = watch, claims
 
     @classmethod
     def join_in(
@@ -158,11 +165,7 @@ class PredictionParts:
             os.fsync(self._stream.fileno())
 
     def refresh(self) -> int:
-        """Find the rows appended since the last call, by any rank; return how many are finished.
-
-        Failed on rank 0 if another rank is gone and its rows are not all finished.
-        """
-        gone = self._watch.gone() if self._watch else {}  # before its last rows are read
+        """Find the rows appended since the last call, by any rank; return how many are finished."""
         for file in sorted(self.folder.glob("rank_*.jsonl")):
             start = self._read_up_to.setdefault(file, 0)
             number = list(self._read_up_to).index(file)
@@ -178,15 +181,7 @@ class PredictionParts:
                         self._place_R3[row] = number, start, start + len(line)
                     start += len(line)
             self._read_up_to[file] = start
-        is_finished = self._place_R3[:, 0] >= 0
-        for rank, who in gone.items():
-            assert self._watch is not None
-            if missing := int((~is_finished[rank :: self._watch.world]).sum()):
-                raise Failed(
-                    f"{who} and {missing} of its rows are missing; the same command resumes from "
-                    "here"
-                )
-        return int(is_finished.sum())
+        return int((self._place_R3[:, 0] >= 0).sum())
 
     def _row_of(self, line: bytes) -> int | None:
         """The row that a line answers; None if the line is damaged."""
@@ -205,10 +200,15 @@ class PredictionParts:
     def wait(self, timeout_seconds: float, progress: Callable[[int], None]) -> None:
         """Rank 0: wait until every row is finished.
 
-        Failed if no rank has finished a row for `timeout_seconds`.
+        Failed if a rank is gone that had taken some of them, or if no rank has finished a row for
+        `timeout_seconds`.
         """
         last, since = -1, time.monotonic()
-        while (finished := self.refresh()) < self.rows:
+        while True:
+            gone = self._watch.gone() if self._watch else {}  # before its last rows are read
+            if (finished := self.refresh()) == self.rows:
+                break
+            self._refuse_gone(gone)
             if finished != last:
                 last, since = finished, time.monotonic()
                 progress(finished)
@@ -220,9 +220,22 @@ class PredictionParts:
             time.sleep(POLL_SECONDS)
         progress(self.rows)
 
-    def join(self) -> None:
-        """Rank 0, all rows finished: write them in order to the output. The folder stays, so that
-        the same command knows the output for its own, until `remove_parts`."""
+    def _refuse_gone(self, gone: Mapping[int, str]) -> None:
+        """Raise Failed if one of the ranks that are gone had taken rows that are missing."""
+        if not gone or self._claims is None:
+            return
+        missing = np.flatnonzero(self._place_R3[:, 0] < 0)
+        for rank, who in gone.items():
+            if count := sum(self._claims.rank_of(int(row)) == rank for row in missing):
+                raise Failed(
+                    f"{who} and {count} of its rows are missing; the same command resumes from here"
+                )
+
+    def join(self) -> int:
+        """Rank 0, all rows finished: write them in order to the output; how many have an error in
+        place of an answer. The folder stays, so that the same command knows the output for its own,
+        until `remove_parts`."""
+        failed = 0
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(file.open("rb")) for file in self._read_up_to]
             unfinished = stack.enter_context(replacing(self.output))
@@ -230,10 +243,12 @@ class PredictionParts:
                 for number, start, end in self._place_R3.tolist():
                     streams[number].seek(start)
                     line = streams[number].read(end - start)
+                    failed += ERROR_MARK in line and _has_error(line)
                     out.write(line[:-_SUM_BYTES] + b"}\n" if _has_sum(line) else line)
             # Before the output has its name, which it gets with this state.
             write_json(self.folder / JOINED_FILE, {"output": file_state(unfinished)})
         self.close()
+        return failed
 
     def close(self) -> None:
         # Only an append that has failed leaves bytes, and it has raised.
@@ -266,6 +281,10 @@ def held_output(file: Path) -> Iterator[None]:
         except OSError as error:
             raise unwritable(file, error) from error
         yield
+
+
+def _has_error(line: bytes) -> bool:
+    return bool(json.loads(line)["finish_reason"] == "error")
 
 
 def _has_sum(line: bytes) -> bool:
@@ -311,7 +330,7 @@ def parts_folder(output: Path) -> Path:
 
 
 def _remove_ours(folder: Path) -> None:
-    ours = ("rank_", SETTINGS_FILE, f".{SETTINGS_FILE}", JOINED_FILE, f".{JOINED_FILE}")
+    ours = ("rank_", CLAIMS, SETTINGS_FILE, f".{SETTINGS_FILE}", JOINED_FILE, f".{JOINED_FILE}")
     foreign = [file.name for file in folder.iterdir() if not file.name.startswith(ours)]
     if foreign:
         raise UserError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,21 @@ from tqdm import tqdm
 
 from qwen_ds import dist
 from qwen_ds.data.read.places import locate
-from qwen_ds.decode.batch import Completion, DecodingRow
 from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
-from qwen_ds.disk.adapter_folder import tell_adapter
+from qwen_ds.disk.lock import Holder
 from qwen_ds.disk.place import output_file, refuse_input
-from qwen_ds.errors import UserError
-from qwen_ds.model.adapter import check_adapter_fits, read_adapter
-from qwen_ds.model.folder import ModelFolder, find_model
-from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
-from serve.engine.loading import load_engine
-from serve.files.parts import (
-    PredictionParts,
-    Settings,
-    check_output,
-    file_state,
-    held_output,
-    made_folder,
-    remove_parts,
-)
+from serve.answering import Answer, Question
+from serve.files import parts as files
+from serve.files.claims import Claims
+from serve.files.parts import PredictionParts, Settings
 from serve.files.prompts import PromptReader, PromptRow
-from serve.files.ranks import RankWatch, SignOfLife
+from serve.files.ranks import RankWatch, SignOfLife, process_of
+from serve.files.sources import Source, file_card, find_source, settings_of_source
 from serve.options import AnswerOptions
 
-# Batches whose rows are sorted by length together: enough for little padding, and few in memory.
-WINDOW = 64
+# Finished rows wait for the disk together, but not for long.
+_ROWS_AT_ONCE, _SECONDS_AT_ONCE = 16, 1.0
 
 _SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts",
@@ -61,74 +51,125 @@ class PredictionFigures:
     rows: int
     rows_of_this_run: int
     prompts_cut: int
+    failed: int  # rows with an error in place of an answer
     seconds: float
 
 
 def predict(
-    model: str,
+    model: str | None,
     paths: Sequence[str],
     output: Path,
     options: AnswerOptions,
     needs_reference: bool = False,
     keeps_parts: bool = False,
 ) -> PredictionFigures | None:
-    """Answer every row of `paths` into `output`: each rank answers its share, rank 0 joins them.
+    """Answer every row of `paths` into `output`: ranks take rows as they have room, rank 0 joins.
 
-    Returns figures on rank 0, once the output is complete; None on other ranks, once their share
-    is. With `keeps_parts` the caller removes the parts of the output: until then the same call
-    knows a finished output for its own. UserError: anything wrong with model, input or output,
+    Returns figures on rank 0, once the output is complete; None on other ranks, once no row is left
+    for them. With `keeps_parts` the caller removes the parts of the output: until then the same
+    call knows a finished output for its own. UserError: anything wrong with model, input or output,
     before the first row is answered; or another process writes this output.
     """
     output = output_file(output)
     with ExitStack() as held:
         if dist.rank() == 0:
-            held.enter_context(held_output(output))
-            check_output(output, options.overwrite)
+            held.enter_context(files.held_output(output))
+            files.check_output(output, options.overwrite)
         else:
-            held.enter_context(made_folder(output.parent))
+            held.enter_context(files.made_folder(output.parent))
+        own = Holder.this_process()
         if dist.world_size() > 1:
-            held.callback(SignOfLife(output, dist.rank()).stop)
+            sign = SignOfLife(output, dist.rank(), own)
+            held.callback(sign.stop)
         watch = RankWatch(output, dist.world_size(), dist.rank())
         held.callback(watch.stop)
-        figures = _predict(held, watch, model, paths, output, options, needs_reference)
+        source = find_source(model, options)
+        context = source.context
+        reader = PromptReader(paths, options, source.encoding, context, needs_reference)
+        share = _begin(reader, settings_of(source, paths, options), output, watch, own)
+        if share is None:
+            return None
+        held.callback(share.parts.close)
+        figures = _run(source, share, options)
         if figures is not None and not keeps_parts:
-            remove_parts(output)
+            files.remove_parts(output)
         return figures
 
 
-def _predict(
-    held: ExitStack,
-    watch: RankWatch,
-    model: str,
-    paths: Sequence[str],
-    output: Path,
-    options: AnswerOptions,
-    needs_reference: bool,
-) -> PredictionFigures | None:
-    rank, timeout = dist.rank(), options.timeout_minutes * 60
-    old = file_state(output) if options.overwrite else None
-    folder = find_model(model)
-    if options.adapter is not None:  # checked before minutes of reading rows
-        adapter = read_adapter(tell_adapter(options.adapter), allow_pickle=options.allow_pickle)
-        for note in check_adapter_fits(adapter, state_shapes(folder.config)):
-            say(f"{adapter.folder}: {note}")
-        options = replace(options, adapter=str(adapter.folder))
-    context = folder.family.context(folder.config)
-    reader = PromptReader(paths, options, folder.encoding, context, needs_reference)
-    settings = settings_of(folder.path, paths, options)
-    refuse_input(output, [file for files in _files_of(settings) for file in files] + [*paths])
+class Share:
+    """The work of one rank."""
+
+    def __init__(
+        self, reader: PromptReader, parts: PredictionParts, claims: Claims, prompts_cut: int
+    ) -> None:
+        self.parts, self.prompts_cut = parts, prompts_cut
+        self._reader, self._claims = reader, claims
+        self._block = -1
+        self._wanted: frozenset[int] = frozenset()  # rows of the block, if it is ours
+
+    def rows(self) -> Iterator[PromptRow]:
+        """The rows that this rank answers, a block at a time, taken when they are asked for; the
+        longest prompts of a block come first. Blocks that a dead process held come last."""
+        while True:
+            self._block, rows = -1, list[PromptRow]()
+            for row in self._reader.rows(self._is_wanted):
+                rows.append(row)
+                if len(rows) == len(self._wanted):
+                    yield from sorted(rows, key=lambda row: -len(row.ids))
+                    rows = []
+            self.parts.refresh()
+            if not any(map(self._is_left, range(self._claims.num_blocks))):
+                return
+
+    def _is_wanted(self, row: int) -> bool:
+        block = self._claims.block_of(row)
+        if block != self._block:
+            self._block, self._wanted = block, frozenset()
+            if self._is_open(block) and self._claims.take(block):
+                rows = self._claims.rows_of(block)
+                self._wanted = frozenset(i for i in rows if not self.parts.is_finished(i))
+        return row in self._wanted
+
+    def _is_open(self, block: int) -> bool:
+        return not all(map(self.parts.is_finished, self._claims.rows_of(block)))
+
+    def _is_left(self, block: int) -> bool:
+        return self._is_open(block) and not self._claims.is_held(block)
+
+
+def _begin(
+    reader: PromptReader, settings: Settings, output: Path, watch: RankWatch, own: Holder
+) -> Share | None:
+    """Make or join the folder of parts; None if all rows are done by then."""
+    options, rank, world = reader.options, dist.rank(), dist.world_size()
+    old = files.file_state(output) if options.overwrite else None
+    used = [file for each in _files_of(settings) for file in each]
+    refuse_input(output, [*used, *reader.paths])
     parts: PredictionParts | None
     prompts_cut = 0
     if rank == 0:
         rows, prompts_cut = reader.survey()
-        parts = PredictionParts.prepare(output, settings, rows, options.overwrite)
-        parts.watch(watch)
+        parts = PredictionParts.prepare(output, settings, rows, options.overwrite, world)
     else:
-        parts = PredictionParts.join_in(output, settings, rank, timeout, old, watch)
+        seconds = options.timeout_minutes * 60
+        parts = PredictionParts.join_in(output, settings, rank, seconds, old, watch)
     if parts is None:
         return None
-    held.callback(parts.close)
-    started, done_before = time.monotonic(), parts.refresh()
+
+    def alive(other: int) -> Holder | None:
+        is_gone = other >= world or other in watch.gone()
+        return None if is_gone else process_of(output, other)
+
+    claims = Claims(parts.folder, rank, own, parts.rows, parts.block_rows, alive)
+    if rank == 0:
+        parts.watch(watch, claims)
+    return Share(reader, parts, claims, prompts_cut)
+
+
+def _run(source: Source, share: Share, options: AnswerOptions) -> PredictionFigures | None:
+    """Answer this rank's rows; on rank 0 wait for the others', and join them all."""
+    parts, started = share.parts, time.monotonic()
+    done_before = parts.refresh()
     if done_before:
         say(f"{parts.folder}: {done_before} of {parts.rows} rows are there from an interrupted run")
     with tqdm(
@@ -136,94 +177,109 @@ def _predict(
         initial=done_before,
         unit="row",
         desc="predict",
-        disable=rank != 0,
+        disable=dist.rank() != 0,
         delay=0.1,  # an error while loading gets a line of its own
         mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file gets a line a minute
     ) as bar:
-        seconds_loading = _answer_share(folder, reader, parts, options, bar)
-        if rank != 0:
+        seconds_loading = _answer_share(source, share, options, bar)
+        if dist.rank() != 0:
             return None
-        parts.wait(timeout, lambda finished: bar.update(finished - bar.n))
+        parts.wait(options.timeout_minutes * 60, lambda finished: bar.update(finished - bar.n))
     seconds = time.monotonic() - started - seconds_loading
-    parts.join()
-    return PredictionFigures(parts.rows, parts.rows - done_before, prompts_cut, seconds)
+    failed = parts.join()
+    rows = parts.rows - done_before
+    return PredictionFigures(parts.rows, rows, share.prompts_cut, failed, seconds)
 
 
-def _answer_share(
-    folder: ModelFolder,
-    reader: PromptReader,
-    parts: PredictionParts,
-    options: AnswerOptions,
-    bar: tqdm,
-) -> float:
-    """Answer this rank's unanswered rows; return the seconds that loading the model took."""
-    rank, world = dist.rank(), dist.world_size()
-    mine = (row for row in reader if row.id % world == rank and not parts.is_finished(row.id))
-    sampling, engine, seconds_loading = options.sampling(), None, 0.0
-    while window := list(islice(mine, WINDOW * options.batch_size)):
-        if engine is None:  # not before: without anything to do no model is loaded
-            started = time.monotonic()
-            engine = load_engine(
-                folder,
-                options.adapter,
-                options.device,
-                options.dtype,
-                allow_pickle=options.allow_pickle,
-            )
-            seconds_loading = time.monotonic() - started
-        rows = [DecodingRow(row.ids, sampling.of_row(row.id), engine.stop) for row in window]
-        batch: list[dict[str, Any]] = []
-        try:
-            for i, completion in engine.stream(rows, options.batch_size):
-                batch.append(answer(window[i], completion))
-                if len(batch) == options.batch_size:
-                    parts.append(batch)
-                    batch = []
-                    bar.update(parts.refresh() - bar.n)
-        except DecodingError as error:
-            raise UserError(_IN_OPTIONS.get(type(error), "{}").format(error)) from None
-        parts.append(batch)
+def _answer_share(source: Source, share: Share, options: AnswerOptions, bar: tqdm) -> float:
+    """Answer the rows that this rank takes; return the seconds that loading the model took."""
+    sampling, asked = options.sampling(), dict[int, PromptRow]()
+
+    def questions() -> Iterator[Question]:
+        for number, row in enumerate(share.rows()):
+            asked[number] = row
+            yield Question(row.conversation, sampling.of_row(row.id), row.ids)
+
+    coming = questions()
+    if (first := next(coming, None)) is None:  # without anything to do no model is loaded
+        return 0.0
+    started = time.monotonic()
+    answerer = source.open()
+    seconds_loading = time.monotonic() - started
+    with _Writer(share.parts, bar.update) as writer:
+        for number, found in answerer.answer(chain([first], coming)):
+            writer.write(line_of(asked.pop(number), found), found)
+            bar.set_postfix_str(writer.speed, refresh=False)
     return seconds_loading
 
 
-def answer(row: PromptRow, completion: Completion) -> dict[str, Any]:
+class _Writer:
+    """Lines of finished rows on their way to the disk, and how fast they come. What is finished is
+    written even where the work ends by an error: it need not be asked for again."""
+
+    def __init__(self, parts: PredictionParts, progress: Callable[[int], object]) -> None:
+        self._parts, self._progress = parts, progress
+        self._lines: list[dict[str, Any]] = []
+        self._since = self._began = time.monotonic()
+        self._tokens = 0
+        self._finished = parts.refresh()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flush()
+
+    @property
+    def speed(self) -> str:
+        """New tokens a second of this rank."""
+        return f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"
+
+    def write(self, line: dict[str, Any], found: Answer | DecodingError) -> None:
+        self._lines.append(line)
+        if isinstance(found, Answer):
+            self._tokens += found.completion_tokens or 0
+        is_late = time.monotonic() - self._since > _SECONDS_AT_ONCE
+        if len(self._lines) >= _ROWS_AT_ONCE or is_late:
+            self._flush()
+
+    def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            self._parts.append(lines)
+        finished = self._parts.refresh()
+        self._progress(finished - self._finished)
+        self._finished, self._since = finished, time.monotonic()
+
+
+def line_of(row: PromptRow, found: Answer | DecodingError) -> dict[str, Any]:
     """The line of the output file."""
-    line: dict[str, Any] = {
-        "id": row.id,
-        **row.own,
-        "source": row.source,
-        "prompt": row.prompt,
-        "prediction": completion.text,
+    line: dict[str, Any] = {"id": row.id, **row.own, "source": row.source, "prompt": row.prompt}
+    if isinstance(found, DecodingError):
+        why = _IN_OPTIONS.get(type(found), "{}").format(found)
+        failed = {"finish_reason": "error", "error": why}
+        return line | {"prediction": "", "reference": row.reference} | failed
+    line |= {
+        "prediction": found.text,
         "reference": row.reference,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": len(completion.ids),
+        "finish_reason": found.finish_reason,
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
     }
     return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
 
 
-def settings_of(folder: Path, paths: Sequence[str], options: AnswerOptions) -> Settings:
+def settings_of(source: Source, paths: Sequence[str], options: AnswerOptions) -> Settings:
     """Everything that an answer depends on: options, and files by path, size and time of change."""
     values: dict[str, Any] = {name: vars(options)[name] for name in _SETTINGS}
     values["keep"] = list(options.keep) or None
-    values["model"] = _files_in(folder)
-    values["adapter"] = _files_in(Path(options.adapter)) if options.adapter else None
-    values["input"] = [[str(p), [_file_card(f) for f in locate(p).files]] for p in paths]
+    values |= settings_of_source(source)
+    values["input"] = [[str(p), [file_card(f) for f in locate(p).files]] for p in paths]
     return values
 
 
 def _files_of(settings: Settings) -> Iterator[list[str]]:
     """The names of all files that answers depend on."""
-    for cards in (settings["model"], settings["adapter"] or [], *(c for _, c in settings["input"])):
+    inputs = (cards for _, cards in settings["input"])
+    for cards in (settings.get("model") or [], settings.get("adapter") or [], *inputs):
         yield [name for name, _, _ in cards]
-
-
-def _files_in(folder: Path) -> list[list[Any]]:
-    # Hidden files are nothing of a model's, and those of an output beside it come and go.
-    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
-    return [_file_card(file) for file in files if file.is_file()]
-
-
-def _file_card(file: Path) -> list[Any]:
-    stat = file.stat()
-    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]

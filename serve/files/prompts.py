@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -27,31 +27,39 @@ class PromptRow:
     source: str
     prompt: str
     reference: str | None
-    ids: tuple[int, ...]
+    conversation: Conversation
+    ids: tuple[int, ...]  # none where a server encodes the prompt
     tokens_cut: int
     own: dict[str, Any]
     """What goes with the row into the output: its own id, and the columns of --keep."""
 
 
+def _every(row_id: int) -> bool:
+    return True
+
+
 class PromptReader:
     """The rows of the input files; every iteration reads them anew.
 
-    `context` is the number of tokens that prompt and answer may have together. UserError if
-    max_new_tokens fill it; while iterating, for a row that cannot be answered, or, with
-    `needs_reference`, that has no answer of its own.
+    `context` is the number of tokens that prompt and answer may have together. Without an
+    `encoding` no token is counted: a server does that. UserError if max_new_tokens fill the
+    context; while iterating, for a row that cannot be answered, or, with `needs_reference`, that
+    has no answer of its own.
     """
 
     def __init__(
         self,
         paths: Sequence[str],
         options: AnswerOptions,
-        encoding: Encoding,
+        encoding: Encoding | None,
         context: int,
         needs_reference: bool = False,
     ) -> None:
         self.paths, self.options, self.encoding = paths, options, encoding
         self.context, self.needs_reference = context, needs_reference
         self.room = context - options.max_new_tokens
+        if encoding is None:
+            return
         self.tail = len(footer_ids(encoding)) + len(header_ids(encoding, "assistant"))
         if self.room <= self.tail:
             raise UserError(
@@ -60,14 +68,22 @@ class PromptReader:
             )
 
     def __iter__(self) -> Iterator[PromptRow]:
-        return self._rows(self.options.files(), {})
+        return self.rows(_every)
 
-    def _rows(self, files: FileOptions, not_read: NotRead) -> Iterator[PromptRow]:
+    def rows(self, is_wanted: Callable[[int], bool]) -> Iterator[PromptRow]:
+        """The rows whose ids are wanted; asked once for each id, in order."""
+        return self._rows(self.options.files(), {}, is_wanted)
+
+    def _rows(
+        self, files: FileOptions, not_read: NotRead, is_wanted: Callable[[int], bool] = _every
+    ) -> Iterator[PromptRow]:
         o = self.options
         reading = ReadOptions(o.format, o.columns, o.system, files=files)
         seen: list[object] = []
         found = iter_prompts(self.paths, reading, not_read, seen)
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
+            if not is_wanted(row_id):
+                continue
             if isinstance(conversation, Dropped):
                 detail = f"; {conversation.detail}" if conversation.detail else ""
                 raise UserError(
@@ -79,7 +95,7 @@ class PromptReader:
                 )
             ids, cut = self._encode(conversation, source)
             question, own = conversation.turns[-1].text, self._own(seen)
-            yield PromptRow(row_id, source, question, reference, tuple(ids), cut, own)
+            yield PromptRow(row_id, source, question, reference, conversation, tuple(ids), cut, own)
 
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
@@ -110,6 +126,8 @@ class PromptReader:
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""
+        if self.encoding is None:
+            return [], 0
         parse_specials = self.options.special_tokens_in_text == "parse"
         ids = whole = encode_prompt(self.encoding, conversation, parse_specials)
         if len(ids) > self.room and self.options.long_prompts == "stop":

@@ -31,7 +31,8 @@ def _file(output: Path, rank: int) -> Path:
 class SignOfLife:
     """The file of this rank, touched by a thread until `stop`, which removes it."""
 
-    def __init__(self, output: Path, rank: int) -> None:
+    def __init__(self, output: Path, rank: int, own: Holder) -> None:
+        self.holder = own
         self._path = _file(output, rank)
         self._done = threading.Event()
         self._write()
@@ -41,7 +42,7 @@ class SignOfLife:
     def _write(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(self._path, flags, 0o644), "w") as file:
-            file.write(json.dumps(asdict(Holder.this_process())))
+            file.write(json.dumps(asdict(self.holder)))
 
     def _touch(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
@@ -56,6 +57,14 @@ class SignOfLife:
         self._thread.join()
         with suppress(OSError):
             self._path.unlink()
+
+
+def process_of(output: Path, rank: int) -> Holder | None:
+    """The process that is a rank now, by its sign of life; None if there is none."""
+    try:
+        return Holder(**json.loads(_file(output, rank).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class RankWatch:
@@ -105,9 +114,8 @@ class RankWatch:
         if now - since < (SILENT_SECONDS if came else ABSENT_SECONDS):
             return None
         silent = f"rank {rank} has given no sign of life for {now - since:.0f} s"
-        with suppress(OSError, ValueError, TypeError):
-            silent += f" ({Holder(**json.loads(_file(self._output, rank).read_text()))})"
-        return silent
+        who = process_of(self._output, rank)
+        return silent if who is None else f"{silent} ({who})"
 
     def _time(self, rank: int) -> int | None:
         try:

@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qwen_ds.terminal import show
 from serve.files.parts import check_output, held_output, remove_parts
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
-from serve.options import EvaluateOptions
+from serve.options import EvaluateOptions, SamplingOptions
 from serve.scores import metrics
 
 
@@ -55,9 +55,10 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
             return None
         lines = read_predictions(Path(options.predictions), options)
     else:
-        if options.model is None or not options.data:
+        if (options.model is None and options.endpoint is None) or not options.data:
             raise UserError(
-                "no model or no data given; expected --model and --data, or --predictions"
+                "no model or no data given; expected --model (or --endpoint) and --data, or "
+                "--predictions"
             )
         if dist.rank() == 0:
             advice = (
@@ -87,6 +88,10 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
     return report
 
 
+def _sampling(options: EvaluateOptions) -> dict[str, Any]:
+    return {field.name: vars(options)[field.name] for field in fields(SamplingOptions)}
+
+
 def report_of(
     options: EvaluateOptions,
     lines: Sequence[dict[str, Any]],
@@ -96,16 +101,16 @@ def report_of(
     """The content of metrics.json: data, options, counts, speed, and both profiles' scores."""
     reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
     report: dict[str, Any] = {
-        "model": options.model,
+        "model": options.model or options.endpoint,
         "adapter": options.adapter,
         "adapter_sha256": _adapter_sha256(options),
         "data": options.data,
         "predictions": options.predictions or str(Path(options.output_dir) / "predictions.jsonl"),
-        "sampling": None if figures is None else asdict(options.sampling()),
+        "sampling": None if figures is None else _sampling(options),
         "rows": len(lines),
         "finish_reasons": dict(sorted(reasons.items())),
         "empty_predictions": sum(not line["prediction"].strip() for line in lines),
-        "completion_tokens": sum(line.get("completion_tokens", 0) for line in lines),
+        "completion_tokens": sum(line.get("completion_tokens") or 0 for line in lines),
     }
     if figures is not None:
         # This run spent no time on the rows of an interrupted one.

@@ -133,10 +133,10 @@ PLACES = {
     "data while rows are tokenised": ("data", "qwen_ds.data.rows.cache:encode_all"),
     "merge while weights stream": ("merge", "qwen_ds.export.build:write_shard"),
     "merge in its proof": ("merge", "qwen_ds.export.merge:verify_merge"),
-    "predict while the base is loaded": ("predict", "serve.files.prediction:load_engine"),
+    "predict while the base is loaded": ("predict", "serve.files.sources:load_engine"),
     "predict while rows are read": ("predict", "serve.files.prediction:PromptReader.survey"),
-    "predict in a batch": ("predict", "serve.engine.engine:decode_batch"),
-    "evaluate in a batch": ("evaluate", "serve.engine.engine:decode_batch"),
+    "predict in a batch": ("predict", "qwen_ds.decode.engine:sample"),
+    "evaluate in a batch": ("evaluate", "qwen_ds.decode.engine:sample"),
     "evaluate in the scores": ("evaluate", "serve.scores.metrics:score_all"),
 }
 

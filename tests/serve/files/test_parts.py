@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from qwen_ds.disk.lock import Holder
 from qwen_ds.errors import UserError
 from serve.files import parts as module
 from serve.files import ranks
+from serve.files.claims import Claims
 from serve.files.parts import (
     PredictionParts,
     Settings,
@@ -142,25 +144,31 @@ def test_rows_are_on_the_disk_before_they_count(
     parts.close()
 
 
-@pytest.mark.parametrize("comes", [True, False], ids=["dies", "never comes"])
+def claims_of(parts: PredictionParts, rank: int) -> Claims:
+    """The claims as a rank sees them: a block a row."""
+    own = Holder("here", rank, "now")
+    return Claims(parts.folder, rank, own, 4, 1, lambda rank: Holder("here", rank, "now"))
+
+
 def test_rank_0_names_the_rank_that_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("LOOK", 0.02), ("BEAT", 0.05), ("SILENT", 1.0), ("ABSENT", 2.0)):
         monkeypatch.setattr(ranks, f"{name}_SECONDS", seconds)
     zero = resumed(tmp_path)
     watch = RankWatch(tmp_path / "out.jsonl", 2)
-    zero.watch(watch)
+    zero.watch(watch, claims_of(zero, 0))
     zero.append([{"id": 0}, {"id": 2}])
-    if comes:
-        beat = SignOfLife(tmp_path / "out.jsonl", 1)
-        one = PredictionParts.join_in(tmp_path / "out.jsonl", {}, 1, 60.0, None)
-        assert one is not None
-        one.append([{"id": 1}])
-        until(lambda: watch._seen[1][2])
-        beat._done.set()  # as a kill would stop it
-    told = "rank 1 has given no sign of life .* and {} of its rows are missing; the same command"
-    with pytest.raises(RuntimeError, match=told.format(1 if comes else 2)):
+    beat = SignOfLife(tmp_path / "out.jsonl", 1, Holder.this_process())
+    one = PredictionParts.join_in(tmp_path / "out.jsonl", {}, 1, 60.0, None)
+    assert one is not None
+    taken = claims_of(one, 1)
+    assert taken.take(1) and taken.take(3)
+    one.append([{"id": 1}])
+    until(lambda: watch._seen[1][2])
+    beat._done.set()  # as a kill would stop it
+    told = "rank 1 has given no sign of life .* and 1 of its rows are missing; the same command"
+    with pytest.raises(RuntimeError, match=told):
         zero.wait(60.0, lambda _: None)
     zero.close()
     watch.stop()
@@ -182,9 +190,11 @@ def test_a_rank_that_has_done_its_share_may_be_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zero, watch = resumed(tmp_path), RankWatch(tmp_path / "out.jsonl", 2)
-    zero.watch(watch)
+    zero.watch(watch, claims_of(zero, 0))
     one = PredictionParts.join_in(tmp_path / "out.jsonl", {}, 1, 60.0, None)
     assert one is not None
+    taken = claims_of(one, 1)
+    assert taken.take(1) and taken.take(3)
     one.append([{"id": 1}, {"id": 3}])
     one.close()
     monkeypatch.setattr(watch, "gone", lambda: {1: "rank 1 has given no sign of life"})

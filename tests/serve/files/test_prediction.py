@@ -6,21 +6,27 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from qwen_ds.decode.batch import Completion, DecodingRow
-from qwen_ds.decode.exceptions import LogitsNotFinite, RowOutOfMemory
+from qwen_ds.decode.engine import DecodingEngine
+from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMemory
+from qwen_ds.decode.request import Completion, Request
+from qwen_ds.disk.lock import Holder
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding
-from serve.engine.engine import ServingEngine
+from serve.engine.engine import stream
 from serve.engine.loading import load_engine
+from serve.files.claims import Claims
 from serve.files.parts import PredictionParts
-from serve.files.prediction import predict, settings_of
+from serve.files.prediction import Share, predict, settings_of
+from serve.files.prompts import PromptRow
+from serve.files.sources import find_source
 from serve.options import PredictOptions, parse
 
 ROWS = [
@@ -104,7 +110,9 @@ def test_each_row_gives_one_line_in_order(small_dir: Path, tmp_path: Path) -> No
     history = (Turn("user", "你好"), Turn("assistant", "您好"), Turn("user", "再见"))
     ids = encode_prompt(load_encoding(small_dir), Conversation(None, history))
     options = options_for(small_dir, tmp_path / "mixed.jsonl", output)
-    ((_, alone),) = engine.stream([DecodingRow(ids, options.sampling(), engine.stop)])
+    request = Request(ids, options.sampling(), engine.stop)
+    ((_, alone),) = stream(engine.start(), [request])
+    assert isinstance(alone, Completion)
     assert lines[5] == {
         "id": 5,
         "source": f"{tmp_path / 'mixed.jsonl'}:6",
@@ -127,7 +135,7 @@ def test_two_ranks_write_what_one_writes(
 ) -> None:
     run(options_for(small_dir, rows, tmp_path / "one.jsonl", *sampling))
     options = options_for(small_dir, rows, tmp_path / "two.jsonl", *sampling)
-    settings = settings_of(small_dir, options.input, options)
+    settings = settings_of(find_source(str(small_dir), options), options.input, options)
     PredictionParts.prepare(
         Path(options.output), settings, len(ROWS), overwrite=False
     ).close()  # as rank 0 does at its start
@@ -140,18 +148,19 @@ def test_two_ranks_write_what_one_writes(
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     """Let the engine die after so many answers; returns the list that their texts go to."""
-    stream, answered = ServingEngine.stream, []
+    answered = []
 
     def dying(
-        self: ServingEngine, rows: list[DecodingRow], batch_size: int
-    ) -> Iterator[tuple[int, Completion]]:
-        for i, completion in stream(self, rows, batch_size):
+        engine: DecodingEngine, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Completion | DecodingError]]:
+        for i, completion in stream(engine, requests):
             if len(answered) == after:
                 raise KeyboardInterrupt
+            assert isinstance(completion, Completion)
             answered.append(completion.text)
             yield i, completion
 
-    monkeypatch.setattr(ServingEngine, "stream", dying)
+    monkeypatch.setattr("serve.answering.stream", dying)
     return answered
 
 
@@ -172,7 +181,7 @@ def test_a_killed_run_is_resumed_where_it_stopped(
     assert not output.exists()
     (part,) = (tmp_path / "out.jsonl.parts").glob("rank_*.jsonl")
     finished = read_lines(part)
-    assert [line["prediction"] for line in finished] == before[:6]  # whole batches of 3
+    assert [line["prediction"] for line in finished] == before  # none is lost
     part = part.rename(part.with_name(f"rank_{killed_rank:05d}.jsonl"))
     with part.open("a") as stream:
         stream.write('{"id": 3, "predic')  # what a kill in the middle of a write leaves
@@ -224,14 +233,13 @@ def test_an_output_that_exists_is_kept_unless_told(
     assert output.read_bytes() == expected
 
 
-def test_a_rank_that_never_comes_ends_the_wait(
-    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_that_never_comes_holds_up_nobody_unless_it_is_rank_0(
+    small_dir: Path, rows: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_rank(monkeypatch, 0, 2)
     output = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError, match="5 of 11 rows are missing"):
-        run(options_for(small_dir, rows, output, "--timeout_minutes", "0.005"))
-    assert not output.exists()
+    run(options_for(small_dir, rows, output, "--timeout_minutes", "0.005"))
+    assert output.read_bytes() == expected  # its rows are the others'
     as_rank(monkeypatch, 1, 2)
     with pytest.raises(RuntimeError, match="rank 0 did not make it"):
         run(options_for(small_dir, rows, tmp_path / "other.jsonl", "--timeout_minutes", "0.005"))
@@ -296,7 +304,7 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_read(
     (tmp_path / "taken.jsonl.parts").touch()
     if output != "taken.jsonl":
         monkeypatch.setattr(
-            "serve.files.prediction.find_model", lambda _: pytest.fail("work began")
+            "serve.files.prediction.find_source", lambda _: pytest.fail("work began")
         )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
@@ -318,7 +326,7 @@ def test_a_rank_beats_before_it_looks_for_the_model(
         )
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serve.files.prediction.find_model", loading)
+    monkeypatch.setattr("serve.files.sources.find_model", loading)
     for rank in (1, 0):
         as_rank(monkeypatch, rank, 2)
         with pytest.raises(KeyboardInterrupt):
@@ -368,14 +376,14 @@ def test_a_command_killed_behind_its_last_row_is_done_again_by_itself(
     """The output has its name, and its parts were not removed; nothing is answered twice."""
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("serve.files.prediction.remove_parts", raising_interrupt)
+        patch.setattr("serve.files.parts.remove_parts", raising_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(options_for(small_dir, rows, output))
     assert output.read_bytes() == expected and (tmp_path / "out.jsonl.parts").is_dir()
     with pytest.raises(UserError, match="interrupted run with seed"):
         run(options_for(small_dir, rows, output, "--seed", "5"))
     with monkeypatch.context() as patch:
-        patch.setattr("serve.files.prediction.load_engine", raising_interrupt)
+        patch.setattr("serve.files.sources.load_engine", raising_interrupt)
         run(options_for(small_dir, rows, output))
     assert output.read_bytes() == expected and not (tmp_path / "out.jsonl.parts").exists()
 
@@ -385,7 +393,7 @@ def test_an_output_that_was_changed_since_is_kept(
 ) -> None:
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("serve.files.prediction.remove_parts", raising_interrupt)
+        patch.setattr("serve.files.parts.remove_parts", raising_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(options_for(small_dir, rows, output))
     output.write_text("mine")
@@ -408,23 +416,54 @@ def test_a_rank_waits_for_rank_0_where_the_output_is_to_be_replaced(
         run(options_for(small_dir, rows, output, "--overwrite", "--timeout_minutes", "0.005"))
 
 
-def test_memory_holds_a_window_of_rows(
-    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_holds_a_block_or_two_of_rows(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    monkeypatch.setattr("serve.files.prediction.WINDOW", 2)
-    sizes, stream = [], ServingEngine.stream
+    monkeypatch.setattr("serve.files.parts.block_rows", lambda rows, world: 2)
+    ahead: list[int] = []
 
     def counting(
-        self: ServingEngine, rows: list[DecodingRow], batch_size: int
-    ) -> Iterator[tuple[int, Completion]]:
-        sizes.append(len(rows))
-        return stream(self, rows, batch_size)
+        engine: DecodingEngine, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Completion | DecodingError]]:
+        taken = 0
 
-    monkeypatch.setattr(ServingEngine, "stream", counting)
+        def coming() -> Iterator[Request]:
+            nonlocal taken
+            for request in requests:
+                taken += 1
+                yield request
+
+        for done, one in enumerate(stream(engine, coming())):
+            ahead.append(taken - done)
+            yield one
+
+    monkeypatch.setattr("serve.answering.stream", counting)
     run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
-    assert sizes == [6, 5]
+    assert max(ahead) <= 3 + 2, "slots, and those that wait for one"
     assert [line["id"] for line in read_lines(tmp_path / "out.jsonl")] == list(range(11))
+
+
+def test_the_longest_prompts_of_a_block_begin_first(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.files.parts.block_rows", lambda rows, world: 4)
+    lens: list[int] = []
+
+    def watched(
+        engine: DecodingEngine, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Completion | DecodingError]]:
+        def coming() -> Iterator[Request]:
+            for request in requests:
+                lens.append(len(request.prompt))
+                yield request
+
+        return stream(engine, coming())
+
+    monkeypatch.setattr("serve.answering.stream", watched)
+    run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
+    assert len(lens) == 11 and len(set(lens)) > 3
+    for start in (0, 4, 8):
+        assert lens[start : start + 4] == sorted(lens[start : start + 4], reverse=True)
 
 
 def test_limit_takes_rows_from_the_front(
@@ -434,24 +473,47 @@ def test_limit_takes_rows_from_the_front(
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(expected.splitlines(keepends=True)[:4])
 
 
-def test_errors_of_the_engine_are_worded_for_the_command_line(
-    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for error, message in (
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
         (
             LogitsNotFinite(),
-            "not finite; expected numbers: float16 overflows, try --dtype bfloat16",
+            "the model's logits are not finite; expected numbers: float16 overflows, try --dtype "
+            "bfloat16",
         ),
-        (RowOutOfMemory(), "one row does not fit .* fewer --max_new_tokens"),
-    ):
+        (
+            RowOutOfMemory(),
+            "one row does not fit the GPU's memory; expected a shorter prompt or fewer "
+            "--max_new_tokens",
+        ),
+    ],
+)
+def test_a_row_that_fails_is_written_with_its_error_and_stops_no_other(
+    small_dir: Path,
+    rows: Path,
+    expected: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: DecodingError,
+    message: str,
+) -> None:
+    def failing(
+        engine: DecodingEngine, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Completion | DecodingError]]:
+        for i, completion in stream(engine, requests):
+            yield i, error if i == 2 else completion
 
-        def failing(*_: object, error: Exception = error) -> Iterator[tuple[int, Completion]]:
-            raise error
-            yield
-
-        monkeypatch.setattr(ServingEngine, "stream", failing)
-        with pytest.raises(UserError, match=message):
-            run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
+    monkeypatch.setattr("serve.answering.stream", failing)
+    options = options_for(small_dir, rows, tmp_path / "out.jsonl")
+    figures = predict(options.model, options.input, Path(options.output), options)
+    assert figures is not None and figures.failed == 1
+    lines = read_lines(tmp_path / "out.jsonl")
+    (bad,) = [line for line in lines if line["finish_reason"] == "error"]
+    assert bad["error"] == message and bad["prediction"] == "" and bad["reference"]
+    good = [json.loads(line) for line in expected.splitlines()]
+    assert [line for line in lines if line is not bad] == [
+        line for line in good if line["id"] != bad["id"]
+    ]
 
 
 def test_a_rows_own_id_and_named_columns_are_carried(small_dir: Path, tmp_path: Path) -> None:
@@ -484,6 +546,38 @@ def test_a_column_that_no_row_has_is_named(small_dir: Path, rows: Path, tmp_path
 def test_rows_with_other_columns_are_not_mixed_in(small_dir: Path, rows: Path) -> None:
     plain = options_for(small_dir, rows, rows.with_name("out"))
     kept = options_for(small_dir, rows, rows.with_name("out"), "--keep", "content")
-    without = settings_of(small_dir, plain.input, plain)
-    assert without != settings_of(small_dir, kept.input, kept)
+    source = find_source(str(small_dir), plain)
+    without = settings_of(source, plain.input, plain)
+    assert without != settings_of(source, kept.input, kept)
     assert without["keep"] is None, "as in the parts that a release without --keep left"
+
+
+def test_a_slow_rank_takes_fewer_rows(tmp_path: Path) -> None:
+    """One rank asks for a row four times as often as the other."""
+    world, count = 2, 400
+
+    class Reader:
+        def rows(self, is_wanted: Callable[[int], bool]) -> Iterator[PromptRow]:
+            talk = Conversation(None, (Turn("user", "x"),))
+            for i in range(count):
+                if is_wanted(i):
+                    yield PromptRow(i, f"rows:{i}", "x", None, talk, (1,) * (i % 9 + 1), 0, {})
+
+    parts = PredictionParts.prepare(tmp_path / "out", {}, count, overwrite=False, world=world)
+    holders = [Holder("here", rank, "now") for rank in range(world)]
+    shares = [
+        Share(
+            Reader(),  # type: ignore[arg-type]
+            parts,
+            Claims(parts.folder, rank, holders[rank], count, parts.block_rows, holders.__getitem__),
+            0,
+        ).rows()
+        for rank in range(world)
+    ]
+    taken: list[list[int]] = [[], []]
+    while len(taken[0]) + len(taken[1]) < count:
+        for rank, turns in ((0, 4), (1, 1)):
+            taken[rank] += [row.id for row in islice(shares[rank], turns)]
+    assert sorted(taken[0] + taken[1]) == list(range(count))
+    assert len(taken[0]) > 2.5 * len(taken[1]) > 0
+    parts.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_ds.disk.lock import Holder
 from serve.files import ranks
 from serve.files.ranks import (
     ABSENT_SECONDS,
@@ -42,7 +43,10 @@ def test_the_waits_fit_into_a_minute() -> None:
 
 def test_a_rank_that_falls_silent_is_gone_and_named(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path / "out", 3)
-    beats = [SignOfLife(tmp_path / "out", 1), SignOfLife(tmp_path / "out", 2)]
+    beats = [
+        SignOfLife(tmp_path / "out", 1, Holder.this_process()),
+        SignOfLife(tmp_path / "out", 2, Holder.this_process()),
+    ]
     until(lambda: all(came for _, _, came in watch._seen.values()))
     beats[0]._done.set()  # as a kill would stop it
     until(watch.gone)
@@ -67,7 +71,7 @@ def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path / "out", 2)
     until(watch.gone)
     assert list(watch.gone()) == [1]
-    beat = SignOfLife(tmp_path / "out", 1)
+    beat = SignOfLife(tmp_path / "out", 1, Holder.this_process())
     until(lambda: not watch.gone())
     time.sleep(5 * ranks.LOOK_SECONDS)  # the watch looks again, several times
     assert watch.gone() == {}
@@ -76,7 +80,7 @@ def test_a_rank_that_comes_back_is_not_gone(tmp_path: Path) -> None:
 
 
 def test_a_file_that_another_run_took_comes_back(tmp_path: Path) -> None:
-    beat = SignOfLife(tmp_path / "out", 1)
+    beat = SignOfLife(tmp_path / "out", 1, Holder.this_process())
     file = tmp_path / ".out.rank_00001.alive"
     file.unlink()
     until(file.is_file)

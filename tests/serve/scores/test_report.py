@@ -130,7 +130,7 @@ def test_what_is_missing_is_named(small_dir: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [ROWS[0], {"content": "类型#裙"}])
     with pytest.raises(UserError, match=r"rows\.jsonl:2: no answer; expected one to compare with"):
         evaluate(options_for(tmp_path / "e", "--model", str(small_dir), "--data", str(data)))
-    with pytest.raises(UserError, match="expected --model and --data, or --predictions"):
+    with pytest.raises(UserError, match="no model or no data given; expected --model"):
         evaluate(options_for(tmp_path / "e", "--data", str(data)))
     with pytest.raises(UserError, match="no such file"):
         evaluate(options_for(tmp_path / "e", "--predictions", str(tmp_path / "none.jsonl")))
@@ -158,7 +158,7 @@ def test_an_evaluation_stopped_while_scoring_goes_on_from_its_answers(
     with pytest.raises(UserError, match="interrupted run with seed"):
         evaluate(options_for(out, *words, "--seed", "7"))
     with monkeypatch.context() as patch:
-        patch.setattr("serve.files.prediction.load_engine", stopped)
+        patch.setattr("serve.files.sources.load_engine", stopped)
         report = evaluate(options_for(out, *words))
     assert report is not None and report["rows"] == 5
     assert (out / "predictions.jsonl").read_bytes() == answers

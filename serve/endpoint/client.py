@@ -1,0 +1,219 @@
+"""A client of servers with OpenAI's HTTP API: many questions at once, or one answer streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import httpx
+
+from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.errors import UserError
+from serve.answering import Answer, Question
+from serve.endpoint.options import EndpointOptions, base_url, read_key
+from serve.endpoint.patience import Patience, Tries
+from serve.endpoint.wire import (
+    EndpointRefused,
+    Trouble,
+    answer_of,
+    check_status,
+    delta_of,
+    events,
+    model_names,
+    request_of,
+)
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
+_Task = asyncio.Task[tuple[int, Answer | DecodingError]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model of a server; `connect` makes one."""
+
+    url: str
+    model: str
+    key: str | None
+    patience: Patience
+    concurrency: int = 32
+
+    def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
+        """As `Answerer.answer`, with so many requests under way at a time."""
+        waiting = iter(enumerate(questions))
+        pending: set[_Task] = set()
+        with asyncio.Runner() as runner:
+            client = httpx.AsyncClient(
+                headers=self._headers,
+                timeout=self._timeout,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            )
+            try:
+                while True:
+                    done, pending = runner.run(self._next(client, waiting, pending))
+                    if not done:
+                        return
+                    for task in done:
+                        yield task.result()
+            finally:
+                runner.run(_end(client, pending))
+
+    async def _next(
+        self,
+        client: httpx.AsyncClient,
+        waiting: Iterator[tuple[int, Question]],
+        pending: set[_Task],
+    ) -> tuple[set[_Task], set[_Task]]:
+        """Send as many as may be under way, and wait for the first to end: (ended, the others)."""
+        while len(pending) < self.concurrency and (one := next(waiting, None)) is not None:
+            pending.add(asyncio.create_task(self._ask(client, *one)))
+        if not pending:
+            return set(), set()
+        return await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _ask(
+        self, client: httpx.AsyncClient, index: int, question: Question
+    ) -> tuple[int, Answer | DecodingError]:
+        path, body = request_of(question, self.model)
+        url, tries = self.url + path, Tries(self.patience)
+        while True:
+            try:
+                try:
+                    response = await client.post(url, content=body)
+                except httpx.RequestError as error:
+                    raise trouble_of(url, error) from None
+                check_status(
+                    url, response.status_code, response.headers.get("retry-after"), response.content
+                )
+                answer = answer_of(url, response.content)
+            except Trouble as trouble:
+                try:
+                    await asyncio.sleep(tries.wait_after(trouble))
+                except EndpointRefused as refused:
+                    return index, refused
+            except EndpointRefused as refused:
+                self.patience.answered()
+                return index, refused
+            else:
+                self.patience.answered()
+                return index, answer
+
+    def stream(self, question: Question) -> Generator[tuple[str, str | None], None, None]:
+        """Yield one answer as it comes: text, and with the last of it the finish reason.
+
+        Until the first of it is there, the request is sent again as in `answer`. EndpointRefused:
+        the server does not answer this. Trouble: the answer broke off.
+        """
+        tries = Tries(self.patience)
+        while True:
+            try:
+                yield from self._stream_once(question)
+                return
+            except _NotBegun as failed:
+                time.sleep(tries.wait_after(failed.trouble))
+
+    def _stream_once(self, question: Question) -> Iterator[tuple[str, str | None]]:
+        path, body = request_of(question, self.model, stream=True)
+        url, begun = self.url + path, False
+        try:
+            with (
+                httpx.Client(headers=self._headers, timeout=self._timeout) as client,
+                client.stream("POST", url, content=body) as response,
+            ):
+                raw = b"" if response.status_code == 200 else response.read()
+                check_status(url, response.status_code, response.headers.get("retry-after"), raw)
+                for data in events(response.iter_bytes()):
+                    if data == b"[DONE]":
+                        break
+                    text, reason = delta_of(url, data)
+                    self.patience.answered()
+                    begun = True
+                    yield text, reason
+                    if reason is not None:
+                        return
+                raise Trouble(f"{url} broke off its answer")
+        except (httpx.RequestError, Trouble) as error:
+            trouble = error if isinstance(error, Trouble) else trouble_of(url, error)
+            raise (trouble if begun else _NotBegun(trouble)) from None
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return headers_with(self.key)
+
+    @property
+    def _timeout(self) -> httpx.Timeout:
+        read = min(READ_SECONDS, max(self.patience.seconds, CONNECT_SECONDS))
+        return httpx.Timeout(read, connect=CONNECT_SECONDS, pool=None)
+
+
+class _NotBegun(Exception):
+    """A stream that failed before its first text."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(str(trouble))
+        self.trouble = trouble
+
+
+async def _end(client: httpx.AsyncClient, pending: set[_Task]) -> None:
+    """Drop what is still under way."""
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    await client.aclose()
+
+
+def headers_with(key: str | None) -> dict[str, str]:
+    """The headers of every request."""
+    content = {"content-type": "application/json"}
+    return content | {"authorization": f"Bearer {key}"} if key else content
+
+
+def trouble_of(url: str, error: httpx.RequestError) -> Trouble:
+    """A failed connection as Trouble. UserError for a certificate that is not trusted."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        raise UserError(f"{url}: {said}; expected a certificate that this machine trusts") from None
+    # A time-out while it answers, or an answer that breaks off, may come from what was asked.
+    may_be_the_row = isinstance(error, httpx.ReadTimeout | httpx.RemoteProtocolError)
+    return Trouble(f"{url}: {said}", None, may_be_the_row)
+
+
+def connect(
+    options: EndpointOptions, seconds: float, tell: Callable[[str], None], concurrency: int = 1
+) -> Endpoint:
+    """Find the server of `options` and its model; a server in trouble is waited for `seconds` long.
+
+    UserError: not such a server, or it refuses the key. Failed: it stayed down.
+    """
+    assert options.endpoint is not None
+    url, key = base_url(options.endpoint), read_key(options.api_key_file)
+    patience = Patience(seconds, tell)
+    names = _models(f"{url}/models", key, patience, options.endpoint_model is None)
+    model = options.endpoint_model or names[0]
+    if names and model not in names:
+        tell(f"{url} lists no model {model}, but {', '.join(names[:5])}")
+    return Endpoint(url, model, key, patience, concurrency)
+
+
+def _models(url: str, key: str | None, patience: Patience, needed: bool) -> list[str]:
+    """The names that a server lists; unless they are needed, none where it has no such list."""
+    tries = Tries(patience)
+    while True:
+        try:
+            try:
+                response = httpx.get(url, headers=headers_with(key), timeout=CONNECT_SECONDS)
+            except httpx.RequestError as error:
+                raise trouble_of(url, error) from None
+            status, wait = response.status_code, response.headers.get("retry-after")
+            if status in (404, 405) and not needed:
+                return []
+            check_status(url, status, wait, response.content)
+        except Trouble as trouble:
+            time.sleep(tries.wait_after(trouble))
+        except EndpointRefused as refused:
+            expected = "expected a server with OpenAI's API, such as http://gpu01:8000/v1"
+            raise UserError(f"{refused}; {expected}") from None
+        else:
+            patience.answered()
+            return model_names(url, response.content)
