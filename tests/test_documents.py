@@ -30,6 +30,7 @@ from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import Parser
 from serve.options import EvaluateOptions, PredictOptions
 from serve.options import parse as parse_serving
+from serve.talk.options import ChatOptions
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(file.name for file in (ROOT / "docs").glob("*.md"))
@@ -324,7 +325,8 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     sections = tuple(key for key, value in recipe.items() if isinstance(value, dict))
     keys = {key for key in recipe if key not in sections}
     keys |= {f"{section}.{key}" for section in sections for key in recipe[section]}
-    serving = {**PredictOptions.__dataclass_fields__, **EvaluateOptions.__dataclass_fields__}
+    classes = (PredictOptions, EvaluateOptions, ChatOptions)
+    serving = {key for kind in classes for key in kind.__dataclass_fields__}
     merging = load_script("launch/merge.py").command_line()._option_string_actions
     options = {"--help", "--config", *merging, *(f"--{key}" for key in (*keys, *serving))}
     texts = [b for b in blocks(read(name), "text") if not b.startswith("error: ")]

@@ -38,7 +38,9 @@ OWNERS = {
     "deepspeed": "qwen_ds/train/engine/",
     "peft": ("qwen_ds/train/lora.py", "qwen_ds/model/adapter"),
     "tiktoken": "qwen_ds/model/",
+    "llguidance": "qwen_ds/decode/grammar.py",
     "tokenizers": "qwen_ds/export/qwen2/",
+    "httpx": "serve/endpoint/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
@@ -69,6 +71,10 @@ COVERED_BY = {
     "qwen_ds/disk/adapter_folder.py": "tests/model/test_adapter.py",
     "qwen_ds/disk/adapter_options.py": "tests/model/test_adapter.py",
     "qwen_ds/model/adapter_loading.py": "tests/serve/engine/test_merged_and_served.py",
+    "qwen_ds/decode/kv_pages.py": "tests/decode/test_kv_rows.py",
+    "qwen_ds/decode/request.py": "tests/decode/test_engine.py",
+    "qwen_ds/decode/scheduler.py": "tests/decode/test_engine.py",
+    "qwen_ds/model/packing.py": "tests/decode/test_engine.py",
     "qwen_ds/dist.py": "tests/test_launchers.py",
     "qwen_ds/export/base_check.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/export/build.py": "tests/export/test_merge.py",
@@ -98,6 +104,10 @@ COVERED_BY = {
     "qwen_ds/plan/traffic.py": "tests/plan/test_seconds.py",
     "qwen_ds/recipe/deepspeed_json.py": "tests/plan/test_deepspeed_json.py",
     "qwen_ds/recipe/recipe_file.py": "tests/recipe/test_parser.py",
+    "serve/answering.py": "tests/serve/files/test_prediction.py",
+    "serve/talk/lines.py": "tests/serve/test_chat.py",
+    "serve/talk/options.py": "tests/serve/test_chat.py",
+    "serve/files/sources.py": "tests/serve/files/test_prediction.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",
@@ -106,6 +116,7 @@ COVERED_BY = {
     "qwen_ds/train/screen.py": "tests/train/test_jobs.py",
     "qwen_ds/train/setup.py": "tests/train/test_bad_input.py",
     "qwen_ds/train/survey.py": "tests/train/test_bad_input.py",
+    "serve/engine/adapted.py": "tests/serve/engine/test_adapters.py",
     "qwen_ds/train/survive/checkpoint_writer.py": "tests/faults/test_every_file_operation.py",
 }
 # Words by which a test runs a command, and the module that the command is.
@@ -116,6 +127,7 @@ COMMANDS = {
     "launch/merge.py": "launch.merge",
     '"plan.py"': "launch.plan",
     "qwen_ds.data": "qwen_ds.data.__main__",
+    '"chat.py"': "serve.chat",
 }
 
 

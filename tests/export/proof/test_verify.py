@@ -26,7 +26,7 @@ from qwen_ds.export.proof.whole import whole_outputs
 from qwen_ds.export.stream import changes
 from qwen_ds.export.stream.changes import Adapters, Change, LowRank, ReplacedRows, load_change
 from qwen_ds.model.adapter import Adapter, read_adapter
-from qwen_ds.model.adapter_loading import load_adapter
+from qwen_ds.model.adapter_loading import put_adapter
 from qwen_ds.model.modeling import QWenLMHeadModel
 from tests.export.folders import bf16_copy, merge_with, peft_adapter
 
@@ -410,10 +410,11 @@ def test_the_merged_folder_loads_as_a_model_and_answers_like_base_and_adapter(
     merge_with(small_dir, [golden / "lora" / "adapter"], tmp_path / "out")
     expected = load_file(golden / "lora" / "outputs.safetensors")
     model = QWenLMHeadModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
-    wrapped = load_adapter(
+    wrapped = put_adapter(
         QWenLMHeadModel.from_pretrained(str(small_dir), dtype=torch.float32),
-        golden / "lora" / "adapter",
+        read_adapter(golden / "lora" / "adapter"),
     )
+    assert wrapped is not None
     mask = expected["attention_mask"]
     for candidate in (model, wrapped):
         with torch.inference_mode():
