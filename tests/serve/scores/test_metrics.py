@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,16 @@ def test_empty_predictions_stay_in_the_mean() -> None:
     assert scores["seed"].rouge_l.r == scores["rouge_score"].rouge_l.r == 0.5
 
 
+@pytest.fixture
+def usual_recursion() -> Iterator[None]:
+    """Python's own limit, which torch's compiler raises for the whole process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("usual_recursion")
 def test_a_long_pair_is_scored() -> None:
     # `rouge` 1.0.1 recurses once per word and dies on such a pair; the original project then counts
     # 0.
