@@ -33,8 +33,7 @@ def decode_batch(
     Raises the DecodingError of the first request that fails.
     """
     tokens = [len(one.prompt) + one.sampling.max_new_tokens for one in requests]
-    store = ContiguousStore(shape, 0)
-    store.num_pages = sum(map(store.pages_for, tokens)) + 1
+    store = ContiguousStore.for_rows(shape, [*tokens, 1])  # and what keeps other ranks going
     limits = EngineLimits(len(requests), sum(tokens), max(tokens))
     engine = DecodingEngine(packed(model), store, vocabulary, limits, alpha_of)
     ids = [engine.submit(request) for request in requests]

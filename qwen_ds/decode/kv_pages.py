@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
+from qwen_ds.runlog import say
 
 
 class PagedStore(KVStore):
@@ -173,20 +174,27 @@ class StepPages:
 
 
 def reads_tables(shape: KVShape, page_size: int) -> bool:
-    """Whether this device's attention reads pages by a block table. It is tried: that depends on
-    the card, on torch, and on the FlashAttention in it."""
-    if shape.device.type != "cuda" or shape.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    make = partial(torch.zeros, dtype=torch.int32, device=shape.device)
+    """Whether this device's attention reads pages by a block table."""
+    has_kernel = shape.device.type == "cuda" and shape.dtype in (torch.bfloat16, torch.float16)
+    return has_kernel and kernel_runs(shape, page_size)
+
+
+def kernel_runs(shape: KVShape, page_size: int) -> bool:
+    """Whether FlashAttention takes a block table of such pages. It is tried: that depends on the
+    card and on the version in torch. A kernel that refuses is said; a wrong call of ours is an
+    error."""
+    make = partial(torch.tensor, dtype=torch.int32, device=shape.device)
     pages = torch.zeros(
         2, page_size, shape.heads, shape.head_dim, dtype=shape.dtype, device=shape.device
     )
     try:
         varlen_attn(
-            pages[0, :1], pages, pages, make(2) + torch.tensor([0, 1], device=shape.device).int(),
-            None, 1, 1, window_size=(-1, 0), seqused_k=make(1) + 1, block_table=make(1, 1),
+            pages[0, :1], pages, pages, make([0, 1]), None, 1, 1, window_size=(-1, 0),
+            enable_gqa=False, seqused_k=make([1]), block_table=make([[0]]),
         )  # fmt: skip
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except RuntimeError as error:  # NotImplementedError is one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        say(f"attention gathers pages before it reads them, which is slower: {reason}")
         return False
     return True
 

@@ -46,7 +46,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # of tokens in the answer, for each time they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what its logit gets)
     min_tokens: int = 0  # no stop token before so many others
-    ignore_eos: bool = False  # whoever decodes goes on after a stop token; nothing is banned
+    ignore_eos: bool = False  # decoding goes on after a stop token
     logprobs: int | None = None  # alternatives to report for each new token; None: nothing
     prompt_logprobs: int | None = None  # the same for each token of the prompt
 

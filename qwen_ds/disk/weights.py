@@ -219,7 +219,7 @@ def save_tensors(
 def read_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     """Read a pickle that holds tensors by name; `mmap` maps them into memory instead.
 
-    Callers read one only where the user may have meant to (--allow_pickle, lora.init_from). With
+    Callers read one only where the user may have meant to (--allow_pickle, lora.allow_pickle). With
     `weights_only` no code in it can run.
 
     Raises UserError for anything but a dict of tensors, with `mmap` also for a file from before

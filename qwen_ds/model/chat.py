@@ -337,8 +337,7 @@ def decode_row(
     room = generation_config.max_length  # of prompt and new tokens, however it was asked for
     assert room is not None
     limits = EngineLimits(1, generation_config.prefill_chunk_size or len(prompt), room)
-    store = ContiguousStore(kv_shape(model.config, model.dtype, model.device), 0)
-    store.num_pages = store.pages_for(room)
+    store = ContiguousStore.for_rows(kv_shape(model.config, model.dtype, model.device), [room])
     forward = packed(partial(model, **more))
     # The text is the caller's, who has the tokenizer.
     no_text = Vocabulary(model.config.vocab_size, lambda _: "", lambda _: b"")

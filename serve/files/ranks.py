@@ -32,7 +32,7 @@ class SignOfLife:
     """The file of this rank, touched by a thread until `stop`, which removes it."""
 
     def __init__(self, output: Path, rank: int, own: Holder) -> None:
-        self.holder = own
+        self._own = own
         self._path = _file(output, rank)
         self._done = threading.Event()
         self._write()
@@ -42,7 +42,7 @@ class SignOfLife:
     def _write(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(self._path, flags, 0o644), "w") as file:
-            file.write(json.dumps(asdict(self.holder)))
+            file.write(json.dumps(asdict(self._own)))
 
     def _touch(self) -> None:
         while not self._done.wait(BEAT_SECONDS):

@@ -114,6 +114,27 @@ def test_block_tables_say_where_a_row_lies(
     check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed=9)
 
 
+def test_a_kernel_that_refuses_tables_is_said_and_a_wrong_call_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(error: Exception) -> Any:
+        def attention(*_: object, **__: object) -> None:
+            raise error
+
+        return attention
+
+    monkeypatch.setattr(kv_pages, "varlen_attn", varlen_by_hand)
+    assert kv_pages.kernel_runs(shape(2), 4)
+    assert not kv_pages.reads_tables(shape(2), 4), "no kernel for CPUs"
+    for error in (RuntimeError("page size 16\nand more"), NotImplementedError("page size 16")):
+        monkeypatch.setattr(kv_pages, "varlen_attn", raising(error))
+        assert not kv_pages.kernel_runs(shape(2), 4)
+        assert capsys.readouterr().out.endswith("slower: page size 16\n")
+    monkeypatch.setattr(kv_pages, "varlen_attn", raising(TypeError("unexpected argument")))
+    with pytest.raises(TypeError):
+        kv_pages.kernel_runs(shape(2), 4)
+
+
 def test_a_store_of_rows_follows_the_models_dtype() -> None:
     kv = ContiguousStore(shape(2), 4, 4)
     row = kv.open([])

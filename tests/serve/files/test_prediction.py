@@ -416,28 +416,33 @@ def test_a_rank_waits_for_rank_0_where_the_output_is_to_be_replaced(
         run(options_for(small_dir, rows, output, "--overwrite", "--timeout_minutes", "0.005"))
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Request], list[int]]:
+    """The requests that the engine takes, in order, and how many of them are without an answer
+    whenever one ends."""
+    taken: list[Request] = []
+    ahead: list[int] = []
+
+    def watching(
+        engine: DecodingEngine, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Completion | DecodingError]]:
+        def coming() -> Iterator[Request]:
+            for request in requests:
+                taken.append(request)
+                yield request
+
+        for done, one in enumerate(stream(engine, coming())):
+            ahead.append(len(taken) - done)
+            yield one
+
+    monkeypatch.setattr("serve.answering.stream", watching)
+    return taken, ahead
+
+
 def test_memory_holds_a_block_or_two_of_rows(
     small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.files.parts.block_rows", lambda rows, world: 2)
-    ahead: list[int] = []
-
-    def counting(
-        engine: DecodingEngine, requests: Iterable[Request]
-    ) -> Iterator[tuple[int, Completion | DecodingError]]:
-        taken = 0
-
-        def coming() -> Iterator[Request]:
-            nonlocal taken
-            for request in requests:
-                taken += 1
-                yield request
-
-        for done, one in enumerate(stream(engine, coming())):
-            ahead.append(taken - done)
-            yield one
-
-    monkeypatch.setattr("serve.answering.stream", counting)
+    _, ahead = watched(monkeypatch)
     run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
     assert max(ahead) <= 3 + 2, "slots, and those that wait for one"
     assert [line["id"] for line in read_lines(tmp_path / "out.jsonl")] == list(range(11))
@@ -447,20 +452,9 @@ def test_the_longest_prompts_of_a_block_begin_first(
     small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.files.parts.block_rows", lambda rows, world: 4)
-    lens: list[int] = []
-
-    def watched(
-        engine: DecodingEngine, requests: Iterable[Request]
-    ) -> Iterator[tuple[int, Completion | DecodingError]]:
-        def coming() -> Iterator[Request]:
-            for request in requests:
-                lens.append(len(request.prompt))
-                yield request
-
-        return stream(engine, coming())
-
-    monkeypatch.setattr("serve.answering.stream", watched)
+    taken, _ = watched(monkeypatch)
     run(options_for(small_dir, rows, tmp_path / "out.jsonl"))
+    lens = [len(request.prompt) for request in taken]
     assert len(lens) == 11 and len(set(lens)) > 3
     for start in (0, 4, 8):
         assert lens[start : start + 4] == sorted(lens[start : start + 4], reverse=True)
