@@ -54,9 +54,20 @@ class Claims:
         self._taken: set[int] = set()
         self._folder.mkdir(exist_ok=True)
         self._text = json.dumps(asdict(self._own))
-        self._card = self._folder / f"rank_{rank:05d}"
+        if rank == 0:  # an earlier run's
+            for card in self._folder.glob("rank_*"):
+                card.unlink(missing_ok=True)
+        self._card = self._card_of(rank)
         self._card.unlink(missing_ok=True)  # blocks that an earlier run took are links to it
         self._card.write_text(self._text, encoding="utf-8")
+
+    def _card_of(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:05d}"
+
+    def has_joined(self, rank: int) -> bool:
+        """Whether a rank has come for blocks, as far as rank 0 knows: it may miss one that was
+        there first."""
+        return self._card_of(rank).exists()
 
     @property
     def num_blocks(self) -> int:

@@ -91,7 +91,10 @@ def predict(
             return None
         held.callback(share.parts.close)
         figures = _run(source, share, options)
-        if figures is not None and not keeps_parts:
+        if figures is None:
+            return None
+        watch.wait_for_ends(share.has_joined)
+        if not keeps_parts:
             files.remove_parts(output)
         return figures
 
@@ -106,6 +109,7 @@ class Share:
         self._reader, self._claims = reader, claims
         self._block = -1
         self._wanted: frozenset[int] = frozenset()  # rows of the block, if it is ours
+        self.has_joined = claims.has_joined
 
     def rows(self) -> Iterator[PromptRow]:
         """The rows that this rank answers, a block at a time, taken when they are asked for; the

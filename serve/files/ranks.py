@@ -2,7 +2,8 @@
 
 From its start, before it looks for the model, each rank touches a file of its own beside the output
 every few seconds, until its share is done. Rank 0 watches the others' from a thread, so that a long
-batch of its own does not blind it; they watch rank 0's until it has made the folder of parts.
+batch of its own does not blind it; they watch rank 0's until it has made the folder of parts. At
+the end rank 0 waits for those that start late: they must find the folder, or the output.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from qwen_ds.disk.lock import BEAT_SECONDS, Holder
+from qwen_ds.runlog import say
 
 # Six beats: network disks cache a file's time for a few seconds.
 SILENT_SECONDS = 30.0
 # For a rank that has never come: all start together, and nothing slow comes before the first beat.
 ABSENT_SECONDS = 60.0
 LOOK_SECONDS = 1.0
+_POLL_SECONDS = 0.1
 
 
 def _file(output: Path, rank: int) -> Path:
@@ -87,6 +91,28 @@ class RankWatch:
         """The ranks that have been silent for too long, each with the words that say so. One that
         has done its share is among them."""
         return dict(self._gone)
+
+    def wait_for_ends(self, has_joined: Callable[[int], bool]) -> None:
+        """Wait until every rank has come and has ended, or is gone; ABSENT_SECONDS at most.
+
+        `has_joined` knows of those that come and end between two looks.
+        """
+        began, is_said = time.monotonic(), False
+        while (waited := time.monotonic() - began) < ABSENT_SECONDS:
+            left = [rank for rank in self._seen if not self._has_ended(rank, has_joined)]
+            if not left:
+                return
+            if waited > 2 * LOOK_SECONDS and not is_said:
+                is_said = True
+                say(f"all rows are done; waiting for rank {left[0]}, which starts late or is slow")
+            time.sleep(_POLL_SECONDS)
+
+    def _has_ended(self, rank: int, has_joined: Callable[[int], bool]) -> bool:
+        if rank in self._gone:
+            return True
+        # In this order: one that joins has made its sign before, and removes it after.
+        has_come = has_joined(rank) or self._seen[rank][2]
+        return has_come and self._time(rank) is None
 
     def stop(self) -> None:
         self._done.set()

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwen_ds.errors import UserError
 from serve import predict as command
+from serve.files.parts import JOINED_FILE
 from serve.files.prediction import predict
 from serve.options import PredictOptions, parse
 
@@ -47,32 +50,44 @@ def test_two_processes_share_the_rows(small_dir: Path, tmp_path: Path) -> None:
     assert texts[0] == ""
 
 
-@pytest.mark.job
-def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path) -> None:
-    """The rows and nothing else; one of them twice, the second finds nothing left behind."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [sys.executable, "-m", "serve.predict", "--model", str(small_dir), *FAST]
-    command += ["--input", str(rows), "--output", "-"]
-    processes = [
-        subprocess.Popen(
+def processes_of(words: list[str], cache: Path) -> Callable[[int], subprocess.Popen[str]]:
+    """Start one rank of two."""
+    command = [sys.executable, "-m", "serve.predict", *words, *FAST]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        return subprocess.Popen(
             command,
             cwd=Path(__file__).parents[2],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONIOENCODING": "ascii"},
+            env=os.environ | ranks | {"XDG_CACHE_HOME": str(cache), "PYTHONIOENCODING": "ascii"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (1, 0)
-    ]
-    ended = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
-    assert ended[0][0] == "" and "11 rows" in ended[1][1]
+
+    return start
+
+
+@pytest.mark.job
+@pytest.mark.parametrize("second", ["with the first", "after the last row"])
+def test_two_processes_write_to_standard_output(
+    small_dir: Path, tmp_path: Path, second: str
+) -> None:
+    """The rows and nothing else, and nothing is left behind; whenever the other rank comes."""
+    rows, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    start = processes_of(["--model", str(small_dir), "--input", str(rows), "--output", "-"], cache)
+    zero = start(0)
+    while second == "after the last row" and not list(cache.rglob(JOINED_FILE)):
+        assert zero.poll() is None, zero.communicate()
+        time.sleep(0.05)
+    one = start(1)
+    ended = [process.communicate(timeout=120) for process in (one, zero)]
+    assert (one.returncode, zero.returncode) == (0, 0), ended
+    assert ended[0][0] == "" and "11 rows" in ended[1][1], ended
     lines = [json.loads(line) for line in ended[1][0].splitlines()]
     assert [line["prompt"] for line in lines] == [row["content"] for row in ROWS]
-    assert not list((tmp_path / "cache" / "qwen_ds" / "predictions").iterdir())
+    assert not list((cache / "qwen_ds" / "predictions").iterdir())
 
 
 def test_standard_output_that_a_launcher_writes_to_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,35 @@ def test_a_file_that_another_run_took_comes_back(tmp_path: Path) -> None:
     until(file.is_file)
     beat.stop()
     assert not file.exists()
+
+
+def test_the_end_waits_for_ranks_that_come_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes late, one has come and gone between two looks, one is dead."""
+    said: list[str] = []
+    monkeypatch.setattr(ranks, "say", said.append)
+    monkeypatch.setattr(ranks, "ABSENT_SECONDS", 30.0)
+    beat = SignOfLife(tmp_path / "out", 3, Holder.this_process())
+    watch = RankWatch(tmp_path / "out", 4)
+    until(lambda: watch._seen[3][2])
+    beat._done.set()  # as a kill would stop it
+    with ThreadPoolExecutor() as pool:
+        end = pool.submit(watch.wait_for_ends, lambda rank: rank == 2)
+        until(lambda: said)
+        late = SignOfLife(tmp_path / "out", 1, Holder.this_process())
+        until(lambda: watch._seen[1][2])
+        until(watch.gone)
+        assert not end.done() and "waiting for rank 1" in said[0]
+        late.stop()
+        end.result(timeout=30)
+    watch.stop()
+
+
+def test_the_end_does_not_wait_for_ever(tmp_path: Path) -> None:
+    beat = SignOfLife(tmp_path / "out", 1, Holder.this_process())
+    watch = RankWatch(tmp_path / "out", 2)
+    watch.wait_for_ends(lambda rank: True)
+    assert watch.gone() == {}
+    beat.stop()
+    watch.stop()
