@@ -78,15 +78,20 @@ def _turn(message: object, place: int) -> Turn:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(ROLES)}")
+    return Turn(str(role), text_of(content, place))
+
+
+def text_of(content: object, place: int) -> str:
+    """The text of messages[place]; UserError: it is none."""
     if isinstance(content, str):
-        return Turn(str(role), content)
+        return content
     parts = content if isinstance(content, list | tuple) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"messages[{place}].content is not text; expected a string or a list of text parts"
         )
-    return Turn(str(role), "".join(map(str, texts)))
+    return "".join(map(str, texts))
 
 
 def text_ids(enc: Encoding, text: str, parse_specials: bool = False) -> list[int]:
