@@ -1,0 +1,1 @@
+"""The HTTP API: a front that clients talk to, and engines in processes of their own."""

@@ -1,0 +1,18 @@
+"""An HTTP server with OpenAI's API, the original project's route and a chat page.
+
+    python -m serve.api --model DIR_OR_HUB_ID [--adapter NAME=DIR ...] [--host H] [--port 8044]
+
+Each engine is a process of its own, one for each GPU; the front of them all is this process.
+Clients ask for the model by its folder's name, or for an adapter by its own. SIGTERM lets answers
+under way end. The log on standard output has one JSON line a request.
+"""
+
+from __future__ import annotations
+
+from qwen_ds.recipe.parser import parse_options
+from qwen_ds.runlog import run_command
+from serve.api.options import ApiOptions
+from serve.api.server import serve
+
+if __name__ == "__main__":
+    run_command(lambda: serve(parse_options(ApiOptions, __doc__.split("\n\n")[0])))

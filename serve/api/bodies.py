@@ -1,0 +1,189 @@
+"""Bodies of requests: what clients send, checked field by field.
+
+Unknown fields are ignored, as everywhere in this API's world. Known ones that change the answer and
+are not supported are refused by name, wherever they differ from what happens anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qwen_ds.decode.sampling import MAX_LOGPROBS
+from serve.api.errors import ApiError
+
+MAX_CHOICES = 128  # of one request
+_MAX_STOPS, _MAX_STOP_LENGTH = 64, 1000
+
+Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+JsonObject = dict[str, Any]
+_BRANCHES = {"str", "int", "float", "bool", "dict"}  # of a union, as errors name them
+
+
+class Body(BaseModel):
+    """A JSON object of which unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    # Known fields that are not supported, with the values that ask for nothing.
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to hold an answer to a form: one of these."""
+
+    json_: JsonObject | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+
+class StreamOptions(Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+
+
+class Sampled(Body):
+    """Fields that both kinds of completion have."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (None, 1), "use_beam_search": (None, False), "length_penalty": (None, 1, 1.0),
+        "prompt_logprobs": (None, 0), "truncate_prompt_tokens": (None,), "bad_words": (None, []),
+        "allowed_token_ids": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
+        "min_new_tokens": (None, 0), "include_stop_str_in_output": (None, False),
+        "skip_special_tokens": (None, True),
+    }  # fmt: skip
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: JsonObject | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    user: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatBody(Sampled):
+    """Body of /v1/chat/completions."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampled.unsupported | {
+        "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,),
+        "web_search_options": (None,), "chat_template": (None,), "documents": (None, []),
+        "add_generation_prompt": (None, True), "echo": (None, False),
+        "chat_template_kwargs": (None, {}),
+    }  # fmt: skip
+
+    messages: Annotated[list[JsonObject], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    functions: list[JsonObject] | None = None
+    function_call: Literal["none", "auto"] | JsonObject | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
+
+
+class CompletionBody(Sampled):
+    """Body of /v1/completions."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampled.unsupported | {"suffix": (None, "")}
+
+    prompt: str | list[Token] | list[str] | list[list[Token]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class OriginalBody(Body):
+    """Body of /nlg/text_generate, the original project's route, with its defaults."""
+
+    instruction: str = ""
+    text: str = "1+1="
+    penalty_alpha: float = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[float, Field(gt=0, le=100)] = 0.8
+    do_sample: bool = True
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
+
+
+class TokenizeBody(Body):
+    """Body of /tokenize: a prompt, or messages with their functions."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[JsonObject] | None = None
+    functions: list[JsonObject] | None = None
+    tools: list[JsonObject] | None = None
+
+
+class DetokenizeBody(Body):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[Token]
+
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+def read_body(kind: type[Kind], raw: bytes) -> Kind:
+    """A body of some kind. ApiError 400 names the field that is wrong."""
+    try:
+        body = kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _invalid(error) from None
+    if kind.unsupported:
+        given = _Loose.model_validate_json(raw).model_extra or {}
+        for name, harmless in kind.unsupported.items():
+            if name in given and given[name] not in harmless:
+                came = f"{name} is not supported"
+                raise ApiError(400, f"{came}; leave it out", name, "unsupported_parameter")
+    return body
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a union every branch has its say; the deepest is the one that was meant.
+    worst = max(found, key=lambda one: len(one["loc"]))
+    if worst["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {worst['msg'].removeprefix('Invalid JSON: ')}")
+    place = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}"
+        for part in worst["loc"]
+        if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)
+    ).removeprefix(".")
+    message = worst["msg"]
+    param = str(worst["loc"][0]) if worst["loc"] else None
+    return ApiError(400, f"{place or 'the body'}: {message}", param)

@@ -1,0 +1,233 @@
+"""Engines in processes of their own, as the front's event loop sees them.
+
+Each has two threads: one reads its pipe and hands what comes to the loop, one writes, so that a
+full pipe never holds up the loop. An engine that dies fails its own jobs, and is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from qwen_ds.runlog import say
+from serve.api import worker
+from serve.api.jobs import (
+    ENGINE_GONE,
+    Cancel,
+    Event,
+    Figures,
+    Job,
+    JobError,
+    Ready,
+    Refused,
+    Step,
+    Submit,
+)
+from serve.api.worker import EngineSettings
+
+_RESTART_SECONDS, _MOST_RESTART_SECONDS = 0.5, 30.0
+
+_GONE = JobError(ENGINE_GONE, "the engine that worked on this request has ended; send it again")
+
+
+class Work:
+    """A job that an engine has. `sink` gets its events, in the event loop; the last one has a
+    finish reason or an error."""
+
+    def __init__(
+        self, engine: EngineProcess, key: int, job: Job, sink: Callable[[Event], None]
+    ) -> None:
+        self.job, self.engine = job, engine
+        self._key, self._sink = key, sink
+        self._is_over = False
+
+    def put(self, event: Event) -> None:
+        self._is_over = self._is_over or event.is_last
+        self._sink(event)
+
+    def close(self) -> None:
+        """End the job; once it has ended this does nothing."""
+        if not self._is_over:
+            self._is_over = True
+            self.engine.cancel(self._key)
+
+
+class EngineProcess:
+    """One engine, whichever process it runs in at the moment."""
+
+    def __init__(self, settings: EngineSettings, number: int) -> None:
+        self.number = number
+        self.ready: Ready | None = None  # None: it loads, or is dead
+        self.refused: Refused | None = None
+        self.figures = Figures()
+        self._settings = settings
+        self._works: dict[int, Work] = {}
+        self._tokens = 0
+        self._next_key = 0
+        self._failures = 0
+        self._is_closed = False
+        self._process: SpawnProcess | None = None
+        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._changed: Callable[[], None] = lambda: None
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that its jobs may still take."""
+        return self._tokens
+
+    @property
+    def jobs(self) -> int:
+        return len(self._works)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self, changed: Callable[[], None]) -> None:
+        """Start a process; `changed` is called in the loop when it is ready, refused or dead."""
+        self._changed = changed
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.work, args=(theirs, self._settings, self.number),
+            name=f"engine-{self.number}", daemon=True,
+        )  # fmt: skip
+        self._process.start()
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        self._outgoing = queue.SimpleQueue()
+        for target, *args in ((self._read, ours, loop), (_write, ours, self._outgoing)):
+            threading.Thread(target=target, args=args, daemon=True).start()
+
+    def submit(self, job: Job, sink: Callable[[Event], None]) -> Work:
+        """Give the engine a job; the first event says whether it takes it."""
+        self._next_key += 1
+        work = Work(self, self._next_key, job, sink)
+        self._works[self._next_key] = work
+        self._tokens += job.tokens
+        self._outgoing.put(Submit(self._next_key, job))
+        return work
+
+    def cancel(self, key: int) -> None:
+        if key in self._works:
+            self._forget(key)
+            self._outgoing.put(Cancel(key))
+
+    def _forget(self, key: int) -> None:
+        self._tokens -= self._works.pop(key).job.tokens
+
+    def _read(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread that reads what the engine says, until it ends."""
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                break
+            loop.call_soon_threadsafe(self._take, message)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._ended)
+
+    def _take(self, message: Ready | Refused | Step) -> None:
+        if isinstance(message, Step):
+            self.figures = message.figures
+            for event in message.events:
+                work = self._works.get(event.key)
+                if work is None:  # cancelled meanwhile
+                    continue
+                if event.is_last:
+                    self._forget(event.key)
+                    self._failures = 0
+                work.put(event)
+        elif isinstance(message, Ready):
+            self.ready = message
+            self._changed()
+        else:
+            self.refused = message
+
+    def _ended(self) -> None:
+        """The process is gone: fail its jobs, and start another one."""
+        was_ready, self.ready, self.figures = self.ready is not None, None, Figures()
+        self._outgoing.put(None)
+        for key, work in list(self._works.items()):
+            self._forget(key)
+            work.put(Event(key, None, error=_GONE))
+        self._changed()
+        if self._is_closed or (self.refused is not None and not was_ready and not self._failures):
+            return
+        code = None if self._process is None else self._process.exitcode
+        wait = min(_RESTART_SECONDS * 2**self._failures, _MOST_RESTART_SECONDS)
+        self._failures += 1
+        why = "" if self.refused is None else f": {self.refused.message}"
+        say(f"engine {self.number} has ended (exit code {code}){why}; it starts anew")
+        asyncio.get_running_loop().call_later(wait, self._restart)
+
+    def _restart(self) -> None:
+        if not self._is_closed:
+            self.refused = None
+            self.start(self._changed)
+
+    def close(self) -> None:
+        """End the process, and its jobs with it."""
+        self._is_closed = True
+        process = self._process
+        if process is not None:
+            process.kill()  # it writes nothing that could be left half done
+            process.join()
+
+
+def _write(pipe: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
+    """The thread that sends what is put into the queue, until None comes."""
+    while (message := outgoing.get()) is not None:
+        try:
+            pipe.send(message)
+        except OSError:  # the engine is gone, which the reader tells
+            return
+
+
+class EnginePool:
+    """The engines behind one port."""
+
+    def __init__(self, settings: EngineSettings, number: int) -> None:
+        self.engines = [EngineProcess(settings, i) for i in range(number)]
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        for engine in self.engines:
+            engine.start(self._changed.set)
+
+    @property
+    def ready(self) -> list[EngineProcess]:
+        return [engine for engine in self.engines if engine.ready is not None]
+
+    @property
+    def jobs(self) -> int:
+        return sum(engine.jobs for engine in self.engines)
+
+    @property
+    def room(self) -> int:
+        """Tokens of keys and values of the engine that has the fewest."""
+        return min((engine.ready.room for engine in self.engines if engine.ready), default=0)
+
+    async def wait_until_ready(self) -> Refused | None:
+        """Wait until every engine has loaded its model; or why one never will."""
+        while True:
+            self._changed.clear()
+            if refused := next((e.refused for e in self.engines if e.refused is not None), None):
+                return refused
+            if len(self.ready) == len(self.engines):
+                return None
+            await self._changed.wait()
+
+    def least_busy(self) -> EngineProcess | None:
+        """The engine with the fewest outstanding tokens; None if none is ready."""
+        return min(self.ready, key=lambda engine: engine.outstanding_tokens, default=None)
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()

@@ -1,0 +1,171 @@
+"""The gate that every HTTP request passes: keys, size and pace of the body, and a line in the log.
+
+It is plain ASGI, so that it also sees the end of a stream and the client that leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.api.errors import ApiError
+
+OPEN_PATHS = ("/", "/health")  # without a key: the page asks for one by itself
+
+
+@dataclass(slots=True)
+class Passing:
+    """One request on its way, as the log tells it; routes add to it (scope["passing"])."""
+
+    status: int = 0
+    model: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Gate:
+    """ASGI middleware around the whole app."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        max_body_bytes: int,
+        body_seconds: float,
+        log: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """
+        Args:
+            keys: any of them lets a request pass; none: every request passes.
+            body_seconds: for a client to send its body.
+            log: is told one object a request.
+        """
+        self._app, self._keys = app, [key.encode() for key in keys]
+        self._max_bytes, self._seconds, self._log = max_body_bytes, body_seconds, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        passing, began = Passing(), time.monotonic()
+        scope["passing"] = passing
+        has_begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                passing.status, has_begun = message["status"], True
+            await send(message)
+
+        try:
+            self._require_key(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _Replayed(body, receive), sending)
+        except ApiError as error:
+            passing.error = error.message
+            if not has_begun:
+                await _send_error(sending, error)
+        except _Gone:
+            passing.error = "the client left before its request was there"
+        finally:
+            self._log(_line(scope, passing, time.monotonic() - began))
+
+    def _require_key(self, scope: Scope) -> None:
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, value = given.partition(b" ")
+        value = value.strip()
+        if kind.lower() == b"basic":
+            try:
+                value = base64.b64decode(value, validate=True).partition(b":")[2]
+            except binascii.Error:
+                value = b""
+        elif kind.lower() != b"bearer":
+            value = b""
+        # All of them, so that the time tells nothing.
+        matches = [hmac.compare_digest(value, key) for key in self._keys]
+        if not any(matches):
+            came = "no key" if not value else "a key that is not known"
+            raise ApiError(
+                401, f"{came}; expected Authorization: Bearer KEY", code="invalid_api_key"
+            )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body. ApiError: it is too large (413) or comes too slowly (408)."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._seconds):
+                size, more = 0, True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Gone
+                    parts.append(message.get("body", b""))
+                    size, more = size + len(parts[-1]), message.get("more_body", False)
+                    if size > self._max_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            took = f"the body took more than {self._seconds:.0f} s to come"
+            raise ApiError(408, f"{took}; expected it faster") from None
+        return b"".join(parts)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is too large; expected at most {self._max_bytes:,} bytes")
+
+
+class _Gone(Exception):
+    """The client has left."""
+
+
+class _Replayed:
+    """A receive that gives the body once, and then what the client does."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _send_error(send: Send, error: ApiError) -> None:
+    body = json.dumps(error.body(), ensure_ascii=False).encode(errors="backslashreplace")
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    headers |= error.headers()
+    if error.status in (408, 413):  # the rest of the body is not read
+        headers["connection"] = "close"
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _line(scope: Scope, passing: Passing, seconds: float) -> dict[str, Any]:
+    client = scope.get("client") or ("", 0)
+    line: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "client": client[0],
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": passing.status,
+        "seconds": round(seconds, 4),
+    }
+    if passing.model is not None:
+        line["model"] = passing.model
+    line |= passing.figures
+    return line if passing.error is None else line | {"error": passing.error}

@@ -1,0 +1,110 @@
+"""Messages between the front and an engine's process, over a pipe of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwen_ds.decode.request import PromptFigures
+from qwen_ds.decode.sampler import TokenLogprobs
+from qwen_ds.decode.sampling import SamplingParams
+from qwen_ds.decode.stop import FinishReason
+
+Structure = tuple[Literal["json_object", "json_schema", "choice", "regex"], Any]
+"""The form that an answer is held to, and the schema, texts or pattern of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to answer."""
+
+    ids: tuple[int, ...]
+    sampling: SamplingParams
+    stops: tuple[str, ...] = ()
+    adapter: str | None = None
+    structure: Structure | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it may take, prompt and answer."""
+        return len(self.ids) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job has no answer, or no whole one."""
+
+    kind: str  # name of a class of qwen_ds.decode.exceptions, or of one of EngineGone
+    message: str
+
+
+ENGINE_GONE = "EngineGone"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One job's share of a step."""
+
+    key: int
+    token: int | None
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: JobError | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt: PromptFigures | None = None  # with the first token
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An engine that has loaded its model."""
+
+    room: int  # tokens of keys and values
+    slots: int
+    gigabytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The state of an engine after a step."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: float = 0.0  # share
+    put_back: int = 0  # since the engine began, as the next two
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Events of a step, and how the engine stands after it."""
+
+    events: tuple[Event, ...]
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A model that cannot be loaded: the process's last words."""
+
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A job for the engine."""
+
+    key: int
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A job that nobody waits for any more."""
+
+    key: int

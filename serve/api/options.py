@@ -1,0 +1,68 @@
+"""Options of serve.api: the command line is made from this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qwen_ds.errors import UserError
+from qwen_ds.recipe.ranges import NonNegativeInt, PathText, PositiveFloat, PositiveInt
+from serve.options import LoadOptions
+
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiOptions(LoadOptions):
+    """Options of serve.api."""
+
+    model: PathText
+    """Folder or hub id of a Qwen checkpoint."""
+    adapter: list[PathText] = field(default_factory=list)  # type: ignore[assignment]
+    """NAME=DIR of PEFT adapters, unmerged: clients ask for one by its name as the model. A bare
+    DIR is on the model itself."""
+    served_model_name: list[str] = field(default_factory=list)
+    """Names by which clients ask for the model; unset: the name of its folder."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all of the machine's."""
+    port: NonNegativeInt = 8044
+    """Port to listen at; 0: any that is free, which is said."""
+    engines: PositiveInt | None = None
+    """Engines, each in a process of its own, behind the one port; unset: one for each GPU."""
+    slots: PositiveInt = 32
+    """Answers that an engine works on together."""
+    prefill_tokens: PositiveInt = 256
+    """Tokens of prompts in one step at most; fewer on a CPU while other rows decode."""
+    memory_gb: PositiveFloat | None = None
+    """Memory for keys and values of each engine, in GB (10^9 bytes); unset: most of what is free
+    once the model is loaded."""
+    max_queue: NonNegativeInt = 256
+    """Answers that may wait for a slot; beyond them requests get 503 with Retry-After."""
+    api_key: list[str] = field(default_factory=list)
+    """Keys of clients; a process list shows them, so better api_key_file."""
+    api_key_file: PathText | None = None
+    """File with a key of a client on each line."""
+    max_body_mb: PositiveFloat = 8.0
+    """Largest body of a request, in MB (10^6 bytes)."""
+    body_seconds: PositiveFloat = 60.0
+    """Time that a client has to send a body."""
+    request_seconds: PositiveFloat = 600.0
+    """Time that an answer may take."""
+    drain_seconds: PositiveFloat = 30.0
+    """Time that answers under way have to end after SIGTERM."""
+    log_text: bool = False
+    """Put prompts and answers into the log, too."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins of pages that may call this API from a browser; * for all."""
+    ssl_certfile: PathText | None = None
+    """Certificate for https, as PEM."""
+    ssl_keyfile: PathText | None = None
+    """Key of the certificate."""
+
+    def __post_init__(self) -> None:
+        if self.port > MAX_PORT:
+            raise UserError(f"--port is {self.port}; expected 0 to {MAX_PORT}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise UserError("--ssl_keyfile is given without --ssl_certfile; expected both")
+        names = self.served_model_name
+        if len(set(names)) < len(names) or not all(names):
+            raise UserError(f"--served_model_name is {names}; expected different names")

@@ -1,0 +1,209 @@
+"""The server process: it checks what is asked, opens the port and starts the engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from qwen_ds import dist
+from qwen_ds.disk.adapter_folder import tell_adapter
+from qwen_ds.disk.read import read_text
+from qwen_ds.errors import EXIT_USER, Failed, UserError
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.model.folder import ModelFolder, find_model
+from qwen_ds.model.shapes import state_shapes
+from qwen_ds.runlog import say
+from qwen_ds.terminal import show_json
+from serve.api.answering import Answering
+from serve.api.app import Front, create_app
+from serve.api.engines import EnginePool
+from serve.api.gate import Gate
+from serve.api.metrics import Metrics
+from serve.api.options import ApiOptions
+from serve.api.served import Served
+from serve.api.worker import EngineSettings
+from serve.engine.adapters import DEFAULT, named_adapters
+
+_KEY_FILE_BYTES = 1 << 20
+_MOST_CONNECTIONS = 4096
+_IDLE_SECONDS = 75
+_HEADER_BYTES = 64 * 1024
+
+
+def serve(options: ApiOptions) -> int:
+    """Serve until a signal ends it.
+
+    UserError: no such model or adapter, a port in use, keys or certificates that cannot be read.
+    """
+    if dist.world_size() > 1:
+        raise UserError(f"{dist.world_size()} ranks; expected one process, and --engines N")
+    keys = read_keys(options)
+    folder = find_model(options.model)
+    adapters = _fitting(options, folder)
+    with _listening(options) as port:
+        served = _served(options, folder, tuple(adapters))
+        settings = _settings(options, folder, adapters)
+        return asyncio.run(_serve(options, served, settings, keys, port))
+
+
+def read_keys(options: ApiOptions) -> list[str]:
+    """The keys of clients. UserError: a file that holds none, or lines that are no keys."""
+    keys = list(options.api_key)
+    if options.api_key_file is not None:
+        file = Path(options.api_key_file)
+        lines = [line.strip() for line in read_text(file, _KEY_FILE_BYTES).splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"{file}: holds no key; expected one on each line")
+        if file.stat().st_mode & 0o077:
+            say(f"{file}: other users can read the keys; chmod 600 would keep them out")
+        keys += found
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or " " in key or not key:
+            raise UserError("a key has blanks or other than ASCII characters; expected none")
+    if not keys and options.host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"--host {options.host} without --api_key_file: whoever reaches it can use it")
+    return keys
+
+
+def _fitting(options: ApiOptions, folder: ModelFolder) -> dict[str, str]:
+    """Folders of adapters by name, all of which fit the model."""
+    found = {}
+    for name, given in named_adapters(options.adapter).items():
+        adapter = read_adapter(tell_adapter(given), allow_pickle=options.allow_pickle)
+        for note in check_adapter_fits(adapter, state_shapes(folder.config)):
+            say(f"{adapter.folder}: {note}")
+        found[name] = str(adapter.folder)
+    return found
+
+
+def _served(options: ApiOptions, folder: ModelFolder, adapters: tuple[str, ...]) -> Served:
+    names = tuple(options.served_model_name) or (folder.path.resolve().name,)
+    named = tuple(name for name in adapters if name != DEFAULT)
+    if both := sorted(set(names) & set(named)):
+        raise UserError(f"{both[0]} names the model and an adapter; expected different names")
+    return Served(names, named, folder.encoding, folder.family.context(folder.config), True)
+
+
+def _settings(
+    options: ApiOptions, folder: ModelFolder, adapters: dict[str, str]
+) -> tuple[EngineSettings, int]:
+    o, gpus = options, torch.cuda.device_count() if options.device != "cpu" else 0
+    number = o.engines or max(gpus, 1)
+    if gpus and number > gpus:
+        raise UserError(f"--engines {number} with {gpus} GPUs; expected one for each at most")
+    threads = None if gpus else max(1, len(os.sched_getaffinity(0)) // number)
+    settings = EngineSettings(
+        str(folder.path), adapters, o.device, o.dtype, o.allow_pickle, o.slots, o.prefill_tokens,
+        o.memory_gb, threads,
+    )  # fmt: skip
+    return settings, number
+
+
+@contextmanager
+def _listening(options: ApiOptions) -> Iterator[socket.socket]:
+    """The port. UserError: it is in use, or not this user's or machine's."""
+    try:
+        info = socket.getaddrinfo(options.host, int(options.port), type=socket.SOCK_STREAM)[0]
+        port = socket.socket(info[0], socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"--host {options.host}: {error.strerror}") from None
+    with port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            port.bind(info[4])
+        except OSError as error:
+            raise UserError(
+                f"--port {options.port} of {options.host}: {error.strerror}; expected a free port"
+            ) from None
+        yield port
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: it would end by them a second time."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    options: ApiOptions,
+    served: Served,
+    engines: tuple[EngineSettings, int],
+    keys: list[str],
+    port: socket.socket,
+) -> int:
+    pool = EnginePool(*engines)
+    metrics = Metrics(pool, (*served.names, *served.adapters))
+    most = engines[1] * options.slots + options.max_queue
+    answering = Answering(pool, metrics, most, options.request_seconds)
+    app = create_app(
+        Front(served, pool, metrics, answering, options.log_text), options.cors_origins
+    )
+    gate = Gate(app, keys, int(options.max_body_mb * 1e6), options.body_seconds, _log)
+    server = _Server(_config(options, gate))
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        answering.is_draining = True
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    pool.start()
+    try:
+        serving = asyncio.ensure_future(server.serve(sockets=[port]))
+        loading = asyncio.ensure_future(pool.wait_until_ready())
+        await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and (refused := loading.result()) is not None:
+            end()
+            await serving
+            failure = UserError if refused.exit_code == EXIT_USER else Failed
+            raise failure(refused.message)
+        if not serving.done():
+            _say_ready(options, served, pool, port)
+        await serving
+    finally:
+        pool.close()
+    return 0
+
+
+def _config(options: ApiOptions, gate: Gate) -> uvicorn.Config:
+    config = uvicorn.Config(
+        gate, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS, limit_concurrency=_MOST_CONNECTIONS,
+        h11_max_incomplete_event_size=_HEADER_BYTES, http="h11", ws="none",
+        timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
+        ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
+    )  # fmt: skip
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"--ssl_certfile {options.ssl_certfile}: {error}") from None
+    return config
+
+
+def _say_ready(options: ApiOptions, served: Served, pool: EnginePool, port: socket.socket) -> None:
+    ready = pool.engines[0].ready
+    assert ready is not None
+    room = f"room for {ready.room:,} tokens of keys and values ({ready.gigabytes:.3g} GB)"
+    each = "" if len(pool.engines) == 1 else f"{len(pool.engines)} engines, each with "
+    scheme = "http" if options.ssl_certfile is None else "https"
+    say(f"{', '.join((*served.names, *served.adapters))}: {each}{room}")
+    say(f"ready at {scheme}://{options.host}:{port.getsockname()[1]}")
+
+
+def _log(line: dict[str, Any]) -> None:
+    show_json([json.dumps(line, ensure_ascii=False)])

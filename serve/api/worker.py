@@ -1,0 +1,179 @@
+"""The process of one engine: jobs come through a pipe, and each step's events go back."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from qwen_ds.decode.engine import DecodingEngine
+from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.decode.grammar import Grammar, GrammarCompiler
+from qwen_ds.decode.request import Request, Update
+from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
+from qwen_ds.runlog import in_one_line
+from serve.api.jobs import Cancel, Event, Figures, Job, JobError, Ready, Refused, Step, Submit
+from serve.engine.engine import ServingEngine
+from serve.engine.loading import load_engine, silence_libraries
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Everything that an engine's process needs to begin."""
+
+    model: str
+    adapters: dict[str, str]  # folders by name
+    device: str
+    dtype: str
+    allow_pickle: bool
+    slots: int
+    prefill_tokens: int
+    memory_gb: float | None
+    threads: int | None  # of a CPU; None: torch's default
+
+
+def work(pipe: Connection, settings: EngineSettings, number: int) -> None:
+    """Load a model and answer jobs until the pipe closes. The target of a process."""
+    # The front decides when an engine ends: a terminal's Ctrl-C reaches both, and so may SIGTERM.
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, signal.SIG_IGN)
+    silence_libraries()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        loop = _load(pipe, settings, number)
+    except Exception as error:
+        pipe.send(_refused(error))
+        return
+    try:
+        loop.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the front is gone
+        return
+
+
+def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop:
+    s = settings
+    if torch.cuda.is_available() and s.device != "cpu":
+        torch.cuda.set_device(number)
+    engine = load_engine(
+        s.model, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle
+    )
+    decoding = engine.start(s.slots, s.prefill_tokens, s.memory_gb)
+    store = decoding.store
+    room = store.num_pages * store.page_size
+    pipe.send(Ready(room, s.slots, room * store.shape.bytes_per_token / 1e9))
+    return EngineLoop(pipe, engine, decoding)
+
+
+def _refused(error: Exception) -> Refused:
+    if isinstance(error, UserError):
+        return Refused(str(error), EXIT_USER)
+    message = in_one_line(error)
+    return Refused(message or "".join(traceback.format_exception(error)), EXIT_FAILURE)
+
+
+class EngineLoop:
+    """Steps of one engine, and the messages between them."""
+
+    def __init__(self, pipe: Connection, engine: ServingEngine, decoding: DecodingEngine) -> None:
+        self._pipe, self._engine, self._decoding = pipe, engine, decoding
+        self._key_of: dict[int, int] = {}  # by the engine's own number
+        self._number_of: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Step for as long as the pipe is open."""
+        while True:
+            events = list(self._take())
+            if self._decoding.is_busy:
+                with torch.inference_mode():
+                    events += self._events(self._decoding.step())
+            self._pipe.send(Step(tuple(events), self._figures()))
+
+    def _take(self) -> Iterator[Event]:
+        """Take the messages that are there, and wait for one where there is nothing to do; yield
+        the ends of jobs that cannot be begun."""
+        while not self._decoding.is_busy or self._pipe.poll():
+            message = self._pipe.recv()
+            if isinstance(message, Submit):
+                if (error := self._submit(message.key, message.job)) is not None:
+                    yield Event(message.key, None, error=error)
+                    return
+            else:
+                assert isinstance(message, Cancel)
+                self._cancel(message.key)
+                if not self._decoding.is_busy:
+                    return
+
+    def _submit(self, key: int, job: Job) -> JobError | None:
+        try:
+            grammar = None if job.structure is None else self._grammar(*job.structure)
+            number = self._decoding.submit(
+                Request(
+                    job.ids,
+                    job.sampling,
+                    self._engine.stop,
+                    job.adapter,
+                    stop_strings=job.stops,
+                    grammar=grammar,
+                )
+            )
+        except DecodingError as error:
+            return _job_error(error)
+        self._key_of[number], self._number_of[key] = key, number
+        return None
+
+    def _cancel(self, key: int) -> None:
+        number = self._number_of.pop(key, None)
+        if number is not None:  # else it has ended
+            del self._key_of[number]
+            self._decoding.cancel(number)
+
+    def _grammar(self, form: str, given: Any) -> Grammar:
+        if form == "json_object":
+            return self._compiler.json_object()
+        if form == "choice":
+            return self._compiler.choice(given)
+        return self._compiler.regex(given) if form == "regex" else self._compiler.json_schema(given)
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        vocabulary = self._engine.vocabulary
+        stops = self._engine.stop.ids
+        return GrammarCompiler(vocabulary.token_bytes, vocabulary.size, tuple(stops))
+
+    def _events(self, updates: list[Update]) -> Iterator[Event]:
+        for update in updates:
+            key = self._key_of[update.id]
+            if update.finish_reason is not None or update.error is not None:
+                del self._key_of[update.id], self._number_of[key]
+            yield Event(
+                key,
+                update.token,
+                update.text,
+                update.finish_reason,
+                None if update.error is None else _job_error(update.error),
+                update.logprobs,
+                update.prompt,
+            )
+
+    def _figures(self) -> Figures:
+        scheduler, store = self._decoding.scheduler, self._decoding.store
+        figures = self._decoding.figures
+        return Figures(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            1 - store.available_pages / store.num_pages,
+            figures.put_back,
+            figures.cached_tokens,
+            figures.prefilled_tokens + figures.cached_tokens,
+        )
+
+
+def _job_error(error: DecodingError) -> JobError:
+    return JobError(type(error).__name__, str(error))
