@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from qwen_ds.errors import EXIT_FAILURE
 from qwen_ds.runlog import say
 from serve.api import worker
 from serve.api.jobs import (
@@ -31,6 +32,7 @@ from serve.api.jobs import (
 )
 from serve.api.worker import EngineSettings
 
+_REAPED_SECONDS = 1.0
 _RESTART_SECONDS, _MOST_RESTART_SECONDS = 0.5, 30.0
 
 _GONE = JobError(ENGINE_GONE, "the engine that worked on this request has ended; send it again")
@@ -71,6 +73,7 @@ class EngineProcess:
         self._tokens = 0
         self._next_key = 0
         self._failures = 0
+        self._has_begun = False  # was ready once
         self._is_closed = False
         self._process: SpawnProcess | None = None
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -145,27 +148,32 @@ class EngineProcess:
                     self._failures = 0
                 work.put(event)
         elif isinstance(message, Ready):
-            self.ready = message
+            self.ready, self._has_begun = message, True
             self._changed()
         else:
             self.refused = message
 
     def _ended(self) -> None:
-        """The process is gone: fail its jobs, and start another one."""
-        was_ready, self.ready, self.figures = self.ready is not None, None, Figures()
+        """The process is gone: fail its jobs, and start another one if it was ever ready."""
+        self.ready, self.figures = None, Figures()
         self._outgoing.put(None)
         for key, work in list(self._works.items()):
             self._forget(key)
             work.put(Event(key, None, error=_GONE))
-        self._changed()
-        if self._is_closed or (self.refused is not None and not was_ready and not self._failures):
+        if self._is_closed:
             return
-        code = None if self._process is None else self._process.exitcode
-        wait = min(_RESTART_SECONDS * 2**self._failures, _MOST_RESTART_SECONDS)
-        self._failures += 1
-        why = "" if self.refused is None else f": {self.refused.message}"
-        say(f"engine {self.number} has ended (exit code {code}){why}; it starts anew")
-        asyncio.get_running_loop().call_later(wait, self._restart)
+        assert self._process is not None
+        self._process.join(_REAPED_SECONDS)
+        came = f"engine {self.number} has ended (exit code {self._process.exitcode})"
+        if not self._has_begun:
+            self.refused = self.refused or Refused(f"{came} while it loaded", EXIT_FAILURE)
+        else:
+            why = "" if self.refused is None else f": {self.refused.message}"
+            wait = min(_RESTART_SECONDS * 2**self._failures, _MOST_RESTART_SECONDS)
+            self._failures += 1
+            say(f"{came}{why}; it starts anew in {wait:.1f} s")
+            asyncio.get_running_loop().call_later(wait, self._restart)
+        self._changed()
 
     def _restart(self) -> None:
         if not self._is_closed:

@@ -39,6 +39,7 @@ _KEY_FILE_BYTES = 1 << 20
 _MOST_CONNECTIONS = 4096
 _IDLE_SECONDS = 75
 _HEADER_BYTES = 64 * 1024
+_LAST_WORDS_SECONDS = 5
 
 
 def serve(options: ApiOptions) -> int:
@@ -100,13 +101,15 @@ def _settings(
     options: ApiOptions, folder: ModelFolder, adapters: dict[str, str]
 ) -> tuple[EngineSettings, int]:
     o, gpus = options, torch.cuda.device_count() if options.device != "cpu" else 0
-    number = o.engines or max(gpus, 1)
+    number = int(o.engines or max(gpus, 1))
     if gpus and number > gpus:
         raise UserError(f"--engines {number} with {gpus} GPUs; expected one for each at most")
     threads = None if gpus else max(1, len(os.sched_getaffinity(0)) // number)
+    memory = None if o.memory_gb is None else float(o.memory_gb)
+    # Plain numbers: the parser's own kinds do not pickle.
     settings = EngineSettings(
-        str(folder.path), adapters, o.device, o.dtype, o.allow_pickle, o.slots, o.prefill_tokens,
-        o.memory_gb, threads,
+        str(folder.path), adapters, o.device, o.dtype, o.allow_pickle, int(o.slots),
+        int(o.prefill_tokens), memory, threads,
     )  # fmt: skip
     return settings, number
 
@@ -157,7 +160,10 @@ async def _serve(
     loop = asyncio.get_running_loop()
 
     def end() -> None:
-        answering.is_draining = True
+        if not answering.is_draining:
+            answering.is_draining = True
+            # Whoever still waits by then is told that its engine has ended.
+            loop.call_later(options.drain_seconds, pool.close)
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -185,7 +191,7 @@ def _config(options: ApiOptions, gate: Gate) -> uvicorn.Config:
         gate, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_keep_alive=_IDLE_SECONDS, limit_concurrency=_MOST_CONNECTIONS,
         h11_max_incomplete_event_size=_HEADER_BYTES, http="h11", ws="none",
-        timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
+        timeout_graceful_shutdown=round(options.drain_seconds) + _LAST_WORDS_SECONDS,
         ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
     )  # fmt: skip
     try:

@@ -1,0 +1,63 @@
+"""Mistakes at the start of a server are one line, before an engine is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from qwen_ds.errors import UserError
+from qwen_ds.recipe.parser import parse_options
+from serve.api.options import ApiOptions
+from serve.api.server import read_keys, serve
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "MODEL", "--port", "PORT"], "--port .* of 127.0.0.1: Address already in use"),
+        (["--model", "MODEL", "--port", "70000"], "--port is 70000; expected 0 to 65535"),
+        (["--model", "/none/there"], "/none/there"),
+        (["--model", "MODEL", "--adapter", "a=/none"], "/none"),
+        (["--model", "MODEL", "--adapter", "a=/x", "a=/y"], "two adapters are named a"),
+        (["--model", "MODEL", "--ssl_certfile", "/none.pem"], "/none.pem"),
+        (["--model", "MODEL", "--ssl_keyfile", "/none.pem"], "without --ssl_certfile"),
+        (["--model", "MODEL", "--api_key_file", "/none.key"], "/none.key"),
+        (["--model", "MODEL", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--model", "MODEL", "--served_model_name", "a", "a"], "different names"),
+    ],
+    ids=[
+        "port", "no port", "model", "adapter", "two adapters", "certificate", "half a pair", "keys",
+        "host", "names",
+    ],
+)  # fmt: skip
+def test_a_mistake_at_the_start_is_one_line(full_dir: Path, words: list[str], message: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        names = {"MODEL": str(full_dir), "PORT": str(taken.getsockname()[1])}
+        given = [names.get(word, word) for word in words]
+        with pytest.raises(UserError, match=message) as error:
+            serve(parse_options(ApiOptions, "", given))
+    assert "\n" not in str(error.value)
+
+
+def test_keys_are_lines_of_a_file_and_open_hosts_without_them_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\n one \ntwo\n")
+    file.chmod(0o600)
+    words = ["--model", "m", "--host", "0.0.0.0", "--api_key_file", str(file)]
+    assert read_keys(parse_options(ApiOptions, "", [*words, "--api_key", "three"])) == [
+        "three",
+        "one",
+        "two",
+    ]
+    assert capsys.readouterr().out == ""
+    file.write_text("# nothing\n")
+    with pytest.raises(UserError, match="holds no key"):
+        read_keys(parse_options(ApiOptions, "", words))
+    assert read_keys(parse_options(ApiOptions, "", words[:4])) == []
+    assert "whoever reaches it can use it" in capsys.readouterr().out
