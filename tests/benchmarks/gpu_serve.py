@@ -34,6 +34,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qwen_ds.decode.engine import DecodingEngine, packed
+from qwen_ds.decode.graphs import GraphedModel
 from qwen_ds.decode.kv import pages_in
 from qwen_ds.decode.kv_pages import PagedStore
 from qwen_ds.decode.request import Request, Vocabulary
@@ -46,9 +47,9 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.runlog import run_command
 from qwen_ds.train.observe.metrics import peak_memory_gb
+from serve.engine.engine import PAGE_TOKENS
 
 ROOT = Path(__file__).parents[2]
-PAGE_TOKENS = 16
 OUT_OF_TIME = "no time left"
 BARS = {"batch": 4500, "single": 200}  # tokens a second on an H200
 ATTENTION = ("attention", "attn", "flash", "fmha")  # in the names of kernels and operators
@@ -86,10 +87,13 @@ def make_engine(plan: Plan, device: torch.device) -> DecodingEngine:
     shape = kv_shape(config, model.dtype, device)
     pages = pages_in(plan.memory_gb * 1e9, shape, PAGE_TOKENS)
     store = PagedStore(shape, pages, PAGE_TOKENS)
+    forward = packed(model)
+    if device.type == "cuda":
+        forward = GraphedModel(forward, store, plan.rows)
     limits = EngineLimits(plan.rows, plan.prefill_tokens, 8192)
     alpha_of = functools.partial(alpha_of_prompt, config)
     no_text = Vocabulary(plan.vocab, lambda _: "", lambda _: b"")
-    return DecodingEngine(packed(model), store, no_text, limits, alpha_of)
+    return DecodingEngine(forward, store, no_text, limits, alpha_of)
 
 
 def submit(
