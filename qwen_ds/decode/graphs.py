@@ -51,7 +51,7 @@ class CudaCapture:
 
 
 class _Kind(NamedTuple):
-    """What graphs differ in."""
+    """The sizes and the work in which graphs differ."""
 
     rows: int
     pages: int  # of each row
