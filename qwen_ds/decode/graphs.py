@@ -29,24 +29,31 @@ class Graph(Protocol):
 
 
 class CudaCapture:
-    """Capture work as CUDA graphs.
+    """Capture work of one device as CUDA graphs.
 
     They never run at once and leave their results in memory of their own, so they share the rest.
     """
 
-    def __init__(self) -> None:
-        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device  # not always torch's current one, whose streams would see nothing
+        with torch.cuda.device(device):
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Graph:
-        # The first run chooses kernels and allocates workspaces, which must not happen in a graph.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may allocate meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
-            work()
+        with torch.cuda.device(self._device):
+            # The first run chooses kernels and allocates workspaces, which a graph must not do.
+            current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                work()
+            current.wait_stream(self._stream)
+            # Other threads of this process may allocate meanwhile. A capture that fails leaves its
+            # stream the current one.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
+            ):
+                work()
         return graph
 
 
@@ -87,7 +94,7 @@ class GraphedModel:
         """
         self.model, self.store, self.most_rows = model, store, most_rows
         self._adapter_numbers = adapter_numbers
-        self._capture = CudaCapture() if capture is None else capture
+        self._capture = CudaCapture(store.shape.device) if capture is None else capture
         self._captures = True  # until that fails
         self._scratch = store.reserve()
         self._captured: dict[_Kind, _Captured] = {}

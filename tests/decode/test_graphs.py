@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from qwen_ds.decode.engine import DecodingEngine, PackedStep
-from qwen_ds.decode.graphs import Graph, GraphedModel
+from qwen_ds.decode.graphs import CudaCapture, Graph, GraphedModel
 from qwen_ds.decode.kv_pages import PagedStore
 from qwen_ds.decode.request import Request
 from qwen_ds.decode.sampling import SamplingParams
@@ -124,6 +125,44 @@ def test_logits_lie_in_memory_that_all_graphs_share(model, prompts) -> None:
     engine.model = spying
     answers(engine, prompts[:8])
     assert len(captured) > 1 and len(places) == 1
+
+
+def test_work_is_captured_on_the_models_device_whatever_torchs_current_one_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With several ranks on a machine the model is not on the current device."""
+    current, seen = ["cuda:0"], list[tuple[str, str]]()
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = current[-1]
+
+        def wait_stream(self, other: Stream) -> None:
+            assert self.device == other.device == "cuda:1"
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(str(wanted))
+        yield
+        current.pop()
+
+    @contextmanager
+    def on(kind: str, stream: Stream) -> Iterator[None]:
+        seen.append((kind, stream.device))
+        yield
+
+    for name, fake in {
+        "Stream": Stream, "current_stream": Stream, "device": device, "CUDAGraph": object,
+        "graph_pool_handle": lambda: "pool", "stream": lambda stream: on("stream", stream),
+        "graph": lambda _graph, pool, stream, mode: on(f"{pool}, {mode}", stream),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    CudaCapture(torch.device("cuda", 1))(lambda: seen.append(("work", current[-1])))
+    assert seen == [
+        ("stream", "cuda:1"), ("work", "cuda:1"),
+        ("stream", "cuda:1"), ("pool, thread_local", "cuda:1"), ("work", "cuda:1"),
+    ]  # fmt: skip
+    assert current == ["cuda:0"]
 
 
 @pytest.mark.parametrize(
