@@ -193,9 +193,8 @@ def reads_tables(shape: KVShape, page_size: int) -> bool:
 
 def kernel_runs(shape: KVShape, page_size: int) -> bool:
     """Whether FlashAttention takes a block table of such pages. It is tried: that depends on the
-    card, on the version in torch (in torch 2.13 FlashAttention 2, which has no tables there), and
-    on packages that replace it if they are installed. A kernel that refuses is said; a wrong call
-    of ours is an error."""
+    card, on the version in torch, which may have none with tables, and on the packages that replace
+    it if they are installed. A kernel that refuses is said; a wrong call of ours is an error."""
     reasons = []
     for name in (None, *list_flash_attention_impls()):
         try:

@@ -83,7 +83,8 @@ class ServedAdapters:
                 own.append((start, end))
             start = end
         groups = [(number, _places(own, device)) for number, own in spans.items() if number and own]
-        return Tokens(torch.tensor(self.numbers(runs), device=device), groups)
+        number_N = torch.tensor(self.numbers(runs), dtype=torch.int64, device=device)
+        return Tokens(number_N, groups)
 
     @contextmanager
     def acting(self, step: PackedStep) -> Iterator[None]:
