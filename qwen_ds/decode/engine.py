@@ -34,6 +34,8 @@ from qwen_ds.decode.sampling import only_tokens
 from qwen_ds.decode.scheduler import EngineLimits, Running, Scheduler
 from qwen_ds.decode.stop import FinishReason, StopRule
 
+Runs = Sequence[tuple[str | None, int]]  # of tokens: an adapter's name, how many
+
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
@@ -45,7 +47,9 @@ class PackedStep:
     """The tokens of each token's whole prompt, int64 [1, N], which decide alpha of dynamic NTK; 0
     where it is 1 in every row."""
     due_R: Tensor  # int64: places among the N whose logits are asked for
-    adapters: tuple[tuple[str | None, int], ...]  # runs of tokens: an adapter's name, how many
+    adapters: Runs | Tensor
+    """The tokens' adapters; or the number of each, int64 [N], on which the operations of the
+    forward may not depend (CUDA graphs)."""
     store: KVStore
 
 
