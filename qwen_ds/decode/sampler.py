@@ -31,6 +31,7 @@ from qwen_ds.decode.sampling import (
     MAX_LOGPROBS,
     SamplingParams,
     draw,
+    most_probable,
     only_tokens,
     rows_at_once,
     sampling_groups,
@@ -194,7 +195,7 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     chosen_R = torch.empty(len(rows), dtype=torch.int64, device=device)
     if greedy:
         # Of equal logits the first, as argmax has it. NaN is the largest of all, so it shows.
-        largest, best = _taken(logits_RV, greedy)[:, :num_tokens].max(-1)
+        largest, best = most_probable(_taken(logits_RV, greedy)[:, :num_tokens])
         best.masked_fill_(~largest.isfinite(), _NOT_FINITE)
         chosen_R[torch.tensor(greedy, device=device)] = best
     at_once = rows_at_once(logits_RV)
