@@ -47,7 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # of tokens in the answer
     frequency_penalty: float = 0.0  # of tokens in the answer, for each time they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what its logit gets)
-    min_tokens: int = 0  # no stop token before so many others
+    min_tokens: int = 0  # so many tokens come first, and no part of a stop is among them
     ignore_eos: bool = False  # decoding goes on after a stop token
     logprobs: int | None = None  # alternatives to report for each new token; None: nothing
     prompt_logprobs: int | None = None  # the same for each token of the prompt

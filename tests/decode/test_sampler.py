@@ -260,6 +260,9 @@ def test_garbage_in_the_heads_padding_harms_nobody() -> None:
     logits_RV[:, TOKENS:] = torch.nan
     states = [row(), row(do_sample=True, top_k=0)]
     assert max(tokens_of(sample(logits_RV, states))) < TOKENS
+    # But log-probabilities are over the padding, too.
+    plain, asked = sample(logits_RV, [row(), row(logprobs=0)])
+    assert plain.error is None and isinstance(asked.error, LogitsNotFinite)
 
 
 def test_ids_beyond_the_vocabulary_cannot_be_biased() -> None:
