@@ -300,8 +300,8 @@ def _places(shares: Sequence[tuple[Running, int]]) -> list[slice]:
 
 
 def _in_halves(work: Callable[[int, int], list[T]], begin: int, end: int) -> list[T]:
-    """What `work` makes of the rows from `begin` to `end`: of all at once, or of fewer at a time
-    where the device's memory is too small for it. OutOfMemoryError if it is for a single row."""
+    """Work on the rows from `begin` to `end`: on all at once, or on fewer at a time where the
+    device's memory is too small. OutOfMemoryError if it is for a single row."""
     try:
         return work(begin, end)
     except torch.OutOfMemoryError:
