@@ -184,6 +184,13 @@ def test_min_tokens_holds_stops_back_and_not_longer() -> None:
         assert [token in STOPS for token in found] == [step >= n for n in (0, 1, 4)]
 
 
+def test_a_stop_that_is_no_token_bans_none() -> None:
+    state = RowSampler(SamplingParams(min_tokens=1), (1,), TOKENS, (-5, TOKENS + 5))
+    logits_V = torch.zeros(HEAD)
+    state.change(logits_V)
+    assert not logits_V.any()
+
+
 def test_ignore_eos_bans_nothing() -> None:
     state = row(ignore_eos=True, logit_bias=((STOPS[1], 60.0),))
     assert tokens_of(sample(random_logits(1), [state])) == [STOPS[1]]
