@@ -70,12 +70,9 @@ class GrowingAnswer:
 
     def completion(self) -> Completion:
         """The answer, once its last update has a finish_reason."""
-        assert self._last is not None and self._last.finish_reason is not None
-        ids, request = self._tokens, self.request
-        stop = 0
-        if self._last.finish_reason == "stop" and not request.sampling.ignore_eos:
-            stop = request.stop.length_of_stop(ids)
+        ids, last = self._tokens, self._last
+        assert last is not None and last.finish_reason is not None
         return Completion(
-            tuple(ids[: len(ids) - stop]), "".join(self._text), self._last.finish_reason,
-            len(request.prompt),
+            tuple(ids[: len(ids) - last.stop_tokens]), "".join(self._text), last.finish_reason,
+            len(self.request.prompt),
         )  # fmt: skip
