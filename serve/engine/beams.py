@@ -85,7 +85,6 @@ class BeamAnswerer:
         """Load a model, and put an adapter on it as peft does."""
         place, name = choose_device(options.device), options.dtype
         model: Any = load_base(folder, "auto" if name == "auto" else TORCH_DTYPES[name])
-        model.generation_config = GenerationConfig()  # the folder's own has no effect in serving
         stored = next(model.parameters()).dtype
         model = model.to(choose_dtype(name, stored, place))
         if adapter is not None:
@@ -125,8 +124,7 @@ class BeamAnswerer:
             min_new_tokens=sampling.min_tokens or None,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=list(self.stop.ids),
-            # No token, where the head has such rows: a penalty must not touch one for the padding.
-            pad_token_id=size if size < rows else self.stop.ids[0],
+            pad_token_id=self.stop.ids[0],  # which generate penalises for no padding
             do_sample=sampling.do_sample,
         )
         if sampling.do_sample:

@@ -105,6 +105,16 @@ def test_structures_hold_every_answer(lines_of: Callable[..., list[Line]], tmp_p
     assert all(text.lstrip().startswith("{") for text in objects)
 
 
+def test_a_token_that_ends_an_answer_has_no_logprobs_in_it(
+    lines_of: Callable[..., list[Line]], small_dir: Path
+) -> None:
+    end = load_encoding(small_dir).special["<|im_end|>"]
+    words = ("--logit_bias", json.dumps({end: 100}), "--min_tokens", "3", "--logprobs", "0")
+    for line in lines_of(*words):
+        assert (line["finish_reason"], line["completion_tokens"]) == ("stop", 3)
+        assert len(line["logprobs"]) == 3
+
+
 def test_logprobs_are_those_of_the_answers_tokens(lines_of: Callable[..., list[Line]]) -> None:
     plain, lines = lines_of(), lines_of("--logprobs", "2")
     for line, without in zip(lines, plain, strict=True):

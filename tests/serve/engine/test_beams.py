@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from transformers import GenerationConfig
 
 import qwen_ds
 from qwen_ds.decode.sampling import SamplingParams
+from qwen_ds.decode.stop import StopRule
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import load_encoding
@@ -37,9 +41,9 @@ def words_for(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 def lines_of(small_dir: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     rows = write_rows(tmp_path / "rows.jsonl", [{"content": text} for text in ROWS])
 
-    def run(*more: str) -> list[dict[str, Any]]:
+    def run(*more: str, model: Path = small_dir) -> list[dict[str, Any]]:
         output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        options = parse(PredictOptions, "", words_for(small_dir, rows, output, *more))
+        options = parse(PredictOptions, "", words_for(model, rows, output, *more))
         predict(options.model, options.input, output, options)
         return read_lines(output)
 
@@ -92,6 +96,60 @@ def test_each_row_gets_what_generate_gives_it_alone(
         assert greedy != [line["prediction"] for line in lines], "or beams change nothing"
 
 
+def test_the_generation_settings_of_a_folder_have_no_effect(
+    lines_of: Callable[..., list[dict[str, Any]]], small_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_dir, tmp_path / "model")
+    advice = {"no_repeat_ngram_size": 1, "length_penalty": -9.0, "min_length": 400}
+    (folder / "generation_config.json").write_text(json.dumps(advice))
+    found = [line["prediction"] for line in lines_of()]
+    assert [line["prediction"] for line in lines_of(model=folder)] == found
+
+
+def answerer_of(folder: Path, tmp_path: Path, *more: str) -> BeamAnswerer:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"content": "a"}])
+    options = parse(PredictOptions, "", words_for(folder, rows, tmp_path / "out", *more))
+    found = find_source(str(folder), options).open()
+    assert isinstance(found, BeamAnswerer)
+    return found
+
+
+def ids_of(answerer: BeamAnswerer, *texts: str) -> list[list[int]]:
+    asked = [Conversation(None, (Turn("user", text),)) for text in texts]
+    return [encode_prompt(answerer.encoding, each) for each in asked]
+
+
+def test_a_penalty_touches_no_token_for_the_padding(full_dir: Path, tmp_path: Path) -> None:
+    """The token that pads is the one that this answer would repeat, were its padding counted."""
+    answerer = answerer_of(full_dir, tmp_path, "--dtype", "float32")
+    with torch.no_grad():
+        answerer.model.lm_head.weight *= 0.01  # a probability of 1 is beyond any penalty
+    sampling = SamplingParams(max_new_tokens=1, repetition_penalty=50.0)
+    short, long = (Question("", sampling, ids) for ids in ids_of(answerer, "a", "b" * 50))
+    row = torch.tensor([short.ids])
+    config = GenerationConfig(num_beams=BEAMS, max_new_tokens=1, repetition_penalty=50.0)
+    first = int(answerer.model.generate(row, config)[0, -1])
+    answerer = replace(answerer, stop=StopRule((first,)))
+    ((_, alone),) = answerer.answer([short])
+    assert isinstance(alone, Answer) and alone.finish_reason == "stop"
+    assert dict(answerer.answer([short, long]))[0] == alone
+
+
+def test_ids_without_a_token_are_never_chosen(full_dir: Path, tmp_path: Path) -> None:
+    answerer = answerer_of(full_dir, tmp_path, "--dtype", "float32")
+    sampling = SamplingParams(max_new_tokens=6)
+    question = Question("", sampling, ids_of(answerer, "a")[0])
+    head = answerer.model.lm_head.weight
+    with torch.no_grad():
+        head[answerer.encoding.n_vocab :] = head[:85] * 1000
+    ((_, found),) = answerer.answer([question])
+    assert isinstance(found, Answer) and found.completion_tokens == 6
+    assert all(
+        token < answerer.encoding.n_vocab for token in answerer.encoding.ordinary(found.text)
+    )
+    assert len(found.text) > 6
+
+
 def test_one_adapter_acts(
     lines_of: Callable[..., list[dict[str, Any]]], small_dir: Path, tmp_path: Path
 ) -> None:
@@ -111,16 +169,12 @@ def test_drawn_rows_depend_on_their_seed_alone(
 
 
 def test_a_row_whose_logits_are_no_numbers_fails_alone(small_dir: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"content": "a"}])
-    options = parse(PredictOptions, "", words_for(small_dir, rows, tmp_path / "out"))
-    source = find_source(str(small_dir), options)
-    answerer = source.open()
-    assert isinstance(answerer, BeamAnswerer)
+    answerer = answerer_of(small_dir, tmp_path)
     poison = answerer.encoding.ordinary("Z")[0]
     with torch.no_grad():
         answerer.model.transformer.wte.weight[poison] = torch.nan
     sampling = SamplingParams(max_new_tokens=4)
-    ids = [encode_prompt(answerer.encoding, Conversation(None, (Turn("user", t),))) for t in "aZb"]
+    ids = ids_of(answerer, "a", "Z", "b")
     found = dict(answerer.answer(Question("", sampling, one) for one in ids))
     assert str(found[1]) == "the model's logits are not finite; expected numbers"
     assert isinstance(found[0], Answer) and isinstance(found[2], Answer)

@@ -4,6 +4,7 @@ By the command's own parser, to the lines of the output."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_mistakes_are_told_before_anything_is_loaded(
             run(model, rows, tmp_path / "out", "--adapter", *values)
         assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_no_adapter_is_overwritten(
+    small_dir: Path, rows: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    law = shutil.copytree(folders["law"], tmp_path / "law")
+    weights = law / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
+        run(small_dir, rows, weights, *named({**folders, "law": law}, "--overwrite"))
+    assert weights.read_bytes() == before
 
 
 def test_a_resumed_run_mixes_no_adapters(
