@@ -82,6 +82,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the ids, where the request asks for them
 
 
 @dataclass(slots=True)
