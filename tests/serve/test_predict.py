@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,9 @@ def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path)
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = [sys.executable, "-m", "serve.predict", "--model", str(small_dir), *FAST]
     command += ["--input", str(rows), "--output", "-"]
-    processes = [
-        subprocess.Popen(
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             command,
             cwd=Path(__file__).parents[2],
             env=os.environ
@@ -65,8 +67,13 @@ def test_two_processes_write_to_standard_output(small_dir: Path, tmp_path: Path)
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (1, 0)
-    ]
+
+    # Rank 0 waits for nobody, and leaves nothing that would tell a rank 1 that comes after its end.
+    processes, ends = [start(1)], time.monotonic() + 120
+    while not list((tmp_path / "cache").rglob("*.rank_00001.alive")):
+        assert processes[0].poll() is None and time.monotonic() < ends
+        time.sleep(0.02)
+    processes.append(start(0))
     ended = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert ended[0][0] == "" and "11 rows" in ended[1][1]
