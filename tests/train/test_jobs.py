@@ -67,7 +67,8 @@ def test_gradient_does_not_depend_on_the_split(
     job: Callable, small_job: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
     """ZeRO-0 on one rank, ZeRO-1 to 3 on two, compiled blocks and other micro-batches: one adapter.
-    (ZeRO-1 and 3 without compiling: tests/plan/test_deepspeed_json.py.) Answers differ in length by a factor of five, so a mean of the ranks' means would be far off."""
+    Answers differ in length by a factor of five, so a mean of the ranks' means would be far off.
+    tests/plan/test_deepspeed_json.py has ZeRO-1 and 3 without compiling."""
     runs = {
         "zero0": (1, 0, ""),
         "compiled": (2, 1, "--model.compile true"),
