@@ -7,6 +7,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread per rank: several ranks share the cores. DeepSpeed compiles nothing at installation.
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
+# Processes that the tests are spread over; auto: what cores and memory allow (tests/conftest.py).
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest
+SPREAD := -n $(WORKERS) --dist worksteal
 
 .PHONY: setup demo test check unit test-faults bench clean
 setup: $(VENV)/.made
@@ -29,15 +33,15 @@ check: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 unit: setup
-	@$(BIN)/python -m pytest -m "not job"
+	@$(PYTEST) $(SPREAD) -m "not job"
 
 # Runs that are killed, stopped and starved in random ways, and files damaged in random ways, for a
 # long time.
 test-faults: setup
-	@$(BIN)/python -m pytest tests/faults tests/adversarial -m "job or soak"
+	@$(PYTEST) tests/faults tests/adversarial -m "job or soak"
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST) $(SPREAD)
 
 bench: setup
 	@$(BIN)/python tests/benchmarks/train.py

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen_ds.decode.engine import DecodingEngine
 from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.decode.grammar import Grammar
 from qwen_ds.decode.request import Completion, Request
+from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.decode.sampling import SamplingParams
-from qwen_ds.decode.stop import StopRule
 from qwen_ds.model.chatml import Conversation
-from serve.engine.engine import stream
+from serve.engine.engine import ServingEngine, stream
+from serve.structure import Structure
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,9 @@ class Question:
     asked: Conversation | str  # str: a prompt without turns, as base models have it
     sampling: SamplingParams
     ids: Sequence[int] = ()  # of the prompt; none where a server encodes it
+    adapter: str | None = None  # of those of a model here
+    stop_strings: tuple[str, ...] = ()
+    structure: Structure | None = None  # what the answer is held to
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ class Answer:
     finish_reason: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    logprobs: list[dict[str, Any]] | None = None  # of each token, as OpenAI's API has them
 
 
 class Answerer(Protocol):
@@ -46,17 +54,51 @@ class Answerer(Protocol):
 
 
 class EngineAnswerer:
-    """Answers of a model that this process has loaded, as its rows end."""
+    """Answers of a model that this process has loaded, as its rows end.
 
-    def __init__(self, engine: DecodingEngine, stop: StopRule) -> None:
-        self._engine, self._stop = engine, stop
+    Args:
+        decoding: the engine, started.
+        grammar: what the structure of the questions is compiled to.
+    """
+
+    def __init__(
+        self, engine: ServingEngine, decoding: DecodingEngine, grammar: Grammar | None = None
+    ) -> None:
+        self._stop, self._token_bytes = engine.stop, engine.vocabulary.token_bytes
+        self._engine, self._grammar = decoding, grammar
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`."""
-        requests = (Request(one.ids, one.sampling, self._stop) for one in questions)
-        for i, found in stream(self._engine, requests):
-            yield i, _answer(found) if isinstance(found, Completion) else found
+        for i, found in stream(self._engine, map(self._request, questions)):
+            yield i, self._answer(found) if isinstance(found, Completion) else found
+
+    def _request(self, one: Question) -> Request:
+        return Request(
+            one.ids, one.sampling, self._stop, one.adapter,
+            stop_strings=one.stop_strings, grammar=self._grammar,
+        )  # fmt: skip
+
+    def _answer(self, found: Completion) -> Answer:
+        logprobs = [as_json(one, self._token_bytes) for one in found.logprobs]
+        counts = found.prompt_tokens, len(found.ids)
+        return Answer(found.text, found.finish_reason, *counts, logprobs or None)
 
 
-def _answer(found: Completion) -> Answer:
-    return Answer(found.text, found.finish_reason, found.prompt_tokens, len(found.ids))
+def as_json(one: TokenLogprobs, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    """A token's log-probabilities as OpenAI's API has them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = token_bytes(token)
+        told = max(logprob, _LEAST_LOGPROB)
+        return {"token": raw.decode(errors="replace"), "bytes": list(raw), "logprob": told}
+
+    top = [entry(token, logprob) for token, logprob in one.top]
+    return entry(one.token, one.logprob) | {"top_logprobs": top}
+
+
+def room_in_words(engine: DecodingEngine) -> str:
+    """The memory for keys and values of an engine that has started, in tokens."""
+    store = engine.store
+    tokens = store.num_pages * store.page_size
+    gigabytes = tokens * store.shape.bytes_per_token / 1e9
+    return f"room for {tokens:,} tokens of keys and values ({gigabytes:.3g} GB)"

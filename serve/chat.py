@@ -1,6 +1,6 @@
 """A chat in the terminal, with a model here or one at an endpoint.
 
-    python -m serve.chat --model DIR_OR_HUB_ID [--adapter DIR]
+    python -m serve.chat --model DIR_OR_HUB_ID [--adapter DIR | NAME=DIR ...]
     python -m serve.chat --endpoint URL [--endpoint_model NAME]
     echo "你好" | python -m serve.chat --model DIR               # an answer to each line
 
@@ -13,14 +13,14 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 
 from qwen_ds import dist
-from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import find_model
-from qwen_ds.recipe.parser import parse_options
 from qwen_ds.runlog import run_command
 from qwen_ds.terminal import show
+from serve.answering import room_in_words
 from serve.endpoint.client import connect
-from serve.engine.loading import load_engine, silence_libraries
+from serve.engine.loading import find_adapters, load_engine, silence_libraries
+from serve.options import parse
 from serve.talk.history import History
 from serve.talk.interrupts import Interrupts
 from serve.talk.lines import PipeLines, TerminalLines
@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def main() -> int:
-    options = parse_options(ChatOptions, __doc__.split("\n\n")[0])
+    options = parse(ChatOptions, __doc__.split("\n\n")[0])
     if dist.world_size() > 1:
         raise UserError(f"{dist.world_size()} ranks; expected one process for a chat")
     silence_libraries()
@@ -52,20 +52,29 @@ def main() -> int:
 def open_talker(options: ChatOptions, interrupts: Interrupts) -> Talker:
     """Load the model, or find the server.
 
-    UserError: no such model, adapter or server. Failed: the server is down.
+    UserError: no such model, adapter or server, or a structure that no answer can be held to.
+    Failed: the server is down.
     """
-    sampling = options.sampling()
+    sampling, stop, structure = options.sampling(), tuple(options.stop), options.structure()
     if options.model is None:
+        if structure is not None and structure.note is not None:
+            _tell(structure.note)
         endpoint = connect(options, PATIENCE_SECONDS, _tell)
         _tell(f"{endpoint.url}: {endpoint.model}")
-        return EndpointTalker(endpoint, sampling, interrupts)
+        return EndpointTalker(endpoint, sampling, interrupts, stop, structure)
     folder = find_model(options.model)
-    adapter = None if options.adapter is None else tell_adapter(options.adapter)
+    options.check_tokens(folder.encoding.n_vocab)
+    adapters = find_adapters(options.adapter, folder, options.allow_pickle)
+    grammar = None if structure is None else structure.grammar(folder)
     engine = load_engine(
-        folder, adapter, options.device, options.dtype, allow_pickle=options.allow_pickle
-    )
-    talker = EngineTalker(engine, folder.encoding, sampling, options.memory_gb)
+        folder, None, options.device, options.dtype, adapters=adapters,
+        allow_pickle=options.allow_pickle,
+    )  # fmt: skip
+    talker = EngineTalker(engine, folder.encoding, sampling, options.memory_gb, stop, grammar)
+    _tell(room_in_words(talker.decoding))
     _tell(f"{folder.path}: room for {talker.room:,} tokens of conversation")
+    if talker.has_named_adapters:
+        _tell(talker.use_adapter(""))
     return talker
 
 

@@ -4,8 +4,9 @@
     python -m serve.evaluate --predictions FILE [--data FILE...] --output_dir DIR
     deepspeed --num_gpus 8 --module serve.evaluate ...
 
---output_dir gets predictions.jsonl (see serve.predict) and metrics.json. With --predictions nothing
-is generated: that file is scored. The scores are defined in serve/scores/metrics.py.
+Options of decoding and adapters by name are those of serve.predict. --output_dir gets
+predictions.jsonl (see there) and metrics.json. With --predictions nothing is generated: that file
+is scored. The scores are defined in serve/scores/metrics.py.
 """
 
 from __future__ import annotations

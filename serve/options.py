@@ -1,10 +1,11 @@
-"""Options of `serve.predict` and `serve.evaluate`: the command line is made from these classes."""
+"""Options of the commands that answer: the command line is made from these classes."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
@@ -15,6 +16,11 @@ from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.recipe.ranges import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Seed
 from serve.endpoint.options import EndpointOptions
+from serve.structure import Structure, read_schema
+
+_STRUCTURES: tuple[Literal["json_object", "json_schema", "regex", "choice"], ...] = (
+    "json_object", "json_schema", "regex", "choice",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,27 +36,80 @@ class SamplingOptions:
     """Draw from the most probable tokens that together have this probability."""
     top_k: NonNegativeInt = SamplingParams.top_k
     """Draw from that many most probable tokens; 0 for no limit."""
+    min_p: float = SamplingParams.min_p
+    """Draw no token below this share of the most probable one's probability."""
+    repetition_penalty: PositiveFloat = SamplingParams.repetition_penalty
+    """Above 1: tokens of the prompt and of the answer so far become less probable."""
+    presence_penalty: float = SamplingParams.presence_penalty
+    """From -2 to 2: taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    """From -2 to 2: the same, for each time that the answer has the token."""
+    logit_bias: dict[int, float] | None = None
+    """Numbers from -100 to 100 to add to the logits of tokens, by id: {"1234": -100}."""
     max_new_tokens: PositiveInt = SamplingParams.max_new_tokens
     """Tokens of an answer at most; one that is cut there has the finish_reason length."""
+    min_tokens: NonNegativeInt = SamplingParams.min_tokens
+    """Tokens that an answer has at least."""
+    ignore_eos: bool = SamplingParams.ignore_eos
+    """Go on after the token that ends an answer, up to max_new_tokens."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, and are no part of it."""
+    json_object: bool = False
+    """Hold each answer to a JSON object."""
+    json_schema: str = ""
+    """Hold each answer to JSON of this schema: a file that holds it, or its text."""
+    regex: str = ""
+    """Hold each answer to text that this expression matches as a whole, in the syntax of Rust's
+    regex."""
+    choice: list[str] = field(default_factory=list)
+    """Hold each answer to one of these texts."""
     seed: Seed = SamplingParams.seed
     """With do_sample: each row's random numbers depend on this and on the row's place in the input
     alone."""
 
     def sampling(self) -> SamplingParams:
+        """The numbers by which tokens are chosen. UserError for one out of its range."""
+        names = {f.name for f in fields(SamplingParams)}
+        given = {name: value for name, value in vars(self).items() if name in names}
+        given["logit_bias"] = tuple((self.logit_bias or {}).items())
         try:
-            names = {f.name for f in fields(SamplingParams)}
-            return SamplingParams(**{k: value for k, value in vars(self).items() if k in names})
+            return SamplingParams(**given)
         except InvalidSampling as error:
             raise UserError(str(error)) from None
+
+    def structure(self) -> Structure | None:
+        """The structure that answers are held to. UserError for two, or a schema that is none."""
+        given = [name for name in _STRUCTURES if vars(self)[name]]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} are given; expected one of them")
+        if not given:
+            return None
+        value = vars(self)[given[0]]
+        return Structure(given[0], read_schema(value) if given[0] == "json_schema" else value)
+
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise UserError for a bias of a token that a vocabulary of this size lacks."""
+        for token in self.logit_bias or {}:
+            if token >= num_tokens:
+                expected = f"token ids below {num_tokens}"
+                raise UserError(f"--logit_bias has the token {token}; expected {expected}")
+
+    def check_answers(self) -> None:
+        """Raise UserError for options that cannot be meant, before anything is looked for."""
+        self.sampling()
+        self.structure()
+        for name in ("stop", "choice"):
+            if "" in vars(self)[name]:
+                raise UserError(f"--{name} has an empty text; expected at least one character")
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """Options of a model that this process loads."""
 
-    adapter: PathText | None = None
+    adapter: list[PathText] = field(default_factory=list)
     """Folder of a PEFT adapter to put on the model, unmerged; or of a run or checkpoint that holds
-    one."""
+    one. NAME=DIR ...: several by name."""
     allow_pickle: bool = False
     """Also read adapter_model.bin and pytorch_model.bin, and of them nothing but tensors."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -64,6 +123,14 @@ class LoadOptions:
 class AnswerOptions(LoadOptions, SamplingOptions, EndpointOptions):
     """Options of prediction and of evaluation: how rows become prompts, and prompts answers."""
 
+    adapter_column: str = "adapter"
+    """With named adapters: the column that names the adapter of each row. A row without a value
+    gets the bare base, or the adapter named default."""
+    num_beams: PositiveInt = 1
+    """More than 1: beam search by transformers' generate, slowly, a batch at a time."""
+    logprobs: NonNegativeInt | None = None
+    """Add log-probabilities of the answer's tokens to each line, with so many alternatives, up to
+    20."""
     batch_size: PositiveInt = 32
     """Rows decoded together, where there is memory for them. It changes the speed, not the answers;
     in bfloat16 near ties may go the other way."""
@@ -108,7 +175,7 @@ class AnswerOptions(LoadOptions, SamplingOptions, EndpointOptions):
     tokens."""
 
     def __post_init__(self) -> None:
-        self.sampling()  # its checks
+        self.check_answers()
         self.files()
 
     def files(self) -> FileOptions:
@@ -144,9 +211,10 @@ class EvaluateOptions(AnswerOptions):
     """Score this file of serve.predict instead of generating."""
 
 
-Options = TypeVar("Options", bound=AnswerOptions)
+Options = TypeVar("Options", bound=SamplingOptions)
 # Training calls these data.format and so on; here --data.format is the same as --format.
 _SHARED = "format|columns|system|encoding|max_row_mb|max_expansion|special_tokens_in_text"
+_TEXTS = ("--regex", "--json_schema")
 _DATA_OPTION = re.compile(rf"\A--data\.(?=({_SHARED})(=|\Z))")
 
 
@@ -157,4 +225,25 @@ def parse(kind: type[Options], description: str, argv: Sequence[str] | None = No
         UserError: an unknown option, a value of the wrong type or out of range, a missing option.
     """
     words = sys.argv[1:] if argv is None else argv
-    return parse_options(kind, description, [_DATA_OPTION.sub("--", word) for word in words])
+    words = [_DATA_OPTION.sub("--", word) for word in words]
+    return parse_options(kind, description, list(_texts_kept(words)))
+
+
+def _texts_kept(words: Sequence[str]) -> Iterator[str]:
+    """The words as they are meant. A single text such as [END] would be taken for the list of END;
+    an empty text, such as a shell's variable that is not set, for an option that is not given."""
+    for before, word, after in zip(["", *words], words, [*words[1:], "--"], strict=False):
+        is_single = before in ("--stop", "--choice") and after.startswith("--")
+        is_text = is_single and word.startswith("[") and not _is_list(word)
+        if (before in _TEXTS and not word) or word in [f"{name}=" for name in _TEXTS]:
+            raise UserError(f"{word.removesuffix('=') or before} is empty; expected a text")
+        yield json.dumps([word]) if is_text else word
+
+
+def _is_list(word: str) -> bool:
+    """Whether a word is a JSON list of texts."""
+    try:
+        found = json.loads(word)
+    except ValueError:
+        return False
+    return bool(found) and all(isinstance(text, str) for text in found)

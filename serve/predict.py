@@ -1,13 +1,15 @@
 """Answers to the questions in files: one JSON object a row, in the order of the input.
 
     python -m serve.predict --model DIR_OR_HUB_ID [--adapter DIR] --input FILE... --output FILE
+    python -m serve.predict --model DIR_OR_HUB_ID --adapter NAME=DIR ... --input FILE... ...
     python -m serve.predict --endpoint URL --input FILE... --output FILE
-    deepspeed --num_gpus 8 --module serve.predict ...          # each rank answers every eighth row
+    deepspeed --num_gpus 8 --module serve.predict ...          # the ranks share the rows
 
 A line of the output: id (0, 1, ..), row_id (the row's own id, if it has one), kept (the columns
-named by --keep), source ("file:line"), prompt (the last question), prediction, reference (the row's
-own answer, or null), finish_reason (stop, or length: cut at max_new_tokens), prompt_tokens,
-completion_tokens, and prompt_tokens_cut where a prompt was too long. A row that fails alone has the
+named by --keep), adapter (where adapters have names: the row's, or null for the bare base), source
+("file:line"), prompt (the last question), prediction, reference (the row's own answer, or null),
+finish_reason (stop, or length: cut at max_new_tokens), prompt_tokens, completion_tokens, logprobs
+(with --logprobs), and prompt_tokens_cut where a prompt was too long. A row that fails alone has the
 finish_reason error, and why in error. A killed run is resumed by the same command. `--output -`
 writes to standard output, once all rows are done; not under deepspeed's launcher, which writes
 there, too.

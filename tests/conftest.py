@@ -5,15 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import Job, run_job
+from tests.jobs import Job, num_workers, run_job
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`, which is what make says."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return num_workers(len(os.sched_getaffinity(0)), memory)
 
 
 def official_vocabulary() -> Path:

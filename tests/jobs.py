@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
 
+MAX_WORKERS, WORKER_BYTES = 8, 3 * 2**30  # a worker with its jobs, at their largest
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["qwen_ds.train.run", "qwen_ds.demo", "qwen_ds.export.merge", "serve.predict"]
@@ -30,6 +32,26 @@ def fork(target: Callable[..., None], *args: object) -> ForkServerProcess:
     process = _context.Process(target=target, args=args)
     process.start()
     return process
+
+
+def num_workers(cores: int, memory: int) -> int:
+    """Processes to spread the tests over, on a machine of so many cores and bytes."""
+    return max(1, min(cores, MAX_WORKERS, memory // WORKER_BYTES))
+
+
+def shared_memory() -> set[str]:
+    """Shared memory on this machine; semaphores come and go with other processes' pools."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
+def shared_memory_left(before: set[str], seconds: float = 30.0) -> set[str]:
+    """Shared memory that was not there before and stays. Tests beside this one have some, too,
+    which goes with their jobs."""
+    ends, left = time.monotonic() + seconds, shared_memory() - before
+    while left and time.monotonic() < ends:
+        time.sleep(0.1)
+        left &= shared_memory()
+    return left
 
 
 def free_port() -> int:

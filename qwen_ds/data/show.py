@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -21,7 +22,9 @@ def show_row(rows: TokenRows, row: int, encoding: Encoding, console: Console) ->
     """Print a row: target tokens green (without colour in ⟦ ⟧), others grey, control ones bold."""
     ids, labels = rows[row]
     title = f"{one_line(rows.source(row))}   {len(ids)} tokens, {int(rows.learnt[row])} learnt"
-    console.rule(Text(title), align="left")
+    # rich's rule cuts off what is wider than the terminal: of a place, the number of its row.
+    rule = "─" * (console.width - cell_len(title) - 1)
+    console.print(Text(f"{title} {rule}"), soft_wrap=True)
     learnt = labels != IGNORE
     edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
     shown = Text()

@@ -13,7 +13,7 @@ class AnswerText:
     """New tokens in, text out. The pieces together are the answer.
 
     Tokens that may yet become a stop sequence are held back, as is text that may become a stop
-    string. Before `min_tokens` nothing ends an answer.
+    string.
     """
 
     def __init__(
@@ -21,33 +21,35 @@ class AnswerText:
         token_bytes: Callable[[int], bytes],
         stop: StopRule,
         stop_strings: Sequence[str] = (),
-        min_tokens: int = 0,
     ) -> None:
         self._stream = TextStream(token_bytes)
         self._strings = StopText(self._stream, stop_strings)
-        self._stop, self._min_tokens = stop, min_tokens
+        self._stop = stop
         self._held: list[int] = []
-        self._num_shown = 0
+
+    @property
+    def stop_tokens(self) -> int:
+        """How many of the last tokens are a stop, and so no part of the answer."""
+        return self._stop.length_of_stop(self._held)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
-        return self._strings.stopped is not None
+        """Whether a stop, or a stop string, has ended the answer."""
+        return self._strings.stopped is not None or self.stop_tokens > 0
 
-    def push(self, token: int) -> str:
-        """The text that this token makes certain; may be empty."""
+    def push(self, token: int, *, may_end: bool = True) -> str:
+        """The text that this token makes certain; may be empty. A token that may not end the
+        answer, as the first ones that min_tokens counts, is no part of a stop."""
+        if not may_end:
+            return self._stream.push(token)
         self._held.append(token)
         return self._show(len(self._held) - self._stop.begun(self._held))
 
-    def finish(self, stop_tokens: int) -> str:
-        """The rest of the text; the answer's last `stop_tokens` tokens ended it."""
-        return self._show(len(self._held) - stop_tokens) + self._strings.finish()
+    def finish(self) -> str:
+        """The rest of the text, without the stop that ended it; which it may complete itself, where
+        it was held back for another one's sake."""
+        return self._show(len(self._held) - self.stop_tokens) + self._strings.finish()
 
     def _show(self, count: int) -> str:
         shown, self._held = self._held[:count], self._held[count:]
-        pieces = []
-        for token in shown:
-            self._num_shown += 1
-            is_early = self._num_shown <= self._min_tokens
-            pieces.append((self._stream if is_early else self._strings).push(token))
-        return "".join(pieces)
+        return "".join([self._strings.push(token) for token in shown])

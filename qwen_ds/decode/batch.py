@@ -9,6 +9,7 @@ from qwen_ds.decode.engine import DecodingEngine, packed
 from qwen_ds.decode.kv import KVShape
 from qwen_ds.decode.kv_rows import ContiguousStore
 from qwen_ds.decode.request import Completion, Request, Update, Vocabulary
+from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
@@ -60,6 +61,7 @@ class GrowingAnswer:
         self._last: Update | None = None
         self._tokens: list[int] = []
         self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     def add(self, update: Update) -> None:
         """Take what a step brought, which is no error."""
@@ -67,15 +69,15 @@ class GrowingAnswer:
         self._last = update
         self._tokens.append(update.token)
         self._text.append(update.text)
+        if update.logprobs is not None:
+            self._logprobs.append(update.logprobs)
 
     def completion(self) -> Completion:
         """The answer, once its last update has a finish_reason."""
-        assert self._last is not None and self._last.finish_reason is not None
-        ids, request = self._tokens, self.request
-        stop = 0
-        if self._last.finish_reason == "stop" and not request.sampling.ignore_eos:
-            stop = request.stop.length_of_stop(ids)
+        ids, last = self._tokens, self._last
+        assert last is not None and last.finish_reason is not None
+        kept = len(ids) - last.stop_tokens
         return Completion(
-            tuple(ids[: len(ids) - stop]), "".join(self._text), self._last.finish_reason,
-            len(request.prompt),
+            tuple(ids[:kept]), "".join(self._text), last.finish_reason, len(self.request.prompt),
+            tuple(self._logprobs[:kept]),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,22 @@ from qwen_ds.decode.exceptions import (
 )
 from qwen_ds.decode.kv import KVStore, Segment, page_keys
 from qwen_ds.decode.request import EngineFigures, PromptFigures, Request, Update, Vocabulary
-from qwen_ds.decode.sampler import RowSampler, Sampled, prepare, prompt_logprobs, sample
+from qwen_ds.decode.sampler import (
+    RowSampler,
+    Sampled,
+    TokenLogprobs,
+    prepare,
+    prompt_logprobs,
+    sample,
+    taken,
+)
 from qwen_ds.decode.sampling import only_tokens
 from qwen_ds.decode.scheduler import EngineLimits, Running, Scheduler
-from qwen_ds.decode.stop import FinishReason, StopRule
+from qwen_ds.decode.stop import FinishReason
+
+T = TypeVar("T")
+
+Runs = Sequence[tuple[str | None, int]]  # of tokens: an adapter's name, how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,9 @@ class PackedStep:
     """The tokens of each token's whole prompt, int64 [1, N], which decide alpha of dynamic NTK; 0
     where it is 1 in every row."""
     due_R: Tensor  # int64: places among the N whose logits are asked for
-    adapters: tuple[tuple[str | None, int], ...]  # runs of tokens: an adapter's name, how many
+    adapters: Runs | Tensor
+    """The tokens' adapters; or the number of each, int64 [N], on which the operations of the
+    forward may not depend (CUDA graphs)."""
     store: KVStore
 
 
@@ -111,12 +125,9 @@ class DecodingEngine:
             raise KVBudgetTooSmall(needed, room)
         alpha, number = self._alpha_of(len(request.prompt)), self._next_id
         self._next_id += 1
-        tokens, stop = list(request.prompt), request.stop
-        ends = StopRule(sequences=stop.sequences) if sampling.ignore_eos else stop
-        text = AnswerText(
-            self._vocabulary.token_bytes, ends, request.stop_strings, sampling.min_tokens
-        )
-        sampler = RowSampler(sampling, tokens, size, stop.ids, request.grammar)
+        tokens, ends = list(request.prompt), request.ends
+        text = AnswerText(self._vocabulary.token_bytes, ends, request.stop_strings)
+        sampler = RowSampler(sampling, tokens, size, ends.ids, request.grammar)
         keys = page_keys(tokens, self.store.page_size, request.adapter, alpha)
         one = Running(number, request, sampler, text, alpha, tokens, keys)
         self.scheduler.waiting.append(one)
@@ -140,6 +151,8 @@ class DecodingEngine:
         try:
             logits_RV = self.model(self._pack(shares))
         except torch.OutOfMemoryError:
+            logits_RV = None
+        if logits_RV is None:  # now that the error no longer holds what the model held
             return self._out_of_memory(shares)
         figures = self.figures
         figures.steps += 1
@@ -155,16 +168,9 @@ class DecodingEngine:
             self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
             if one.todo == 0:
                 last.append((one, places.stop - 1))
-        if last:
-            rows = [one for one, _ in last]
-            # Every logit is a row's last one unless prompts are looked at: then no copy is made.
-            chosen_RV = logits_RV
-            if len(last) < len(logits_RV):
-                chosen_RV = logits_RV[[place for _, place in last]]
-            found = self._sample(chosen_RV, rows)
-            updates += [
-                self._advance(one, sampled) for one, sampled in zip(rows, found, strict=True)
-            ]
+        found = self._sample(logits_RV, last) if last else []
+        for (one, _), sampled in zip(last, found, strict=True):
+            updates.append(self._advance(one, sampled))
         return updates
 
     def _pack(self, shares: Sequence[tuple[Running, int]]) -> PackedStep:
@@ -204,20 +210,44 @@ class DecodingEngine:
         begin = one.row.length + 1
         following = one.tokens[begin : min(begin + len(logits_TV), one.prompt_len)]
         n, size = one.request.sampling.prompt_logprobs, self._vocabulary.size
+
+        def report(begin: int, end: int) -> list[TokenLogprobs]:
+            return prompt_logprobs(logits_TV[begin:end], following[begin:end], n, size)
+
         try:
-            one.prompt_logprobs += prompt_logprobs(logits_TV[: len(following)], following, n, size)
+            one.prompt_logprobs += _in_halves(report, 0, len(following))
         except LogitsNotFinite as error:
             return error
+        except torch.OutOfMemoryError:
+            return RowOutOfMemory()
         return None
 
-    def _sample(self, logits_RV: Tensor, rows: Sequence[Running]) -> list[Sampled]:
-        found = sample(logits_RV, [one.sampler for one in rows])
-        for i, one in enumerate(rows):
+    def _sample(self, logits_RV: Tensor, last: Sequence[tuple[Running, int]]) -> list[Sampled]:
+        """The next tokens of rows, each with the place of its logits."""
+
+        def choose(begin: int, end: int) -> list[Sampled]:
+            rows, places = zip(*last[begin:end], strict=True)
+            try:
+                return sample(taken(logits_RV, places), [one.sampler for one in rows])
+            except torch.OutOfMemoryError:
+                if len(rows) > 1:
+                    raise
+                return [Sampled(-1, error=RowOutOfMemory())]
+
+        found = _in_halves(choose, 0, len(last))
+        for i, (one, place) in enumerate(last):
             if one.request.choose is not None and found[i].error is None:
-                logits_V = only_tokens(logits_RV[i : i + 1], self._vocabulary.size)[0]
-                one.sampler.tokens[-1] = token = one.request.choose(logits_V)
-                found[i] = Sampled(token)
+                found[i] = self._own_choice(one, logits_RV[place : place + 1])
         return found
+
+    def _own_choice(self, one: Running, logits_1V: Tensor) -> Sampled:
+        assert one.request.choose is not None
+        try:
+            token = one.request.choose(only_tokens(logits_1V, self._vocabulary.size)[0])
+        except torch.OutOfMemoryError:
+            return Sampled(-1, error=RowOutOfMemory())
+        one.sampler.tokens[-1] = token
+        return Sampled(token)
 
     def _advance(self, one: Running, sampled: Sampled) -> Update:
         """Take a row's new token, and end the row where it ends."""
@@ -229,20 +259,17 @@ class DecodingEngine:
         prompt = None
         if len(new) == 1:
             prompt = PromptFigures(one.cached_tokens, tuple(one.prompt_logprobs))
-        shown, reason = text.push(sampled.token), self._reason(one)
-        if reason is not None:
-            shown += text.finish(_stop(one).length_of_stop(new) if reason == "stop" else 0)
+        shown = text.push(sampled.token, may_end=one.sampler.may_end)
+        is_last = len(new) == one.request.sampling.max_new_tokens
+        if is_last or text.is_stopped:
+            shown += text.finish()
+        # Asked again: text that was held back may have completed a stop string.
+        reason: FinishReason | None = "stop" if text.is_stopped else "length" if is_last else None
         update = Update(
             one.id, sampled.token, shown, reason, None, sampled.logprobs, prompt,
+            text.stop_tokens if reason else 0,
         )  # fmt: skip
         return self._end(one, update) if reason else update
-
-    def _reason(self, one: Running) -> FinishReason | None:
-        new, sampling = one.sampler.tokens, one.request.sampling
-        is_early = one.sampler.holds_back_stops
-        if one.text.is_stopped or (not is_early and _stop(one).length_of_stop(new)):
-            return "stop"
-        return "length" if len(new) == sampling.max_new_tokens else None
 
     def _end(self, one: Running, update: Update) -> Update:
         if one.row is not None and update.error is None:
@@ -276,7 +303,14 @@ def _places(shares: Sequence[tuple[Running, int]]) -> list[slice]:
     return places
 
 
-def _stop(one: Running) -> StopRule:
-    """The stops that count for a request."""
-    stop = one.request.stop
-    return StopRule(sequences=stop.sequences) if one.request.sampling.ignore_eos else stop
+def _in_halves(work: Callable[[int, int], list[T]], begin: int, end: int) -> list[T]:
+    """Work on the rows from `begin` to `end`: on all at once, or on fewer at a time where the
+    device's memory is too small. OutOfMemoryError if it is for a single row."""
+    try:
+        return work(begin, end)
+    except torch.OutOfMemoryError:
+        if end - begin < 2:
+            raise
+    torch.cuda.empty_cache()
+    middle = (begin + end) // 2
+    return _in_halves(work, begin, middle) + _in_halves(work, middle, end)

@@ -2,7 +2,8 @@
 
 With few rows a step is bound by the launches of its thousands of small kernels, not by the GPU. A
 graph is captured for each number of rows and of pages that comes up, both rounded up to powers of
-two; steps with pieces of prompts, or with adapters, run as they are.
+two; steps with pieces of prompts run as they are. Which adapter a row has is data of a graph, so
+rows of any adapters share one; steps of the bare base alone have their own, without that work.
 
 Shapes: B rows as captured, V rows of the head.
 """
@@ -11,34 +12,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qwen_ds.decode.engine import PackedModel, PackedStep
+from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
 from qwen_ds.decode.kv_pages import PagedStore, StepPages
+from qwen_ds.runlog import say
 
 
 class Graph(Protocol):
     """A captured piece of work."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> Any: ...
 
 
-def capture(work: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-    """Capture `work` as a CUDA graph, with the tensor that holds its result after each replay."""
-    # The first runs choose kernels and allocate workspaces, which must not happen in the graph.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
+class CudaCapture:
+    """Capture work of one device as CUDA graphs.
+
+    They never run at once and leave their results in memory of their own, so they share the rest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device  # not always torch's current one, whose streams would see nothing
+        with torch.cuda.device(device):
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Graph:
+        with torch.cuda.device(self._device):
+            # The first run chooses kernels and allocates workspaces, which a graph must not do.
+            current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                work()
+            current.wait_stream(self._stream)
+            # Other threads of this process may allocate meanwhile. A capture that fails leaves its
+            # stream the current one.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
+            ):
+                work()
+        return graph
+
+
+class _Kind(NamedTuple):
+    """The sizes and the work in which graphs differ."""
+
+    rows: int
+    pages: int  # of each row
+    is_extended: bool  # by dynamic NTK, in some row
+    has_adapters: bool  # in some row
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,59 +76,98 @@ class _Captured:
 
 class GraphedModel:
     """A packed model whose decoding steps are replayed, over a store whose last page is kept free
-    for the rows that fill up a graph."""
+    for the rows that fill up a graph. Logits are those of the latest step only."""
 
     def __init__(
         self,
         model: PackedModel,
         store: PagedStore,
         most_rows: int,
-        capture: Callable[[Callable[[], Tensor]], tuple[Any, Tensor]] = capture,
+        adapter_numbers: Callable[[Runs], list[int]] | None = None,
+        capture: Callable[[Callable[[], None]], Graph] | None = None,
     ) -> None:
-        self.model, self.store = model, store
-        self.most_rows = most_rows  # of a graph; larger steps are bound by the GPU
-        self._capture = capture
+        """
+        Args:
+            most_rows: of a graph; larger steps are bound by the GPU.
+            adapter_numbers: those of the tokens in runs, 0 for the bare base. None: there are no
+                adapters.
+        """
+        self.model, self.store, self.most_rows = model, store, most_rows
+        self._adapter_numbers = adapter_numbers
+        self._capture = CudaCapture(store.shape.device) if capture is None else capture
+        self._captures = True  # until that fails
         self._scratch = store.reserve()
-        self._captured: dict[tuple[int, int, bool], _Captured] = {}
+        self._captured: dict[_Kind, _Captured] = {}
+        self._logits_BV: Tensor | None = None  # of all graphs
 
     def __call__(self, step: PackedStep) -> Tensor:
-        rows = step.due_R.shape[0]
-        is_decoding = step.ids_1N.shape[1] == rows
-        if not is_decoding or rows > self.most_rows or any(name for name, _ in step.adapters):
+        new, tokens = self.store.pages, step.ids_1N.shape[1]
+        # A prompt whose logits are all asked for is one row, not as many as it has tokens.
+        if not len(new.counts) == step.due_R.shape[0] == tokens <= self.most_rows:
             return self.model(step)
-        new = self.store.pages
-        extended = isinstance(step.prompt_lens, Tensor)
-        key = (_power_of_two(rows), _power_of_two(new.table_BP.shape[1]), extended)
-        self.store.num_keys = key[1] * self.store.page_size
-        if key not in self._captured:
-            self._captured[key] = self._make(*key, step)
-        captured = self._captured[key]
-        self._fill(captured, step, new)
-        self.store.pages = captured.pages
+        numbers = [0] * tokens
+        if self._adapter_numbers is not None:
+            assert not isinstance(step.adapters, Tensor)
+            numbers = self._adapter_numbers(step.adapters)
+        kind = _Kind(
+            _power_of_two(tokens), _power_of_two(new.table_BP.shape[1]),
+            isinstance(step.prompt_lens, Tensor), any(numbers),
+        )  # fmt: skip
+        captured = self._captured.get(kind) or self._try_capture(kind, new)
+        if captured is None:
+            return self.model(step)
+        self._fill(captured, step, new, numbers)
         captured.graph.replay()
-        return captured.logits_BV[:rows]
+        return captured.logits_BV[:tokens]
 
-    def _make(self, rows: int, pages: int, extended: bool, step: PackedStep) -> _Captured:
+    def _try_capture(self, kind: _Kind, new: StepPages) -> _Captured | None:
+        """Capture a kind of step, unless that has failed before: memory may lack, or a kernel that
+        can be captured. The other graphs stay."""
+        if not self._captures:
+            return None
+        num_keys = self.store.num_keys
+        try:
+            self._captured[kind] = self._make(kind)
+            return self._captured[kind]
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self._captures = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            say(f"no more decoding steps become CUDA graphs, which is slower: {reason}")
+            return None
+        finally:
+            self.store.pages, self.store.num_keys = new, num_keys
+
+    def _make(self, kind: _Kind) -> _Captured:
         """Capture a step of so many rows, all of them in the scratch page."""
-        device, size = self.store.shape.device, self.store.page_size
+        device, size, rows = self.store.shape.device, self.store.page_size, kind.rows
         zeros = torch.zeros(1, rows, dtype=torch.int64, device=device)
         static = PackedStep(
-            zeros.clone(), zeros.clone(), zeros.clone() + 1 if extended else 0,
-            torch.arange(rows, device=device), ((None, rows),), self.store,
+            zeros.clone(), zeros.clone(), zeros.clone() + 1 if kind.is_extended else 0,
+            torch.arange(rows, device=device),
+            zeros[0].clone() if kind.has_adapters else ((None, rows),), self.store,
         )  # fmt: skip
-        ones = torch.ones(rows, dtype=torch.int32, device=device)
         places = StepPages(
             zeros[0] + self._scratch * size,
-            torch.full((rows, pages), self._scratch, dtype=torch.int32, device=device),
-            ones,
+            torch.full((rows, kind.pages), self._scratch, dtype=torch.int32, device=device),
+            torch.ones(rows, dtype=torch.int32, device=device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
             (1,) * rows,
         )
-        self.store.pages = places
-        graph, logits_BV = self._capture(lambda: self.model(static))
-        return _Captured(static, places, graph, logits_BV)
+        self.store.pages, self.store.num_keys = places, kind.pages * size
+        if self._logits_BV is None:
+            most = _power_of_two(self.most_rows)
+            self._logits_BV = self.model(static)[:1].repeat(most, 1)
+        logits_BV = self._logits_BV[:rows]
 
-    def _fill(self, captured: _Captured, step: PackedStep, new: StepPages) -> None:
+        def work() -> None:
+            logits_BV.copy_(self.model(static))
+
+        return _Captured(static, places, self._capture(work), logits_BV)
+
+    def _fill(
+        self, captured: _Captured, step: PackedStep, new: StepPages, numbers: list[int]
+    ) -> None:
+        """Put a step into a graph's tensors."""
         rows, pages = new.table_BP.shape
         places, static = captured.pages, captured.step
         for mine, theirs in (
@@ -113,7 +177,10 @@ class GraphedModel:
             mine[:, :rows] = theirs
         if isinstance(static.prompt_lens, Tensor):
             static.prompt_lens[:, :rows] = step.prompt_lens
-        # Rows that an earlier, larger step has left go back to the scratch page.
+        # Rows that an earlier, larger step has left go back to the scratch page, and to the base.
+        if isinstance(static.adapters, Tensor):
+            unused = len(static.adapters) - rows
+            static.adapters.copy_(torch.tensor(numbers + [0] * unused))
         places.slots_N[:rows], places.slots_N[rows:] = (
             new.slots_N,
             self._scratch * self.store.page_size,

@@ -17,10 +17,19 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    list_flash_attention_impls,
+    restore_flash_attention_impl,
+)
 from torch.nn.attention.varlen import varlen_attn
 
 from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
 from qwen_ds.runlog import say
+
+GATHERED_TOKENS = 16 * 1024
+"""Keys and values that are copied at once where attention cannot read pages: of a 7B in bf16, 0.3
+GB. All rows of a step together may be many times the store, since one long row makes all long."""
 
 
 class PagedStore(KVStore):
@@ -102,8 +111,9 @@ class PagedStore(KVStore):
         # What lies behind a row's last token gets the weight 0, and 0 times NaN is NaN: a row that
         # went wrong must not spoil the next one that gets its page. So tables are filled up with
         # pages of the row itself, too.
-        self._pool[:, :, self._fresh] = 0
-        self._fresh = []
+        if self._fresh:
+            self._pool[:, :, self._fresh] = 0
+            self._fresh = []
         device, size = self.shape.device, self.page_size
         lens = [s.row.length + s.count for s in segments]
         self.num_keys = max(lens)
@@ -140,15 +150,17 @@ class PagedStore(KVStore):
         pages, outputs = self.pages, []
         gqa = q_NHW.shape[1] != self.shape.heads
         index_L = torch.arange(pages.table_BP.shape[1] * self.page_size, device=q_NHW.device)
-        if single := sum(count == 1 for count in pages.counts):
+        start = single = pages.counts.count(1)
+        at_once = max(1, GATHERED_TOKENS // len(index_L))
+        for first in range(0, single, at_once):
+            rows = slice(first, min(first + at_once, single))
             # [2, B, P, S, H, W] to [2, B, H, L, W]
-            keys, values = pool[:, pages.table_BP[:single]].flatten(2, 3).transpose(2, 3).unbind()
-            mask_B11L = (index_L < pages.lens_B[:single, None])[:, None, None]
+            keys, values = pool[:, pages.table_BP[rows]].flatten(2, 3).transpose(2, 3).unbind()
+            mask_B11L = (index_L < pages.lens_B[rows, None])[:, None, None]
             out_BH1W = F.scaled_dot_product_attention(
-                q_NHW[:single].unsqueeze(2), keys, values, mask_B11L, enable_gqa=gqa
+                q_NHW[rows].unsqueeze(2), keys, values, mask_B11L, enable_gqa=gqa
             )
             outputs.append(out_BH1W.squeeze(2))
-        start = single
         for i, count in enumerate(pages.counts[single:], single):
             keys, values = pool[:, pages.table_BP[i]].flatten(1, 2).transpose(1, 2).unbind()
             new_T1 = torch.arange(1 - count, 1, device=q_NHW.device)[:, None]
@@ -181,22 +193,35 @@ def reads_tables(shape: KVShape, page_size: int) -> bool:
 
 def kernel_runs(shape: KVShape, page_size: int) -> bool:
     """Whether FlashAttention takes a block table of such pages. It is tried: that depends on the
-    card and on the version in torch. A kernel that refuses is said; a wrong call of ours is an
-    error."""
+    card, on the version in torch, which may have none with tables, and on the packages that replace
+    it if they are installed. A kernel that refuses is said; a wrong call of ours is an error."""
+    reasons = []
+    for name in (None, *list_flash_attention_impls()):
+        try:
+            if name is not None:
+                activate_flash_attention_impl(name)
+            if _reads_second_page(shape, page_size):
+                return True
+            reasons.append("the block table is ignored")
+        except (RuntimeError, ImportError) as error:  # NotImplementedError is a RuntimeError
+            reasons.append((str(error).splitlines() or [type(error).__name__])[0])
+    restore_flash_attention_impl(_raise_warn=False)
+    say(f"attention gathers pages before it reads them, which is slower: {reasons[0]}")
+    return False
+
+
+def _reads_second_page(shape: KVShape, page_size: int) -> bool:
+    """Whether a token whose row is in the second of two pages gets the value that lies there."""
     make = partial(torch.tensor, dtype=torch.int32, device=shape.device)
-    pages = torch.zeros(
-        2, page_size, shape.heads, shape.head_dim, dtype=shape.dtype, device=shape.device
-    )
-    try:
-        varlen_attn(
-            pages[0, :1], pages, pages, make([0, 1]), None, 1, 1, window_size=(-1, 0),
-            enable_gqa=False, seqused_k=make([1]), block_table=make([[0]]),
-        )  # fmt: skip
-    except RuntimeError as error:  # NotImplementedError is one
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        say(f"attention gathers pages before it reads them, which is slower: {reason}")
-        return False
-    return True
+    size = (2, page_size, shape.heads, shape.head_dim)
+    pages = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    pages[1] = 1
+    out_NHW = varlen_attn(
+        pages[0, :1], pages, pages, make([0, 1]), None, 1, 1, window_size=(-1, 0),
+        enable_gqa=False, seqused_k=make([1]), block_table=make([[1]]),
+    )  # fmt: skip
+    assert isinstance(out_NHW, Tensor)
+    return bool((out_NHW == 1).all())
 
 
 def _table(row: StoredRow) -> list[int]:

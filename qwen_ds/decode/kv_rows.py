@@ -140,9 +140,13 @@ class ContiguousStore(KVStore):
             self._plan.append((layers, past, count, mask, is_causal))
 
     def attend(self, q_NHW: Tensor, k_NHW: Tensor, v_NHW: Tensor, layer: int) -> Tensor:
-        # One split for all rows: a row by itself costs five operations and no more.
-        new = torch.stack((k_NHW, v_NHW)).transpose(1, 2).unsqueeze(1).split(self._counts, 3)
-        queries = q_NHW.transpose(0, 1).unsqueeze(0).split(self._counts, 2)  # [1, H, T, W] each
+        # One split for all rows: a row by itself costs five operations and no more. A single row
+        # needs none; its step is short, and each call shows in it.
+        new_21HNW = torch.stack((k_NHW, v_NHW)).transpose(1, 2).unsqueeze(1)
+        q_1HNW = q_NHW.transpose(0, 1).unsqueeze(0)
+        is_single = len(self._counts) == 1
+        new = (new_21HNW,) if is_single else new_21HNW.split_with_sizes(self._counts, 3)
+        queries = (q_1HNW,) if is_single else q_1HNW.split_with_sizes(self._counts, 2)
         gqa = q_NHW.shape[1] != k_NHW.shape[1]
         outputs = []
         for (layers, past, count, mask, is_causal), q_1HTW, new_21HTW in zip(
@@ -159,7 +163,8 @@ class ContiguousStore(KVStore):
                     q_1HTW, keys, values, mask, 0.0, is_causal, enable_gqa=gqa
                 )
             )
-        return torch.cat(outputs, 2)[0].transpose(0, 1)
+        out_1HNW = outputs[0] if is_single else torch.cat(outputs, 2)
+        return out_1HNW[0].transpose(0, 1)
 
 
 def _memory(row: StoredRow) -> _Memory:

@@ -36,6 +36,11 @@ class Request:
     stop_strings: tuple[str, ...] = ()  # texts that end the answer, and are no part of it
     grammar: Grammar | None = None  # what the answer is held to
 
+    @property
+    def ends(self) -> StopRule:
+        """The stops that count."""
+        return StopRule(sequences=self.stop.sequences) if self.sampling.ignore_eos else self.stop
+
     def require_room(self, context: int) -> None:
         """Raise EmptyPrompt, or PromptTooLong unless prompt and new tokens fit a context of so many
         tokens."""
@@ -65,6 +70,7 @@ class Update:
     error: DecodingError | None = None  # why this request failed alone
     logprobs: TokenLogprobs | None = None  # of the token, where the request asks for them
     prompt: PromptFigures | None = None  # with the first token
+    stop_tokens: int = 0  # at the end: how many of the last tokens are the stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the ids, where the request asks for them
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from qwen_ds.decode.sampling import (
     MAX_LOGPROBS,
     SamplingParams,
     draw,
+    most_probable,
     only_tokens,
     rows_at_once,
     sampling_groups,
@@ -87,12 +88,14 @@ class RowSampler:
                 raise InvalidSampling("logit_bias", (token, bias), f"token ids below {num_tokens}")
         self.params, self.num_tokens = params, num_tokens
         self.tokens: list[int] = []
+        self.may_end = True  # whether the last token may end the answer
         self.grammar = None if grammar is None else grammar.copy()
         # Rows with the same `how` are drawn by the same tensors, whichever requests they are of.
         self.how = SamplingParams(
             params.do_sample, params.temperature, params.top_p, params.top_k, min_p=params.min_p
         )
-        self._stop_ids = torch.tensor([i for i in stop_ids if i < num_tokens], dtype=torch.int64)
+        stops = [i for i in stop_ids if 0 <= i < num_tokens]
+        self._stop_ids = torch.tensor(stops, dtype=torch.int64)
         self._biased = torch.tensor([token for token, _ in params.logit_bias], dtype=torch.int64)
         self._biases = torch.tensor([bias for _, bias in params.logit_bias], dtype=torch.float32)
         repeats = params.repetition_penalty != 1
@@ -127,6 +130,7 @@ class RowSampler:
 
     def accept(self, token: int) -> None:
         """Go on by a token."""
+        self.may_end = not self.holds_back_stops
         self.tokens.append(token)
         if self._penalises:
             self._seen.count(token)
@@ -194,13 +198,13 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     chosen_R = torch.empty(len(rows), dtype=torch.int64, device=device)
     if greedy:
         # Of equal logits the first, as argmax has it. NaN is the largest of all, so it shows.
-        largest, best = _taken(logits_RV, greedy)[:, :num_tokens].max(-1)
+        largest, best = most_probable(taken(logits_RV, greedy)[:, :num_tokens])
         best.masked_fill_(~largest.isfinite(), _NOT_FINITE)
         chosen_R[torch.tensor(greedy, device=device)] = best
     at_once = rows_at_once(logits_RV)
     for start in range(0, len(worked), at_once):
         part = worked[start : start + at_once]
-        chosen = _choose(_taken(logits_RV, part), [rows[i] for i in part])
+        chosen = _choose(taken(logits_RV, part), [rows[i] for i in part])
         chosen_R[torch.tensor(part, device=device)] = chosen
     tokens = chosen_R.tolist()
     reported = _report(logits_RV, rows, tokens)
@@ -210,6 +214,8 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
             found.append(Sampled(-1, error=LogitsNotFinite()))
         elif token == _NONE_LEFT:
             found.append(Sampled(-1, error=NoTokenLeft((row.grammar and row.grammar.error) or "")))
+        elif i in reported and math.isnan(reported[i].logprob):  # the head's padding is no number
+            found.append(Sampled(-1, error=LogitsNotFinite()))
         else:
             row.accept(token)
             found.append(Sampled(token, reported.get(i)))
@@ -238,7 +244,7 @@ def _choose(logits_WV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     return chosen_W.masked_fill_(~is_finite_W, _NOT_FINITE)
 
 
-def _taken(logits_RV: Tensor, part: Sequence[int]) -> Tensor:
+def taken(logits_RV: Tensor, part: Sequence[int]) -> Tensor:
     """Some of the rows, in rising order; neighbours are not copied."""
     if part[-1] - part[0] == len(part) - 1:
         return logits_RV[part[0] : part[-1] + 1]
@@ -253,7 +259,7 @@ def _report(
     if not asked:
         return {}
     alternatives = [rows[i].params.logprobs or 0 for i in asked]
-    logits, chosen = _taken(logits_RV, asked), [tokens[i] for i in asked]
+    logits, chosen = taken(logits_RV, asked), [tokens[i] for i in asked]
     found = _logprobs(logits, chosen, alternatives, rows[0].num_tokens)
     return dict(zip(asked, found, strict=True))
 

@@ -15,15 +15,17 @@ from math import inf
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_ds.decode.exceptions import InvalidSampling
 
-PREFILTER = 1024  # candidates that top-p tries before it sorts the whole vocabulary
+PREFILTERS = (128, 1024)  # candidates that top-p tries before it sorts the whole vocabulary
 MAX_LOGPROBS = 20
 # fp32 divides by nothing smaller without overflow; a temperature near 0 takes the most probable.
 _COLDEST = 1e-30
-_CACHED = 2**19  # fp32 numbers: 2 MB
+_CACHED = 5 * 2**18  # fp32 numbers: 5 MB, where a part's own cost is small beside the work
+_PLACE = 0xFFFFFFFF  # the half of a sorting key that is the place
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # of tokens in the answer
     frequency_penalty: float = 0.0  # of tokens in the answer, for each time they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what its logit gets)
-    min_tokens: int = 0  # no stop token before so many others
+    min_tokens: int = 0  # so many tokens come first, and no part of a stop is among them
     ignore_eos: bool = False  # decoding goes on after a stop token
     logprobs: int | None = None  # alternatives to report for each new token; None: nothing
     prompt_logprobs: int | None = None  # the same for each token of the prompt
@@ -140,17 +142,33 @@ class Candidates:
     probs_CN: Tensor  # fp32, not renormalised
     cumulative_CN: Tensor  # fp32, their sums from the front
     kept_C1: Tensor  # int64: the first so many may be drawn, at least one
+    total_C1: Tensor  # fp32, the sum of the probabilities that may be drawn
+
+    def rows(self, is_in_C: Tensor) -> Candidates:
+        """Some of the rows."""
+        if bool(is_in_C.all()):
+            return self
+        return Candidates(
+            self.place_C[is_in_C], self.ids_CN[is_in_C], self.probs_CN[is_in_C],
+            self.cumulative_CN[is_in_C], self.kept_C1[is_in_C], self.total_C1[is_in_C],
+        )  # fmt: skip
 
 
-def candidates(scaled_GV: Tensor, group: SamplingGroup) -> Iterator[Candidates]:
+def candidates(
+    scaled_GV: Tensor, group: SamplingGroup, uniform_G1: Tensor | None = None
+) -> Iterator[Candidates]:
     """Top-k, then top-p, then min-p on fp32 logits divided by the temperature; every row comes
     once.
 
     A token stays if the more probable ones together have less than top_p, so the first always does.
-    Without a top-k the softmax runs over the whole vocabulary, but only the PREFILTER most probable
-    tokens are sorted, and all of them in the rows where these do not reach top_p: the result is the
-    same. Each row goes its own way; were all sorted for the sake of one, the order of equal logits
-    would depend on the batch.
+    Without a top-k the softmax runs over the whole vocabulary, but only the PREFILTERS most
+    probable tokens are sorted, and all of them in the rows where these are not enough: the result
+    is the same. Each row goes its own way; were all sorted for the sake of one, the order of equal
+    logits would depend on the batch.
+
+    Args:
+        uniform_G1: the numbers that draw. Where one meets the same token however many less
+            probable ones stay, these are not looked for, and total_C1 is near enough.
     """
     vocabulary = scaled_GV.shape[1]
     place_G = torch.arange(len(scaled_GV), device=scaled_GV.device)
@@ -158,27 +176,55 @@ def candidates(scaled_GV: Tensor, group: SamplingGroup) -> Iterator[Candidates]:
         top_GN, ids_GN = scaled_GV.topk(group.top_k)
         yield _kept(group, place_G, ids_GN, top_GN.softmax(-1))
         return
-    size = min(PREFILTER, vocabulary)
     most_G1 = scaled_GV.amax(-1, keepdim=True)
     # As logsumexp has it, with the maxima at hand. Beside the first's 1 a number below e**-80 is
     # nothing, and on a CPU exp takes ten times as long for -inf.
     powers_GV = (scaled_GV - most_G1).clamp_(min=-80).exp_()
     log_sum_G1 = powers_GV.sum(-1, keepdim=True).log_().add_(most_G1)
-    # No selection in vain: of a flat row not even `size` tokens like the first would reach top_p.
-    reached_G1 = (most_G1 - log_sum_G1).exp() * (1.01 * size) >= group.top_p_G1
-    tried_C = _where(reached_G1.squeeze(1) | (size == vocabulary), place_G)
-    if len(tried_C):
+    first_G1 = (most_G1 - log_sum_G1).exp()
+    if uniform_G1 is None:
+        uniform_G1 = torch.ones_like(first_G1)
+    is_left_G = torch.ones_like(place_G, dtype=torch.bool)
+    for size in PREFILTERS:
+        # No selection in vain: of a flat row not even `size` tokens like the first would do.
+        may_do_G1 = first_G1 * (1.01 * size) >= uniform_G1 * group.top_p_G1
+        may_do_G1 |= group.min_p_G1 > 0
+        tried_C = _where(is_left_G & may_do_G1.squeeze(1), place_G)
+        if size >= vocabulary or not len(tried_C):
+            continue
         top_CN, ids_CN = _top(_rows(scaled_GV, tried_C), size)
-        probs_CN = (top_CN - log_sum_G1[tried_C]).exp()
-        reached_C = probs_CN.sum(-1) >= group.top_p_G1[tried_C, 0]
-        reached_C |= (probs_CN[:, -1] == 0) | (size == vocabulary)  # or no other token is left
-        done_C = _where(reached_C, torch.arange(len(reached_C), device=reached_C.device))
-        reached_G1[tried_C] = reached_C.unsqueeze(1)
-        yield _kept(group, tried_C[done_C], _rows(ids_CN, done_C), _rows(probs_CN, done_C))
-    rest_C = _where(~reached_G1.squeeze(1), place_G)
-    for part_C in rest_C.split(rows_at_once(scaled_GV)) if len(rest_C) else ():
+        log_sum_C1 = log_sum_G1[tried_C]
+        found = _kept(group, tried_C, ids_CN, (top_CN - log_sum_C1).exp())
+        found, is_sure_C = _settled(found, group, uniform_G1[tried_C], log_sum_C1)
+        is_left_G[tried_C] = ~is_sure_C
+        yield found.rows(is_sure_C)
+    rest_C = _where(is_left_G, place_G)
+    at_once = 1 if scaled_GV.device.type == "cpu" else len(place_G)
+    for part_C in rest_C.split(at_once) if len(rest_C) else ():
         top_CN, ids_CN = _sorted(_rows(scaled_GV, part_C))
         yield _kept(group, part_C, ids_CN, (top_CN - log_sum_G1[part_C]).exp())
+
+
+def _settled(
+    found: Candidates, group: SamplingGroup, uniform_C1: Tensor, log_sum_C1: Tensor
+) -> tuple[Candidates, Tensor]:
+    """Candidates among the most probable tokens, and in which rows no other can be drawn: where one
+    of these is dropped, as are all that follow, or where the number that draws meets one of these
+    between both bounds of the sum of all candidates.
+    """
+    top_p_C1, min_p_C1 = group.top_p_G1[found.place_C], group.min_p_G1[found.place_C]
+    sums_CN, size = found.cumulative_CN, found.ids_CN.shape[1]
+    # The sum of all probabilities is 1 but for the rounding of log_sum, and of the numbers here.
+    slack_C1 = 1e-5 + log_sum_C1.abs() * 2**-23
+    # With min_p the sum may end anywhere from here on.
+    least_C1 = torch.where(min_p_C1 > 0, sums_CN[:, -1:], top_p_C1) * (1 - slack_C1)
+    most_C1 = (top_p_C1 + found.probs_CN[:, -1:]) * (1 + slack_C1)
+    rank_C1 = torch.searchsorted(sums_CN, uniform_C1 * least_C1, right=True)
+    last_C1 = torch.searchsorted(sums_CN, uniform_C1 * most_C1, right=True)
+    is_whole_C1 = found.kept_C1 < size
+    is_sure_C1 = is_whole_C1 | ((rank_C1 == last_C1) & (last_C1 < size))
+    total_C1 = torch.where(is_whole_C1, found.total_C1, least_C1)
+    return replace(found, total_C1=total_C1), is_sure_C1.squeeze(1)
 
 
 def _where(is_so_G: Tensor, place_G: Tensor) -> Tensor:
@@ -208,7 +254,8 @@ def _kept(group: SamplingGroup, place_C: Tensor, ids_CN: Tensor, probs_CN: Tenso
     # Those that are kept come first, so their number is the place of the first that is not.
     dropped_CN = torch.nn.functional.pad(~kept_CN, (0, 1), value=True).view(torch.uint8)
     kept_C1 = dropped_CN.max(-1, keepdim=True).indices.clamp(min=1)
-    return Candidates(place_C, ids_CN, probs_CN, cumulative_CN, kept_C1)
+    total_C1 = cumulative_CN.gather(1, kept_C1 - 1)
+    return Candidates(place_C, ids_CN, probs_CN, cumulative_CN, kept_C1, total_C1)
 
 
 def _top(values_CV: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -221,38 +268,58 @@ def _top(values_CV: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if values_CV.device.type != "cpu":
         top_CN, places_CN = values_CV.topk(size)
         return top_CN, places_CN
-    block = max(1, values_CV.shape[1] // (2 * size))
-    blocks = values_CV.shape[1] // block
-    maxima_CM = values_CV[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
+    rows, columns = values_CV.shape
+    block = max(1, columns // (4 * size))
+    blocks = columns // block
+    # A block's members lie apart: so maxima are several times as fast as over neighbours.
+    maxima_CM = values_CV[:, : blocks * block].unflatten(1, (block, blocks)).amax(1)
     least_C = maxima_CM.kthvalue(blocks - size + 1).values.clamp(min=torch.finfo().min)
-    top_CN = values_CV.new_full((len(values_CV), size), -torch.inf)
-    places_CN = torch.zeros(top_CN.shape, dtype=torch.int64)
-    for row, (values_V, least) in enumerate(zip(values_CV, least_C.numpy(), strict=True)):
-        is_below_V = values_V.numpy() < least  # NaN is not below anything
-        places = torch.from_numpy(np.flatnonzero(~is_below_V))
-        top_1N, order_1N = _sorted(values_V[places].unsqueeze(0))
-        n = min(size, len(places))
-        top_CN[row, :n] = top_1N[0, :n]
-        places_CN[row, :n] = places[order_1N[0, :n]]
-    return top_CN, places_CN
+    found_CN = np.full((rows, size), -np.inf, dtype=np.float32)
+    found_at_CN = np.zeros((rows, size), dtype=np.int64)
+    for row, (values_V, least) in enumerate(zip(values_CV.numpy(), least_C.numpy(), strict=True)):
+        places = np.flatnonzero(values_V >= least)  # none beside NaN
+        keys = _sorting_keys(values_V[places], places)
+        keys.sort()
+        places = keys[:size] & _PLACE
+        found_CN[row, : len(places)] = values_V[places]
+        found_at_CN[row, : len(places)] = places
+    return torch.from_numpy(found_CN), torch.from_numpy(found_at_CN)
 
 
 def _sorted(values_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in descending order, and their places; of equal ones the first comes first.
-
-    On a CPU numpy sorts integers several times as fast as torch does numbers with their places: the
-    upper half of each is the number, in an order of integers, and the lower half its place.
-    """
+    """Values in descending order, and their places; of equal ones the first comes first."""
     if values_CV.device.type != "cpu":
         sorted_CV, places_CV = values_CV.sort(descending=True, stable=True)
         return sorted_CV, places_CV
-    bits_CV = (values_CV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    rising_CV = bits_CV ^ ((bits_CV >> 31) & 0x7FFFFFFF)  # negative numbers lie the other way round
-    keys_CV = (~rising_CV).to(torch.int64) << 32
-    keys_CV |= torch.arange(values_CV.shape[1])
-    np.ndarray.sort(keys_CV.numpy(), axis=-1)
-    places_CV = keys_CV & 0xFFFFFFFF
+    keys_CV = _sorting_keys(values_CV.numpy(), np.arange(values_CV.shape[1]))
+    keys_CV.sort(axis=-1)
+    places_CV = torch.from_numpy(keys_CV & _PLACE)
     return values_CV.gather(1, places_CV), places_CV
+
+
+def _sorting_keys(values: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 numbers whose order is that of falling values, then of rising places.
+
+    The upper half of each is the value, in an order of integers, and the lower half its place:
+    numpy sorts integers several times as fast as torch does numbers with their places.
+    """
+    bits = (values + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)  # negative numbers lie the other way round
+    keys = (~bits).astype(np.int64)
+    keys <<= 32
+    keys |= places
+    return keys
+
+
+def most_probable(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row (NaN is larger than any number), and the first place of it."""
+    if logits_BV.device.type != "cpu":
+        largest_B, ids_B = logits_BV.max(-1)
+        return largest_B, ids_B
+    # numpy's argmax takes a tenth of torch's time, and has no bf16.
+    parts = logits_BV.split(rows_at_once(logits_BV))
+    ids_B = torch.from_numpy(np.concatenate([x.float().numpy().argmax(-1) for x in parts]))
+    return logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1), ids_B
 
 
 def draw(
@@ -269,7 +336,7 @@ def draw(
     """
     groups = tuple(groups)
     if sum(len(group.index_G) for group in groups) < len(logits_BV):
-        chosen_B = logits_BV.max(-1).indices  # argmax gives the same in three times the time
+        chosen_B = most_probable(logits_BV)[1]
     else:
         chosen_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
     for group in groups:
@@ -277,10 +344,10 @@ def draw(
         is_ours = may_overwrite or len(logits_GV) < len(logits_BV)
         place = logits_GV if is_ours else torch.empty_like(logits_GV)
         scaled_GV = torch.div(logits_GV, group.temperature_G1, out=place)
-        for found in candidates(scaled_GV, group):
+        uniform_G1 = uniform_B[group.index_G].unsqueeze(1).to(scaled_GV)
+        for found in candidates(scaled_GV, group, uniform_G1):
             index_C = group.index_G[found.place_C]
-            total_C1 = found.cumulative_CN.gather(1, found.kept_C1 - 1)
-            target_C1 = uniform_B[index_C].unsqueeze(1).to(total_C1) * total_C1
+            target_C1 = uniform_G1[found.place_C] * found.total_C1
             rank_C1 = torch.searchsorted(found.cumulative_CN, target_C1, right=True)
             # Rounding must not lead beyond the last token that is kept.
             place_C1 = rank_C1.minimum(found.kept_C1 - 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -22,6 +22,7 @@ from qwen_ds.model.attention import QWenAttention, ResidualLinear
 from qwen_ds.model.cache import declare_prompt_lens, prompt_lens_of, row_lens
 from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.continuous import ContinuousGenerationMixin, TransformersPages
 from qwen_ds.model.masking import Visibility, visibility
 from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
@@ -254,8 +255,11 @@ class QWenModel(QWenPreTrainedModel):
         return ntk_alpha(lens_BT if lens_BT.dim() == 2 else lens_BT.view(-1, 1), seq_length)
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
+class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, ContinuousGenerationMixin):
     """The decoder with its head, which is not tied to the embedding."""
+
+    # Without it HF's Trainer would take the further arguments of forward for the loss's.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
@@ -280,6 +284,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         output_hidden_states: bool | None = None,
         extend_context: bool | None = None,
         prompt_lens: Tensor | int | None = None,
+        **pages: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] in the model's dtype, and the loss where labels are given.
 
@@ -290,7 +295,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             logits_to_keep: how many tokens from the end get logits (0: all), or their indices.
             token_type_ids: without effect, as officially; the official tokenizer makes them.
             output_attentions: ValueError if true: attention weights are never materialised.
+            pages: those of transformers' continuous batching, as it passes them.
         """
+        if pages:
+            past_key_values, prompt_lens = TransformersPages(attention_mask, pages), 0
         if output_attentions:
             came = "output_attentions is True; expected False"
             raise ValueError(f"{came}: attention weights are not materialised")

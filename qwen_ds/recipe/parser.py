@@ -139,6 +139,7 @@ class Parser(jsonargparse.ArgumentParser):
         """
         is_list = re.compile(r"(list|tuple)\[", re.IGNORECASE)
         lists = self._names(lambda action: bool(is_list.search(str(_kind(action)))))
+        texts = self._names(lambda action: _is_of_texts(_kind(action)))
         folded: list[str] = []
         given: set[str] = set()
         rest = list(args)
@@ -153,7 +154,10 @@ class Parser(jsonargparse.ArgumentParser):
                 values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
                 del rest[: len(values)]
                 is_yaml = len(values) == 1 and values[0].startswith("[")
-                spelled = yaml.safe_dump(values, default_flow_style=True, width=10**9).strip()
+                quotes = '"' if arg in texts else None  # or 1e5 would be read as a number
+                spelled = yaml.safe_dump(
+                    values, default_style=quotes, default_flow_style=True, width=10**9
+                ).strip()
                 arg = f"{name}={values[0] if is_yaml else spelled}"
             folded.append(arg)
         return folded

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -28,14 +29,22 @@ class EndpointOptions:
     """With endpoint: file that holds the server's key and nothing else."""
 
 
+def given_options(options: Any) -> set[str]:
+    """Names of the options that have another value than their default."""
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(options)
+    }
+    return {name for name, value in vars(options).items() if value != defaults[name]}
+
+
 def check_source(options: EndpointOptions, model: str | None, here: Sequence[str]) -> None:
     """Check that one of model and endpoint is given, and what goes with it.
 
     `here` names the options that only a model here has. UserError: neither, both, or an option that
     would have no effect.
     """
-    defaults = {field.name: field.default for field in fields(options)}
-    given = {name for name, value in vars(options).items() if value != defaults[name]}
+    given = given_options(options)
     if options.endpoint is None:
         if model is None:
             raise UserError("no model given; expected --model or --endpoint")

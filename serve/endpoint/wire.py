@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import turns_of
 from serve.answering import Answer, Question
@@ -48,13 +49,7 @@ def request_of(question: Question, model: str, stream: bool = False) -> tuple[st
     """Path and body of a request."""
     sampling = question.sampling
     body: dict[str, Any] = {"model": model, "max_tokens": sampling.max_new_tokens}
-    if sampling.do_sample:
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        # Not in OpenAI's own API, but in the servers' that have it.
-        body |= {"top_k": sampling.top_k} if sampling.top_k else {}
-        body["seed"] = sampling.seed >> 32  # 31 bits: some servers take no more
-    else:
-        body["temperature"] = 0
+    body |= _how_to_sample(sampling) | _limits(question)
     body["stream"] = stream
     if isinstance(question.asked, str):
         path, body["prompt"] = "/completions", question.asked
@@ -63,6 +58,46 @@ def request_of(question: Question, model: str, stream: bool = False) -> tuple[st
         turns = turns_of(question.asked)
         body["messages"] = [{"role": turn.role, "content": turn.text} for turn in turns]
     return path, json.dumps(body).encode()
+
+
+def _how_to_sample(sampling: SamplingParams) -> dict[str, Any]:
+    """The fields that choose tokens; beyond temperature, top_p and seed only those that act."""
+    found: dict[str, Any] = {"temperature": 0}
+    if sampling.do_sample:
+        found = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        # Not in OpenAI's own API, but in the servers' that have it.
+        found |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        found |= {"min_p": sampling.min_p} if sampling.min_p else {}
+        found["seed"] = sampling.seed >> 32  # 31 bits: some servers take no more
+    if sampling.repetition_penalty != 1:  # not in OpenAI's API, either
+        found["repetition_penalty"] = sampling.repetition_penalty
+    for name in ("presence_penalty", "frequency_penalty"):
+        found |= {name: vars(sampling)[name]} if vars(sampling)[name] else {}
+    if sampling.logit_bias:
+        found["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.logprobs is not None:
+        found |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    return found
+
+
+def _limits(question: Question) -> dict[str, Any]:
+    """The fields that end an answer, or hold it to a structure. OpenAI's API lacks min_tokens,
+    ignore_eos and structured_outputs, vLLM's has them."""
+    sampling, structure = question.sampling, question.structure
+    found: dict[str, Any] = {"stop": list(question.stop_strings)} if question.stop_strings else {}
+    found |= {"min_tokens": sampling.min_tokens} if sampling.min_tokens else {}
+    found |= {"ignore_eos": True} if sampling.ignore_eos else {}
+    if structure is None:
+        return found
+    match structure.kind:
+        case "json_object":
+            found["response_format"] = {"type": "json_object"}
+        case "json_schema":
+            schema = {"name": "answer", "schema": structure.value, "strict": True}
+            found["response_format"] = {"type": "json_schema", "json_schema": schema}
+        case kind:
+            found["structured_outputs"] = {kind: structure.value}
+    return found
 
 
 def check_status(url: str, status: int, retry_after: str | None, raw: bytes) -> None:
@@ -124,12 +159,15 @@ def answer_of(url: str, raw: bytes) -> Answer:
         reason = choice.get("finish_reason") or "stop"
         usage = body.get("usage") or {}
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        logprobs = (choice.get("logprobs") or {}).get("content")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Trouble(f"{url} answered with something else than an answer", None, True) from None
     if reason in ("abort", "error"):  # vLLM, when it is stopped
         raise Trouble(f"{url} ended an answer with {reason}", None, True)
-    numbers = [n if isinstance(n, int) else None for n in counts]
-    return Answer(text if isinstance(text, str) else "", str(reason), *numbers)
+    prompt_tokens, new_tokens = (n if isinstance(n, int) else None for n in counts)
+    logprobs = logprobs if isinstance(logprobs, list) else None
+    text = text if isinstance(text, str) else ""
+    return Answer(text, str(reason), prompt_tokens, new_tokens, logprobs)
 
 
 def model_names(url: str, raw: bytes) -> list[str]:

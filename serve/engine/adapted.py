@@ -55,9 +55,8 @@ class Tokens:
         """bool [N, adapters * rank]: whether a column belongs to another adapter than the token's.
         The layers of a step share it."""
         if (adapters, rank) not in self._others:
-            owners = torch.arange(1, adapters + 1, device=self.number_N.device)
-            columns = owners.repeat_interleave(rank)
-            self._others[adapters, rank] = self.number_N[:, None] != columns
+            columns = torch.arange(adapters * rank, device=self.number_N.device)
+            self._others[adapters, rank] = self.number_N[:, None] != columns // rank + 1
         return self._others[adapters, rank]
 
 

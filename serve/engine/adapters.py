@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qwen_ds.decode.engine import PackedModel, PackedStep
+from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import Adapter
 from qwen_ds.model.adapter_loading import check_copies
@@ -36,8 +36,6 @@ from serve.engine.adapted import (
 
 DEFAULT = "default"
 """The name of an adapter that answers requests that name none. The bare base is then not served."""
-
-Runs = Sequence[tuple[str | None, int]]  # of tokens: an adapter's name, how many
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, str]:
@@ -69,10 +67,9 @@ class ServedAdapters:
         self._numbers: dict[str | None, int] = {name: i + 1 for i, name in enumerate(names)}
         self._numbers[None] = self._numbers.get(DEFAULT, 0)
 
-    def numbers(self, runs: Runs) -> Tensor:
-        """The adapter's number of each token, int64; 0 for the bare base."""
-        numbers = torch.tensor([self._numbers[name] for name, _ in runs])
-        return numbers.repeat_interleave(torch.tensor([count for _, count in runs]))
+    def numbers(self, runs: Runs) -> list[int]:
+        """The adapter's number of each token; 0 for the bare base."""
+        return [self._numbers[name] for name, count in runs for _ in range(count)]
 
     def tokens(self, runs: Runs, device: torch.device) -> Tokens:
         """The adapters of consecutive tokens, on the device of the model."""
@@ -86,27 +83,20 @@ class ServedAdapters:
                 own.append((start, end))
             start = end
         groups = [(number, _places(own, device)) for number, own in spans.items() if number and own]
-        return Tokens(self.numbers(runs).to(device), groups)
+        number_N = torch.tensor(self.numbers(runs), dtype=torch.int64, device=device)
+        return Tokens(number_N, groups)
 
     @contextmanager
     def acting(self, step: PackedStep) -> Iterator[None]:
-        """Let the model's forward in this context give each token of a step its adapter's."""
+        """Let the model's forward in this context give each token of a step its adapter's. Where
+        the step has numbers, all of its tokens must be due."""
         runs, device = step.adapters, step.ids_1N.device
         try:
-            if any(self._numbers[name] for name, _ in runs):
+            if isinstance(runs, Tensor):
+                self.step.tokens = self.step.due = Tokens(runs, (), is_shape_fixed=True)
+            elif any(self._numbers[name] for name, _ in runs):
                 self.step.tokens = self.tokens(runs, device)
                 self.step.due = self.tokens(_runs_of(runs, step.due_R.tolist()), device)
-            yield
-        finally:
-            self.step.tokens = self.step.due = None
-
-    @contextmanager
-    def shape_fixed(self, number_N: Tensor) -> Iterator[None]:
-        """Let the forwards in this context do the same operations whatever `number_N` holds: a
-        buffer of the caller's, one number for each token, all of which are due. For the capture of
-        a CUDA graph; fill the buffer by `numbers` before each replay."""
-        self.step.tokens = self.step.due = Tokens(number_N, (), is_shape_fixed=True)
-        try:
             yield
         finally:
             self.step.tokens = self.step.due = None

@@ -61,6 +61,11 @@ class ServingEngine:
             least = _LEAST_PAGES * PAGE_TOKENS * self.shape.bytes_per_token / 1e9
             raise UserError(f"{came}; expected at least {least:.3g} GB (--memory_gb)")
         model: PackedModel = packed(self.model)
+        names: tuple[str, ...] = ()
+        numbers = None
+        if self.adapters is not None:
+            model, names = AdaptedModel(model, self.adapters), self.adapters.names
+            numbers = self.adapters.numbers
         store: KVStore
         if self.device.type == "cuda":
             try:
@@ -70,15 +75,11 @@ class ServingEngine:
                     f"memory for keys and values: {memory / 1e9:.3g} GB do not fit the GPU; "
                     "expected a smaller --memory_gb"
                 ) from None
-            if self.adapters is None:  # whose rows change from step to step
-                model = GraphedModel(model, store, slots)
+            model = GraphedModel(model, store, slots, numbers)
         else:
             store = ContiguousStore(self.shape, pages, PAGE_TOKENS)
         beside = None if self.device.type == "cuda" else PREFILL_BESIDE
         limits = EngineLimits(slots, prefill_tokens, self.context, beside)
-        names: tuple[str, ...] = ()
-        if self.adapters is not None:
-            model, names = AdaptedModel(model, self.adapters), self.adapters.names
         return DecodingEngine(model, store, self.vocabulary, limits, self.alpha_of, names)
 
     def _free_memory(self) -> int:

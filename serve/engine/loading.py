@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 
 from qwen_ds.decode.request import Vocabulary
 from qwen_ds.decode.stop import StopRule
+from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
@@ -19,8 +20,9 @@ from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.loading import load_base
 from qwen_ds.model.prepacked import prepack
 from qwen_ds.model.shapes import state_shapes
+from qwen_ds.runlog import say
 from serve.engine.adapted import AdaptedModule
-from serve.engine.adapters import DEFAULT, put_adapters
+from serve.engine.adapters import DEFAULT, named_adapters, put_adapters
 from serve.engine.engine import ServingEngine
 
 
@@ -81,6 +83,20 @@ def _fitting(folder: str | Path, base: ModelFolder, allow_pickle: bool) -> Adapt
     adapter = read_adapter(folder, allow_pickle=allow_pickle)
     check_adapter_fits(adapter, state_shapes(base.config))
     return adapter
+
+
+def find_adapters(
+    given: Sequence[str], base: ModelFolder, allow_pickle: bool = False
+) -> dict[str, Path]:
+    """Adapter folders by name, from a command's values (see `named_adapters`), before anything is
+    loaded. UserError: no adapter, or one that does not fit."""
+    found = {}
+    for name, folder in named_adapters(given).items():
+        adapter = read_adapter(tell_adapter(folder), allow_pickle=allow_pickle)
+        for note in check_adapter_fits(adapter, state_shapes(base.config)):
+            say(f"{adapter.folder}: {note}")
+        found[name] = adapter.folder
+    return found
 
 
 def silence_libraries() -> None:

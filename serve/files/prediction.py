@@ -20,6 +20,7 @@ from qwen_ds.disk.lock import Holder
 from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.runlog import say
 from serve.answering import Answer, Question
+from serve.endpoint.options import given_options
 from serve.files import parts as files
 from serve.files.claims import Claims
 from serve.files.parts import PredictionParts, Settings
@@ -34,6 +35,11 @@ _ROWS_AT_ONCE, _SECONDS_AT_ONCE = 16, 1.0
 _SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts",
     "limit", "format", "columns", "system", "encoding", "special_tokens_in_text",
+)  # fmt: skip
+# Options of later releases: absent where they have their defaults, as in folders of earlier ones.
+_LATER_SETTINGS = (
+    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+    "min_tokens", "ignore_eos", "stop", "logprobs", "num_beams",
 )  # fmt: skip
 
 # Errors of the engine, worded for the user of a command, who can change its options.
@@ -85,7 +91,9 @@ def predict(
         held.callback(watch.stop)
         source = find_source(model, options)
         context = source.context
-        reader = PromptReader(paths, options, source.encoding, context, needs_reference)
+        reader = PromptReader(
+            paths, options, source.encoding, context, needs_reference, source.names
+        )
         share = _begin(reader, settings_of(source, paths, options), output, watch, own)
         if share is None:
             return None
@@ -198,11 +206,13 @@ def _run(source: Source, share: Share, options: AnswerOptions) -> PredictionFigu
 def _answer_share(source: Source, share: Share, options: AnswerOptions, bar: tqdm) -> float:
     """Answer the rows that this rank takes; return the seconds that loading the model took."""
     sampling, asked = options.sampling(), dict[int, PromptRow]()
+    stop, structure = tuple(options.stop), source.structure
 
     def questions() -> Iterator[Question]:
         for number, row in enumerate(share.rows()):
             asked[number] = row
-            yield Question(row.conversation, sampling.of_row(row.id), row.ids)
+            own = sampling.of_row(row.id)
+            yield Question(row.conversation, own, row.ids, row.adapter, stop, structure)
 
     coming = questions()
     if (first := next(coming, None)) is None:  # without anything to do no model is loaded
@@ -270,6 +280,7 @@ def line_of(row: PromptRow, found: Answer | DecodingError) -> dict[str, Any]:
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,
     }
+    line |= {"logprobs": found.logprobs} if found.logprobs is not None else {}
     return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
 
 
@@ -277,6 +288,10 @@ def settings_of(source: Source, paths: Sequence[str], options: AnswerOptions) ->
     """Everything that an answer depends on: options, and files by path, size and time of change."""
     values: dict[str, Any] = {name: vars(options)[name] for name in _SETTINGS}
     values["keep"] = list(options.keep) or None
+    given = given_options(options)
+    values |= {name: vars(options)[name] for name in _LATER_SETTINGS if name in given}
+    if options.logit_bias:  # JSON has no numbers for names
+        values["logit_bias"] = {str(token): bias for token, bias in options.logit_bias.items()}
     values |= settings_of_source(source)
     values["input"] = [[str(p), [file_card(f) for f in locate(p).files]] for p in paths]
     return values
@@ -285,5 +300,6 @@ def settings_of(source: Source, paths: Sequence[str], options: AnswerOptions) ->
 def _files_of(settings: Settings) -> Iterator[list[str]]:
     """The names of all files that answers depend on."""
     inputs = (cards for _, cards in settings["input"])
-    for cards in (settings.get("model") or [], settings.get("adapter") or [], *inputs):
+    adapters = (settings.get("adapters") or {}).values()
+    for cards in (settings.get("model") or [], settings.get("adapter") or [], *adapters, *inputs):
         yield [name for name, _, _ in cards]

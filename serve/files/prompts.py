@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -11,11 +12,13 @@ from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.limits import FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.data.rows.data_report import not_read_line
+from qwen_ds.decode.exceptions import UnknownAdapter
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show
+from serve.engine.adapters import DEFAULT
 from serve.options import AnswerOptions
 
 
@@ -31,7 +34,8 @@ class PromptRow:
     ids: tuple[int, ...]  # none where a server encodes the prompt
     tokens_cut: int
     own: dict[str, Any]
-    """What goes with the row into the output: its own id, and the columns of --keep."""
+    """What goes with the row into the output: its own id, the columns of --keep, its adapter."""
+    adapter: str | None = None  # that the row names
 
 
 def _every(row_id: int) -> bool:
@@ -42,9 +46,10 @@ class PromptReader:
     """The rows of the input files; every iteration reads them anew.
 
     `context` is the number of tokens that prompt and answer may have together. Without an
-    `encoding` no token is counted: a server does that. UserError if max_new_tokens fill the
-    context; while iterating, for a row that cannot be answered, or, with `needs_reference`, that
-    has no answer of its own.
+    `encoding` no token is counted: a server does that. `adapters` are those that rows may name;
+    without any their column is not looked at. UserError if max_new_tokens fill the context; while
+    iterating, for a row that cannot be answered, or, with `needs_reference`, that has no answer of
+    its own.
     """
 
     def __init__(
@@ -54,9 +59,10 @@ class PromptReader:
         encoding: Encoding | None,
         context: int,
         needs_reference: bool = False,
+        adapters: Collection[str] = (),
     ) -> None:
         self.paths, self.options, self.encoding = paths, options, encoding
-        self.context, self.needs_reference = context, needs_reference
+        self.context, self.needs_reference, self.adapters = context, needs_reference, adapters
         self.room = context - options.max_new_tokens
         if encoding is None:
             return
@@ -94,21 +100,30 @@ class PromptReader:
                     f"{source}: no answer; expected one to compare with (serve.predict needs none)"
                 )
             ids, cut = self._encode(conversation, source)
-            question, own = conversation.turns[-1].text, self._own(seen)
-            yield PromptRow(row_id, source, question, reference, conversation, tuple(ids), cut, own)
+            question, (own, adapter) = conversation.turns[-1].text, self._own(seen)
+            yield PromptRow(
+                row_id, source, question, reference, conversation, tuple(ids), cut, own, adapter
+            )
 
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
         prompts that are cut). Says, once for each path, which columns are not read."""
         not_read: NotRead = {}
         is_cut: list[bool] = []
-        missing = dict.fromkeys(self.options.keep)
+        missing, named = dict.fromkeys(self.options.keep), dict.fromkeys(self.adapters)
+        names_none = bool(self.adapters)
         for row in self._rows(self.options.files().told_by(say), not_read):
             is_cut.append(row.tokens_cut > 0)
             for name in [name for name in missing if row.own["kept"][name] is not None]:
                 del missing[name]
+            if row.adapter is not None and self.adapters:
+                names_none = False
+                if row.adapter not in named:
+                    named[row.adapter] = None  # said once
+                    say(f"{row.source}: {UnknownAdapter(row.adapter, self.adapters)}")
+        column = [self.options.adapter_column] if self.adapters else []
         for counts in not_read.values():
-            for name in ("id", *self.options.keep):  # carried into the output: see _own
+            for name in ("id", *self.options.keep, *column):  # see _own
                 counts.pop(name, None)
         say_not_read(not_read)
         if not is_cut:
@@ -116,13 +131,27 @@ class PromptReader:
         if missing:
             expected = "expected the name of a column, spelled as in the input"
             raise UserError(f"--keep {next(iter(missing))}: no row has it; {expected}")
+        if names_none:
+            raise UserError(
+                f"no row names its adapter in a column {self.options.adapter_column}; expected one"
+                " that does (--adapter_column), or --adapter DIR for all rows"
+            )
         return len(is_cut), sum(is_cut)
 
-    def _own(self, seen: Sequence[object]) -> dict[str, Any]:
+    def _own(self, seen: Sequence[object]) -> tuple[dict[str, Any], str | None]:
+        """A row's own share of the output, and the adapter that it names."""
         row = seen[0] if seen and isinstance(seen[0], dict) else {}
         own = {"row_id": row["id"]} if row.get("id") is not None else {}
-        names = self.options.keep
-        return own | {"kept": {name: row.get(name) for name in names}} if names else own
+        if names := self.options.keep:
+            own["kept"] = {name: row.get(name) for name in names}
+        if not self.adapters:
+            return own, None
+        value = row.get(self.options.adapter_column)
+        named = None if value in (None, "") else value
+        if named is not None and not isinstance(named, str):
+            named = json.dumps(named, ensure_ascii=False, default=str)
+        own["adapter"] = DEFAULT if named is None and DEFAULT in self.adapters else named
+        return own, named
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""

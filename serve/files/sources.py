@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.disk.adapter_folder import tell_adapter
-from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.decode.grammar import Grammar
+from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
+from qwen_ds.disk.weights import file_sha256
+from qwen_ds.errors import UserError
 from qwen_ds.model.folder import ModelFolder, find_model
-from qwen_ds.model.shapes import state_shapes
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import say
-from serve.answering import Answerer, EngineAnswerer
+from serve.answering import Answerer, EngineAnswerer, room_in_words
 from serve.endpoint.client import Endpoint, connect
-from serve.endpoint.options import check_source
-from serve.engine.loading import load_engine
+from serve.endpoint.options import check_source, given_options
+from serve.engine.adapters import DEFAULT, named_adapters
+from serve.engine.beams import BeamAnswerer, check_beams
+from serve.engine.loading import find_adapters, load_engine
 from serve.options import AnswerOptions
+from serve.structure import Structure
 
 # Options that a server's own settings take the place of.
 _ONLY_HERE = (
-    "adapter", "allow_pickle", "device", "dtype", "batch_size", "prefill_tokens", "memory_gb",
-    "long_prompts",
-    "special_tokens_in_text",
+    "adapter", "adapter_column", "allow_pickle", "device", "dtype", "num_beams", "batch_size",
+    "prefill_tokens", "memory_gb", "long_prompts", "special_tokens_in_text",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's folder, inspected, and its adapter; loaded when the first row is to be answered."""
+    """A model's folder, inspected, and its adapters; loaded when the first row is to be answered.
+    What its answers are held to is compiled."""
 
     folder: ModelFolder
-    adapter: Path | None
+    adapters: Mapping[str, Path]
     options: AnswerOptions
+    structure: Structure | None = None
+    grammar: Grammar | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -42,17 +49,23 @@ class ModelSource:
     def context(self) -> int:
         return self.folder.family.context(self.folder.config)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that rows choose from; none where one answers all rows."""
+        return () if list(self.adapters) == [DEFAULT] else tuple(self.adapters)
+
     def open(self) -> Answerer:
         o = self.options
+        if o.num_beams > 1:
+            say(f"beam search with {o.num_beams} beams by transformers' generate: the slow path")
+            return BeamAnswerer.load(self.folder, self.adapters.get(DEFAULT), o)
         engine = load_engine(
-            self.folder, self.adapter, o.device, o.dtype, allow_pickle=o.allow_pickle
-        )
+            self.folder, None, o.device, o.dtype, adapters=self.adapters,
+            allow_pickle=o.allow_pickle,
+        )  # fmt: skip
         decoding = engine.start(o.batch_size, o.prefill_tokens, o.memory_gb)
-        store = decoding.store
-        tokens = store.num_pages * store.page_size
-        gigabytes = tokens * store.shape.bytes_per_token / 1e9
-        say(f"room for {tokens:,} tokens of keys and values ({gigabytes:.3g} GB)")
-        return EngineAnswerer(decoding, engine.stop)
+        say(room_in_words(decoding))
+        return EngineAnswerer(engine, decoding, self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class EndpointSource:
     """A server, which counts tokens by itself."""
 
     endpoint: Endpoint
+    structure: Structure | None = None
 
     @property
     def encoding(self) -> Encoding | None:
@@ -68,6 +82,10 @@ class EndpointSource:
     @property
     def context(self) -> int:
         return 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ()
 
     def open(self) -> Answerer:
         return self.endpoint
@@ -79,30 +97,57 @@ Source = ModelSource | EndpointSource
 def find_source(model: str | None, options: AnswerOptions) -> Source:
     """Find what answers, before any row is read.
 
-    UserError: no such model, adapter or server. Failed: the server is down.
+    UserError: no such model, adapter or server, or options that it cannot honour. Failed: the
+    server is down.
     """
     check_source(options, model, _ONLY_HERE)
+    structure = options.structure()
     if model is None:
+        if structure is not None and structure.note is not None:
+            say(structure.note)
         seconds = options.timeout_minutes * 60
-        return EndpointSource(connect(options, seconds, say, options.concurrency))
+        return EndpointSource(connect(options, seconds, say, options.concurrency), structure)
+    check_beams(options)
     folder = find_model(model)
-    if options.adapter is None:
-        return ModelSource(folder, None, options)
-    adapter = read_adapter(tell_adapter(options.adapter), allow_pickle=options.allow_pickle)
-    for note in check_adapter_fits(adapter, state_shapes(folder.config)):
-        say(f"{adapter.folder}: {note}")
-    return ModelSource(folder, adapter.folder, options)
+    options.check_tokens(folder.encoding.n_vocab)
+    source = ModelSource(
+        folder,
+        find_adapters(options.adapter, folder, options.allow_pickle),
+        options,
+        structure,
+        None if structure is None else structure.grammar(folder),
+    )
+    if "adapter_column" in given_options(options) and not source.names:
+        raise UserError(
+            "--adapter_column is given without named adapters; expected --adapter NAME=DIR ..."
+        )
+    return source
 
 
 def settings_of_source(source: Source) -> dict[str, Any]:
     """Everything about the source that an answer depends on, as JSON."""
+    found: dict[str, Any] = {}
+    if (structure := source.structure) is not None:
+        found[structure.kind] = structure.value
     if isinstance(source, EndpointSource):
-        return {"endpoint": source.endpoint.url, "endpoint_model": source.endpoint.model}
-    adapter = source.adapter
-    return {
-        "model": cards_in(source.folder.path),
-        "adapter": cards_in(adapter) if adapter is not None else None,
-    }
+        return found | {"endpoint": source.endpoint.url, "endpoint_model": source.endpoint.model}
+    cards = {name: cards_in(at) for name, at in source.adapters.items()}
+    found |= {"model": cards_in(source.folder.path), "adapter": cards.get(DEFAULT)}
+    if source.names:
+        found |= {"adapter": None, "adapters": cards}
+        found["adapter_column"] = source.options.adapter_column
+    return found
+
+
+def adapters_told(options: AnswerOptions) -> dict[str, Any]:
+    """The adapter as a report names it, and the sum of its weights: a model card must not tell the
+    scores of another one. Of named adapters both are objects by name."""
+    folders = named_adapters(options.adapter)
+    files = {name: Path(folder).expanduser() / WEIGHTS_NAME for name, folder in folders.items()}
+    sums = {name: file_sha256(at) if at.is_file() else None for name, at in files.items()}
+    if set(folders) - {DEFAULT}:
+        return {"adapter": folders, "adapter_sha256": sums}
+    return {"adapter": folders.get(DEFAULT), "adapter_sha256": sums.get(DEFAULT)}
 
 
 def cards_in(folder: Path) -> list[list[Any]]:

@@ -17,9 +17,7 @@ from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
 from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
-from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
 from qwen_ds.disk.place import output_file, refuse_input
-from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
@@ -27,6 +25,7 @@ from qwen_ds.terminal import show
 from serve.files.parts import check_output, held_output, remove_parts
 from serve.files.prediction import PredictionFigures, predict
 from serve.files.prompts import say_not_read
+from serve.files.sources import adapters_told
 from serve.options import EvaluateOptions, SamplingOptions
 from serve.scores import metrics
 
@@ -89,7 +88,8 @@ def _evaluate(options: EvaluateOptions, report_file: Path) -> dict[str, Any] | N
 
 
 def _sampling(options: EvaluateOptions) -> dict[str, Any]:
-    return {field.name: vars(options)[field.name] for field in fields(SamplingOptions)}
+    told = {field.name: vars(options)[field.name] for field in fields(SamplingOptions)}
+    return told | {"num_beams": options.num_beams}
 
 
 def report_of(
@@ -102,8 +102,7 @@ def report_of(
     reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
     report: dict[str, Any] = {
         "model": options.model or options.endpoint,
-        "adapter": options.adapter,
-        "adapter_sha256": _adapter_sha256(options),
+        **adapters_told(options),
         "data": options.data,
         "predictions": options.predictions or str(Path(options.output_dir) / "predictions.jsonl"),
         "sampling": None if figures is None else _sampling(options),
@@ -121,12 +120,6 @@ def report_of(
             "tokens_per_second": round(tokens / figures.seconds, 2) if figures.seconds else None,
         }
     return report | {profile: s.as_dict() for profile, s in scores.items()}
-
-
-def _adapter_sha256(options: EvaluateOptions) -> str | None:
-    """Of the adapter's weights: a model card must not tell the scores of another one."""
-    file = None if options.adapter is None else Path(options.adapter) / WEIGHTS_NAME
-    return file_sha256(file) if file is not None and file.is_file() else None
 
 
 def read_predictions(file: Path, options: EvaluateOptions) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from serve.talk.talkers import Talker
 HELP = """\
 /clear         forget the conversation
 /system TEXT   use another system text from now on; without TEXT: show it
+/adapter NAME  answer by this adapter from now on; without NAME: list them
 /retry         answer the last question once more
 /save FILE     write the conversation as JSON messages, a row that training reads
 /help          show this
@@ -80,6 +81,8 @@ class Chat:
                 history.system = rest
             case "/system":
                 self._tell(f"system: {history.asking('').system or 'the default one'}")
+            case "/adapter":
+                self._tell(self._talker.use_adapter(rest))
             case "/retry":
                 self._retry()
             case "/save":

@@ -25,5 +25,5 @@ class ChatOptions(LoadOptions, SamplingOptions, EndpointOptions):
     """GB (10^9 bytes) for keys and values of the conversation; unset: most of what is free."""
 
     def __post_init__(self) -> None:
-        self.sampling()  # its checks
+        self.check_answers()
         check_source(self, self.model, _ONLY_HERE)

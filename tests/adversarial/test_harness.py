@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,3 +55,9 @@ def test_whatever_goes_wrong_is_noticed(
 ) -> None:
     with pytest.raises(AssertionError, match=noticed):
         check(member, tmp_path, small_dir)
+
+
+def test_a_command_that_computes_without_end_is_noticed(tmp_path: Path, small_dir: Path) -> None:
+    member = Member("endless", lambda place: [place.file("endless.py", "while True: pass")], code=0)
+    with pytest.raises(AssertionError, match=f"exit -{signal.SIGXCPU}"):
+        check(member, tmp_path, small_dir, cpu_seconds=1)

@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from qwen_ds.decode.engine import PackedStep, packed
+from qwen_ds.decode.engine import PackedStep, Runs, packed
 from qwen_ds.decode.kv import Segment
 from qwen_ds.decode.kv_rows import ContiguousStore
 from qwen_ds.model.adapter import read_adapter
@@ -35,7 +35,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from serve.engine import adapted
-from serve.engine.adapters import AdaptedModel, Runs, put_adapters
+from serve.engine.adapters import AdaptedModel, put_adapters
 
 ROWS = 32
 
@@ -47,7 +47,7 @@ def shape_110m() -> QWenConfig:
     )  # fmt: skip
 
 
-def step_after(model: QWenLMHeadModel, context: int, runs: Runs) -> PackedStep:
+def step_after(model: QWenLMHeadModel, context: int, runs: Runs | Tensor) -> PackedStep:
     """A step of one token a row, each after `context` tokens (whose keys are zeros)."""
     device = next(model.parameters()).device
     store = ContiguousStore(QWEN.kv_shape(model.config, model.dtype, device), 1 << 20)
@@ -61,7 +61,7 @@ def step_after(model: QWenLMHeadModel, context: int, runs: Runs) -> PackedStep:
     ids_1N = torch.arange(ROWS, device=device)[None]
     positions_1N = torch.full((1, ROWS), context, device=device)
     due_R = torch.arange(ROWS, device=device)
-    return PackedStep(ids_1N, positions_1N, 0, due_R, tuple(runs), store)
+    return PackedStep(ids_1N, positions_1N, 0, due_R, runs, store)
 
 
 @torch.no_grad()
@@ -82,21 +82,16 @@ def measure(
     names = list(found)
     none, one = [(None, ROWS)], [(names[0], ROWS)]
     several = [(names[i % adapters], 1) for i in range(ROWS)]
-    number_N = served.numbers(several).to(device)
+    number_N = torch.tensor(served.numbers(several), device=device)
 
-    def run(model: QWenLMHeadModel, runs: Runs) -> Callable[[], Tensor]:
+    def run(model: QWenLMHeadModel, runs: Runs | Tensor) -> Callable[[], Tensor]:
         step = step_after(bare, 64, runs)
         forward = AdaptedModel(packed(model), served)
         return lambda: forward(step)
 
-    def gathered() -> Tensor:
-        with served.shape_fixed(number_N):
-            return packed(wrapped)(step_gathered)
-
-    step_gathered = step_after(bare, 64, none)
     ways = {
         "bare": run(bare, none), "beside": run(wrapped, none), "one": run(wrapped, one),
-        "several": run(wrapped, several), "gathered": gathered,
+        "several": run(wrapped, several), "gathered": run(wrapped, number_N),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     side_by_side = adapted.SIDE_BY_SIDE

@@ -1,22 +1,17 @@
 """Two ways to answer with transformers: `generate` in static batches, and its continuous batching.
 
-Shapes: B rows of a batch, T prompt tokens, N new tokens of all rows, H heads, W head width.
+Shapes: B rows of a batch, T prompt tokens.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qwen_ds.decode.kv import PackedCache
 from qwen_ds.decode.request import Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.model.modeling import QWenLMHeadModel
@@ -63,45 +58,6 @@ def static_batches(
     return answers, clock() - began
 
 
-class TransformersPages(PackedCache):
-    """The pages of transformers' continuous batching, where our attention asks for its cache."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.num_keys = max(arguments["max_length_k"].values())
-        self._arguments = arguments
-
-    def attend(self, q_NHW: Tensor, k_NHW: Tensor, v_NHW: Tensor, layer: int) -> Tensor:
-        module: Any = SimpleNamespace(layer_idx=layer)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHW, k_NHW, v_NHW))  # [1, H, N, W]
-        out_1NHW, _ = sdpa_attention_forward(module, q, k, v, **self._arguments)
-        return out_1NHW[0]
-
-
-class ContinuousQWen(QWenLMHeadModel):
-    """The model with the forward that transformers' continuous batching calls."""
-
-    @classmethod
-    def around(cls, model: QWenLMHeadModel) -> ContinuousQWen:
-        """One that has the modules of `model`, and no memory of its own."""
-        with torch.device("meta"):
-            made = cls(model.config)
-        made.transformer, made.lm_head = model.transformer, model.lm_head
-        return made.eval()
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        logits_to_keep: Tensor,
-        **arguments: Any,
-    ) -> CausalLMOutputWithPast:
-        # No prompt is longer than seq_length: alpha is 1.
-        return super().forward(
-            input_ids, position_ids=position_ids, past_key_values=TransformersPages(arguments),
-            use_cache=True, prompt_lens=0, logits_to_keep=logits_to_keep,
-        )  # fmt: skip
-
-
 def continuous_batching(
     model: QWenLMHeadModel, requests: Sequence[Request], slots: int, clock: Clock
 ) -> tuple[Answers, float]:
@@ -120,7 +76,7 @@ def continuous_batching(
     )
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     sampling = requests[0].sampling
-    manager = ContinuousQWen.around(model).continuous_batching_context_manager(
+    manager = model.continuous_batching_context_manager(
         generation_config=generation_config(sampling, eos_token_id=-1, max_new_tokens=most),
         continuous_batching_config=settings,
     )

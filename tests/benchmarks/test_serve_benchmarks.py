@@ -15,6 +15,7 @@ import torch
 from qwen_ds.decode.request import Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
+from serve.engine.engine import PAGE_TOKENS
 from tests.benchmarks import gpu_serve, serve
 from tests.benchmarks.serve_peers import continuous_batching
 
@@ -86,6 +87,7 @@ GPU_TINY = {
 def test_the_gpu_benchmark_runs_through_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert gpu_serve.PAGE_TOKENS == PAGE_TOKENS
     out = tmp_path / "found.json"
     gpu_serve.main(["--device", "cpu", "--plan", json.dumps(GPU_TINY), "--json", str(out)])
     found = json.loads(out.read_text())["found"]

@@ -25,7 +25,8 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
-    path = tmp_path / "train.jsonl"
+    path = tmp_path / ("a name as long as a line of the terminal is wide " * 2) / "train.jsonl"
+    path.parent.mkdir()
     lines = [{"content": f"q{i}<|im_end|>", "summary": f"answer {i}\x1b[31m"} for i in range(5)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

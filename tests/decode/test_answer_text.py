@@ -15,19 +15,22 @@ TEXT = "a观察ab观b"
 TOKENS = list(TEXT.encode())
 
 
-def pieces(text: AnswerText, tokens: list[int], stop: StopRule) -> list[str]:
+def pieces(text: AnswerText, tokens: list[int], min_tokens: int = 0) -> list[str]:
     """As the engine pushes them: it ends at the first stop."""
     shown = []
-    for end, token in enumerate(tokens, 1):
-        shown.append(text.push(token))
-        if text.is_stopped or (length := stop.length_of_stop(tokens[:end])):
-            return [*shown, text.finish(0 if text.is_stopped else length)]
-    return [*shown, text.finish(0)]
+    for i, token in enumerate(tokens):
+        shown.append(text.push(token, may_end=i >= min_tokens))
+        if text.is_stopped:
+            break
+    return [*shown, text.finish()]
+
+
+def make(stop: StopRule, strings: tuple[str, ...] = ()) -> AnswerText:
+    return AnswerText(lambda token: bytes([token]), stop, strings)
 
 
 def grown(stop: StopRule, strings: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
-    text = AnswerText(lambda token: bytes([token]), stop, strings, min_tokens)
-    return pieces(text, TOKENS, stop)
+    return pieces(make(stop, strings), TOKENS, min_tokens)
 
 
 def test_pieces_are_whole_characters_and_together_the_answer() -> None:
@@ -61,6 +64,41 @@ def test_stops_of_all_kinds_work_side_by_side() -> None:
         by_tokens = bytes(stop.cut(TOKENS)[0]).decode(errors="ignore")
         found = "".join(grown(stop, (string,)))
         assert found.rstrip("\ufffd") == by_tokens.partition(string)[0]
+
+
+def test_text_that_was_held_back_may_complete_a_stop_string_at_the_end() -> None:
+    """It was held back as the beginning of a stop sequence, or of a longer stop string, or for the
+    rest of a character."""
+    sequence = StopRule(sequences=((ord("b"), ord("c")),))
+    for stop, strings, tokens, shown in (
+        (sequence, ("ab",), b"xab", "x"),
+        (sequence, ("b",), b"xab", "xa"),
+        (sequence, ("c",), b"xab", "xab"),
+        (StopRule(), ("b\ufffd",), "xb裙".encode()[:3], "x"),
+        (StopRule(), ("b", "abc"), b"xab", "xa"),
+    ):
+        text = make(stop, strings)
+        assert "".join(pieces(text, list(tokens))) == shown
+        assert text.is_stopped == (shown != "xab")
+        assert text.stop_tokens == 0
+
+
+def test_the_tokens_of_a_stop_are_counted() -> None:
+    for stop, count in (
+        (StopRule(ids=(ord("b"),)), 1),
+        (StopRule(sequences=((ord("b"),), (ord("a"), ord("b")))), 2),
+        (StopRule(sequences=((ord("b"), ord("c")),)), 0),
+    ):
+        text = make(stop)
+        found = pieces(text, list(b"xab"))
+        assert "".join(found) == "xab"[: 3 - count]
+        assert text.stop_tokens == count and text.is_stopped == (count > 0)
+
+
+def test_a_stop_sequence_does_not_begin_before_min_tokens() -> None:
+    stop = StopRule(sequences=((ord("b"), ord("c")),))
+    for min_tokens, shown in ((0, "a"), (1, "a"), (2, "abca"), (3, "abca"), (5, "abcabc")):
+        assert "".join(pieces(make(stop), list(b"abcabc"), min_tokens)) == shown
 
 
 def test_before_min_tokens_a_stop_string_is_text() -> None:

@@ -8,12 +8,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 import qwen_ds
 from qwen_ds.decode import engine as engine_module
+from qwen_ds.decode import sampler as sampler_module
+from qwen_ds.decode.batch import GrowingAnswer
 from qwen_ds.decode.engine import DecodingEngine, PackedStep, packed
 from qwen_ds.decode.exceptions import (
     EmptyPrompt,
@@ -28,6 +31,7 @@ from qwen_ds.decode.kv import KVStore
 from qwen_ds.decode.kv_pages import PagedStore
 from qwen_ds.decode.kv_rows import ContiguousStore
 from qwen_ds.decode.request import Request, Update, Vocabulary
+from qwen_ds.decode.sampler import RowSampler, Sampled
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
@@ -396,6 +400,84 @@ def test_a_step_that_does_not_fit_costs_one_prompt_or_puts_a_row_back(
     assert len(errors) < len(ids)
 
 
+# The sampler is tried with rows of all kinds, and a memory of so many rows at a time.
+KINDS: list[dict[str, Any]] = [
+    {}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "logprobs": 2},
+    {"repetition_penalty": 1.3}, {"logprobs": 3, "prompt_logprobs": 1}, {"min_tokens": 4},
+]  # fmt: skip
+
+
+def all_updates(model, prompts, store: MakeStore, choose=None) -> dict[int, list[Update]]:
+    """The updates of twelve rows of all kinds."""
+    engine = make_engine(model, store, limits=EngineLimits(16, 400, 1000))
+    found: dict[int, list[Update]] = {}
+    for i in range(12):
+        params = SamplingParams(max_new_tokens=8, seed=i, **KINDS[i % len(KINDS)])
+        asked = replace(request(prompts[i]), sampling=params, choose=choose if i == 7 else None)
+        found[engine.submit(asked)] = []
+    while engine.is_busy:
+        for update in engine.step():
+            found[update.id].append(update)
+    assert engine.store.available_pages == engine.store.num_pages
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("place", ["only_tokens", "most_probable", "_logprobs"])
+def test_a_sampler_that_does_not_fit_takes_fewer_rows_at_a_time(
+    model, prompts, monkeypatch, place: str, room: int
+) -> None:
+    expected_updates = all_updates(model, prompts, ContiguousStore)
+    inner, refused = getattr(sampler_module, place), []
+
+    def tight(logits_RV: torch.Tensor, *more: Any) -> Any:
+        if len(logits_RV) > room:
+            refused.append(len(logits_RV))
+            raise torch.OutOfMemoryError
+        return inner(logits_RV, *more)
+
+    monkeypatch.setattr(sampler_module, place, tight)
+    assert all_updates(model, prompts, ContiguousStore) == expected_updates
+    # A piece of a prompt may be longer than the room for rows of any kind.
+    assert refused
+
+
+def test_a_row_that_does_not_fit_the_sampler_fails_alone(model, prompts, monkeypatch) -> None:
+    def own(logits_V: torch.Tensor) -> int:
+        return int(logits_V.argmax())
+
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    expected_updates = all_updates(model, prompts, ContiguousStore, own)
+    inner = engine_module.sample
+
+    def tight(logits_RV: torch.Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
+        return no_room() if any(row.params.seed == 3 for row in rows) else inner(logits_RV, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "sample", tight)
+        found = all_updates(model, prompts, ContiguousStore, own)
+    assert failures(found) == {3: RowOutOfMemory}
+    assert found == expected_updates | {3: found[3]}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "prompt_logprobs", no_room)
+        found = all_updates(model, prompts, ContiguousStore, own)
+    assert failures(found) == {i: RowOutOfMemory for i in (4, 10) if len(prompts[i]) > 1}
+    assert failures(found)
+    found = all_updates(model, prompts, ContiguousStore, no_room)
+    assert failures(found) == {7: RowOutOfMemory}
+    assert found == expected_updates | {7: found[7]}
+
+
+def failures(found: dict[int, list[Update]]) -> dict[int, type[Exception]]:
+    """The kinds of the errors by which rows ended, which have no other update."""
+    failed = {number: updates[0].error for number, updates in found.items()}
+    kinds = {number: type(error) for number, error in failed.items() if error is not None}
+    assert all(len(found[number]) == 1 for number in kinds)
+    return kinds
+
+
 def test_sampled_rows_do_not_depend_on_the_company(model, prompts) -> None:
     params = SamplingParams(True, 1.0, 0.9, 0, NEW)
 
@@ -444,6 +526,43 @@ def test_a_stop_string_ends_its_row_and_is_never_seen(
         assert "".join(pieces) == whole[: whole.index(string)]
         assert updates[-1].finish_reason == "stop"
         assert found == tokens[: whole.index(string) + length]
+
+
+def test_a_stop_string_at_the_very_end_ends_its_row(model, prompts, expected) -> None:
+    """Completed by the last of max_new_tokens, or by what was held back until then."""
+    tokens = expected[5]
+    begins = StopRule((VOCABULARY - 1,), ((tokens[3], VOCABULARY - 2),))  # and never goes on
+    for stop, count in ((StopRule(), 1), (StopRule(), 3), (begins, 1), (begins, 2)):
+        string = "".join(map(chr, tokens[4 - count : 4]))
+        asked = replace(request(prompts[5], new=4), stop=stop, stop_strings=(string,))
+        found, pieces, updates = text_run(make_engine(model), asked)
+        whole = "".join(map(chr, tokens[:4]))
+        assert "".join(pieces) == whole[: whole.index(string)] and found == tokens[:4]
+        assert updates[-1].finish_reason == "stop" and updates[-1].stop_tokens == 0
+
+
+def test_no_stop_reaches_into_the_first_min_tokens(model, prompts, expected) -> None:
+    tokens = expected[5]
+    stops = StopRule(sequences=(tuple(tokens[2:5]), tuple(tokens[6:8])))
+    assert len(set(tokens)) == len(tokens)
+    for min_tokens, count, kept in ((0, 5, 2), (2, 5, 2), (3, 8, 6), (5, 8, 6), (7, NEW, NEW)):
+        sampling = SamplingParams(max_new_tokens=NEW, min_tokens=min_tokens)
+        for choice in (sampling, replace(sampling, ignore_eos=True)):
+            asked = replace(request(prompts[5]), sampling=choice, stop=stops)
+            found, pieces, updates = text_run(make_engine(model), asked)
+            assert found == tokens[:count] and updates[-1].stop_tokens == count - kept
+            assert "".join(pieces) == "".join(map(chr, tokens[:kept]))
+            grown = GrowingAnswer(asked)
+            for update in updates:
+                grown.add(update)
+            assert grown.completion().ids == tuple(tokens[:kept])
+
+
+def test_a_stop_token_that_is_ignored_is_not_held_back(model, prompts, expected) -> None:
+    tokens = expected[5]
+    asked = request(prompts[5], stop=[tokens[2]])
+    asked = replace(asked, sampling=replace(asked.sampling, ignore_eos=True, min_tokens=8))
+    assert text_run(make_engine(model), asked)[0] == tokens
 
 
 def test_min_tokens_and_ignore_eos_let_a_row_go_on(model, prompts, expected) -> None:

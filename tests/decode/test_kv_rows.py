@@ -114,6 +114,58 @@ def test_block_tables_say_where_a_row_lies(
     check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed=9)
 
 
+@pytest.mark.parametrize("q_heads, heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
+def test_no_more_keys_are_gathered_at_once_than_the_bound(
+    monkeypatch: pytest.MonkeyPatch, q_heads: int, heads: int
+) -> None:
+    gathered, attention = [], F.scaled_dot_product_attention
+
+    def spying(q: Tensor, k: Tensor, *more: Any, **options: Any) -> Tensor:
+        gathered.append((k.shape[0], k.shape[2]))
+        return attention(q, k, *more, **options)
+
+    monkeypatch.setattr(kv_pages, "GATHERED_TOKENS", 24)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spying)
+    for seed in range(8):
+        check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed)
+    assert max(rows for rows, _ in gathered) > 1
+    # One row may be longer.
+    assert all(rows * tokens <= 24 for rows, tokens in gathered if rows > 1)
+
+
+def test_a_kernel_of_an_installed_package_is_taken_where_torch_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    active: list[str | None] = [None]
+
+    def activate(name: str) -> None:
+        if name == "missing":
+            raise ModuleNotFoundError("no such package")
+        active[0] = name
+
+    def attention(*args: Any, **options: Any) -> Tensor:
+        if active[0] is None:
+            raise RuntimeError("no tables")
+        if active[0] == "ignores tables":
+            return args[2][0, :1]
+        return varlen_by_hand(*args, **options)
+
+    def restore(_raise_warn: bool) -> None:
+        active[0] = None
+
+    monkeypatch.setattr(kv_pages, "varlen_attn", attention)
+    monkeypatch.setattr(kv_pages, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(kv_pages, "restore_flash_attention_impl", restore)
+    names = ["missing", "ignores tables", "good"]
+    monkeypatch.setattr(kv_pages, "list_flash_attention_impls", lambda: names)
+    assert kv_pages.kernel_runs(shape(2), 4)
+    assert active == ["good"] and capsys.readouterr().out == ""
+    restore(False)
+    names.pop()
+    assert not kv_pages.kernel_runs(shape(2), 4)
+    assert active == [None] and capsys.readouterr().out.endswith("slower: no tables\n")
+
+
 def test_a_kernel_that_refuses_tables_is_said_and_a_wrong_call_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,6 +184,13 @@ def test_min_tokens_holds_stops_back_and_not_longer() -> None:
         assert [token in STOPS for token in found] == [step >= n for n in (0, 1, 4)]
 
 
+def test_a_stop_that_is_no_token_bans_none() -> None:
+    state = RowSampler(SamplingParams(min_tokens=1), (1,), TOKENS, (-5, TOKENS + 5))
+    logits_V = torch.zeros(HEAD)
+    state.change(logits_V)
+    assert not logits_V.any()
+
+
 def test_ignore_eos_bans_nothing() -> None:
     state = row(ignore_eos=True, logit_bias=((STOPS[1], 60.0),))
     assert tokens_of(sample(random_logits(1), [state])) == [STOPS[1]]
@@ -260,6 +267,9 @@ def test_garbage_in_the_heads_padding_harms_nobody() -> None:
     logits_RV[:, TOKENS:] = torch.nan
     states = [row(), row(do_sample=True, top_k=0)]
     assert max(tokens_of(sample(logits_RV, states))) < TOKENS
+    # But log-probabilities are over the padding, too.
+    plain, asked = sample(logits_RV, [row(), row(logprobs=0)])
+    assert plain.error is None and isinstance(asked.error, LogitsNotFinite)
 
 
 def test_ids_beyond_the_vocabulary_cannot_be_biased() -> None:

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qwen_ds.decode import sampling
 from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import (
     SamplingGroup,
@@ -24,6 +25,7 @@ from qwen_ds.decode.sampling import (
     _top,
     candidates,
     draw,
+    most_probable,
     only_tokens,
     row_seed,
     sampling_groups,
@@ -85,6 +87,58 @@ def test_the_prefilter_keeps_the_tokens_of_a_full_sort(top_p: float, spread: flo
     found_BV = distribution(logits_BV, group)
     assert [set(row.nonzero()[:, 0].tolist()) for row in found_BV] == expected
     assert all(len(kept) <= 151_851 for kept in expected)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0])
+def test_a_number_meets_the_token_that_it_meets_in_a_full_sort(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, top_p: float, min_p: float
+) -> None:
+    """Rows from flat to peaked; numbers everywhere, some of them where a token ends."""
+    generator = torch.Generator().manual_seed(8)
+    spread_B1 = torch.linspace(0.2, 5.0, 40).unsqueeze(1)
+    logits_BV = (torch.randn(40, 6000, generator=generator) * spread_B1).bfloat16().float()
+    params = [SamplingParams(True, temperature, top_p, 0, min_p=min_p)] * 40
+    groups = sampling_groups(params, CPU)
+    (whole,) = groups
+    for _ in range(12):
+        uniform_B = torch.rand(40, generator=generator)
+        for found in candidates(logits_BV / whole.temperature_G1, whole):
+            ends_CN = found.cumulative_CN / found.total_C1
+            some = torch.randint(200, (1,), generator=generator).clamp(max=ends_CN.shape[1] - 1)
+            uniform_B[found.place_C[::2]] = ends_CN[::2, some[0]].clamp(max=1 - 2**-24)
+        quick_B = draw(logits_BV, groups, uniform_B)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "PREFILTERS", ())
+            assert torch.equal(quick_B, draw(logits_BV, groups, uniform_B))
+
+
+def test_no_more_is_sorted_than_a_number_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At top_p 1 every token is a candidate; nearly always an early one is met."""
+    logits_BV = torch.randn(50, 20_000, generator=torch.Generator().manual_seed(2)) * 4
+    sorted_rows: list[int] = []
+    full = sampling._sorted
+    monkeypatch.setattr(
+        sampling, "_sorted", lambda values: (sorted_rows.append(len(values)), full(values))[1]
+    )
+    uniform_B = torch.linspace(0, 0.98, 50)
+    draw(logits_BV, same(50, 1.0, 1.0, 0), uniform_B)
+    assert sum(sorted_rows) < 10
+    draw(logits_BV, same(50, 1.0, 1.0, 0), torch.full((50,), 0.99999))
+    assert sum(sorted_rows) >= 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_most_probable_is_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits_BV = torch.randn(9, 700, generator=torch.Generator().manual_seed(2)).round().to(dtype)
+    logits_BV[3, 40:] = torch.nan
+    logits_BV[4] = -torch.inf
+    logits_BV[5, 600] = torch.inf
+    largest_B, ids_B = most_probable(logits_BV[:, :650])
+    expected_B, expected_ids_B = logits_BV[:, :650].max(-1)
+    torch.testing.assert_close(largest_B, expected_B, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ids_B, expected_ids_B)
 
 
 def test_equal_logits_come_in_one_order_whatever_the_batch() -> None:

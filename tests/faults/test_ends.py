@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
-from tests.jobs import ROOT, Job, fork
+from tests.jobs import ROOT, Job, fork, shared_memory, shared_memory_left
 
 pytestmark = pytest.mark.job
 
@@ -93,11 +93,6 @@ class Command:
         return (self.place / "err").read_text()
 
 
-def shared_memory() -> set[str]:
-    """Shared memory on this machine; semaphores come and go with other processes' pools."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
-
-
 def visible(folder: Path) -> set[str]:
     """Everything below a folder but the child's own output."""
     own = {"out", "err", "there"}
@@ -160,7 +155,7 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_output(
     left = visible(made)
     assert not any("unfinished" in name or "partial" in name for name in left), left
     assert not left & {"model", "answers.jsonl", "rows.jsonl", "metrics.json"}, left
-    assert shared_memory() <= shared
+    assert not shared_memory_left(shared)
     again = Command(words[name], tmp_path / "again")
     assert again.ended() == 0, again.err
     assert visible(made) & {"model", "answers.jsonl", "rows.jsonl", "metrics.json"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_ds.train.survive import checkpoint
-from tests.jobs import ROOT, SCRIPT, Job
+from tests.jobs import ROOT, SCRIPT, Job, shared_memory, shared_memory_left
 
 pytestmark = pytest.mark.job
 TIMED = (
@@ -63,11 +63,6 @@ def same(a: Path, b: Path) -> bool:
 
 def saved(run: Path) -> set[str]:
     return {p.name for p in (run / "checkpoints").glob("step_*")}
-
-
-def shared_memory() -> set[str]:
-    """Shared memory on this machine; semaphores come and go with other processes' pools."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
 def until_saved(job: Job, run: Path) -> Job:
@@ -135,7 +130,7 @@ def test_a_signal_to_one_rank_saves_on_all_at_the_same_step(
     assert job.send(signal.SIGINT).wait().codes == [3, 3]
     Job([*options, "--output_dir", str(run)], 2).wait().ok()
     assert same(calm, run)
-    assert shared_memory() <= shared, "no shared-memory file is left"
+    assert not shared_memory_left(shared)
 
 
 def test_the_evaluation_that_a_signal_put_off_is_made_up_for(

@@ -106,3 +106,9 @@ def test_a_pipe_is_no_recipe_for_several_ranks(monkeypatch: pytest.MonkeyPatch) 
             load_recipe(["--config", f"/dev/fd/{reader}"])
     assert load_recipe(["--config", f"/dev/fd/{reader}"]).recipe.seed == 5
     os.close(reader)
+
+
+def test_texts_of_a_list_stay_texts() -> None:
+    """YAML readers differ on whether 1e5 is a number."""
+    texts = ["1e5", "null", "a: b", "0x1", "- c"]
+    assert load_recipe(["--data.train", *texts, "--model.path", "m"]).recipe.data.train == texts

@@ -21,6 +21,7 @@ from qwen_ds.recipe.parser import parse_options
 from qwen_ds.terminal import visible
 from serve.talk.options import ChatOptions
 from tests.jobs import ROOT, fork
+from tests.serve.engine.test_adapters import make_adapter
 from tests.serve.scripted_server import Body, Handler, answer_to, closed_url, scripted
 
 pytestmark = pytest.mark.job
@@ -116,6 +117,27 @@ def test_each_line_of_a_pipe_gets_its_answer_and_nothing_else(
     assert len(answers) == 2 and all(answers)
     assert out == "".join(f"{visible(answer)}\n" for answer in answers)
     assert "> " not in out and "room for 512 tokens" in err
+    assert re.search(r"room for [\d,]+ tokens of keys and values \([\d.e+]+ GB\)", err)
+
+
+def test_adapters_are_named_and_changed(small_dir: Path, tmp_path: Path) -> None:
+    folders = [
+        make_adapter(small_dir, tmp_path / name, {"target_modules": ["c_attn"]}, seed)
+        for seed, name in enumerate(("zh", "law"))
+    ]
+    named = ["--adapter", *(f"{folder.name}={folder}" for folder in folders)]
+    words = ["--model", str(small_dir), "--max_new_tokens", "6"]
+    entries = b"abc\n/clear\n/adapter law\nabc\n/clear\n/adapter base\nabc\n"
+    code, out, err = piped([*words, *named], entries, tmp_path)
+    assert code == 0, err
+    assert "adapter: zh (of zh, law, base)" in err and "adapter: law (of" in err
+    alone = [
+        piped([*words, *more], b"abc\n", tmp_path)[1]
+        for more in (*(("--adapter", str(folder)) for folder in folders), ())
+    ]
+    assert out == "".join(alone) and len(set(alone)) == 3
+    code, out, err = piped([*words, "--adapter", "a=b", "a=c"], b"", tmp_path)
+    assert (code, out) == (2, "") and "two adapters are named a" in err
 
 
 def test_a_pipe_ends_at_the_first_mistake(small_dir: Path, tmp_path: Path) -> None:
@@ -276,6 +298,7 @@ def test_options_are_checked() -> None:
     for words, message in (
         ((), "no model given"),
         (("--endpoint", "u", "--memory_gb", "1"), "--memory_gb is for a model here"),
+        (("--endpoint", "u", "--adapter", "a=b"), "--adapter is for a model here"),
         (("--model", "m", "--top_p", "2"), "top_p is 2.0"),
         (("--model", "m", "--batch_size", "2"), "unknown option batch_size"),
     ):

@@ -41,6 +41,11 @@ class Script:
             yield Piece(part)
         yield Piece("", "stop")
 
+    def use_adapter(self, name: str) -> str:
+        if name == "no":
+            raise UserError("/adapter no: no such adapter")
+        return f"adapter: {name or 'zh'}"
+
 
 def chat(talker: Script, *lines: str, on_terminal: bool = True) -> Chat:
     made = Chat(talker, History(), Entries(*lines), Interrupts(), on_terminal)
@@ -89,3 +94,12 @@ def test_lines_go_on_after_a_backslash() -> None:
 
 def test_exit_ends_before_later_lines() -> None:
     assert kept(chat(Script(["a"]), "q", "/exit", "never")) == ["q", "a"]
+
+
+def test_another_adapter_may_go_on_with_the_conversation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = chat(Script(["a"], ["b"]), "q", "/adapter law", "/adapter", "/adapter no", "r")
+    assert kept(made) == ["q", "a", "r", "b"]
+    said = "adapter: law\nadapter: zh\nerror: /adapter no: no such adapter\n"
+    assert capsys.readouterr() == ("a\nb\n", said)

@@ -11,11 +11,13 @@ from qwen_ds.decode.exceptions import PromptTooLong
 from qwen_ds.decode.request import Completion, Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
+from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import Encoding, load_encoding
 from serve.engine.engine import PAGE_TOKENS, ServingEngine, stream
 from serve.engine.loading import load_engine
 from serve.talk.talkers import EngineTalker, Piece
+from tests.serve.engine.test_adapters import make_adapter
 
 SAMPLING = SamplingParams(max_new_tokens=40)
 
@@ -142,3 +144,46 @@ def test_another_try_draws_another_answer(engine: ServingEngine, encoding: Encod
         return [text_of(list(talker.reply(chat("abc")))) for _ in range(3)]
 
     assert len(set(answers())) == 3 and answers() == answers()
+
+
+def test_each_reply_comes_from_the_adapter_in_use(
+    small_dir: Path, encoding: Encoding, tmp_path: Path
+) -> None:
+    """The first named one at the start; the same conversation goes on with another, or the base."""
+    folders = {
+        name: make_adapter(small_dir, tmp_path / name, {"target_modules": [module]}, 1)
+        for name, module in (("zh", "c_attn"), ("law", "c_proj"))
+    }
+
+    def talker(adapters: dict[str, Path]) -> EngineTalker:
+        return EngineTalker(load_engine(small_dir, adapters=adapters), encoding, SAMPLING)
+
+    def reply(one: EngineTalker) -> str:
+        return text_of(list(one.reply(chat("abc"))))
+
+    alone = {name: reply(talker({"default": folder})) for name, folder in folders.items()}
+    alone["base"] = reply(talker({}))
+    assert len(set(alone.values())) == 3
+    one = talker(folders)
+    assert one.use_adapter("") == "adapter: zh (of zh, law, base)"
+    assert reply(one) == alone["zh"]
+    for name in ("law", "base", "zh"):
+        assert one.use_adapter(name).startswith(f"adapter: {name} ")
+        assert reply(one) == alone[name]
+    with pytest.raises(UserError, match="/adapter no: no such adapter; expected one of: zh, law"):
+        one.use_adapter("no")
+    assert reply(one) == alone["zh"]
+    both = talker({"zh": folders["zh"], "default": folders["law"]})
+    assert both.use_adapter("") == "adapter: default (of zh, default)"
+    assert reply(both) == alone["law"]
+    for adapters in ({}, {"default": folders["zh"]}):
+        with pytest.raises(UserError, match="no adapter has a name; expected --adapter NAME=DIR"):
+            talker(adapters).use_adapter("zh")
+
+
+def test_a_reply_that_must_be_long_is_as_long_as_the_room(
+    engine: ServingEngine, encoding: Encoding
+) -> None:
+    many = SamplingParams(max_new_tokens=600, min_tokens=600)
+    pieces = list(EngineTalker(engine, encoding, many).reply(chat("abc")))
+    assert pieces[-1].finish_reason == "length"
