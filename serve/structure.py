@@ -36,17 +36,21 @@ class Structure:
         stop_ids = model.family.stop_ids(encoding)
         compiler = GrammarCompiler(encoding.token_bytes, encoding.n_vocab, stop_ids)
         try:
-            match self.kind:
-                case "json_object":
-                    return compiler.json_object()
-                case "json_schema":
-                    return compiler.json_schema(self.value)
-                case "regex":
-                    return compiler.regex(self.value)
-                case "choice":
-                    return compiler.choice(self.value)
+            return self.compiled(compiler)
         except InvalidGrammar as error:
             raise UserError(f"--{error}") from None
+
+    def compiled(self, compiler: GrammarCompiler) -> Grammar:
+        """Compile it. InvalidGrammar if no answer can be held to it."""
+        match self.kind:
+            case "json_object":
+                return compiler.json_object()
+            case "json_schema":
+                return compiler.json_schema(self.value)
+            case "regex":
+                return compiler.regex(self.value)
+            case "choice":
+                return compiler.choice(self.value)
 
 
 def read_schema(given: str) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.errors import UserError
 from qwen_ds.model.react import FunctionCall, ReactPrompt, parse_reply, react_prompt, react_stops
+from serve.answering import as_json
 from serve.api.bodies import ChatBody
 from serve.api.errors import ApiError
-from serve.api.jobs import Event, Job, Structure
+from serve.api.jobs import Event, Job
 from serve.api.replies import Part, ReplyParts
 from serve.api.sampling import sampling_params, seed_of_choice, structure_of
 from serve.api.served import Served
+from serve.structure import Structure
 
 Json = dict[str, Any]
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}}
@@ -177,17 +179,7 @@ class Chat:
         }
 
     def _logprobs(self, told: list[TokenLogprobs]) -> Json:
-        return {"content": [self._logprob(one) for one in told]}
-
-    def _logprob(self, one: TokenLogprobs) -> Json:
-        return self._of_token(one.token, one.logprob) | {
-            "top_logprobs": [self._of_token(token, logprob) for token, logprob in one.top]
-        }
-
-    def _of_token(self, token: int, logprob: float) -> Json:
-        raw = self._served.encoding.token_bytes(token)
-        text = raw.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        return {"content": [as_json(one, self._served.encoding.token_bytes) for one in told]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,4 +278,4 @@ def _calls(calls: object, place: int) -> list[Mapping[str, Any]]:
 def _must_call(names: tuple[str, ...]) -> Structure:
     """A reply that calls one of these functions."""
     one_of = "|".join(re.escape(name) for name in names)
-    return "regex", rf"[^\n]*\nAction: ({one_of})\nAction Input: ?[^\n](.|\n)*"
+    return Structure("regex", rf"[^\n]*\nAction: ({one_of})\nAction Input: ?[^\n](.|\n)*")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from qwen_ds.decode.request import PromptFigures
 from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import FinishReason
-
-Structure = tuple[Literal["json_object", "json_schema", "choice", "regex"], Any]
-"""The form that an answer is held to, and the schema, texts or pattern of it."""
+from serve.structure import Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +20,7 @@ class Job:
     stops: tuple[str, ...] = ()
     adapter: str | None = None
     structure: Structure | None = None
+    num_beams: int = 1
 
     @property
     def tokens(self) -> int:
@@ -34,7 +32,7 @@ class Job:
 class JobError:
     """Why a job has no answer, or no whole one."""
 
-    kind: str  # name of a class of qwen_ds.decode.exceptions, or of one of EngineGone
+    kind: str  # name of a class of qwen_ds.decode.exceptions, or ENGINE_GONE
     message: str
 
 

@@ -17,9 +17,6 @@ class ApiOptions(LoadOptions):
 
     model: PathText
     """Folder or hub id of a Qwen checkpoint."""
-    adapter: list[PathText] = field(default_factory=list)  # type: ignore[assignment]
-    """NAME=DIR of PEFT adapters, unmerged: clients ask for one by its name as the model. A bare
-    DIR is on the model itself."""
     served_model_name: list[str] = field(default_factory=list)
     """Names by which clients ask for the model; unset: the name of its folder."""
     host: str = "127.0.0.1"

@@ -22,8 +22,6 @@ class OriginalRoute:
             raise ApiError(
                 400, f"{came}; expected 1.0: there is no contrastive search", "penalty_alpha"
             )
-        if body.num_beams != 1:
-            raise ApiError(400, "num_beams is not supported; expected 1", "num_beams")
         self.model = served.names[0]
         self.body = Sampled()
         self._text = ""
@@ -33,7 +31,7 @@ class OriginalRoute:
             body.do_sample, body.temperature, body.top_p, body.top_k,
             served.room_for_answer(len(ids), room, body.max_new_tokens), secrets.randbits(63),
         )  # fmt: skip
-        self.jobs = [Job(tuple(ids), sampling)]
+        self.jobs = [Job(tuple(ids), sampling, num_beams=body.num_beams)]
 
     def take(self, index: int, event: Event) -> None:
         self._text += event.text

@@ -10,7 +10,7 @@ from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams, row_seed
 from serve.api.bodies import Sampled
 from serve.api.errors import ApiError
-from serve.api.jobs import Structure
+from serve.structure import Structure
 
 # OpenAI's defaults.
 _TEMPERATURE, _TOP_P = 1.0, 1.0
@@ -66,16 +66,16 @@ def structure_of(body: Sampled) -> Structure | None:
     if body.response_format is not None:
         asked += _response_format(body.response_format)
     if body.guided_json is not None:
-        asked.append(("json_schema", body.guided_json))
+        asked.append(Structure("json_schema", body.guided_json))
     if body.guided_regex is not None:
-        asked.append(("regex", body.guided_regex))
+        asked.append(Structure("regex", body.guided_regex))
     if body.guided_choice is not None:
-        asked.append(("choice", body.guided_choice))
+        asked.append(Structure("choice", body.guided_choice))
     if (forms := body.structured_outputs) is not None:
-        asked += [("json_schema", forms.json_)] if forms.json_ is not None else []
-        asked += [("regex", forms.regex)] if forms.regex is not None else []
-        asked += [("choice", forms.choice)] if forms.choice is not None else []
-        asked += [("json_object", None)] if forms.json_object else []
+        asked += [Structure("json_schema", forms.json_)] if forms.json_ is not None else []
+        asked += [Structure("regex", forms.regex)] if forms.regex is not None else []
+        asked += [Structure("choice", forms.choice)] if forms.choice is not None else []
+        asked += [Structure("json_object", None)] if forms.json_object else []
     if len(asked) > 1:
         raise ApiError(400, "two forms are asked for; expected one", "response_format")
     return asked[0] if asked else None
@@ -86,10 +86,10 @@ def _response_format(given: Mapping[str, Any]) -> list[Structure]:
     if kind == "text":
         return []
     if kind == "json_object":
-        return [("json_object", None)]
+        return [Structure("json_object", None)]
     schema = given.get("json_schema")
     if kind == "json_schema" and isinstance(schema, dict) and "schema" in schema:
-        return [("json_schema", schema["schema"])]
+        return [Structure("json_schema", schema["schema"])]
     came = "response_format" if kind != "json_schema" else "response_format.json_schema"
     expected = "type text, json_object, or json_schema with a schema in json_schema"
     raise ApiError(400, f"{came} is not understood; expected {expected}", "response_format")

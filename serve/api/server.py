@@ -17,12 +17,9 @@ import torch
 import uvicorn
 
 from qwen_ds import dist
-from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.read import read_text
 from qwen_ds.errors import EXIT_USER, Failed, UserError
-from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.folder import ModelFolder, find_model
-from qwen_ds.model.shapes import state_shapes
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show_json
 from serve.api.answering import Answering
@@ -33,7 +30,8 @@ from serve.api.metrics import Metrics
 from serve.api.options import ApiOptions
 from serve.api.served import Served
 from serve.api.worker import EngineSettings
-from serve.engine.adapters import DEFAULT, named_adapters
+from serve.engine.adapters import DEFAULT
+from serve.engine.loading import find_adapters
 
 _KEY_FILE_BYTES = 1 << 20
 _MOST_CONNECTIONS = 4096
@@ -51,7 +49,7 @@ def serve(options: ApiOptions) -> int:
         raise UserError(f"{dist.world_size()} ranks; expected one process, and --engines N")
     keys = read_keys(options)
     folder = find_model(options.model)
-    adapters = _fitting(options, folder)
+    adapters = find_adapters(options.adapter, folder, options.allow_pickle)
     with _listening(options) as port:
         served = _served(options, folder, tuple(adapters))
         settings = _settings(options, folder, adapters)
@@ -78,17 +76,6 @@ def read_keys(options: ApiOptions) -> list[str]:
     return keys
 
 
-def _fitting(options: ApiOptions, folder: ModelFolder) -> dict[str, str]:
-    """Folders of adapters by name, all of which fit the model."""
-    found = {}
-    for name, given in named_adapters(options.adapter).items():
-        adapter = read_adapter(tell_adapter(given), allow_pickle=options.allow_pickle)
-        for note in check_adapter_fits(adapter, state_shapes(folder.config)):
-            say(f"{adapter.folder}: {note}")
-        found[name] = str(adapter.folder)
-    return found
-
-
 def _served(options: ApiOptions, folder: ModelFolder, adapters: tuple[str, ...]) -> Served:
     names = tuple(options.served_model_name) or (folder.path.resolve().name,)
     named = tuple(name for name in adapters if name != DEFAULT)
@@ -98,7 +85,7 @@ def _served(options: ApiOptions, folder: ModelFolder, adapters: tuple[str, ...])
 
 
 def _settings(
-    options: ApiOptions, folder: ModelFolder, adapters: dict[str, str]
+    options: ApiOptions, folder: ModelFolder, adapters: dict[str, Path]
 ) -> tuple[EngineSettings, int]:
     o, gpus = options, torch.cuda.device_count() if options.device != "cpu" else 0
     number = int(o.engines or max(gpus, 1))
@@ -106,9 +93,10 @@ def _settings(
         raise UserError(f"--engines {number} with {gpus} GPUs; expected one for each at most")
     threads = None if gpus else max(1, len(os.sched_getaffinity(0)) // number)
     memory = None if o.memory_gb is None else float(o.memory_gb)
+    folders = {name: str(place) for name, place in adapters.items()}
     # Plain numbers: the parser's own kinds do not pickle.
     settings = EngineSettings(
-        str(folder.path), adapters, o.device, o.dtype, o.allow_pickle, int(o.slots),
+        str(folder.path), folders, o.device, o.dtype, o.allow_pickle, int(o.slots),
         int(o.prefill_tokens), memory, threads,
     )  # fmt: skip
     return settings, number

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 from qwen_ds.decode.engine import DecodingEngine
 from qwen_ds.decode.exceptions import DecodingError
-from qwen_ds.decode.grammar import Grammar, GrammarCompiler
+from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.request import Request, Update
 from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
+from qwen_ds.model.folder import find_model
 from qwen_ds.runlog import in_one_line
+from serve.api.beams import BeamJobs
 from serve.api.jobs import Cancel, Event, Figures, Job, JobError, Ready, Refused, Step, Submit
 from serve.engine.engine import ServingEngine
 from serve.engine.loading import load_engine, silence_libraries
@@ -61,14 +62,15 @@ def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop
     s = settings
     if torch.cuda.is_available() and s.device != "cpu":
         torch.cuda.set_device(number)
+    folder = find_model(s.model)
     engine = load_engine(
-        s.model, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle
+        folder, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle
     )
     decoding = engine.start(s.slots, s.prefill_tokens, s.memory_gb)
     store = decoding.store
     room = store.num_pages * store.page_size
     pipe.send(Ready(room, s.slots, room * store.shape.bytes_per_token / 1e9))
-    return EngineLoop(pipe, engine, decoding)
+    return EngineLoop(pipe, engine, decoding, BeamJobs(engine, folder.encoding))
 
 
 def _refused(error: Exception) -> Refused:
@@ -81,8 +83,11 @@ def _refused(error: Exception) -> Refused:
 class EngineLoop:
     """Steps of one engine, and the messages between them."""
 
-    def __init__(self, pipe: Connection, engine: ServingEngine, decoding: DecodingEngine) -> None:
+    def __init__(
+        self, pipe: Connection, engine: ServingEngine, decoding: DecodingEngine, beams: BeamJobs
+    ) -> None:
         self._pipe, self._engine, self._decoding = pipe, engine, decoding
+        self._beams = beams
         self._key_of: dict[int, int] = {}  # by the engine's own number
         self._number_of: dict[int, int] = {}
 
@@ -100,6 +105,9 @@ class EngineLoop:
         the ends of jobs that cannot be begun."""
         while not self._decoding.is_busy or self._pipe.poll():
             message = self._pipe.recv()
+            if isinstance(message, Submit) and message.job.num_beams > 1:
+                yield self._beams.answer(message.key, message.job)
+                return
             if isinstance(message, Submit):
                 if (error := self._submit(message.key, message.job)) is not None:
                     yield Event(message.key, None, error=error)
@@ -112,7 +120,7 @@ class EngineLoop:
 
     def _submit(self, key: int, job: Job) -> JobError | None:
         try:
-            grammar = None if job.structure is None else self._grammar(*job.structure)
+            grammar = None if job.structure is None else job.structure.compiled(self._compiler)
             number = self._decoding.submit(
                 Request(
                     job.ids,
@@ -133,13 +141,6 @@ class EngineLoop:
         if number is not None:  # else it has ended
             del self._key_of[number]
             self._decoding.cancel(number)
-
-    def _grammar(self, form: str, given: Any) -> Grammar:
-        if form == "json_object":
-            return self._compiler.json_object()
-        if form == "choice":
-            return self._compiler.choice(given)
-        return self._compiler.regex(given) if form == "regex" else self._compiler.json_schema(given)
 
     @cached_property
     def _compiler(self) -> GrammarCompiler:

@@ -145,6 +145,12 @@ def test_the_originals_route_answers_one_json_string(server: Running) -> None:
         server, {"text": "你好", "do_sample": False, "max_new_tokens": 12}, "/nlg/text_generate"
     )
     assert answer == post(server, chat("你好"))["choices"][0]["message"]["content"]
+    beams = post(
+        server,
+        {"text": "你好", "do_sample": False, "max_new_tokens": 12, "num_beams": 2},
+        "/nlg/text_generate",
+    )
+    assert isinstance(beams, str) and beams
     response = server.client.post("/nlg/text_generate", json={"penalty_alpha": 0.6})
     assert response.status_code == 400 and "penalty_alpha" in response.json()["error"]["message"]
 

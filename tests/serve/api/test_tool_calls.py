@@ -134,8 +134,8 @@ def test_a_choice_of_tools_is_honoured(vocab_path: Path) -> None:
         ("required", "(f|g)"),
         ({"type": "function", "function": {"name": "g"}}, "(g)"),
     ):
-        form, pattern = job_of(choice).structure or ("", "")
-        assert form == "regex" and names in pattern
+        structure = job_of(choice).structure
+        assert structure is not None and structure.kind == "regex" and names in structure.value
     wrong, _ = ask(
         vocab_path,
         lambda job: ["ok"],
