@@ -118,6 +118,23 @@ COVERED_BY = {
     "qwen_ds/train/survey.py": "tests/train/test_bad_input.py",
     "serve/engine/adapted.py": "tests/serve/engine/test_adapters.py",
     "qwen_ds/train/survive/checkpoint_writer.py": "tests/faults/test_every_file_operation.py",
+    "serve/api/answering.py": "tests/serve/api/test_server.py",
+    "serve/api/app.py": "tests/serve/api/test_server.py",
+    "serve/api/beams.py": "tests/serve/api/test_server.py",
+    "serve/api/bodies.py": "tests/serve/api/test_server.py",
+    "serve/api/chat.py": "tests/serve/api/test_tool_calls.py",
+    "serve/api/completions.py": "tests/serve/api/test_server.py",
+    "serve/api/engines.py": "tests/serve/api/test_server.py",
+    "serve/api/errors.py": "tests/serve/api/test_server.py",
+    "serve/api/gate.py": "tests/serve/api/test_limits.py",
+    "serve/api/jobs.py": "tests/serve/api/test_server.py",
+    "serve/api/metrics.py": "tests/serve/api/test_server.py",
+    "serve/api/options.py": "tests/serve/api/test_start.py",
+    "serve/api/original.py": "tests/serve/api/test_server.py",
+    "serve/api/sampling.py": "tests/serve/api/test_server.py",
+    "serve/api/served.py": "tests/serve/api/test_server.py",
+    "serve/api/server.py": "tests/serve/api/test_start.py",
+    "serve/api/worker.py": "tests/serve/api/test_server.py",
 }
 # Words by which a test runs a command, and the module that the command is.
 COMMANDS = {
@@ -128,6 +145,7 @@ COMMANDS = {
     '"plan.py"': "launch.plan",
     "qwen_ds.data": "qwen_ds.data.__main__",
     '"chat.py"': "serve.chat",
+    "serve.api.running": "serve.api.__main__",
 }
 
 

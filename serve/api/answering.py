@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from serve.api.bodies import Sampled
-from serve.api.engines import EnginePool, Work
+from serve.api.bodies import SampledBody
+from serve.api.engines import EnginePool, EngineJob
 from serve.api.errors import ApiError, of_job
 from serve.api.gate import Passing
 from serve.api.jobs import Event, Job
@@ -28,14 +28,14 @@ _KEEP_ALIVE_SECONDS = 10.0
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Asked(Protocol):
+class Answerable(Protocol):
     """A request of one of the routes: its jobs, and the form of its answers."""
 
     jobs: list[Job]
     model: str
 
     @property
-    def body(self) -> Sampled: ...
+    def body(self) -> SampledBody: ...
 
     def take(self, index: int, event: Event) -> None: ...
 
@@ -64,7 +64,7 @@ class Answers:
         self.timers = [metrics.timer(model, job.sampling.max_new_tokens) for job in jobs]
         self.left = len(jobs)
         # All in one engine: they tend to begin alike.
-        self._works: list[Work] = [
+        self._works: list[EngineJob] = [
             engine.submit(job, partial(self._put, i)) for i, job in enumerate(jobs)
         ]
 
@@ -137,7 +137,7 @@ class Answering:
         self._pool, self._metrics, self._most, self.seconds = pool, metrics, most, seconds
         self.is_draining = False
 
-    async def respond(self, request: Request, asked: Asked) -> Response:
+    async def respond(self, request: Request, asked: Answerable) -> Response:
         """Answer a request, as a whole or as a stream of events.
 
         ApiError: it cannot be answered now (503), in time (504), or at all.
@@ -179,7 +179,7 @@ class Answering:
     def _late(self) -> ApiError:
         return ApiError(504, f"the answer took more than {self.seconds:.0f} s", code="timeout")
 
-    async def _whole(self, answers: Answers, asked: Asked) -> Json:
+    async def _whole(self, answers: Answers, asked: Answerable) -> Json:
         while answers.has_more:
             found = await answers.next()
             assert found is not None
@@ -187,7 +187,7 @@ class Answering:
         return asked.answer(answers.usage())
 
     async def _events(
-        self, answers: Answers, asked: Asked, deadline: float, passing: Passing
+        self, answers: Answers, asked: Answerable, deadline: float, passing: Passing
     ) -> AsyncIterator[bytes]:
         """The events of a streamed answer; when it is closed, so is the work for it."""
         loop = asyncio.get_running_loop()

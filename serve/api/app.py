@@ -27,8 +27,8 @@ from serve.api.bodies import (
     TokenizeBody,
     read_body,
 )
-from serve.api.chat import Chat, functions_of, prompt_of
-from serve.api.completions import TextCompletion
+from serve.api.chat import ChatRequest, functions_of, prompt_of
+from serve.api.completions import TextRequest
 from serve.api.engines import EnginePool
 from serve.api.errors import ApiError
 from serve.api.metrics import Metrics
@@ -140,14 +140,14 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     async def chat(request: Request) -> Response:
         body = await _body(request, ChatBody)
         return await answering.respond(
-            request, await run_in_threadpool(Chat, body, served, front.pool.room)
+            request, await run_in_threadpool(ChatRequest, body, served, front.pool.room)
         )
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_ERRORS)
     async def completions(request: Request) -> Response:
         body = await _body(request, CompletionBody)
         return await answering.respond(
-            request, await run_in_threadpool(TextCompletion, body, served, front.pool.room)
+            request, await run_in_threadpool(TextRequest, body, served, front.pool.room)
         )
 
     @app.post("/nlg/text_generate", openapi_extra=_takes(OriginalBody), responses=_ERRORS)

@@ -46,7 +46,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Sampled(Body):
+class SampledBody(Body):
     """Fields that both kinds of completion have."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -90,10 +90,10 @@ class Sampled(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(Sampled):
+class ChatBody(SampledBody):
     """Body of /v1/chat/completions."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampled.unsupported | {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = SampledBody.unsupported | {
         "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,),
         "web_search_options": (None,), "chat_template": (None,), "documents": (None, []),
         "add_generation_prompt": (None, True), "echo": (None, False),
@@ -110,10 +110,12 @@ class ChatBody(Sampled):
     tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
 
 
-class CompletionBody(Sampled):
+class CompletionBody(SampledBody):
     """Body of /v1/completions."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampled.unsupported | {"suffix": (None, "")}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = SampledBody.unsupported | {
+        "suffix": (None, "")
+    }
 
     prompt: str | list[Token] | list[str] | list[list[Token]]
     echo: bool | None = None

@@ -16,7 +16,7 @@ from serve.answering import as_json
 from serve.api.bodies import ChatBody
 from serve.api.errors import ApiError
 from serve.api.jobs import Event, Job
-from serve.api.replies import Part, ReplyParts
+from serve.api.replies import ReplyPart, ReplyParts
 from serve.api.sampling import sampling_params, seed_of_choice, structure_of
 from serve.api.served import Served
 from serve.structure import Structure
@@ -37,7 +37,7 @@ class ChatChoice:
     call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
 
-class Chat:
+class ChatRequest:
     """One request, from its body to its answers. ApiError 400: a request that makes no prompt."""
 
     def __init__(self, body: ChatBody, served: Served, room: int) -> None:
@@ -149,7 +149,7 @@ class Chat:
         one = {"id": choice.call_id, "type": "function", "function": function}
         return {"tool_calls": [one]}
 
-    def _delta(self, choice: ChatChoice, part: Part) -> Json:
+    def _delta(self, choice: ChatChoice, part: ReplyPart) -> Json:
         if part.kind == "content":
             return {"content": part.text}
         if part.kind == "name":

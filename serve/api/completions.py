@@ -33,7 +33,7 @@ class TextChoice:
     offset: int = 0  # of the next token in the text
 
 
-class TextCompletion:
+class TextRequest:
     """One request, from its body to its answers. ApiError 400: a prompt that cannot be."""
 
     def __init__(self, body: CompletionBody, served: Served, room: int) -> None:

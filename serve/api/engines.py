@@ -27,7 +27,7 @@ from serve.api.jobs import (
     JobError,
     Ready,
     Refused,
-    Step,
+    StepEvents,
     Submit,
 )
 from serve.api.worker import EngineSettings
@@ -38,7 +38,7 @@ _RESTART_SECONDS, _MOST_RESTART_SECONDS = 0.5, 30.0
 _GONE = JobError(ENGINE_GONE, "the engine that worked on this request has ended; send it again")
 
 
-class Work:
+class EngineJob:
     """A job that an engine has. `sink` gets its events, in the event loop; the last one has a
     finish reason or an error."""
 
@@ -69,7 +69,7 @@ class EngineProcess:
         self.refused: Refused | None = None
         self.figures = Figures()
         self._settings = settings
-        self._works: dict[int, Work] = {}
+        self._works: dict[int, EngineJob] = {}
         self._tokens = 0
         self._next_key = 0
         self._failures = 0
@@ -108,10 +108,10 @@ class EngineProcess:
         for target, *args in ((self._read, ours, loop), (_write, ours, self._outgoing)):
             threading.Thread(target=target, args=args, daemon=True).start()
 
-    def submit(self, job: Job, sink: Callable[[Event], None]) -> Work:
+    def submit(self, job: Job, sink: Callable[[Event], None]) -> EngineJob:
         """Give the engine a job; the first event says whether it takes it."""
         self._next_key += 1
-        work = Work(self, self._next_key, job, sink)
+        work = EngineJob(self, self._next_key, job, sink)
         self._works[self._next_key] = work
         self._tokens += job.tokens
         self._outgoing.put(Submit(self._next_key, job))
@@ -136,8 +136,8 @@ class EngineProcess:
         if not loop.is_closed():
             loop.call_soon_threadsafe(self._ended)
 
-    def _take(self, message: Ready | Refused | Step) -> None:
-        if isinstance(message, Step):
+    def _take(self, message: Ready | Refused | StepEvents) -> None:
+        if isinstance(message, StepEvents):
             self.figures = message.figures
             for event in message.events:
                 work = self._works.get(event.key)

@@ -78,7 +78,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepEvents:
     """Events of a step, and how the engine stands after it."""
 
     events: tuple[Event, ...]

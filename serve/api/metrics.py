@@ -121,7 +121,7 @@ class RequestTimer:
 
 
 class _Engines(Collector):
-    """What engines say of themselves after each step."""
+    """Figures that engines send after each step."""
 
     def __init__(self, pool: EnginePool, model: str) -> None:
         self._pool, self._model = pool, model

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
-from serve.api.bodies import OriginalBody, Sampled
+from serve.api.bodies import OriginalBody, SampledBody
 from serve.api.errors import ApiError
 from serve.api.jobs import Event, Job
 from serve.api.served import Served
@@ -23,7 +23,7 @@ class OriginalRoute:
                 400, f"{came}; expected 1.0: there is no contrastive search", "penalty_alpha"
             )
         self.model = served.names[0]
-        self.body = Sampled()
+        self.body = SampledBody()
         self._text = ""
         question = f"{body.instruction}\t{body.text}".strip()
         ids = encode_prompt(served.encoding, Conversation(None, (Turn("user", question),)))

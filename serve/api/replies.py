@@ -19,7 +19,7 @@ _THOUGHT = "Thought:"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReplyPart:
     """A piece of a reply: content, a call's name, or a piece of its arguments."""
 
     kind: Literal["content", "name", "arguments"]
@@ -43,7 +43,7 @@ class ReplyParts:
         self._arguments = 0  # characters sent
         self._has_looked = False
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[ReplyPart]:
         """Take the next piece of the reply; the parts that are sure by now."""
         self._text += text
         if self.is_call:
@@ -57,7 +57,7 @@ class ReplyParts:
             self._has_looked = True
         return self._look()
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ReplyPart]:
         """The rest, once the reply has ended."""
         if self.is_call:
             return self._more_arguments(is_end=True)
@@ -65,9 +65,9 @@ class ReplyParts:
         assert call is None, "a call shows with its last label"
         if self._sent:
             content = self._text[self._sent :]
-        return [Part("content", content)] if content else []
+        return [ReplyPart("content", content)] if content else []
 
-    def _look(self) -> list[Part]:
+    def _look(self) -> list[ReplyPart]:
         action, given = self._text.find(_ACTION), self._text.find(_INPUT)
         if 0 <= action < given and self._text[action + len(_ACTION) : given].strip():
             return self._begin_call(action, given)
@@ -80,7 +80,7 @@ class ReplyParts:
         end = self._safe_end(action if action >= self._sent else -1)
         if end <= self._sent:
             return []
-        part = Part("content", self._text[self._sent : end])
+        part = ReplyPart("content", self._text[self._sent : end])
         self._sent = end
         return [part]
 
@@ -94,14 +94,14 @@ class ReplyParts:
         labels = (_ACTION, _INPUT)
         return line if any(label.startswith(tail) for label in labels) else len(self._text)
 
-    def _begin_call(self, action: int, given: int) -> list[Part]:
+    def _begin_call(self, action: int, given: int) -> list[ReplyPart]:
         self.is_call, self._begin = True, given + len(_INPUT)
         name = self._text[action + len(_ACTION) : given].strip()
         content = self._text[self._sent : action] if self._sent else thought_of(self._text[:action])
-        parts = [Part("content", content)] if content else []
-        return [*parts, Part("name", name), *self._more_arguments(is_end=False)]
+        parts = [ReplyPart("content", content)] if content else []
+        return [*parts, ReplyPart("name", name), *self._more_arguments(is_end=False)]
 
-    def _more_arguments(self, is_end: bool) -> list[Part]:
+    def _more_arguments(self, is_end: bool) -> list[ReplyPart]:
         observation = self._text.find(_OBSERVATION)
         if 0 <= observation < self._begin:
             return []
@@ -113,6 +113,6 @@ class ReplyParts:
             line = sure.rfind("\n")
             if line >= 0 and _OBSERVATION.startswith(sure[line:]):
                 sure = sure[:line].rstrip()
-        part = Part("arguments", sure[self._arguments :])
+        part = ReplyPart("arguments", sure[self._arguments :])
         self._arguments = max(self._arguments, len(sure))
         return [part] if part.text else []

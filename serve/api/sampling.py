@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import SamplingParams, row_seed
-from serve.api.bodies import Sampled
+from serve.api.bodies import SampledBody
 from serve.api.errors import ApiError
 from serve.structure import Structure
 
@@ -17,7 +17,10 @@ _TEMPERATURE, _TOP_P = 1.0, 1.0
 
 
 def sampling_params(
-    body: Sampled, new_tokens: int, logprobs: int | None = None, prompt_logprobs: int | None = None
+    body: SampledBody,
+    new_tokens: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters of a request's first choice. ApiError 400: a value that cannot be honoured."""
     temperature = _TEMPERATURE if body.temperature is None else body.temperature
@@ -60,7 +63,7 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in given.items())
 
 
-def structure_of(body: Sampled) -> Structure | None:
+def structure_of(body: SampledBody) -> Structure | None:
     """The form that the answer is held to. ApiError 400: two forms, or one that is not known."""
     asked: list[Structure] = []
     if body.response_format is not None:

@@ -19,7 +19,7 @@ from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
 from qwen_ds.model.folder import find_model
 from qwen_ds.runlog import in_one_line
 from serve.api.beams import BeamJobs
-from serve.api.jobs import Cancel, Event, Figures, Job, JobError, Ready, Refused, Step, Submit
+from serve.api.jobs import Cancel, Event, Figures, Job, JobError, Ready, Refused, StepEvents, Submit
 from serve.engine.engine import ServingEngine
 from serve.engine.loading import load_engine, silence_libraries
 
@@ -92,13 +92,13 @@ class EngineLoop:
         self._number_of: dict[int, int] = {}
 
     def run(self) -> None:
-        """Step for as long as the pipe is open."""
+        """StepEvents for as long as the pipe is open."""
         while True:
             events = list(self._take())
             if self._decoding.is_busy:
                 with torch.inference_mode():
                     events += self._events(self._decoding.step())
-            self._pipe.send(Step(tuple(events), self._figures()))
+            self._pipe.send(StepEvents(tuple(events), self._figures()))
 
     def _take(self) -> Iterator[Event]:
         """Take the messages that are there, and wait for one where there is nothing to do; yield

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ds.model.react import FunctionCall, parse_reply
-from serve.api.replies import Part, ReplyParts
+from serve.api.replies import ReplyPart, ReplyParts
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "react" / "responses.json"
 TEXTS = {case["about"]: case["text"] for case in json.loads(GOLDEN.read_text())}
@@ -29,7 +29,7 @@ SENT_TOO_EARLY = {
 }
 
 
-def put_together(parts: Iterable[Part]) -> tuple[str, FunctionCall | None]:
+def put_together(parts: Iterable[ReplyPart]) -> tuple[str, FunctionCall | None]:
     parts = list(parts)
     kinds = [part.kind for part in parts]
     assert kinds == sorted(kinds, key=["content", "name", "arguments"].index)
@@ -66,21 +66,21 @@ def test_parts_add_up_to_the_parsed_reply(about: str) -> None:
 def test_an_answer_is_sent_as_it_comes_and_thoughts_are_not() -> None:
     reply = ReplyParts()
     assert reply.push("Thought: I now know the final answer.\nFinal Answer: 今") == [
-        Part("content", "今")
+        ReplyPart("content", "今")
     ]
-    assert reply.push("天") == [Part("content", "天")]
+    assert reply.push("天") == [ReplyPart("content", "天")]
     assert reply.push("\nAct") == []  # perhaps a label
-    assert reply.push("ually, yes") == [Part("content", "\nActually, yes")]
+    assert reply.push("ually, yes") == [ReplyPart("content", "\nActually, yes")]
 
 
 def test_arguments_are_sent_as_they_come() -> None:
     reply = ReplyParts()
     assert reply.push("Thought: x\nAction: f\nAction Input:") == [
-        Part("content", "x"),
-        Part("name", "f"),
+        ReplyPart("content", "x"),
+        ReplyPart("name", "f"),
     ]
-    assert reply.push(' {"a":') == [Part("arguments", '{"a":')]
-    assert reply.push(" 1}\n") == [Part("arguments", " 1}")]
+    assert reply.push(' {"a":') == [ReplyPart("arguments", '{"a":')]
+    assert reply.push(" 1}\n") == [ReplyPart("arguments", " 1}")]
     assert reply.push("Observation: made up") == []
     assert reply.finish() == []
 
@@ -88,4 +88,4 @@ def test_arguments_are_sent_as_they_come() -> None:
 def test_a_reply_that_goes_on_from_a_thought_holds_it_back() -> None:
     reply = ReplyParts(continues_thought=True)
     assert reply.push(" I now know the final answer.") == []
-    assert reply.push("\nFinal Answer: yes") == [Part("content", "yes")]
+    assert reply.push("\nFinal Answer: yes") == [ReplyPart("content", "yes")]
