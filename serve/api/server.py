@@ -91,7 +91,8 @@ def _settings(
     number = int(o.engines or max(gpus, 1))
     if gpus and number > gpus:
         raise UserError(f"--engines {number} with {gpus} GPUs; expected one for each at most")
-    threads = None if gpus else max(1, len(os.sched_getaffinity(0)) // number)
+    # A core is left to this process: threads that wait for one of their own spin meanwhile.
+    threads = None if gpus else max(1, (len(os.sched_getaffinity(0)) - 1) // number)
     memory = None if o.memory_gb is None else float(o.memory_gb)
     folders = {name: str(place) for name, place in adapters.items()}
     # Plain numbers: the parser's own kinds do not pickle.

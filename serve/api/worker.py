@@ -36,7 +36,7 @@ class EngineSettings:
     slots: int
     prefill_tokens: int
     memory_gb: float | None
-    threads: int | None  # of a CPU; None: torch's default
+    threads: int | None  # of a CPU, at most; None: torch's default
 
 
 def work(pipe: Connection, settings: EngineSettings, number: int) -> None:
@@ -46,7 +46,7 @@ def work(pipe: Connection, settings: EngineSettings, number: int) -> None:
         signal.signal(number_of_signal, signal.SIG_IGN)
     silence_libraries()
     if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(min(settings.threads, torch.get_num_threads()))
     try:
         loop = _load(pipe, settings, number)
     except Exception as error:
