@@ -118,7 +118,6 @@ COVERED_BY = {
     "qwen_ds/train/survey.py": "tests/train/test_bad_input.py",
     "serve/engine/adapted.py": "tests/serve/engine/test_adapters.py",
     "qwen_ds/train/survive/checkpoint_writer.py": "tests/faults/test_every_file_operation.py",
-    "serve/api/answering.py": "tests/serve/api/test_server.py",
     "serve/api/app.py": "tests/serve/api/test_server.py",
     "serve/api/beams.py": "tests/serve/api/test_server.py",
     "serve/api/bodies.py": "tests/serve/api/test_server.py",

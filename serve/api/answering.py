@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.bodies import SampledBody
-from serve.api.engines import EnginePool, EngineJob
+from serve.api.engines import EngineJob, EnginePool
 from serve.api.errors import ApiError, of_job
 from serve.api.gate import Passing
 from serve.api.jobs import Event, Job
-from serve.api.metrics import Metrics, RequestTimer
+from serve.api.metrics import Metrics
 
 Json = dict[str, Any]
 Result = TypeVar("Result")
@@ -61,6 +61,7 @@ class Answers:
         if engine is None:
             raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.texts = [""] * len(jobs)
         self.timers = [metrics.timer(model, job.sampling.max_new_tokens) for job in jobs]
         self.left = len(jobs)
         # All in one engine: they tend to begin alike.
@@ -70,6 +71,7 @@ class Answers:
 
     def _put(self, index: int, event: Event) -> None:
         timer = self.timers[index]
+        self.texts[index] += event.text
         if event.token is not None:
             timer.token(event.prompt, len(self._works[index].job.ids))
         if event.is_last:
@@ -128,13 +130,22 @@ class Answers:
 class Answering:
     """The rules for all requests: how many at a time, and for how long."""
 
-    def __init__(self, pool: EnginePool, metrics: Metrics, most: int, seconds: float) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        metrics: Metrics,
+        most: int,
+        seconds: float,
+        text_of: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
         """
         Args:
             most: answers under way and waiting, of all requests together.
             seconds: for one request.
+            text_of: the text of a prompt's ids, for the log; None: it has no texts.
         """
         self._pool, self._metrics, self._most, self.seconds = pool, metrics, most, seconds
+        self._text_of = text_of
         self.is_draining = False
 
     async def respond(self, request: Request, asked: Answerable) -> Response:
@@ -160,12 +171,12 @@ class Answering:
             if found is not None:
                 answers.put_back(*found)
         except BaseException:
-            _tell(passing, answers)
+            self._tell(passing, asked, answers)
             answers.close()
             raise
         finally:
             if not asked.body.stream:
-                _tell(passing, answers)
+                self._tell(passing, asked, answers)
                 answers.close()
         return EventStream(self._events(answers, asked, deadline, passing))
 
@@ -216,9 +227,24 @@ class Answering:
             passing.error = error.message
             yield _sse(error.body())
         finally:
-            _tell(passing, answers)
+            self._tell(passing, asked, answers)
             answers.close()
         yield b"data: [DONE]\n\n"
+
+    def _tell(self, passing: Passing, asked: Answerable, answers: Answers) -> None:
+        """Put the figures of an answer into its line of the log."""
+        usage, first = answers.usage(), answers.timers[0].first_seconds
+        passing.figures = {
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+        }
+        if first is not None:
+            passing.figures["first_token_seconds"] = round(first, 4)
+        if self._text_of is not None:
+            prompts = dict.fromkeys(job.ids for job in asked.jobs)
+            passing.figures["prompts"] = [self._text_of(ids) for ids in prompts]
+            passing.figures["answers"] = answers.texts
 
 
 class EventStream(Response):
@@ -268,19 +294,6 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _tell(passing: Passing, answers: Answers) -> None:
-    """Put the figures of an answer into its line of the log."""
-    timers: list[RequestTimer] = answers.timers
-    usage = answers.usage()
-    passing.figures = {
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-        "completion_tokens": usage["completion_tokens"],
-    }
-    if timers[0].first_seconds is not None:
-        passing.figures["first_token_seconds"] = round(timers[0].first_seconds, 4)
 
 
 def _sse(data: Json) -> bytes:

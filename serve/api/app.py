@@ -49,7 +49,6 @@ class Front:
     pool: EnginePool
     metrics: Metrics
     answering: Answering
-    log_text: bool
 
 
 def create_app(front: Front, cors_origins: Sequence[str] = ()) -> FastAPI:

@@ -140,10 +140,9 @@ async def _serve(
     pool = EnginePool(*engines)
     metrics = Metrics(pool, (*served.names, *served.adapters))
     most = engines[1] * options.slots + options.max_queue
-    answering = Answering(pool, metrics, most, options.request_seconds)
-    app = create_app(
-        Front(served, pool, metrics, answering, options.log_text), options.cors_origins
-    )
+    text_of = served.encoding.decode if options.log_text else None
+    answering = Answering(pool, metrics, most, options.request_seconds, text_of)
+    app = create_app(Front(served, pool, metrics, answering), options.cors_origins)
     gate = Gate(app, keys, int(options.max_body_mb * 1e6), options.body_seconds, _log)
     server = _Server(_config(options, gate))
     loop = asyncio.get_running_loop()

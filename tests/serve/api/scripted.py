@@ -80,7 +80,7 @@ def scripted_app(
     served = Served(("qwen",), ("tuned",), load_encoding(vocabulary), 8192, True)
     metrics = Metrics(pool, (*served.names, *served.adapters))
     answering = Answering(pool, metrics, 100, 60.0)
-    app = create_app(Front(served, pool, metrics, answering, False))
+    app = create_app(Front(served, pool, metrics, answering))
     return Gate(app, keys, 10**6, 10.0, lambda line: None), pool
 
 
