@@ -38,9 +38,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def real_url(full_dir: Path) -> Iterator[str]:
+def real_url(small_dir: Path) -> Iterator[str]:
     """A server as users start it, of the golden model under two names."""
-    words = ["--model", str(full_dir), "--port", "0", "--served_model_name", "before", "after"]
+    words = ["--model", str(small_dir), "--port", "0", "--served_model_name", "before", "after"]
     with subprocess.Popen(
         [sys.executable, "-m", "serve.api", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:

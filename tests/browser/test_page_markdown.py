@@ -17,7 +17,7 @@ HOSTILE = [
     "`<img src=x onerror=alert(1)>` **<b onclick=alert(1)>bold</b>**",
     "```<img src=x onerror=alert(1)>\n<img src=x onerror=alert(1)>\n",
     "| <img src=x onerror=alert(1)> | b |\n|---|---|\n| <iframe src=/> | &lt;i&gt; |",
-    "# <img src=x onerror=alert(1)>\n> <img src=x onerror=alert(1)>\n- <img src=x onerror=alert(1)>",
+    "# <img src=x onerror=alert(1)>\n> <img src=x onerror=alert(1)>\n- <b>x</b>",
     'https://a.test/"onmouseover=alert(1)//',
 ]
 LIVE = "img, script, style, svg, iframe, object, b, i, [onerror], [onclick], [onmouseover], [style]"

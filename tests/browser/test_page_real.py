@@ -12,14 +12,14 @@ def test_two_names_of_a_model_answer_alike_and_go_on(real_url: str, opened: Open
     page = opened(f"{real_url}/?left=before&right=after")
     page.click("#open-settings")
     page.fill("#field-temperature", "0")
-    page.fill("#field-max_tokens", "24")
+    page.fill("#field-max_tokens", "8")
     page.click("#close-settings")
     for turn in range(2):
         answers = ask(page, "你好")
         figures = page.locator(".turn").nth(turn).locator(".figures")
         expect(figures).to_have_count(2)
         for side in range(2):
-            expect(figures.nth(side)).to_contain_text("24 tokens")
+            expect(figures.nth(side)).to_contain_text("8 tokens")
             expect(figures.nth(side)).to_contain_text("cut: most tokens reached")
         first, second = answers.all_text_contents()
         assert first and first == second

@@ -222,7 +222,7 @@ def test_everything_that_can_be_used_has_a_name(page: Page, scripted: ScriptedPa
 def test_dark_follows_the_system(page: Page, scripted: ScriptedPage) -> None:
     colours = []
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         script = "getComputedStyle(document.body).backgroundColor"
         colours.append(page.evaluate(script))
     assert colours == ["rgb(251, 250, 248)", "rgb(25, 24, 23)"]
