@@ -40,11 +40,14 @@ class Gate:
             await asyncio.sleep(0.005)
 
 
+Piece = str | bytes | Gate | Body
+
+
 @dataclass
 class Answer:
-    """Pieces of an answer, in order: text, gates, and events as they stand."""
+    """Pieces of an answer, in order: text, gates, events, and bytes as they stand."""
 
-    pieces: list[str | Gate | Body]
+    pieces: list[Piece]
     is_complete: bool = True  # false: the stream ends in the middle
     usage: Body = field(default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 3})
 
@@ -62,7 +65,7 @@ class Refusal:
 Script = Callable[[Body], Answer | Refusal]
 
 
-def saying(*pieces: str | Gate | Body, is_complete: bool = True) -> Script:
+def saying(*pieces: Piece, is_complete: bool = True) -> Script:
     """A script that answers every request alike."""
     return lambda _: Answer(list(pieces), is_complete)
 
@@ -117,20 +120,22 @@ class ScriptedPage:
             for piece in answer.pieces:
                 if isinstance(piece, Gate):
                     await piece.passed()
-                elif isinstance(piece, dict):
-                    yield _event(piece)
+                elif isinstance(piece, bytes):
+                    yield piece
                 else:
-                    yield _event({"choices": [{"delta": {"content": piece}}]})
+                    yield event_of(piece)
         except (asyncio.CancelledError, GeneratorExit):
             self.left.set()
             raise
         if answer.is_complete:
-            yield _event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-            yield _event({"choices": [], "usage": answer.usage})
+            yield event_of({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+            yield event_of({"choices": [], "usage": answer.usage})
             yield b"data: [DONE]\n\n"
 
 
-def _event(value: Body) -> bytes:
+def event_of(piece: str | Body) -> bytes:
+    """A server-sent event: of text a part of an answer, else what is given."""
+    value = {"choices": [{"delta": {"content": piece}}]} if isinstance(piece, str) else piece
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 

@@ -13,6 +13,7 @@ from tests.browser.scripted import (
     Gate,
     Refusal,
     ScriptedPage,
+    event_of,
     saying,
 )
 
@@ -34,10 +35,13 @@ def test_an_answer_appears_in_pieces(page: Page, scripted: ScriptedPage) -> None
 
 
 def test_letters_whose_bytes_come_apart_arrive_whole(page: Page, scripted: ScriptedPage) -> None:
-    """A piece as long as this is cut somewhere on its way, often within a letter."""
-    text = "对话" * 50_000
-    scripted.script = saying(text)
-    expect(ask(page)).to_have_text(text)
+    gate, event = Gate(), event_of("话")
+    middle = event.index("话".encode()) + 1
+    scripted.script = saying(event_of("对") + event[:middle], gate, event[middle:])
+    answer = ask(page)
+    expect(answer).to_have_text("对")  # and so the half letter has come, too
+    gate.open()
+    expect(answer).to_have_text("对话")
 
 
 def test_stop_ends_the_request_and_keeps_what_came(page: Page, scripted: ScriptedPage) -> None:

@@ -20,7 +20,7 @@ def test_two_names_of_a_model_answer_alike_and_go_on(real_url: str, opened: Open
         expect(figures).to_have_count(2)
         for side in range(2):
             expect(figures.nth(side)).to_contain_text("8 tokens")
-            expect(figures.nth(side)).to_contain_text("cut: most tokens reached")
+            expect(figures.nth(side)).to_contain_text("cut off at max tokens")
         first, second = answers.all_text_contents()
         assert first and first == second
     expect(page.locator(".failure")).to_have_count(0)

@@ -82,6 +82,13 @@ def test_the_language_is_the_browsers_until_it_is_switched(
     expect(page.locator("html")).to_have_attribute("lang", "en")
 
 
+def test_a_text_names_its_language(page: Page, scripted: ScriptedPage) -> None:
+    """An English page would else show Japanese forms of some Chinese letters."""
+    scripted.script = saying("直角")
+    expect(ask(page, "right angle")).to_have_attribute("lang", "zh-CN")
+    expect(page.locator(".said")).to_have_attribute("lang", "")
+
+
 def test_both_languages_have_all_words(page: Page) -> None:
     words = page.evaluate("WORDS")
     assert words["en"].keys() == words["zh"].keys()
@@ -197,6 +204,11 @@ def test_a_phone_has_nothing_beyond_its_width(scripted: ScriptedPage, opened: Op
             expect(page.locator("#send")).to_be_visible()
             assert page.evaluate(inside), language
             page.click("#compare")
+        # What is wider is moved within its own box.
+        for place in (".text pre", ".text .wide"):
+            moved = f"document.querySelector('{place}').scrollLeft = 50"
+            page.evaluate(moved)
+            assert page.evaluate(f"document.querySelector('{place}').scrollLeft") == 50, place
         for opener in ("#menu", "#open-settings"):
             page.click(opener)
             assert page.evaluate(inside), (language, opener)
