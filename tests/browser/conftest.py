@@ -24,7 +24,7 @@ Open = Callable[..., Page]
 def chromium() -> str:
     found = [path for name in PROGRAMS if (path := shutil.which(name)) is not None]
     if not found:
-        pytest.fail("no chromium on this machine; apt-get install chromium", pytrace=False)
+        pytest.exit("no chromium on this machine; apt-get install chromium", returncode=1)
     return found[0]
 
 
