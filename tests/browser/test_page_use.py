@@ -142,11 +142,13 @@ def test_an_export_of_two_models_has_a_row_for_each(page: Page, scripted: Script
     assert [row["model"] for row in rows] == ["base", "tuned"]
 
 
-def test_a_chat_that_was_closed_in_the_middle_is_there_with_a_retry(
+def test_a_chat_whose_browser_died_is_there_with_a_retry(
     page: Page, scripted: ScriptedPage
 ) -> None:
-    scripted.script = saying("begun", Gate())
-    expect(ask(page)).to_have_text("begun")
+    answer = {"model": "base", "text": "begun", "state": "live"}
+    turns = [{"question": "and?", "answers": [answer]}]
+    chat = {"id": "x", "title": "t", "created": "2026", "system": "", "turns": turns}
+    page.evaluate("text => localStorage.setItem('qwen-ds.chat.x', text)", json.dumps(chat))
     page.reload()
     page.locator("#chats .title").click()
     expect(page.locator(".text")).to_have_text("begun")
@@ -155,13 +157,27 @@ def test_a_chat_that_was_closed_in_the_middle_is_there_with_a_retry(
     expect(page.locator(".text")).to_have_text("whole")
 
 
+def test_what_came_before_the_page_was_closed_is_kept(page: Page, scripted: ScriptedPage) -> None:
+    scripted.script = saying("begun", Gate())
+    expect(ask(page)).to_have_text("begun")
+    page.reload()
+    page.locator("#chats .title").click()
+    expect(page.locator(".text")).to_have_text("begun")
+
+
 def test_stored_things_that_are_no_chats_are_left_alone(page: Page, scripted: ScriptedPage) -> None:
-    damaged = {"qwen-ds.chat.a": "{", "qwen-ds.chat.b": '{"id": "b"}', "qwen-ds.settings": "[1]"}
+    damaged = {
+        "qwen-ds.chat.a": "{", "qwen-ds.chat.b": '{"id": "b"}', "qwen-ds.chat.c": "null",
+        "qwen-ds.chat.d": '{"id": "d", "title": "", "created": "", "system": "", "turns": [{}]}',
+        "qwen-ds.settings": '{"sampling": null, "language": "xx", "compare": 3}',
+    }  # fmt: skip
     page.evaluate("all => Object.entries(all).forEach(e => localStorage.setItem(...e))", damaged)
     page.reload()
     expect(ask(page)).to_have_text("ok")
+    page.reload()
     expect(page.locator("#chats li")).to_have_count(1)
-    kept = page.evaluate("localStorage.getItem('qwen-ds.chat.a')")
+    expect(page.locator(".failure")).to_have_count(0)
+    kept = page.evaluate("key => localStorage.getItem(key)", "qwen-ds.chat.a")
     assert kept == damaged["qwen-ds.chat.a"]
 
 
