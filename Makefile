@@ -12,7 +12,7 @@ WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist worksteal
 
-.PHONY: setup demo test check unit test-faults bench clean
+.PHONY: setup demo chat test check unit test-faults test-browser bench clean
 setup: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
@@ -29,6 +29,18 @@ $(VENV)/.made: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/python -m qwen_ds.demo
 
+# The demo's base and its fine-tuned self, side by side. The adapter answers as the merged model does
+# (tests/serve/engine/test_merged_and_served.py), and so one server holds both.
+RUN ?= runs/demo
+PORT ?= 8044
+chat: setup
+	@test -d $(RUN)/adapter || \
+	    { echo "$(RUN)/adapter is not there: make demo trains it in a few minutes" >&2; exit 2; }
+	@echo "side by side, once it is ready: http://127.0.0.1:$(PORT)/?left=base&right=fine-tuned"
+	@exec $(BIN)/python -m serve.api --port $(PORT) --served_model_name base \
+	    --adapter fine-tuned=$(RUN)/adapter --model \
+	    "$$($(BIN)/python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["model"]["path"])' $(RUN)/recipe.yaml)"
+
 check: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -42,6 +54,10 @@ test-faults: setup
 
 test: setup
 	@$(PYTEST) $(SPREAD)
+
+# The chat page in headless Chromium.
+test-browser: setup
+	@$(BIN)/python -m pytest tests/browser
 
 bench: setup
 	@$(BIN)/python tests/benchmarks/train.py
