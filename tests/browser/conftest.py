@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from tests.browser.scripted import WAIT_SECONDS, ScriptedPage, scripted_page
 
 ROOT = Path(__file__).parents[2]
+START_SECONDS = 120
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 Open = Callable[..., Page]
 
@@ -45,13 +46,16 @@ def real_url(small_dir: Path) -> Iterator[str]:
         [sys.executable, "-m", "serve.api", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
+        overdue = threading.Timer(START_SECONDS, process.kill)
+        overdue.start()
         lines: list[str] = []
         for line in process.stdout:
             lines.append(line)
             if line.startswith("ready at "):
                 break
         else:
-            pytest.fail("".join(lines), pytrace=False)
+            pytest.fail(f"no server: {''.join(lines)}", pytrace=False)
+        overdue.cancel()
         # What it goes on to say has to be read, or it would wait.
         threading.Thread(target=process.stdout.read, daemon=True).start()
         yield lines[-1].removeprefix("ready at ").strip()
