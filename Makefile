@@ -16,6 +16,7 @@ SPREAD := -n $(WORKERS) --dist worksteal
 setup: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml constraints.txt
+	@test ! -L $(VENV) || { echo "$(VENV) is a link, and would be emptied: run make where it leads" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	    { echo "Python >= 3.11 is needed ($(PYTHON) is not): install it, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

@@ -24,10 +24,13 @@ import pytest
 from qwen_ds.data.read.readers import READERS
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
+from qwen_ds.model.react import react_prompt
 from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.recipe.loading import load_recipe, to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.recipe.parser import Parser
+from serve.api.bodies import ChatBody, read_body
+from serve.api.options import ApiOptions
 from serve.options import EvaluateOptions, PredictOptions
 from serve.options import parse as parse_serving
 from serve.talk.options import ChatOptions
@@ -138,7 +141,8 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
     elif program.endswith(".py"):
         stop_after_parsing(load_script(program).main, options, monkeypatch)
     else:
-        name = {"qwen_ds.data": "qwen_ds.data.__main__"}.get(program, program)
+        packages = ("qwen_ds.data", "serve.api")
+        name = f"{program}.__main__" if program in packages else program
         stop_after_parsing(importlib.import_module(name).main, options, monkeypatch)
 
 
@@ -205,6 +209,11 @@ def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
             check_tensorboard(words)
         case ("docker", *_):
             check_docker(words, monkeypatch)
+        case ("curl", url, *options):
+            port = ApiOptions.__dataclass_fields__["port"].default
+            assert url == f"http://127.0.0.1:{port}/v1/chat/completions"
+            body = read_body(ChatBody, options[options.index("-d") + 1].encode())
+            assert react_prompt(body.messages).conversation.turns
         case _:
             pytest.fail(f"no check for the command {shlex.join(words)}")
 
@@ -325,7 +334,7 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     sections = tuple(key for key, value in recipe.items() if isinstance(value, dict))
     keys = {key for key in recipe if key not in sections}
     keys |= {f"{section}.{key}" for section in sections for key in recipe[section]}
-    classes = (PredictOptions, EvaluateOptions, ChatOptions)
+    classes = (PredictOptions, EvaluateOptions, ChatOptions, ApiOptions)
     serving = {key for kind in classes for key in kind.__dataclass_fields__}
     merging = load_script("launch/merge.py").command_line()._option_string_actions
     options = {"--help", "--config", *merging, *(f"--{key}" for key in (*keys, *serving))}

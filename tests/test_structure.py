@@ -41,6 +41,9 @@ OWNERS = {
     "llguidance": "qwen_ds/decode/grammar.py",
     "tokenizers": "qwen_ds/export/qwen2/",
     "httpx": "serve/endpoint/",
+    "fastapi": "serve/api/",
+    "uvicorn": "serve/api/",
+    "prometheus_client": "serve/api/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.

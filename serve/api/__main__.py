@@ -14,5 +14,10 @@ from qwen_ds.runlog import run_command
 from serve.api.options import ApiOptions
 from serve.api.server import serve
 
+
+def main() -> int:
+    return serve(parse_options(ApiOptions, __doc__.split("\n\n")[0]))
+
+
 if __name__ == "__main__":
-    run_command(lambda: serve(parse_options(ApiOptions, __doc__.split("\n\n")[0])))
+    run_command(main)
