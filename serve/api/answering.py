@@ -73,7 +73,7 @@ class Answers:
         timer = self.timers[index]
         self.texts[index] += event.text
         if event.token is not None:
-            timer.token(event.prompt, len(self._works[index].job.ids))
+            timer.token(event.prompt, len(self._works[index].job.ids), event.begun)
         if event.is_last:
             self.left -= 1
             timer.end("error" if event.error is not None else str(event.finish_reason))

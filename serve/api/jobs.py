@@ -50,6 +50,7 @@ class Event:
     error: JobError | None = None
     logprobs: TokenLogprobs | None = None
     prompt: PromptFigures | None = None  # with the first token
+    begun: float | None = None  # with it, too: when the job left the queue (time.monotonic)
 
     @property
     def is_last(self) -> bool:

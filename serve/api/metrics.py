@@ -62,8 +62,14 @@ class Metrics:
             "time_per_output_token_seconds", "From token to token, by vLLM's older name."
         )
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end.")
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first step.")
+        self._prefill = histogram("request_prefill_time_seconds", "To the first token from there.")
+        self._decode = histogram("request_decode_time_seconds", "From the first to the last token.")
         self._prompt_sizes = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answer_sizes = histogram("request_generation_tokens", "New tokens of one.", _TOKENS)
+        self._most = histogram(
+            "request_max_num_generation_tokens", "New tokens of a request's longest.", _TOKENS
+        )
         self._asked = histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS)
         self.registry.register(_Engines(pool, models[0]))
         for model in models:
@@ -93,8 +99,10 @@ class RequestTimer:
         self._is_over = False
         self.first_seconds: float | None = None
 
-    def token(self, prompt: PromptFigures | None, prompt_tokens: int) -> None:
-        """Take a new token; `prompt` comes with the first."""
+    def token(
+        self, prompt: PromptFigures | None, prompt_tokens: int, begun: float | None = None
+    ) -> None:
+        """Take a new token. With the first come `prompt`, and when its work was `begun`."""
         now, m = time.monotonic(), self._metrics
         self.new_tokens += 1
         if prompt is not None:
@@ -103,6 +111,9 @@ class RequestTimer:
             m._prompt.labels(self._model).inc(prompt_tokens)
             m._first.labels(self._model).observe(self.first_seconds)
             m._prompt_sizes.labels(self._model).observe(prompt_tokens)
+            begun = self._began if begun is None else begun
+            m._queue.labels(self._model).observe(max(0.0, begun - self._began))
+            m._prefill.labels(self._model).observe(max(0.0, now - begun))
         else:
             m._between.labels(self._model).observe(now - self._last)
             m._per_token.labels(self._model).observe(now - self._last)
@@ -118,6 +129,9 @@ class RequestTimer:
         m._success.labels(self._model, reason).inc()
         m._whole.labels(self._model).observe(time.monotonic() - self._began)
         m._answer_sizes.labels(self._model).observe(self.new_tokens)
+        m._most.labels(self._model).observe(self.new_tokens)
+        if self.first_seconds is not None:
+            m._decode.labels(self._model).observe(self._last - self._began - self.first_seconds)
 
 
 class _Engines(Collector):

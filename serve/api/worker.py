@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,14 +91,19 @@ class EngineLoop:
         self._beams = beams
         self._key_of: dict[int, int] = {}  # by the engine's own number
         self._number_of: dict[int, int] = {}
+        self._begun: dict[int, float] = {}  # when jobs left the queue, by the engine's number
 
     def run(self) -> None:
         """StepEvents for as long as the pipe is open."""
         while True:
             events = list(self._take())
             if self._decoding.is_busy:
+                began = time.monotonic()
                 with torch.inference_mode():
-                    events += self._events(self._decoding.step())
+                    updates = self._decoding.step()
+                for one in self._decoding.scheduler.running:
+                    self._begun.setdefault(one.id, began)
+                events += self._events(updates, began)
             self._pipe.send(StepEvents(tuple(events), self._figures()))
 
     def _take(self) -> Iterator[Event]:
@@ -140,6 +146,7 @@ class EngineLoop:
         number = self._number_of.pop(key, None)
         if number is not None:  # else it has ended
             del self._key_of[number]
+            self._begun.pop(number, None)
             self._decoding.cancel(number)
 
     @cached_property
@@ -148,11 +155,14 @@ class EngineLoop:
         stops = self._engine.stop.ids
         return GrammarCompiler(vocabulary.token_bytes, vocabulary.size, tuple(stops))
 
-    def _events(self, updates: list[Update]) -> Iterator[Event]:
+    def _events(self, updates: list[Update], began: float) -> Iterator[Event]:
         for update in updates:
-            key = self._key_of[update.id]
+            key, begun = self._key_of[update.id], None
+            if update.prompt is not None:
+                begun = self._begun.get(update.id, began)  # one that ends in its first step
             if update.finish_reason is not None or update.error is not None:
                 del self._key_of[update.id], self._number_of[key]
+                self._begun.pop(update.id, None)
             yield Event(
                 key,
                 update.token,
@@ -161,6 +171,7 @@ class EngineLoop:
                 None if update.error is None else _job_error(update.error),
                 update.logprobs,
                 update.prompt,
+                begun,
             )
 
     def _figures(self) -> Figures:
