@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -51,14 +50,9 @@ class Front:
     answering: Answering
 
 
-def create_app(front: Front, cors_origins: Sequence[str] = ()) -> FastAPI:
+def create_app(front: Front) -> FastAPI:
     """The app, whose engines are started and ended by its caller."""
     app = FastAPI(title="Qwen-DS", version=_version(), redirect_slashes=False)
-    if cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"],
-            allow_headers=["*"],
-        )  # fmt: skip
     _handle_errors(app)
     _add_answers(app, front)
     _add_tokens(app, front)

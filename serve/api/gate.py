@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import ApiError
@@ -42,15 +43,22 @@ class Gate:
         max_body_bytes: int,
         body_seconds: float,
         log: Callable[[dict[str, Any]], None],
+        cors_origins: Sequence[str] = (),
     ) -> None:
         """
         Args:
             keys: any of them lets a request pass; none: every request passes.
             body_seconds: for a client to send its body.
             log: is told one object a request.
+            cors_origins: of pages that may ask from a browser; they can read our errors, too.
         """
         self._app, self._keys = app, [key.encode() for key in keys]
         self._max_bytes, self._seconds, self._log = max_body_bytes, body_seconds, log
+        self._checked: ASGIApp = self._check
+        if cors_origins:
+            self._checked = CORSMiddleware(
+                self._check, cors_origins, allow_methods=["*"], allow_headers=["*"]
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,26 +66,30 @@ class Gate:
             return
         passing, began = Passing(), time.monotonic()
         scope["passing"] = passing
-        has_begun = False
 
         async def sending(message: Message) -> None:
-            nonlocal has_begun
             if message["type"] == "http.response.start":
-                passing.status, has_begun = message["status"], True
+                passing.status = message["status"]
             await send(message)
 
         try:
-            self._require_key(scope)
-            body = await self._body(scope, receive)
-            await self._app(scope, _Replayed(body, receive), sending)
-        except ApiError as error:
-            passing.error = error.message
-            if not has_begun:
-                await _send_error(sending, error)
-        except _Gone:
-            passing.error = "the client left before its request was there"
+            await self._checked(scope, receive, sending)
         finally:
             self._log(_line(scope, passing, time.monotonic() - began))
+
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through to the app, with its body."""
+        passing: Passing = scope["passing"]
+        try:
+            self._require_key(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _Replayed(body, receive), send)
+        except ApiError as error:
+            passing.error = error.message
+            if not passing.status:
+                await _send_error(send, error)
+        except _Gone:
+            passing.error = "the client left before its request was there"
 
     def _require_key(self, scope: Scope) -> None:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":

@@ -142,8 +142,9 @@ async def _serve(
     most = engines[1] * options.slots + options.max_queue
     text_of = served.encoding.decode if options.log_text else None
     answering = Answering(pool, metrics, most, options.request_seconds, text_of)
-    app = create_app(Front(served, pool, metrics, answering), options.cors_origins)
-    gate = Gate(app, keys, int(options.max_body_mb * 1e6), options.body_seconds, _log)
+    app = create_app(Front(served, pool, metrics, answering))
+    most_bytes, seconds = int(options.max_body_mb * 1e6), options.body_seconds
+    gate = Gate(app, keys, most_bytes, seconds, _log, options.cors_origins)
     server = _Server(_config(options, gate))
     loop = asyncio.get_running_loop()
 

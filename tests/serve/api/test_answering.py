@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ BODY = {"messages": [{"role": "user", "content": "秘密"}]}
 
 
 def answered(
-    vocabulary: Path, log_text: bool, headers: dict[str, str] | None = None, **more: Any
+    vocabulary: Path,
+    log_text: bool,
+    headers: dict[str, str] | None = None,
+    keys: Sequence[str] = (),
+    **more: Any,
 ) -> tuple[httpx.Response, list[dict[str, Any]]]:
     pool: Any = ScriptedPool(lambda job: ["ant", "wort"])
     encoding = load_encoding(vocabulary)
@@ -28,8 +33,8 @@ def answered(
     metrics = Metrics(pool, served.names)
     answering = Answering(pool, metrics, 9, 60.0, encoding.decode if log_text else None)
     lines: list[dict[str, Any]] = []
-    app = create_app(Front(served, pool, metrics, answering), ["https://page.example"])
-    gate = Gate(app, (), 10**6, 10.0, lines.append)
+    app = create_app(Front(served, pool, metrics, answering))
+    gate = Gate(app, keys, 10**6, 10.0, lines.append, ["https://page.example"])
 
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(gate)  # type: ignore[arg-type]
@@ -53,6 +58,8 @@ def test_pages_of_other_origins_are_let_in_by_name(vocab_path: Path) -> None:
     for origin, allowed in (("https://page.example", True), ("https://other.example", False)):
         response, _ = answered(vocab_path, False, {"Origin": origin})
         assert ("access-control-allow-origin" in response.headers) == allowed
+    response, _ = answered(vocab_path, False, {"Origin": "https://page.example"}, ["key"])
+    assert response.status_code == 401 and "access-control-allow-origin" in response.headers
 
 
 def test_more_answers_than_may_wait_are_a_503_with_retry_after(vocab_path: Path) -> None:
