@@ -61,6 +61,7 @@ class Answers:
         if engine is None:
             raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._first: tuple[int, Event] | None = None
         self.texts = [""] * len(jobs)
         self.timers = [metrics.timer(model, job.sampling.max_new_tokens) for job in jobs]
         self.left = len(jobs)
@@ -84,7 +85,9 @@ class Answers:
 
         ApiError: the job has failed.
         """
-        if seconds is None or not self._events.empty():
+        if self._first is not None:
+            (index, event), self._first = self._first, None
+        elif seconds is None or not self._events.empty():
             index, event = await self._events.get()
         else:
             try:
@@ -98,11 +101,11 @@ class Answers:
 
     @property
     def has_more(self) -> bool:
-        return self.left > 0 or not self._events.empty()
+        return self.left > 0 or self._first is not None or not self._events.empty()
 
     def put_back(self, index: int, event: Event) -> None:
         """Let an event be the next one again."""
-        self._events._queue.appendleft((index, event))  # type: ignore[attr-defined]
+        self._first = index, event
 
     def usage(self) -> Json:
         """Tokens of prompt and answers, in OpenAI's form; choices of one prompt share it."""

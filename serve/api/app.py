@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -233,13 +231,3 @@ _PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-
-
-@asynccontextmanager
-async def engines_of(pool: EnginePool) -> AsyncIterator[None]:
-    """Engines that run inside the block."""
-    pool.start()
-    try:
-        yield
-    finally:
-        pool.close()

@@ -88,10 +88,6 @@ class EngineProcess:
     def jobs(self) -> int:
         return len(self._works)
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     def start(self, changed: Callable[[], None]) -> None:
         """Start a process; `changed` is called in the loop when it is ready, refused or dead."""
         self._changed = changed
@@ -162,21 +158,24 @@ class EngineProcess:
             work.put(Event(key, None, error=_GONE))
         if self._is_closed:
             return
-        assert self._process is not None
-        self._process.join(_REAPED_SECONDS)
-        came = f"engine {self.number} has ended (exit code {self._process.exitcode})"
         if not self._has_begun:
-            self.refused = self.refused or Refused(f"{came} while it loaded", EXIT_FAILURE)
+            self.refused = self.refused or Refused(f"{self._end()} while it loaded", EXIT_FAILURE)
         else:
-            why = "" if self.refused is None else f": {self.refused.message}"
             wait = min(_RESTART_SECONDS * 2**self._failures, _MOST_RESTART_SECONDS)
             self._failures += 1
-            say(f"{came}{why}; it starts anew in {wait:.1f} s")
             asyncio.get_running_loop().call_later(wait, self._restart)
         self._changed()
 
+    def _end(self) -> str:
+        """How the process has ended, in words."""
+        assert self._process is not None
+        self._process.join(_REAPED_SECONDS)
+        return f"engine {self.number} has ended (exit code {self._process.exitcode})"
+
     def _restart(self) -> None:
         if not self._is_closed:
+            why = "" if self.refused is None else f": {self.refused.message}"
+            say(f"{self._end()}{why}; it starts anew")
             self.refused = None
             self.start(self._changed)
 
