@@ -6,8 +6,8 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.connection import Connection
 
 import torch
@@ -64,6 +64,11 @@ def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop
     if torch.cuda.is_available() and s.device != "cpu":
         torch.cuda.set_device(number)
     folder = find_model(s.model)
+    encoding = folder.encoding
+    # Beside the weights: it takes a second or two, and would hold up all answers later.
+    compiler = ThreadPoolExecutor(1).submit(
+        GrammarCompiler, encoding.token_bytes, encoding.n_vocab, folder.family.stop_ids(encoding)
+    )
     engine = load_engine(
         folder, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle
     )
@@ -71,7 +76,7 @@ def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop
     store = decoding.store
     room = store.num_pages * store.page_size
     pipe.send(Ready(room, s.slots, room * store.shape.bytes_per_token / 1e9))
-    return EngineLoop(pipe, engine, decoding, BeamJobs(engine, folder.encoding))
+    return EngineLoop(pipe, engine, decoding, compiler, BeamJobs(engine, encoding))
 
 
 def _refused(error: Exception) -> Refused:
@@ -85,10 +90,15 @@ class EngineLoop:
     """Steps of one engine, and the messages between them."""
 
     def __init__(
-        self, pipe: Connection, engine: ServingEngine, decoding: DecodingEngine, beams: BeamJobs
+        self,
+        pipe: Connection,
+        engine: ServingEngine,
+        decoding: DecodingEngine,
+        compiler: Future[GrammarCompiler],
+        beams: BeamJobs,
     ) -> None:
         self._pipe, self._engine, self._decoding = pipe, engine, decoding
-        self._beams = beams
+        self._compiler, self._beams = compiler, beams
         self._key_of: dict[int, int] = {}  # by the engine's own number
         self._number_of: dict[int, int] = {}
         self._begun: dict[int, float] = {}  # when jobs left the queue, by the engine's number
@@ -126,7 +136,9 @@ class EngineLoop:
 
     def _submit(self, key: int, job: Job) -> JobError | None:
         try:
-            grammar = None if job.structure is None else job.structure.compiled(self._compiler)
+            grammar = (
+                None if job.structure is None else job.structure.compiled(self._compiler.result())
+            )
             number = self._decoding.submit(
                 Request(
                     job.ids,
@@ -148,12 +160,6 @@ class EngineLoop:
             del self._key_of[number]
             self._begun.pop(number, None)
             self._decoding.cancel(number)
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        vocabulary = self._engine.vocabulary
-        stops = self._engine.stop.ids
-        return GrammarCompiler(vocabulary.token_bytes, vocabulary.size, tuple(stops))
 
     def _events(self, updates: list[Update], began: float) -> Iterator[Event]:
         for update in updates:
