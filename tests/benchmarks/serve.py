@@ -17,7 +17,8 @@ tokens, answers of 4 to 400); an answer ends at its length and nowhere else.
     single    one request after another, beside `generate`
     prefix    the first token's time of a prompt whose first 1,024 tokens are known, to a new one's
     gap       7 streams run, then a prompt of 4,000 tokens comes: their longest wait for a token
-              meanwhile, to the median wait before; with each of --prefill_tokens
+              meanwhile, to the median wait before; as serve.engine runs on a CPU, and with each of
+              --prefill_tokens at any time
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from tests.benchmarks.serve_peers import Answers, Clock, continuous_batching, st
 Contender = Callable[[QWenLMHeadModel, Sequence[Request], int, Clock], tuple[Answers, float]]
 Figures = dict[str, float]
 
-PAGE_TOKENS = 32
+# Those of serve.engine on a CPU, which this script's name hides.
+PAGE_TOKENS, PREFILL_BESIDE = 32, 72
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(do_sample=True, temperature=0.8, top_p=0.8, top_k=0)
 CERTAINTY = 8  # of a trained model's logits, to those of random weights
@@ -125,12 +127,12 @@ def random_tokens(draw: random.Random, count: int, vocab: int) -> list[int]:
 
 
 def make_engine(
-    model: QWenLMHeadModel, slots: int, prefill_tokens: int, tokens: int
+    model: QWenLMHeadModel, slots: int, prefill_tokens: int, tokens: int, beside: int | None = None
 ) -> DecodingEngine:
-    """An engine with room for so many tokens in each slot."""
+    """An engine with room for so many tokens in each slot; `beside` as in EngineLimits."""
     shape = kv_shape(model.config, model.dtype, model.device)
     store = ContiguousStore(shape, slots * (tokens // PAGE_TOKENS + 2), PAGE_TOKENS)
-    limits = EngineLimits(slots, prefill_tokens, tokens)
+    limits = EngineLimits(slots, prefill_tokens, tokens, beside)
     alpha_of = functools.partial(alpha_of_prompt, model.config)
     no_text = Vocabulary(model.config.vocab_size, lambda _: "", lambda _: b"")
     return DecodingEngine(packed(model), store, no_text, limits, alpha_of)
@@ -255,17 +257,18 @@ class Benchmark:
         rounds = []
         for _ in range(self.rounds):
             figures: Figures = {}
-            for prefill_tokens in self.prefill_tokens:
-                found = self._gap(model, prefill_tokens)
-                figures |= {f"{name}, {prefill_tokens}": value for name, value in found.items()}
+            settings = [(f"{count}", count, None) for count in self.prefill_tokens]
+            for setting, count, beside in [("served", 256, PREFILL_BESIDE), *settings]:
+                found = self._gap(model, count, beside)
+                figures |= {f"{name}, {setting}": value for name, value in found.items()}
             rounds.append(figures)
         return rounds
 
-    def _gap(self, model: QWenLMHeadModel, prefill_tokens: int) -> Figures:
+    def _gap(self, model: QWenLMHeadModel, prefill_tokens: int, beside: int | None) -> Figures:
         """The waits of running streams for a token: the median one before a long prompt comes, the
         median and longest ones meanwhile; and that prompt's time to its first token."""
         sizes, draw = self.sizes, random.Random(3)
-        engine = make_engine(model, sizes.streams + 1, prefill_tokens, 2 * sizes.gap_prompt)
+        engine = make_engine(model, sizes.streams + 1, prefill_tokens, 2 * sizes.gap_prompt, beside)
         stream = SamplingParams(max_new_tokens=sizes.gap_prompt)
         for _ in range(sizes.streams):
             engine.submit(Request(random_tokens(draw, 32, sizes.vocab), stream, StopRule()))

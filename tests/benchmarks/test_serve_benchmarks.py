@@ -45,12 +45,12 @@ def test_every_part_reports_its_figures(capsys: pytest.CaptureFixture[str]) -> N
     names = {part: set(rounds[0]) for part, rounds in found.items()}
     assert names["greedy"] == names["sampling"] == {"ours", "static", "continuous"}
     assert names["single"] == {"ours", "static"} and names["prefix"] == {"new", "known"}
-    assert {"before, 8", "longest, 16", "prompt, 16"} <= names["gap"]
+    assert {"longest, served", "before, 8", "longest, 16", "prompt, 16"} <= names["gap"]
     assert all(value > 0 for rounds in found.values() for one in rounds for value in one.values())
     rows = [line.split("|")[1].strip() for line in serve.table(found).splitlines()]
     assert rows[2:] == [
         "greedy", "greedy", "sampling", "sampling", "mixed", "mixed", "single", "prefix",
-        "gap", "gap",
+        "gap", "gap", "gap",
     ]  # fmt: skip
     (gap,) = [line for line in serve.table(found).splitlines() if "longest / before, 8" in line]
     assert gap.count("before") == 2  # the figures of that limit alone
