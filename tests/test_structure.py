@@ -122,7 +122,6 @@ COVERED_BY = {
     "serve/engine/adapted.py": "tests/serve/engine/test_adapters.py",
     "qwen_ds/train/survive/checkpoint_writer.py": "tests/faults/test_every_file_operation.py",
     "serve/api/app.py": "tests/serve/api/test_server.py",
-    "serve/api/beams.py": "tests/serve/api/test_server.py",
     "serve/api/bodies.py": "tests/serve/api/test_server.py",
     "serve/api/chat.py": "tests/serve/api/test_tool_calls.py",
     "serve/api/completions.py": "tests/serve/api/test_server.py",

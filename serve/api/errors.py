@@ -11,7 +11,7 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
 # Errors of the engine that are the request's own fault.
 _OF_THE_REQUEST = {
     "InvalidSampling", "InvalidGrammar", "PromptTooLong", "EmptyPrompt", "InvalidToken",
-    "UnknownAdapter", "KVBudgetTooSmall",
+    "UnknownAdapter", "KVBudgetTooSmall", "NoTokenLeft",
 }  # fmt: skip
 
 
@@ -41,5 +41,5 @@ def of_job(error: JobError) -> ApiError:
     """The error of a job, which the request, the model or the engine is to blame for."""
     if error.kind in _OF_THE_REQUEST:
         code = "context_length_exceeded" if error.kind == "PromptTooLong" else None
-        return ApiError(400, error.message, code=code)
+        return ApiError(400, error.message, error.param, code)
     return ApiError(500, error.message, code="engine_gone" if error.kind == ENGINE_GONE else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen_ds.decode.exceptions import DecodingError, InvalidGrammar, InvalidSampling
 from qwen_ds.decode.request import PromptFigures
 from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.decode.sampling import SamplingParams
@@ -34,6 +35,13 @@ class JobError:
 
     kind: str  # name of a class of qwen_ds.decode.exceptions, or ENGINE_GONE
     message: str
+    param: str | None = None  # the parameter that is to blame
+
+
+def job_error(error: DecodingError) -> JobError:
+    """An error of the engine as a message."""
+    param = error.name if isinstance(error, InvalidSampling | InvalidGrammar) else None
+    return JobError(type(error).__name__, str(error), param)
 
 
 ENGINE_GONE = "EngineGone"

@@ -19,6 +19,7 @@ import uvicorn
 from qwen_ds import dist
 from qwen_ds.disk.read import read_text
 from qwen_ds.errors import EXIT_USER, Failed, UserError
+from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show_json
@@ -38,6 +39,7 @@ _MOST_CONNECTIONS = 4096
 _IDLE_SECONDS = 75
 _HEADER_BYTES = 64 * 1024
 _LAST_WORDS_SECONDS = 5
+_SHARE = 0.85  # as serve.engine's: the rest is for activations
 
 
 def serve(options: ApiOptions) -> int:
@@ -94,6 +96,8 @@ def _settings(
     # A core is left to this process: threads that wait for one of their own spin meanwhile.
     threads = None if gpus else max(1, (len(os.sched_getaffinity(0)) - 1) // number)
     memory = None if o.memory_gb is None else float(o.memory_gb)
+    if memory is None and not gpus and number > 1:
+        memory = _memory_each(folder, number)
     folders = {name: str(place) for name, place in adapters.items()}
     # Plain numbers: the parser's own kinds do not pickle.
     settings = EngineSettings(
@@ -101,6 +105,12 @@ def _settings(
         int(o.prefill_tokens), memory, threads,
     )  # fmt: skip
     return settings, number
+
+
+def _memory_each(folder: ModelFolder, number: int) -> float:
+    """GB for keys and values of each of several engines that share a machine's memory."""
+    weights = sum(spec.num_bytes for spec in folder.stored.tensors.values())
+    return max(0.0, _SHARE * (available_memory() / number - weights)) / 1e9
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,9 +19,21 @@ from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.request import Request, Update
 from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
 from qwen_ds.model.folder import find_model
+from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import in_one_line
 from serve.api.beams import BeamJobs
-from serve.api.jobs import Cancel, Event, Figures, Job, JobError, Ready, Refused, StepEvents, Submit
+from serve.api.jobs import (
+    Cancel,
+    Event,
+    Figures,
+    Job,
+    JobError,
+    Ready,
+    Refused,
+    StepEvents,
+    Submit,
+    job_error,
+)
 from serve.engine.engine import ServingEngine
 from serve.engine.loading import load_engine, silence_libraries
 
@@ -76,7 +89,7 @@ def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop
     store = decoding.store
     room = store.num_pages * store.page_size
     pipe.send(Ready(room, s.slots, room * store.shape.bytes_per_token / 1e9))
-    return EngineLoop(pipe, engine, decoding, compiler, BeamJobs(engine, encoding))
+    return EngineLoop(pipe, engine, decoding, compiler, encoding)
 
 
 def _refused(error: Exception) -> Refused:
@@ -95,10 +108,12 @@ class EngineLoop:
         engine: ServingEngine,
         decoding: DecodingEngine,
         compiler: Future[GrammarCompiler],
-        beams: BeamJobs,
+        encoding: Encoding,
     ) -> None:
         self._pipe, self._engine, self._decoding = pipe, engine, decoding
-        self._compiler, self._beams = compiler, beams
+        self._compiler = compiler
+        self._beams = BeamJobs(engine, encoding, self._tell)
+        self._sending = threading.Lock()
         self._key_of: dict[int, int] = {}  # by the engine's own number
         self._number_of: dict[int, int] = {}
         self._begun: dict[int, float] = {}  # when jobs left the queue, by the engine's number
@@ -114,6 +129,11 @@ class EngineLoop:
                 for one in self._decoding.scheduler.running:
                     self._begun.setdefault(one.id, began)
                 events += self._events(updates, began)
+            self._tell(events)
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Send events, and how the engine stands; from any thread."""
+        with self._sending:
             self._pipe.send(StepEvents(tuple(events), self._figures()))
 
     def _take(self) -> Iterator[Event]:
@@ -121,9 +141,6 @@ class EngineLoop:
         the ends of jobs that cannot be begun."""
         while not self._decoding.is_busy or self._pipe.poll():
             message = self._pipe.recv()
-            if isinstance(message, Submit) and message.job.num_beams > 1:
-                yield self._beams.answer(message.key, message.job)
-                return
             if isinstance(message, Submit):
                 if (error := self._submit(message.key, message.job)) is not None:
                     yield Event(message.key, None, error=error)
@@ -135,6 +152,8 @@ class EngineLoop:
                     return
 
     def _submit(self, key: int, job: Job) -> JobError | None:
+        if job.num_beams > 1:
+            return self._beams.submit(key, job)
         try:
             grammar = (
                 None if job.structure is None else job.structure.compiled(self._compiler.result())
@@ -150,11 +169,13 @@ class EngineLoop:
                 )
             )
         except DecodingError as error:
-            return _job_error(error)
+            return job_error(error)
         self._key_of[number], self._number_of[key] = key, number
         return None
 
     def _cancel(self, key: int) -> None:
+        if self._beams.cancel(key):
+            return
         number = self._number_of.pop(key, None)
         if number is not None:  # else it has ended
             del self._key_of[number]
@@ -174,7 +195,7 @@ class EngineLoop:
                 update.token,
                 update.text,
                 update.finish_reason,
-                None if update.error is None else _job_error(update.error),
+                None if update.error is None else job_error(update.error),
                 update.logprobs,
                 update.prompt,
                 begun,
@@ -184,14 +205,10 @@ class EngineLoop:
         scheduler, store = self._decoding.scheduler, self._decoding.store
         figures = self._decoding.figures
         return Figures(
-            len(scheduler.running),
+            len(scheduler.running) + self._beams.number,
             len(scheduler.waiting),
             1 - store.available_pages / store.num_pages,
             figures.put_back,
             figures.cached_tokens,
             figures.prefilled_tokens + figures.cached_tokens,
         )
-
-
-def _job_error(error: DecodingError) -> JobError:
-    return JobError(type(error).__name__, str(error))

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the longest prompt, V rows of the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
 )
 
@@ -36,6 +38,7 @@ from serve.engine.adapters import DEFAULT, named_adapters
 from serve.engine.loading import choose_dtype
 from serve.options import AnswerOptions
 
+_COLDEST = 1e-4  # colder ones overflow in generate, and choose nothing else
 # Options of the engine alone.
 _NOT_HERE = (
     "stop", "json_object", "json_schema", "regex", "choice", "presence_penalty",
@@ -58,6 +61,17 @@ def check_beams(options: AnswerOptions) -> None:
         )
 
 
+class _GivesUp(StoppingCriteria):
+    """Ends all rows at once where the answer is not wanted any more."""
+
+    def __init__(self, gives_up: Callable[[], bool]) -> None:
+        self._gives_up = gives_up
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        ends = self._gives_up()
+        return torch.full((len(input_ids),), ends, dtype=torch.bool, device=input_ids.device)
+
+
 class _Finite(LogitsProcessor):
     """Raises LogitsNotFinite where a row has no number at all."""
 
@@ -76,6 +90,8 @@ class BeamAnswerer:
     stop: StopRule
     num_beams: int
     batch_size: int
+    gives_up: Callable[[], bool] = bool
+    """Asked at each token whether to end at once."""
 
     @classmethod
     @torch.no_grad()
@@ -129,8 +145,8 @@ class BeamAnswerer:
         )
         if sampling.do_sample:
             config.update(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                min_p=sampling.min_p or None,
+                temperature=max(sampling.temperature, _COLDEST), top_p=sampling.top_p,
+                top_k=sampling.top_k, min_p=sampling.min_p or None,
             )  # fmt: skip
             torch.manual_seed(sampling.seed)
         no_token = SuppressTokensLogitsProcessor(list(range(size, rows)), device=str(device))
@@ -143,6 +159,7 @@ class BeamAnswerer:
         out_BT = self.model.generate(
             ids_BT.to(device), config, LogitsProcessorList([_Finite(), no_token]),
             attention_mask=mask_BT.long().to(device),
+            stopping_criteria=StoppingCriteriaList([_GivesUp(self.gives_up)]),
         )  # fmt: skip
         for one, new in zip(batch, out_BT[:, width:].tolist(), strict=True):
             kept, reason = self.stop.cut(new)
