@@ -97,6 +97,24 @@ class Scheduler:
                 number += 1
             else:
                 self.put_back(self.running[-1])  # perhaps this one
+        self._grow_ahead()
+
+    def _grow_ahead(self) -> None:
+        """Give the next page to the row that needs it first, a little early: on a CPU it is copied
+        then, and many rows that are copied in one step would hold up all of them."""
+        store, rows = self.store, [one for one in self.running if one.todo == 1]
+        if not rows or store.available_pages <= len(rows):
+            return
+
+        def free(one: Running) -> int:
+            assert one.row is not None
+            return one.row.pages * store.page_size - len(one.tokens)
+
+        first = min(rows, key=free)
+        left = first.request.sampling.max_new_tokens - len(first.sampler.tokens)
+        if free(first) < min(len(rows), store.page_size) and left > free(first):
+            assert first.row is not None
+            store.grow(first.row, len(first.tokens) + store.page_size)
 
     def _admit(self) -> None:
         """Begin the requests that have waited longest, while slots and pages last."""

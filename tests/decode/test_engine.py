@@ -665,3 +665,18 @@ def test_a_grammar_that_is_over_ends_a_row_before_min_tokens(model, prompts) -> 
 def test_an_empty_prompt_is_refused(model) -> None:
     with pytest.raises(EmptyPrompt, match="expected at least one token"):
         make_engine(model).submit(request([]))
+
+
+def test_rows_in_step_get_their_next_pages_one_after_another(model) -> None:
+    """Four rows reach the end of a page at once; on a CPU each is copied when it gets another."""
+    engine = make_engine(model)
+    for _ in range(4):
+        engine.submit(request([5, 6, 7], 20))
+    engine.step()
+    grown = []
+    while engine.is_busy:
+        before = {one.id: one.row.pages for one in engine.scheduler.running if one.row}
+        engine.step()
+        rows = [one for one in engine.scheduler.running if one.row]
+        grown.append(sum(one.row.pages > before[one.id] for one in rows if one.row))
+    assert max(grown) == 1 and sum(grown) == 8
