@@ -79,6 +79,7 @@ class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class SampledBody(Body):

@@ -61,6 +61,8 @@ class TextRequest:
         prompt_logprobs = body.logprobs if body.echo else None
         for prompt in prompts:
             ids = tuple(served.encoding.ordinary(prompt) if isinstance(prompt, str) else prompt)
+            if not ids:
+                raise ApiError(400, "prompt is empty; expected at least one token", "prompt")
             new_tokens = served.room_for_answer(len(ids), room, max(asked, 1), "prompt")
             text = prompt if isinstance(prompt, str) else served.text_of(ids, "prompt")
             sampling = sampling_params(body, served, new_tokens, body.logprobs, prompt_logprobs)
@@ -147,7 +149,9 @@ class TextRequest:
         """The prompt's tokens, of which the first has no probability."""
         token = choice.prompt[0]
         first = _Told(self._spelled(token), self._bytes(token), None, None)
-        return [first, *map(self._told, choice.prompt_tokens)]
+        told = [first, *map(self._told, choice.prompt_tokens)]
+        told[-1] = replace(told[-1], ends=True)
+        return told
 
     def _told(self, one: TokenLogprobs) -> _Told:
         top = {self._spelled(token): _finite(logprob) for token, logprob in one.top}
@@ -170,7 +174,7 @@ class TextRequest:
         for one in told:
             offsets.append(choice.offset)
             # A character may have several tokens; its last one brings it.
-            choice.offset += len(choice.decoder.decode(one.raw))
+            choice.offset += len(choice.decoder.decode(one.raw, one.ends))
         return {
             "tokens": [one.text for one in told],
             "token_logprobs": [one.logprob for one in told],
@@ -187,6 +191,7 @@ class _Told:
     raw: bytes
     logprob: float | None
     top: dict[str, float] | None
+    ends: bool = False  # the prompt; what follows is a text of its own
 
 
 def _finite(logprob: float) -> float:

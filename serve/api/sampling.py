@@ -81,8 +81,9 @@ def _told(tokens: int, alternatives: int | None) -> int:
 
 def _biases(given: Mapping[str, float], tokens: int) -> tuple[tuple[int, float], ...]:
     for token in given:
-        # Ten digits: int() refuses thousands of them.
-        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < tokens):
+        # int() refuses thousands of digits.
+        number = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else tokens
+        if number >= tokens or token != str(number):
             came = f"logit_bias has the key {token!r:.80}"
             raise ApiError(400, f"{came}; expected token ids, 0 to {tokens - 1}", "logit_bias")
     return tuple((int(token), bias) for token, bias in given.items())

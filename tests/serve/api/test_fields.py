@@ -69,7 +69,8 @@ def test_a_long_wrong_value_is_one_error(kind: type[Body], field: str, value: An
     [
         ([1, -1], "prompt[1] is -1"), ([True], "prompt[0] is True"), ([1, "a"], "prompt[1] is 'a'"),
         (["a", 1], "prompt[1] is 1"), ([[1], [2, 2**31]], "prompt[1][1] is 2147483648"),
-        ([], "prompt"), (7, "prompt"), ({}, "prompt"), ([None], "prompt[0] is None"),
+        ([], "prompt"), ("", "prompt is empty"), ([[1], []], "prompt is empty"),
+        (7, "prompt"), ({}, "prompt"), ([None], "prompt[0] is None"),
     ],
 )  # fmt: skip
 def test_a_wrong_prompt_is_told_by_its_place(vocab_path: Path, prompt: Any, place: str) -> None:
@@ -89,7 +90,8 @@ def test_a_wrong_prompt_is_told_by_its_place(vocab_path: Path, prompt: Any, plac
         {"tool_choice": "none", "functions": [FUNCTION]},
         {"function_call": {"name": "f"}, "tools": TOOLS}, {"function_call": {"name": "f"}},
         {"tool_choice": "required", "tools": []},
-        {"logit_bias": {"151900": 1}}, {"logit_bias": {"9" * 5000: 1}},
+        {"logit_bias": {"151900": 1}}, {"logit_bias": {"9" * 5000: 1}}, {"logit_bias": {"01": 1}},
+        {"stream_options": {"continuous_usage_stats": True}}, {"min_tokens": 9, "max_tokens": 3},
         {"guided_regex": "a", "tools": TOOLS, "tool_choice": "required"},
         {"guided_regex": "a", "guided_choice": ["b"]},
     ],
@@ -178,27 +180,41 @@ def test_log_probabilities_have_a_limit_for_all_choices_together(served: Served)
     assert len(ChatRequest(ChatBody(messages=MESSAGES, n=128), served, 8192).jobs) == 128
 
 
-def test_places_of_tokens_count_characters(served: Served) -> None:
-    """Of the text itself, also where a character has several tokens."""
-    text, answer = "龘😀b", "好龘"
-    ids = served.encoding.ordinary(text)
-    assert len(ids) > len(text)
-    request = TextRequest(
-        CompletionBody(prompt=text, echo=True, logprobs=0, max_tokens=9), served, 8192
-    )
+def told_choice(served: Served, ids: list[int], new: list[int], answer: str) -> Json:
+    """The choice of an answer with log-probabilities and echo."""
+    body = CompletionBody(prompt=ids, echo=True, logprobs=0, max_tokens=9)
+    request = TextRequest(body, served, 8192)
     prompt = PromptFigures(0, tuple(TokenLogprobs(token, -1.0, 1, ()) for token in ids[1:]))
-    new = served.encoding.ordinary(answer)
     for i, token in enumerate(new):
         is_last = i + 1 == len(new)
         told = TokenLogprobs(token, -1.0, 1, ())
         event = Event(0, token, answer if is_last else "", "length" if is_last else None)
         request.take(0, replace(event, logprobs=told, prompt=None if i else prompt))
-    choice = request.answer({})["choices"][0]
+    return request.answer({})["choices"][0]
+
+
+def test_places_of_tokens_count_characters(served: Served) -> None:
+    """Of the text itself, also where a character has several tokens."""
+    text, answer = "龘😀b", "好龘"
+    ids, new = served.encoding.ordinary(text), served.encoding.ordinary(answer)
+    assert len(ids) > len(text)
+    choice = told_choice(served, ids, new, answer)
     assert choice["text"] == text + answer
     raw = [served.encoding.token_bytes(token) for token in (*ids, *new)]
     # A character is there with its last byte.
     begun = [b"".join(raw[:i]).decode(errors="ignore") for i in range(len(raw))]
     assert choice["logprobs"]["text_offset"] == [len(text) for text in begun]
+
+
+def test_an_answers_places_begin_behind_a_prompt_that_ends_inside_a_character(
+    served: Served,
+) -> None:
+    begun, *rest = served.encoding.ordinary("龘")
+    cut = served.encoding.decode(rest)
+    choice = told_choice(served, [begun], rest, cut)
+    assert choice["text"] == served.encoding.decode([begun]) + cut
+    places = choice["logprobs"]["text_offset"]
+    assert places[:2] == [0, len(served.encoding.decode([begun]))]
 
 
 def test_usage_counts_equal_prompts_and_no_answer_where_none_is_wanted(vocab_path: Path) -> None:
