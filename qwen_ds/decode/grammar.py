@@ -128,7 +128,12 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, _HEADER + rule, log_level=0)
         if matcher.is_error():
             raise InvalidGrammar(name, _first_line(matcher.get_error()))
-        return Grammar(matcher, self)
+        grammar = Grammar(matcher, self)
+        first = grammar.copy()
+        self.fill([first])  # only now does llguidance see that nothing may follow
+        if first.is_over and not first.may_end:
+            raise InvalidGrammar(name, "no text matches it")
+        return grammar
 
     def fill(self, grammars: Sequence[Grammar]) -> Tensor:
         """Bit masks bits_CW (int32, on the CPU) of the tokens that may follow, all in one call."""

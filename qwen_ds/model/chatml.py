@@ -77,7 +77,9 @@ def _turn(message: object, place: int) -> Turn:
         raise UserError(f"messages[{place}] is {came}; expected an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(ROLES)}")
+        raise UserError(
+            f"messages[{place}].role is {role!r:.80}; expected one of {', '.join(ROLES)}"
+        )
     return Turn(str(role), text_of(content, place))
 
 
@@ -86,7 +88,12 @@ def text_of(content: object, place: int) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list | tuple) else [content]
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    texts = [
+        part.get("text")
+        if isinstance(part, Mapping) and part.get("type", "text") == "text"
+        else None
+        for part in parts
+    ]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"messages[{place}].content is not text; expected a string or a list of text parts"

@@ -103,14 +103,13 @@ def react_prompt(messages: Messages, functions: Functions = ()) -> ReactPrompt:
 
 
 def react_stops(stop: Iterable[str], functions: Functions = ()) -> list[str]:
-    """The stop strings of a request: the client's own, also without their leading line feeds, and
-    what a call ends with."""
+    """The stop strings of a request: with functions, as officially, the client's own also without
+    their leading line feeds, and what a call ends with."""
     given = list(stop)
+    if not functions:
+        return list(dict.fromkeys(given))
     bare = [text.lstrip("\n") for text in given]
-    stops = dict.fromkeys([*given, *(text for text in bare if text)])
-    if functions:
-        stops[STOP] = None
-    return list(stops)
+    return list(dict.fromkeys([*given, *(text for text in bare if text), STOP]))
 
 
 def parse_reply(text: str) -> tuple[str, FunctionCall | None]:
@@ -219,7 +218,9 @@ def _role(message: object, place: int) -> str:
         raise UserError(f"messages[{place}] is {came}; expected an object with role and content")
     role = message.get("role")
     if role not in roles:
-        raise UserError(f"messages[{place}].role is {role!r}; expected one of {', '.join(roles)}")
+        raise UserError(
+            f"messages[{place}].role is {role!r:.80}; expected one of {', '.join(roles)}"
+        )
     return str(role)
 
 

@@ -109,17 +109,19 @@ class Answers:
 
     def usage(self) -> Json:
         """Tokens of prompt and answers, in OpenAI's form; choices of one prompt share it."""
+        # Choices of one prompt have one tuple of ids; equal prompts have two.
         prompts = {
-            work.job.ids: timer for work, timer in zip(self._works, self.timers, strict=True)
+            id(work.job.ids): (work, timer)
+            for work, timer in zip(self._works, self.timers, strict=True)
         }
-        prompt = sum(len(ids) for ids in prompts)
+        prompt = sum(len(work.job.ids) for work, _ in prompts.values())
         new = sum(timer.new_tokens for timer in self.timers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
             "prompt_tokens_details": {
-                "cached_tokens": sum(timer.cached_tokens for timer in prompts.values())
+                "cached_tokens": sum(timer.cached_tokens for _, timer in prompts.values())
             },
         }
 

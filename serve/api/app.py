@@ -172,9 +172,9 @@ def _tokens(body: TokenizeBody, served: Served) -> list[int]:
         raise ApiError(400, "expected either prompt or messages", "prompt")
     if body.messages is None:
         return served.encoding.ordinary(body.prompt or "")
-    asked = functions_of(
-        ChatBody(messages=body.messages or [{}], functions=body.functions, tools=body.tools)
-    )
+    fields = ("functions", "function_call", "tools", "tool_choice")
+    chosen = {name: getattr(body, name) for name in fields}
+    asked = functions_of(ChatBody(messages=body.messages or [{}], **chosen))
     return prompt_of(served, body.messages, asked.functions).ids(served.encoding)
 
 

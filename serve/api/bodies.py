@@ -8,17 +8,37 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from qwen_ds.decode.sampling import MAX_LOGPROBS
 from serve.api.errors import ApiError
 
 MAX_CHOICES = 128  # of one request
-_MAX_STOPS, _MAX_STOP_LENGTH = 64, 1000
+_MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 64, 1000, 1024
+
+
+def _few(given: object) -> object:
+    if isinstance(given, dict) and len(given) > _MAX_BIASES:
+        raise ValueError(f"{len(given)} tokens; expected at most {_MAX_BIASES}")
+    return given
+
 
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[str, Bias], BeforeValidator(_few)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 JsonObject = dict[str, Any]
+# An error for each wrong member of a long list would take seconds, and memory without end.
+JsonObjects = Annotated[list[JsonObject], Field(fail_fast=True)]
+Choices = Annotated[list[str], Field(fail_fast=True)]
 _BRANCHES = {"str", "int", "float", "bool", "dict"}  # of a union, as errors name them
 
 
@@ -32,18 +52,34 @@ class Body(BaseModel):
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to hold an answer to a form: one of these."""
+    """vLLM's way to hold an answer to a form: one of these. Its other forms are refused."""
+
+    _FORMS: ClassVar[tuple[str, ...]] = ("json", "regex", "choice", "json_object")
 
     json_: JsonObject | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Choices | None = None
     json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: object) -> object:
+        """The fields that ask for something: vLLM's own clients send all of them."""
+        if not isinstance(given, dict):
+            return given
+        asked = {k: value for k, value in given.items() if value is not None and value is not False}
+        if unknown := next((k for k in asked if k not in cls._FORMS), None):
+            raise ValueError(
+                f"{unknown:.80} is not supported; expected one of {', '.join(cls._FORMS)}"
+            )
+        return asked
 
 
 class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class SampledBody(Body):
@@ -54,7 +90,9 @@ class SampledBody(Body):
         "prompt_logprobs": (None, 0), "truncate_prompt_tokens": (None,), "bad_words": (None, []),
         "allowed_token_ids": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
         "min_new_tokens": (None, 0), "include_stop_str_in_output": (None, False),
-        "skip_special_tokens": (None, True),
+        "skip_special_tokens": (None, False), "stop_token_ids": (None, []),
+        "guided_whitespace_pattern": (None,), "return_token_ids": (None, False),
+        "return_tokens_as_token_ids": (None, False),
     }  # fmt: skip
 
     model: str | None = None
@@ -69,7 +107,7 @@ class SampledBody(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -78,7 +116,7 @@ class SampledBody(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     user: str | None = None
 
     @property
@@ -96,18 +134,68 @@ class ChatBody(SampledBody):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = SampledBody.unsupported | {
         "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,),
         "web_search_options": (None,), "chat_template": (None,), "documents": (None, []),
-        "add_generation_prompt": (None, True), "echo": (None, False),
-        "chat_template_kwargs": (None, {}),
+        "echo": (None, False), "chat_template_kwargs": (None, {}),
     }  # fmt: skip
 
-    messages: Annotated[list[JsonObject], Field(min_length=1)]
+    messages: Annotated[JsonObjects, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    functions: list[JsonObject] | None = None
+    functions: JsonObjects | None = None
     function_call: Literal["none", "auto"] | JsonObject | None = None
-    tools: list[JsonObject] | None = None
+    tools: JsonObjects | None = None
     tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+def _prompt(given: object) -> object:
+    """A prompt, or several of the kind that the first one has. ValueError names the first wrong."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list) or not given:
+        expected = "a text, token ids, or a list of texts or of lists of token ids"
+        raise ValueError(f"{given!r:.80}; expected {expected}")
+    if isinstance(given[0], int):
+        _check_tokens(given, "")
+        return given
+    if len(given) > MAX_CHOICES:
+        raise ValueError(f"{len(given)} prompts; expected at most {MAX_CHOICES}")
+    kind = str if isinstance(given[0], str) else list
+    for place, one in enumerate(given):
+        if not isinstance(one, kind):
+            expected = "a text" if kind is str else "a list of token ids"
+            raise ValueError(f"[{place}] is {one!r:.80}; expected {expected}")
+        if isinstance(one, list):
+            _check_tokens(one, f"[{place}]")
+    return given
+
+
+def _check_tokens(given: list[object], of: str) -> None:
+    for place, token in enumerate(given):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise ValueError(f"{of}[{place}] is {token!r:.80}; expected a token id")
+
+
+# Checked by hand: pydantic would try every element as every kind.
+Prompt = Annotated[
+    Any,
+    BeforeValidator(_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                {"type": "array", "items": {"type": "string"}},
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                },
+            ]
+        }
+    ),
+]
 
 
 class CompletionBody(SampledBody):
@@ -117,7 +205,7 @@ class CompletionBody(SampledBody):
         "suffix": (None, "")
     }
 
-    prompt: str | list[Token] | list[str] | list[list[Token]]
+    prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -141,16 +229,18 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[JsonObject] | None = None
-    functions: list[JsonObject] | None = None
-    tools: list[JsonObject] | None = None
+    messages: JsonObjects | None = None
+    functions: JsonObjects | None = None
+    function_call: Literal["none", "auto"] | JsonObject | None = None
+    tools: JsonObjects | None = None
+    tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
 
 
 class DetokenizeBody(Body):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
 Kind = TypeVar("Kind", bound=Body)
@@ -186,6 +276,7 @@ def _invalid(error: ValidationError) -> ApiError:
         for part in worst["loc"]
         if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)
     ).removeprefix(".")
-    message = worst["msg"]
+    message = worst["msg"].removeprefix("Value error, ")
     param = str(worst["loc"][0]) if worst["loc"] else None
-    return ApiError(400, f"{place or 'the body'}: {message}", param)
+    colon = "" if message.startswith("[") else ": "  # of a place inside
+    return ApiError(400, f"{place or 'the body'}{colon}{message}", param)

@@ -17,11 +17,18 @@ from serve.api.bodies import ChatBody
 from serve.api.errors import ApiError
 from serve.api.jobs import Event, Job
 from serve.api.replies import ReplyPart, ReplyParts
-from serve.api.sampling import sampling_params, seed_of_choice, structure_of
+from serve.api.sampling import (
+    bound_logprobs,
+    form_name,
+    sampling_params,
+    seed_of_choice,
+    structure_of,
+)
 from serve.api.served import Served
 from serve.structure import Structure
 
 Json = dict[str, Any]
+_LONGEST_THOUGHT = 1000  # characters before a call that must come
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 
 
@@ -53,16 +60,18 @@ class ChatRequest:
         prompt = prompt_of(served, body.messages, asked.functions)
         self._continues = prompt.is_open
         ids = prompt.ids(served.encoding)
-        most = body.max_completion_tokens or body.max_tokens
-        new_tokens = served.room_for_answer(len(ids), room, most)
+        _refuse_other_ends(body)
+        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        new_tokens = served.room_for_answer(len(ids), room, most, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if logprobs is None and body.top_logprobs:
             raise ApiError(400, "top_logprobs is set and logprobs is not", "top_logprobs")
-        sampling = sampling_params(body, new_tokens, logprobs)
+        sampling = sampling_params(body, served, new_tokens, logprobs)
         structure = structure_of(body)
         if asked.must_call:
             if structure is not None:
-                raise ApiError(400, "response_format beside a forced call", "response_format")
+                came = f"{form_name(body)} is set and so is a call that must be made"
+                raise ApiError(400, f"{came}; expected one of them", form_name(body))
             structure = _must_call(asked.must_call)
         stops = tuple(react_stops(body.stops, asked.functions))
         self.jobs = [
@@ -75,6 +84,7 @@ class ChatRequest:
             )
             for i in range(body.n or 1)
         ]
+        bound_logprobs(self.jobs)
         self.choices = [
             ChatChoice(i, ReplyParts(self._continues) if asked.functions else None)
             for i in range(len(self.jobs))
@@ -191,18 +201,29 @@ class AskedFunctions:
 
 
 def functions_of(body: ChatBody) -> AskedFunctions:
-    """The functions that a request lets the model call. ApiError 400: wrong ones, or two kinds."""
+    """The functions that a request lets the model call. ApiError 400: wrong ones, two kinds, or a
+    choice among functions that are not there."""
     if body.functions is not None and body.tools is not None:
         raise ApiError(400, "functions and tools are given; expected one of them", "tools")
+    choice: str | Json | None
+    other: str | Json | None
     if body.tools is not None:
         functions, choice, name = tools_as_functions(body.tools), body.tool_choice, "tool_choice"
+        other, other_name, list_name = body.function_call, "function_call", "functions"
     else:
         functions, choice, name = list(body.functions or ()), body.function_call, "function_call"
+        other, other_name, list_name = body.tool_choice, "tool_choice", "tools"
+    # Without functions nothing is called anyway.
+    if other not in ((None, "auto") if functions else (None, "auto", "none")):
+        raise ApiError(400, f"{other_name} is set and {list_name} is not", other_name)
     names = tuple(str(f.get("name_for_model", f.get("name", ""))) for f in functions)
     if choice == "none":
         return AskedFunctions([])
     if choice in (None, "auto"):
         return AskedFunctions(functions)
+    if not all(names):
+        came = f"{name} asks for a call, and a function has no name"
+        raise ApiError(400, f"{came}; expected each with one", name)
     if choice == "required" and names:
         return AskedFunctions(functions, names)
     wanted = choice if isinstance(choice, dict) else {}
@@ -227,41 +248,52 @@ def tools_as_functions(tools: list[Json]) -> list[Json]:
 def prompt_of(served: Served, messages: list[Json], functions: list[Json]) -> ReactPrompt:
     """The prompt of a chat. ApiError 400: messages that make none."""
     if not served.chats:
-        raise ApiError(
-            400, "this is a base model, which knows no turns; expected /v1/completions", "messages"
-        )
+        came = "generation_config.json says chat_format raw: a base model, which knows no turns"
+        raise ApiError(400, f"{came}; expected /v1/completions", "messages")
+    placed = with_calls_in_turn(messages)
     try:
-        return react_prompt(with_calls_in_turn(messages), functions)
+        return react_prompt([message for _, message in placed], functions)
     except UserError as error:
-        param = "functions" if str(error).startswith("functions") else "messages"
-        raise ApiError(400, str(error), param) from None
+        # Calls and their results have moved; the client's own numbers are told.
+        told = re.sub(
+            r"^messages\[(\d+)\]", lambda found: f"messages[{placed[int(found[1])][0]}]", str(error)
+        )
+        param = "functions" if told.startswith("functions") else "messages"
+        raise ApiError(400, told, param) from None
 
 
-def with_calls_in_turn(messages: list[Json]) -> list[Json]:
+def with_calls_in_turn(messages: list[Json]) -> list[tuple[int, Json]]:
     """Messages with tool_calls as ones with single function_calls, each with its result behind it;
-    the roles developer and tool are system and function."""
-    found: list[Json] = []
-    results = {
-        str(message["tool_call_id"]): message
-        for message in messages
-        if message.get("role") == "tool" and message.get("tool_call_id") is not None
-    }
-    placed: set[str] = set()
+    the roles developer and tool are system and function. Each with its place among `messages`."""
+    found: list[tuple[int, Json]] = []
+    placed: set[int] = set()
     for place, message in enumerate(messages):
         role, calls = message.get("role"), message.get("tool_calls")
         if role == "assistant" and calls:
+            results = _results_behind(messages, place)  # ids may come again later
             for i, call in enumerate(_calls(calls, place)):
                 content = message.get("content") if i == 0 else None
-                found.append({"role": role, "content": content, "function_call": call["function"]})
-                result = results.get(str(call.get("id")))
-                if result is not None and str(call.get("id")) not in placed:
-                    placed.add(str(call["id"]))
-                    found.append({"role": "function", "content": result.get("content")})
-        elif role == "tool":
-            if str(message.get("tool_call_id")) not in placed:
-                found.append({**message, "role": "function"})
-        else:
-            found.append({**message, "role": "system"} if role == "developer" else message)
+                one = {"role": role, "content": content, "function_call": call["function"]}
+                found.append((place, one))
+                if mine := results.get(str(call.get("id"))):
+                    result = mine.pop(0)
+                    placed.add(result)
+                    found.append((result, {**messages[result], "role": "function"}))
+        elif place not in placed:
+            own_role = {"developer": "system", "tool": "function"}.get(str(role), role)
+            found.append((place, {**message, "role": own_role}))
+    return found
+
+
+def _results_behind(messages: list[Json], place: int) -> dict[str, list[int]]:
+    """Places of the results between a message of the assistant and the next one, by their ids."""
+    found: dict[str, list[int]] = {}
+    for i in range(place + 1, len(messages)):
+        role = messages[i].get("role")
+        if role == "assistant":
+            break
+        if role == "tool":
+            found.setdefault(str(messages[i].get("tool_call_id")), []).append(i)
     return found
 
 
@@ -275,7 +307,21 @@ def _calls(calls: object, place: int) -> list[Mapping[str, Any]]:
     return list(calls) if isinstance(calls, list) else []
 
 
+def _refuse_other_ends(body: ChatBody) -> None:
+    """Raise where the body asks for another end of the prompt than its last message gives it."""
+    continues = body.messages[-1].get("role") == "assistant"
+    for name, value, is_so in (
+        ("continue_final_message", body.continue_final_message, continues),
+        ("add_generation_prompt", body.add_generation_prompt, not continues),
+    ):
+        if value not in (None, is_so):
+            came = f"{name} is {str(value).lower()}"
+            expected = "a last message of the assistant is continued, no other one is"
+            raise ApiError(400, f"{came}; {expected}", name)
+
+
 def _must_call(names: tuple[str, ...]) -> Structure:
     """A reply that calls one of these functions."""
     one_of = "|".join(re.escape(name) for name in names)
-    return Structure("regex", rf"[^\n]*\nAction: ({one_of})\nAction Input: ?[^\n](.|\n)*")
+    thought = rf"[^\n]{{0,{_LONGEST_THOUGHT}}}"
+    return Structure("regex", rf"{thought}\nAction: ({one_of})\nAction Input: ?[^\n](.|\n)*")

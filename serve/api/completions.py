@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from codecs import IncrementalDecoder, getincrementaldecoder
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from qwen_ds.decode.request import PromptFigures
@@ -12,11 +14,12 @@ from qwen_ds.decode.sampler import TokenLogprobs
 from serve.api.bodies import MAX_CHOICES, CompletionBody
 from serve.api.errors import ApiError
 from serve.api.jobs import Event, Job
-from serve.api.sampling import sampling_params, seed_of_choice, structure_of
+from serve.api.sampling import bound_logprobs, sampling_params, seed_of_choice, structure_of
 from serve.api.served import Served
 
 Json = dict[str, Any]
 _DEFAULT_TOKENS = 16  # OpenAI's
+_Utf8 = getincrementaldecoder("utf-8")
 
 
 @dataclass(slots=True)
@@ -31,6 +34,7 @@ class TextChoice:
     prompt_tokens: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     offset: int = 0  # of the next token in the text
+    decoder: IncrementalDecoder = field(default_factory=partial(_Utf8, "replace"))
 
 
 class TextRequest:
@@ -57,13 +61,16 @@ class TextRequest:
         prompt_logprobs = body.logprobs if body.echo else None
         for prompt in prompts:
             ids = tuple(served.encoding.ordinary(prompt) if isinstance(prompt, str) else prompt)
+            if not ids:
+                raise ApiError(400, "prompt is empty; expected at least one token", "prompt")
+            new_tokens = served.room_for_answer(len(ids), room, max(asked, 1), "prompt")
             text = prompt if isinstance(prompt, str) else served.text_of(ids, "prompt")
-            new_tokens = served.room_for_answer(len(ids), room, max(asked, 1))
-            sampling = sampling_params(body, new_tokens, body.logprobs, prompt_logprobs)
+            sampling = sampling_params(body, served, new_tokens, body.logprobs, prompt_logprobs)
             for i in range(n):
                 own = replace(sampling, seed=seed_of_choice(sampling.seed, i))
                 self.jobs.append(Job(ids, own, tuple(body.stops), adapter, structure))
                 self.choices.append(TextChoice(len(self.choices), ids, text))
+        bound_logprobs(self.jobs)
 
     def take(self, index: int, event: Event) -> None:
         """Take an event of an answer that is sent as a whole."""
@@ -92,7 +99,7 @@ class TextRequest:
                 told = self._prompt_told(choice) if self.body.echo else []
                 one["logprobs"] = self._logprobs(choice, [*told, *map(self._told, choice.tokens)])
             choices.append(one)
-        return self._envelope(choices) | {"usage": usage}
+        return self._envelope(choices) | {"usage": self._usage(usage)}
 
     def first_chunk(self, index: int) -> Json | None:
         """The chunk that opens an answer; None: nothing is to be told yet."""
@@ -115,7 +122,13 @@ class TextRequest:
 
     def usage_chunk(self, usage: Json) -> Json:
         """The last chunk, where usage is asked for."""
-        return self._envelope([]) | {"usage": usage}
+        return self._envelope([]) | {"usage": self._usage(usage)}
+
+    def _usage(self, usage: Json) -> Json:
+        """Without the one token that the engine makes where only the prompt is wanted."""
+        if not self.only_prompt:
+            return usage
+        return usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
 
     def _chunk(self, choice: TextChoice, text: str, told: list[_Told], reason: str | None) -> Json:
         one = {"index": choice.index, "text": text, "finish_reason": reason, "logprobs": None}
@@ -134,16 +147,23 @@ class TextRequest:
 
     def _prompt_told(self, choice: TextChoice) -> list[_Told]:
         """The prompt's tokens, of which the first has no probability."""
-        first = _Told(self._spelled(choice.prompt[0]), None, None)
-        return [first, *map(self._told, choice.prompt_tokens)]
+        token = choice.prompt[0]
+        first = _Told(self._spelled(token), self._bytes(token), None, None)
+        told = [first, *map(self._told, choice.prompt_tokens)]
+        told[-1] = replace(told[-1], ends=True)
+        return told
 
     def _told(self, one: TokenLogprobs) -> _Told:
         top = {self._spelled(token): _finite(logprob) for token, logprob in one.top}
-        return _Told(self._spelled(one.token), _finite(one.logprob), top)
+        raw = self._bytes(one.token)
+        return _Told(self._spelled(one.token), raw, _finite(one.logprob), top)
+
+    def _bytes(self, token: int) -> bytes:
+        return self._served.encoding.token_bytes(token)
 
     def _spelled(self, token: int) -> str:
         """A token's text; bytes that are no whole character as OpenAI spells them."""
-        raw = self._served.encoding.token_bytes(token)
+        raw = self._bytes(token)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -153,7 +173,8 @@ class TextRequest:
         offsets = []
         for one in told:
             offsets.append(choice.offset)
-            choice.offset += len(one.text)
+            # A character may have several tokens; its last one brings it.
+            choice.offset += len(choice.decoder.decode(one.raw, one.ends))
         return {
             "tokens": [one.text for one in told],
             "token_logprobs": [one.logprob for one in told],
@@ -167,8 +188,10 @@ class _Told:
     """A token as an answer tells it."""
 
     text: str
+    raw: bytes
     logprob: float | None
     top: dict[str, float] | None
+    ends: bool = False  # the prompt; what follows is a text of its own
 
 
 def _finite(logprob: float) -> float:
@@ -177,11 +200,5 @@ def _finite(logprob: float) -> float:
 
 
 def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise ApiError(400, "prompt is an empty list", "prompt")
-    if isinstance(prompt[0], int):
-        return [[int(token) for token in prompt if isinstance(token, int)]]
-    return [one for one in prompt if not isinstance(one, int)]  # type: ignore[return-value]
+    is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    return [body.prompt] if is_one else list(body.prompt)

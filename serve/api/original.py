@@ -27,9 +27,10 @@ class OriginalRoute:
         self._text = ""
         question = f"{body.instruction}\t{body.text}".strip()
         ids = encode_prompt(served.encoding, Conversation(None, (Turn("user", question),)))
+        new_tokens = served.room_for_answer(len(ids), room, body.max_new_tokens, "text")
         sampling = SamplingParams(
-            body.do_sample, body.temperature, body.top_p, body.top_k,
-            served.room_for_answer(len(ids), room, body.max_new_tokens), secrets.randbits(63),
+            body.do_sample, body.temperature, body.top_p, body.top_k, new_tokens,
+            secrets.randbits(63),
         )  # fmt: skip
         self.jobs = [Job(tuple(ids), sampling, num_beams=body.num_beams)]
 

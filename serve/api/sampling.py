@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_ds.decode.exceptions import InvalidSampling
-from qwen_ds.decode.sampling import SamplingParams, row_seed
+from qwen_ds.decode.sampling import MAX_LOGPROBS, SamplingParams, row_seed
 from serve.api.bodies import SampledBody
 from serve.api.errors import ApiError
+from serve.api.jobs import Job
+from serve.api.served import Served
 from serve.structure import Structure
 
 # OpenAI's defaults.
 _TEMPERATURE, _TOP_P = 1.0, 1.0
+# One answer as long as the longest context may have all of its own.
+_MOST_LOGPROBS = 32_768 * (MAX_LOGPROBS + 1)
 
 
 def sampling_params(
     body: SampledBody,
+    served: Served,
     new_tokens: int,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
@@ -31,7 +36,7 @@ def sampling_params(
         "frequency_penalty": body.frequency_penalty,
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
-        "logit_bias": _biases(body.logit_bias or {}),
+        "logit_bias": _biases(body.logit_bias or {}, served.encoding.n_vocab),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if temperature > 0:  # 0 is greedy
@@ -49,7 +54,8 @@ def sampling_params(
         )
     except InvalidSampling as error:
         name = "max_tokens" if error.name == "max_new_tokens" else error.name
-        raise ApiError(400, f"{name} is {error.value}; expected {error.expected}", name) from None
+        expected = error.expected.replace("max_new_tokens", "max_tokens")
+        raise ApiError(400, f"{name} is {error.value}; expected {expected}", name) from None
 
 
 def seed_of_choice(seed: int, choice: int) -> int:
@@ -57,15 +63,35 @@ def seed_of_choice(seed: int, choice: int) -> int:
     return seed if choice == 0 else row_seed(seed, choice)
 
 
-def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    if not all(token.isascii() and token.isdigit() for token in given):
-        raise ApiError(400, "logit_bias: expected token ids as keys", "logit_bias")
+def bound_logprobs(jobs: Sequence[Job]) -> None:
+    """ApiError 400: a request that asks for more log-probabilities than an answer may have."""
+    told = sum(
+        _told(job.sampling.max_new_tokens, job.sampling.logprobs)
+        + _told(len(job.ids), job.sampling.prompt_logprobs)
+        for job in jobs
+    )
+    if told > _MOST_LOGPROBS:
+        came = f"{told:,} log-probabilities (choices x tokens x (logprobs + 1))"
+        raise ApiError(400, f"{came}; expected at most {_MOST_LOGPROBS:,}", "logprobs")
+
+
+def _told(tokens: int, alternatives: int | None) -> int:
+    return 0 if alternatives is None else tokens * (alternatives + 1)
+
+
+def _biases(given: Mapping[str, float], tokens: int) -> tuple[tuple[int, float], ...]:
+    for token in given:
+        # int() refuses thousands of digits.
+        number = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else tokens
+        if number >= tokens or token != str(number):
+            came = f"logit_bias has the key {token!r:.80}"
+            raise ApiError(400, f"{came}; expected token ids, 0 to {tokens - 1}", "logit_bias")
     return tuple((int(token), bias) for token, bias in given.items())
 
 
 def structure_of(body: SampledBody) -> Structure | None:
     """The form that the answer is held to. ApiError 400: two forms, or one that is not known."""
-    asked: list[Structure] = []
+    asked = list[Structure]()
     if body.response_format is not None:
         asked += _response_format(body.response_format)
     if body.guided_json is not None:
@@ -80,8 +106,16 @@ def structure_of(body: SampledBody) -> Structure | None:
         asked += [Structure("choice", forms.choice)] if forms.choice is not None else []
         asked += [Structure("json_object", None)] if forms.json_object else []
     if len(asked) > 1:
-        raise ApiError(400, "two forms are asked for; expected one", "response_format")
+        came = "more than one form is set for the answer"
+        expected = "one of response_format, structured_outputs and guided_json, _regex or _choice"
+        raise ApiError(400, f"{came}; expected {expected}", form_name(body))
     return asked[0] if asked else None
+
+
+def form_name(body: SampledBody) -> str:
+    """The field that asks for a form; the first of several."""
+    names = ("response_format", "guided_json", "guided_regex", "guided_choice")
+    return next((name for name in names if getattr(body, name) is not None), "structured_outputs")
 
 
 def _response_format(given: Mapping[str, Any]) -> list[Structure]:
@@ -93,6 +127,6 @@ def _response_format(given: Mapping[str, Any]) -> list[Structure]:
     schema = given.get("json_schema")
     if kind == "json_schema" and isinstance(schema, dict) and "schema" in schema:
         return [Structure("json_schema", schema["schema"])]
-    came = "response_format" if kind != "json_schema" else "response_format.json_schema"
-    expected = "type text, json_object, or json_schema with a schema in json_schema"
-    raise ApiError(400, f"{came} is not understood; expected {expected}", "response_format")
+    came = f"response_format has type {kind!r:.80}"
+    expected = "text or json_object, or json_schema with an object json_schema that has a schema"
+    raise ApiError(400, f"{came}; expected {expected}", "response_format")

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen_ds.model.folder import ModelFolder
 from qwen_ds.model.tokenizer import Encoding
 from serve.api.errors import ApiError
+
+
+def knows_turns(folder: ModelFolder, has_adapters: bool) -> bool:
+    """Whether chats are answered; an adapter is trained in ChatML, on a base model, too."""
+    return has_adapters or folder.family.chat_format(dict(folder.generation)) == "chatml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class Served:
         known = ", ".join((*self.names, *self.adapters))
         raise ApiError(
             404,
-            f"there is no model {model!r}; expected one of: {known}",
+            f"there is no model {model!r:.80}; expected one of: {known}",
             "model",
             "model_not_found",
         )
@@ -46,12 +52,13 @@ class Served:
             raise ApiError(400, f"a token id is {wrong[0]}; expected 0 to {size - 1}", param)
         return self.encoding.decode(ids)
 
-    def room_for_answer(self, prompt: int, room: int, asked: int | None) -> int:
+    def room_for_answer(self, prompt: int, room: int, asked: int | None, field: str) -> int:
         """Tokens that an answer to a prompt of so many may have.
 
         Args:
             room: tokens of keys and values of an engine, which a request must fit into.
             asked: by the request; None: as many as there is room for.
+            field: of the request, which holds the prompt.
 
         ApiError 400: the prompt alone, or with what is asked, is beyond the context.
         """
@@ -61,7 +68,7 @@ class Served:
             raise ApiError(
                 400,
                 f"this model's context is {self.context} tokens; the prompt has {prompt}{wanted}",
-                "max_tokens" if most >= 1 else "messages",
+                "max_tokens" if most >= 1 else field,
                 "context_length_exceeded",
             )
-        return asked or max(1, min(most, room - prompt))
+        return max(1, min(most, room - prompt)) if asked is None else asked

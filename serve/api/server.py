@@ -29,7 +29,7 @@ from serve.api.engines import EnginePool
 from serve.api.gate import Gate
 from serve.api.metrics import Metrics
 from serve.api.options import ApiOptions
-from serve.api.served import Served
+from serve.api.served import Served, knows_turns
 from serve.api.worker import EngineSettings
 from serve.engine.adapters import DEFAULT
 from serve.engine.loading import find_adapters
@@ -83,7 +83,8 @@ def _served(options: ApiOptions, folder: ModelFolder, adapters: tuple[str, ...])
     named = tuple(name for name in adapters if name != DEFAULT)
     if both := sorted(set(names) & set(named)):
         raise UserError(f"{both[0]} names the model and an adapter; expected different names")
-    return Served(names, named, folder.encoding, folder.family.context(folder.config), True)
+    context, chats = folder.family.context(folder.config), knows_turns(folder, bool(adapters))
+    return Served(names, named, folder.encoding, context, chats)
 
 
 def _settings(

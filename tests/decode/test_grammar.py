@@ -171,6 +171,7 @@ def test_a_token_that_the_grammar_forbids_is_its_error(
         ("regex", "a{2,1}", "invalid repetition"),
         ("regex", "(?=a)b", "look-around"),
         ("regex", "\ud800", "."),
+        ("regex", r"a[^\s\S]", "no text matches it"),
         ("choice", [], "it is empty"),
         ("choice", "abc", "expected a list of strings"),
         ("choice", [1], "expected a list of strings"),

@@ -64,6 +64,12 @@ def test_replies_are_parsed_as_officially(case: Case) -> None:
     assert parse_reply(case["text"]) == (expected["content"], parsed)
 
 
+def test_stop_strings_keep_their_line_feeds_without_functions() -> None:
+    stop = ["\n\n Joshua", "\n"]
+    assert react_stops(stop) == stop
+    assert " Joshua" in react_stops(stop, [{"name": "f", "parameters": {}}])
+
+
 def test_a_call_and_its_result_are_read_back_as_the_model_wrote_them() -> None:
     reply = 'Thought: look\nAction: f\nAction Input: {"a": 1}'
     content, call = parse_reply(reply)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from qwen_ds.model.react import STOP
+from qwen_ds.model.react import STOP, react_prompt
+from serve.api.chat import with_calls_in_turn
 from serve.api.jobs import Job
 from tests.serve.api.running import events
 from tests.serve.api.scripted import Says, ScriptedPool, scripted_app
@@ -142,3 +144,61 @@ def test_a_choice_of_tools_is_honoured(vocab_path: Path) -> None:
         body | {"tool_choice": {"type": "function", "function": {"name": "h"}}},
     )
     assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "tool_choice"
+
+
+def turn_of(identifier: str, argument: str) -> Json:
+    """A message of the assistant with one call."""
+    function = {"name": "f", "arguments": argument}
+    call = {"id": identifier, "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def test_a_call_gets_its_own_turns_result_where_ids_come_again(vocab_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        turn_of("call_0", "one"),
+        {"role": "tool", "tool_call_id": "call_0", "content": "first"},
+        turn_of("call_0", "two"),
+        {"role": "tool", "tool_call_id": "call_0", "content": "second"},
+    ]
+    prompt = react_prompt([message for _, message in with_calls_in_turn(messages)])
+    text = prompt.conversation.turns[-1].text
+    assert text.index("one") < text.index("first") < text.index("two") < text.index("second")
+
+
+def test_errors_tell_the_clients_own_places(vocab_path: Path) -> None:
+    """Two calls in one message, their results the other way round, and wrong content behind."""
+    both = turn_of("a", "1")
+    both["tool_calls"] += turn_of("b", "2")["tool_calls"]
+    results = [{"role": "tool", "tool_call_id": name, "content": name} for name in ("b", "a")]
+    messages: list[Json] = [{"role": "user", "content": "q"}, both, *results]
+    for wrong, place in (
+        ([*messages, {"role": "user", "content": 7}], 4),
+        ([*messages[:2], results[0] | {"content": 7}, results[1]], 2),
+    ):
+        response, _ = ask(vocab_path, lambda job: ["ok"], {"messages": wrong})
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["param"] == "messages"
+        assert error["message"].startswith(f"messages[{place}].content")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": ""}}])
+def test_a_call_that_must_be_made_needs_a_name(vocab_path: Path, choice: Any) -> None:
+    function = {key: value for key, value in FUNCTION.items() if key != "name"}
+    body: Json = {"messages": [{"role": "user", "content": "q"}]}
+    body |= {"tools": [{"type": "function", "function": function}]}
+    response, pool = ask(vocab_path, lambda job: ["ok"], body | {"tool_choice": choice})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tool_choice"
+    assert pool.jobs_seen == []
+    response, _ = ask(vocab_path, lambda job: ["ok"], body)
+    assert response.status_code == 200
+
+
+def test_the_thought_before_a_call_that_must_be_made_is_bounded(vocab_path: Path) -> None:
+    body: Json = {"messages": [{"role": "user", "content": "q"}], "tool_choice": "required"}
+    body |= {"tools": [{"type": "function", "function": FUNCTION}]}
+    _, pool = ask(vocab_path, lambda job: ["ok"], body)
+    structure, call = pool.jobs_seen[0].structure, "\nAction: f\nAction Input: {}\n"
+    assert structure is not None
+    assert re.fullmatch(structure.value, "x" * 1000 + call)
+    assert not re.fullmatch(structure.value, "x" * 1001 + call)
