@@ -169,7 +169,7 @@ class Scheduler:
         # To read 60 tokens' keys takes as long as a new token; at 2,000, that takes twice as long.
         # Reading the keys costs the same for any piece, so tiny ones are not worth it.
         room = int((beside - past / 60) / (1 + past / 2000))
-        return min(max(min(12, beside), room), self.limits.prefill_tokens)
+        return min(max(min(8, beside), room), self.limits.prefill_tokens)
 
     def _close(self, one: Running) -> None:
         if one.row is not None:

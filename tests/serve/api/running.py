@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,11 +24,11 @@ START_SECONDS = 120
 class Running:
     """A server, what it prints, and a client for it."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], threads: int) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve.api", "--port", "0", *words],
             cwd=Path(__file__).parents[3],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -59,6 +60,29 @@ class Running:
         assert values, name
         return sum(map(float, values))
 
+    def engines(self) -> list[int]:
+        """The processes of the engines."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (place / "cmdline").read_bytes()
+            except OSError:  # it has ended meanwhile
+                continue
+            if parent == self.process.pid and b"spawn_main" in words:
+                found.append(int(place.name))
+        return sorted(found)
+
+    def connected(self, body: dict[str, Any], path: str, *headers: str) -> socket.socket:
+        """A connection of its own, over which a POST was sent."""
+        url, raw = httpx.URL(self.url), json.dumps(body).encode()
+        lines = [f"POST {path} HTTP/1.1", f"Host: {url.host}:{url.port}"]
+        lines += [f"Content-Length: {len(raw)}", "Content-Type: application/json", *headers]
+        found = socket.create_connection((url.host, url.port or 80))
+        found.settimeout(60)
+        found.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)
+        return found
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and wait for the end; the exit code."""
         self.process.send_signal(number)
@@ -68,9 +92,9 @@ class Running:
 
 
 @contextmanager
-def running(*words: str) -> Iterator[Running]:
-    """A server that runs inside the block."""
-    server = Running(list(words))
+def running(*words: str, threads: int = 1) -> Iterator[Running]:
+    """A server that runs inside the block; each engine has so many threads at most."""
+    server = Running(list(words), threads)
     try:
         yield server
     finally:

@@ -1,0 +1,192 @@
+"""The gate as plain ASGI: whose requests pass, and how much of a body it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from serve.api.gate import Gate
+
+KEYS = ("first-key", "second-key", "pass:word")
+MOST = 100  # bytes of a body
+OPEN = [("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models")]
+
+
+class App:
+    """An app that reads its body and answers 200."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        assert not message["more_body"], "the gate gives the whole body at once"
+        self.bodies.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"fine"})
+
+
+class Passed:
+    """One request through a gate: what its client sees, the app and the log."""
+
+    def __init__(
+        self,
+        parts: Sequence[bytes] = (b"",),
+        headers: dict[str, str] | None = None,
+        keys: Sequence[str] = (),
+        method: str = "POST",
+        path: str = "/tokenize",
+    ) -> None:
+        """A body comes in parts; after the last one the client is silent if that is None."""
+        self.app, self.sent, self.lines = App(), list[Message](), list[dict[str, Any]]()
+        self.received = 0
+        self._parts = parts
+        gate = Gate(self.app, keys, MOST, 0.2, self.lines.append)
+        given = {"host": "127.0.0.1:8044"} | (headers or {})
+        raw = [(name.lower().encode(), value.encode()) for name, value in given.items()]
+        scope = {
+            "type": "http", "method": method, "path": path, "headers": raw, "scheme": "http",
+            "client": ("127.0.0.1", 9), "server": ("127.0.0.1", 8044), "query_string": b"",
+        }  # fmt: skip
+        asyncio.run(asyncio.wait_for(gate(scope, self._receive, self._send), 60))
+
+    async def _receive(self) -> Message:
+        if self.received == len(self._parts):
+            await asyncio.Event().wait()
+        part = self._parts[self.received]
+        self.received += 1
+        more = self.received < len(self._parts)
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.sent[0]["headers"]}
+
+    @property
+    def error(self) -> dict[str, Any]:
+        found = json.loads(b"".join(one["body"] for one in self.sent[1:]))["error"]
+        assert set(found) == {"message", "type", "param", "code"} and "\n" not in found["message"]
+        return dict(found)
+
+
+def basic(text: str) -> str:
+    return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["Bearer first-key", "Bearer second-key", "bearer  first-key", "BEARER pass:word",
+     basic("anybody:first-key"), basic(":second-key"), basic("me:pass:word"),
+     basic("a:first-key").replace("Basic", "basic")],
+)  # fmt: skip
+def test_each_key_lets_a_request_pass(given: str) -> None:
+    passed = Passed([b"{}"], {"Authorization": given}, KEYS)
+    assert passed.status == 200 and passed.app.bodies == [b"{}"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "Bearer", "Bearer ", "Bearer first", "Bearer first-key2", "Bearer FIRST-KEY",
+     "Bearer first-key,second-key", "first-key", "Digest first-key", "Basic first-key", "Basic",
+     "Basic ====", "Basic Zm9v*", basic("first-key"), basic("first-key:"), basic("me:first-key "),
+     "Basic " + base64.b64encode(b"me:\xff").decode(), "Bearer schl\u00fcssel"],
+)  # fmt: skip
+def test_other_keys_are_a_401_before_the_body_is_read(given: str | None) -> None:
+    passed = Passed([b"{}"], {} if given is None else {"Authorization": given}, KEYS)
+    assert passed.status == 401 and passed.error["code"] == "invalid_api_key"
+    assert passed.headers["www-authenticate"].startswith("Bearer")
+    assert passed.received == 0 and passed.app.bodies == []
+    assert not any(key in passed.error["message"] for key in KEYS)
+    assert [line["status"] for line in passed.lines] == [401]
+
+
+def test_without_keys_every_request_passes() -> None:
+    for headers in ({}, {"Authorization": "Bearer any"}):
+        assert Passed([b"{}"], headers).status == 200
+
+
+@pytest.mark.parametrize(("method", "path"), OPEN)
+def test_open_paths_ask_for_no_key(method: str, path: str) -> None:
+    assert Passed(keys=KEYS, method=method, path=path).status == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models", "//", "/health/", "/health/x", ""])
+def test_no_other_path_is_open(path: str) -> None:
+    assert Passed(keys=KEYS, method="GET", path=path).status == 401
+
+
+@pytest.mark.parametrize(
+    "parts", [[b"a" * MOST], [b"a" * 60, b"b" * 40], [b"", b"{}", b""], [b"x"] * MOST]
+)
+def test_a_body_of_up_to_the_limit_reaches_the_app_as_one(parts: list[bytes]) -> None:
+    whole = b"".join(parts)
+    for headers in ({}, {"Content-Length": str(len(whole))}):
+        passed = Passed(parts, headers)
+        assert passed.status == 200 and passed.app.bodies == [whole]
+
+
+def test_a_declared_size_beyond_the_limit_is_refused_unread() -> None:
+    for length in (str(MOST + 1), "9" * 30):
+        passed = Passed([b"a" * (MOST + 1)], {"Content-Length": length})
+        assert passed.status == 413 and passed.headers["connection"] == "close"
+        assert passed.error["type"] == "invalid_request_error"
+        assert passed.received == 0 and passed.app.bodies == []
+
+
+def test_a_body_without_a_size_is_read_up_to_the_limit() -> None:
+    passed = Passed([b"a" * 40] * 100)
+    assert passed.status == 413 and passed.headers["connection"] == "close"
+    assert passed.received == 3 and passed.app.bodies == []
+
+
+def test_a_body_beyond_its_declared_size_is_refused_too() -> None:
+    passed = Passed([b"a" * 60] * 5, {"Content-Length": "5"})
+    assert passed.status == 413 and passed.received == 2
+
+
+def test_each_request_is_one_line_of_the_log() -> None:
+    passed = Passed([b"{}"], {"Content-Length": "2"})
+    (line,) = passed.lines
+    assert (line["status"], line["method"], line["path"]) == (200, "POST", "/tokenize")
+    assert line["client"] == "127.0.0.1" and line["seconds"] >= 0
+
+
+class Silent(Passed):
+    """A client that begins a body, and sends no more of it."""
+
+    async def _receive(self) -> Message:
+        message = await super()._receive()
+        return message | {"more_body": True}
+
+
+class Gone(Passed):
+    """A client that leaves in the middle of its body."""
+
+    async def _receive(self) -> Message:
+        if self.received == len(self._parts):
+            return {"type": "http.disconnect"}
+        return await super()._receive() | {"more_body": True}
+
+
+def test_a_body_that_stops_coming_is_a_408() -> None:
+    passed = Silent([b"{"])
+    assert passed.status == 408 and passed.headers["connection"] == "close"
+    assert passed.app.bodies == [] and [line["status"] for line in passed.lines] == [408]
+
+
+def test_a_client_that_leaves_in_its_body_gets_no_answer() -> None:
+    passed = Gone([b"{"])
+    assert passed.sent == [] and passed.app.bodies == [] and len(passed.lines) == 1
