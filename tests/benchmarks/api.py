@@ -113,7 +113,7 @@ async def _ask(url: str, request: Request) -> int:
     }  # fmt: skip
     raw, place = json.dumps(body).encode(), httpx.URL(url)
     reader, writer = await asyncio.open_connection(place.host, place.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n"
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + raw)
     usage = b""
     async for line in reader:
