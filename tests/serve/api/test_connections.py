@@ -102,6 +102,19 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_job_cancelled(vocab_path
             assert line["status"] == 499 and line["error"] == "the client left"
 
 
+def test_a_client_that_leaves_is_a_499_in_the_log_streaming_or_not(vocab_path: Path) -> None:
+    for stream in (False, True):
+        with scripted_server(vocab_path, lambda job: Endless()) as (url, pool):
+            pool.pause_seconds = 0.1
+            body = chat(stream=stream)
+            with connected(url) as client:
+                client.sendall(HEADERS % len(body) + body)
+                until(lambda: pool.jobs_seen)
+            (line,) = until(lambda: pool.lines)
+            assert line["status"] == 499 and line["error"] == "the client left"
+            assert pool.cancelled
+
+
 def test_an_answer_that_nobody_reads_does_not_keep_its_connection(vocab_path: Path) -> None:
     with scripted_server(vocab_path, lambda job: ["x" * 10**7], patient(PATIENCE)) as (url, pool):
         body = chat()
