@@ -1,4 +1,4 @@
-"""The way of a request through the engines: queued, answered whole or in pieces, or given up."""
+"""The path of a request through the engines: queued, answered whole or in pieces, or given up."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from serve.api.metrics import Metrics
 
 Json = dict[str, Any]
 Result = TypeVar("Result")
+CLIENT_LEFT = "the client left"
 # A request that an engine refuses is refused within a step, and may still have its own status.
 _LOOK_SECONDS = 2.0
 _KEEP_ALIVE_SECONDS = 10.0
@@ -81,7 +82,7 @@ class Answers:
         self._events.put_nowait((index, event))
 
     async def next(self, seconds: float | None = None) -> tuple[int, Event] | None:
-        """The next event and whose it is; None: there was none for so long.
+        """The next event and whose it is; None on time-out.
 
         ApiError: the job has failed.
         """
@@ -207,6 +208,8 @@ class Answering:
     ) -> AsyncIterator[bytes]:
         """The events of a streamed answer; when it is closed, so is the work for it."""
         loop = asyncio.get_running_loop()
+        # A client that does not read holds up this generator, and must not hold up the engine.
+        ending = loop.call_at(deadline, answers.close)
         try:
             begun: set[int] = set()
             while answers.has_more:
@@ -229,9 +232,10 @@ class Answering:
             if asked.body.wants_usage:
                 yield _sse(asked.usage_chunk(answers.usage()))
         except ApiError as error:
-            passing.error = error.message
+            passing.error = error.logged()
             yield _sse(error.body())
         finally:
+            ending.cancel()
             self._tell(passing, asked, answers)
             answers.close()
         yield b"data: [DONE]\n\n"
@@ -269,8 +273,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        with suppress(ClientGone):
+        try:
             await unless_gone(receive, self._pump(send))
+        except ClientGone:
+            scope["passing"].status, scope["passing"].error = 499, CLIENT_LEFT
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._events) as events:  # type: ignore[type-var]

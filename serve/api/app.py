@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from qwen_ds.errors import UserError
-from serve.api.answering import Answering, ClientGone
+from serve.api.answering import CLIENT_LEFT, Answering, ClientGone
 from serve.api.bodies import (
     Body,
     ChatBody,
@@ -50,7 +53,9 @@ class Front:
 
 def create_app(front: Front) -> FastAPI:
     """The app, whose engines are started and ended by its caller."""
-    app = FastAPI(title="Qwen-DS", version=_version(), redirect_slashes=False)
+    app = FastAPI(
+        title="Qwen-DS", version=_version(), redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     _handle_errors(app)
     _add_answers(app, front)
     _add_tokens(app, front)
@@ -65,7 +70,7 @@ def _version() -> str:
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def of_api(request: Request, error: ApiError) -> Response:
-        request.scope["passing"].error = error.message
+        request.scope["passing"].error = error.logged()
         return JSONResponse(error.body(), error.status, error.headers())
 
     @app.exception_handler(UserError)
@@ -81,12 +86,12 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGone)
     async def of_nobody(request: Request, error: ClientGone) -> Response:
-        request.scope["passing"].error = "the client left"
+        request.scope["passing"].error = CLIENT_LEFT
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def of_ours(request: Request, error: Exception) -> Response:
-        return await of_api(request, ApiError(500, "an error of the server; its log has more"))
+        return await of_api(request, ApiError(500, "internal server error; see the server's log"))
 
 
 async def _body(request: Request, kind: type[Kind]) -> Kind:
@@ -116,8 +121,10 @@ def _inline(value: Any, definitions: Json) -> None:
 _ERRORS: dict[int | str, Json] = {
     status: {"description": about}
     for status, about in (
-        (400, "the request cannot be answered"), (401, "a key is needed"), (404, "no such model"),
-        (408, "the body came too slowly"), (413, "the body is too large"), (499, "the client left"),
+        (400, "the request cannot be answered"), (401, "a key is needed"),
+        (403, "the page or name is not this server's own"), (404, "no such model"),
+        (408, "the body came too slowly"), (413, "the body is too large"),
+        (415, "the content type is not JSON's"), (499, "the client left"),
         (500, "the engine has failed"), (503, "too much to do, or no engine yet"),
         (504, "it took too long"),
     )
@@ -180,6 +187,8 @@ def _tokens(body: TokenizeBody, served: Served) -> list[int]:
 
 def _add_facts(app: FastAPI, front: Front) -> None:
     served, pool, began = front.served, front.pool, int(time.time())
+    text = _PAGE.read_text(encoding="utf-8")
+    headers = _page_headers(text)
 
     def card(name: str) -> Json:
         root = served.names[0]
@@ -197,6 +206,7 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         served.adapter_of(name)
         return card(name)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_ERRORS)
     async def health() -> Response:
         """200 where every engine is ready."""
@@ -217,17 +227,23 @@ def _add_facts(app: FastAPI, front: Front) -> None:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
         """The chat page."""
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
+        return HTMLResponse(text, headers=headers)
 
 
-# The page loads nothing from anywhere, and its text cannot become a script.
-_PAGE_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
+def _page_headers(text: str) -> dict[str, str]:
+    """The page's policy: it loads nothing from anywhere, and runs its own script alone."""
+    sources = {}
+    for kind in ("script", "style"):
+        (inner,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        sources[kind] = f"{kind}-src 'sha256-{digest}'"
+    return {
+        "content-security-policy": (
+            f"default-src 'none'; {sources['script']}; {sources['style']}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        ),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }

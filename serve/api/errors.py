@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ _OF_THE_REQUEST = {
     "InvalidSampling", "InvalidGrammar", "PromptTooLong", "EmptyPrompt", "InvalidToken",
     "UnknownAdapter", "KVBudgetTooSmall", "NoTokenLeft",
 }  # fmt: skip
+_VALUE_CHARACTERS, _LOGGED_CHARACTERS, _SENT_CHARACTERS = 80, 200, 2000
+_HELD_CHARACTERS = 10_000
+# A client's value, as repr writes it; one that was cut may lack its end.
+_QUOTED = re.compile(r"(?<!\w)(['\"])((?:\\.|(?!\1).)*)(\1|$)", re.DOTALL)
 
 
 @dataclass
@@ -25,16 +30,31 @@ class ApiError(Exception):
     code: str | None = None
     retry_after: int | None = None  # seconds
 
+    def __post_init__(self) -> None:
+        if len(self.message) > _HELD_CHARACTERS:  # its ends are ours, a client's value between them
+            half = _HELD_CHARACTERS // 2
+            self.message = f"{self.message[:half]}…{self.message[-half:]}"
+
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status)
         if kind is None:
             kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        message = _QUOTED.sub(lambda m: m[1] + _cut(m[2], _VALUE_CHARACTERS) + m[3], self.message)
+        message = _cut(message, _SENT_CHARACTERS)
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.status == 504:  # clients of OpenAI try 5xx again, and it would take as long
+            headers["x-should-retry"] = "false"
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+    def logged(self) -> str:
+        """The error for the log: what is to blame and why, without the client's own text."""
+        blamed = " ".join(f"{part}:" for part in (self.code, self.param) if part is not None)
+        text = _QUOTED.sub(r"\1…\1", self.message)
+        return _cut(f"{blamed} {text}".lstrip(), _LOGGED_CHARACTERS)
 
 
 def of_job(error: JobError) -> ApiError:
@@ -43,3 +63,12 @@ def of_job(error: JobError) -> ApiError:
         code = "context_length_exceeded" if error.kind == "PromptTooLong" else None
         return ApiError(400, error.message, error.param, code)
     return ApiError(500, error.message, code="engine_gone" if error.kind == ENGINE_GONE else None)
+
+
+def shortened(value: str) -> str:
+    """A client's value for a message."""
+    return repr(_cut(value, _VALUE_CHARACTERS))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "…"

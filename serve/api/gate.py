@@ -1,4 +1,4 @@
-"""The gate that every HTTP request passes: keys, size and pace of the body, and a line in the log.
+"""The gate that every HTTP request passes: keys, origins, size and pace of the body, and the log.
 
 It is plain ASGI, so that it also sees the end of a stream and the client that leaves.
 """
@@ -10,6 +10,8 @@ import base64
 import binascii
 import hmac
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +20,15 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_ds.errors import UserError
+from qwen_ds.terminal import show_json
 from serve.api.errors import ApiError
+from serve.api.origins import require_own_page
 
+MOST_REQUESTS = 4096  # under way
 OPEN_PATHS = ("/", "/health")  # without a key: the page asks for one by itself
+_OPEN_BODY_BYTES = 1024
+_LOG_LINES = 10_000  # that may wait for a slow reader
 
 
 @dataclass(slots=True)
@@ -44,6 +52,7 @@ class Gate:
         body_seconds: float,
         log: Callable[[dict[str, Any]], None],
         cors_origins: Sequence[str] = (),
+        host: str | None = None,
     ) -> None:
         """
         Args:
@@ -51,14 +60,18 @@ class Gate:
             body_seconds: for a client to send its body.
             log: is told one object a request.
             cors_origins: of pages that may ask from a browser; they can read our errors, too.
+            host: the address at which the server listens; None: the Host of a request is not
+                looked at.
         """
         self._app, self._keys = app, [key.encode() for key in keys]
         self._max_bytes, self._seconds, self._log = max_body_bytes, body_seconds, log
+        self._origins, self._host, self._under_way = cors_origins, host, 0
         self._checked: ASGIApp = self._check
         if cors_origins:
             self._checked = CORSMiddleware(
-                self._check, cors_origins, allow_methods=["*"], allow_headers=["*"]
-            )
+                self._check, cors_origins, allow_methods=["*"], allow_headers=["*"],
+                expose_headers=["retry-after", "x-should-retry"],
+            )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,27 +85,36 @@ class Gate:
                 passing.status = message["status"]
             await send(message)
 
+        self._under_way += 1
         try:
             await self._checked(scope, receive, sending)
         finally:
+            self._under_way -= 1
             self._log(_line(scope, passing, time.monotonic() - began))
 
     async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through to the app, with its body."""
         passing: Passing = scope["passing"]
         try:
-            self._require_key(scope)
+            if self._under_way > MOST_REQUESTS:
+                came = f"more than {MOST_REQUESTS:,} requests are under way"
+                raise ApiError(503, f"{came}; send it again", retry_after=1)
+            if self._keys:
+                self._require_key(scope)
+            else:
+                require_own_page(scope, self._host, self._origins)
             body = await self._body(scope, receive)
             await self._app(scope, _Replayed(body, receive), send)
         except ApiError as error:
-            passing.error = error.message
+            passing.error = error.logged()
             if not passing.status:
                 await _send_error(send, error)
         except _Gone:
+            passing.status = 499
             passing.error = "the client left before its request was there"
 
     def _require_key(self, scope: Scope) -> None:
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if _is_open(scope):
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, value = given.partition(b" ")
@@ -114,9 +136,11 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. ApiError: it is too large (413) or comes too slowly (408)."""
+        most = _OPEN_BODY_BYTES if _is_open(scope) else self._max_bytes
+        too_large = ApiError(413, f"the body is too large; expected at most {most:,} bytes")
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            raise self._too_large()
+        if length.isdigit() and int(length) > most:
+            raise too_large
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(self._seconds):
@@ -127,15 +151,18 @@ class Gate:
                         raise _Gone
                     parts.append(message.get("body", b""))
                     size, more = size + len(parts[-1]), message.get("more_body", False)
-                    if size > self._max_bytes:
-                        raise self._too_large()
+                    if size > most:
+                        raise too_large
         except TimeoutError:
-            took = f"the body took more than {self._seconds:.0f} s to come"
-            raise ApiError(408, f"{took}; expected it faster") from None
+            raise ApiError(
+                408, f"the body is incomplete; expected all of it within {self._seconds:g} s"
+            ) from None
         return b"".join(parts)
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is too large; expected at most {self._max_bytes:,} bytes")
+
+def _is_open(scope: Scope) -> bool:
+    """Whether a request needs no key; such ones have no use for a body either."""
+    return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
 
 
 class _Gone(Exception):
@@ -160,17 +187,21 @@ async def _send_error(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body(), ensure_ascii=False).encode(errors="backslashreplace")
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= error.headers()
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (403, 408, 413, 415, 503):  # the rest of the body is not read
         headers["connection"] = "close"
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def _line(scope: Scope, passing: Passing, seconds: float) -> dict[str, Any]:
     client = scope.get("client") or ("", 0)
     line: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": _now(),
         "client": client[0],
         "method": scope["method"],
         "path": scope["path"],
@@ -181,3 +212,45 @@ def _line(scope: Scope, passing: Passing, seconds: float) -> dict[str, Any]:
         line["model"] = passing.model
     line |= passing.figures
     return line if passing.error is None else line | {"error": passing.error}
+
+
+class Log:
+    """Lines of JSON on standard output, written by a thread: nobody who reads them slowly, or not
+    at all, holds up the server. Lines that find no room are dropped and counted."""
+
+    def __init__(self, most: int = _LOG_LINES) -> None:
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(most)
+        # Each is counted by one thread: lines without room, lines not written, and those told of.
+        self._dropped = self._failed = self._told = 0
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def put(self, line: dict[str, Any]) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self, seconds: float) -> None:
+        """Write what is left, for so long at most."""
+        try:
+            self._lines.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self._writer.join(seconds)
+
+    def _write(self) -> None:
+        is_open = True
+        while is_open:
+            line = self._lines.get()
+            is_open = line is not None
+            lines = [] if line is None else [line]
+            lost = self._dropped + self._failed
+            if lost > self._told:
+                lines.append({"time": _now(), "dropped": lost - self._told})
+            try:
+                show_json([json.dumps(one, ensure_ascii=False) for one in lines])
+            except (OSError, UserError):  # such as a full disk, which may have room again
+                self._failed += line is not None
+            else:
+                self._told = lost

@@ -25,15 +25,22 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 _REASONS = ("stop", "length", "abort", "error")
 
 
+_OLDER_NAME = "Deprecated alias of kv_cache_usage_perc."
+_LOOKED_UP = "Prefix-cache look-ups, in tokens."
 _Value = Callable[[Figures], float]
 _OF_ENGINES: tuple[tuple[type, str, str, _Value], ...] = (
-    (GaugeMetricFamily, "num_requests_running", "Requests that run.", lambda f: f.running),
-    (GaugeMetricFamily, "num_requests_waiting", "Requests that wait.", lambda f: f.waiting),
+    (GaugeMetricFamily, "num_requests_running", "Running requests.", lambda f: f.running),
+    (GaugeMetricFamily, "num_requests_waiting", "Waiting requests.", lambda f: f.waiting),
     (GaugeMetricFamily, "kv_cache_usage_perc", "Share of pages in use.", lambda f: f.pages_used),
-    (GaugeMetricFamily, "gpu_cache_usage_perc", "By its older name.", lambda f: f.pages_used),
-    (CounterMetricFamily, "num_preemptions", "Requests put back.", lambda f: f.put_back),
-    (CounterMetricFamily, "prefix_cache_hits", "Known tokens.", lambda f: f.cached_tokens),
-    (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens.", lambda f: f.prompt_tokens),
+    (GaugeMetricFamily, "gpu_cache_usage_perc", _OLDER_NAME, lambda f: f.pages_used),
+    (CounterMetricFamily, "num_preemptions", "Preempted requests.", lambda f: f.put_back),
+    (
+        CounterMetricFamily,
+        "prefix_cache_hits",
+        "Prefix-cache hits, in tokens.",
+        lambda f: f.cached_tokens,
+    ),
+    (CounterMetricFamily, "prefix_cache_queries", _LOOKED_UP, lambda f: f.prompt_tokens),
 )
 
 
@@ -55,20 +62,26 @@ class Metrics:
 
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._generated = counter("generation_tokens", "New tokens.")
-        self._success = counter("request_success", "Requests that have ended.", "finished_reason")
+        self._success = counter("request_success", "Finished requests.", "finished_reason")
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self._between = histogram("inter_token_latency_seconds", "From token to token.")
         self._per_token = histogram(
-            "time_per_output_token_seconds", "From token to token, by vLLM's older name."
+            "time_per_output_token_seconds", "Deprecated alias of inter_token_latency_seconds."
         )
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end.")
         self._queue = histogram("request_queue_time_seconds", "From arrival to the first step.")
-        self._prefill = histogram("request_prefill_time_seconds", "To the first token from there.")
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "From the first step to the first token."
+        )
         self._decode = histogram("request_decode_time_seconds", "From the first to the last token.")
         self._prompt_sizes = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
-        self._answer_sizes = histogram("request_generation_tokens", "New tokens of one.", _TOKENS)
+        self._answer_sizes = histogram(
+            "request_generation_tokens", "New tokens of a request.", _TOKENS
+        )
         self._most = histogram(
-            "request_max_num_generation_tokens", "New tokens of a request's longest.", _TOKENS
+            "request_max_num_generation_tokens",
+            "New tokens of a request's longest answer.",
+            _TOKENS,
         )
         self._asked = histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS)
         self.registry.register(_Engines(pool, models[0]))
@@ -90,7 +103,7 @@ class Metrics:
 
 
 class RequestTimer:
-    """The way of one answer, and when it came to where."""
+    """The path of one answer, and the time of each of its stages."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -11,7 +10,6 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import uvicorn
@@ -22,11 +20,11 @@ from qwen_ds.errors import EXIT_USER, Failed, UserError
 from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.runlog import say
-from qwen_ds.terminal import show_json
 from serve.api.answering import Answering
 from serve.api.app import Front, create_app
+from serve.api.connections import HEADER_BYTES, patient
 from serve.api.engines import EnginePool
-from serve.api.gate import Gate
+from serve.api.gate import Gate, Log
 from serve.api.metrics import Metrics
 from serve.api.options import ApiOptions
 from serve.api.served import Served, knows_turns
@@ -35,9 +33,7 @@ from serve.engine.adapters import DEFAULT
 from serve.engine.loading import find_adapters
 
 _KEY_FILE_BYTES = 1 << 20
-_MOST_CONNECTIONS = 4096
 _IDLE_SECONDS = 75
-_HEADER_BYTES = 64 * 1024
 _LAST_WORDS_SECONDS = 5
 _SHARE = 0.85  # as serve.engine's: the rest is for activations
 
@@ -155,7 +151,8 @@ async def _serve(
     answering = Answering(pool, metrics, most, options.request_seconds, text_of)
     app = create_app(Front(served, pool, metrics, answering))
     most_bytes, seconds = int(options.max_body_mb * 1e6), options.body_seconds
-    gate = Gate(app, keys, most_bytes, seconds, _log, options.cors_origins)
+    log = Log()
+    gate = Gate(app, keys, most_bytes, seconds, log.put, options.cors_origins, options.host)
     server = _Server(_config(options, gate))
     loop = asyncio.get_running_loop()
 
@@ -183,14 +180,16 @@ async def _serve(
         await serving
     finally:
         pool.close()
+        log.close(_LAST_WORDS_SECONDS)
     return 0
 
 
 def _config(options: ApiOptions, gate: Gate) -> uvicorn.Config:
+    patience = min(options.body_seconds, options.request_seconds)
     config = uvicorn.Config(
-        gate, log_config=None, access_log=False, lifespan="off", server_header=False,
-        timeout_keep_alive=_IDLE_SECONDS, limit_concurrency=_MOST_CONNECTIONS,
-        h11_max_incomplete_event_size=_HEADER_BYTES, http="h11", ws="none",
+        gate, log_config=None, log_level="error", access_log=False, lifespan="off",
+        server_header=False, timeout_keep_alive=_IDLE_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES, http=patient(patience), ws="none",
         timeout_graceful_shutdown=round(options.drain_seconds) + _LAST_WORDS_SECONDS,
         ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
     )  # fmt: skip
@@ -206,10 +205,12 @@ def _say_ready(options: ApiOptions, served: Served, pool: EnginePool, port: sock
     assert ready is not None
     room = f"room for {ready.room:,} tokens of keys and values ({ready.gigabytes:.3g} GB)"
     each = "" if len(pool.engines) == 1 else f"{len(pool.engines)} engines, each with "
-    scheme = "http" if options.ssl_certfile is None else "https"
     say(f"{', '.join((*served.names, *served.adapters))}: {each}{room}")
-    say(f"ready at {scheme}://{options.host}:{port.getsockname()[1]}")
+    say(f"ready at {url_of(options, port.getsockname()[1])}")
 
 
-def _log(line: dict[str, Any]) -> None:
-    show_json([json.dumps(line, ensure_ascii=False)])
+def url_of(options: ApiOptions, port: int) -> str:
+    """The server's address."""
+    scheme = "http" if options.ssl_certfile is None else "https"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{scheme}://{host}:{port}"

@@ -30,7 +30,8 @@ class ScriptedPool:
     def __init__(self, says: Says, ends: str = "stop") -> None:
         self.says, self.ends = says, ends
         self.jobs_seen: list[Job] = []
-        self.cancelled = 0
+        self.cancelled, self.pause_seconds = 0, 0.0
+        self.lines: list[dict[str, Any]] = []  # of the log
         self.number, self.room, self.jobs = 0, 100_000, 0
         self.figures, self.ready_card = Figures(), Ready(100_000, 4, 1.0)
         self.engines = [self]
@@ -57,7 +58,7 @@ class ScriptedPool:
                 is_last = i + 1 == len(said)
                 prompt = PromptFigures(0) if i == 0 else None
                 sink(Event(0, 1, piece, "stop" if is_last else None, prompt=prompt))
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pause_seconds)
         finally:
             self.jobs -= 1
 
@@ -81,14 +82,17 @@ def scripted_app(
     metrics = Metrics(pool, (*served.names, *served.adapters))
     answering = Answering(pool, metrics, 100, 60.0)
     app = create_app(Front(served, pool, metrics, answering))
-    return Gate(app, keys, 10**6, 10.0, lambda line: None), pool
+    return Gate(app, keys, 10**6, 10.0, pool.lines.append), pool
 
 
 @contextmanager
-def scripted_server(vocabulary: Path, says: Says) -> Iterator[tuple[str, ScriptedPool]]:
+def scripted_server(
+    vocabulary: Path, says: Says, http: Any = "h11", keys: Sequence[str] = ()
+) -> Iterator[tuple[str, ScriptedPool]]:
     """The same on a port of its own: its URL and the engine."""
-    app, pool = scripted_app(vocabulary, says)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    app, pool = scripted_app(vocabulary, says, keys)
+    config = uvicorn.Config(app, port=0, http=http, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -50,7 +50,9 @@ def test_slow_huge_and_many_requests_harm_nobody(full_dir: Path, tmp_path: Path)
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
         with connected(server) as large:
             large.sendall(b"GET / HTTP/1.1\r\nx: " + b"a" * 100_000)
-            assert large.recv(100).startswith(b"HTTP/1.1 400")
+            assert large.recv(100).startswith(b"HTTP/1.1 431")
+        with connected(server) as silent:
+            assert silent.recv(1) == b""
         with connected(server) as half:
             half.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             half.shutdown(socket.SHUT_WR)

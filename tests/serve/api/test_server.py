@@ -239,7 +239,7 @@ def test_a_client_that_leaves_is_cancelled(server: Running) -> None:
             (httpx.URL(server.url).host, httpx.URL(server.url).port)
         ) as s:
             raw = json.dumps(body).encode()
-            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ")
+            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: ")
             s.sendall(f"{len(raw)}\r\n\r\n".encode() + raw)
             until(lambda: server.figure("vllm:num_requests_running") == 1)
         until(lambda: server.figure("vllm:num_requests_running") == 0)

@@ -10,7 +10,7 @@ import pytest
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from serve.api.options import ApiOptions
-from serve.api.server import read_keys, serve
+from serve.api.server import read_keys, serve, url_of
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,15 @@ def test_keys_are_lines_of_a_file_and_open_hosts_without_them_are_said(
         read_keys(parse_options(ApiOptions, "", words))
     assert read_keys(parse_options(ApiOptions, "", words[:4])) == []
     assert "whoever reaches it can use it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "url"),
+    [
+        (["--host", "::1"], "http://[::1]:80"),
+        (["--host", "127.0.0.1", "--ssl_certfile", "a.pem"], "https://127.0.0.1:80"),
+    ],
+    ids=["IPv6", "https"],
+)
+def test_the_address_is_one_that_a_browser_takes(words: list[str], url: str) -> None:
+    assert url_of(parse_options(ApiOptions, "", ["--model", "m", *words]), 80) == url
