@@ -6,36 +6,28 @@ import asyncio
 import os
 import signal
 import socket
-import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from qwen_ds import dist
 from qwen_ds.disk.read import read_text
 from qwen_ds.errors import EXIT_USER, Failed, UserError
-from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.runlog import say
 from serve.api.answering import Answering
 from serve.api.app import Front, create_app
-from serve.api.connections import HEADER_BYTES, patient
 from serve.api.engines import EnginePool
 from serve.api.gate import Gate, Log
+from serve.api.listening import LAST_WORDS_SECONDS, Server, configured, listening, url_of
 from serve.api.metrics import Metrics
 from serve.api.options import ApiOptions
 from serve.api.served import Served, knows_turns
-from serve.api.worker import EngineSettings
+from serve.api.worker import EngineSettings, memory_each
 from serve.engine.adapters import DEFAULT
 from serve.engine.loading import find_adapters
 
 _KEY_FILE_BYTES = 1 << 20
-_IDLE_SECONDS = 75
-_LAST_WORDS_SECONDS = 5
-_SHARE = 0.85  # as serve.engine's: the rest is for activations
 
 
 def serve(options: ApiOptions) -> int:
@@ -48,7 +40,7 @@ def serve(options: ApiOptions) -> int:
     keys = read_keys(options)
     folder = find_model(options.model)
     adapters = find_adapters(options.adapter, folder, options.allow_pickle)
-    with _listening(options) as port:
+    with listening(options) as port:
         served = _served(options, folder, tuple(adapters))
         settings = _settings(options, folder, adapters)
         return asyncio.run(_serve(options, served, settings, keys, port))
@@ -94,7 +86,7 @@ def _settings(
     threads = None if gpus else max(1, (len(os.sched_getaffinity(0)) - 1) // number)
     memory = None if o.memory_gb is None else float(o.memory_gb)
     if memory is None and not gpus and number > 1:
-        memory = _memory_each(folder, number)
+        memory = memory_each(folder, number)
     folders = {name: str(place) for name, place in adapters.items()}
     # Plain numbers: the parser's own kinds do not pickle.
     settings = EngineSettings(
@@ -102,39 +94,6 @@ def _settings(
         int(o.prefill_tokens), memory, threads,
     )  # fmt: skip
     return settings, number
-
-
-def _memory_each(folder: ModelFolder, number: int) -> float:
-    """GB for keys and values of each of several engines that share a machine's memory."""
-    weights = sum(spec.num_bytes for spec in folder.stored.tensors.values())
-    return max(0.0, _SHARE * (available_memory() / number - weights)) / 1e9
-
-
-@contextmanager
-def _listening(options: ApiOptions) -> Iterator[socket.socket]:
-    """The port. UserError: it is in use, or not this user's or machine's."""
-    try:
-        info = socket.getaddrinfo(options.host, int(options.port), type=socket.SOCK_STREAM)[0]
-        port = socket.socket(info[0], socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(f"--host {options.host}: {error.strerror}") from None
-    with port:
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            port.bind(info[4])
-        except OSError as error:
-            raise UserError(
-                f"--port {options.port} of {options.host}: {error.strerror}; expected a free port"
-            ) from None
-        yield port
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, with the signals left to us: it would end by them a second time."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def _serve(
@@ -153,7 +112,7 @@ async def _serve(
     most_bytes, seconds = int(options.max_body_mb * 1e6), options.body_seconds
     log = Log()
     gate = Gate(app, keys, most_bytes, seconds, log.put, options.cors_origins, options.host)
-    server = _Server(_config(options, gate))
+    server = Server(configured(options, gate))
     loop = asyncio.get_running_loop()
 
     def end() -> None:
@@ -180,24 +139,8 @@ async def _serve(
         await serving
     finally:
         pool.close()
-        log.close(_LAST_WORDS_SECONDS)
+        log.close(LAST_WORDS_SECONDS)
     return 0
-
-
-def _config(options: ApiOptions, gate: Gate) -> uvicorn.Config:
-    patience = min(options.body_seconds, options.request_seconds)
-    config = uvicorn.Config(
-        gate, log_config=None, log_level="error", access_log=False, lifespan="off",
-        server_header=False, timeout_keep_alive=_IDLE_SECONDS,
-        h11_max_incomplete_event_size=HEADER_BYTES, http=patient(patience), ws="none",
-        timeout_graceful_shutdown=round(options.drain_seconds) + _LAST_WORDS_SECONDS,
-        ssl_certfile=options.ssl_certfile, ssl_keyfile=options.ssl_keyfile,
-    )  # fmt: skip
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(f"--ssl_certfile {options.ssl_certfile}: {error}") from None
-    return config
 
 
 def _say_ready(options: ApiOptions, served: Served, pool: EnginePool, port: socket.socket) -> None:
@@ -207,10 +150,3 @@ def _say_ready(options: ApiOptions, served: Served, pool: EnginePool, port: sock
     each = "" if len(pool.engines) == 1 else f"{len(pool.engines)} engines, each with "
     say(f"{', '.join((*served.names, *served.adapters))}: {each}{room}")
     say(f"ready at {url_of(options, port.getsockname()[1])}")
-
-
-def url_of(options: ApiOptions, port: int) -> str:
-    """The server's address."""
-    scheme = "http" if options.ssl_certfile is None else "https"
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"{scheme}://{host}:{port}"

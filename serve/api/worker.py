@@ -18,7 +18,8 @@ from qwen_ds.decode.exceptions import DecodingError
 from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.request import Request, Update
 from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
-from qwen_ds.model.folder import find_model
+from qwen_ds.machine import available_memory
+from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import in_one_line
 from serve.api.beams import BeamJobs
@@ -37,6 +38,8 @@ from serve.api.jobs import (
 from serve.engine.engine import ServingEngine
 from serve.engine.loading import load_engine, silence_libraries
 
+_SHARE = 0.85  # as serve.engine's: the rest is for activations
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -51,6 +54,12 @@ class EngineSettings:
     prefill_tokens: int
     memory_gb: float | None
     threads: int | None  # of a CPU, at most; None: torch's default
+
+
+def memory_each(folder: ModelFolder, number: int) -> float:
+    """GB for keys and values of each of several engines that share a machine's memory."""
+    weights = sum(spec.num_bytes for spec in folder.stored.tensors.values())
+    return max(0.0, _SHARE * (available_memory() / number - weights)) / 1e9
 
 
 def work(pipe: Connection, settings: EngineSettings, number: int) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
+from serve.api.listening import url_of
 from serve.api.options import ApiOptions
-from serve.api.server import read_keys, serve, url_of
+from serve.api.server import read_keys, serve
 
 
 @pytest.mark.parametrize(
