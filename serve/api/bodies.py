@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from qwen_ds.decode.sampling import MAX_LOGPROBS
-from serve.api.errors import ApiError
+from serve.api.errors import ApiError, shortened
 
 MAX_CHOICES = 128  # of one request
 _MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 64, 1000, 1024
@@ -156,7 +156,7 @@ def _prompt(given: object) -> object:
         return given
     if not isinstance(given, list) or not given:
         expected = "a text, token ids, or a list of texts or of lists of token ids"
-        raise ValueError(f"{given!r:.80}; expected {expected}")
+        raise ValueError(f"{shortened(given)}; expected {expected}")
     if isinstance(given[0], int):
         _check_tokens(given, "")
         return given
@@ -166,7 +166,7 @@ def _prompt(given: object) -> object:
     for place, one in enumerate(given):
         if not isinstance(one, kind):
             expected = "a text" if kind is str else "a list of token ids"
-            raise ValueError(f"[{place}] is {one!r:.80}; expected {expected}")
+            raise ValueError(f"[{place}] is {shortened(one)}; expected {expected}")
         if isinstance(one, list):
             _check_tokens(one, f"[{place}]")
     return given
@@ -175,7 +175,7 @@ def _prompt(given: object) -> object:
 def _check_tokens(given: list[object], of: str) -> None:
     for place, token in enumerate(given):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-            raise ValueError(f"{of}[{place}] is {token!r:.80}; expected a token id")
+            raise ValueError(f"{of}[{place}] is {shortened(token)}; expected a token id")
 
 
 # Checked by hand: pydantic would try every element as every kind.

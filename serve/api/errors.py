@@ -65,9 +65,11 @@ def of_job(error: JobError) -> ApiError:
     return ApiError(500, error.message, code="engine_gone" if error.kind == ENGINE_GONE else None)
 
 
-def shortened(value: str) -> str:
-    """A client's value for a message."""
-    return repr(_cut(value, _VALUE_CHARACTERS))
+def shortened(value: object) -> str:
+    """A client's value for a message, a text within its quotes."""
+    if isinstance(value, str):
+        return repr(_cut(value, _VALUE_CHARACTERS))
+    return _cut(repr(value), _VALUE_CHARACTERS)
 
 
 def _cut(text: str, most: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from qwen_ds.decode.exceptions import InvalidSampling
 from qwen_ds.decode.sampling import MAX_LOGPROBS, SamplingParams, row_seed
 from serve.api.bodies import SampledBody
-from serve.api.errors import ApiError
+from serve.api.errors import ApiError, shortened
 from serve.api.jobs import Job
 from serve.api.served import Served
 from serve.structure import Structure
@@ -84,7 +84,7 @@ def _biases(given: Mapping[str, float], tokens: int) -> tuple[tuple[int, float],
         # int() refuses thousands of digits.
         number = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else tokens
         if number >= tokens or token != str(number):
-            came = f"logit_bias has the key {token!r:.80}"
+            came = f"logit_bias has the key {shortened(token)}"
             raise ApiError(400, f"{came}; expected token ids, 0 to {tokens - 1}", "logit_bias")
     return tuple((int(token), bias) for token, bias in given.items())
 
@@ -127,6 +127,6 @@ def _response_format(given: Mapping[str, Any]) -> list[Structure]:
     schema = given.get("json_schema")
     if kind == "json_schema" and isinstance(schema, dict) and "schema" in schema:
         return [Structure("json_schema", schema["schema"])]
-    came = f"response_format has type {kind!r:.80}"
+    came = f"response_format has type {shortened(kind)}"
     expected = "text or json_object, or json_schema with an object json_schema that has a schema"
     raise ApiError(400, f"{came}; expected {expected}", "response_format")

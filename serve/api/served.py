@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.model.tokenizer import Encoding
-from serve.api.errors import ApiError
+from serve.api.errors import ApiError, shortened
 
 
 def knows_turns(folder: ModelFolder, has_adapters: bool) -> bool:
@@ -37,7 +37,7 @@ class Served:
         known = ", ".join((*self.names, *self.adapters))
         raise ApiError(
             404,
-            f"there is no model {model!r:.80}; expected one of: {known}",
+            f"there is no model {shortened(model)}; expected one of: {known}",
             "model",
             "model_not_found",
         )
