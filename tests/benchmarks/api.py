@@ -3,8 +3,8 @@
     python -m tests.benchmarks.api [--rounds 3] [--json api.json]
 
 A model of 85M parameters in bf16 (12 layers of 768) with the tests' small vocabulary, random
-weights, saved once. 64 greedy requests with the lengths of Chinese instruction data, 32 at a time,
-all streamed. Contenders take turns within a round; ratios are taken round by round, and the table
+weights, saved once. 128 greedy requests with the lengths of Chinese instruction data, 32 at a time
+for each engine, all streamed. Contenders take turns within a round; ratios are taken round by round, and the table
 shows medians. Every engine, that in Python too, has one thread. The client is plain asyncio, and
 shares the machine with the server, so that figures say how many cores that has.
 
@@ -54,7 +54,7 @@ class Shape:
     layers: int = 12
     heads: int = 12
     intermediate: int = 4096
-    requests: int = 64
+    requests: int = 128
     longest_prompt: int = 200
     longest_answer: int = 400
 
@@ -91,20 +91,20 @@ def in_python(engine: ServingEngine, requests: Sequence[Request]) -> tuple[int, 
     return decoding.figures.generated_tokens if answers else 0, seconds
 
 
-def over_http(url: str, requests: Sequence[Request]) -> tuple[int, float]:
-    """Tokens and seconds of the API, asked by 32 clients at a time."""
+def over_http(url: str, requests: Sequence[Request], clients: int = SLOTS) -> tuple[int, float]:
+    """Tokens and seconds of the API, asked by so many clients at a time."""
     began = time.perf_counter()
-    tokens = asyncio.run(_ask_all(url, requests))
+    tokens = asyncio.run(_ask_all(url, requests, clients))
     return tokens, time.perf_counter() - began
 
 
-async def _ask_all(url: str, requests: Sequence[Request]) -> int:
+async def _ask_all(url: str, requests: Sequence[Request], clients: int) -> int:
     waiting = iter(requests)
 
     async def client() -> int:
         return sum([await _ask(url, request) for request in waiting])
 
-    return sum(await asyncio.gather(*(client() for _ in range(SLOTS))))
+    return sum(await asyncio.gather(*(client() for _ in range(clients))))
 
 
 async def _ask(url: str, request: Request) -> int:
@@ -151,7 +151,7 @@ def measure(shape: Shape, rounds: int) -> list[dict[str, float]]:
                 for name, ran in (
                     ("python", lambda: in_python(engine, requests)),
                     ("one engine", lambda: over_http(one, requests)),
-                    ("two engines", lambda: over_http(two, requests)),
+                    ("two engines", lambda: over_http(two, requests, 2 * SLOTS)),
                 ):
                     tokens, seconds = ran()
                     assert tokens == asked, f"{name}: {tokens} tokens of {asked}"
