@@ -203,7 +203,10 @@ def kernel_runs(shape: KVShape, page_size: int) -> bool:
             if _reads_second_page(shape, page_size):
                 return True
             reasons.append("the block table is ignored")
-        except (RuntimeError, ImportError) as error:  # NotImplementedError is a RuntimeError
+        except torch.OutOfMemoryError:  # which says nothing of the kernel
+            raise
+        # A card or a package that lacks it; torch has no kind of error for that alone.
+        except (RuntimeError, ImportError) as error:
             reasons.append((str(error).splitlines() or [type(error).__name__])[0])
     restore_flash_attention_impl(_raise_warn=False)
     say(f"attention gathers pages before it reads them, which is slower: {reasons[0]}")

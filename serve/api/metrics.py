@@ -107,6 +107,10 @@ class RequestTimer:
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
+        # Looked up once: these three are used for each token.
+        self._generated = metrics._generated.labels(model)
+        self._between = metrics._between.labels(model)
+        self._per_token = metrics._per_token.labels(model)
         self._began = self._last = time.monotonic()
         self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
         self._is_over = False
@@ -128,9 +132,9 @@ class RequestTimer:
             m._queue.labels(self._model).observe(max(0.0, begun - self._began))
             m._prefill.labels(self._model).observe(max(0.0, now - begun))
         else:
-            m._between.labels(self._model).observe(now - self._last)
-            m._per_token.labels(self._model).observe(now - self._last)
-        m._generated.labels(self._model).inc()
+            self._between.observe(now - self._last)
+            self._per_token.observe(now - self._last)
+        self._generated.inc()
         self._last = now
 
     def end(self, reason: str) -> None:

@@ -35,10 +35,8 @@ from serve.api.jobs import (
     Submit,
     job_error,
 )
-from serve.engine.engine import ServingEngine
+from serve.engine.engine import MEMORY_SHARE, ServingEngine
 from serve.engine.loading import load_engine, silence_libraries
-
-_SHARE = 0.85  # as serve.engine's: the rest is for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class EngineSettings:
 def memory_each(folder: ModelFolder, number: int) -> float:
     """GB for keys and values of each of several engines that share a machine's memory."""
     weights = sum(spec.num_bytes for spec in folder.stored.tensors.values())
-    return max(0.0, _SHARE * (available_memory() / number - weights)) / 1e9
+    return max(0.0, MEMORY_SHARE * (available_memory() / number - weights)) / 1e9
 
 
 def work(pipe: Connection, settings: EngineSettings, number: int) -> None:

@@ -25,7 +25,7 @@ from serve.engine.adapters import AdaptedModel, ServedAdapters
 PAGE_TOKENS = 32
 PREFILL_BESIDE = 72  # on a CPU: a step with a piece of a prompt takes up to twice as long
 # Of the memory that is free once the model is loaded; the rest is for activations.
-_SHARE = 0.85
+MEMORY_SHARE = 0.85
 _LEAST_PAGES = 4
 _AHEAD = 2  # requests that wait for a slot; others are left to other ranks
 
@@ -54,7 +54,7 @@ class ServingEngine:
     ) -> DecodingEngine:
         """An engine that runs up to `slots` rows together, with keys and values of so many GB
         (10^9 bytes; None: most of what is free)."""
-        memory = _SHARE * self._free_memory() if memory_gb is None else memory_gb * 1e9
+        memory = MEMORY_SHARE * self._free_memory() if memory_gb is None else memory_gb * 1e9
         pages = pages_in(memory, self.shape, PAGE_TOKENS)
         if pages < _LEAST_PAGES:
             came = f"memory for keys and values: {memory / 1e9:.3g} GB"

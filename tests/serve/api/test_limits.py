@@ -83,7 +83,7 @@ def test_a_dead_engine_ends_its_requests_alone_and_a_signal_lets_answers_end(
 ) -> None:
     words = ["--model", str(full_dir), "--engines", "2", "--drain_seconds", "3"]
     with running(*words) as server, ThreadPoolExecutor(4) as pool:
-        engines = children(server.process.pid)
+        engines = server.engines()
         assert len(engines) == 2
 
         def ask(tokens: int) -> Any:
@@ -100,18 +100,3 @@ def test_a_dead_engine_ends_its_requests_alone_and_a_signal_lets_answers_end(
         assert server.end() == 0
         assert short.result().json()["usage"]["completion_tokens"] == 5
         assert long.result().json()["error"]["code"] == "engine_gone"
-
-
-def children(pid: int) -> list[int]:
-    """The processes of engines below a server."""
-    found = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            try:
-                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (place / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if parent == pid and b"spawn_main" in words:
-                found.append(int(place.name))
-    return found
