@@ -23,7 +23,7 @@ $(VENV)/.made: pyproject.toml constraints.txt
 	    { echo "Python's venv module is missing: apt-get install python3-venv (or your system's package)" >&2; exit 2; }
 	@echo "setting up $(VENV) (a few minutes; log: $(VENV).log)"
 	@$(PYTHON) -m venv --clear $(VENV) && \
-	 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[serve,demo,test]' > $(VENV).log 2>&1 || \
+	 $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[serve,demo,test,trackers,lm-eval]' > $(VENV).log 2>&1 || \
 	    { tail -n 5 $(VENV).log >&2; echo "installation failed; the whole log is $(VENV).log" >&2; exit 1; }
 	@touch $@
 
