@@ -9,6 +9,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -56,15 +57,17 @@ class ClientGone(Exception):
 class Answers:
     """The jobs of one request in their engine, and their events in the order in which they come."""
 
-    def __init__(self, pool: EnginePool, metrics: Metrics, model: str, jobs: Sequence[Job]) -> None:
-        """ApiError 503: no engine is there."""
+    def __init__(
+        self, pool: EnginePool, metrics: Metrics, model: str, jobs: Sequence[Job], began: float
+    ) -> None:
+        """`began`: when the request came (monotonic). ApiError 503: no engine is there."""
         engine = pool.least_busy()
         if engine is None:
             raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._first: tuple[int, Event] | None = None
         self.texts = [""] * len(jobs)
-        self.timers = [metrics.timer(model, job.sampling.max_new_tokens) for job in jobs]
+        self.timers = [metrics.timer(model, job.sampling.max_new_tokens, began) for job in jobs]
         self.left = len(jobs)
         # All in one engine: they tend to begin alike.
         self._works: list[EngineJob] = [
@@ -166,12 +169,12 @@ class Answering:
         if self._pool.jobs + len(asked.jobs) > self._most:
             came = f"{self._pool.jobs} answers are under way or wait"
             raise ApiError(503, f"{came}; expected at most {self._most}", retry_after=1)
-        answers = Answers(self._pool, self._metrics, asked.model, asked.jobs)
+        answers = Answers(self._pool, self._metrics, asked.model, asked.jobs, passing.began)
         deadline = asyncio.get_running_loop().time() + self.seconds
         try:
             if not asked.body.stream:
                 whole = self._in_time(self._whole(answers, asked), deadline)
-                return JSONResponse(await unless_gone(request.receive, whole))
+                return await unless_gone(request.receive, whole)
             first = answers.next(_LOOK_SECONDS)
             found = await unless_gone(request.receive, first)
             if found is not None:
@@ -196,12 +199,14 @@ class Answering:
     def _late(self) -> ApiError:
         return ApiError(504, f"the answer took more than {self.seconds:.0f} s", code="timeout")
 
-    async def _whole(self, answers: Answers, asked: Answerable) -> Json:
+    async def _whole(self, answers: Answers, asked: Answerable) -> Response:
         while answers.has_more:
             found = await answers.next()
             assert found is not None
             asked.take(*found)
-        return asked.answer(answers.usage())
+        usage = answers.usage()
+        # In a thread: with log-probabilities it may be megabytes, and streams go on meanwhile.
+        return await run_in_threadpool(lambda: JSONResponse(asked.answer(usage)))
 
     async def _events(
         self, answers: Answers, asked: Answerable, deadline: float, passing: Passing

@@ -38,6 +38,7 @@ from serve.api.served import Served
 Json = dict[str, Any]
 Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
+_LARGE_BYTES = 1 << 16  # of a body: some milliseconds of parsing
 _PAGE = Path(__file__).parent / "page" / "index.html"
 
 
@@ -94,8 +95,11 @@ def _handle_errors(app: FastAPI) -> None:
         return await of_api(request, ApiError(500, "internal server error; see the server's log"))
 
 
-async def _body(request: Request, kind: type[Kind]) -> Kind:
-    return read_body(kind, await request.body())
+async def _body(request: Request, kind: type[Kind], default: bytes = b"") -> Kind:
+    raw = await request.body() or default
+    if len(raw) < _LARGE_BYTES:
+        return read_body(kind, raw)
+    return await run_in_threadpool(read_body, kind, raw)  # streams go on meanwhile
 
 
 def _takes(kind: type[Body]) -> Json:
@@ -151,7 +155,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     @app.post("/nlg/text_generate", openapi_extra=_takes(OriginalBody), responses=_ERRORS)
     async def text_generate(request: Request) -> Response:
         """The original project's route, with its request, defaults and answer."""
-        body = read_body(OriginalBody, await request.body() or b"{}")
+        body = await _body(request, OriginalBody, b"{}")
         return await answering.respond(
             request, await run_in_threadpool(OriginalRoute, body, served, front.pool.room)
         )
@@ -196,11 +200,13 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         parent = root if name in served.adapters else None
         return base | {"root": root, "parent": parent, "max_model_len": served.context}
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> Json:
         names = (*served.names, *served.adapters)
         return {"object": "list", "data": [card(name) for name in names]}
 
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}", responses=_ERRORS)
     async def model(name: str) -> Json:
         served.adapter_of(name)
@@ -214,16 +220,19 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         status = 200 if ready == len(pool.engines) and not front.answering.is_draining else 503
         return JSONResponse({"engines": len(pool.engines), "ready": ready}, status)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(front.metrics.text(), media_type=kind)
 
+    @app.head("/version", include_in_schema=False)
     @app.get("/version")
     async def version() -> Json:
         return {"version": _version()}
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
         """The chat page."""

@@ -35,6 +35,7 @@ _LOG_LINES = 10_000  # that may wait for a slow reader
 class Passing:
     """One request on its way, as the log tells it; routes add to it (scope["passing"])."""
 
+    began: float = field(default_factory=time.monotonic)
     status: int = 0
     model: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
@@ -77,8 +78,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passing, began = Passing(), time.monotonic()
-        scope["passing"] = passing
+        passing = scope["passing"] = Passing()
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -90,7 +90,7 @@ class Gate:
             await self._checked(scope, receive, sending)
         finally:
             self._under_way -= 1
-            self._log(_line(scope, passing, time.monotonic() - began))
+            self._log(_line(scope, passing, time.monotonic() - passing.began))
 
     async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through to the app, with its body."""
@@ -187,8 +187,10 @@ async def _send_error(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body(), ensure_ascii=False).encode(errors="backslashreplace")
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= error.headers()
-    if error.status in (403, 408, 413, 415, 503):  # the rest of the body is not read
+    if error.status == 408:
         headers["connection"] = "close"
+    # With the others the connection stays: what is left of the body is read and thrown away. Closed
+    # with bytes unread it would be reset, and the answer lost with it.
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

@@ -91,11 +91,12 @@ class Metrics:
             for reason in _REASONS:
                 self._success.labels(model, reason)
 
-    def timer(self, model: str, max_tokens: int) -> RequestTimer:
-        """The figures of one answer to a request for a served model."""
+    def timer(self, model: str, max_tokens: int, began: float) -> RequestTimer:
+        """The figures of one answer to a request that came at `began` (monotonic) for a served
+        model."""
         assert model in self._models
         self._asked.labels(model).observe(max_tokens)
-        return RequestTimer(self, model)
+        return RequestTimer(self, model, began)
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format."""
@@ -105,13 +106,13 @@ class Metrics:
 class RequestTimer:
     """The path of one answer, and the time of each of its stages."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, began: float) -> None:
         self._metrics, self._model = metrics, model
         # Looked up once: these three are used for each token.
         self._generated = metrics._generated.labels(model)
         self._between = metrics._between.labels(model)
         self._per_token = metrics._per_token.labels(model)
-        self._began = self._last = time.monotonic()
+        self._began = self._last = began
         self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
         self._is_over = False
         self.first_seconds: float | None = None

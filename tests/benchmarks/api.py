@@ -3,8 +3,8 @@
     python -m tests.benchmarks.api [--rounds 3] [--json api.json]
 
 A model of 85M parameters in bf16 (12 layers of 768) with the tests' small vocabulary, random
-weights, saved once. 128 greedy requests with the lengths of Chinese instruction data, 32 at a time
-for each engine, all streamed. Contenders take turns within a round; ratios are taken round by
+weights, saved once. 256 greedy requests with the lengths of Chinese instruction data, 32 at a time
+for each engine, all streamed: enough for engines to be full nearly all of the time, two as one. Contenders take turns within a round; ratios are taken round by
 round, and the table shows medians. Every engine, that in Python too, has one thread. The client is
 plain asyncio, and shares the machine with the server, so that figures say how many cores that has.
 
@@ -54,7 +54,7 @@ class Shape:
     layers: int = 12
     heads: int = 12
     intermediate: int = 4096
-    requests: int = 128
+    requests: int = 256
     longest_prompt: int = 200
     longest_answer: int = 400
 

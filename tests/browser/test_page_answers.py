@@ -65,6 +65,25 @@ def test_retry_asks_the_same_again(page: Page, scripted: ScriptedPage) -> None:
     assert first == second and texts(first) == ["why?"]
 
 
+def test_a_retry_that_fails_leaves_the_answer_that_was_there(
+    page: Page, scripted: ScriptedPage
+) -> None:
+    scripted.script = saying("first")
+    expect(ask(page, "why?")).to_have_text("first")
+    scripted.script = lambda _: Refusal(503, "too many")
+    for _ in range(2):
+        page.locator(".question").get_by_role("button", name="Retry").click()
+        expect(failed(page)).to_contain_text("The server is busy")
+        expect(page.locator(".text")).to_have_text("first")
+    page.reload()
+    page.locator("#chats .title").click()
+    expect(page.locator(".text")).to_have_text("first")
+    scripted.script = saying("second")
+    failed(page).get_by_role("button", name="Retry").click()
+    expect(page.locator(".text")).to_have_text("second")
+    expect(failed(page)).to_have_count(0)
+
+
 def test_a_question_is_edited_and_asked_again(page: Page, scripted: ScriptedPage) -> None:
     expect(ask(page, "colour?")).to_have_text("ok")
     page.get_by_role("button", name="Edit").click()

@@ -219,5 +219,6 @@ def test_the_page_runs_its_own_script_alone_and_no_other_page_is_there(vocab_pat
     for path in ("/docs", "/redoc"):
         response, _ = sent(vocab_path, lambda c: c.get(path))  # noqa: B023
         assert response.status_code == 404
-    response, _ = sent(vocab_path, lambda c: c.head("/health"))
-    assert response.status_code == 200 and response.content == b""
+    for path in ("/health", "/", "/metrics", "/version", "/v1/models"):
+        response, _ = sent(vocab_path, lambda c: c.head(path))  # noqa: B023
+        assert response.status_code == 200 and response.content == b""

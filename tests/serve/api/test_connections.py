@@ -80,6 +80,16 @@ def test_a_body_that_nobody_waits_for_is_cut_off(vocab_path: Path) -> None:
         drip(client, b" " * 999)
 
 
+def test_a_refusal_reaches_a_client_that_sends_its_whole_body_first(vocab_path: Path) -> None:
+    """The body is larger than all buffers between the two: closed with bytes unread, the connection
+    would be reset under the client's hands."""
+    size = 40_000_000
+    with scripted_server(vocab_path, lambda job: ["yes"]) as (url, _), connected(url) as client:
+        for _ in range(2):  # the same connection serves the next request
+            client.sendall(HEADERS % size + b" " * size)
+            assert client.recv(10_000).startswith(b"HTTP/1.1 413")
+
+
 def test_an_answer_that_takes_longer_is_not_cut_nor_is_the_next_one(vocab_path: Path) -> None:
     with scripted_server(vocab_path, lambda job: ["a"] * 20, patient(PATIENCE)) as (url, pool):
         pool.pause_seconds = PATIENCE / 5

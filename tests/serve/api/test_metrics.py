@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_labels_do_not_grow_with_what_clients_send(vocab_path: Path) -> None:
 def test_the_first_end_of_an_answer_counts() -> None:
     pool: Any = ScriptedPool(lambda job: [])
     metrics = Metrics(pool, ("qwen",))
-    timer = metrics.timer("qwen", 9)
+    timer = metrics.timer("qwen", 9, time.monotonic() - 5)
     timer.token(PromptFigures(3), 5)
     timer.end("length")
     timer.end("abort")
@@ -126,6 +127,8 @@ def test_the_first_end_of_an_answer_counts() -> None:
         if name == "vllm:request_success_total"
     }
     assert ends["length"] == 1 and sum(ends.values()) == 1
+    # From the request's arrival, before its text was tokenized.
+    assert timer.first_seconds is not None and timer.first_seconds >= 5
     model = frozenset({("model_name", "qwen")})
     assert found["vllm:prompt_tokens_total", model] == 5
     assert found["vllm:request_params_max_tokens_sum", model] == 9
