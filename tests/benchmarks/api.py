@@ -4,9 +4,10 @@
 
 A model of 85M parameters in bf16 (12 layers of 768) with the tests' small vocabulary, random
 weights, saved once. 256 greedy requests with the lengths of Chinese instruction data, 32 at a time
-for each engine, all streamed: enough for engines to be full nearly all of the time, two as one. Contenders take turns within a round; ratios are taken round by
-round, and the table shows medians. Every engine, that in Python too, has one thread. The client is
-plain asyncio, and shares the machine with the server, so that figures say how many cores that has.
+for each engine, all streamed: enough for two engines to be full as long as one is. Contenders take
+turns within a round; ratios are taken round by round, and the table shows medians. Every engine,
+that in Python too, has one thread. The client is plain asyncio, and shares the machine with the
+server, so that figures say how many cores that has.
 
     overhead  tokens/s of the API with one engine, to those of the same engine called in Python
     engines   tokens/s of the API with two engines of one thread, to those with one
