@@ -18,10 +18,13 @@ _SCHEMA_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """One kind of structure and what it was asked by: a schema, an expression, choices, or true."""
+    """One kind of structure and what it was asked by: a schema, an expression, choices, true, or
+    the arguments of GrammarCompiler.call."""
 
-    kind: Literal["json_object", "json_schema", "regex", "choice"]
+    kind: Literal["json_object", "json_schema", "regex", "choice", "call"]
     value: Any
+    name: str = ""
+    """The field of a request that asks for it, where that has a name of its own."""
 
     @property
     def note(self) -> str | None:
@@ -51,6 +54,8 @@ class Structure:
                 return compiler.regex(self.value)
             case "choice":
                 return compiler.choice(self.value)
+            case "call":
+                return compiler.call(**self.value)
 
 
 def read_schema(given: str) -> dict[str, Any]:

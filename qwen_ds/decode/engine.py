@@ -126,7 +126,9 @@ class DecodingEngine:
         alpha, number = self._alpha_of(len(request.prompt)), self._next_id
         self._next_id += 1
         tokens, ends = list(request.prompt), request.ends
-        text = AnswerText(self._vocabulary.token_bytes, ends, request.stop_strings)
+        words = self._vocabulary
+        bytes_of = words.text_bytes if request.skip_special_tokens else words.token_bytes
+        text = AnswerText(bytes_of, ends, request.stop_strings)
         sampler = RowSampler(sampling, tokens, size, ends.ids, request.grammar)
         keys = page_keys(tokens, self.store.page_size, request.adapter, alpha)
         one = Running(number, request, sampler, text, alpha, tokens, keys)

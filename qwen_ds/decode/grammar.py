@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -96,6 +96,11 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any] | str) -> Grammar:
         """JSON that the schema allows. InvalidGrammar if llguidance cannot hold to all of it."""
+        return self._compiled("json_schema", f"%json {self._schema(schema)}").copy()
+
+    @staticmethod
+    def _schema(schema: dict[str, Any] | str) -> str:
+        """A schema's text for llguidance."""
         try:
             read = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(read, allow_nan=False)
@@ -106,7 +111,7 @@ class GrammarCompiler:
             raise InvalidGrammar("json_schema", f"it is not JSON: {error}") from None
         if not isinstance(read, dict):
             raise InvalidGrammar("json_schema", f"it is {text[:40]}; expected an object")
-        return self._compiled("json_schema", f"%json {text}").copy()
+        return text
 
     def choice(self, choices: Sequence[str]) -> Grammar:
         """One of these texts, as it stands."""
@@ -123,6 +128,21 @@ class GrammarCompiler:
         except ValueError as error:  # a lone surrogate
             raise InvalidGrammar("regex", _first_line(str(error))) from None
         return self._compiled("regex", grammar["lark_grammar"].removeprefix("start: ")).copy()
+
+    def call(self, functions: Mapping[str, dict[str, Any] | None], thought: int) -> Grammar:
+        """A call of one of these functions in ReAct's form (qwen_ds/model/react.py).
+
+        A thought of at most so many characters in one line precedes it. Its arguments are JSON that
+        the function's schema allows; any text where that is None. InvalidGrammar: a schema that
+        cannot be held to.
+        """
+        rules = []
+        for name, schema in functions.items():
+            arguments = r"/\S(.|\n)*/" if schema is None else f"%json {self._schema(schema)}"
+            rules.append(f'{json.dumps(name)} "\\nAction Input:" / ?/ {arguments}')
+        one_of = " | ".join(f"({rule})" for rule in rules)
+        rule = f'/[^\\n]{{0,{thought}}}/ "\\nAction: " ({one_of})'
+        return self._compiled("call", rule).copy()
 
     def _compile(self, name: str, rule: str) -> Grammar:
         matcher = LLMatcher(self._tokenizer, _HEADER + rule, log_level=0)

@@ -21,6 +21,12 @@ class Vocabulary:
     size: int  # number of tokens; the head's rows beyond it are padding and are never chosen
     decode: Callable[[Sequence[int]], str]
     token_bytes: Callable[[int], bytes]
+    first_special: int | None = None  # ids from here on are control tokens; None: none is
+
+    def text_bytes(self, token: int) -> bytes:
+        """The bytes of an ordinary token; none of a control token."""
+        is_special = self.first_special is not None and token >= self.first_special
+        return b"" if is_special else self.token_bytes(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class Request:
     """A way of one's own from logits_V (fp32) to the next token, in place of `sampling`'s."""
     stop_strings: tuple[str, ...] = ()  # texts that end the answer, and are no part of it
     grammar: Grammar | None = None  # what the answer is held to
+    skip_special_tokens: bool = False  # control tokens have no text
 
     @property
     def ends(self) -> StopRule:

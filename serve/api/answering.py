@@ -166,6 +166,9 @@ class Answering:
         passing.model = asked.model
         if self.is_draining:
             raise ApiError(503, "the server is about to end", retry_after=10)
+        if len(asked.jobs) > self._most:
+            came = f"{len(asked.jobs)} answers are asked for"
+            raise ApiError(400, f"{came}; this server takes {self._most} at a time", "n")
         if self._pool.jobs + len(asked.jobs) > self._most:
             came = f"{self._pool.jobs} answers are under way or wait"
             raise ApiError(503, f"{came}; expected at most {self._most}", retry_after=1)

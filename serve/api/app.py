@@ -27,7 +27,7 @@ from serve.api.bodies import (
     TokenizeBody,
     read_body,
 )
-from serve.api.chat import ChatRequest, functions_of, prompt_of
+from serve.api.chat import ChatRequest, functions_of, prompt_of, refuse_other_ends
 from serve.api.completions import TextRequest
 from serve.api.engines import EnginePool
 from serve.api.errors import ApiError
@@ -135,6 +135,13 @@ _ERRORS: dict[int | str, Json] = {
 }  # fmt: skip
 
 
+def _room(front: Front) -> int:
+    """Tokens of keys and values that a request may have. ApiError 503: no engine is there."""
+    if not front.pool.ready:
+        raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
+    return front.pool.room
+
+
 def _add_answers(app: FastAPI, front: Front) -> None:
     served, answering = front.served, front.answering
 
@@ -142,14 +149,14 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     async def chat(request: Request) -> Response:
         body = await _body(request, ChatBody)
         return await answering.respond(
-            request, await run_in_threadpool(ChatRequest, body, served, front.pool.room)
+            request, await run_in_threadpool(ChatRequest, body, served, _room(front))
         )
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_ERRORS)
     async def completions(request: Request) -> Response:
         body = await _body(request, CompletionBody)
         return await answering.respond(
-            request, await run_in_threadpool(TextRequest, body, served, front.pool.room)
+            request, await run_in_threadpool(TextRequest, body, served, _room(front))
         )
 
     @app.post("/nlg/text_generate", openapi_extra=_takes(OriginalBody), responses=_ERRORS)
@@ -157,7 +164,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         """The original project's route, with its request, defaults and answer."""
         body = await _body(request, OriginalBody, b"{}")
         return await answering.respond(
-            request, await run_in_threadpool(OriginalRoute, body, served, front.pool.room)
+            request, await run_in_threadpool(OriginalRoute, body, served, _room(front))
         )
 
 
@@ -183,9 +190,9 @@ def _tokens(body: TokenizeBody, served: Served) -> list[int]:
         raise ApiError(400, "expected either prompt or messages", "prompt")
     if body.messages is None:
         return served.encoding.ordinary(body.prompt or "")
-    fields = ("functions", "function_call", "tools", "tool_choice")
-    chosen = {name: getattr(body, name) for name in fields}
-    asked = functions_of(ChatBody(messages=body.messages or [{}], **chosen))
+    chat = ChatBody(**body.model_dump(exclude={"prompt"}))
+    refuse_other_ends(chat)
+    asked = functions_of(chat)
     return prompt_of(served, body.messages, asked.functions).ids(served.encoding)
 
 
@@ -215,9 +222,10 @@ def _add_facts(app: FastAPI, front: Front) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_ERRORS)
     async def health() -> Response:
-        """200 where every engine is ready."""
+        """200 once every engine has loaded, as long as one is there."""
         ready = len(pool.ready)
-        status = 200 if ready == len(pool.engines) and not front.answering.is_draining else 503
+        is_up = ready and pool.has_loaded and not front.answering.is_draining
+        status = 200 if is_up else 503
         return JSONResponse({"engines": len(pool.engines), "ready": ready}, status)
 
     @app.head("/metrics", include_in_schema=False)

@@ -6,6 +6,7 @@ are not supported are refused by name, wherever they differ from what happens an
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -35,6 +36,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[str, Bias], BeforeValidator(_few)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+StopIds = Annotated[list[Token], Field(max_length=_MAX_STOPS, fail_fast=True)]
 JsonObject = dict[str, Any]
 # An error for each wrong member of a long list would take seconds, and memory without end.
 JsonObjects = Annotated[list[JsonObject], Field(fail_fast=True)]
@@ -70,7 +72,7 @@ class StructuredOutputs(Body):
         asked = {k: value for k, value in given.items() if value is not None and value is not False}
         if unknown := next((k for k in asked if k not in cls._FORMS), None):
             raise ValueError(
-                f"{unknown:.80} is not supported; expected one of {', '.join(cls._FORMS)}"
+                f"{shortened(unknown)} is not supported; expected one of {', '.join(cls._FORMS)}"
             )
         return asked
 
@@ -90,9 +92,12 @@ class SampledBody(Body):
         "prompt_logprobs": (None, 0), "truncate_prompt_tokens": (None,), "bad_words": (None, []),
         "allowed_token_ids": (None,), "guided_grammar": (None,), "prompt_embeds": (None,),
         "min_new_tokens": (None, 0), "include_stop_str_in_output": (None, False),
-        "skip_special_tokens": (None, False), "stop_token_ids": (None, []),
         "guided_whitespace_pattern": (None,), "return_token_ids": (None, False),
-        "return_tokens_as_token_ids": (None, False),
+        "return_tokens_as_token_ids": (None, False), "logits_processors": (None, []),
+        "structural_tag": (None,), "vllm_xargs": (None, {}), "typical_p": (None, 1, 1.0),
+        "no_repeat_ngram_size": (None, 0), "num_beams": (None, 1), "penalty_alpha": (None, 0, 0.0),
+        "thinking_token_budget": (None,), "regex": (None,), "ebnf": (None,), "json_schema": (None,),
+        "custom_logit_processor": (None,), "kv_transfer_params": (None,),
     }  # fmt: skip
 
     model: str | None = None
@@ -110,6 +115,8 @@ class SampledBody(Body):
     logit_bias: Biases | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: StopIds | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: JsonObject | None = None
@@ -229,11 +236,13 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: JsonObjects | None = None
+    messages: Annotated[JsonObjects, Field(min_length=1)] | None = None
     functions: JsonObjects | None = None
     function_call: Literal["none", "auto"] | JsonObject | None = None
     tools: JsonObjects | None = None
     tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class DetokenizeBody(Body):
@@ -266,7 +275,7 @@ class _Loose(BaseModel):
 
 
 def _invalid(error: ValidationError) -> ApiError:
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False, include_context=False)
     # Of a union every branch has its say; the deepest is the one that was meant.
     worst = max(found, key=lambda one: len(one["loc"]))
     if worst["type"] == "json_invalid":
@@ -276,7 +285,12 @@ def _invalid(error: ValidationError) -> ApiError:
         for part in worst["loc"]
         if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)
     ).removeprefix(".")
-    message = worst["msg"].removeprefix("Value error, ")
+    message, place = worst["msg"].removeprefix("Value error, "), place or "the body"
     param = str(worst["loc"][0]) if worst["loc"] else None
-    colon = "" if message.startswith("[") else ": "  # of a place inside
-    return ApiError(400, f"{place or 'the body'}{colon}{message}", param)
+    if worst["type"] == "missing":
+        return ApiError(400, f"there is no {place}; expected one", param)
+    if worst["type"] != "value_error":
+        expected = re.sub(r"^Input should be ", "", message)
+        return ApiError(400, f"{place} is {shortened(worst['input'])}; expected {expected}", param)
+    colon = "" if re.match(r"\[\d", message) else ": "  # of a place inside
+    return ApiError(400, f"{place}{colon}{message}", param)

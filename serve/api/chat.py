@@ -22,6 +22,7 @@ from serve.api.sampling import (
     form_name,
     sampling_params,
     seed_of_choice,
+    stop_ids_of,
     structure_of,
 )
 from serve.api.served import Served
@@ -60,7 +61,7 @@ class ChatRequest:
         prompt = prompt_of(served, body.messages, asked.functions)
         self._continues = prompt.is_open
         ids = prompt.ids(served.encoding)
-        _refuse_other_ends(body)
+        refuse_other_ends(body)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         new_tokens = served.room_for_answer(len(ids), room, most, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -72,13 +73,16 @@ class ChatRequest:
             if structure is not None:
                 came = f"{form_name(body)} is set and so is a call that must be made"
                 raise ApiError(400, f"{came}; expected one of them", form_name(body))
-            structure = _must_call(asked.must_call)
+            structure = _must_call(asked, "functions" if body.tools is None else "tools")
         stops = tuple(react_stops(body.stops, asked.functions))
+        stop_ids = stop_ids_of(body, served)
         self.jobs = [
             Job(
                 tuple(ids),
                 replace(sampling, seed=seed_of_choice(sampling.seed, i)),
                 stops,
+                stop_ids,
+                bool(body.skip_special_tokens),
                 self.adapter,
                 structure,
             )
@@ -110,7 +114,8 @@ class ChatRequest:
             reason = choice.finish_reason
             if call is not None:
                 message |= self._call(choice, call)
-                reason = self._call_reason
+                # One that was cut says so: its arguments are not whole.
+                reason = self._call_reason if reason == "stop" else reason
                 if self._has_tools and not content:
                     message["content"] = None
             one = {"index": choice.index, "message": message, "finish_reason": reason}
@@ -140,7 +145,8 @@ class ChatRequest:
         ]
         if is_end:
             is_call = choice.parts is not None and choice.parts.is_call
-            reason = self._call_reason if is_call else event.finish_reason
+            is_whole = is_call and event.finish_reason == "stop"
+            reason = self._call_reason if is_whole else event.finish_reason
             chunks.append(self._chunk(index, {}, None, reason))
         return chunks
 
@@ -216,7 +222,7 @@ def functions_of(body: ChatBody) -> AskedFunctions:
     # Without functions nothing is called anyway.
     if other not in ((None, "auto") if functions else (None, "auto", "none")):
         raise ApiError(400, f"{other_name} is set and {list_name} is not", other_name)
-    names = tuple(str(f.get("name_for_model", f.get("name", ""))) for f in functions)
+    names = tuple(map(_name_of, functions))
     if choice == "none":
         return AskedFunctions([])
     if choice in (None, "auto"):
@@ -307,8 +313,9 @@ def _calls(calls: object, place: int) -> list[Mapping[str, Any]]:
     return list(calls) if isinstance(calls, list) else []
 
 
-def _refuse_other_ends(body: ChatBody) -> None:
-    """Raise where the body asks for another end of the prompt than its last message gives it."""
+def refuse_other_ends(body: ChatBody) -> None:
+    """Raise ApiError where the body asks for another end of the prompt than its last message
+    gives it."""
     continues = body.messages[-1].get("role") == "assistant"
     for name, value, is_so in (
         ("continue_final_message", body.continue_final_message, continues),
@@ -320,8 +327,18 @@ def _refuse_other_ends(body: ChatBody) -> None:
             raise ApiError(400, f"{came}; {expected}", name)
 
 
-def _must_call(names: tuple[str, ...]) -> Structure:
-    """A reply that calls one of these functions."""
-    one_of = "|".join(re.escape(name) for name in names)
-    thought = rf"[^\n]{{0,{_LONGEST_THOUGHT}}}"
-    return Structure("regex", rf"{thought}\nAction: ({one_of})\nAction Input: ?[^\n](.|\n)*")
+def _must_call(asked: AskedFunctions, name: str) -> Structure:
+    """A reply that calls one of the functions that must be called, with arguments by its schema.
+
+    Qwen's own form of parameters, a list, is no schema: then the arguments are any text.
+    """
+    schemas = {_name_of(one): one.get("parameters") for one in asked.functions}
+    chosen = {
+        name: schema if isinstance(schema := schemas[name], dict) else None
+        for name in asked.must_call
+    }
+    return Structure("call", {"functions": chosen, "thought": _LONGEST_THOUGHT}, name)
+
+
+def _name_of(function: Json) -> str:
+    return str(function.get("name_for_model", function.get("name", "")))

@@ -14,7 +14,13 @@ from qwen_ds.decode.sampler import TokenLogprobs
 from serve.api.bodies import MAX_CHOICES, CompletionBody
 from serve.api.errors import ApiError
 from serve.api.jobs import Event, Job
-from serve.api.sampling import bound_logprobs, sampling_params, seed_of_choice, structure_of
+from serve.api.sampling import (
+    bound_logprobs,
+    sampling_params,
+    seed_of_choice,
+    stop_ids_of,
+    structure_of,
+)
 from serve.api.served import Served
 
 Json = dict[str, Any]
@@ -55,10 +61,11 @@ class TextRequest:
         self.only_prompt = asked == 0
         if self.only_prompt and not body.echo:
             raise ApiError(400, "max_tokens is 0 without echo; expected 1 or more", "max_tokens")
-        structure = structure_of(body)
+        structure, stop_ids = structure_of(body), stop_ids_of(body, served)
         self.jobs: list[Job] = []
         self.choices: list[TextChoice] = []
         prompt_logprobs = body.logprobs if body.echo else None
+        skips = bool(body.skip_special_tokens)
         for prompt in prompts:
             ids = tuple(served.encoding.ordinary(prompt) if isinstance(prompt, str) else prompt)
             if not ids:
@@ -68,7 +75,9 @@ class TextRequest:
             sampling = sampling_params(body, served, new_tokens, body.logprobs, prompt_logprobs)
             for i in range(n):
                 own = replace(sampling, seed=seed_of_choice(sampling.seed, i))
-                self.jobs.append(Job(ids, own, tuple(body.stops), adapter, structure))
+                self.jobs.append(
+                    Job(ids, own, tuple(body.stops), stop_ids, skips, adapter, structure)
+                )
                 self.choices.append(TextChoice(len(self.choices), ids, text))
         bound_logprobs(self.jobs)
 

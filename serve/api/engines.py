@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -33,6 +34,7 @@ from serve.api.jobs import (
 from serve.api.worker import EngineSettings
 
 _REAPED_SECONDS = 1.0
+SILENT_SECONDS = 300.0  # of an engine with work: beyond them it hangs, as a stuck kernel does
 _RESTART_SECONDS, _MOST_RESTART_SECONDS = 0.5, 30.0
 
 _GONE = JobError(ENGINE_GONE, "the engine that worked on this request has ended; send it again")
@@ -48,6 +50,7 @@ class EngineJob:
         self.job, self.engine = job, engine
         self._key, self._sink = key, sink
         self._is_over = False
+        self.left = job.tokens  # that it may still take
 
     def put(self, event: Event) -> None:
         self._is_over = self._is_over or event.is_last
@@ -71,6 +74,7 @@ class EngineProcess:
         self._settings = settings
         self._works: dict[int, EngineJob] = {}
         self._tokens = 0
+        self._heard = time.monotonic()
         self._next_key = 0
         self._failures = 0
         self._has_begun = False  # was ready once
@@ -107,6 +111,8 @@ class EngineProcess:
     def submit(self, job: Job, sink: Callable[[Event], None]) -> EngineJob:
         """Give the engine a job; the first event says whether it takes it."""
         self._next_key += 1
+        if not self._works:
+            self._heard = time.monotonic()
         work = EngineJob(self, self._next_key, job, sink)
         self._works[self._next_key] = work
         self._tokens += job.tokens
@@ -119,7 +125,13 @@ class EngineProcess:
             self._outgoing.put(Cancel(key))
 
     def _forget(self, key: int) -> None:
-        self._tokens -= self._works.pop(key).job.tokens
+        self._tokens -= self._works.pop(key).left
+
+    def _count(self, work: EngineJob, event: Event) -> None:
+        """Take what an event has brought off the outstanding tokens."""
+        done = (event.token is not None) + (len(work.job.ids) if event.prompt is not None else 0)
+        work.left -= done
+        self._tokens -= done
 
     def _read(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
         """The thread that reads what the engine says, until it ends."""
@@ -133,12 +145,14 @@ class EngineProcess:
             loop.call_soon_threadsafe(self._ended)
 
     def _take(self, message: Ready | Refused | StepEvents) -> None:
+        self._heard = time.monotonic()
         if isinstance(message, StepEvents):
             self.figures = message.figures
             for event in message.events:
                 work = self._works.get(event.key)
                 if work is None:  # cancelled meanwhile
                     continue
+                self._count(work, event)
                 if event.is_last:
                     self._forget(event.key)
                     self._failures = 0
@@ -172,6 +186,17 @@ class EngineProcess:
         self._process.join(_REAPED_SECONDS)
         return f"engine {self.number} has ended (exit code {self._process.exitcode})"
 
+    def end_if_silent(self, seconds: float) -> None:
+        """Kill the process if it has work and says nothing for so long. It is started anew, as one
+        that dies by itself. Beam search goes on beside the steps, and is not waited for."""
+        is_busy = any(work.job.num_beams == 1 for work in self._works.values())
+        silent = time.monotonic() - self._heard
+        if self.ready is not None and is_busy and silent > seconds:
+            say(f"engine {self.number} has said nothing for {silent:.0f} s; it is ended")
+            assert self._process is not None
+            self._process.kill()
+            self._heard = time.monotonic()
+
     def _restart(self) -> None:
         if not self._is_closed:
             why = "" if self.refused is None else f": {self.refused.message}"
@@ -202,11 +227,20 @@ class EnginePool:
 
     def __init__(self, settings: EngineSettings, number: int) -> None:
         self.engines = [EngineProcess(settings, i) for i in range(number)]
+        self.has_loaded = False  # all of them, once
         self._changed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         for engine in self.engines:
             engine.start(self._changed.set)
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SILENT_SECONDS / 20)
+            for engine in self.engines:
+                engine.end_if_silent(SILENT_SECONDS)
 
     @property
     def ready(self) -> list[EngineProcess]:
@@ -228,6 +262,7 @@ class EnginePool:
             if refused := next((e.refused for e in self.engines if e.refused is not None), None):
                 return refused
             if len(self.ready) == len(self.engines):
+                self.has_loaded = True
                 return None
             await self._changed.wait()
 
@@ -236,5 +271,7 @@ class EnginePool:
         return min(self.ready, key=lambda engine: engine.outstanding_tokens, default=None)
 
     def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for engine in self.engines:
             engine.close()

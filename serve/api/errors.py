@@ -29,6 +29,7 @@ class ApiError(Exception):
     param: str | None = None
     code: str | None = None
     retry_after: int | None = None  # seconds
+    quotes_client: bool = False  # the message has a client's text outside of quotes, too
 
     def __post_init__(self) -> None:
         if len(self.message) > _HELD_CHARACTERS:  # its ends are ours, a client's value between them
@@ -53,7 +54,7 @@ class ApiError(Exception):
     def logged(self) -> str:
         """The error for the log: what is to blame and why, without the client's own text."""
         blamed = " ".join(f"{part}:" for part in (self.code, self.param) if part is not None)
-        text = _QUOTED.sub(r"\1…\1", self.message)
+        text = "refused" if self.quotes_client else _QUOTED.sub(r"\1…\1", self.message)
         return _cut(f"{blamed} {text}".lstrip(), _LOGGED_CHARACTERS)
 
 
@@ -61,7 +62,9 @@ def of_job(error: JobError) -> ApiError:
     """The error of a job, which the request, the model or the engine is to blame for."""
     if error.kind in _OF_THE_REQUEST:
         code = "context_length_exceeded" if error.kind == "PromptTooLong" else None
-        return ApiError(400, error.message, error.param, code)
+        return ApiError(
+            400, error.message, error.param, code, quotes_client=error.kind == "InvalidGrammar"
+        )
     return ApiError(500, error.message, code="engine_gone" if error.kind == ENGINE_GONE else None)
 
 

@@ -19,6 +19,8 @@ class Job:
     ids: tuple[int, ...]
     sampling: SamplingParams
     stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # beside the model's own
+    skip_special_tokens: bool = False
     adapter: str | None = None
     structure: Structure | None = None
     num_beams: int = 1

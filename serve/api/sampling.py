@@ -58,6 +58,17 @@ def sampling_params(
         raise ApiError(400, f"{name} is {error.value}; expected {expected}", name) from None
 
 
+def stop_ids_of(body: SampledBody, served: Served) -> tuple[int, ...]:
+    """The token ids that end an answer beside the model's own. ApiError 400: one that the
+    vocabulary lacks."""
+    size = served.encoding.n_vocab
+    for place, token in enumerate(body.stop_token_ids or ()):
+        if token >= size:
+            came = f"stop_token_ids[{place}] is {token}"
+            raise ApiError(400, f"{came}; expected 0 to {size - 1}", "stop_token_ids")
+    return tuple(dict.fromkeys(body.stop_token_ids or ()))
+
+
 def seed_of_choice(seed: int, choice: int) -> int:
     """The seed of one of several choices; the first has the request's own."""
     return seed if choice == 0 else row_seed(seed, choice)
@@ -95,16 +106,17 @@ def structure_of(body: SampledBody) -> Structure | None:
     if body.response_format is not None:
         asked += _response_format(body.response_format)
     if body.guided_json is not None:
-        asked.append(Structure("json_schema", body.guided_json))
+        asked.append(Structure("json_schema", body.guided_json, "guided_json"))
     if body.guided_regex is not None:
-        asked.append(Structure("regex", body.guided_regex))
+        asked.append(Structure("regex", body.guided_regex, "guided_regex"))
     if body.guided_choice is not None:
-        asked.append(Structure("choice", body.guided_choice))
+        asked.append(Structure("choice", body.guided_choice, "guided_choice"))
     if (forms := body.structured_outputs) is not None:
-        asked += [Structure("json_schema", forms.json_)] if forms.json_ is not None else []
-        asked += [Structure("regex", forms.regex)] if forms.regex is not None else []
-        asked += [Structure("choice", forms.choice)] if forms.choice is not None else []
-        asked += [Structure("json_object", None)] if forms.json_object else []
+        name = "structured_outputs"
+        asked += [Structure("json_schema", forms.json_, name)] if forms.json_ is not None else []
+        asked += [Structure("regex", forms.regex, name)] if forms.regex is not None else []
+        asked += [Structure("choice", forms.choice, name)] if forms.choice is not None else []
+        asked += [Structure("json_object", None, name)] if forms.json_object else []
     if len(asked) > 1:
         came = "more than one form is set for the answer"
         expected = "one of response_format, structured_outputs and guided_json, _regex or _choice"
@@ -126,7 +138,7 @@ def _response_format(given: Mapping[str, Any]) -> list[Structure]:
         return [Structure("json_object", None)]
     schema = given.get("json_schema")
     if kind == "json_schema" and isinstance(schema, dict) and "schema" in schema:
-        return [Structure("json_schema", schema["schema"])]
+        return [Structure("json_schema", schema["schema"], "response_format")]
     came = f"response_format has type {shortened(kind)}"
     expected = "text or json_object, or json_schema with an object json_schema that has a schema"
     raise ApiError(400, f"{came}; expected {expected}", "response_format")

@@ -8,15 +8,16 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
 
 from qwen_ds.decode.engine import DecodingEngine
-from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.decode.exceptions import DecodingError, InvalidGrammar
 from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.request import Request, Update
+from qwen_ds.decode.stop import StopRule
 from qwen_ds.errors import EXIT_FAILURE, EXIT_USER, UserError
 from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import ModelFolder, find_model
@@ -169,16 +170,26 @@ class EngineLoop:
                 Request(
                     job.ids,
                     job.sampling,
-                    self._engine.stop,
+                    self._stop(job),
                     job.adapter,
                     stop_strings=job.stops,
                     grammar=grammar,
+                    skip_special_tokens=job.skip_special_tokens,
                 )
             )
+        except InvalidGrammar as error:  # under the name that the client gave it
+            name = "" if job.structure is None else job.structure.name
+            return job_error(InvalidGrammar(name or error.name, error.reason))
         except DecodingError as error:
             return job_error(error)
         self._key_of[number], self._number_of[key] = key, number
         return None
+
+    def _stop(self, job: Job) -> StopRule:
+        """The model's own stops and the job's, which count with ignore_eos, too."""
+        own = self._engine.stop
+        sequences = tuple((token,) for token in job.stop_ids)
+        return replace(own, sequences=own.sequences + sequences) if sequences else own
 
     def _cancel(self, key: int) -> None:
         if self._beams.cancel(key):

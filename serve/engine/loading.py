@@ -67,7 +67,9 @@ def load_engine(
     model = model.to(choose_dtype(dtype, model.dtype, place)).to(place)
     served = put_adapters(model, fitting, family) if fitting else None
     prepack(model, (AdaptedModule,))
-    vocabulary = Vocabulary(encoding.n_vocab, encoding.decode, encoding.token_bytes)
+    vocabulary = Vocabulary(
+        encoding.n_vocab, encoding.decode, encoding.token_bytes, len(encoding.ranks)
+    )
     return ServingEngine(
         model,
         vocabulary,

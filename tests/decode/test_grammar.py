@@ -52,6 +52,27 @@ def accepts(encoding: Encoding, grammar: Grammar, text: str) -> bool:
     return grammar.may_end
 
 
+def test_a_call_has_a_short_thought_a_known_name_and_arguments_by_its_schema(
+    encoding: Encoding, compiler: GrammarCompiler
+) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    grammar = compiler.call({"look": city, "画图": None}, thought=6)
+    for text, is_right in (
+        ('想想\nAction: look\nAction Input: {"city": "上海"}', True),
+        ('\nAction: look\nAction Input:{"city": "a"}', True),
+        ("想想\nAction: 画图\nAction Input: a cat\non a mat", True),
+        ('1234567\nAction: look\nAction Input: {"city": "a"}', False),
+        ('\nAction: other\nAction Input: {"city": "a"}', False),
+        ("\nAction: look\nAction Input: {}", False),
+        ('\nAction: look\nAction Input: {"city": 1}', False),
+        ('\nAction: look\nAction Input: {"city": "a', False),
+        ("\nAction: 画图\nAction Input: ", False),
+    ):
+        assert accepts(encoding, grammar, text) == is_right, text
+    with pytest.raises(InvalidGrammar):
+        compiler.call({"f": {"type": "nonsense"}}, thought=6)
+
+
 def test_a_turn_ends_exactly_where_the_grammar_may(
     encoding: Encoding, compiler: GrammarCompiler
 ) -> None:

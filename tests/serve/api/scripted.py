@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from qwen_ds.decode.request import PromptFigures
+from qwen_ds.decode.stop import FinishReason
 from qwen_ds.model.tokenizer import load_encoding
 from serve.api.answering import Answering
 from serve.api.app import Front, create_app
@@ -27,18 +28,20 @@ Says = Callable[[Job], Sequence[str] | JobError]
 class ScriptedPool:
     """A pool of one engine, which is ready at once and answers from a script."""
 
-    def __init__(self, says: Says, ends: str = "stop") -> None:
+    def __init__(self, says: Says, ends: FinishReason = "stop") -> None:
         self.says, self.ends = says, ends
         self.jobs_seen: list[Job] = []
         self.cancelled, self.pause_seconds = 0, 0.0
         self.lines: list[dict[str, Any]] = []  # of the log
         self.number, self.room, self.jobs = 0, 100_000, 0
         self.figures, self.ready_card = Figures(), Ready(100_000, 4, 1.0)
-        self.engines = [self]
+        self.engines, self.has_loaded = [self], True
+
+        self.is_ready = True
 
     @property
     def ready(self) -> list[Any]:
-        return [self]
+        return [self] if self.is_ready else []
 
     def least_busy(self) -> Any:
         return self
@@ -57,7 +60,7 @@ class ScriptedPool:
             for i, piece in enumerate(said):
                 is_last = i + 1 == len(said)
                 prompt = PromptFigures(0) if i == 0 else None
-                sink(Event(0, 1, piece, "stop" if is_last else None, prompt=prompt))
+                sink(Event(0, 1, piece, self.ends if is_last else None, prompt=prompt))
                 await asyncio.sleep(self.pause_seconds)
         finally:
             self.jobs -= 1

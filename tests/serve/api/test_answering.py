@@ -33,9 +33,12 @@ def answered(
     log_text: bool,
     headers: dict[str, str] | None = None,
     keys: Sequence[str] = (),
+    jobs: int = 0,
+    is_ready: bool = True,
     **more: Any,
 ) -> tuple[httpx.Response, list[dict[str, Any]]]:
     pool: Any = ScriptedPool(lambda job: ["ant", "wort"])
+    pool.jobs, pool.is_ready = jobs, is_ready
     encoding = load_encoding(vocabulary)
     served = Served(("qwen",), (), encoding, 8192, True)
     metrics = Metrics(pool, served.names)
@@ -71,9 +74,19 @@ def test_pages_of_other_origins_are_let_in_by_name(vocab_path: Path) -> None:
 
 
 def test_more_answers_than_may_wait_are_a_503_with_retry_after(vocab_path: Path) -> None:
-    response, (line,) = answered(vocab_path, False, n=10)
+    response, (line,) = answered(vocab_path, False, jobs=5, n=5)
     assert response.status_code == 503 and response.headers["retry-after"] == "1"
     assert "at most 9" in line["error"]
+
+
+def test_more_answers_than_can_ever_be_are_a_400(vocab_path: Path) -> None:
+    response, _ = answered(vocab_path, False, n=10)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "n"
+
+
+def test_without_an_engine_a_request_is_a_503_whatever_it_would_need(vocab_path: Path) -> None:
+    response, _ = answered(vocab_path, False, is_ready=False, n=10)
+    assert response.status_code == 503 and response.headers["retry-after"] == "5"
 
 
 def sent(

@@ -92,6 +92,17 @@ def test_an_agent_of_langchain_with_a_tool_runs_to_its_end(vocab_path: Path) -> 
 
 
 @pytest.mark.job
+def test_langchain_gets_answers_and_streams_of_a_real_engine(server: Running) -> None:
+    model = ChatOpenAI(
+        model="small", base_url=f"{server.url}/v1", api_key="none", temperature=0,
+        max_completion_tokens=12,
+    )  # fmt: skip
+    model.model_name = server.client.get("/v1/models").json()["data"][0]["id"]
+    whole = model.invoke("你好").content
+    assert whole and "".join(str(chunk.content) for chunk in model.stream("你好")) == whole
+
+
+@pytest.mark.job
 def test_the_document_describes_every_route(server: Running) -> None:
     document = server.client.get("/openapi.json").json()
     chat = document["paths"]["/v1/chat/completions"]["post"]

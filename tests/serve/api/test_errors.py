@@ -50,6 +50,13 @@ def test_an_engine_that_refuses_a_request_blames_it(kind: str) -> None:
     assert (error.code == "context_length_exceeded") == is_long
 
 
+def test_the_log_has_nothing_of_a_schema_that_is_refused() -> None:
+    """Its reasons quote the client's text as they like."""
+    error = of_job(JobError("InvalidGrammar", "guided_json is refused: 秘密", "guided_json"))
+    assert "秘密" in error.body()["error"]["message"]
+    assert "秘密" not in error.logged() and error.logged().startswith("guided_json:")
+
+
 @pytest.mark.parametrize("kind", ["LogitsNotFinite", "RowOutOfMemory", "ValueError", ENGINE_GONE])
 def test_no_other_failure_is_the_requests_fault(kind: str) -> None:
     error = of_job(JobError(kind, "why"))

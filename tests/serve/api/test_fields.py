@@ -81,10 +81,10 @@ def test_a_wrong_prompt_is_told_by_its_place(vocab_path: Path, prompt: Any, plac
 @pytest.mark.parametrize(
     "field",
     [
-        {"max_tokens": 0}, {"max_completion_tokens": 0}, {"stop_token_ids": [1]},
+        {"max_tokens": 0}, {"max_completion_tokens": 0}, {"stop_token_ids": [151936]},
         {"structured_outputs": {"grammar": "root ::= 'a'"}},
         {"structured_outputs": {"structural_tag": "{}"}}, {"guided_whitespace_pattern": " "},
-        {"skip_special_tokens": True}, {"return_token_ids": True},
+        {"logits_processors": ["x"]}, {"return_token_ids": True}, {"regex": "a"},
         {"continue_final_message": True}, {"add_generation_prompt": False},
         {"tool_choice": "required"}, {"tool_choice": {"type": "function"}},
         {"tool_choice": "none", "functions": [FUNCTION]},

@@ -69,6 +69,29 @@ def test_answers_are_the_engines_whole_and_streamed_together_and_alone(
     assert streams == expected * 4
 
 
+def test_token_ids_end_an_answer_and_control_tokens_may_be_left_out(server: Running) -> None:
+    def told(**more: Any) -> dict[str, Any]:
+        body = {"prompt": [1, 2, 3], "temperature": 0, "max_tokens": 8, **more}
+        return post(server, body, "/v1/completions")["choices"][0]
+
+    plain = told(logprobs=0)
+    pieces = plain["logprobs"]["tokens"]
+    assert plain["finish_reason"] == "length" and len(pieces) == 8
+    third = post(server, {"prompt": pieces[2]}, "/tokenize")["tokens"]
+    assert len(third) == 1
+    # With ignore_eos, too, which is about the model's own ends.
+    cut = told(stop_token_ids=third, ignore_eos=True)
+    before = pieces.index(pieces[2])
+    assert cut["finish_reason"] == "stop" and cut["text"] == "".join(pieces[:before])
+    # A control token that the logits are forced to.
+    ids = post(server, {"messages": [{"role": "user", "content": "q"}]}, "/tokenize")["tokens"]
+    extra = ids[0] + 3  # <|im_start|> is ids[0]; behind <|im_end|> come the <|extra_N|>
+    forced = {"logit_bias": {str(extra): 100}, "max_tokens": 2}
+    name = told(**forced)["text"]
+    assert name.startswith("<|extra_") and told(**forced, skip_special_tokens=False)["text"] == name
+    assert told(**forced, skip_special_tokens=True)["text"] == ""
+
+
 def test_usage_comes_with_the_answer_and_in_a_last_chunk(server: Running) -> None:
     body = chat("usage" * 40)
     first, again = post(server, body)["usage"], post(server, body)["usage"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from qwen_ds.decode.stop import FinishReason
 from qwen_ds.model.react import STOP, react_prompt
 from serve.api.chat import with_calls_in_turn
 from serve.api.jobs import Job
@@ -26,9 +26,14 @@ Json = dict[str, Any]
 
 
 def ask(
-    vocabulary: Path, says: Says, body: Json, path: str = "/v1/chat/completions"
+    vocabulary: Path,
+    says: Says,
+    body: Json,
+    path: str = "/v1/chat/completions",
+    ends: FinishReason = "stop",
 ) -> tuple[httpx.Response, ScriptedPool]:
     app, pool = scripted_app(vocabulary, says)
+    pool.ends = ends
 
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
@@ -133,11 +138,12 @@ def test_a_choice_of_tools_is_honoured(vocab_path: Path) -> None:
     assert job_of("none").stops == () and len(job_of("none").ids) < len(job_of("auto").ids)
     assert job_of("auto").structure is None
     for choice, names in (
-        ("required", "(f|g)"),
-        ({"type": "function", "function": {"name": "g"}}, "(g)"),
+        ("required", ["f", "g"]),
+        ({"type": "function", "function": {"name": "g"}}, ["g"]),
     ):
         structure = job_of(choice).structure
-        assert structure is not None and structure.kind == "regex" and names in structure.value
+        assert structure is not None and structure.kind == "call"
+        assert list(structure.value["functions"]) == names
     wrong, _ = ask(
         vocab_path,
         lambda job: ["ok"],
@@ -194,11 +200,17 @@ def test_a_call_that_must_be_made_needs_a_name(vocab_path: Path, choice: Any) ->
     assert response.status_code == 200
 
 
-def test_the_thought_before_a_call_that_must_be_made_is_bounded(vocab_path: Path) -> None:
-    body: Json = {"messages": [{"role": "user", "content": "q"}], "tool_choice": "required"}
-    body |= {"tools": [{"type": "function", "function": FUNCTION}]}
-    _, pool = ask(vocab_path, lambda job: ["ok"], body)
-    structure, call = pool.jobs_seen[0].structure, "\nAction: f\nAction Input: {}\n"
-    assert structure is not None
-    assert re.fullmatch(structure.value, "x" * 1000 + call)
-    assert not re.fullmatch(structure.value, "x" * 1001 + call)
+@pytest.mark.parametrize("field", ["tools", "functions"])
+def test_a_call_that_is_cut_says_so(vocab_path: Path, field: str) -> None:
+    """Its arguments are not whole, and a finish_reason of tool_calls would say they are."""
+    given = [FUNCTION] if field == "functions" else [{"type": "function", "function": FUNCTION}]
+    body: Json = {"messages": [{"role": "user", "content": "q"}], field: given}
+    cases: tuple[tuple[FinishReason, str | None], ...] = (("length", "length"), ("stop", None))
+    for ends, expected in cases:
+        whole, _ = ask(vocab_path, lambda job: CALL[:-1], body, ends=ends)
+        stream, _ = ask(vocab_path, lambda job: CALL[:-1], body | {"stream": True}, ends=ends)
+        chunks = [one["choices"][0] for one in events(iter(stream.text.splitlines()))]
+        reasons = whole.json()["choices"][0]["finish_reason"], chunks[-1]["finish_reason"]
+        called = "tool_calls" if field == "tools" else "function_call"
+        assert reasons == (expected or called,) * 2
+        assert whole.json()["choices"][0]["message"][called]
