@@ -45,6 +45,7 @@ OWNERS = {
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",
     "prometheus_client": "serve/api/",
+    "sacrebleu": "serve/scores/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
@@ -112,6 +113,7 @@ COVERED_BY = {
     "serve/talk/lines.py": "tests/serve/test_chat.py",
     "serve/talk/options.py": "tests/serve/test_chat.py",
     "serve/files/sources.py": "tests/serve/files/test_prediction.py",
+    "serve/scores/rows.py": "tests/serve/scores/test_profiles.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",
