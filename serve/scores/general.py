@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
-import xxhash
 
 from serve.scores.measured import Figures, Measured, divided, means, signature
 from serve.scores.rouge import ngrams
 from serve.scores.rows import ScoredRow
 from serve.scores.segmentation import Words
-
-
-class TrainingTexts:
-    """The answers of the training rows, stripped, as 16 bytes each."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._digests = {_digest(text) for text in texts}
-
-    def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and _digest(text) in self._digests
-
-
-def _digest(text: str) -> bytes:
-    return xxhash.xxh3_128_digest(text.strip().encode("utf-8", "surrogatepass"))
 
 
 def general(
@@ -130,7 +115,7 @@ def _verbatim_share(rows: Sequence[ScoredRow], training: Container[str]) -> Meas
     told = signature(
         share="answers that are the answer of a training row", case="mixed", space="stripped"
     )
-    return means("", told, ("verbatim_share",), found, higher_is_better=None)
+    return means("", told, ("verbatim_share",), found, higher_is_better=False)
 
 
 def _perplexity(rows: Sequence[ScoredRow]) -> Measured | None:
@@ -141,7 +126,7 @@ def _perplexity(rows: Sequence[ScoredRow]) -> Measured | None:
         for row in rows
     ]
     told = signature(
-        exp="nats of the references by their target tokens",
+        exp="nats by target tokens of the first reference of each row",
         of=f"{sum(pair is not None for pair in known)} of {len(rows)} rows",
     )
     if not any(known):

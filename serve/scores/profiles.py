@@ -27,7 +27,7 @@ _ALL = "all, by nltk's rule for BLEU"
 def measure(rows: Sequence[ScoredRow], training: Container[str] | None = None) -> list[Measured]:
     """Scores of the rows, at least one, under all profiles, and the general measures.
 
-    `training` holds the stripped answers of the training rows, as TrainingTexts does.
+    `training` tells of a stripped answer whether a training row has it.
     """
     assert rows, "no rows to score"
     words = Words()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rouge_score import rouge_scorer, scoring
 from rouge_score.tokenizers import Tokenizer
 
-from serve.scores.subsequence import common_length, common_subsequence
+from serve.scores.subsequence import Places, common_length, common_subsequence
 
 
 class Prf(NamedTuple):
@@ -87,9 +87,12 @@ def rouge_1_0_1(prediction: str, reference: str) -> Rouge | None:
         return None
     pred_words = [w for s in pred_sentences for w in s]
     ref_words = [w for s in ref_sentences for w in s]
-    union = {
-        w for ref in ref_sentences for pred in pred_sentences for w in common_subsequence(ref, pred)
-    }
+    union: set[str] = set()
+    for pred in pred_sentences:
+        places = Places(pred)
+        for ref in ref_sentences:
+            if places.share(ref):
+                union.update(common_subsequence(ref, pred, places))
     return Rouge(
         _of_sets(pred_words, ref_words, 1),
         _of_sets(pred_words, ref_words, 2),

@@ -3,17 +3,21 @@ words takes milliseconds, where the packages' own tables take seconds or overflo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isqrt
 
 
-def common_subsequence(reference: Sequence[str], prediction: Sequence[str]) -> list[str]:
+def common_subsequence(
+    reference: Sequence[str], prediction: Sequence[str], places: Places | None = None
+) -> list[str]:
     """One longest common subsequence of two word lists, last words first.
+
+    `places` are those of the prediction, where it is compared with several references.
 
     It matters which of several equally long ones is found, since ROUGE-L counts the set of its
     words: on a tie the walk back from the end skips the prediction's word.
     """
-    matches = _Matches(prediction)
+    matches = places or Places(prediction)
     # Of the table every step-th row is kept; those between are made again on the way back.
     step = isqrt(len(reference)) + 1
     kept = [_all_ones(len(prediction))]
@@ -44,7 +48,7 @@ def common_length(reference: Sequence[str], prediction: Sequence[str]) -> int:
     width = len(prediction)
     if not reference or not width:
         return 0
-    matches, row = _Matches(prediction), _all_ones(width)
+    matches, row = Places(prediction), _all_ones(width)
     for word in reference:
         row = _next_row(row, matches.of(word), width)
     return width - row.bit_count()
@@ -54,22 +58,34 @@ def _all_ones(width: int) -> int:
     return (1 << width) - 1
 
 
-class _Matches:
-    """The places of each word in a list, as bits. Those of rare words are made when asked for:
-    kept, they would take the square of the list's length."""
+# Up to so many words the bits of all are kept: half a megabyte.
+_SHORT = 2048
+
+
+class Places:
+    """The places of each word in a list, as bits. In a long list those of rare words are made when
+    asked for: kept, they would take the square of the list's length."""
 
     def __init__(self, words_M: Sequence[str]) -> None:
         self._bytes = len(words_M) // 8 + 1
         self._places: dict[str, list[int]] = {}
         for at, word in enumerate(words_M):
             self._places.setdefault(word, []).append(at)
-        self._frequent = {
-            word: self._bits(places) for word, places in self._places.items() if len(places) > 64
+        seldom = 0 if len(words_M) <= _SHORT else 64
+        self._kept = {
+            word: self._bits(places)
+            for word, places in self._places.items()
+            if len(places) > seldom
         }
 
     def of(self, word: str) -> int:
-        frequent = self._frequent.get(word)
-        return self._bits(self._places.get(word, ())) if frequent is None else frequent
+        """A bit for each place of a word: bit k for place k."""
+        kept = self._kept.get(word)
+        return self._bits(self._places.get(word, ())) if kept is None else kept
+
+    def share(self, words: Iterable[str]) -> bool:
+        """Whether any of the words is in the list."""
+        return not self._places.keys().isdisjoint(words)
 
     def _bits(self, places: Sequence[int]) -> int:
         if len(places) <= 2:
@@ -89,7 +105,7 @@ def _next_row(row: int, matches: int, width: int) -> int:
     return ((row + (row & matches)) | (row & ~matches)) & _all_ones(width)
 
 
-def _steps(row: int, words_N: Sequence[str], matches: _Matches, width: int) -> list[int]:
+def _steps(row: int, words_N: Sequence[str], matches: Places, width: int) -> list[int]:
     rows = []
     for word in words_N:
         row = _next_row(row, matches.of(word), width)
