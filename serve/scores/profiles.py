@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 
 from serve.scores.bleu import bleu_4, sacrebleu_zh
-from serve.scores.general import general
 from serve.scores.measured import Measured, means, signature, versions
+from serve.scores.rates import general_measures
 from serve.scores.rouge import (
     NAMES,
     RougeScore,
@@ -37,7 +37,7 @@ def measure(rows: Sequence[ScoredRow], training: Container[str] | None = None) -
         chatglm3(rows, words),
         rouge_score(rows, words),
         sacrebleu_zh(rows),
-        *general(rows, words, training),
+        *general_measures(rows, words, training),
     ]
 
 

@@ -150,7 +150,7 @@ def test_english_text_gets_the_tokens_of_rouge_score() -> None:
 
 def test_of_several_references_each_measure_takes_its_best() -> None:
     def prf(f: float) -> Prf:
-        return Prf(f / 2, f / 3, f)
+        return Prf(1 - f, f / 3, f)
 
     first, second = Rouge(prf(0.5), prf(0.1), prf(0.3)), Rouge(prf(0.2), prf(0.4), prf(0.3))
     assert best([first, None, second]) == Rouge(prf(0.5), prf(0.4), prf(0.3))

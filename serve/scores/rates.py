@@ -13,7 +13,7 @@ from serve.scores.rows import ScoredRow
 from serve.scores.segmentation import Words
 
 
-def general(
+def general_measures(
     rows: Sequence[ScoredRow], words: Words, training: Container[str] | None
 ) -> list[Measured]:
     """All general measures that these rows allow."""

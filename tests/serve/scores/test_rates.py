@@ -8,14 +8,14 @@ from collections.abc import Container
 import numpy as np
 import pytest
 
-from serve.scores.general import general
 from serve.scores.measured import Measured
+from serve.scores.rates import general_measures
 from serve.scores.rows import ScoredRow
 from serve.scores.segmentation import Words
 
 
 def measured(rows: list[ScoredRow], training: Container[str] | None = None) -> dict[str, Measured]:
-    return {one.names[0]: one for one in general(rows, Words(), training)}
+    return {one.names[0]: one for one in general_measures(rows, Words(), training)}
 
 
 def test_the_stop_rate_is_of_the_rows_whose_end_is_known() -> None:
