@@ -42,10 +42,10 @@ OWNERS = {
     "llguidance": "qwen_ds/decode/grammar.py",
     "tokenizers": "qwen_ds/export/qwen2/",
     "httpx": "serve/endpoint/",
+    "sacrebleu": "serve/scores/",
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",
     "prometheus_client": "serve/api/",
-    "sacrebleu": "serve/scores/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
