@@ -90,7 +90,10 @@ def test_rouge_chinese_is_that_of_the_package() -> None:
     [
         "好。 \n 看？” x",
         "a.......b c",
-        "x …… y…… z",
+        "a......b c",
+        "x……y z",
+        "a?b c。a",
+        "a?”b c",
         "。”a",
         "？？ ” 。x",
         " \n。 \n \n a",
