@@ -12,5 +12,5 @@ def test_the_table_and_the_json_hold_every_measure() -> None:
     assert len({len(line) for line in text.splitlines() if "bleu" not in line}) == 1
     assert list(scores["seed"].as_dict()) == ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
     assert list(scores["rouge-score"].as_dict()) == [
-        f"rouge-{kind}{tokens}" for tokens in ("", "-chars") for kind in "12l"
+        f"rouge-{kind}{tokens}" for tokens in ("", "-char") for kind in "12l"
     ]
