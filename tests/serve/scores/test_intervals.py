@@ -15,6 +15,8 @@ from serve.scores.measured import Figures, Measured, divided, means
 from serve.scores.rows import ScoredRow
 from tests.serve.scores.pairs import text_pairs
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 
 def of_values(values_NM: Figures) -> Measured:
     names = [f"m{k}" for k in range(values_NM.shape[1])]
