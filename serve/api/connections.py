@@ -22,13 +22,15 @@ _REST_SECONDS = 1.0  # of a connection that makes room for another one, at least
 
 @dataclass(slots=True)
 class Clients:
-    """The limits of all connections of one server, and those that wait for a request."""
+    """The limits of all connections of one server, those that wait for a request, and those that
+    were refused and have not gone yet."""
 
     patience: float = 60.0  # seconds
     most: int = 10_000
     log: Callable[[dict[str, Any]], None] = lambda line: None
     # Since when (seconds of the loop), the longest first.
     resting: dict[Connection, float] = field(default_factory=dict)
+    leaving: dict[Connection, None] = field(default_factory=dict)
 
     def longest_resting(self, now: float) -> Connection | None:
         """The connection that makes room for another one; None where all have something to do."""
@@ -70,6 +72,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.clients.resting.pop(self, None)
+        self.clients.leaving.pop(self, None)
         self._stop_waiting()
         self._stop_stalled()
         super().connection_lost(exc)
@@ -152,6 +155,12 @@ class Connection(H11Protocol):
         # Closed with bytes unread, it would be reset, and the answer lost with it.
         self._is_refused = True
         self._watch()
+        leaving = self.clients.leaving
+        if len(leaving) > self.clients.most // 4:
+            oldest = next(iter(leaving))
+            del leaving[oldest]
+            oldest.transport.abort()
+        leaving[self] = None
         self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
     def _answer(self, error: ApiError, passing: Passing) -> None:

@@ -64,8 +64,8 @@ class _Accepted(socket.socket):
 class Port(socket.socket):
     """The socket at which the server listens; it never lets clients use up all open files.
 
-    Clients over `most_clients` are refused in words (connections.py), and that takes a while, as a
-    TLS handshake does. Half as many of those may be there; more are closed at once.
+    Clients over `most_clients` are refused in words (connections.py), and that takes a while; so
+    do TLS handshakes. There is room for half as many of both; more are closed at once.
     """
 
     def __init__(self, family: int, most: int) -> None:
