@@ -116,17 +116,16 @@ def test_a_dead_engine_ends_its_requests_alone_and_a_signal_lets_answers_end(
         assert long.result().json()["error"]["code"] == "engine_gone"
 
 
-def test_a_second_signal_ends_at_once_while_an_answer_is_under_way(small_dir: Path) -> None:
-    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)):
-        words = ["--model", str(small_dir), "--memory_gb", "0.1", "--drain_seconds", "600"]
-        with running(*words) as server, server.connected(chat(8000) | {"stream": True}, CHAT) as s:
-            assert s.recv(100).startswith(b"HTTP/1.1 200")
-            engines = server.engines()
-            server.process.send_signal(first)
-            until(lambda: refuses(server))
-            assert server.process.poll() is None
-            assert server.end(second) == 128 + second
-            until(lambda: not any(Path(f"/proc/{engine}").exists() for engine in engines))  # noqa: B023
+def test_a_second_signal_ends_at_once_while_an_answer_is_under_way(full_dir: Path) -> None:
+    words = ["--model", str(full_dir), "--drain_seconds", "600"]
+    with running(*words) as server, server.connected(chat(8000) | {"stream": True}, CHAT) as stream:
+        assert stream.recv(100).startswith(b"HTTP/1.1 200")
+        engines = server.engines()
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: refuses(server))
+        assert server.process.poll() is None
+        assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+        until(lambda: not any(Path(f"/proc/{engine}").exists() for engine in engines))
 
 
 def refuses(server: Running) -> bool:
