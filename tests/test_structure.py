@@ -128,7 +128,6 @@ COVERED_BY = {
     "serve/api/chat.py": "tests/serve/api/test_tool_calls.py",
     "serve/api/completions.py": "tests/serve/api/test_server.py",
     "serve/api/engines.py": "tests/serve/api/test_server.py",
-    "serve/api/listening.py": "tests/serve/api/test_limits.py",
     "serve/api/jobs.py": "tests/serve/api/test_server.py",
     "serve/api/options.py": "tests/serve/api/test_start.py",
     "serve/api/original.py": "tests/serve/api/test_server.py",

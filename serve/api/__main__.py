@@ -9,14 +9,22 @@ under way end. The log on standard output has one JSON line a request.
 
 from __future__ import annotations
 
+import os
+import sys
+
 from qwen_ds.recipe.parser import parse_options
 from qwen_ds.runlog import run_command
 from serve.api.options import ApiOptions
 from serve.api.server import serve
 
 
-def main() -> int:
-    return serve(parse_options(ApiOptions, __doc__.split("\n\n")[0]))
+def main() -> None:
+    code = serve(parse_options(ApiOptions, __doc__.split("\n\n")[0]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The engines have ended and the log is written. Python would take seconds to give back all that
+    # libraries hold, which the system does at once.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The gate that every HTTP request passes: keys, origins, size and pace of the body, and the log.
+"""The gate that every HTTP request passes: its id, keys, origins, the body, and the log.
 
 It is plain ASGI, so that it also sees the end of a stream and the client that leaves.
 """
@@ -13,6 +13,7 @@ import json
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,11 @@ from serve.api.origins import require_own_page
 MOST_REQUESTS = 4096  # under way
 OPEN_PATHS = ("/", "/health")  # without a key: the page asks for one by itself
 _OPEN_BODY_BYTES = 1024
+# Of bodies that are still coming: so many whole ones, and never less than so many bytes.
+_WHOLE_BODIES, _LEAST_BODIES_BYTES = 32, 256 * 10**6
 _LOG_LINES = 10_000  # that may wait for a slow reader
+_REQUEST_ID = b"x-request-id"
+_ID_CHARACTERS = 128
 
 
 @dataclass(slots=True)
@@ -40,6 +45,17 @@ class Passing:
     model: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def passing_of(scope: Scope) -> Passing:
+    """The request's own, made at the first call; a client may have sent the id."""
+    if "passing" not in scope:
+        given = dict(scope["headers"]).get(_REQUEST_ID, b"").decode("latin-1")
+        fits = 0 < len(given) <= _ID_CHARACTERS and given.isascii() and given.isprintable()
+        scope["passing"] = Passing(request_id=given) if fits else Passing()
+    found: Passing = scope["passing"]
+    return found
 
 
 class Gate:
@@ -67,22 +83,26 @@ class Gate:
         self._app, self._keys = app, [key.encode() for key in keys]
         self._max_bytes, self._seconds, self._log = max_body_bytes, body_seconds, log
         self._origins, self._host, self._under_way = cors_origins, host, 0
+        self._held_bytes = 0  # of bodies that the app does not have yet
+        self._most_held_bytes = max(_WHOLE_BODIES * max_body_bytes, _LEAST_BODIES_BYTES)
         self._checked: ASGIApp = self._check
         if cors_origins:
             self._checked = CORSMiddleware(
                 self._check, cors_origins, allow_methods=["*"], allow_headers=["*"],
-                expose_headers=["retry-after", "x-should-retry"],
+                expose_headers=["retry-after", "x-should-retry", "x-request-id"],
             )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passing = scope["passing"] = Passing()
+        passing = passing_of(scope)
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 passing.status = message["status"]
+                own = (_REQUEST_ID, passing.request_id.encode())
+                message = {**message, "headers": [*message.get("headers", ()), own]}
             await send(message)
 
         self._under_way += 1
@@ -90,7 +110,7 @@ class Gate:
             await self._checked(scope, receive, sending)
         finally:
             self._under_way -= 1
-            self._log(_line(scope, passing, time.monotonic() - passing.began))
+            self._log(line_of(scope, passing))
 
     async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through to the app, with its body."""
@@ -110,8 +130,9 @@ class Gate:
             if not passing.status:
                 await _send_error(send, error)
         except _Gone:
-            passing.status = 499
-            passing.error = "the client left before its request was there"
+            if not passing.status:  # else what came was no HTTP, and was answered so
+                passing.status = 499
+                passing.error = "the client left before its request was there"
 
     def _require_key(self, scope: Scope) -> None:
         if _is_open(scope):
@@ -135,29 +156,37 @@ class Gate:
             )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. ApiError: it is too large (413) or comes too slowly (408)."""
+        """The whole body. ApiError: it is too large (413), comes too slowly (408), or there is no
+        room for it beside the others (503)."""
         most = _OPEN_BODY_BYTES if _is_open(scope) else self._max_bytes
         too_large = ApiError(413, f"the body is too large; expected at most {most:,} bytes")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             raise too_large
         parts: list[bytes] = []
+        size, more = 0, True
         try:
             async with asyncio.timeout(self._seconds):
-                size, more = 0, True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _Gone
-                    parts.append(message.get("body", b""))
-                    size, more = size + len(parts[-1]), message.get("more_body", False)
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    parts.append(part)
+                    size += len(part)
+                    self._held_bytes += len(part)
                     if size > most:
                         raise too_large
+                    if self._held_bytes > self._most_held_bytes:
+                        came = f"bodies of {self._most_held_bytes:,} bytes are under way"
+                        raise ApiError(503, f"{came}; send it again", retry_after=1)
+            return b"".join(parts)
         except TimeoutError:
             raise ApiError(
                 408, f"the body is incomplete; expected all of it within {self._seconds:g} s"
             ) from None
-        return b"".join(parts)
+        finally:
+            self._held_bytes -= size
 
 
 def _is_open(scope: Scope) -> bool:
@@ -200,15 +229,17 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _line(scope: Scope, passing: Passing, seconds: float) -> dict[str, Any]:
+def line_of(scope: Scope, passing: Passing) -> dict[str, Any]:
+    """The line of the log for a request that is over; what never was one has no method."""
     client = scope.get("client") or ("", 0)
     line: dict[str, Any] = {
         "time": _now(),
+        "request_id": passing.request_id,
         "client": client[0],
-        "method": scope["method"],
-        "path": scope["path"],
+        "method": scope.get("method"),
+        "path": scope.get("path"),
         "status": passing.status,
-        "seconds": round(seconds, 4),
+        "seconds": round(time.monotonic() - passing.began, 4),
     }
     if passing.model is not None:
         line["model"] = passing.model

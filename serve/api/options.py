@@ -9,6 +9,9 @@ from qwen_ds.recipe.ranges import NonNegativeInt, PathText, PositiveFloat, Posit
 from serve.options import LoadOptions
 
 MAX_PORT = 65535
+_OF_A_CERTIFICATE = (
+    "ssl_keyfile", "ssl_keyfile_password", "ssl_keyfile_password_file", "ssl_ca_certs"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class ApiOptions(LoadOptions):
     api_key: list[str] = field(default_factory=list)
     """Keys of clients; a process list shows them, so better api_key_file."""
     api_key_file: PathText | None = None
-    """File with a key of a client on each line."""
+    """File with a key of a client on each line; / and /health need none."""
     max_body_mb: PositiveFloat = 8.0
     """Largest body of a request, in MB (10^6 bytes)."""
     body_seconds: PositiveFloat = 60.0
@@ -53,13 +56,24 @@ class ApiOptions(LoadOptions):
     ssl_certfile: PathText | None = None
     """Certificate for https, as PEM."""
     ssl_keyfile: PathText | None = None
-    """Key of the certificate."""
+    """Key of the certificate; unset: it is in the certificate's file."""
+    ssl_keyfile_password: str | None = None
+    """Password of the key; a process list shows it, so better ssl_keyfile_password_file."""
+    ssl_keyfile_password_file: PathText | None = None
+    """File whose first line is the password of the key."""
+    ssl_ca_certs: PathText | None = None
+    """Certificates of authorities, as PEM: clients must show a certificate of one of them."""
 
     def __post_init__(self) -> None:
         if self.port > MAX_PORT:
             raise UserError(f"--port is {self.port}; expected 0 to {MAX_PORT}")
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise UserError("--ssl_keyfile is given without --ssl_certfile; expected both")
+        if self.ssl_certfile is None:
+            for name in _OF_A_CERTIFICATE:
+                if self.__dict__[name] is not None:
+                    raise UserError(f"--{name} is given without --ssl_certfile; expected both")
+        if self.ssl_keyfile_password is not None and self.ssl_keyfile_password_file is not None:
+            came = "--ssl_keyfile_password and --ssl_keyfile_password_file"
+            raise UserError(f"{came} are given; expected one of them")
         names = self.served_model_name
         if len(set(names)) < len(names) or not all(names):
             raise UserError(f"--served_model_name is {names}; expected different names")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 from pathlib import Path
 
 import torch
 
 from qwen_ds import dist
-from qwen_ds.disk.read import read_text
 from qwen_ds.errors import EXIT_USER, Failed, UserError
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.runlog import say
@@ -19,15 +17,22 @@ from serve.api.answering import Answering
 from serve.api.app import Front, create_app
 from serve.api.engines import EnginePool
 from serve.api.gate import Gate, Log
-from serve.api.listening import LAST_WORDS_SECONDS, Server, configured, listening, url_of
+from serve.api.keys import read_keys
+from serve.api.listening import (
+    LAST_WORDS_SECONDS,
+    Port,
+    Server,
+    configured,
+    listening,
+    on_signals,
+    url_of,
+)
 from serve.api.metrics import Metrics
 from serve.api.options import ApiOptions
 from serve.api.served import Served, knows_turns
 from serve.api.worker import EngineSettings, memory_each
 from serve.engine.adapters import DEFAULT
 from serve.engine.loading import find_adapters
-
-_KEY_FILE_BYTES = 1 << 20
 
 
 def serve(options: ApiOptions) -> int:
@@ -44,26 +49,6 @@ def serve(options: ApiOptions) -> int:
         served = _served(options, folder, tuple(adapters))
         settings = _settings(options, folder, adapters)
         return asyncio.run(_serve(options, served, settings, keys, port))
-
-
-def read_keys(options: ApiOptions) -> list[str]:
-    """The keys of clients. UserError: a file that holds none, or lines that are no keys."""
-    keys = list(options.api_key)
-    if options.api_key_file is not None:
-        file = Path(options.api_key_file)
-        lines = [line.strip() for line in read_text(file, _KEY_FILE_BYTES).splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise UserError(f"{file}: holds no key; expected one on each line")
-        if file.stat().st_mode & 0o077:
-            say(f"{file}: other users can read the keys; chmod 600 would keep them out")
-        keys += found
-    for key in keys:
-        if not key.isascii() or not key.isprintable() or " " in key or not key:
-            raise UserError("a key has blanks or other than ASCII characters; expected none")
-    if not keys and options.host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"--host {options.host} without --api_key_file: whoever reaches it can use it")
-    return keys
 
 
 def _served(options: ApiOptions, folder: ModelFolder, adapters: tuple[str, ...]) -> Served:
@@ -101,7 +86,7 @@ async def _serve(
     served: Served,
     engines: tuple[EngineSettings, int],
     keys: list[str],
-    port: socket.socket,
+    port: Port,
 ) -> int:
     pool = EnginePool(*engines)
     metrics = Metrics(pool, (*served.names, *served.adapters))
@@ -112,8 +97,9 @@ async def _serve(
     most_bytes, seconds = int(options.max_body_mb * 1e6), options.body_seconds
     log = Log()
     gate = Gate(app, keys, most_bytes, seconds, log.put, options.cors_origins, options.host)
-    server = Server(configured(options, gate))
+    server = Server(configured(options, gate, port.most_clients, log.put))
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(port.take_error)
 
     def end() -> None:
         if not answering.is_draining:
@@ -122,8 +108,7 @@ async def _serve(
             loop.call_later(options.drain_seconds, pool.close)
         server.should_exit = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    on_signals(end, log)
     pool.start()
     try:
         serving = asyncio.ensure_future(server.serve(sockets=[port]))

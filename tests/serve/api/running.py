@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ START_SECONDS = 120
 class Running:
     """A server, what it prints, and a client for it."""
 
-    def __init__(self, words: list[str], threads: int) -> None:
+    def __init__(self, words: list[str], threads: int, before: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.api", "--port", "0", *words],
+            [*before, sys.executable, "-m", "serve.api", "--port", "0", *words],
             cwd=Path(__file__).parents[3],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
@@ -92,9 +92,10 @@ class Running:
 
 
 @contextmanager
-def running(*words: str, threads: int = 1) -> Iterator[Running]:
-    """A server that runs inside the block; each engine has so many threads at most."""
-    server = Running(list(words), threads)
+def running(*words: str, threads: int = 1, before: Sequence[str] = ()) -> Iterator[Running]:
+    """A server that runs inside the block; each engine has so many threads at most. `before` are
+    words of another command that starts it."""
+    server = Running(list(words), threads, before)
     try:
         yield server
     finally:

@@ -149,14 +149,85 @@ def test_what_is_no_request_gets_an_error_in_openais_form(vocab_path: Path) -> N
         (head + b"Transfer-Encoding: chunked\r\n\r\nnix\r\n", 400),
         (head + b"x: " + b"a" * 2 * HEADER_BYTES, 431),
     ]
-    with scripted_server(vocab_path, lambda job: ["yes"], patient(PATIENCE)) as (url, _):
-        for raw, status in cases:
+    lines: list[dict[str, Any]] = []
+    kind = patient(PATIENCE, log=lines.append)
+    with scripted_server(vocab_path, lambda job: ["yes"], kind) as (url, pool):
+        for i, (raw, status) in enumerate(cases):
             with connected(url) as client:
                 client.sendall(raw)
-                answer = client.recv(10_000)
-                while part := client.recv(10_000):
-                    answer += part
-            first, _, body = answer.partition(b"\r\n\r\n")
-            assert first.startswith(b"HTTP/1.1 %d" % status), raw[:80]
+                headers, body = whole_answer(client)
+            reason = {400: "Bad Request", 431: "Request Header Fields Too Large"}[status]
+            assert headers[""] == f"HTTP/1.1 {status} {reason}", raw[:80]
+            assert headers["connection"] == "close" and headers["date"].endswith("GMT")
             assert json.loads(body)["error"]["type"] == "invalid_request_error"
+            # One line for each, by whoever knows of the request.
+            (line,) = until(lambda i=i: [*lines, *pool.lines][i:])  # type: ignore[misc]
+            assert line["status"] == status and line["request_id"] == headers["x-request-id"]
+            assert line["error"] and line["client"] == "127.0.0.1"
+            if status == 400 and b"chunked" in raw:
+                assert (line["method"], line["path"]) == ("POST", "/tokenize")
+                lines.append(pool.lines.pop())
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+def whole_answer(client: socket.socket) -> tuple[dict[str, str], bytes]:
+    """The headers, under "" the first line, and the body, up to the end of the connection."""
+    answer = b"".join(iter(lambda: client.recv(10_000), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *rest = head.decode().split("\r\n")
+    return {"": first} | {n.lower(): v for n, _, v in (one.partition(": ") for one in rest)}, body
+
+
+def test_the_log_has_no_header_that_was_not_one(vocab_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    kind = patient(PATIENCE, log=lines.append)
+    with scripted_server(vocab_path, lambda job: ["yes"], kind) as (url, _), connected(url) as one:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization Bearer my-key\r\n\r\n")
+        assert whole_answer(one)[0][""].startswith("HTTP/1.1 400")
+    assert [line["status"] for line in lines] == [400] and "my-key" not in str(lines)
+
+
+def test_a_new_client_takes_the_place_of_the_one_that_has_rested_longest(vocab_path: Path) -> None:
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        scripted_server(vocab_path, lambda job: ["yes"], patient(60, most=3)) as (url, _),
+        connected(url) as first,
+        connected(url) as second,
+        connected(url) as third,
+    ):
+        for one in (second, third, first):  # all of them rest, and the second has longest
+            one.sendall(ask)
+            assert one.recv(10_000).startswith(b"HTTP/1.1 200")
+        time.sleep(1.1)
+        with connected(url) as fourth:
+            fourth.sendall(ask)
+            assert fourth.recv(10_000).startswith(b"HTTP/1.1 200")
+            assert second.recv(1) == b""
+            for one in (first, third):
+                one.sendall(ask)
+                assert one.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_too_many_is_refused_where_nobody_rests(vocab_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    kind = patient(60, most=2, log=lines.append)
+    with scripted_server(vocab_path, lambda job: Endless(), kind) as (url, pool):
+        pool.pause_seconds = 0.05
+        body = chat(stream=True)
+        with connected(url) as first, connected(url) as second:
+            for one in (first, second):
+                one.sendall(HEADERS % len(body) + body)
+            until(lambda: len(pool.jobs_seen) == 2)
+            with connected(url) as third:
+                third.sendall(HEADERS % 1_000_000 + b" " * 1_000_000)
+                headers, answer = whole_answer(third)
+            assert headers[""] == "HTTP/1.1 503 Service Unavailable"
+            assert headers["retry-after"] == "1"
+            assert json.loads(answer)["error"]["type"] == "server_error"
+            (line,) = lines
+            assert line["status"] == 503 and line["request_id"] == headers["x-request-id"]
+            assert first.recv(100).startswith(b"HTTP/1.1 200"), "those who were there stay"
+        until(lambda: pool.cancelled == 2)
+        with connected(url) as fourth:
+            fourth.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert fourth.recv(100).startswith(b"HTTP/1.1 200")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from serve.api import gate as gate_module
 from serve.api.gate import Gate
 
 KEYS = ("first-key", "second-key", "pass:word")
@@ -190,3 +191,85 @@ def test_a_body_that_stops_coming_is_a_408() -> None:
 def test_a_client_that_leaves_in_its_body_gets_no_answer() -> None:
     passed = Gone([b"{"])
     assert passed.sent == [] and passed.app.bodies == [] and len(passed.lines) == 1
+
+
+@pytest.mark.parametrize("given", ["abc-1", "a b", "~" * 128, "!"])
+def test_a_request_keeps_the_id_that_its_client_gave(given: str) -> None:
+    passed = Passed([b"{}"], {"X-Request-Id": given})
+    assert passed.headers["x-request-id"] == given == passed.lines[0]["request_id"]
+
+
+def test_other_requests_get_an_id_of_their_own_errors_too() -> None:
+    seen = set()
+    for given in (None, "", "x" * 129, "a\tb", "\u00fc", "a\x7f"):
+        headers = {} if given is None else {"X-Request-Id": given}
+        for passed in (Passed([b"{}"], headers), Passed([b"{}"], headers, KEYS)):
+            own = passed.headers["x-request-id"]
+            assert own == passed.lines[0]["request_id"] and own != given
+            assert 0 < len(own) <= 128 and own.isascii() and own.isprintable()
+            seen.add(own)
+    assert len(seen) == 12
+
+
+class Crowd:
+    """Clients whose bodies are under way at one gate at the same time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gate_module, "_LEAST_BODIES_BYTES", 0)
+        self.app, self.lines = App(), list[dict[str, Any]]()
+        self.gate = Gate(self.app, (), MOST, 60.0, self.lines.append)
+
+    def begin(self, size: int, ends: asyncio.Event) -> asyncio.Task[list[Message]]:
+        """A client that sends so many bytes, and the end of its body once it is told to."""
+        parts: list[Message] = [{"type": "http.request", "body": b"a" * size, "more_body": True}]
+
+        async def receive() -> Message:
+            if parts:
+                return parts.pop()
+            await ends.wait()
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def ask() -> list[Message]:
+            sent: list[Message] = []
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+
+            scope = {
+                "type": "http", "method": "POST", "path": "/tokenize", "headers": [],
+                "client": ("127.0.0.1", 9),
+            }  # fmt: skip
+            await self.gate(scope, receive, send)
+            return sent
+
+        return asyncio.ensure_future(ask())
+
+
+def test_bodies_that_are_still_coming_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 whole ones; one more is refused at once, and what leaves makes room again."""
+    crowd = Crowd(monkeypatch)
+
+    async def press() -> None:
+        ends = asyncio.Event()
+        held = [crowd.begin(MOST, ends) for _ in range(32)]
+        refused = await asyncio.wait_for(crowd.begin(1, ends), 30)
+        assert refused[0]["status"] == 503
+        assert dict(refused[0]["headers"])[b"retry-after"] == b"1"
+        assert not any(one.done() for one in held) and crowd.app.bodies == []
+        held.pop().cancel()
+        await asyncio.sleep(0)
+        held.append(crowd.begin(MOST, ends))
+        await asyncio.sleep(0)
+        ends.set()
+        assert [(await one)[0]["status"] for one in held] == [200] * 32
+        again = [crowd.begin(MOST, ends) for _ in range(32)]
+        assert [(await one)[0]["status"] for one in again] == [200] * 32
+
+    asyncio.run(press())
+    assert len(crowd.app.bodies) == 64
+
+
+def test_the_budget_is_never_less_than_256_mb() -> None:
+    """Small limits of one body leave it; large ones lengthen it."""
+    assert Gate(App(), (), 10**6, 1.0, print)._most_held_bytes == 256 * 10**6
+    assert Gate(App(), (), 10**8, 1.0, print)._most_held_bytes == 32 * 10**8

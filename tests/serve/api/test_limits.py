@@ -16,11 +16,17 @@ from tests.serve.api.running import Running, running, until
 
 pytestmark = pytest.mark.job
 CHAT = "/v1/chat/completions"
+TOKENS = 200
 
 
-def chat(tokens: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": "q"}]
+def chat(tokens: int, text: str = "q") -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
     return {"messages": messages, "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+
+
+def content_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
 
 
 def connected(server: Running) -> socket.socket:
@@ -86,17 +92,46 @@ def test_a_dead_engine_ends_its_requests_alone_and_a_signal_lets_answers_end(
         engines = server.engines()
         assert len(engines) == 2
 
-        def ask(tokens: int) -> Any:
-            return pool.submit(server.client.post, CHAT, json=chat(tokens))
+        def ask(tokens: int, text: str = "q") -> Any:
+            return pool.submit(server.client.post, CHAT, json=chat(tokens, text))
 
-        answers = [ask(200) for _ in range(4)]
+        texts = ["q", "\u4f60\u597d", "Name three rivers.", "1+1="]
+        known = [content_of(ask(TOKENS, text).result()) for text in texts]
+        assert len(set(known)) == 4
+        answers = [ask(TOKENS, text) for text in texts]
         until(lambda: server.figure("vllm:num_requests_running") == 4)
         os.kill(engines[0], signal.SIGKILL)
         codes = sorted(answer.result().status_code for answer in answers)
         assert codes == [200, 200, 500, 500]
+        for answer, text in zip(answers, known, strict=True):
+            if answer.result().status_code == 200:
+                assert content_of(answer.result()) == text
+            else:
+                assert answer.result().json()["error"]["code"] == "engine_gone"
         until(lambda: server.client.get("/health").status_code == 200, 120)
         short, long = ask(5), ask(8000)
         until(lambda: server.figure("vllm:num_requests_running") >= 1)
         assert server.end() == 0
         assert short.result().json()["usage"]["completion_tokens"] == 5
         assert long.result().json()["error"]["code"] == "engine_gone"
+
+
+def test_a_second_signal_ends_at_once_while_an_answer_is_under_way(full_dir: Path) -> None:
+    words = ["--model", str(full_dir), "--drain_seconds", "600"]
+    with running(*words) as server, server.connected(chat(8000) | {"stream": True}, CHAT) as stream:
+        assert stream.recv(100).startswith(b"HTTP/1.1 200")
+        engines = server.engines()
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: refuses(server))
+        assert server.process.poll() is None
+        assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+        until(lambda: not any(Path(f"/proc/{engine}").exists() for engine in engines))
+
+
+def refuses(server: Running) -> bool:
+    """Whether the server takes no more clients."""
+    try:
+        connected(server).close()
+    except ConnectionRefusedError:
+        return True
+    return False

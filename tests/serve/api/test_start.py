@@ -11,7 +11,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.recipe.parser import parse_options
 from serve.api.listening import url_of
 from serve.api.options import ApiOptions
-from serve.api.server import read_keys, serve
+from serve.api.server import serve
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,19 @@ from serve.api.server import read_keys, serve
         (["--model", "MODEL", "--adapter", "a=/x", "a=/y"], "two adapters are named a"),
         (["--model", "MODEL", "--ssl_certfile", "/none.pem"], "/none.pem"),
         (["--model", "MODEL", "--ssl_keyfile", "/none.pem"], "without --ssl_certfile"),
+        (["--model", "MODEL", "--ssl_ca_certs", "/none.pem"], "without --ssl_certfile"),
+        (
+            ["--model", "MODEL", "--ssl_certfile", "/none.pem", "--ssl_keyfile_password", "a",
+             "--ssl_keyfile_password_file", "b"],
+            "expected one of them",
+        ),
         (["--model", "MODEL", "--api_key_file", "/none.key"], "/none.key"),
         (["--model", "MODEL", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--model", "MODEL", "--served_model_name", "a", "a"], "different names"),
     ],
     ids=[
-        "port", "no port", "model", "adapter", "two adapters", "certificate", "half a pair", "keys",
-        "host", "names",
+        "port", "no port", "model", "adapter", "two adapters", "certificate", "half a pair",
+        "half another", "two passwords", "keys", "host", "names",
     ],
 )  # fmt: skip
 def test_a_mistake_at_the_start_is_one_line(full_dir: Path, words: list[str], message: str) -> None:
@@ -42,26 +48,6 @@ def test_a_mistake_at_the_start_is_one_line(full_dir: Path, words: list[str], me
         with pytest.raises(UserError, match=message) as error:
             serve(parse_options(ApiOptions, "", given))
     assert "\n" not in str(error.value)
-
-
-def test_keys_are_lines_of_a_file_and_open_hosts_without_them_are_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# ours\n\n one \ntwo\n")
-    file.chmod(0o600)
-    words = ["--model", "m", "--host", "0.0.0.0", "--api_key_file", str(file)]
-    assert read_keys(parse_options(ApiOptions, "", [*words, "--api_key", "three"])) == [
-        "three",
-        "one",
-        "two",
-    ]
-    assert capsys.readouterr().out == ""
-    file.write_text("# nothing\n")
-    with pytest.raises(UserError, match="holds no key"):
-        read_keys(parse_options(ApiOptions, "", words))
-    assert read_keys(parse_options(ApiOptions, "", words[:4])) == []
-    assert "whoever reaches it can use it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
