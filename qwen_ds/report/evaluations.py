@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.report.folder import Reader, Row, RunFiles, number
+from qwen_ds.report.folder import Row, RunFiles, RunReader, number
 from qwen_ds.report.significance import Paired, compare, matched
 
 METRICS, ROWS, PREDICTIONS = "metrics.json", "rows.jsonl", "predictions.jsonl"
@@ -56,10 +56,12 @@ class Evaluation:
 
     @property
     def main(self) -> str | None:
-        """The score by which rows are ranked; None: the rows have no scores."""
+        """The score by which rows are ranked: the one that the evaluation names, else the first of
+        MAIN that the rows have; None: they have no scores."""
         first = self.rows[0] if self.rows else {}
+        asked = str(self.report.get("ranked_by"))
         return next(
-            (name for name in (*MAIN, *self.scores) if number(first, name) is not None), None
+            (name for name in (asked, *MAIN, *self.scores) if number(first, name) is not None), None
         )
 
     @property
@@ -68,7 +70,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ScoreTable:
     """Evaluations on the same data, side by side; the first is the one compared with."""
 
     data: str
@@ -105,7 +107,7 @@ def _of(run: RunFiles, report: Row, place: str) -> Evaluation | None:
     scores = scores_of(report)
     if not scores:
         return None
-    reader = Reader(run.folder, run.troubles)
+    reader = RunReader(run.folder, run.troubles)
     model, adapter = report.get("model"), report.get("adapter")
     asked = run.recipe.get("model")
     is_base = not adapter and isinstance(asked, dict) and _same(model, asked.get("path"))
@@ -156,7 +158,7 @@ def scores_of(report: Row) -> dict[str, Score]:
     return found
 
 
-def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Table]:
+def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[ScoreTable]:
     """The evaluations by what they belong to: one call that compared models, or the same data."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
@@ -177,7 +179,7 @@ def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Table]:
         else:
             members = sorted(members, key=lambda e: (not e.is_base, e.written))
         verdicts = [_verdicts(members[0], other, comparison) for other in members[1:]]
-        found.append(Table(", ".join(members[0].data), members, verdicts, comparison))
+        found.append(ScoreTable(", ".join(members[0].data), members, verdicts, comparison))
     return found
 
 
