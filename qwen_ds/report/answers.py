@@ -90,8 +90,6 @@ def sampled_last(runs: Sequence[Sequence[Row]]) -> list[Changed]:
 def ranked(evaluation: Evaluation) -> list[RankedRow]:
     """The worst rows by the evaluation's main score, the worst first, and then the best."""
     name = evaluation.main
-    if name is None:
-        return []
     rows = [
         RankedRow(
             str(line.get("source", "")),
@@ -125,7 +123,7 @@ def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
     of_lines = [{line.get(key): line for line in e.predictions} for e in evaluations]
 
     def score(side: int, at: Any) -> float | None:
-        return number(of_rows[side].get(at, {}), name) if name else None
+        return number(of_rows[side].get(at, {}), name)
 
     def gain(at: Any) -> float:
         before, after = score(0, at), score(-1, at)

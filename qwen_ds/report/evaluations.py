@@ -22,7 +22,7 @@ GENERAL = (
 )  # fmt: skip
 LOWER_IS_BETTER = ("perplexity", "repetition_rate", "verbatim_share")
 NEITHER_IS_BETTER = ("length_ratio", "distinct-1", "distinct-2")
-# The score by which rows are ranked: the first of these that they have.
+# The score that stands for all: the first of these that there is.
 MAIN = tuple(
     f"{profile}.rouge-l"
     for profile in ("seed", "chatglm", "chatglm3", "rouge-score", "rouge_score")
@@ -55,14 +55,11 @@ class Evaluation:
     written: float  # seconds, as the file system has it
 
     @property
-    def main(self) -> str | None:
-        """The score by which rows are ranked: the one that the evaluation names, else the first of
-        MAIN that the rows have; None: they have no scores."""
-        first = self.rows[0] if self.rows else {}
+    def main(self) -> str:
+        """The score that stands for all of them: the one by which the evaluation ranks its rows,
+        else the first of MAIN that it has, else its first."""
         asked = str(self.report.get("ranked_by"))
-        return next(
-            (name for name in (asked, *MAIN, *self.scores) if number(first, name) is not None), None
-        )
+        return next(name for name in (asked, *MAIN, *self.scores) if name in self.scores)
 
     @property
     def num_rows(self) -> int:

@@ -209,7 +209,7 @@ def _scores(table: ScoreTable) -> list[Sentence]:
     """On each evaluation after the first whether it differs from the first, and who never stops."""
     first, found = table.evaluations[0], []
     for other, paired in zip(table.evaluations[1:], table.verdicts, strict=True):
-        name = other.main or next(iter(other.scores))
+        name = other.main
         before, after = first.scores.get(name), other.scores[name]
         if before is None or before.value is None or after.value is None:
             continue
