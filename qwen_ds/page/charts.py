@@ -99,9 +99,12 @@ def histogram(
     marks: Mapping[str, float] | None = None,
 ) -> Markup:
     """A histogram as a <figure>: `counts` rows between each two of `edges`, of which there is one
-    more, and an upright line for each of `marks`, by name. ValueError: another number of edges."""
+    more, and an upright line for each of `marks`, by name. Without rows an empty markup.
+    ValueError: another number of edges."""
     if len(edges) != len(counts) + 1:
         raise ValueError(f"{len(edges)} edges of {len(counts)} bars; expected one more than bars")
+    if not any(counts):
+        return Markup("")
     axes = _axes()
     axes.stairs(counts, edges, fill=True, color=_SERIES.format(0), linewidth=0)
     for number, value in enumerate((marks or {}).values(), start=1):
@@ -112,7 +115,7 @@ def histogram(
         (f"{name}: {value:,.6g}", number % SERIES_COLOURS, "line")
         for number, (name, value) in enumerate((marks or {}).items(), start=1)
     ]
-    return _figure(axes, x_label, "rows", names)
+    return _figure(axes, "", f"{x_label} (number of rows)", names)
 
 
 def _finite(curve: Curve) -> list[tuple[float, float]]:
@@ -187,9 +190,10 @@ def _figure(
         for name, colour, look in names
     )
     legend = Markup('<ul class="legend">{}</ul>').format(items) if names else ""
-    return Markup(
-        '<figure class="chart"><figcaption>{}</figcaption>{}{}<p class="axis">{}</p></figure>'
-    ).format(shown(y_label), legend, _svg(axes, y_label), shown(x_label))
+    axis = Markup('<p class="axis">{}</p>').format(shown(x_label)) if x_label else ""
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}{}{}</figure>').format(
+        shown(y_label), legend, _svg(axes, y_label), axis
+    )
 
 
 def _svg(axes: Axes, title: str) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ MAIN = tuple(
     for profile in ("seed", "chatglm", "chatglm3", "rouge-score", "rouge_score")
 )
 _MEASURES = ("rouge-", "bleu", "chrf")
+_NO_PROFILES = ("signatures", "intervals")  # they have the same keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,19 @@ class ScoreTable:
     evaluations: list[Evaluation]
     verdicts: list[dict[str, Paired]]  # by full name, one for each evaluation after the first
     comparison: Row  # comparison.json, if they come from one call
+
+    @property
+    def title(self) -> str:
+        """The data, or the folder where they are not told."""
+        places = dict.fromkeys(Path(each.place).parent.as_posix() for each in self.evaluations)
+        return self.data or ", ".join(places)
+
+    @property
+    def heads(self) -> list[str]:
+        """The models, and where they do not come from one call, the folders."""
+        if self.comparison:
+            return [each.model for each in self.evaluations]
+        return [f"{each.model} ({each.place})" for each in self.evaluations]
 
     @property
     def names(self) -> list[str]:
@@ -143,7 +157,7 @@ def scores_of(report: Row) -> dict[str, Score]:
     intervals = report.get("intervals") or {}
     values: dict[str, Any] = {}
     for key, value in report.items():
-        if isinstance(value, dict) and any(str(name).startswith(_MEASURES) for name in value):
+        if key not in _NO_PROFILES and _is_profile(value):
             for name, measure in value.items():
                 values[f"{key}.{name}"] = measure["f"] if isinstance(measure, dict) else measure
         elif key in GENERAL:
@@ -153,6 +167,10 @@ def scores_of(report: Row) -> dict[str, Score]:
         low, high = intervals.get(name) or (None, None)
         found[name] = Score(number({"v": value}, "v"), low, high)
     return found
+
+
+def _is_profile(value: Any) -> bool:
+    return isinstance(value, dict) and any(str(name).startswith(_MEASURES) for name in value)
 
 
 def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[ScoreTable]:
@@ -172,7 +190,8 @@ def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[ScoreTable]
         if is_call:
             names = [Path(member.place).name for member in members]
             rank = {name: order.index(name) if name in order else len(order) for name in names}
-            members = sorted(members, key=lambda e: rank[Path(e.place).name])
+            members = [replace(each, model=Path(each.place).name) for each in members]
+            members.sort(key=lambda e: rank[e.model])
         else:
             members = sorted(members, key=lambda e: (not e.is_base, e.written))
         verdicts = [_verdicts(members[0], other, comparison) for other in members[1:]]

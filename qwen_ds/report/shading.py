@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from qwen_ds.page.html import shown
+from qwen_ds.report.answers import question
 from qwen_ds.report.folder import Row
 
 MAX_ROWS = 5
@@ -27,7 +29,7 @@ class Moment(NamedTuple):
 
 
 class ShadedRow(NamedTuple):
-    """A row at the start and at the end, by where it comes from."""
+    """A row at the start and at the end, by its file's name and its line."""
 
     source: str
     moments: list[tuple[str, Moment]]
@@ -46,7 +48,9 @@ def shaded(lines: Sequence[Row]) -> list[ShadedRow]:
         moment = Moment(line.get("step"), mean, tokens(pieces, losses))
         rows.setdefault(str(line["source"]), {})[str(line["when"])] = moment
     return [
-        ShadedRow(source, [(when, found[when]) for when in ("start", "end") if when in found])
+        ShadedRow(
+            Path(source).name, [(when, found[when]) for when in ("start", "end") if when in found]
+        )
         for source, found in itertools.islice(rows.items(), MAX_ROWS)
     ]
 
@@ -58,14 +62,17 @@ def shade(loss: float) -> int:
 
 def tokens(pieces: Sequence[str], losses: Sequence[float | None]) -> Markup:
     """The text of a row with a shade and its loss, on pointing at it, for each target token. Of
-    text between targets the end is shown, of very many targets the first."""
+    text between targets the question is shown, or the end; of very many targets the first."""
     out: list[Markup] = []
     left = MAX_TARGETS
     grouped = itertools.groupby(zip(pieces, losses, strict=True), key=lambda pair: pair[1] is None)
     for is_context, group in grouped:
         pairs = list(group)
         if is_context:
-            text = "".join(str(piece) for piece, _ in pairs)
+            whole = "".join(str(piece) for piece, _ in pairs)
+            text = question(whole)
+            if text != whole:
+                text += "\n"  # the markers around it, and the line between, are left out
             if len(text) > CONTEXT_LETTERS:
                 text = f"… {text[-CONTEXT_LETTERS:]}"
             out.append(Markup('<span class="context">{}</span>').format(shown(text)))

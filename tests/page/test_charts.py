@@ -91,6 +91,7 @@ def test_a_histogram_needs_an_edge_more_than_bars() -> None:
     with pytest.raises(ValueError, match="2 edges of 2 bars; expected one more"):
         histogram([0, 1], [3, 4], "x")
     assert "var(--series-0)" in histogram([0, 1, 2], [3, 4], "x")
+    assert histogram([0], [], "x") == histogram([0, 1], [0], "x") == ""
 
 
 def test_the_same_values_give_the_same_bytes() -> None:

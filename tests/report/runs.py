@@ -171,7 +171,7 @@ def token_losses(text: str = "", rows: int = 5) -> list[Row]:
                 for at in range(len(PIECES))
             ]
             lines.append({
-                "when": when, "step": step, "source": f"eval.jsonl:{row + 1}{text}",
+                "when": when, "step": step, "source": f"/data/eval.jsonl:{row + 1}{text}",
                 "pieces": [piece + text for piece in PIECES], "losses": values,
             })  # fmt: skip
     return lines

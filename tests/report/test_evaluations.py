@@ -18,7 +18,8 @@ def test_scores_have_full_names_and_intervals() -> None:
         "stop_rate": 1.0,
         "sampling": {"temperature": 0.8},
         "finish_reasons": {"stop": 3},
-        "intervals": {"seed.rouge-l": [0.25, 0.35]},
+        "signatures": {"rouge-score": "tok:jieba"},
+        "intervals": {"seed.rouge-l": [0.25, 0.35], "rouge-score.rouge-1": [0.1, 0.2]},
     })  # fmt: skip
     assert {name: (s.value, s.low, s.high) for name, s in found.items()} == {
         "seed.rouge-l": (0.3, 0.25, 0.35),
@@ -43,6 +44,7 @@ def test_evaluations_on_the_same_data_stand_side_by_side_the_base_first(tmp_path
     (table,) = tables(run, find(run))
     assert [e.model for e in table.evaluations] == ["base", "adapter"]
     assert [e.is_base for e in table.evaluations] == [True, False]
+    assert table.heads == ["base (eval_before)", "adapter (eval_after)"]
     (verdicts,) = table.verdicts
     assert verdicts["seed.rouge-l"].difference == pytest.approx(0.55 - 0.4 / 3)
     assert verdicts["seed.rouge-l"].is_significant and not verdicts["stop_rate"].is_significant
@@ -69,13 +71,15 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
 def test_one_call_that_compared_models_keeps_its_order_and_its_verdicts(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for name in ("alpha", "beta"):
-        make_evaluation(folder / "compared" / name, [0.5, 0.6], name)
+        make_evaluation(folder / "compared" / name, [0.5, 0.6], "models/x")
     told = {"difference": 0.125, "low": 0.1, "high": 0.2, "p": 0.004}
     comparison = {"models": ["beta", "alpha"], "paired": {"seed.bleu-4": {"alpha": told}}}
     write_object(folder / "compared" / "comparison.json", comparison)
     run = read_run(folder)
     (table,) = tables(run, find(run))
+    # By the names of that call, whatever the models are called.
     assert [e.model for e in table.evaluations] == ["beta", "alpha"]
+    assert table.heads == ["beta", "alpha"] and table.title == "dev.jsonl"
     (verdicts,) = table.verdicts
     assert verdicts["seed.bleu-4"].p == 0.004 and list(verdicts) == ["seed.bleu-4"]
 

@@ -19,6 +19,12 @@ def test_a_token_is_shaded_by_its_loss_and_says_it() -> None:
     assert [shade(bound) for bound in SHADES] == [1, 2, 3, 4, 5, 6] and shade(0.0) == 0
 
 
+def test_of_a_prompt_in_chatml_the_question_is_shown() -> None:
+    prompt = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n春天？<|im_end|>\n<|im_start|>"
+    found = tokens([prompt, "花"], [None, 0.2])
+    assert found == '<span class="context">春天？\n</span><b class="s1" title="0.20">花</b>'
+
+
 def test_the_same_rows_stand_at_the_start_and_at_the_end() -> None:
     rows = shaded(token_losses())
     assert [row.source for row in rows] == [f"eval.jsonl:{n}" for n in range(1, 6)]
