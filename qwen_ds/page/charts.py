@@ -115,7 +115,7 @@ def histogram(
         (f"{name}: {value:,.6g}", number % SERIES_COLOURS, "line")
         for number, (name, value) in enumerate((marks or {}).items(), start=1)
     ]
-    return _figure(axes, "", f"{x_label} (number of rows)", names)
+    return _figure(axes, "", f"{x_label} (rows)", names)
 
 
 def _finite(curve: Curve) -> list[tuple[float, float]]:

@@ -110,7 +110,7 @@ def _histograms(use: str, report: Row) -> list[Markup]:
         "rows": ("max_tokens", "oldest turns dropped"),
         "targets": ("max_answer_tokens", "answer cut"),
     }
-    titles = {"rows": "tokens of a row", "targets": "target tokens of a row"}
+    titles = {"rows": "tokens per row", "targets": "target tokens per row"}
     charts = []
     for key, title in titles.items():
         option, reason = bounds[key]
