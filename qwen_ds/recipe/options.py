@@ -168,6 +168,9 @@ class LogOptions:
     """First and last optimizer step to profile, for example [10, 12]: a trace for TensorBoard and
     the split of the time into data, forward, backward, optimizer and communication, in the run
     folder's profile/."""
+    token_losses_rows: NonNegativeInt = 5
+    """Rows of the evaluation data, or of the training data where there is none, whose every target
+    token is written with its loss before the first step and after the last (token_losses.jsonl)."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from qwen_ds.train.observe.metrics import Hardware
 from qwen_ds.train.observe.observer import Observer
 from qwen_ds.train.observe.profiler import StepProfiler
 from qwen_ds.train.observe.progress import Progress
+from qwen_ds.train.observe.token_losses import TokenLosses
 from qwen_ds.train.schedule import lr_at, total_steps
 from qwen_ds.train.setup import Data, Model
 from qwen_ds.train.survive import resume
@@ -31,6 +32,7 @@ class Session:
     engine: TrainingEngine
     saver: Saver
     observer: Observer
+    token_losses: TokenLosses
     evaluator: Evaluator | None  # None without evaluation data
     steps: int  # of the whole run
 
@@ -86,4 +88,8 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     if data.eval is not None:
         evaluator = Evaluator(data.eval, run.base, recipe, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
-    return Session(recipe, data, engine, saver, observer, evaluator, steps)
+    encoding = run.base.encoding
+    assert encoding is not None
+    rows, count = data.eval or data.train, recipe.log.token_losses_rows
+    token_losses = TokenLosses(rows, count, encoding, saver.watchdog)
+    return Session(recipe, data, engine, saver, observer, token_losses, evaluator, steps)

@@ -35,6 +35,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def token_losses(folder: Path, when: str) -> list[list[float]]:
+    """The losses of each token of five rows, at the start or at the end."""
+    lines = [json.loads(line) for line in (folder / "token_losses.jsonl").read_text().splitlines()]
+    assert [line["when"] for line in lines] == ["start"] * 5 + ["end"] * 5
+    assert [line["source"] for line in lines[:5]] == [line["source"] for line in lines[5:]]
+    found = [line["losses"] for line in lines if line["when"] == when]
+    return [[loss for loss in losses if loss is not None] for losses in found]
+
+
 def fresh_adapter(small_dir: Path) -> dict[str, Tensor]:
     """The adapter before the first step: random A from the recipe's seed, zero B."""
     base = QWenLMHeadModel.from_pretrained(small_dir)
@@ -82,14 +91,22 @@ def test_gradient_does_not_depend_on_the_split(
     start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero0")
     for name in runs:
         assert largest_difference(reference, adapter(tmp_path / name), start) < 1e-4, name
+        for when in ("start", "end"):
+            ours, theirs = (token_losses(tmp_path / run, when) for run in (name, "zero0"))
+            for losses, wanted in zip(ours, theirs, strict=True):
+                assert len(losses) > 10 and losses == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    before, after = (sum(map(sum, token_losses(tmp_path / "zero0", w))) for w in ("start", "end"))
+    assert after < before
 
 
 def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path: Path) -> None:
     """With dropout on and two ranks: adapter and every number that is not a time. The rerun is told
-    by what the first run left in its folder."""
+    by what the first run left in its folder. It measures no tokens, which changes nothing."""
     job([*small_job, "--lora.dropout", "0.1", "--output_dir", str(tmp_path / "first")], 2).ok()
     recipe = str(tmp_path / "first" / "recipe.yaml")
-    job(["--config", recipe, "--output_dir", str(tmp_path / "second")], 2).ok()
+    other = ["--log.token_losses_rows", "0", "--output_dir", str(tmp_path / "second")]
+    job(["--config", recipe, *other], 2).ok()
+    assert (tmp_path / "second" / "token_losses.jsonl").stat().st_size == 0
     first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
     assert all(torch.equal(first[k], second[k]) for k in first)
     exact = ("step", "epoch", "loss", "lr", "grad_norm", "padding_share")

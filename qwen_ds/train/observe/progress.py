@@ -21,6 +21,7 @@ from qwen_ds.runlog import JsonLines, say
 from qwen_ds.train.observe.evaluation import Sample
 from qwen_ds.train.observe.metrics import Hardware, Step, metrics
 from qwen_ds.train.observe.summary import RunSummary
+from qwen_ds.train.observe.token_losses import RowLosses
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,16 @@ class Progress:
         self._steps, self._every, self._hardware = steps, log_every_steps, hardware
         self._writes = dist.rank() == 0
         saved = saved or {"metrics_bytes": 0, "samples_bytes": 0, "pending": [], "outcome": {}}
+        # Checkpoints of earlier releases have none.
+        token_losses_bytes = saved.get("token_losses_bytes", 0)
+        self.has_token_losses = token_losses_bytes > 0
         self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]
         self._summary = RunSummary(**saved["outcome"])
         self._first_step, self._seconds_before = self._summary.steps, self._summary.seconds
         if self._writes:
             self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
             self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
+            self._token_losses = JsonLines(folder / "token_losses.jsonl", token_losses_bytes)
             self._board: SummaryWriter | None = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=self._first_step + 1
             )
@@ -72,6 +77,7 @@ class Progress:
         return {
             "metrics_bytes": self._lines.position(),
             "samples_bytes": self._samples.position(),
+            "token_losses_bytes": self._token_losses.position(),
             "pending": [[asdict(step), seconds] for step, seconds in self._pending],
             "outcome": asdict(self.summary()),
         }
@@ -137,6 +143,12 @@ class Progress:
             text = f"**{sample.prompt}**\n\n{sample.answer}\n\n*{sample.reference}*"
             self._on_board(SummaryWriter.add_text, f"samples/{i + 1}", text, step)
 
+    def measured(self, rows: Sequence[RowLosses]) -> None:
+        """Take in the loss of each target token of a few rows."""
+        if self._writes:
+            for row in rows:
+                self._token_losses.write(asdict(row))
+
     def summary(self) -> RunSummary:
         """The run so far."""
         self._summary.seconds = self._seconds_before + time.perf_counter() - self._started
@@ -150,6 +162,7 @@ class Progress:
         if self._writes:
             self._lines.close()
             self._samples.close()
+            self._token_losses.close()
             self._on_board(SummaryWriter.close)
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
