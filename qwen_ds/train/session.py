@@ -8,10 +8,9 @@ from qwen_ds.plan.run import Run
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
-from qwen_ds.train.observe.metrics import Hardware
 from qwen_ds.train.observe.observer import Observer
+from qwen_ds.train.observe.opening import open_progress
 from qwen_ds.train.observe.profiler import StepProfiler
-from qwen_ds.train.observe.progress import Progress
 from qwen_ds.train.observe.token_losses import TokenLosses
 from qwen_ds.train.schedule import lr_at, total_steps
 from qwen_ds.train.setup import Data, Model
@@ -80,9 +79,8 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     """Put a session around an engine that stands where the run begins or resumes."""
     recipe, folder = run.recipe, saver.output.folder
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
-    hardware = Hardware.of(engine.device, run.shape, recipe.method)
     saved = saver.resumed.state["progress"] if saver.resumed else None
-    progress = Progress(folder, steps, recipe.log.every_steps, hardware, saved)
+    progress = open_progress(run, data, engine, steps, saved)
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:

@@ -255,7 +255,12 @@ def result(run: Path) -> tuple[bytes, str, list[dict[str, Any]], list[str]]:
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if "tensorboard" not in p.parts)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     losses = (run / "token_losses.jsonl").read_text()
-    return adapter, losses, [{k: v for k, v in line.items() if k not in timed} for line in lines], names
+    return (
+        adapter,
+        losses,
+        [{k: v for k, v in line.items() if k not in timed} for line in lines],
+        names,
+    )
 
 
 @pytest.fixture

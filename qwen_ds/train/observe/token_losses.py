@@ -37,9 +37,7 @@ class RowLosses:
 class TokenLosses:
     """Losses of `count` rows, which lie evenly spread in the data: at each call the same ones."""
 
-    def __init__(
-        self, rows: TokenRows, count: int, encoding: Encoding, watchdog: Watchdog
-    ) -> None:
+    def __init__(self, rows: TokenRows, count: int, encoding: Encoding, watchdog: Watchdog) -> None:
         self._rows, self._encoding, self._watchdog = rows, encoding, watchdog
         self._chosen = evenly_spread(len(rows), count)
 
