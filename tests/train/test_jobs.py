@@ -152,6 +152,37 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(
     assert (after - before).abs().max() > 1e-3
 
 
+def test_a_tracker_and_deepspeeds_own_monitors_write_beside_each_other(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
+    """The JSON's monitors get what DeepSpeed gives them; the tracker one run, over a resume."""
+    out, sections = tmp_path / "run", ("csv_monitor", "tensorboard")
+    config = {
+        name: {"enabled": True, "output_path": str(tmp_path / name), "job_name": "mine"}
+        for name in sections
+    }
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **config}))
+    options = ["--deepspeed", str(file), "--log.trackers", "mlflow", "--output_dir", str(out)]
+    options += ["--data.eval_fraction", "0.1", "--eval.samples", "0"]
+    job([*small_job, *options, "--optim.max_steps", "2", "--optim.schedule", "linear"]).ok()
+    more = ["--optim.max_steps", "4", "--resume.allow_changes", "optim.max_steps"]
+    job([*small_job, *options, *more, "--optim.schedule", "linear"]).ok()
+    rows = [row for row in metrics(out) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    (losses,) = out.glob("mlruns/*/*/metrics/train/loss")
+    points = [line.split()[1:] for line in losses.read_text().splitlines()]
+    assert [(int(step), float(loss)) for loss, step in points] == [
+        (row["step"], row["loss"]) for row in rows
+    ]
+    assert (losses.parents[1] / "eval" / "loss").is_file()
+    (rates,) = (tmp_path / "csv_monitor" / "mine").glob("*lr*.csv")
+    lines = rates.read_text().splitlines()  # DeepSpeed writes the heading in each start
+    found = [float(line.split(",")[1]) for line in lines if line != "step,lr"]
+    assert found == pytest.approx([row["lr"] for row in rows]) and len(set(found)) > 2
+    assert list((tmp_path / "tensorboard" / "mine").iterdir())
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     job: Callable, small_job: list[str], tmp_path: Path, stage: int
