@@ -176,6 +176,9 @@ def test_a_tracker_and_deepspeeds_own_monitors_write_beside_each_other(
         (row["step"], row["loss"]) for row in rows
     ]
     assert (losses.parents[1] / "eval" / "loss").is_file()
+    tracked = losses.parents[2]
+    assert (tracked / "tags" / "mlflow.runName").read_text() == "run", "the folder's name"
+    assert (tracked / "params" / "optim.max_steps").read_text() == "2", "as it began"
     (rates,) = (tmp_path / "csv_monitor" / "mine").glob("*lr*.csv")
     lines = rates.read_text().splitlines()  # DeepSpeed writes the heading in each start
     found = [float(line.split(",")[1]) for line in lines if line != "step,lr"]
