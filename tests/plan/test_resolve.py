@@ -60,7 +60,10 @@ MISTAKES = {
     "a JSON": (["--deepspeed", "absent.json"], "deepspeed: no such file: absent.json"),
     "a bound": (["--data.max_tokens", "3"], "data.max_tokens is 3; expected at least 16"),
     "an allowed change": (["--resume.allow_changes", "optm"], "'optm' is no key or section"),
-    "a tracker": (["--log.trackers", "wandb", "wand"], "expected a list, each of it swanlab, wandb"),
+    "a tracker": (
+        ["--log.trackers", "wandb", "wand"],
+        "expected a list, each of it swanlab, wandb",
+    ),
     "a project": (
         ["--log.trackers", "swanlab", "--log.project", "my project"],
         "log.project is 'my project'; swanlab expected up to 100 letters, digits and _-+.",
