@@ -147,7 +147,7 @@ class LossHead(nn.Module):
 
 
 class TrainingModel(nn.Module):
-    """The module that DeepSpeed trains: (ids, labels) -> loss sum.
+    """The module that DeepSpeed trains: (ids, labels) -> loss sum, or the loss of each token.
 
     It needs no attention mask: rows are right-padded, and a causal mask hides what is to the right
     of a token (test_padding_a_row_on_the_right_does_not_change_its_logits).
@@ -163,14 +163,9 @@ class TrainingModel(nn.Module):
         self._transformer = (transformer,)
         self.loss_head = LossHead(lm_head)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, *, of_each_token: bool = False) -> Tensor:
+        if of_each_token:  # here, since DeepSpeed's engine prepares ZeRO-3 for this call alone
+            return token_losses(self._transformer[0], self.loss_head.lm_head, ids_BT, labels_BT)
         # extend_context: evaluation takes the training formula, too, without NTK and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
         return self.loss_head(outputs.last_hidden_state, labels_BT)
-
-    def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """-log p of each target token, see model/token_loss.py; the caller sees to eval mode.
-
-        Under ZeRO-3 a collective: each layer gathers its weights.
-        """
-        return token_losses(self._transformer[0], self.loss_head.lm_head, ids_BT, labels_BT)

@@ -98,6 +98,9 @@ class PlainEngine:
     def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         return self.model(ids_BT, labels_BT)
 
+    def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        return self.model(ids_BT, labels_BT, of_each_token=True)
+
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         loss.backward()
 

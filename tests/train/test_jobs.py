@@ -234,6 +234,9 @@ def test_zero_3_computes_what_zero_2_computes(
     for stage in (2, 3):
         out = f"--output_dir {tmp_path / str(stage)} --deepspeed ds_configs/zero{stage}.json"
         job([*small_job, *options, *out.split(), "--optim.max_steps", "3"], 2).ok()
+    for when in ("start", "end"):
+        losses = [sum(map(sum, token_losses(tmp_path / stage, when))) for stage in ("2", "3")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     a, b = adapter(tmp_path / "2"), adapter(tmp_path / "3")
     changed = [k for k in a if "lora_B" in k or "magnitude" in k]
     assert {t.dtype for t in a.values()} == {torch.float32}

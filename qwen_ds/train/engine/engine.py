@@ -111,6 +111,11 @@ class TrainingEngine:
             ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True)
         )
 
+    def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of each target token, float32 [B, T]; see model/token_loss.py. The caller
+        sees to eval mode. Under ZeRO-3 a collective, as `loss_sum` is."""
+        return self._ds(ids_BT.to(self.device), labels_BT.to(self.device), of_each_token=True)
+
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         """Accumulate the gradient; `last_of_step` lets DeepSpeed average it over the ranks.
 

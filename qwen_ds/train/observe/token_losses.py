@@ -65,8 +65,7 @@ class TokenLosses:
         self._watchdog.at(step, f"loss of each token of {source}")
         ids_L, labels_L = (torch.from_numpy(part[:MAX_TOKENS]).long() for part in self._rows[row])
         labels_L[0] = IGNORE  # nothing predicts it
-        device = engine.device
-        losses_BL = engine.model.token_losses(ids_L[None].to(device), labels_L[None].to(device))
+        losses_BL = engine.token_losses(ids_L[None], labels_L[None])
         is_target_L = (labels_L != IGNORE).tolist()
         losses: list[float | None] = [
             loss if is_target else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,8 @@ def test_the_losses_add_up_to_the_training_loss(
         if parameter.requires_grad:  # B is zero at first, and the rows are those of the base
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.manual_seed(len(name)))
     model = TrainingModel(wrapped, base.base_model, base.get_output_embeddings())
-    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"), train=model.train)
+    of_each = partial(model, of_each_token=True)
+    engine: Any = SimpleNamespace(token_losses=of_each, train=model.train)
     rows: Any = Rows((9, 30, 5))
     measure = TokenLosses(rows, 2, load_encoding(small_dir), Mock(Watchdog))
     before = torch.get_rng_state()
