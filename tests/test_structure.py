@@ -48,6 +48,10 @@ OWNERS = {
     "prometheus_client": "serve/api/",
     "jinja2": ("qwen_ds/export/card.py", "qwen_ds/page/", "qwen_ds/report/"),
     "matplotlib": ("qwen_ds/page/", "qwen_ds/train/observe/run_page.py"),
+    "mlflow": "qwen_ds/train/observe/trackers_mlflow.py",
+    "swanlab": "qwen_ds/train/observe/trackers_swanlab.py",
+    "trackio": "qwen_ds/train/observe/trackers_trackio.py",
+    "wandb": "qwen_ds/train/observe/trackers_wandb.py",
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
 PRINTERS = ("qwen_ds/terminal.py", "qwen_ds/data/__main__.py", "qwen_ds/data/show.py")
@@ -119,6 +123,11 @@ COVERED_BY = {
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",
     "qwen_ds/train/loop.py": "tests/faults/test_every_file_operation.py",
+    "qwen_ds/train/observe/opening.py": "tests/train/test_jobs.py",
+    "qwen_ds/train/observe/trackers_mlflow.py": "tests/train/observe/test_trackers.py",
+    "qwen_ds/train/observe/trackers_swanlab.py": "tests/train/observe/test_trackers.py",
+    "qwen_ds/train/observe/trackers_trackio.py": "tests/train/observe/test_trackers.py",
+    "qwen_ds/train/observe/trackers_wandb.py": "tests/train/observe/test_trackers.py",
     "qwen_ds/train/run.py": "tests/train/test_bad_input.py",
     "qwen_ds/train/screen.py": "tests/train/test_jobs.py",
     "qwen_ds/train/setup.py": "tests/train/test_bad_input.py",

@@ -8,7 +8,9 @@ and the base model.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ from qwen_ds.recipe.options import Recipe
 
 # More parameters than this run on a CPU only if asked for: there a step of the 7B takes minutes.
 CPU_PARAMETERS = 1_000_000_000
+# Names of projects that a tracker takes, and the words for them.
+_PROJECTS = {
+    "swanlab": (r"[0-9a-zA-Z_+.-]{1,100}", "up to 100 letters, digits and _-+."),
+    "wandb": (r"[^/\\#?%:]{1,128}", "up to 128 characters, none of them one of /\\#?%:"),
+}
 
 
 def check(asked: LoadedRecipe, rows: bool = True) -> None:
@@ -45,6 +52,7 @@ def check(asked: LoadedRecipe, rows: bool = True) -> None:
         check_data(recipe.data)
     read_deepspeed_json(recipe.deepspeed)
     _check_lora(recipe)
+    _check_trackers(recipe)
     _check_allowed_changes(recipe)
 
 
@@ -72,6 +80,22 @@ def _check_lora(recipe: Recipe) -> None:
         )
     if options.init_from is not None:
         read_first_adapter(options)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    """Check that the package of each tracker in log.trackers is there, which is not imported, and
+    that it takes log.project."""
+    project = recipe.log.project
+    for name in recipe.log.trackers:
+        if importlib.util.find_spec(name) is None:
+            package = "mlflow-skinny" if name == "mlflow" else name
+            raise UserError(
+                f"log.trackers: {name} came, whose package is not installed; expected "
+                f"`pip install {package}`, or no {name}"
+            )
+        rule, words = _PROJECTS.get(name, (r".*", ""))
+        if project and not re.fullmatch(rule, project):
+            raise UserError(f"log.project is {project!r}; {name} expected {words}")
 
 
 def _check_allowed_changes(recipe: Recipe) -> None:

@@ -168,6 +168,18 @@ class LogOptions:
     """First and last optimizer step to profile, for example [10, 12]: a trace for TensorBoard and
     the split of the time into data, forward, backward, optimizer and communication, in the run
     folder's profile/."""
+    trackers: list[Literal["swanlab", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    """Trackers that also get the numbers of metrics.jsonl. Each needs its package, and writes into
+    the run folder where its own login and variables say nothing else. TensorBoard's files are
+    always written."""
+    project: str | None = None
+    """The run's project in the trackers (MLflow: its experiment). Unset: as the tracker's own
+    variables have it, or qwen-ds."""
+    run_name: str | None = None
+    """The run's name in the trackers. Unset: that of the run folder."""
+    token_losses_rows: NonNegativeInt = 5
+    """Rows of the evaluation data, or of the training data where there is none, whose every target
+    token is written with its loss before the first step and after the last (token_losses.jsonl)."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ def train(session: Session) -> RunSummary:
     request = StopRequest(dist.job_ends_at(), recipe.save.before_minutes)
     engine.train(True)
     with observer, windows, request, HeldCollection() as garbage:
+        # All ranks, once a run, however often it resumes.
+        if begun == 0 and not observer.progress.has_token_losses:
+            observer.progress.measured(session.token_losses(engine, "start", 0))
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
             best, stop_because = evaluate(session, begun, best, request)
@@ -162,9 +165,12 @@ def evaluate(
 def finished(session: Session, best: BestLoss) -> RunSummary:
     """The summary of a run whose steps are done, once its result is on the disk (a collective)."""
     saver, observer = session.saver, session.observer
-    # All ranks, once: until the last save is on the disk, then to gather the result.
+    # All ranks, once: until the last save is on the disk, then for a few rows, then to gather the
+    # result.
     saver.wait()
     observer.progress.flush()
+    step = observer.progress.summary().steps
+    observer.progress.measured(session.token_losses(session.engine, "end", step))
     observer.at(session.steps, "writing the result")
     saver.output.save_final(session.engine, saver.watchdog)
     summary = observer.progress.summary()

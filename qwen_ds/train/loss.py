@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.token_loss import token_losses
 from qwen_ds.plan.memory import chunk_tokens
 from qwen_ds.train.special_rows import HeadWithRows
 
@@ -122,9 +123,13 @@ class LossHead(nn.Module):
         self._lm_head = (lm_head,)  # a tuple hides it from nn.Module's registration
 
     @property
+    def lm_head(self) -> nn.Linear:
+        return self._lm_head[0]
+
+    @property
     def borrowed(self) -> list[nn.Parameter]:
         """The head's parameters that the loss uses: its matrix, and its trainable token rows."""
-        head = self._lm_head[0]
+        head = self.lm_head
         rows = head.token_adapter.parameters() if isinstance(head, HeadWithRows) else ()
         return [*head.parameters(recurse=False), *rows]
 
@@ -134,7 +139,7 @@ class LossHead(nn.Module):
         counts_BT = targets_BT != IGNORE
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
         hidden_ND, targets_N = hidden_BTD[:, :-1][counts_BT], targets_BT[counts_BT]
-        head = self._lm_head[0]
+        head = self.lm_head
         rows: tuple[Tensor, ...] = ()
         if isinstance(head, HeadWithRows):
             rows = head.token_adapter.trainable_tokens_delta, head.token_adapter.ids_K
@@ -142,7 +147,7 @@ class LossHead(nn.Module):
 
 
 class TrainingModel(nn.Module):
-    """The module that DeepSpeed trains: (ids, labels) -> loss sum.
+    """The module that DeepSpeed trains: (ids, labels) -> loss sum, or the loss of each token.
 
     It needs no attention mask: rows are right-padded, and a causal mask hides what is to the right
     of a token (test_padding_a_row_on_the_right_does_not_change_its_logits).
@@ -158,7 +163,9 @@ class TrainingModel(nn.Module):
         self._transformer = (transformer,)
         self.loss_head = LossHead(lm_head)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, *, of_each_token: bool = False) -> Tensor:
+        if of_each_token:  # here, since DeepSpeed's engine prepares ZeRO-3 for this call alone
+            return token_losses(self._transformer[0], self.loss_head.lm_head, ids_BT, labels_BT)
         # extend_context: evaluation takes the training formula, too, without NTK and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
         return self.loss_head(outputs.last_hidden_state, labels_BT)

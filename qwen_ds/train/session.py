@@ -8,10 +8,10 @@ from qwen_ds.plan.run import Run
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
-from qwen_ds.train.observe.metrics import Hardware
 from qwen_ds.train.observe.observer import Observer
+from qwen_ds.train.observe.opening import open_progress
 from qwen_ds.train.observe.profiler import StepProfiler
-from qwen_ds.train.observe.progress import Progress
+from qwen_ds.train.observe.token_losses import TokenLosses
 from qwen_ds.train.schedule import lr_at, total_steps
 from qwen_ds.train.setup import Data, Model
 from qwen_ds.train.survive import resume
@@ -31,6 +31,7 @@ class Session:
     engine: TrainingEngine
     saver: Saver
     observer: Observer
+    token_losses: TokenLosses
     evaluator: Evaluator | None  # None without evaluation data
     steps: int  # of the whole run
 
@@ -78,12 +79,15 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     """Put a session around an engine that stands where the run begins or resumes."""
     recipe, folder = run.recipe, saver.output.folder
     steps = total_steps(recipe.optim, data.sampler.steps_per_epoch)
-    hardware = Hardware.of(engine.device, run.shape, recipe.method)
     saved = saver.resumed.state["progress"] if saver.resumed else None
-    progress = Progress(folder, steps, recipe.log.every_steps, hardware, saved)
+    progress = open_progress(run, data, engine, steps, saved)
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
         evaluator = Evaluator(data.eval, run.base, recipe, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
-    return Session(recipe, data, engine, saver, observer, evaluator, steps)
+    encoding = run.base.encoding
+    assert encoding is not None
+    rows, count = data.eval or data.train, recipe.log.token_losses_rows
+    token_losses = TokenLosses(rows, count, encoding, saver.watchdog)
+    return Session(recipe, data, engine, saver, observer, token_losses, evaluator, steps)

@@ -98,6 +98,9 @@ class PlainEngine:
     def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         return self.model(ids_BT, labels_BT)
 
+    def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        return self.model(ids_BT, labels_BT, of_each_token=True)
+
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         loss.backward()
 
@@ -244,8 +247,9 @@ def in_child(action: Callable[[], object], out: Path) -> int:
         os._exit(code)
 
 
-def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
-    """Adapter, metrics that depend on neither clock nor process, and the names in the folder."""
+def result(run: Path) -> tuple[bytes, str, list[dict[str, Any]], list[str]]:
+    """Adapter, losses of tokens, metrics that depend on neither clock nor process, and the names in
+    the folder."""
     timed = (
         "seconds", "tokens_per_second", "tokens_per_second_per_rank", "learnt_tokens_per_second",
         "memory_gb",
@@ -253,7 +257,13 @@ def result(run: Path) -> tuple[bytes, list[dict[str, Any]], list[str]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if "tensorboard" not in p.parts)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    return adapter, [{k: v for k, v in line.items() if k not in timed} for line in lines], names
+    losses = (run / "token_losses.jsonl").read_text()
+    return (
+        adapter,
+        losses,
+        [{k: v for k, v in line.items() if k not in timed} for line in lines],
+        names,
+    )
 
 
 @pytest.fixture

@@ -49,4 +49,5 @@ def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(
     (a,), (b,) = (list(folder.glob(f"*/{name}")) for folder in (calm, run))
     x, y = load_file(a), load_file(b)
     assert all(torch.equal(x[k], y[k]) for k in x), story
-    assert (calm / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text(), story
+    for name in ("samples.jsonl", "token_losses.jsonl"):
+        assert (calm / name).read_text() == (run / name).read_text(), story

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -59,6 +60,14 @@ MISTAKES = {
     "a JSON": (["--deepspeed", "absent.json"], "deepspeed: no such file: absent.json"),
     "a bound": (["--data.max_tokens", "3"], "data.max_tokens is 3; expected at least 16"),
     "an allowed change": (["--resume.allow_changes", "optm"], "'optm' is no key or section"),
+    "a tracker": (
+        ["--log.trackers", "wandb", "wand"],
+        "expected a list, each of it swanlab, wandb",
+    ),
+    "a project": (
+        ["--log.trackers", "swanlab", "--log.project", "my project"],
+        "log.project is 'my project'; swanlab expected up to 100 letters, digits and _-+.",
+    ),
     "an option": (["--lora.rnk", "4"], "unknown option lora.rnk"),
 }
 
@@ -112,9 +121,27 @@ def test_a_typo_is_refused_before_deepspeed_is_imported_or_a_row_is_read(
     found = refused[mistake]
     assert found.code == 2 and MISTAKES[mistake][1] in found.errors, found.errors
     assert found.errors.count("\n") == 1
-    assert "deepspeed" not in found.packages
+    assert not {"deepspeed", "wandb", "swanlab"} & {*found.packages}
     assert str(rows_file) not in found.opened
     assert not [name for name in found.opened if name.endswith((".safetensors", ".bin"))]
+
+
+def test_a_tracker_without_its_package_is_refused_with_the_way_to_get_it(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    missing = ("mlflow", "trackio")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else real(name)
+    )
+    decided(small_dir, "--log.trackers", "wandb", "swanlab")
+    for name, package in (("mlflow", "mlflow-skinny"), ("trackio", "trackio")):
+        with pytest.raises(UserError) as found:
+            decided(small_dir, "--log.trackers", "wandb", name)
+        assert str(found.value) == (
+            f"log.trackers: {name} came, whose package is not installed; expected "
+            f"`pip install {package}`, or no {name}"
+        )
 
 
 def test_the_planner_imports_neither_deepspeed_nor_peft() -> None:

@@ -35,6 +35,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def token_losses(folder: Path, when: str) -> list[list[float]]:
+    """The losses of each token of five rows, at the start or at the end."""
+    lines = [json.loads(line) for line in (folder / "token_losses.jsonl").read_text().splitlines()]
+    assert [line["when"] for line in lines] == ["start"] * 5 + ["end"] * 5
+    assert [line["source"] for line in lines[:5]] == [line["source"] for line in lines[5:]]
+    found = [line["losses"] for line in lines if line["when"] == when]
+    return [[loss for loss in losses if loss is not None] for losses in found]
+
+
 def fresh_adapter(small_dir: Path) -> dict[str, Tensor]:
     """The adapter before the first step: random A from the recipe's seed, zero B."""
     base = QWenLMHeadModel.from_pretrained(small_dir)
@@ -82,14 +91,22 @@ def test_gradient_does_not_depend_on_the_split(
     start, reference = fresh_adapter(small_dir), adapter(tmp_path / "zero0")
     for name in runs:
         assert largest_difference(reference, adapter(tmp_path / name), start) < 1e-4, name
+        for when in ("start", "end"):
+            ours, theirs = (token_losses(tmp_path / run, when) for run in (name, "zero0"))
+            for losses, wanted in zip(ours, theirs, strict=True):
+                assert len(losses) > 10 and losses == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    before, after = (sum(map(sum, token_losses(tmp_path / "zero0", w))) for w in ("start", "end"))
+    assert after < before
 
 
 def test_a_rerun_is_bit_identical(job: Callable, small_job: list[str], tmp_path: Path) -> None:
     """With dropout on and two ranks: adapter and every number that is not a time. The rerun is told
-    by what the first run left in its folder."""
+    by what the first run left in its folder. It measures no tokens, which changes nothing."""
     job([*small_job, "--lora.dropout", "0.1", "--output_dir", str(tmp_path / "first")], 2).ok()
     recipe = str(tmp_path / "first" / "recipe.yaml")
-    job(["--config", recipe, "--output_dir", str(tmp_path / "second")], 2).ok()
+    other = ["--log.token_losses_rows", "0", "--output_dir", str(tmp_path / "second")]
+    job(["--config", recipe, *other], 2).ok()
+    assert (tmp_path / "second" / "token_losses.jsonl").stat().st_size == 0
     first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
     assert all(torch.equal(first[k], second[k]) for k in first)
     exact = ("step", "epoch", "loss", "lr", "grad_norm", "padding_share")
@@ -133,6 +150,40 @@ def test_the_command_of_the_readme_leaves_a_complete_run_folder(
     after = PeftModel.from_pretrained(base, str(out / "adapter"))(ids).logits
     assert all(t.numel() for t in adapter(out).values())
     assert (after - before).abs().max() > 1e-3
+
+
+def test_a_tracker_and_deepspeeds_own_monitors_write_beside_each_other(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
+    """The JSON's monitors get what DeepSpeed gives them; the tracker one run, over a resume."""
+    out, sections = tmp_path / "run", ("csv_monitor", "tensorboard")
+    config = {
+        name: {"enabled": True, "output_path": str(tmp_path / name), "job_name": "mine"}
+        for name in sections
+    }
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **config}))
+    options = ["--deepspeed", str(file), "--log.trackers", "mlflow", "--output_dir", str(out)]
+    options += ["--data.eval_fraction", "0.1", "--eval.samples", "0"]
+    job([*small_job, *options, "--optim.max_steps", "2", "--optim.schedule", "linear"]).ok()
+    more = ["--optim.max_steps", "4", "--resume.allow_changes", "optim.max_steps"]
+    job([*small_job, *options, *more, "--optim.schedule", "linear"]).ok()
+    rows = [row for row in metrics(out) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    (losses,) = out.glob("mlruns/*/*/metrics/train/loss")
+    points = [line.split()[1:] for line in losses.read_text().splitlines()]
+    assert [(int(step), float(loss)) for loss, step in points] == [
+        (row["step"], row["loss"]) for row in rows
+    ]
+    assert (losses.parents[1] / "eval" / "loss").is_file()
+    tracked = losses.parents[2]
+    assert (tracked / "tags" / "mlflow.runName").read_text() == "run", "the folder's name"
+    assert (tracked / "params" / "optim.max_steps").read_text() == "2", "as it began"
+    (rates,) = (tmp_path / "csv_monitor" / "mine").glob("*lr*.csv")
+    lines = rates.read_text().splitlines()  # DeepSpeed writes the heading in each start
+    found = [float(line.split(",")[1]) for line in lines if line != "step,lr"]
+    assert found == pytest.approx([row["lr"] for row in rows]) and len(set(found)) > 2
+    assert list((tmp_path / "tensorboard" / "mine").iterdir())
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -183,6 +234,9 @@ def test_zero_3_computes_what_zero_2_computes(
     for stage in (2, 3):
         out = f"--output_dir {tmp_path / str(stage)} --deepspeed ds_configs/zero{stage}.json"
         job([*small_job, *options, *out.split(), "--optim.max_steps", "3"], 2).ok()
+    for when in ("start", "end"):
+        losses = [sum(map(sum, token_losses(tmp_path / stage, when))) for stage in ("2", "3")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     a, b = adapter(tmp_path / "2"), adapter(tmp_path / "3")
     changed = [k for k in a if "lora_B" in k or "magnitude" in k]
     assert {t.dtype for t in a.values()} == {torch.float32}

@@ -25,7 +25,7 @@ def session(
     observer: Any = SimpleNamespace(progress=SimpleNamespace(state=lambda: {"lines": 3}))
     optim = OptimOptions(lr=1.0, schedule="linear", warmup_steps=0)
     recipe = Recipe(optim=optim, eval=EvalOptions(every_steps=every))
-    return Session(recipe, data, nothing, saver, observer, evaluator, 10)
+    return Session(recipe, data, nothing, saver, observer, nothing, evaluator, 10)
 
 
 @pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (None, [5, 10])])

@@ -15,6 +15,7 @@ from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.data.rows.cache import make_or_find
 from qwen_ds.data.rows.data_report import total
 from qwen_ds.data.rows.encode import EncodeOptions
+from qwen_ds.data.rows.lengths import length_histogram
 from qwen_ds.data.rows.reading import read_options
 from qwen_ds.data.rows.row_file import RowFile
 from qwen_ds.errors import UserError
@@ -85,6 +86,7 @@ class TokenRows:
         summed = total(about["data_sets"])
         return {
             "rows": len(self),
+            "lengths": length_histogram(self.lens, self.learnt),
             "answers_cut": summed["truncated"].get("answer cut", {"rows": 0})["rows"],
             "total": summed,
             "data_sets": data_sets,

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from qwen_ds import dist
+from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.options import OptimOptions
 from qwen_ds.train.engine.state import VALUE, TrainableState
@@ -58,6 +59,8 @@ class TrainingEngine:
     Attributes:
         overflows: fp16 steps skipped since the run began.
         state: fp32 values and moments of the trainable parameters, for checkpoints.
+
+    Raises UserError if a monitor that the JSON asks for does not begin.
     """
 
     def __init__(self, model: TrainingModel, optim: OptimOptions, resolved: ResolvedConfig) -> None:
@@ -70,13 +73,24 @@ class TrainingEngine:
             of_head = ((model.loss_head, weight) for weight in model.loss_head.borrowed)
             for module, weight in (*of_head, *borrowed_weights(model)):
                 deepspeed.zero.register_external_parameter(module, weight)
-        self._ds, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=trainable,
-            optimizer=make_optimizer(trainable, optim, resolved),
-            config=resolved.engine_json,
-            dist_init_required=False,
-        )
+        try:
+            self._ds, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=trainable,
+                optimizer=make_optimizer(trainable, optim, resolved),
+                config=resolved.engine_json,
+                dist_init_required=False,
+            )
+        except Exception as error:
+            # On rank 0, where DeepSpeed's monitor begins: nobody has logged in, or no network.
+            library = type(error).__module__.partition(".")[0]
+            if library not in ("wandb", "comet_ml"):
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{resolved.recipe.deepspeed}: {library}: {reason}; expected a login, or the "
+                "variable by which it works offline, such as WANDB_MODE=offline"
+            ) from None
         self.device = self._ds.device
         self.model: TrainingModel = self._ds.module
         self.state = TrainableState(self.model.model, self._optimizer, self.stage, self.device)
@@ -96,6 +110,11 @@ class TrainingEngine:
         return self._ds(
             ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True)
         )
+
+    def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of each target token, float32 [B, T]; see model/token_loss.py. The caller
+        sees to eval mode. Under ZeRO-3 a collective, as `loss_sum` is."""
+        return self._ds(ids_BT.to(self.device), labels_BT.to(self.device), of_each_token=True)
 
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         """Accumulate the gradient; `last_of_step` lets DeepSpeed average it over the ranks.

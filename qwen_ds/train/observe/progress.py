@@ -1,4 +1,5 @@
-"""Progress of a run, written and shown: metrics.jsonl, samples.jsonl, TensorBoard, the bar."""
+"""Progress of a run, written and shown: metrics.jsonl and the files beside it, the writers that get
+the same numbers, the bar."""
 
 from __future__ import annotations
 
@@ -7,12 +8,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from qwen_ds import dist
@@ -21,6 +21,8 @@ from qwen_ds.runlog import JsonLines, say
 from qwen_ds.train.observe.evaluation import Sample
 from qwen_ds.train.observe.metrics import Hardware, Step, metrics
 from qwen_ds.train.observe.summary import RunSummary
+from qwen_ds.train.observe.token_losses import RowLosses
+from qwen_ds.train.observe.writers import Ending, Writers
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +46,22 @@ class Progress:
         steps: int,
         log_every_steps: int,
         hardware: Hardware,
+        writers: Writers,
         saved: dict[str, Any] | None = None,
     ) -> None:
         self._steps, self._every, self._hardware = steps, log_every_steps, hardware
-        self._writes = dist.rank() == 0
+        self._writers, self._writes = writers, dist.rank() == 0
         saved = saved or {"metrics_bytes": 0, "samples_bytes": 0, "pending": [], "outcome": {}}
+        # Checkpoints of earlier releases have none.
+        token_losses_bytes = saved.get("token_losses_bytes", 0)
+        self.has_token_losses = token_losses_bytes > 0
         self._pending = [(_step(row), seconds) for row, seconds in saved["pending"]]
         self._summary = RunSummary(**saved["outcome"])
         self._first_step, self._seconds_before = self._summary.steps, self._summary.seconds
         if self._writes:
             self._lines = JsonLines(folder / "metrics.jsonl", saved["metrics_bytes"])
             self._samples = JsonLines(folder / "samples.jsonl", saved["samples_bytes"])
-            self._board: SummaryWriter | None = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=self._first_step + 1
-            )
+            self._token_losses = JsonLines(folder / "token_losses.jsonl", token_losses_bytes)
         # Into a log file the bar is drawn seldom: each redrawing adds to the file.
         self._bar = tqdm(
             total=steps, initial=self._first_step, unit="step", disable=not self._writes,
@@ -72,8 +76,10 @@ class Progress:
         return {
             "metrics_bytes": self._lines.position(),
             "samples_bytes": self._samples.position(),
+            "token_losses_bytes": self._token_losses.position(),
             "pending": [[asdict(step), seconds] for step, seconds in self._pending],
             "outcome": asdict(self.summary()),
+            "trackers": self._writers.known_as(),
         }
 
     def begin_step(self) -> None:
@@ -132,10 +138,15 @@ class Progress:
         """Take in the answers to a few rows."""
         if not self._writes:
             return
-        for i, sample in enumerate(samples):
+        for sample in samples:
             self._samples.write({"step": step, **asdict(sample)})
-            text = f"**{sample.prompt}**\n\n{sample.answer}\n\n*{sample.reference}*"
-            self._on_board(SummaryWriter.add_text, f"samples/{i + 1}", text, step)
+        self._writers.samples(step, samples)
+
+    def measured(self, rows: Sequence[RowLosses]) -> None:
+        """Take in the loss of each target token of a few rows."""
+        if self._writes:
+            for row in rows:
+                self._token_losses.write(asdict(row))
 
     def summary(self) -> RunSummary:
         """The run so far."""
@@ -150,27 +161,24 @@ class Progress:
         if self._writes:
             self._lines.close()
             self._samples.close()
-            self._on_board(SummaryWriter.close)
+            self._token_losses.close()
+            self._writers.close(self._ending(failed=any(error)))
 
     def _write(self, step: int, row: dict[str, Any], group: str) -> None:
         if not self._writes:
             return
         self._lines.write({"step": step, **row})
-        for name, value in row.items():
-            if value is not None:
-                tag = f"{group}/{name.removeprefix('eval_')}"
-                self._on_board(SummaryWriter.add_scalar, tag, value, step)
-        self._on_board(SummaryWriter.flush)
+        values = {
+            f"{group}/{name.removeprefix('eval_')}": value
+            for name, value in row.items()
+            if value is not None
+        }
+        self._writers.numbers(step, values)
 
-    def _on_board(self, method: Callable[..., object], *arguments: object) -> None:
-        # TensorBoard's writer raises, in a later call, the error that its thread got from the disk.
-        # That ends the curve and not the training.
-        if self._board is not None:
-            try:
-                method(self._board, *arguments)
-            except OSError as error:
-                say(f"TensorBoard's file is given up: {error.strerror or error}")
-                self._board = None
+    def _ending(self, *, failed: bool) -> Ending:
+        if failed:
+            return "failed"
+        return "stopped" if self._summary.stopped_by else "finished"
 
 
 def _step(saved: dict[str, Any]) -> Step:

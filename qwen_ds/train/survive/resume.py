@@ -40,7 +40,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 _FREE = (
     "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing",
     "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes",
-    "save.keep", "log.profile_steps", "lora.allow_pickle",
+    "save.keep", "log.profile_steps", "log.trackers", "log.project", "log.run_name",
+    "lora.allow_pickle",
 )  # fmt: skip
 # Keys that decide the trained parameters and their shapes: a checkpoint fits no other choice.
 _FIXED = (

@@ -72,6 +72,9 @@ def test_every_row_is_accounted_for(tmp_path: Path, small_dir: Path) -> None:
     assert report["total"]["tokens"] == rows.lens.sum() == first["tokens"] + second["tokens"]
     assert report["total"]["learnt_tokens"] == rows.learnt.sum()
     assert report["duplicates"] == 2
+    lengths = report["lengths"]
+    assert sum(lengths["rows"]) == sum(lengths["targets"]) == len(rows)
+    assert lengths["edges"][-1] > max(rows.lens) and lengths["rows"] != lengths["targets"]
     json.dumps(report)
 
 

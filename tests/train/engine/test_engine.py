@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_ds.recipe.options import OptimOptions
+from qwen_ds.errors import UserError
+from qwen_ds.recipe.options import OptimOptions, Recipe
 from qwen_ds.train.engine import engine
 
 
@@ -35,3 +36,25 @@ def test_the_compiled_one_serves_only_offload_beside_a_gpu(
     else:
         assert type(found) is torch.optim.AdamW and not made
         assert found.defaults["lr"] == 0.5 and found.defaults["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize("place", ["wandb.errors.errors", "builtins"])
+def test_a_monitor_that_nobody_has_logged_in_to_is_the_users_to_mend(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other error of DeepSpeed's start stays what it is."""
+    kind = type("UsageError", (Exception,), {"__module__": place})
+
+    def fails(**settings: Any) -> None:
+        raise kind("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(deepspeed, "initialize", fails)
+    resolved: Any = SimpleNamespace(
+        stage=2, engine_json={}, offload_optimizer=False, recipe=Recipe(deepspeed="my.json")
+    )
+    model: Any = nn.Linear(1, 1)
+    with pytest.raises(Exception, match="No API key configured") as found:
+        engine.TrainingEngine(model, OptimOptions(), resolved)
+    assert isinstance(found.value, UserError) == (place != "builtins")
+    if place != "builtins":
+        assert str(found.value).startswith("my.json: wandb: No API key configured")

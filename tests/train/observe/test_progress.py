@@ -12,6 +12,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.plan.shape import Shape
 from qwen_ds.train.observe.metrics import Hardware
 from qwen_ds.train.observe.progress import Progress
+from qwen_ds.train.observe.writers import Writers
 from tests.train.observe.test_metrics import step
 
 HARDWARE = Hardware(1, Shape.of(QWenConfig()), "lora", None)
@@ -35,13 +36,13 @@ def test_a_resumed_run_writes_the_same_lines(tmp_path: Path) -> None:
     """Stopped in the middle of a line's steps, after lines that the checkpoint does not know."""
     for name in ("calm", "stopped"):
         (tmp_path / name).mkdir()
-    with Progress(tmp_path / "calm", 6, 2, HARDWARE) as calm:
+    with Progress(tmp_path / "calm", 6, 2, HARDWARE, Writers()) as calm:
         train(calm, 1, 6)
-    with Progress(tmp_path / "stopped", 6, 2, HARDWARE) as first:
+    with Progress(tmp_path / "stopped", 6, 2, HARDWARE, Writers()) as first:
         train(first, 1, 3)
         saved = json.loads(json.dumps(first.state()))
         train(first, 4, 5)
-    with Progress(tmp_path / "stopped", 6, 2, HARDWARE, saved) as second:
+    with Progress(tmp_path / "stopped", 6, 2, HARDWARE, Writers(), saved) as second:
         train(second, 4, 6)
     assert lines(tmp_path / "calm") == lines(tmp_path / "stopped")
     assert [row["step"] for row in lines(tmp_path / "calm")] == [2, 4, 4, 6]
@@ -58,20 +59,20 @@ def test_tensorboard_on_a_full_disk_does_not_end_the_training(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    with Progress(tmp_path, 2, 1, HARDWARE) as progress:
+    with Progress(tmp_path, 2, 1, HARDWARE, Writers()) as progress:
         train(progress, 1, 2)
     assert len(lines(tmp_path)) == 2
 
 
 def test_the_metrics_files_are_closed_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Progress(tmp_path, 2, 1, HARDWARE) as progress:
+    with pytest.raises(RuntimeError), Progress(tmp_path, 2, 1, HARDWARE, Writers()) as progress:
         raise RuntimeError("a peer is gone")
     with pytest.raises(ValueError, match="closed"):
         progress.state()
 
 
 def test_an_evaluation_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    with Progress(tmp_path, 2, 1, HARDWARE) as progress:
+    with Progress(tmp_path, 2, 1, HARDWARE, Writers()) as progress:
         progress.evaluated(1, float("nan"))
         progress.evaluated(2, 800.0)
     first, second = lines(tmp_path)
