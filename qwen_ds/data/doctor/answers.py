@@ -1,0 +1,109 @@
+"""Answers that teach the wrong thing: echoes of the question, cut ones, loops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor.spans import Span, Talk
+
+_NOT_WORD = re.compile(r"[\W_]+")
+_COPIES = re.compile(r"重复|复述|照抄|跟我(?:读|说)|原样|抄写|朗读|回声|echo|repeat|copy|纠正|改正|修改|校对|润色", re.I)
+
+
+def echoes(talk: Talk) -> Iterator[Span]:
+    """Answers that equal or repeat their question."""
+    for turn, question, answer in talk.pairs:
+        if len(question) < 4 and question != answer:
+            continue
+        asked = _NOT_WORD.sub("", question)
+        if not asked or _COPIES.search(question):
+            continue
+        # Only as much of the answer as may hold the question.
+        said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
+        if asked == said and len(answer) < 3 * len(question) + 60:
+            yield Span("answer-equals-question", turn, 0, len(answer))
+        elif len(asked) >= 7 and asked in said:
+            start, end = _where(question, answer)
+            yield Span("answer-repeats-question", turn, start, end)
+
+
+def _where(question: str, answer: str) -> tuple[int, int]:
+    """The place of the question in an answer; the beginning if punctuation differs."""
+    bare = question.strip().rstrip("？?。.！!：:")
+    start = answer.find(bare)
+    return (start, start + len(bare)) if start >= 0 else (0, min(len(answer), len(question)))
+
+
+_ENDS = "。！？!?.…~～”\"』」）)】]》>；;:：*`|}"
+_HANGING = re.compile(
+    r"(?:[，,、：:；;（(“「『【\[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
+    r"对于|关于|根据|首先|其次|的是|\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
+)
+_SENTENCE_END = re.compile(r"[。！？!?]|\.(?=\s)")
+_HAN_OR_WORD = re.compile(r"[\u4e00-\u9fffA-Za-z]\Z")
+
+
+def cut_midway(talk: Talk) -> Iterator[Span]:
+    """Answers that end in the middle of a sentence."""
+    for turn, _, answer in talk.pairs:
+        text = answer.rstrip()
+        if len(text) < 16 or text.endswith(tuple(_ENDS.replace(":", "").replace("：", ""))):
+            continue
+        line = text[text.rfind("\n") + 1 :]
+        if hanging := _HANGING.search(line):
+            if not (line.endswith((":", "：", "-", "—", "=", "+")) and talk.is_of_code):
+                yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
+            continue
+        ends = [match.end() for match in _SENTENCE_END.finditer(line)]
+        # One sentence without a full stop is a habit; a last one after others was cut.
+        style = len(ends) >= 2 or (len(ends) == 1 and len(line) >= 40)
+        if style and _HAN_OR_WORD.search(line) and 2 <= len(line) - ends[-1] <= 400:
+            yield Span("answer-cut-midway", turn, len(text) - min(12, len(line)), len(text))
+
+
+_CLAUSE = re.compile(r"[。！？!?\n；;，,]+")
+_RUN = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
+_CHAR_RUN = re.compile(r"([\w])\1{11,}")
+_LAUGHTER = set("哈呵嘻啊嗯呜嘿啦哦噢唔耶嘎咯喵汪0123456789")
+_GRAM = 6
+
+
+def loops(talk: Talk) -> Iterator[Span]:
+    """Answers that repeat a phrase or a sentence over and over."""
+    for turn, question, answer in talk.pairs:
+        n_grams = len(answer) - _GRAM + 1
+        if n_grams < 8:
+            continue
+        distinct = len({answer[at : at + _GRAM] for at in range(n_grams)})
+        if distinct > 0.94 * n_grams:
+            continue
+        if found := _looped(answer):
+            yield Span("loop", turn, *found)
+
+
+def _looped(text: str) -> tuple[int, int] | None:
+    for match in _RUN.finditer(text):
+        unit = match[1]
+        is_word = any(char.isalpha() for char in unit) and not set(unit) <= _LAUGHTER
+        times = len(match[0]) // len(unit)
+        if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
+            return match.span()
+    if (match := _CHAR_RUN.search(text)) and match[1] not in _LAUGHTER:
+        return match.span()
+    clauses = [clause.strip() for clause in _CLAUSE.split(text)]
+    said = Counter(clause for clause in clauses if len(clause) >= 4)
+    if said:
+        clause, times = said.most_common(1)[0]
+        if times >= 4 and times * len(clause) >= 0.35 * len(text):
+            at = text.find(clause)
+            return at, at + len(clause)
+    return None
+
+
+def _is_table(unit: str) -> bool:
+    """Whether a repeated unit is of a table's rule, or of a line of dots."""
+    return not any(char.isalnum() for char in unit)
+
+

@@ -1,0 +1,76 @@
+"""Answers that refuse, or speak in the name of another assistant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor.spans import Span, Talk, pattern
+
+_MAKER = (
+    r"OpenAI|Open AI|Anthropic|Google|谷歌|DeepMind|Meta|微软|Microsoft|百度|科大讯飞|讯飞|智谱|清华|华为|腾讯|字节|"
+    r"月之暗面|深度求索|DeepSeek|昆仑万维|商汤|百川|360|上海人工智能实验室|复旦|Mistral|xAI|MiniMax|零一万物|贝壳|链家"
+)
+_NAME = (
+    r"Chat ?GPT|GPT-?[2345](?:\.5|o)?|Claude|文心一言|文心|ERNIE ?Bot|讯飞星火|星火|ChatGLM|GLM-?\d?|智谱清言|"
+    r"LLaMA|Llama|Vicuna|Alpaca|BELLE|MOSS|百川|Baichuan|InternLM|书生|豆包|Kimi|DeepSeek|Gemini|Bard|Bing Chat|"
+    r"Copilot|盘古|天工|混元|元宝|小度|小爱同学|Siri|Mistral|Grok|Guanaco|Dolly|Koala|Phoenix|凤凰|Firefly|流萤|"
+    r"Bloom|Open ?Assistant|Copilot|Tigerbot|TigerBot|虎博|Yi-\w+|360智脑|悟道|商量|SenseChat"
+)
+_IDENTITY = pattern(
+    rf"(?:我是|我叫|我的名字(?:是|叫)|本人是|这里是|您好，我是|作为)\s?(?:一个|一款|一名|由|来自|基于|名为|叫做?|大模型|AI助手|"
+    rf"人工智能助手|智能助手|语言模型|聊天机器人|[，, “\"「])*(?:(?:{_NAME})(?![A-Za-z])|(?:{_MAKER})[^，。！？\n]{{0,12}}?"
+    rf"(?:开发|训练|研发|创建|推出|打造|研制|设计|提供|公司|团队|的)[^，。！？\n]{{0,20}}?"
+    rf"(?:模型|助手|AI|机器人|智能|程序|语言))"
+    rf"|我[^，。！？\n]{{0,12}}由\s?(?:{_MAKER})[^，。！？\n]{{0,12}}(?:开发|训练|研发|创建|推出|打造|研制|设计)"
+    rf"|(?:I am|I'm|I’m|[Mm]y name is|This is) (?:an? )?(?:AI |language |large |model |chatbot |assistant |called |named |,)*"
+    rf"(?:(?:Chat ?GPT|GPT-?[2345]\S*|Bard|Gemini|ERNIE Bot|LLaMA|Vicuna|Alpaca|ChatGLM|MOSS|BELLE|Kimi|DeepSeek\S*|"
+    rf"Open ?Assistant|Copilot|Bing Chat)\b|Claude(?=,? (?:an|a|the|made|created|developed|from|by|and I)\b|\.))"
+    rf"|\b(?:I|me|assistant|model|AI)\b[^.!?\n]{{0,60}}(?:trained|developed|created|made|built) by "
+    rf"(?:OpenAI|Anthropic|Google|Meta|Microsoft|Mistral|DeepSeek|xAI|LMSYS|Baidu)"
+)
+_NAMES = re.compile(f"{_NAME}|{_MAKER}")
+_AS_MODEL = (
+    r"作为(?:一个|一名|一款|一种|一位)?(?:基于[^，。\n]{0,12}的)?(?:大型|大|虚拟|智能)?(?:AI|ai|A\.I\.|人工智能|语言模型|"
+    r"聊天机器人|虚拟助手|智能助手|智能助理|机器学习模型|机器人)(?:语言|大语言|对话|聊天)?(?:模型|助手|助理|程序|系统|机器人)?"
+    r"(?:，|,|\s)*(?:我|本|没有|无法|不能|不具备)"
+)
+_CANNOT = (
+    r"(?:(?:非常|很|十分|真的|实在)?(?:抱歉|对不起|不好意思|遗憾)[，,。！!]?(?:但|但是|不过)?[，,]?)(?:我|本模型|本助手|AI)"
+    r"(?:暂时|目前|现在|还|并)?(?:无法|不能|没有办法|没办法|不会|没有能力|不可以|不具备|没有足够|不太能|不便)"
+    r"(?!来|去|赴|参加|到|出席|赶|再等)"
+    r"|我(?:暂时|目前|现在|还|并)?(?:无法|不能|没有办法|没有能力|不便)(?:直接|为您|为你|给您|给你|向您|帮您|帮你)?"
+    r"(?:回答|提供|满足|协助|生成|完成(?:这|该|您|你)|执行(?:这|该|您|你)|访问|浏览|讨论|参与(?:这|此|该)|继续(?:这|该)|处理(?:这|该|您)|"
+    r"预测|打开(?:链接|网)|获取|实时|查看(?:图|链|网)|观看|听取)"
+)
+_REFUSES = pattern(
+    rf"{_AS_MODEL}|{_CANNOT}"
+    r"|[Aa]s (?:an?|your) (?:AI|artificial intelligence|large language model|language model|chatbot|virtual assistant)"
+    r"(?: language| chat)?(?: model| assistant| bot)?,? ?(?:I|developed|trained|created|and)\b"
+    r"|(?:[Ss]orry|apologi[sz]e|[Uu]nfortunately|regret)[,.;]?(?: but)? I(?:'m| am)? ?(?:cannot|can't|can’t|can not|unable to|"
+    r"am unable to|not able to|won't|do not have|don't have)\b(?! (?:come|make it|attend|go|join|be there|see|hear|believe|wait))"
+    r"|\bI(?:'m| am)? ?(?:cannot|can't|can’t|unable to|not able to|won't) (?:assist|help|fulfil|fulfill|comply|provide|answer|"
+    r"generate|engage|create|browse|access|discuss|support|complete|process) "
+)
+
+
+def identity(talk: Talk) -> Iterator[Span]:
+    """Refusals, and another assistant's name, in answers."""
+    for turn, question, answer in talk.pairs:
+        head = answer[:400]
+        if ("我" in head or "I" in head or "作为" in head or "s an" in head) and not _is_translation(
+            question
+        ):
+            for start, end in _REFUSES(head):
+                yield Span("refusal", turn, start, end)
+                break
+        if _NAMES.search(answer):
+            for start, end in _IDENTITY(answer):
+                yield Span("foreign-identity", turn, start, end)
+                break
+
+
+def _is_translation(question: str) -> bool:
+    return "翻译" in question or "译成" in question or "ranslat" in question
+
+
