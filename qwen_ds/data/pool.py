@@ -1,7 +1,8 @@
 """Processes that work for this one on chunks of rows.
 
 They are forked off a fork server, a fresh interpreter that has imported the work's module already.
-They neither copy this process, with its threads and its GPU, nor import it anew.
+They neither copy this process, with its threads and its GPU, nor import it anew. A single one is
+started without a server, which would take the memory of another process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def process_pool(
         module: has the functions; the fork server imports it.
         start: called in each process with `arguments`, once.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if count == 1 else "forkserver")
     context.set_forkserver_preload([module])
     pool = ProcessPoolExecutor(count, context, _begin, (start, arguments))
     with _main_hidden():

@@ -24,23 +24,37 @@ def echoes(talk: Talk) -> Iterator[Span]:
         said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
         if asked == said and len(answer) < 3 * len(question) + 60:
             yield Span("answer-equals-question", turn, 0, len(answer))
-        elif len(asked) >= 7 and asked in said:
-            start, end = _where(question, answer)
-            yield Span("answer-repeats-question", turn, start, end)
+        elif len(asked) >= 7 and asked in said and (place := _echo(question, answer)):
+            yield Span("answer-repeats-question", turn, *place)
 
 
-def _where(question: str, answer: str) -> tuple[int, int]:
-    """The place of the question in an answer; the beginning if punctuation differs."""
-    bare = question.strip().rstrip("？?。.！!：:")
+_AFTER_ECHO = re.compile(r"\s*(?:[，,。.！!？?：:；;\n”\"）)、]|\Z)")
+_ORDERS = re.compile(r"\A\s*(?:请|帮我|给我|帮忙|麻烦|Please\b)")
+
+
+def _echo(question: str, answer: str) -> tuple[int, int] | None:
+    """The place of the question near the beginning of an answer. A topic that the first sentence
+    takes up ("the main sights are ..") is none: a repeated question ends, or is an order."""
+    bare = question.strip().rstrip("？?。.！!：:；;")
     start = answer.find(bare)
-    return (start, start + len(bare)) if start >= 0 else (0, min(len(answer), len(question)))
+    if start < 0:  # its punctuation or white space differs
+        return (0, min(len(answer), len(question)))
+    end = start + len(bare)
+    is_early = start <= 12 or "\n" in answer[max(0, start - 2) : start]
+    is_whole = _ORDERS.match(question) or _AFTER_ECHO.match(answer, end)
+    is_all = start > 0 and end >= len(answer.rstrip("。.！!？? \n"))
+    return (start, end) if is_early and is_whole and not is_all else None
 
 
-_ENDS = "。！？!?.…~～”\"』」）)】]》>；;:：*`|}"
+# Not a finding yet: endings.py tells from all answers whether this one was cut.
+NO_FULL_STOP = "no-full-stop"
+_ENDS = tuple("。！？!?.…~～”\"』」）)】]》>；;*`|}")
 _HANGING = re.compile(
     r"(?:[，,、：:；;（(“「『【\[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
     r"对于|关于|根据|首先|其次|的是|\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
 )
+# A number of a list without its item.
+_NEXT_ITEM = re.compile(r"(?:(?<=[；;。！？\n])|(?<=[；;。！？\n] ))\s*(?:\d{1,2}[.、．)]|[-*•])\Z")
 _SENTENCE_END = re.compile(r"[。！？!?]|\.(?=\s)")
 _HAN_OR_WORD = re.compile(r"[\u4e00-\u9fffA-Za-z]\Z")
 
@@ -49,7 +63,12 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
     """Answers that end in the middle of a sentence."""
     for turn, _, answer in talk.pairs:
         text = answer.rstrip()
-        if len(text) < 16 or text.endswith(tuple(_ENDS.replace(":", "").replace("：", ""))):
+        if len(text) < 16:
+            continue
+        if number := _NEXT_ITEM.search(text):
+            yield Span("answer-cut-midway", turn, number.start(), len(text))
+            continue
+        if text.endswith(_ENDS):
             continue
         line = text[text.rfind("\n") + 1 :]
         if hanging := _HANGING.search(line):
@@ -57,10 +76,12 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
                 yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
             continue
         ends = [match.end() for match in _SENTENCE_END.finditer(line)]
-        # One sentence without a full stop is a habit; a last one after others was cut.
-        style = len(ends) >= 2 or (len(ends) == 1 and len(line) >= 40)
-        if style and _HAN_OR_WORD.search(line) and 2 <= len(line) - ends[-1] <= 400:
-            yield Span("answer-cut-midway", turn, len(text) - min(12, len(line)), len(text))
+        # One sentence without a full stop is a habit; a last one after others was perhaps cut.
+        style = len(ends) >= 2 or (len(line) >= 24 and (ends or line.count("，") >= 2))
+        last = len(line) - (ends[-1] if ends else 0)
+        if style and _HAN_OR_WORD.search(line) and 2 <= last <= 400:
+            kind = "answer-cut-midway" if line[-1].isascii() else NO_FULL_STOP
+            yield Span(kind, turn, len(text) - min(12, len(line)), len(text))
 
 
 _CLAUSE = re.compile(r"[。！？!?\n；;，,]+")

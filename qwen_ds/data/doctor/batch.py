@@ -15,7 +15,8 @@ from qwen_ds.data.doctor.characters import classes_of
 from qwen_ds.data.doctor.columns import looks_swapped
 from qwen_ds.data.doctor.detectors import found_in
 from qwen_ds.data.doctor.duplicates import Signatures, signatures
-from qwen_ds.data.doctor.kinds import KINDS
+from qwen_ds.data.doctor.endings import Endings
+from qwen_ds.data.doctor.kinds import MASKED
 from qwen_ds.data.doctor.personal import masked
 from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
 from qwen_ds.model.chatml import text_ids
@@ -58,6 +59,7 @@ class Checked:
     asked_tokens_N: np.ndarray  # int32, all before the last answer, without the marks of ChatML
     said_tokens_N: np.ndarray  # int32, the last answer
     turns_N: np.ndarray  # int32
+    endings: Endings  # of the answers
     swapped_N: np.ndarray  # int8: 1 question and answer look swapped, -1 they look right, 0 unclear
 
 
@@ -75,6 +77,9 @@ def check(batch: Batch) -> Checked:
     talks = batch.talks
     sides = [_sides(system, turns) for system, turns in talks]
     found = _detect(talks) if batch.detect else []
+    endings = Endings()
+    if batch.detect:
+        endings.see(answer for _, answer in sides)
     counts = [_tokens(sides, 0), _tokens(sides, 1)]
     return Checked(
         found,
@@ -83,6 +88,7 @@ def check(batch: Batch) -> Checked:
         np.array([len(asked) for asked, _ in sides], np.int32),
         *counts,
         np.array([len(turns) for _, turns in talks], np.int32),
+        endings,
         np.array([looks_swapped(*side) for side in sides], np.int8),
     )
 
@@ -130,7 +136,7 @@ def excerpts(place: int, talk: Talk, spans: Sequence[Span]) -> list[Found]:
     for kind, span in firsts.items():
         text = talk.system if span.turn == SYSTEM else talk.turns[span.turn][1]
         for hidden in spans:
-            if hidden.turn == span.turn and KINDS[hidden.kind].masked:
+            if hidden.turn == span.turn and hidden.kind in MASKED:
                 text = (
                     text[: hidden.start]
                     + masked(text[hidden.start : hidden.end])

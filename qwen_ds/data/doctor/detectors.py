@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen_ds.data.doctor.answers import cut_midway, echoes, loops
+from qwen_ds.data.doctor.answers import NO_FULL_STOP, cut_midway, echoes, loops
 from qwen_ds.data.doctor.columns import swapped
 from qwen_ds.data.doctor.identity import identity
 from qwen_ds.data.doctor.languages import languages
@@ -22,7 +22,7 @@ DETECTORS: tuple[TalkFinder, ...] = (
 _EXPLAINS = {
     "mojibake-gbk": ("kana", "hangul", "cyrillic", "traditional-among-simplified", "kun-kao"),
     "mojibake-latin1": ("control-character", "zero-width-character", "language-mismatch"),
-    "unclosed-code-fence": ("answer-cut-midway",),
+    "unclosed-code-fence": ("answer-cut-midway", NO_FULL_STOP),
     "answer-equals-question": ("swapped-columns",),
     "placeholder": ("answer-cut-midway", "language-mismatch"),
 }

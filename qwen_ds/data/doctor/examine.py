@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qwen_ds.data.doctor import batch as look
+from qwen_ds.data.doctor.answers import NO_FULL_STOP
 from qwen_ds.data.doctor.batch import Batch, Checked
 from qwen_ds.data.doctor.duplicates import Signatures, joined
+from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.files import FileColumns
 from qwen_ds.data.doctor.spans import texts_of
 from qwen_ds.data.doctor.tally import Shown, Tally
@@ -45,8 +47,9 @@ _DROPPED = {
     NOT_ALTERNATING: "role-order",
     "unknown role": "role-order",
 }
-# What is said once for a file if all of its rows have it, and else row by row.
-LATE = ("empty-answer", "empty-question", "swapped-columns")
+# What is said once for a file if all of its rows have it, and else row by row; and what needs the
+# endings of all answers.
+LATE = ("empty-answer", "empty-question", "swapped-columns", NO_FULL_STOP)
 OnRecord = Callable[[int, object, Result], None]
 
 
@@ -60,6 +63,7 @@ class Pass:
     """(record, kind, words) of the kinds in LATE."""
     record_N: array[int] = field(default_factory=lambda: array("q"))
     """The record of each conversation."""
+    endings: Endings = field(default_factory=Endings)
     not_trained: Counter[str] = field(default_factory=Counter)
     heads: list[list[str]] = field(default_factory=list)
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
@@ -77,6 +81,7 @@ class Pass:
                 self.late.append((record, found.kind, shown))
             else:
                 self.tally.add(found.kind, record, shown)
+        self.endings.add(checked.endings)
         self.heads.append(checked.heads)
         self._signatures.append(checked.signatures)
         self.parts.append(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qwen_ds.data.doctor.answers import NO_FULL_STOP
 from qwen_ds.data.doctor.duplicates import first_with, groups, repeats
 from qwen_ds.data.doctor.examine import AGAINST, TRAIN, Pass
 from qwen_ds.data.doctor.files import LEAST_ROWS
@@ -57,7 +58,10 @@ def _columns(gathered: Pass) -> None:
             shown = Shown(detail=f"question and answer look swapped in {columns.path}")
             tally.add_file("swapped-columns", count, [columns.first], shown)
     for record, kind, shown in gathered.late:
-        if (files[record], kind) not in said_once:
+        if kind == NO_FULL_STOP:
+            if gathered.endings.is_cut(shown.marked[-2:]):
+                tally.add("answer-cut-midway", record, shown)
+        elif (files[record], kind) not in said_once:
             tally.add(kind, record, shown)
 
 

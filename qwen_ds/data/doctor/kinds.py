@@ -24,7 +24,6 @@ class Kind:
     advice: str
     of_rows: bool = True  # False: it is about the file or an option, and costs no row its place
     masked: bool = False  # the place is shown with its middle hidden
-    counts: bool = True  # False: the file's finding says it once for all rows
 
 
 def _row(severity: Severity, advice: str) -> Kind:
@@ -112,3 +111,4 @@ KINDS: dict[str, Kind] = {
     # Only with --model.
     "high-loss": _row("note", "read these first: wrong labels have the highest loss"),
 }
+MASKED = frozenset(name for name, kind in KINDS.items() if kind.masked)

@@ -31,7 +31,7 @@ def languages(talk: Talk) -> Iterator[Span]:
             continue
         if (language := _language(answer)) is None:
             continue
-        wanted = _language(question)
+        wanted = _language(question, least=3)
         if wanted is None or wanted == language or talk.is_of_code:
             continue
         if _ASKS_LANGUAGE.search(question) or _ASKS_LANGUAGE.search(talk.system):
@@ -39,7 +39,7 @@ def languages(talk: Talk) -> Iterator[Span]:
         yield Span("language-mismatch", turn, 0, min(len(answer), 40), f"{wanted} / {language}")
 
 
-def _language(text: str) -> str | None:
+def _language(text: str, least: int = 4) -> str | None:
     """The language of a text by its script, None where that is not clear."""
     text = text[:2000]
     han, words = len(_HAN.findall(text)), len(_WORD.findall(text))
@@ -47,9 +47,9 @@ def _language(text: str) -> str | None:
         count = len(script.findall(text))
         if count >= 6 and count > 0.25 * (han + count) and count > words:
             return name
-    if han >= 4 and han > 2 * words:
+    if han >= least and han > 2 * words:
         return "Chinese"
-    if words >= 4 and han * 8 < words and " " in text.strip():
+    if words >= least and han * 8 < words and " " in text.strip():
         return "English"
     return None
 

@@ -25,7 +25,7 @@ _CHAT = pattern(
 )
 # In a question these may open a talk to be summed up; in an answer they continue one.
 _CHAT_IN_ANSWER = pattern(
-    r"(?:(?<=[\n。！？.!?])[ \t]*)(?P<it>(?:User|Human|Bot|用户|人类|助手|助理|机器人|问|答|提问|回答)[:：])"
+    r"\A\s*(?:助手|助理|机器人|小助手|AI助手|客服助手|Bot|Robot)[:：]|(?<=[\n。！？.!?])[ \t]*(?P<it>(?:User|Human|Bot|用户|人类|助手|助理|机器人|问|答|提问|回答)[:：])"
 )
 _TOOL = pattern(
     r"</?tool_?(?:call|response|result)s?>|</?function_?(?:call|response|s)?(?:=[\w.]+)?>"
@@ -33,6 +33,8 @@ _TOOL = pattern(
     r"|[\"'](?:function_call|tool_calls?)[\"']\s*:|\{\s*[\"']name[\"']\s*:\s*[\"'][\w.-]+[\"']\s*,\s*"
     r"[\"'](?:arguments|parameters)[\"']\s*:|oaicite|【\d+†[^】]*】|\bturn\d+(?:search|view|news)\d+"
     r"|<\|?(?:plugin|interpreter|python_tag|action_start|action_end)\|?>|</?(?:search|api|plugin|code_interpreter)>"
+    r"|<invoke\b|(?:调用|使用)(?:工具|函数|插件|接口|API)[:：]|[\"'](?:tool|tool_name|action|action_input|plugin)[\"']\s*:"
+    r"|^(?:search|browse|lookup|calculator|get_\w+|query_\w+|call_\w+)\([^()\n]*\)"
     r"|\[TOOL_CALLS\]|\[AVAILABLE_TOOLS\]|<eo[ctr]>|^Command: ?\w+\(",
     re.MULTILINE,
 )
@@ -49,10 +51,11 @@ _ENTITY = pattern(
     r"#\d{2,6}|#[xX][0-9a-fA-F]{2,5});"
 )
 _ESCAPE = pattern(
-    r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|(?<!\\)(?:\\r)?\\n(?![a-z])|\\n(?=\\n)|(?<!\\)\\t(?![a-z])"
+    r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|(?<!\\)(?:\\r)?\\n(?!(?:abla|eq|u|ot|e|i|otin|ewline|ewcommand|exists|mid|olimits|onumber|ormalsize)(?![a-z]))|\\n(?=\\n)|(?<!\\)\\t(?![a-z])"
     r"|\\\\n|(?<!\\)\\[\"'](?![a-z]\b)|(?:%[0-9A-F]{2}){6,}"
 )
 _FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
+_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
 _WHOLE_BLANK = re.compile(
     r"[\s\[【（(<「]*(?:nan|none|null|nil|undefined|n/?a|#n/a|todo|tbd|tba|fixme|xxx+|待补充?|待定|待填写?|待完善|"
     r"待更新|待添加|待写|暂无|暂无答案|暂缺|暂略|略|同上|省略|占位符?|空|无内容|没有内容|测试|test|\.{2,}|…+|-+|_+|/+|\?+|"
@@ -65,7 +68,7 @@ _PART_BLANK = pattern(
     r"|\b(?:TODO|TBD|FIXME)\b(?! ?(?:list|app|lists|列表|清单|应用|事项|注释))|此处(?:填写|插入|输入|补充|省略)|"
     r"(?:请)?在(?:此|这里)(?:填写|输入|插入|补充)|[Ll]orem ipsum|\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}|"
     r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]|<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>|"
-    r"(?:^|[：:，,\s])(?P<it>(?:nan|NaN|NULL|None|undefined))(?=$|[。，,\s])|\[object Object\]",
+    r"(?:^|[：:，,\s])(?P<it>(?:nan|NaN|NULL|None|undefined))(?=$|[。，,\s])|\[object Object\]|(?<![A-Za-z.@/])[Xx]{3,}(?![A-Za-z.])|(?:nan|NaN)(?=[\u4e00-\u9fff])|<placeholder>",
     re.MULTILINE,
 )
 _NUMBERS_ARE_THE_SUBJECT = re.compile(r"NaN|nan|None|NULL|null|undefined|TODO|TBD|占位")
@@ -117,7 +120,7 @@ def _may_call_tools(text: str, classes: int) -> bool:
     if not classes & of.LATIN:
         return False
     return bool(classes & (of.ANGLE | of.BRACE)) or has_any(
-        text, ("Action", "Observation", "Thought", "Final Answer", "✿", "【", "turn", "oaicite", "Command")
+        text, ("Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "调用", "使用", "(", "【")
     )
 
 
@@ -132,7 +135,7 @@ def _html(talk: Talk, turn: int, text: str) -> Iterator[Span]:
 
 def _escapes(turn: int, text: str) -> Iterator[Span]:
     text = outside_code(text)
-    if _FORMULA.search(text):
+    if _FORMULA.search(text) or _DRIVE.search(text):
         return
     for start, end in _ESCAPE(text):
         yield Span("literal-escape", turn, start, end)
@@ -144,9 +147,10 @@ def blanks(talk: Talk) -> Iterator[Span]:
         if len(text) <= 40 and _WHOLE_BLANK.fullmatch(text):
             yield Span("placeholder", turn, 0, len(text))
             continue
-        if talk.is_of_code or (role == "assistant" and _asks_for_blanks(talk.turns[turn - 1][1])):
-            continue
+        asked = talk.turns[turn - 1][1] if role == "assistant" else ""
         for start, end in _PART_BLANK(text):
+            if talk.is_of_code or _asks_for_blanks(asked):
+                break
             yield Span("placeholder", turn, start, end)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def outputs(folder: str | None, clean: str | None, inputs: list[str], overwrite:
         written = output_file(clean)
         if written.name == DROPPED:
             raise UserError(f"--write is {clean}; expected another name: {DROPPED} gets the rest")
-        if not written.parent.is_dir():
+        if not written.parent.is_dir() and written.parent != Path(os.path.realpath(folder or "")):
             raise UserError(f"{written.parent}: no such folder; expected one for --write")
         files += [written, written.with_name(DROPPED)]
     for file in files:

@@ -48,7 +48,7 @@ def is_card(digits: str) -> bool:
     if len(digits) == 15 and digits[:2] not in ("34", "37"):
         return False
     doubled = [int(d) * (1 + place % 2) for place, d in enumerate(reversed(digits))]
-    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0 and len(set(digits)) > 2
+    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0 and len(set(digits)) > 1
 
 
 def personal_data(talk: Talk) -> Iterator[Span]:

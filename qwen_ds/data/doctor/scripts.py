@@ -12,6 +12,7 @@ from qwen_ds.data.doctor.spans import SYSTEM, Finder, Span, Talk, pattern
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
+_LATIN_LETTERS = re.compile(f"(?:(?![\x80-\x9f])[{of.points_of(of.LATIN_HIGH)}])+")
 _ABOUT_TRADITIONAL = re.compile(r"繁体|繁體|正體|港台|台湾|香港|粤语|古文|书法|异体")
 _ABOUT_LANGUAGES = re.compile(
     r"日[语文本]|韩[语文国]|朝鲜|俄[语文罗]|西里尔|假名|片假|平假|谚文|翻译|译[成为]|外[语文]|发音|语言|"
@@ -75,25 +76,39 @@ def _latin1(text: str) -> tuple[int, int] | None:
                 continue
             if any(ord(char) > 0x7F for char in run[0].encode(encoding).decode()):
                 return run.span()
-    if is_bad(text) and (found := _LATIN_RUN.search(text)) is not None:
+    if is_bad(text) and (found := _LATIN_LETTERS.search(text)) is not None:
         return found.span()
     return None
 
 
 def _gbk(text: str) -> tuple[int, int] | None:
-    """UTF-8 that was read as GBK, which is made of valid, rare characters."""
+    """UTF-8 that was read as GBK, which is made of valid, rare characters: their bytes make UTF-8
+    again, and common characters."""
     for run in _NOT_ASCII.finditer(text):
         like = [at for at, char in enumerate(run[0]) if of.TABLE[ord(char)] & of.GBK_LIKE]
-        if len(like) < 2:
+        if not like:
             continue
-        # Only the part around such characters: the rest of the run may be sound.
-        start, end = like[0], like[-1] + 3
-        raw = run[0][start:end].encode("gb18030", "ignore")
-        read = raw.decode("utf-8", "replace")
-        good = sum(1 for char in read if of.TABLE[ord(char)] & of.HAN or char in "，。！？：；、（）“”《》")
-        if good >= 2 and good > 2 * (read.count("\ufffd") - 1):
-            return run.start() + start, min(run.end(), run.start() + end)
+        lost = sum(run[0][at + 1 : at + 2] == "\ufffd" for at in like)
+        if lost >= 2 or (len(like) >= 3 and 3 * len(like) >= len(run[0])):
+            return run.span()
+        for at in like:
+            part = run[0][at : at + 24]
+            raw = part.encode("gb18030", "ignore")
+            try:
+                read = raw.decode()
+            except UnicodeDecodeError as error:
+                read = raw[: error.start].decode()
+            is_short = len(run[0]) <= 4 and len(read) == 2
+            if (len(read) >= 3 or is_short) and all(map(_is_common, read)):
+                return run.start() + at, run.start() + min(len(run[0]), at + len(read) * 3 // 2)
     return None
+
+
+def _is_common(char: str) -> bool:
+    try:
+        return char.encode("gb2312")[0] < 0xD8 and ord(char) > 0x7F
+    except UnicodeEncodeError:
+        return False
 
 
 def intruders(talk: Talk) -> Iterator[Span]:

@@ -63,14 +63,14 @@ TalkFinder = Callable[[Talk], Iterator[Span]]
 
 
 def pattern(text: str, flags: int = 0) -> Finder:
-    """A finder of a pattern: its group `it` if it has one, else all of it."""
+    """A finder of a pattern: its group `it` where that has matched, else all of it."""
     compiled = re.compile(text, flags)
-    group: str | int = "it" if "it" in compiled.groupindex else 0
+    named = "it" in compiled.groupindex
 
     def find(text: str) -> Iterator[tuple[int, int]]:
         for match in compiled.finditer(text):
-            if match.group(group):
-                yield match.span(group)
+            if match[0]:
+                yield match.span("it" if named and match["it"] else 0)
 
     return find
 
@@ -83,10 +83,6 @@ def outside_code(text: str) -> str:
     if "`" not in text and "$" not in text:
         return text
     return _CODE.sub(lambda match: " " * len(match[0]), text)
-
-
-def first(spans: Iterator[tuple[int, int]]) -> tuple[int, int] | None:
-    return next(spans, None)
 
 
 def has_any(text: str, words: Sequence[str]) -> bool:
