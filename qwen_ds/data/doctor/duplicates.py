@@ -1,8 +1,8 @@
 """Equal and nearly equal conversations, from a few numbers a conversation.
 
-Texts are compared without their white space. Exact duplicates have equal 64-bit hashes. For near
-ones a text is a set of shingles, the 8 bytes of UTF-8 at each of its characters: about three
-Chinese characters, or eight Latin ones. rensa makes MinHash digests of these sets; the share of
+Exact duplicates have equal 64-bit hashes of their texts without white space. For near ones a text,
+without punctuation too, is a set of shingles, the 8 bytes of UTF-8 at each of its characters: about
+three Chinese characters, or eight Latin ones. rensa makes MinHash digests of these sets; the share of
 equal places in two digests estimates the Jaccard similarity of the sets. Of each number 16 bits are
 kept, so four of them are the 64-bit key of one of 16 bands: conversations that share a key are
 compared. A million conversations take 230 MB.
@@ -12,6 +12,7 @@ Shapes: N conversations, K places of a digest.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,12 @@ from xxhash import xxh3_64_intdigest
 
 WHOLE, SIDE = 64, 16  # places of the digest of all of a conversation, and of each of its sides
 BAND = 4  # places of a band's key: 16 bands find 98 of 100 pairs of similarity 0.7, all of 0.85
-SIMILAR, SIDE_SIMILAR = 0.7, 0.25
-LEAST_SHINGLES = 20  # below, similarity says little
+# One word changed in a short text changes more of it than in a long one: the similarity asked for
+# grows from the first to the second between so many shingles.
+SIMILAR, SIDE_SIMILAR = (0.7, 0.8), 0.25
+SHORT, LONG = 30, 90
+LEAST_SHINGLES = 14  # below, similarity says little
+_NOT_WORD = re.compile(r"[\W_]+")
 _SEED = 42
 _GAP = b"\0" * 8
 _NOT_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
@@ -47,8 +52,9 @@ def signatures(sides: Sequence[tuple[str, str]]) -> Signatures:
     asked = ["".join(question.split()).encode("utf-8", "surrogatepass") for question, _ in sides]
     said = ["".join(answer.split()).encode("utf-8", "surrogatepass") for _, answer in sides]
     whole = [q + b"\n" + a for q, a in zip(asked, said, strict=True)]
-    digest, shingles = _digests(whole, WHOLE)
-    digests = [digest, _digests(asked, SIDE)[0], _digests(said, SIDE)[0]]
+    plain = [[_NOT_WORD.sub("", text).encode() for text in side] for side in sides]
+    digest, shingles = _digests([b" ".join(side) for side in plain], WHOLE)
+    digests = [digest, *(_digests([side[at] for side in plain], SIDE)[0] for at in (0, 1))]
     return Signatures(
         np.array([xxh3_64_intdigest(text) for text in whole], np.uint64),
         np.array([xxh3_64_intdigest(text) for text in asked], np.uint64),
@@ -141,7 +147,9 @@ def _alike(found: Signatures, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         same = found.digest_NK[a[part]] == found.digest_NK[b[part]]
         edges = ((0, WHOLE), (WHOLE, WHOLE + SIDE), (WHOLE + SIDE, WHOLE + 2 * SIDE))
         whole, asked, said = (same[:, first:last].mean(axis=1) for first, last in edges)
-        alike[part] &= (whole >= SIMILAR) & (asked >= SIDE_SIMILAR) & (said >= SIDE_SIMILAR)
+        length = np.minimum(found.shingles_N[a[part]], found.shingles_N[b[part]])
+        least = np.interp(length, (SHORT, LONG), SIMILAR)
+        alike[part] &= (whole >= least) & (asked >= SIDE_SIMILAR) & (said >= SIDE_SIMILAR)
     return alike
 
 

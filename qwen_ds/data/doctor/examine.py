@@ -112,6 +112,7 @@ def examine(
     encoding: Encoding | None = None,
     on_record: OnRecord | None = None,
     workers: int | None = None,
+    most: int | None = None,
 ) -> Pass:
     """Read all rows of all paths, each once, and gather what is needed to judge them.
 
@@ -120,10 +121,11 @@ def examine(
         on_record: called with each record's number, row (None: several rows gave it, or it could
             not be read) and first result, in order.
         workers: processes beside this one.
+        most: so many records of each path are read; None: all.
     """
     files = [(side, FileColumns(path)) for side, path in sides]
     gathered = Pass(tally, files)
-    talks = _talks(gathered, replace(reading, bad_rows="skip"), on_record)
+    talks = _talks(gathered, replace(reading, bad_rows="skip"), on_record, most)
     count = default_workers() if workers is None else workers
     look.start(encoding)
     with contextlib.ExitStack() as stack:
@@ -151,7 +153,7 @@ def examine(
 
 
 def _talks(
-    gathered: Pass, reading: ReadOptions, on_record: OnRecord | None
+    gathered: Pass, reading: ReadOptions, on_record: OnRecord | None, most: int | None
 ) -> Iterator[tuple[Batch, int]]:
     """Batches of conversations, with the number of the first; what gives none is counted here."""
     tally, first = gathered.tally, 0
@@ -162,6 +164,8 @@ def _talks(
         record = -1
         for result, source in iter_conversations([columns.path], reading, seen=seen):
             row = seen[0] if seen else None
+            if columns.rows == most:
+                break
             if last is None or last[0] != source or last[1] is not row or row is None:
                 record = tally.places.add(source, file)
                 tally.grow()

@@ -98,13 +98,14 @@ def _repeats(
         at, of = repeat.at, repeat.of
         if side_N[at] == AGAINST or record_N[at] == record_N[of]:
             continue
-        kind = "near-duplicate" if repeat.near else "exact-duplicate"
-        if side_N[of] == AGAINST:
+        if repeat.near:
+            kind = "near-duplicate"
+        elif side_N[of] == AGAINST:
             kind = "duplicate-test-set"
         elif side_N[of] != side_N[at]:
             kind = "duplicate-train-eval"
-        elif not repeat.near and file_N[of] != file_N[at]:
-            kind = "duplicate-across-files"
+        else:
+            kind = "exact-duplicate" if file_N[of] == file_N[at] else "duplicate-across-files"
         other = tally.places.text(int(record_N[of]))
         detail = f"{'nearly ' if repeat.near else ''}the same as {other}"
         _add(gathered, kind, at, int(record_N[at]), detail)

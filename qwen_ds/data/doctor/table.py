@@ -35,15 +35,3 @@ def shown_example(example: dict[str, str]) -> str:
         text = f"{example['before']}⟦{example['marked']}⟧{example['after']}"
     detail = example.get("detail", "")
     return one_line("  ".join(part for part in (example["place"], text, detail) if part))
-
-
-def short(findings: Sequence[dict[str, Any]]) -> list[str]:
-    """Findings in a few lines, for the start screen."""
-    lines = []
-    for each in findings:
-        place = each["examples"][0]["place"] if each["examples"] else ""
-        first = f" (first {one_line(place)})" if place else ""
-        lines.append(f"{each['severity']}: {each['count']:,} {each['finding']}{first}")
-    return lines
-
-
