@@ -78,6 +78,7 @@ def plain(name: str) -> Family:
 FAMILIES: dict[str, Family] = {
     "careful": written("careful"),
     "code": written("code"),
+    "long": written("long"),
     "traditional": plain("traditional"),
     "science_en": plain("science_en"),
     "howto": how_to,

@@ -102,6 +102,7 @@ def long_instances() -> Iterator[Planted]:
         + [f"{name}（{sign}，{number}）：{use}。" for name, sign, number, use in lines("elements")]
         + [f"{city}的{sight}：{text}，{when}去，吃{food}。" for city, sight, text, when, food in
            lines("sights")]
+        + [f"{dish}：{food}。{steps}。{hint}。" for dish, food, steps, hint in lines("recipes")]
     )  # fmt: skip
     questions = ("把常见的成语整理成一份讲义。", "Write a booklet of advice.", "编一本小百科。")
     for question, answer in zip(questions, (idioms, advice, world), strict=True):
