@@ -28,7 +28,33 @@ def echoes(talk: Talk) -> Iterator[Span]:
             yield Span("answer-repeats-question", turn, *place)
 
 
-_AFTER_ECHO = re.compile(r"\s*(?:[，,。.！!？?：:；;\n”\"）)、]|\Z)")
+_NUMBER = r"\d{3,5}|[一两二三四五六七八九]百[一二三四五六七八九]?十?|[一两二三四五六七八九]千"
+_WANTED = re.compile(rf"({_NUMBER})(?:个)?(?:汉)?字(?!节|符)|(\d{{3,5}})[- ]words?\b", re.IGNORECASE)
+_DIGITS = {digit: value for value, digit in enumerate("一二三四五六七八九", 1)} | {"两": 2}
+_MOST_OF_IT = 0.1
+
+
+def too_short(talk: Talk) -> Iterator[Span]:
+    """Answers with less than a tenth of the length that their question asks for."""
+    for turn, question, answer in talk.pairs:
+        if len(answer) < 200 and ("字" in question or "word" in question):
+            for match in _WANTED.finditer(question):
+                wanted = _value(match[1]) if match[1] else int(match[2])
+                said = len(answer) if match[1] else len(answer.split())
+                if wanted >= 100 and said < _MOST_OF_IT * wanted:
+                    detail = f"{wanted} are asked for"
+                    yield Span("extreme-length", turn, 0, len(answer), detail)
+                    break
+
+
+def _value(text: str) -> int:
+    """A number of characters, as digits or as hundreds or thousands in words."""
+    if text.isascii():
+        return int(text)
+    return _DIGITS[text[0]] * (1000 if text[1] == "千" else 100)
+
+
+_AFTER_ECHO = re.compile(r"\s*(?:[。.！!？?：:；;\n”\"）)]|\Z)")
 _ORDERS = re.compile(r"\A\s*(?:请|帮我|给我|帮忙|麻烦|Please\b)")
 
 
@@ -50,12 +76,18 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
 NO_FULL_STOP = "no-full-stop"
 _ENDS = tuple("。！？!?.…~～”\"』」）)】]》>；;*`|}")
 _HANGING = re.compile(
-    r"(?:[，,、：:；;（(“「『【\[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
-    r"对于|关于|根据|首先|其次|的是|\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
+    r"(?:[，,、：:；;（(“「『【\[]|\w\s?[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
+    r"对于|关于|根据|首先|其次|的是|尤其|特别是|应该|能够|需要|"
+    r"\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
 )
 # A number of a list without its item.
 _NEXT_ITEM = re.compile(r"(?:(?<=[；;。！？\n])|(?<=[；;。！？\n] ))\s*(?:\d{1,2}[.、．)]|[-*•])\Z")
-_SENTENCE_END = re.compile(r"[。！？!?]|\.(?=\s)")
+# Words that hardly ever end a sentence; looked for where there are sentences.
+_HANGING_CHAR = re.compile(
+    r"(?:(?<![存所现实内外自潜健正])在|(?<![温柔平总饱暖谐缓])和|(?<![参给赠])与|(?<![适恰相充担正])当|"
+    r"(?<![麻名大上中少老主干门健小猛])将|(?<!自)如|[及或使让且而但若最很每各第这那某于])\Z"
+)
+_SENTENCE_END = re.compile(r"[。！？!?]|(?<!\d)\.(?=\s)")
 _HAN_OR_WORD = re.compile(r"[\u4e00-\u9fffA-Za-z]\Z")
 
 
@@ -71,7 +103,10 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
         if text.endswith(_ENDS):
             continue
         line = text[text.rfind("\n") + 1 :]
-        if hanging := _HANGING.search(line):
+        hanging = _HANGING.search(line)
+        if hanging is None and len(line) >= 10 and ("，" in line or "。" in line):
+            hanging = _HANGING_CHAR.search(line)
+        if hanging:
             if not (line.endswith((":", "：", "-", "—", "=", "+")) and talk.is_of_code):
                 yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
             continue

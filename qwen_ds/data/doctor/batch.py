@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen_ds.data.doctor.characters import classes_of
+from qwen_ds.data.doctor.characters import SIMPLIFIED, classes_of
 from qwen_ds.data.doctor.columns import looks_swapped
 from qwen_ds.data.doctor.detectors import found_in
 from qwen_ds.data.doctor.duplicates import Signatures, signatures
@@ -60,6 +60,7 @@ class Checked:
     said_tokens_N: np.ndarray  # int32, the last answer
     turns_N: np.ndarray  # int32
     endings: Endings  # of the answers
+    simple_N: np.ndarray  # bool: some characters are of simplified Chinese alone
     swapped_N: np.ndarray  # int8: 1 question and answer look swapped, -1 they look right, 0 unclear
 
 
@@ -76,7 +77,7 @@ def check(batch: Batch) -> Checked:
     """Look at each conversation, and make the numbers by which they are compared."""
     talks = batch.talks
     sides = [_sides(system, turns) for system, turns in talks]
-    found = _detect(talks) if batch.detect else []
+    found, simple = _detect(talks) if batch.detect else ([], [False] * len(talks))
     endings = Endings()
     if batch.detect:
         endings.see(answer for _, answer in sides)
@@ -89,6 +90,7 @@ def check(batch: Batch) -> Checked:
         *counts,
         np.array([len(turns) for _, turns in talks], np.int32),
         endings,
+        np.array(simple, bool),
         np.array([looks_swapped(*side) for side in sides], np.int8),
     )
 
@@ -109,19 +111,22 @@ def _tokens(sides: Sequence[tuple[str, str]], which: int) -> np.ndarray:
     return np.ceil(TOKENS_A_WIDE * wide + TOKENS_A_BYTE * (chars - wide)).astype(np.int32)
 
 
-def _detect(talks: Sequence[tuple[str, Turns]]) -> list[Found]:
+def _detect(talks: Sequence[tuple[str, Turns]]) -> tuple[list[Found], list[bool]]:
+    """The findings, and for each conversation whether it has simplified characters."""
     texts = [text for system, turns in talks for text in (system, *(text for _, text in turns))]
     classes = classes_of(texts)
     found: list[Found] = []
+    simple: list[bool] = []
     at = 0
     for place, (system, turns) in enumerate(talks):
         mine = tuple(classes[at : at + len(turns) + 1])
         at += len(turns) + 1
+        simple.append(any(each & SIMPLIFIED for each in mine))
         talk = Talk(turns, mine[1:], system, mine[0])
         spans = list(found_in(talk))
         if spans:
             found += excerpts(place, talk, spans)
-    return found
+    return found, simple
 
 
 def excerpts(place: int, talk: Talk, spans: Sequence[Span]) -> list[Found]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen_ds.data.doctor.answers import NO_FULL_STOP, cut_midway, echoes, loops
+from qwen_ds.data.doctor.answers import NO_FULL_STOP, cut_midway, echoes, loops, too_short
 from qwen_ds.data.doctor.columns import swapped
 from qwen_ds.data.doctor.identity import identity
 from qwen_ds.data.doctor.languages import languages
@@ -16,7 +16,7 @@ from qwen_ds.data.doctor.unclosed import unclosed
 
 DETECTORS: tuple[TalkFinder, ...] = (
     damage, intruders, traditional, leftovers, blanks, unclosed,
-    echoes, cut_midway, loops, identity, languages, swapped, personal_data,
+    echoes, cut_midway, loops, too_short, identity, languages, swapped, personal_data,
 )  # fmt: skip
 # Kinds that explain others: damaged text has strange scripts and open brackets, too.
 _EXPLAINS = {

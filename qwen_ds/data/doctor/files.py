@@ -9,8 +9,9 @@ from qwen_ds.data.read.dialogue import EMPTY, RowError, is_said
 from qwen_ds.data.read.readers import Reader, find_reader
 
 LEAST_ROWS = 3  # fewer say nothing about a column
-# Columns that are often the same, or empty, and meant so.
+# Columns that are often empty, or the same, and meant so.
 _USUAL = {"system", "input", "history", "context", "tools", "tags", "name"}
+_SAME = {"system", "tools"}
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class FileColumns:
             if value in EMPTY or (isinstance(value, str) and not value.strip()):
                 if column not in _USUAL:
                     yield "empty-column", column
-            elif column not in _USUAL and is_said(value) and not self._asks(column):
+            elif column not in _SAME and is_said(value) and not self._asks(column):
                 yield "constant-column", column
 
     def _asks(self, column: str) -> bool:

@@ -48,6 +48,8 @@ _CANNOT = (
     r"预测|打开(?:链接|网)|获取|实时|查看(?:图|链|网)|观看|听取)"
 )
 _REFUSES = pattern(
+    r"(?:抱歉|对不起|遗憾)[^。！？\n]{0,24}(?:无法|不能)(?:回答|访问|浏览|联网|上网|查询实时)|我的(?:知识|数据|训练数据)(?:库)?"
+    r"(?:只?(?:截止|截至|更新)|仅)|"
     rf"{_AS_MODEL}|{_CANNOT}"
     r"|[Aa]s (?:an?|your) (?:AI|artificial intelligence|large language model|language model|chatbot|virtual assistant)"
     r"(?: language| chat)?(?: model| assistant| bot)?,? ?(?:I|developed|trained|created|and)\b"
@@ -70,8 +72,22 @@ def identity(talk: Talk) -> Iterator[Span]:
                 break
         if _NAMES.search(answer):
             for start, end in _IDENTITY(answer):
-                yield Span("foreign-identity", turn, start, end)
-                break
+                if not _is_a_part(question, answer[start:end]):
+                    yield Span("foreign-identity", turn, start, end)
+                    break
+
+
+_WRITES = re.compile(
+    r"人物|角色|扮演|假[设装]你|第一人称|主人公|故事|小说|剧本|名叫|译|\b(?:character|named|called|story|persona|"
+    r"role-?play|pretend|translat)",
+    re.IGNORECASE,
+)
+
+
+def _is_a_part(question: str, said: str) -> bool:
+    """Whether the question has given the name, for a text in which somebody has it."""
+    names = _NAMES.findall(said)
+    return bool(_WRITES.search(question)) and any(name in question for name in names)
 
 
 def _is_translation(question: str) -> bool:

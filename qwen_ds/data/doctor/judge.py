@@ -12,14 +12,15 @@ from qwen_ds.data.doctor.duplicates import first_with, groups, repeats
 from qwen_ds.data.doctor.examine import AGAINST, TRAIN, Pass
 from qwen_ds.data.doctor.files import LEAST_ROWS
 from qwen_ds.data.doctor.limits import Cuts, cuts
+from qwen_ds.data.doctor.scripts import ALL_TRADITIONAL
 from qwen_ds.data.doctor.tally import EXAMPLES, Shown
 from qwen_ds.recipe.options import DataOptions
 
 MANY_QUESTIONS = 3  # with one answer
-LEAST_ANSWER = 8  # characters: shorter ones, such as a class, are shared by many questions
+LEAST_ANSWER = 4  # tokens: shorter ones, such as a class, are shared by many questions
 MOST = 0.5  # the share of a file's rows from which on a fault is the column's
 LONG, TIMES = 2000, 10  # characters, and times the 95th percentile
-_ASKED_CHARS, _ASKED, _SAID, _TURNS, _SWAPPED = range(5)
+_ASKED_CHARS, _ASKED, _SAID, _TURNS, _SWAPPED, _SIMPLE = range(6)
 
 
 def judge(gathered: Pass, data: DataOptions, seq_length: int | None) -> list[Cuts]:
@@ -30,7 +31,7 @@ def judge(gathered: Pass, data: DataOptions, seq_length: int | None) -> list[Cut
     record_N = np.frombuffer(gathered.record_N, np.int64)
     file_N = gathered.tally.places.files()[record_N]
     side_N = np.array([side for side, _ in gathered.files], np.int8)[file_N]
-    _repeats(gathered, record_N, file_N, side_N)
+    _repeats(gathered, record_N, side_N)
     _groups(gathered, record_N, side_N)
     _lengths(gathered, record_N, file_N, side_N)
     return _limits(gathered, record_N, side_N, data, seq_length)
@@ -57,10 +58,14 @@ def _columns(gathered: Pass) -> None:
             said_once.add((file, "swapped-columns"))
             shown = Shown(detail=f"question and answer look swapped in {columns.path}")
             tally.add_file("swapped-columns", count, [columns.first], shown)
+    simple = _simplified(gathered)
     for record, kind, shown in gathered.late:
         if kind == NO_FULL_STOP:
             if gathered.endings.is_cut(shown.marked[-2:]):
                 tally.add("answer-cut-midway", record, shown)
+        elif kind == ALL_TRADITIONAL:
+            if int(files[record]) in simple:
+                tally.add("traditional-among-simplified", record, shown)
         elif (files[record], kind) not in said_once:
             tally.add(kind, record, shown)
 
@@ -78,6 +83,15 @@ def _constant(gathered: Pass, file: int) -> Iterator[tuple[str, str]]:
             yield "constant-column", f"{name} is the same"
 
 
+def _simplified(gathered: Pass) -> set[int]:
+    """The files that are in simplified Chinese, but for a row here and there."""
+    if not gathered.numbers:
+        return set()
+    file_N = gathered.tally.places.files()[np.frombuffer(gathered.record_N, np.int64)]
+    simple = np.bincount(file_N[gathered.numbers[_SIMPLE]], minlength=len(gathered.files))
+    return set(np.flatnonzero(simple >= MOST * np.bincount(file_N, minlength=len(simple))).tolist())
+
+
 def _swapped(gathered: Pass, file: int) -> int | None:
     """The rows of a file whose columns look swapped, None if those of the file are not."""
     if not gathered.numbers:
@@ -89,9 +103,7 @@ def _swapped(gathered: Pass, file: int) -> int | None:
     return len(looks) if swapped > 4 * right and swapped >= max(3, MOST * len(looks)) else None
 
 
-def _repeats(
-    gathered: Pass, record_N: np.ndarray, file_N: np.ndarray, side_N: np.ndarray
-) -> None:
+def _repeats(gathered: Pass, record_N: np.ndarray, side_N: np.ndarray) -> None:
     tally, found = gathered.tally, gathered.signatures
     assert found is not None
     for repeat in repeats(found):
@@ -105,7 +117,7 @@ def _repeats(
         elif side_N[of] != side_N[at]:
             kind = "duplicate-train-eval"
         else:
-            kind = "exact-duplicate" if file_N[of] == file_N[at] else "duplicate-across-files"
+            kind = "exact-duplicate"
         other = tally.places.text(int(record_N[of]))
         detail = f"{'nearly ' if repeat.near else ''}the same as {other}"
         _add(gathered, kind, at, int(record_N[at]), detail)
@@ -136,7 +148,7 @@ def _groups(gathered: Pass, record_N: np.ndarray, side_N: np.ndarray) -> None:
             detail = f"asks what {gathered.tally.places.text(int(record_N[of]))} asks"
             kind = "same-question-different-answers"
             _add(gathered, kind, at, int(record_N[at]), detail)
-    long = own[found.said_chars_N[own] >= LEAST_ANSWER]
+    long = own[gathered.numbers[_SAID][own] >= LEAST_ANSWER]
     said_N = found.said_N[long]
     shared = groups(said_N, found.asked_N[long], least=MANY_QUESTIONS).tolist()
     times = Counter(said_N[shared].tolist())
@@ -174,18 +186,17 @@ def _limits(
     own = np.flatnonzero(side_N == TRAIN)
     asked_N, said_N, turns_N = (gathered.numbers[at][own] for at in (_ASKED, _SAID, _TURNS))
     found = cuts(data, seq_length, asked_N, said_N, turns_N)
-    tally, advice = gathered.tally, []
+    advice = []
     for each in found:
-        if not (count := int(each.is_cut_N.sum())):
+        if not each.is_cut_N.any():
             continue
         advice.append(each.advice)
-        for at in own[each.is_cut_N][:EXAMPLES].tolist():
-            size = int(gathered.numbers[_SAID][at]) + int(gathered.numbers[_ASKED][at])
-            shown = Shown(marked=gathered.head(at), detail=f"{size:,} tokens: {each.option}")
-            tally.add_file("cut-by-limit", 0, [int(record_N[at])], shown)
-        tally.add_file("cut-by-limit", count, [], Shown())
+        for at in own[each.is_cut_N].tolist():
+            asked, said = (int(gathered.numbers[which][at]) for which in (_ASKED, _SAID))
+            detail = f"{asked:,} + {said:,} tokens, {each.option} {each.value}"
+            _add(gathered, "cut-by-limit", at, int(record_N[at]), detail)
     if advice:
-        tally.advice["cut-by-limit"] = "; ".join(advice)
+        gathered.tally.advice["cut-by-limit"] = "; ".join(advice)
     return found
 
 

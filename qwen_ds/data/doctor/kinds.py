@@ -47,7 +47,6 @@ KINDS: dict[str, Kind] = {
     # Rows among themselves.
     "exact-duplicate": _row("warn", _KEEP_ONE),
     "near-duplicate": _row("warn", _KEEP_ONE),
-    "duplicate-across-files": _row("warn", "keep it in one file"),
     "duplicate-train-eval": _row(
         "stop", "take it out of the training rows: the evaluation would measure memory"
     ),

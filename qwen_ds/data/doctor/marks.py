@@ -19,7 +19,7 @@ _CHAT = pattern(
     r"\[/?INST\]|<</?SYS>>|\[Round \d+\]|BEGINNING OF CONVERSATION|</?(?:human|bot|user|assistant)>:?"
     r"|#{2,4} ?(?:Instruction|Response|Input|Output|Human|Assistant|User|System|Question|Answer|"
     r"指令|输入|输出|回答|回复|问题|用户|助手)\s?(?:[:：]|$)"
-    r"|(?:(?<=[\s。！？.!?”\"])|^)(?:Human|Assistant|USER|ASSISTANT|GPT|AI)\s?[:：](?=\s|\S)"
+    r"|(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT|GPT|AI)\s?[:：](?=\s|\S)"
     r"|<\|?im_(?:start|end|sep)\|?>",
     re.MULTILINE,
 )
@@ -38,6 +38,8 @@ _TOOL = pattern(
     r"|\[TOOL_CALLS\]|\[AVAILABLE_TOOLS\]|<eo[ctr]>|^Command: ?\w+\(",
     re.MULTILINE,
 )
+_STEPS = {"Action", "Observation", "Thought", "Final Answer"}
+_CALLS_BY_NAME = re.compile(r"^[ \t]*Action[:：]\s*[A-Za-z_][\w.-]*\s*(?:\(.*\)|\[.*\])?\s*$", re.MULTILINE)
 _TOOLS_ARE_THE_SUBJECT = ("Action Input", "tool_call", "function_call", "You have access to", "API")
 _HTML = pattern(
     r"</?(?:br|p|div|span|a|b|i|u|em|strong|font|li|ul|ol|td|tr|th|table|tbody|thead|img|h[1-6]|hr|script|style|"
@@ -64,7 +66,7 @@ _WHOLE_BLANK = re.compile(
     re.IGNORECASE,
 )
 _PART_BLANK = pattern(
-    r"待补充|待完善|待填写|[（(【\[](?:待定|略|此处省略|内容省略|省略|占位符?|待写|待更新|待添加|填写|请填写)[^）)】\]\n]{0,12}[）)】\]]"
+    r"(?:待补充|待完善|待填写)(?![\u4e00-\u9fff])|[（(【\[](?:待定|略|此处省略|内容省略|省略|占位符?|待写|待更新|待添加|填写|请填写)[^）)】\]\n]{0,12}[）)】\]]"
     r"|\b(?:TODO|TBD|FIXME)\b(?! ?(?:list|app|lists|列表|清单|应用|事项|注释))|此处(?:填写|插入|输入|补充|省略)|"
     r"(?:请)?在(?:此|这里)(?:填写|输入|插入|补充)|[Ll]orem ipsum|\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}|"
     r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]|<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>|"
@@ -85,8 +87,7 @@ def leftovers(talk: Talk) -> Iterator[Span]:
         if _may_call_tools(text, classes):
             about = f"{talk.system}\n{asked if role == 'assistant' else ''}"
             if not has_any(about, _TOOLS_ARE_THE_SUBJECT):
-                for start, end in _TOOL(text):
-                    yield Span("tool-call-leftover", turn, start, end)
+                yield from _tools(turn, text)
         if classes & (of.ANGLE | of.AMPERSAND):
             yield from _html(talk, turn, text)
         if (classes & of.BACKSLASH or "%E" in text) and not talk.is_of_code:
@@ -114,6 +115,15 @@ def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
         for start, end in _CHAT_IN_ANSWER(text):
             if text[start:end] not in asked:
                 yield Span("chat-marker-in-text", turn, start, end)
+
+
+def _tools(turn: int, text: str) -> Iterator[Span]:
+    spans = [Span("tool-call-leftover", turn, start, end) for start, end in _TOOL(text)]
+    words = [text[span.start : span.end] for span in spans]
+    # One such word may be a heading; a tool's name, or another of them, makes it a call.
+    if {*words} & _STEPS and len({*words}) == 1 and not _CALLS_BY_NAME.search(text):
+        return
+    yield from spans
 
 
 def _may_call_tools(text: str, classes: int) -> bool:

@@ -9,7 +9,7 @@ from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
 
 _MAIL = re.compile(
-    r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]{0,63})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+"
+    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9](?:[\w.+%-]{0,63})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+"
     r"[A-Za-z]{2,24}(?![\w@])",
     re.ASCII,
 )

@@ -26,7 +26,8 @@ def unclosed(talk: Talk) -> Iterator[Span]:
         if classes & (of.BRACKET | of.QUOTE):
             plain = outside_code(text)
             if classes & of.BRACKET and (at := _open_bracket(plain, talk)) is not None:
-                yield Span("unclosed-bracket", turn, at, at + 1)
+                kind = "unclosed-quote" if plain[at] in "《「『" else "unclosed-bracket"
+                yield Span(kind, turn, at, at + 1)
             if classes & of.QUOTE and (at := _open_quote(plain, talk)) is not None:
                 yield Span("unclosed-quote", turn, at, at + 1)
 
@@ -56,7 +57,9 @@ def _open_quote(text: str, talk: Talk) -> int | None:
         if text.find("”", last) < 0:
             return last
         return None
-    straight = [at for at, char in enumerate(text) if char == '"' and not _is_inch(text, at)]
+    straight = [at for at, char in enumerate(text) if char == '"']
+    if len(straight) % 2:  # one may stand for inches
+        straight = [at for at in straight if not _is_inch(text, at)]
     if len(straight) % 2 and not talk.is_of_code and opening == closing:
         return straight[-1]
     return None
