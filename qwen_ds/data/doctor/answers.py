@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from qwen_ds.data.doctor.spans import Span, Talk
 
 _NOT_WORD = re.compile(r"[\W_]+")
-_COPIES = re.compile(r"重复|复述|照抄|跟我(?:读|说)|原样|抄写|朗读|回声|echo|repeat|copy|纠正|改正|修改|校对|润色", re.I)
+_COPIES = re.compile(
+    r"重复|复述|照抄|跟我(?:读|说)|原样|抄写|朗读|回声|echo|repeat|copy|纠正|改正|修改|校对|润色",
+    re.I,
+)
 
 
 def echoes(talk: Talk) -> Iterator[Span]:
@@ -29,7 +32,9 @@ def echoes(talk: Talk) -> Iterator[Span]:
 
 
 _NUMBER = r"\d{3,5}|[一两二三四五六七八九]百[一二三四五六七八九]?十?|[一两二三四五六七八九]千"
-_WANTED = re.compile(rf"({_NUMBER})(?:个)?(?:汉)?字(?!节|符)|(\d{{3,5}})[- ]words?\b", re.IGNORECASE)
+_WANTED = re.compile(
+    rf"({_NUMBER})(?:个)?(?:汉)?字(?!节|符)|(\d{{3,5}})[- ]words?\b", re.IGNORECASE
+)
 _DIGITS = {digit: value for value, digit in enumerate("一二三四五六七八九", 1)} | {"两": 2}
 _MOST_OF_IT = 0.1
 
@@ -74,7 +79,7 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
 
 # Not a finding yet: endings.py tells from all answers whether this one was cut.
 NO_FULL_STOP = "no-full-stop"
-_ENDS = tuple("。！？!?.…~～”\"』」）)】]》>；;*`|}")
+_ENDS = tuple('。！？!?.…~～”"』」）)】]》>；;*`|}')
 _HANGING = re.compile(
     r"(?:[，,、：:；;（(“「『【\[]|\w\s?[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
     r"对于|关于|根据|首先|其次|的是|尤其|特别是|应该|能够|需要|"
@@ -128,7 +133,7 @@ _GRAM = 6
 
 def loops(talk: Talk) -> Iterator[Span]:
     """Answers that repeat a phrase or a sentence over and over."""
-    for turn, question, answer in talk.pairs:
+    for turn, _, answer in talk.pairs:
         n_grams = len(answer) - _GRAM + 1
         if n_grams < 8:
             continue
@@ -146,8 +151,8 @@ def _looped(text: str) -> tuple[int, int] | None:
         times = len(match[0]) // len(unit)
         if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
             return match.span()
-    if (match := _CHAR_RUN.search(text)) and match[1] not in _LAUGHTER:
-        return match.span()
+    if (run := _CHAR_RUN.search(text)) and run[1] not in _LAUGHTER:
+        return run.span()
     clauses = [clause.strip() for clause in _CLAUSE.split(text)]
     said = Counter(clause for clause in clauses if len(clause) >= 4)
     if said:
@@ -161,5 +166,3 @@ def _looped(text: str) -> tuple[int, int] | None:
 def _is_table(unit: str) -> bool:
     """Whether a repeated unit is of a table's rule, or of a line of dots."""
     return not any(char.isalnum() for char in unit)
-
-

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen_ds.data.doctor.characters import SIMPLIFIED, classes_of
+from qwen_ds.data.doctor.characters import classes_of
 from qwen_ds.data.doctor.columns import looks_swapped
 from qwen_ds.data.doctor.detectors import found_in
 from qwen_ds.data.doctor.duplicates import Signatures, signatures
@@ -60,7 +60,6 @@ class Checked:
     said_tokens_N: np.ndarray  # int32, the last answer
     turns_N: np.ndarray  # int32
     endings: Endings  # of the answers
-    simple_N: np.ndarray  # bool: some characters are of simplified Chinese alone
     swapped_N: np.ndarray  # int8: 1 question and answer look swapped, -1 they look right, 0 unclear
 
 
@@ -77,21 +76,20 @@ def check(batch: Batch) -> Checked:
     """Look at each conversation, and make the numbers by which they are compared."""
     talks = batch.talks
     sides = [_sides(system, turns) for system, turns in talks]
-    found, simple = _detect(talks) if batch.detect else ([], [False] * len(talks))
+    found = _detect(talks) if batch.detect else []
     endings = Endings()
     if batch.detect:
         endings.see(answer for _, answer in sides)
-    counts = [_tokens(sides, 0), _tokens(sides, 1)]
     return Checked(
         found,
         signatures(sides),
         [without_lines(turns[0][1][:HEAD]) if turns else "" for _, turns in talks],
-        np.array([len(asked) for asked, _ in sides], np.int32),
-        *counts,
-        np.array([len(turns) for _, turns in talks], np.int32),
-        endings,
-        np.array(simple, bool),
-        np.array([looks_swapped(*side) for side in sides], np.int8),
+        asked_chars_N=np.array([len(asked) for asked, _ in sides], np.int32),
+        asked_tokens_N=_tokens([asked for asked, _ in sides]),
+        said_tokens_N=_tokens([said for _, said in sides]),
+        turns_N=np.array([len(turns) for _, turns in talks], np.int32),
+        endings=endings,
+        swapped_N=np.array([looks_swapped(*side) for side in sides], np.int8),
     )
 
 
@@ -101,8 +99,7 @@ def _sides(system: str, turns: Turns) -> tuple[str, str]:
     return "\n".join([system, *before] if system else before), turns[-1][1]
 
 
-def _tokens(sides: Sequence[tuple[str, str]], which: int) -> np.ndarray:
-    texts = [side[which] for side in sides]
+def _tokens(texts: Sequence[str]) -> np.ndarray:
     if _encoding is not None:
         return np.array([len(text_ids(_encoding, text, False)) for text in texts], np.int32)
     chars = np.array([len(text) for text in texts])
@@ -111,22 +108,19 @@ def _tokens(sides: Sequence[tuple[str, str]], which: int) -> np.ndarray:
     return np.ceil(TOKENS_A_WIDE * wide + TOKENS_A_BYTE * (chars - wide)).astype(np.int32)
 
 
-def _detect(talks: Sequence[tuple[str, Turns]]) -> tuple[list[Found], list[bool]]:
-    """The findings, and for each conversation whether it has simplified characters."""
+def _detect(talks: Sequence[tuple[str, Turns]]) -> list[Found]:
     texts = [text for system, turns in talks for text in (system, *(text for _, text in turns))]
     classes = classes_of(texts)
     found: list[Found] = []
-    simple: list[bool] = []
     at = 0
     for place, (system, turns) in enumerate(talks):
         mine = tuple(classes[at : at + len(turns) + 1])
         at += len(turns) + 1
-        simple.append(any(each & SIMPLIFIED for each in mine))
         talk = Talk(turns, mine[1:], system, mine[0])
         spans = list(found_in(talk))
         if spans:
             found += excerpts(place, talk, spans)
-    return found, simple
+    return found
 
 
 def excerpts(place: int, talk: Talk, spans: Sequence[Span]) -> list[Found]:

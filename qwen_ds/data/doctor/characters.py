@@ -36,6 +36,8 @@ _TRADITIONAL = (
     "欽鈞鉤鈕鈴鉛銅銘鏟銳鋒銷鎖鋪鏈錶鍋鍛鍵鏡鑄鑽鎮閃閉闖閒悶闊隨隱韓順須頑顧頓項頌頸顆頰顯顛風颱飄飢餅"
     "餃餓餘駕駐駛駝駱驕驗騙騎騰驚驟鬧魚魯鮮鯨鳥雞鳴鴉鴨鴻鵝鷹鹹麗麥黃齊齒齡龍龜"
 )
+
+
 def _simplified() -> str:
     """Characters of simplified Chinese alone: those of GB 2312 that Big5 does not have."""
     pairs = [bytes((lead, trail)) for lead in range(0xB0, 0xF8) for trail in range(0xA1, 0xFF)]
@@ -79,7 +81,7 @@ def _table() -> np.ndarray:
     mark_each(SIMPLIFIED, _simplified())
     mark_each(ANGLE, "<＜")
     mark_each(BRACKET, "([{（【《「『")
-    mark_each(QUOTE, "\"“”")
+    mark_each(QUOTE, '"“”')
     mark_each(BACKTICK, "`")
     mark_each(BACKSLASH, "\\")
     mark_each(AT, "@")

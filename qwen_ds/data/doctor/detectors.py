@@ -8,14 +8,15 @@ from qwen_ds.data.doctor.answers import NO_FULL_STOP, cut_midway, echoes, loops,
 from qwen_ds.data.doctor.columns import swapped
 from qwen_ds.data.doctor.identity import identity
 from qwen_ds.data.doctor.languages import languages
-from qwen_ds.data.doctor.marks import blanks, leftovers
+from qwen_ds.data.doctor.marks import leftovers
+from qwen_ds.data.doctor.markup import blanks, markup
 from qwen_ds.data.doctor.personal import personal_data
 from qwen_ds.data.doctor.scripts import damage, intruders, traditional
 from qwen_ds.data.doctor.spans import Span, Talk, TalkFinder
 from qwen_ds.data.doctor.unclosed import unclosed
 
 DETECTORS: tuple[TalkFinder, ...] = (
-    damage, intruders, traditional, leftovers, blanks, unclosed,
+    damage, intruders, traditional, leftovers, markup, blanks, unclosed,
     echoes, cut_midway, loops, too_short, identity, languages, swapped, personal_data,
 )  # fmt: skip
 # Kinds that explain others: damaged text has strange scripts and open brackets, too.

@@ -1,11 +1,11 @@
 """Equal and nearly equal conversations, from a few numbers a conversation.
 
-Exact duplicates have equal 64-bit hashes of their texts without white space. For near ones a text,
-without punctuation too, is a set of shingles, the 8 bytes of UTF-8 at each of its characters: about
-three Chinese characters, or eight Latin ones. rensa makes MinHash digests of these sets; the share of
-equal places in two digests estimates the Jaccard similarity of the sets. Of each number 16 bits are
-kept, so four of them are the 64-bit key of one of 16 bands: conversations that share a key are
-compared. A million conversations take 230 MB.
+Exact duplicates have equal 64-bit hashes of their texts without white space. For near ones a
+text, without punctuation too, is a set of shingles, the 8 bytes of UTF-8 at each of its characters:
+about three Chinese characters, or eight Latin ones. rensa makes MinHash digests of these sets; the
+share of equal places in two digests estimates the Jaccard similarity of the sets. Of each number 16
+bits are kept, so four of them are the 64-bit key of one of 16 bands: conversations that share a key
+are compared. A million conversations take 230 MB.
 
 Shapes: N conversations, K places of a digest.
 """

@@ -19,7 +19,9 @@ _FINAL = re.compile(r"([\w”》）)]{2})[。！？!?；;…~～]")
 _ENDS_CLAUSE = re.compile(r"([\w])[，。！？!?；;…~～：:\n]")
 _PARTICLES = "吗呢吧啊呀哦啦哟嘛哈哇"
 # Words that end a sentence, though their last characters mostly stand within one.
-_COMPLETE = "可以 即可 而已 出来 起来 下来 上去 过来 回来 之一 罢了 为止 所以然 使用 适用 在内 在一起 为主".split()
+_COMPLETE = (
+    "可以 即可 而已 出来 起来 下来 上去 过来 回来 之一 罢了 为止 使用 适用 在内 一起 为主"
+).split()
 RARELY = 0.15  # the share of a character's places that are before punctuation
 _PLANE = 1 << 16
 

@@ -21,7 +21,6 @@ from qwen_ds.data.doctor.batch import Batch, Checked
 from qwen_ds.data.doctor.duplicates import Signatures, joined
 from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.files import FileColumns
-from qwen_ds.data.doctor.scripts import ALL_TRADITIONAL
 from qwen_ds.data.doctor.spans import texts_of
 from qwen_ds.data.doctor.tally import Shown, Tally
 from qwen_ds.data.pool import default_workers, process_pool
@@ -50,7 +49,7 @@ _DROPPED = {
 }
 # What is said once for a file if all of its rows have it, and else row by row; and what needs the
 # endings of all answers.
-LATE = ("empty-answer", "empty-question", "swapped-columns", NO_FULL_STOP, ALL_TRADITIONAL)
+LATE = ("empty-answer", "empty-question", "swapped-columns", NO_FULL_STOP)
 OnRecord = Callable[[int, object, Result], None]
 
 
@@ -71,7 +70,7 @@ class Pass:
     _signatures: list[Signatures] = field(default_factory=list)
     signatures: Signatures | None = None
     numbers: tuple[np.ndarray, ...] = ()
-    """Characters and tokens before the last answer, tokens of it, turns, swapped, simplified: [N] each."""
+    """Characters and tokens before the last answer, tokens of it, turns, swapped: [N] each."""
 
     def take(self, checked: Checked, first: int) -> None:
         """Take the result for the conversations from number `first` on."""
@@ -87,7 +86,7 @@ class Pass:
         self._signatures.append(checked.signatures)
         self.parts.append(
             (checked.asked_chars_N, checked.asked_tokens_N, checked.said_tokens_N)
-            + (checked.turns_N, checked.swapped_N, checked.simple_N)
+            + (checked.turns_N, checked.swapped_N)
         )
 
     def finish(self) -> None:

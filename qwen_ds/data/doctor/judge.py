@@ -12,7 +12,6 @@ from qwen_ds.data.doctor.duplicates import first_with, groups, repeats
 from qwen_ds.data.doctor.examine import AGAINST, TRAIN, Pass
 from qwen_ds.data.doctor.files import LEAST_ROWS
 from qwen_ds.data.doctor.limits import Cuts, cuts
-from qwen_ds.data.doctor.scripts import ALL_TRADITIONAL
 from qwen_ds.data.doctor.tally import EXAMPLES, Shown
 from qwen_ds.recipe.options import DataOptions
 
@@ -20,7 +19,7 @@ MANY_QUESTIONS = 3  # with one answer
 LEAST_ANSWER = 4  # tokens: shorter ones, such as a class, are shared by many questions
 MOST = 0.5  # the share of a file's rows from which on a fault is the column's
 LONG, TIMES = 2000, 10  # characters, and times the 95th percentile
-_ASKED_CHARS, _ASKED, _SAID, _TURNS, _SWAPPED, _SIMPLE = range(6)
+_ASKED_CHARS, _ASKED, _SAID, _TURNS, _SWAPPED = range(5)
 
 
 def judge(gathered: Pass, data: DataOptions, seq_length: int | None) -> list[Cuts]:
@@ -58,14 +57,10 @@ def _columns(gathered: Pass) -> None:
             said_once.add((file, "swapped-columns"))
             shown = Shown(detail=f"question and answer look swapped in {columns.path}")
             tally.add_file("swapped-columns", count, [columns.first], shown)
-    simple = _simplified(gathered)
     for record, kind, shown in gathered.late:
         if kind == NO_FULL_STOP:
             if gathered.endings.is_cut(shown.marked[-2:]):
                 tally.add("answer-cut-midway", record, shown)
-        elif kind == ALL_TRADITIONAL:
-            if int(files[record]) in simple:
-                tally.add("traditional-among-simplified", record, shown)
         elif (files[record], kind) not in said_once:
             tally.add(kind, record, shown)
 
@@ -81,15 +76,6 @@ def _constant(gathered: Pass, file: int) -> Iterator[tuple[str, str]]:
         here = hash_N[mine]
         if len(here) >= LEAST_ROWS and (here == here[0]).all():
             yield "constant-column", f"{name} is the same"
-
-
-def _simplified(gathered: Pass) -> set[int]:
-    """The files that are in simplified Chinese, but for a row here and there."""
-    if not gathered.numbers:
-        return set()
-    file_N = gathered.tally.places.files()[np.frombuffer(gathered.record_N, np.int64)]
-    simple = np.bincount(file_N[gathered.numbers[_SIMPLE]], minlength=len(gathered.files))
-    return set(np.flatnonzero(simple >= MOST * np.bincount(file_N, minlength=len(simple))).tolist())
 
 
 def _swapped(gathered: Pass, file: int) -> int | None:
@@ -160,9 +146,7 @@ def _groups(gathered: Pass, record_N: np.ndarray, side_N: np.ndarray) -> None:
         _add(gathered, "same-answer-many-questions", at, int(record_N[at]), detail)
 
 
-def _lengths(
-    gathered: Pass, record_N: np.ndarray, file_N: np.ndarray, side_N: np.ndarray
-) -> None:
+def _lengths(gathered: Pass, record_N: np.ndarray, file_N: np.ndarray, side_N: np.ndarray) -> None:
     found = gathered.signatures
     assert found is not None
     sides = {"question": gathered.numbers[_ASKED_CHARS], "answer": found.said_chars_N}
@@ -198,5 +182,3 @@ def _limits(
     if advice:
         gathered.tally.advice["cut-by-limit"] = "; ".join(advice)
     return found
-
-

@@ -52,5 +52,3 @@ def _language(text: str, least: int = 4) -> str | None:
     if words >= least and han * 8 < words and " " in text.strip():
         return "English"
     return None
-
-

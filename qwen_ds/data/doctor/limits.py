@@ -30,10 +30,14 @@ class Cuts:
     @property
     def advice(self) -> str:
         """The option, and the value that mends it."""
-        mends = next((v for v, share in self.shares.items() if v > self.value and share <= FEW), None)
+        mends = next(
+            (v for v, share in self.shares.items() if v > self.value and share <= FEW), None
+        )
         shares = ", ".join(f"{share:.1%} at {value}" for value, share in self.shares.items())
         if mends is None:
-            return f"shorten these rows, or drop them: {self.option} {self.value} cuts them ({shares})"
+            return (
+                f"shorten these rows, or drop them: {self.option} {self.value} cuts them ({shares})"
+            )
         return f"set {self.option} to {mends} (now {self.value}; cut: {shares})"
 
 

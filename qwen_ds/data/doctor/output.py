@@ -45,7 +45,7 @@ def outputs(folder: str | None, clean: str | None, inputs: list[str], overwrite:
     Args:
         inputs: all paths that are read.
     """
-    read = [*inputs, *(file for path in inputs for file in locate(path).files)]
+    read: list[Path | str] = [*inputs, *(file for path in inputs for file in locate(path).files)]
     files: list[Path] = []
     place = None
     if folder is not None:
@@ -87,8 +87,9 @@ def writing(path: Path) -> Iterator[TextIO]:
     with ExitStack() as stack:
         try:
             unfinished = stack.enter_context(replacing(path))
-            options = {"encoding": "utf-8", "errors": "backslashreplace"}
-            file = stack.enter_context(unfinished.open("w", **options))
+            file = stack.enter_context(
+                unfinished.open("w", encoding="utf-8", errors="backslashreplace")
+            )
         except OSError as error:
             raise unwritable(path, error) from error
         yield file
@@ -103,7 +104,7 @@ class Sorting:
 
     def __init__(self, clean: Path) -> None:
         try:
-            self._file = tempfile.TemporaryFile(dir=clean.parent)
+            self._file = tempfile.TemporaryFile(dir=clean.parent)  # noqa: SIM115
         except OSError as error:
             raise unwritable(clean.parent, error) from error
         self._records, self._sizes = array("q"), array("q")

@@ -17,7 +17,9 @@ _PHONE = re.compile(
     r"(?<![\d.+*/-])(?:\(?(?:\+|00)?86\)?[- ]?)?1[3-9]\d(?:[- ]?\d{4}[- ]?\d{4})(?![\d*/]|\.\d|-\d)"
 )
 _ID_CARD = re.compile(r"(?<![\dA-Za-z])[1-9]\d{5}(?:18|19|20)\d{9}[\dXx](?![\dA-Za-z])")
-_CARD = re.compile(r"(?<![\d.-])(?:\d{4}[ -]){3}\d{1,7}(?![\d-])|(?<![\d.-])\d{15,19}(?![\d-]|\.\d)")
+_CARD = re.compile(
+    r"(?<![\d.-])(?:\d{4}[ -]){3}\d{1,7}(?![\d-])|(?<![\d.-])\d{15,19}(?![\d-]|\.\d)"
+)
 # UnionPay, Visa, MasterCard, American Express, JCB, Discover.
 _CARD_BEGINS = re.compile(r"62|4|5[1-5]|2[2-7]|3[47]|35|60|65")
 _URL_KEY = re.compile(
@@ -92,4 +94,4 @@ def masked(text: str) -> str:
     little to use it."""
     shown, last = (8, 0) if "://" in text else (1, 2) if "@" in text else (3, 2)
     hidden = max(0, len(text) - shown - last)
-    return f"{text[:shown]}{'*' * hidden}{text[len(text) - last:] if last else ''}"
+    return f"{text[:shown]}{'*' * hidden}{text[len(text) - last :] if last else ''}"

@@ -13,7 +13,9 @@ from qwen_ds.data.doctor.spans import SYSTEM, Finder, Span, Talk, pattern
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
 _LATIN_LETTERS = re.compile(f"(?:(?![\x80-\x9f])[{of.points_of(of.LATIN_HIGH)}])+")
-_ABOUT_TRADITIONAL = re.compile(r"繁体|繁體|正體|港台|台湾|香港|粤语|古文|异体|读音|汉字|部首|笔画|偏旁|字形")
+_ABOUT_TRADITIONAL = re.compile(
+    r"繁体|繁體|正體|港台|台湾|香港|粤语|古文|异体|读音|汉字|部首|笔画|偏旁|字形"
+)
 _ABOUT_LANGUAGES = re.compile(
     r"日[语文本]|韩[语文国]|朝鲜|俄[语文罗]|西里尔|假名|片假|平假|谚文|翻译|译[成为]|外[语文]|发音|语言|"
     r"动漫|\b(?:Japan|Korea|Russia|Ukrain|Bulgar|Serb|Cyrillic|translat|language)",
@@ -135,25 +137,21 @@ def _is_other(text: str, find: Finder, role: str) -> bool:
     return foreign * 2 < sum(1 for char in text if char.isalpha())
 
 
-# Not a finding yet: whether a row is alone in traditional characters, its whole file tells.
-ALL_TRADITIONAL = "all-traditional"
-
-
 def traditional(talk: Talk) -> Iterator[Span]:
-    """Traditional characters in a row that is written in simplified ones, or all through it."""
+    """Traditional characters in a row that is written in simplified ones. A row all in traditional
+    ones is sound: data sets have both."""
     both = 0
     for classes in talk.classes:
         both |= classes
-    if not both & of.TRADITIONAL or both & of.KANA:
+    if not (both & of.TRADITIONAL and both & of.SIMPLIFIED) or both & of.KANA:
         return
     asked = [talk.system, *(text for role, text in talk.turns if role == "user")]
     if any(_ABOUT_TRADITIONAL.search(text) for text in asked):
         return
-    kind = "traditional-among-simplified" if both & of.SIMPLIFIED else ALL_TRADITIONAL
     for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
         if classes & of.TRADITIONAL:
             for start, end in _TRADITIONAL(text):
-                yield Span(kind, turn, start, end)
+                yield Span("traditional-among-simplified", turn, start, end)
 
 
 _TRADITIONAL = _simple(of.TRADITIONAL)

@@ -58,6 +58,11 @@ def texts_of(talk: Conversation) -> tuple[str, tuple[tuple[str, str], ...]]:
     return talk.system or "", tuple((turn.role, turn.text) for turn in talk.turns)
 
 
+def any_of(words: str) -> str:
+    """A pattern of words that are given with spaces between them; _ is a space in one."""
+    return f"(?:{'|'.join(words.split()).replace('_', ' ')})"
+
+
 Finder = Callable[[str], Iterator[tuple[int, int]]]
 TalkFinder = Callable[[Talk], Iterator[Span]]
 

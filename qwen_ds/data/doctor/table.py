@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 from qwen_ds.terminal import one_line
 
 NOTHING = "nothing found"

@@ -16,9 +16,7 @@ from qwen_ds.data.doctor.places import Places
 EXAMPLES = 3
 NAMES = tuple(KINDS)
 _BIT = {kind: 1 << place for place, kind in enumerate(NAMES)}
-LEAVES = sum(
-    _BIT[name] for name, kind in KINDS.items() if kind.of_rows and kind.severity != "note"
-)
+LEAVES = sum(_BIT[name] for name, kind in KINDS.items() if kind.of_rows and kind.severity != "note")
 """The kinds for which a record is left out of a clean file."""
 
 

@@ -9,8 +9,26 @@ from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk, outside_code
 
 _FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
-_BRACKETS = {"（": "（", "(": "（", "[": "（", "【": "【", "《": "《", "「": "「", "『": "『", "{": "{"}
-_CLOSERS = {"）": "（", ")": "（", "]": "（", "】": "【", "》": "《", "」": "「", "』": "『", "}": "{"}
+_BRACKETS = {
+    "（": "（",
+    "(": "（",
+    "[": "（",
+    "【": "【",
+    "《": "《",
+    "「": "「",
+    "『": "『",
+    "{": "{",
+}
+_CLOSERS = {
+    "）": "（",
+    ")": "（",
+    "]": "（",
+    "】": "【",
+    "》": "《",
+    "」": "「",
+    "』": "『",
+    "}": "{",
+}
 _ANY_BRACKET = re.compile(r"[（()）\[\]【】《》「」『』{}]")
 _EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:>T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
@@ -67,5 +85,3 @@ def _open_quote(text: str, talk: Talk) -> int | None:
 
 def _is_inch(text: str, at: int) -> bool:
     return at > 0 and (text[at - 1].isdigit() or text[at - 1] == "\\")
-
-
