@@ -30,7 +30,7 @@ TOKENS_A_WIDE, TOKENS_A_BYTE = 0.68, 0.27
 Turns = tuple[tuple[str, str], ...]
 
 
-class Batch(NamedTuple):
+class TalkBatch(NamedTuple):
     """Conversations as (system text, turns)."""
 
     talks: list[tuple[str, Turns]]
@@ -72,7 +72,7 @@ def start(encoding: Encoding | None) -> None:
     _encoding = encoding
 
 
-def check(batch: Batch) -> Checked:
+def check(batch: TalkBatch) -> Checked:
     """Look at each conversation, and make the numbers by which they are compared."""
     talks = batch.talks
     sides = [_sides(system, turns) for system, turns in talks]

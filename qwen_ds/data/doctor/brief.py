@@ -7,7 +7,7 @@ from typing import Any
 from qwen_ds.data.doctor.examine import EVAL, TRAIN, examine
 from qwen_ds.data.doctor.judge import judge
 from qwen_ds.data.doctor.places import Places
-from qwen_ds.data.doctor.tally import Tally
+from qwen_ds.data.doctor.tally import FindingTally
 from qwen_ds.data.read.places import locate
 from qwen_ds.data.rows.reading import read_options
 from qwen_ds.errors import UserError
@@ -25,7 +25,7 @@ def brief(data: DataOptions, most: int = MOST_ROWS) -> list[dict[str, Any]]:
     paths = [(EVAL, path) for path in data.eval] + [(TRAIN, path) for path in data.train]
     try:
         sides = [(side, path) for side, path in paths if locate(path).hub_id is None]
-        tally = Tally(Places())
+        tally = FindingTally(Places())
         each = max(1, most // max(len(sides), 1))
         gathered = examine(sides, read_options(data), tally, workers=0, most=each)
     except UserError:  # which the reading of all rows has raised, or will

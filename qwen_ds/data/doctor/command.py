@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ds.data.doctor.examine import AGAINST, EVAL, TRAIN, Pass, examine
 from qwen_ds.data.doctor.judge import judge
-from qwen_ds.data.doctor.kinds import KINDS, SEVERITIES
 from qwen_ds.data.doctor.limits import Cuts
 from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.doctor.output import (
     PAGE,
-    SUMMARY,
-    Outputs,
     Sorting,
     findings_file,
     outputs,
+    write_results,
 )
 from qwen_ds.data.doctor.places import Places
 from qwen_ds.data.doctor.table import table
-from qwen_ds.data.doctor.tally import Tally
+from qwen_ds.data.doctor.tally import FindingTally, has_any
 from qwen_ds.data.read.dialogue import Result
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.data.rows.reading import read_options
-from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
 from qwen_ds.terminal import show
 
@@ -47,7 +44,7 @@ def run_check(options: CheckCommand) -> int:
     places = outputs(options.output, options.write, paths, options.overwrite)
     model = _model(options)
     with ExitStack() as stack:
-        tally = Tally(Places(), stack.enter_context(findings_file(places)))
+        tally = FindingTally(Places(), stack.enter_context(findings_file(places)))
         sorting = None
         if places.clean is not None:
             sorting = Sorting(places.clean)
@@ -64,9 +61,9 @@ def run_check(options: CheckCommand) -> int:
             kept = sorting.write(places.clean, places.dropped, tally)
         summary = _summary(options, gathered, found, ranked, kept)
         if places.folder is not None:
-            _write(places, summary)
+            write_results(places.folder, summary)
     show("\n".join([*table(summary["findings"]), *_last_lines(summary, options)]))
-    return _exit_code(options, summary)
+    return int(options.fail_on != "never" and has_any(summary["findings"], options.fail_on))
 
 
 def _model(options: CheckCommand) -> ModelFolder | None:
@@ -78,7 +75,7 @@ def _model(options: CheckCommand) -> ModelFolder | None:
 
 
 def _pass(
-    options: CheckCommand, tally: Tally, sorting: Sorting | None, model: ModelFolder | None
+    options: CheckCommand, tally: FindingTally, sorting: Sorting | None, model: ModelFolder | None
 ) -> Pass:
     data = options.data
     sides = [(AGAINST, path) for path in options.against]
@@ -124,15 +121,6 @@ def _summary(
     return found | ({} if ranked is None else {"losses": ranked})
 
 
-def _write(places: Outputs, summary: dict[str, Any]) -> None:
-    assert places.folder is not None
-    from qwen_ds.data.doctor.page import page
-    from qwen_ds.disk.write import write_text
-
-    write_json(places.folder / SUMMARY, summary)
-    write_text(places.folder / PAGE, page(summary))
-
-
 def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:
     rows = summary["rows"]
     lines = [f"{rows:,} rows checked"]
@@ -149,10 +137,3 @@ def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:
     if options.output is not None:
         lines.append(f"{options.output}/{PAGE} shows all of it")
     return lines
-
-
-def _exit_code(options: CheckCommand, summary: dict[str, Any]) -> int:
-    if options.fail_on == "never":
-        return 0
-    bad = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1]
-    return int(any(KINDS[each["finding"]].severity in bad for each in summary["findings"]))

@@ -17,12 +17,12 @@ import numpy as np
 
 from qwen_ds.data.doctor import batch as look
 from qwen_ds.data.doctor.answers import NO_FULL_STOP
-from qwen_ds.data.doctor.batch import Batch, Checked
+from qwen_ds.data.doctor.batch import Checked, TalkBatch
 from qwen_ds.data.doctor.duplicates import Signatures, joined
 from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.files import FileColumns
 from qwen_ds.data.doctor.spans import texts_of
-from qwen_ds.data.doctor.tally import Shown, Tally
+from qwen_ds.data.doctor.tally import FindingTally, Shown
 from qwen_ds.data.pool import default_workers, process_pool
 from qwen_ds.data.read.dialogue import (
     NO_ANSWER,
@@ -55,9 +55,9 @@ OnRecord = Callable[[int, object, Result], None]
 
 @dataclass(slots=True)
 class Pass:
-    """What a pass has gathered; see the top of the file for records and conversations."""
+    """All that a pass has gathered; see the top of the file for records and conversations."""
 
-    tally: Tally
+    tally: FindingTally
     files: list[tuple[int, FileColumns]]
     late: list[tuple[int, str, Shown]] = field(default_factory=list)
     """(record, kind, words) of the kinds in LATE."""
@@ -108,7 +108,7 @@ class Pass:
 def examine(
     sides: Sides,
     reading: ReadOptions,
-    tally: Tally,
+    tally: FindingTally,
     encoding: Encoding | None = None,
     on_record: OnRecord | None = None,
     workers: int | None = None,
@@ -154,7 +154,7 @@ def examine(
 
 def _talks(
     gathered: Pass, reading: ReadOptions, on_record: OnRecord | None, most: int | None
-) -> Iterator[tuple[Batch, int]]:
+) -> Iterator[tuple[TalkBatch, int]]:
     """Batches of conversations, with the number of the first; what gives none is counted here."""
     tally, first = gathered.tally, 0
     for file, (side, columns) in enumerate(gathered.files):
@@ -180,10 +180,10 @@ def _talks(
             talks.append(texts_of(result))
             gathered.record_N.append(record)
             if len(talks) == BATCH_ROWS:
-                yield Batch(talks, side != AGAINST), first
+                yield TalkBatch(talks, side != AGAINST), first
                 first, talks = first + len(talks), []
         if talks:
-            yield Batch(talks, side != AGAINST), first
+            yield TalkBatch(talks, side != AGAINST), first
             first += len(talks)
 
 

@@ -45,7 +45,7 @@ def cuts(
     data: DataOptions, seq_length: int | None, asked_N: np.ndarray, said_N: np.ndarray,
     turns_N: np.ndarray,
 ) -> list[Cuts]:  # fmt: skip
-    """What each of the limits that apply would cut, as encode_row cuts.
+    """The rows that each of the limits that apply would cut, as encode_row cuts.
 
     Args:
         asked_N, said_N: tokens before the last answer, and of it.

@@ -17,7 +17,7 @@ import torch
 
 from qwen_ds.data.doctor.examine import TRAIN, Pass
 from qwen_ds.data.doctor.options import CheckCommand
-from qwen_ds.data.doctor.output import LOSSES, Outputs, writing
+from qwen_ds.data.doctor.output import LOSSES, CheckOutputs, writing
 from qwen_ds.data.doctor.tally import Shown
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
@@ -34,7 +34,7 @@ TOKENS_A_BATCH = 4096  # padded
 
 
 def rank(
-    options: CheckCommand, folder: ModelFolder, gathered: Pass, places: Outputs
+    options: CheckCommand, folder: ModelFolder, gathered: Pass, places: CheckOutputs
 ) -> dict[str, Any]:
     """Rank the training rows by their mean loss a target token, encoded as training encodes them.
 

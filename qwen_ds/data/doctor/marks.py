@@ -34,7 +34,7 @@ _CHAT = pattern(
         [
             r"\[/?INST\]|<</?SYS>>|\[Round \d+\]|BEGINNING OF CONVERSATION",
             r"</?(?:human|bot|user|assistant)>:?",
-            r"<\|?im_(?:start|end|sep)\|?>",
+            r"<im_(?:start|end|sep)>",
             rf"#{{2,4}} ?{_HEADINGS}\s?(?:[:：]|$)",
             r"(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT)\s?[:：]",
         ]

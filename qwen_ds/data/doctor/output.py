@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from qwen_ds.data.doctor.tally import Tally
+from qwen_ds.data.doctor.tally import FindingTally
 from qwen_ds.data.read.dialogue import Dropped, Result
 from qwen_ds.data.read.places import locate
 from qwen_ds.disk.place import output_file, refuse_input, require_folder, unwritable
-from qwen_ds.disk.write import replacing
+from qwen_ds.disk.write import replacing, write_json, write_text
 from qwen_ds.errors import UserError
 
 FINDINGS, SUMMARY, PAGE, LOSSES = "findings.jsonl", "summary.json", "report.html", "losses.jsonl"
@@ -28,7 +28,7 @@ DROPPED = "dropped.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Outputs:
+class CheckOutputs:
     """Where a check writes; None where nobody asked for it."""
 
     folder: Path | None
@@ -39,7 +39,9 @@ class Outputs:
         return None if self.clean is None else self.clean.with_name(DROPPED)
 
 
-def outputs(folder: str | None, clean: str | None, inputs: list[str], overwrite: bool) -> Outputs:
+def outputs(
+    folder: str | None, clean: str | None, inputs: list[str], overwrite: bool
+) -> CheckOutputs:
     """Check the places before any work. UserError: a file that exists, an input, no place for it.
 
     Args:
@@ -67,11 +69,11 @@ def outputs(folder: str | None, clean: str | None, inputs: list[str], overwrite:
         output_file(file)
     if place is not None:
         require_folder(place, make=True)
-    return Outputs(place, written)
+    return CheckOutputs(place, written)
 
 
 @contextlib.contextmanager
-def findings_file(places: Outputs) -> Iterator[TextIO | None]:
+def findings_file(places: CheckOutputs) -> Iterator[TextIO | None]:
     """A file that takes a line for each finding and row; None if nobody asked for one."""
     if places.folder is None:
         yield None
@@ -93,6 +95,14 @@ def writing(path: Path) -> Iterator[TextIO]:
         except OSError as error:
             raise unwritable(path, error) from error
         yield file
+
+
+def write_results(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json and the page of it."""
+    from qwen_ds.data.doctor.page import page
+
+    write_json(folder / SUMMARY, summary)
+    write_text(folder / PAGE, page(summary))
 
 
 class Sorting:
@@ -119,7 +129,7 @@ class Sorting:
         self._sizes.append(self._file.write(line.encode(errors="backslashreplace")))
         self._records.append(record)
 
-    def write(self, clean: Path, dropped: Path, tally: Tally) -> int:
+    def write(self, clean: Path, dropped: Path, tally: FindingTally) -> int:
         """Write both files; returns how many rows pass."""
         kept = 0
         self._file.seek(0)

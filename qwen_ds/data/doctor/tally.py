@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-import numpy as np
-
-from qwen_ds.data.doctor.kinds import KINDS, SEVERITIES
+from qwen_ds.data.doctor.kinds import KINDS, SEVERITIES, Severity
 from qwen_ds.data.doctor.places import Places
 
 EXAMPLES = 3
@@ -31,7 +30,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Tally:
+class FindingTally:
     """All findings of a pass.
 
     Attributes:
@@ -111,6 +110,7 @@ class Tally:
         ]
 
 
-def flagged(tally: Tally) -> np.ndarray:
-    """Whether each record is left out, bool."""
-    return (np.frombuffer(tally.flags, np.uint64) & np.uint64(LEAVES)) != 0
+def has_any(findings: Sequence[dict[str, Any]], severity: Severity) -> bool:
+    """Whether a finding is as bad as that, or worse."""
+    bad = SEVERITIES[: SEVERITIES.index(severity) + 1]
+    return any(each["severity"] in bad for each in findings)
