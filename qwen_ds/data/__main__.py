@@ -2,10 +2,12 @@
 
     python -m qwen_ds.data encode  --model.path DIR --data.train FILE... [--output rows.jsonl]
     python -m qwen_ds.data inspect --model.path DIR --data.train FILE... [--rows 3] [--at FILE:LINE]
+    python -m qwen_ds.data check FILE... [--data.eval FILE...] [--against FILE...] [--model DIR]
+                                 [--write clean.jsonl] [--output DIR] [--fail_on warn]
 
 encode writes one JSON object a row: input_ids, labels (-100: not a target), source. inspect prints
-rows with their target tokens in green, and the row lengths. Both take the data.* options of a
-recipe and use the same cache as training.
+rows with their target tokens in green, and the row lengths. Both use the same cache as training.
+check names what is wrong with the rows. All take the data.* options of a recipe.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from qwen_ds import dist
+from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.options import EncodeCommand, InspectCommand, RowOptions
 from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.disk.write import replacing
@@ -97,10 +101,27 @@ def inspect(options: InspectCommand) -> None:
     console.print(visible("\n".join(summary(rows.report))), soft_wrap=True)
 
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "encode": (EncodeCommand, encode),
-    "inspect": (InspectCommand, inspect),
+def check(options: CheckCommand) -> int:
+    """Print what is wrong with the rows; 1 if --fail_on says so."""
+    from qwen_ds.data.doctor.command import run_check
+
+    return run_check(options)
+
+
+# Each with its options, and words for --help.
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int | None], str]] = {
+    "encode": (EncodeCommand, encode, "encode the rows of data.train, each once"),
+    "inspect": (InspectCommand, inspect, "show rows of data.train, each once"),
+    "check": (CheckCommand, check, "check FILE...: name what is wrong with the rows"),
 }
+
+
+def with_files(words: list[str]) -> list[str]:
+    """The words of check, with the files before its options as those of data.train."""
+    files = list(takewhile(lambda word: not word.startswith("--"), words))
+    if files and any(word.split("=")[0] == "--data.train" for word in words):
+        raise UserError(f"check was given {files[0]!r} and --data.train; expected one of them")
+    return ["--data.train", *files, *words[len(files) :]] if files else words
 
 
 def main() -> int:
@@ -110,14 +131,15 @@ def main() -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(
-            f"the command is {command!r}; expected {' or '.join(COMMANDS)}: "
+            f"the command is {command!r}; expected {', '.join(COMMANDS)}: "
             "python -m qwen_ds.data --help"
         )
-    kind, run = COMMANDS[command]
-    about = f"{command} the rows of data.train, each once whatever data.weights says"
+    kind, run, about = COMMANDS[command]
+    if command == "check":
+        words = with_files(words)
     options = parse_options(kind, about, words, prog=f"python -m qwen_ds.data {command}")
     if not dist.rank():  # a launcher may have started many ranks, and one of them is enough
-        run(options)
+        return run(options) or 0
     return 0
 
 

@@ -8,6 +8,7 @@ import shutil
 import torch
 
 from qwen_ds import dist
+from qwen_ds.data.doctor.brief import lines as checked_lines
 from qwen_ds.data.rows.data_report import not_read_lines
 from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
@@ -37,6 +38,7 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
         f"machine   {run.machine.ranks} rank(s) of {device_name(run)}, ZeRO-{run.deepspeed.stage}",
         f"data      {rows}",
         *(f"          {remark}" for remark in remarks),
+        *(f"checked   {line}" for line in checked_lines(data.findings)),
         f"training  {steps} steps of {rows_per_step} rows, about {tokens:,} tokens each; "
         f"lr {recipe.optim.lr:g} {recipe.optim.schedule}",
         *(f"chosen    {note}" for note in run.notes),

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
+from qwen_ds.data.doctor.brief import brief
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
@@ -34,6 +35,8 @@ class Data:
     train: TokenRows
     eval: TokenRows | None
     sampler: StepSampler
+    findings: list[dict[str, Any]]
+    """Of the doctor's short check, on rank 0."""
 
     @property
     def sha256(self) -> str:
@@ -42,7 +45,8 @@ class Data:
 
     def report(self) -> dict[str, Any]:
         """The content of data_report.json."""
-        return {**self.train.report, "eval": None if self.eval is None else self.eval.report}
+        of_eval = None if self.eval is None else self.eval.report
+        return {**self.train.report, "eval": of_eval, "findings": self.findings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ def load_data(run: Run) -> Data:
         rows.train, batch.rows_per_step, recipe.seed,
         dist.world_size(), dist.rank(), batch.tokens_per_micro_batch,
     )  # fmt: skip
-    data = Data(rows.train, rows.eval, sampler)
+    findings = brief(recipe.data) if dist.rank() == 0 else []
+    data = Data(rows.train, rows.eval, sampler, findings)
     # All ranks, once: machines may have files of their own.
     seen = dist.gather(data.sha256)
     if other := next((rank for rank, sha256 in enumerate(seen) if sha256 != seen[0]), None):

@@ -64,6 +64,7 @@ def iter_conversations(
     options: ReadOptions = ReadOptions(),
     counts: Counter[str] | None = None,
     not_read: NotRead | None = None,
+    seen: list[object] | None = None,
 ) -> Iterator[tuple[Result, str]]:
     """The conversations of all paths in order, or a Dropped for a row without one, and its source.
 
@@ -73,8 +74,11 @@ def iter_conversations(
     not when the first row is asked for. "rows" of `counts` counts the source rows as they are read.
     Where bad_rows is "stop", such a row is a UserError: "source: what came; what was expected".
     `not_read` counts, by path and key, the rows whose key holds something that is not read.
+    `seen` is given the row that the latest conversation came from, as its only element: none, if
+    it came from several, or the row could not be read.
     """
     reading = _Reading(options, False, Counter() if counts is None else counts, not_read)
+    reading.seen = [] if seen is None else seen
     results = reading.results([locate(path) for path in paths])
     return ((result, source) for result, _, source in results)
 
@@ -158,6 +162,7 @@ class _Reading:
         for row in rows_of(place, self.options.files):
             if isinstance(row, BadRow):
                 self.counts["rows"] += 1
+                self.seen.clear()
                 error = RowError(row.reason, row.detail)
                 yield self._unreadable(error, row.source), row.source, None
                 continue

@@ -100,7 +100,9 @@ def _key(
 @lru_cache(maxsize=1)
 def _code_sha256() -> str:
     """Hash of the modules that make rows: rows cached before a bug fix must not hide it."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    room = Path(__file__).parents[1]
+    # The doctor looks at rows and makes none.
+    files = [path for path in sorted(room.rglob("*.py")) if room / "doctor" not in path.parents]
     files += [Path(chatml.__file__), Path(tokenizer.__file__)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 

@@ -1,23 +1,13 @@
-"""Encoding of all conversations in their order, by this process and a pool of others.
-
-The pool's processes are forked off a fork server, a fresh interpreter that has imported this module
-already. They neither copy the training process, with its threads and its GPU, nor import it anew.
-"""
+"""Encoding of all conversations in their order, by this process and a pool of others."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
+from qwen_ds.data.pool import default_workers, process_pool
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.rows.blocks import Block, encode_block
 from qwen_ds.data.rows.data_report import PartReport
@@ -26,8 +16,6 @@ from qwen_ds.data.rows.row_file import RowWriter
 from qwen_ds.model.chatml import Conversation
 from qwen_ds.model.tokenizer import Encoding
 
-# More workers would wait for the parent, which reads all the rows.
-MOST_WORKERS = 8
 CHUNK_ROWS = 1024
 # Rows that one process encodes in the seconds that it takes to start workers.
 INLINE_ROWS = 16_384
@@ -39,68 +27,19 @@ Submit = Callable[[list[Conversation]], Future[Block] | None]
 _encoder: tuple[Encoding, EncodeOptions] | None = None
 
 
-def default_workers() -> int:
-    """One for each core that this process may use besides its own, up to MOST_WORKERS."""
-    return min(len(os.sched_getaffinity(0)) - 1, MOST_WORKERS)
-
-
 @contextlib.contextmanager
 def encoding_pool(encoding: Encoding, options: EncodeOptions, count: int) -> Iterator[Submit]:
     """Start processes that encode; yields the function that hands a chunk to the next idle one.
 
-    The function returns None until the first process is up. If a process dies, every outstanding
-    result raises BrokenProcessPool.
+    The function and its results are those of `process_pool`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(count, context, _start, (encoding, options))
-    with _main_hidden():
-        ready = pool.submit(os.getpid)
-
-    def submit(conversations: list[Conversation]) -> Future[Block] | None:
-        if not ready.done():
-            return None
-        with _main_hidden():  # the pool starts a process when the first chunk needs it
-            return pool.submit(_encode, conversations)
-
-    try:
-        yield submit
-    finally:
-        # If the rows ended before a process was up, there is nothing to wait for.
-        pool.shutdown(wait=ready.done(), cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep multiprocessing from running the launch script again in each process that it starts.
-
-    Else workers would import all of training, and a script without `if __name__ == "__main__"`
-    would start over: test_the_launch_script_is_not_run_again.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with process_pool(count, __name__, _start, (encoding, options)) as submit:
+        yield lambda conversations: submit(_encode, conversations)
 
 
 def _start(encoding: Encoding, options: EncodeOptions) -> None:
     global _encoder
-    # Ctrl-C reaches the whole process group; only the parent handles it, and ends the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = encoding, options
-    gc.freeze()  # a collection would touch, and so copy, every page shared with the fork server
-
-
-def _end_with_parent() -> None:
-    """End this worker with its parent: it waits on a pipe that its siblings also hold open, and
-    would wait forever after a kill of the parent (test_no_process_outlives_a_killed_parent)."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode(conversations: list[Conversation]) -> Block:

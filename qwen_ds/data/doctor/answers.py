@@ -1,0 +1,168 @@
+"""Answers that teach the wrong thing: echoes of the question, cut ones, loops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor.spans import Span, Talk
+
+_NOT_WORD = re.compile(r"[\W_]+")
+_COPIES = re.compile(
+    r"重复|复述|照抄|跟我(?:读|说)|原样|抄写|朗读|回声|echo|repeat|copy|纠正|改正|修改|校对|润色",
+    re.I,
+)
+
+
+def echoes(talk: Talk) -> Iterator[Span]:
+    """Answers that equal or repeat their question."""
+    for turn, question, answer in talk.pairs:
+        if len(question) < 4 and question != answer:
+            continue
+        asked = _NOT_WORD.sub("", question)
+        if not asked or _COPIES.search(question):
+            continue
+        # Only as much of the answer as may hold the question.
+        said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
+        if asked == said and len(answer) < 3 * len(question) + 60:
+            yield Span("answer-equals-question", turn, 0, len(answer))
+        elif len(asked) >= 7 and asked in said and (place := _echo(question, answer)):
+            yield Span("answer-repeats-question", turn, *place)
+
+
+_NUMBER = r"\d{3,5}|[一两二三四五六七八九]百[一二三四五六七八九]?十?|[一两二三四五六七八九]千"
+_WANTED = re.compile(
+    rf"({_NUMBER})(?:个)?(?:汉)?字(?!节|符)|(\d{{3,5}})[- ]words?\b", re.IGNORECASE
+)
+_DIGITS = {digit: value for value, digit in enumerate("一二三四五六七八九", 1)} | {"两": 2}
+_MOST_OF_IT = 0.1
+
+
+def too_short(talk: Talk) -> Iterator[Span]:
+    """Answers with less than a tenth of the length that their question asks for."""
+    for turn, question, answer in talk.pairs:
+        if len(answer) < 200 and ("字" in question or "word" in question):
+            for match in _WANTED.finditer(question):
+                wanted = _value(match[1]) if match[1] else int(match[2])
+                said = len(answer) if match[1] else len(answer.split())
+                if wanted >= 100 and said < _MOST_OF_IT * wanted:
+                    detail = f"{wanted} are asked for"
+                    yield Span("extreme-length", turn, 0, len(answer), detail)
+                    break
+
+
+def _value(text: str) -> int:
+    """A number of characters, as digits or as hundreds or thousands in words."""
+    if text.isascii():
+        return int(text)
+    return _DIGITS[text[0]] * (1000 if text[1] == "千" else 100)
+
+
+_AFTER_ECHO = re.compile(r"\s*(?:[。.！!？?：:；;\n”\"）)]|\Z)")
+_ORDERS = re.compile(r"\A\s*(?:请|帮我|给我|帮忙|麻烦|Please\b)")
+
+
+def _echo(question: str, answer: str) -> tuple[int, int] | None:
+    """The place of the question near the beginning of an answer. A topic that the first sentence
+    takes up ("the main sights are ..") is none: a repeated question ends, or is an order."""
+    bare = question.strip().rstrip("？?。.！!：:；;")
+    start = answer.find(bare)
+    if start < 0:  # its punctuation or white space differs
+        return (0, min(len(answer), len(question)))
+    end = start + len(bare)
+    is_early = start <= 12 or "\n" in answer[max(0, start - 2) : start]
+    is_whole = _ORDERS.match(question) or _AFTER_ECHO.match(answer, end)
+    is_all = start > 0 and end >= len(answer.rstrip("。.！!？? \n"))
+    return (start, end) if is_early and is_whole and not is_all else None
+
+
+# Not a finding yet: endings.py tells from all answers whether this one was cut.
+NO_FULL_STOP = "no-full-stop"
+_ENDS = tuple('。！？!?.…~～”"』」）)】]》>；;*`|}')
+_HANGING = re.compile(
+    r"(?:[，,、：:；;（(“「『【\[]|\w\s?[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
+    r"对于|关于|根据|首先|其次|的是|尤其|特别是|应该|能够|需要|"
+    r"\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
+)
+# A number of a list without its item.
+_NEXT_ITEM = re.compile(r"(?:(?<=[；;。！？\n])|(?<=[；;。！？\n] ))\s*(?:\d{1,2}[.、．)]|[-*•])\Z")
+# Words that hardly ever end a sentence; looked for where there are sentences.
+_HANGING_CHAR = re.compile(
+    r"(?:(?<![存所现实内外自潜健正])在|(?<![温柔平总饱暖谐缓])和|(?<![参给赠])与|(?<![适恰相充担正])当|"
+    r"(?<![麻名大上中少老主干门健小猛])将|(?<!自)如|[及或使让且而但若最很每各第这那某于])\Z"
+)
+_SENTENCE_END = re.compile(r"[。！？!?]|(?<!\d)\.(?=\s)")
+_HAN_OR_WORD = re.compile(r"[\u4e00-\u9fffA-Za-z]\Z")
+
+
+def cut_midway(talk: Talk) -> Iterator[Span]:
+    """Answers that end in the middle of a sentence."""
+    for turn, _, answer in talk.pairs:
+        text = answer.rstrip()
+        if len(text) < 16:
+            continue
+        if number := _NEXT_ITEM.search(text):
+            yield Span("answer-cut-midway", turn, number.start(), len(text))
+            continue
+        if text.endswith(_ENDS):
+            continue
+        line = text[text.rfind("\n") + 1 :]
+        hanging = _HANGING.search(line)
+        if hanging is None and len(line) >= 10 and ("，" in line or "。" in line):
+            hanging = _HANGING_CHAR.search(line)
+        if hanging:
+            if not (line.endswith((":", "：", "-", "—", "=", "+")) and talk.is_of_code):
+                yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
+            continue
+        ends = [match.end() for match in _SENTENCE_END.finditer(line)]
+        # One sentence without a full stop is a habit; a last one after others was perhaps cut.
+        style = len(ends) >= 2 or (len(line) >= 24 and (ends or line.count("，") >= 2))
+        last = len(line) - (ends[-1] if ends else 0)
+        if style and _HAN_OR_WORD.search(line) and 2 <= last <= 400:
+            kind = "answer-cut-midway" if line[-1].isascii() else NO_FULL_STOP
+            yield Span(kind, turn, len(text) - min(12, len(line)), len(text))
+
+
+_CLAUSE = re.compile(r"[。！？!?\n；;，,]+")
+_RUN = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
+_CHAR_RUN = re.compile(r"([\w])\1{11,}")
+_LAUGHTER = set("哈呵嘻啊嗯呜嘿啦哦噢唔耶嘎咯喵汪0123456789")
+_GRAM = 6
+
+
+def loops(talk: Talk) -> Iterator[Span]:
+    """Answers that repeat a phrase or a sentence over and over."""
+    for turn, _, answer in talk.pairs:
+        n_grams = len(answer) - _GRAM + 1
+        if n_grams < 8:
+            continue
+        distinct = len({answer[at : at + _GRAM] for at in range(n_grams)})
+        if distinct > 0.94 * n_grams:
+            continue
+        if found := _looped(answer):
+            yield Span("loop", turn, *found)
+
+
+def _looped(text: str) -> tuple[int, int] | None:
+    for match in _RUN.finditer(text):
+        unit = match[1]
+        is_word = any(char.isalpha() for char in unit) and not set(unit) <= _LAUGHTER
+        times = len(match[0]) // len(unit)
+        if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
+            return match.span()
+    if (run := _CHAR_RUN.search(text)) and run[1] not in _LAUGHTER:
+        return run.span()
+    clauses = [clause.strip() for clause in _CLAUSE.split(text)]
+    said = Counter(clause for clause in clauses if len(clause) >= 4)
+    if said:
+        clause, times = said.most_common(1)[0]
+        if times >= 4 and times * len(clause) >= 0.35 * len(text):
+            at = text.find(clause)
+            return at, at + len(clause)
+    return None
+
+
+def _is_table(unit: str) -> bool:
+    """Whether a repeated unit is of a table's rule, or of a line of dots."""
+    return not any(char.isalnum() for char in unit)

@@ -1,0 +1,54 @@
+"""Columns that are empty, constant or swapped, and what a row that is not read says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor.spans import Span, Talk
+
+_ASKS = re.compile(
+    r"[？?]|^(?:请|帮|给我|如何|怎么|怎样|什么|为什么|为何|哪|谁|写|列|介绍|解释|说明|描述|翻译|总结|根据|生成|编写|设计|"
+    r"计算|判断|分析|推荐|告诉|能否|可以|你能|将|把|创建|回答|续写|改写|比较|讨论|简述|分类|提取|用|以|对|从|给|在|我|有|是)"
+    r"|(?:什么|怎么|如何|哪些|多少|几|吗|呢|为何)|^(?:What|How|Why|When|Where|Who|Which|Can|Could|Please|Write|Give|List|"
+    r"Explain|Describe|Translate|Summari|Create|Generate|Tell|Is|Are|Do|Does|Name|Find|Make|Compare|Classify)\b"
+)
+_IS_QUESTION = re.compile(
+    r"\A(?:请问?[^，。！\n]{2,40}|[^，。！\n]{0,24}(?:什么|怎么|怎样|如何|为什么|为何|哪[个些里]|多少|是否|谁)[^，。！\n]{0,24}"
+    r"|(?:帮我|给我|写一|列出|列举|介绍一?下?|解释|描述|翻译|总结|简述|说明)[^。！\n]{2,40}"
+    r"|(?:What|How|Why|When|Where|Who|Which|Please|Write|Give|List|Explain|Describe|Translate|Summarize)\b[^.!\n]{4,80})"
+    r"[？?。.！]?\Z"
+)
+_ENDS_ASKING = re.compile(r"[？?]\s*\Z")
+_IS_STATEMENT_END = re.compile(r"[。.！!；;]\s*\Z")
+
+
+def swapped(talk: Talk) -> Iterator[Span]:
+    """A question that reads like an answer, answered by what reads like its question."""
+    if len(talk.turns) != 2:
+        return
+    question, answer = talk.turns[0][1].strip(), talk.turns[1][1].strip()
+    if len(answer) > 100 or len(question) < 24 or len(question) < 1.5 * len(answer):
+        return
+    if _ASKS.search(question) or not _IS_STATEMENT_END.search(question):
+        return
+    if _IS_QUESTION.match(answer):
+        yield Span("swapped-columns", 1, 0, len(answer))
+
+
+def looks_swapped(question: str, answer: str) -> int:
+    """1 where the answer reads like a question and the question does not, -1 the other way round,
+    0 where neither or both do. Single rows prove nothing; all rows of a file do."""
+    asked, said = _reads_as_question(question), _reads_as_question(answer)
+    if asked == said:
+        # ADGEN's lists of attributes against sentences: neither asks, but only one ends one.
+        ends = [bool(_IS_STATEMENT_END.search(text)) for text in (question, answer)]
+        return 0 if asked or ends[0] == ends[1] or len(question) < 8 else (1 if ends[0] else -1)
+    return 1 if said else -1
+
+
+def _reads_as_question(text: str) -> bool:
+    text = text.strip()
+    if _ENDS_ASKING.search(text):
+        return True
+    return len(text) <= 60 and _IS_QUESTION.match(text) is not None

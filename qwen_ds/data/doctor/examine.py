@@ -1,0 +1,198 @@
+"""The pass of the doctor: every row is read once, looked at by a process, and compared at the end.
+
+Shapes: N conversations of all paths. A record is a source row, or a conversation that several
+source rows gave; one record may give several conversations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qwen_ds.data.doctor import batch as look
+from qwen_ds.data.doctor.answers import NO_FULL_STOP
+from qwen_ds.data.doctor.batch import Checked, TalkBatch
+from qwen_ds.data.doctor.duplicates import Signatures, joined
+from qwen_ds.data.doctor.endings import Endings
+from qwen_ds.data.doctor.files import FileColumns
+from qwen_ds.data.doctor.spans import texts_of
+from qwen_ds.data.doctor.tally import FindingTally, Shown
+from qwen_ds.data.pool import default_workers, process_pool
+from qwen_ds.data.read.dialogue import (
+    NO_ANSWER,
+    NO_QUESTION,
+    NO_TURNS,
+    NOT_ALTERNATING,
+    Dropped,
+    Result,
+)
+from qwen_ds.data.read.sources import ReadOptions, iter_conversations
+from qwen_ds.model.tokenizer import Encoding
+
+BATCH_ROWS = 2000
+INLINE_BATCHES = 8  # one process looks at them in the seconds that it takes to start workers
+AGAINST, EVAL, TRAIN = 0, 1, 2  # in the order in which they are read: the first keeps its place
+Sides = Sequence[tuple[int, str]]  # (AGAINST, EVAL or TRAIN; path)
+
+_DROPPED = {
+    NO_ANSWER: "empty-answer",
+    NO_QUESTION: "empty-question",
+    NO_TURNS: "empty-question",
+    NOT_ALTERNATING: "role-order",
+    "unknown role": "role-order",
+}
+# What is said once for a file if all of its rows have it, and else row by row; and what needs the
+# endings of all answers.
+LATE = ("empty-answer", "empty-question", "swapped-columns", NO_FULL_STOP)
+OnRecord = Callable[[int, object, Result], None]
+
+
+@dataclass(slots=True)
+class Pass:
+    """All that a pass has gathered; see the top of the file for records and conversations."""
+
+    tally: FindingTally
+    files: list[tuple[int, FileColumns]]
+    late: list[tuple[int, str, Shown]] = field(default_factory=list)
+    """(record, kind, words) of the kinds in LATE."""
+    record_N: array[int] = field(default_factory=lambda: array("q"))
+    """The record of each conversation."""
+    endings: Endings = field(default_factory=Endings)
+    not_trained: Counter[str] = field(default_factory=Counter)
+    heads: list[list[str]] = field(default_factory=list)
+    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    _signatures: list[Signatures] = field(default_factory=list)
+    signatures: Signatures | None = None
+    numbers: tuple[np.ndarray, ...] = ()
+    """Characters and tokens before the last answer, tokens of it, turns, swapped: [N] each."""
+
+    def take(self, checked: Checked, first: int) -> None:
+        """Take the result for the conversations from number `first` on."""
+        for found in checked.found:
+            record = self.record_N[first + found.talk]
+            shown = Shown(found.before, found.marked, found.after, found.detail)
+            if found.kind in LATE:
+                self.late.append((record, found.kind, shown))
+            else:
+                self.tally.add(found.kind, record, shown)
+        self.endings.add(checked.endings)
+        self.heads.append(checked.heads)
+        self._signatures.append(checked.signatures)
+        self.parts.append(
+            (checked.asked_chars_N, checked.asked_tokens_N, checked.said_tokens_N)
+            + (checked.turns_N, checked.swapped_N)
+        )
+
+    def finish(self) -> None:
+        """Join the parts."""
+        if self._signatures:
+            self.signatures = joined(self._signatures)
+            self.numbers = tuple(np.concatenate(each) for each in zip(*self.parts, strict=True))
+        self._signatures, self.parts = [], []
+
+    def head(self, conversation: int) -> str:
+        """The beginning of a conversation's question."""
+        for heads in self.heads:
+            if conversation < len(heads):
+                return heads[conversation]
+            conversation -= len(heads)
+        raise IndexError(conversation)
+
+
+def examine(
+    sides: Sides,
+    reading: ReadOptions,
+    tally: FindingTally,
+    encoding: Encoding | None = None,
+    on_record: OnRecord | None = None,
+    workers: int | None = None,
+    most: int | None = None,
+) -> Pass:
+    """Read all rows of all paths, each once, and gather what is needed to judge them.
+
+    Args:
+        encoding: counts the tokens; None: they are estimated.
+        on_record: called with each record's number, row (None: several rows gave it, or it could
+            not be read) and first result, in order.
+        workers: processes beside this one.
+        most: so many records of each path are read; None: all.
+    """
+    files = [(side, FileColumns(path)) for side, path in sides]
+    gathered = Pass(tally, files)
+    talks = _talks(gathered, replace(reading, bad_rows="skip"), on_record, most)
+    count = default_workers() if workers is None else workers
+    look.start(encoding)
+    with contextlib.ExitStack() as stack:
+        pending: deque[tuple[Future[Checked], int]] = deque()
+        submit = None
+        for number, (batch, first) in enumerate(talks):
+            if submit is None and count and number >= INLINE_BATCHES:
+                submit = stack.enter_context(
+                    process_pool(count, look.__name__, look.start, (encoding,))
+                )
+            future: Future[Checked] | None = None
+            if submit and sum(not each.done() for each, _ in pending) < 2 * count:
+                future = submit(look.check, batch)
+            if future is None:
+                future = Future()
+                future.set_result(look.check(batch))
+            pending.append((future, first))
+            while pending and (pending[0][0].done() or len(pending) > 4 * count):
+                checked, at = pending.popleft()
+                gathered.take(checked.result(), at)
+        for checked, at in pending:
+            gathered.take(checked.result(), at)
+    gathered.finish()
+    return gathered
+
+
+def _talks(
+    gathered: Pass, reading: ReadOptions, on_record: OnRecord | None, most: int | None
+) -> Iterator[tuple[TalkBatch, int]]:
+    """Batches of conversations, with the number of the first; what gives none is counted here."""
+    tally, first = gathered.tally, 0
+    for file, (side, columns) in enumerate(gathered.files):
+        talks: list[tuple[str, look.Turns]] = []
+        seen: list[object] = []
+        last: tuple[str, object] | None = None
+        record = -1
+        for result, source in iter_conversations([columns.path], reading, seen=seen):
+            row = seen[0] if seen else None
+            if columns.rows == most:
+                break
+            if last is None or last[0] != source or last[1] is not row or row is None:
+                record = tally.places.add(source, file)
+                tally.grow()
+                last = source, row
+                columns.see(row, record)
+                if on_record is not None:
+                    on_record(record, row, result)
+            if isinstance(result, Dropped):
+                if side != AGAINST:
+                    _note(gathered, record, result)
+                continue
+            talks.append(texts_of(result))
+            gathered.record_N.append(record)
+            if len(talks) == BATCH_ROWS:
+                yield TalkBatch(talks, side != AGAINST), first
+                first, talks = first + len(talks), []
+        if talks:
+            yield TalkBatch(talks, side != AGAINST), first
+            first += len(talks)
+
+
+def _note(gathered: Pass, record: int, dropped: Dropped) -> None:
+    """Take note of a record without a conversation."""
+    gathered.not_trained[dropped.reason] += 1
+    kind = _DROPPED.get(dropped.reason, "unreadable-row" if dropped.unreadable else "not-trainable")
+    shown = Shown(detail=f"{dropped.reason}{f': {dropped.detail}' if dropped.detail else ''}")
+    if kind in LATE:
+        gathered.late.append((record, kind, shown))
+    else:
+        gathered.tally.add(kind, record, shown)

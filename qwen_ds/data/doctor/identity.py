@@ -1,0 +1,132 @@
+"""Answers that refuse, or speak in the name of another assistant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor.spans import Span, Talk, any_of, pattern
+
+_MAKER = any_of(
+    r"Open_?AI Anthropic Google 谷歌 DeepMind Meta 微软 Microsoft 百度 科大讯飞 讯飞 智谱 清华 "
+    r"华为 腾讯 字节 月之暗面 深度求索 DeepSeek 昆仑万维 商汤 百川 360 上海人工智能实验室 "
+    r"复旦 Mistral xAI MiniMax 零一万物 贝壳 链家 小米 苹果公司 Baidu LMSYS"
+)
+_NAME = any_of(
+    r"Chat_?GPT GPT-?[2345](?:\.5|o)? Claude 文心一言 文心 ERNIE_?Bot 讯飞星火 星火 ChatGLM "
+    r"GLM-?\d? 智谱清言 LLaMA Llama Vicuna Alpaca BELLE MOSS 百川 Baichuan InternLM 书生 豆包 "
+    r"Kimi DeepSeek Gemini Bard Bing_Chat Copilot 盘古 天工 混元 元宝 小度 小爱同学 "
+    r"Siri Mistral Grok Guanaco Dolly Koala Phoenix 凤凰 Firefly 流萤 Bloom Open_?Assistant TigerBot "
+    r"虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
+)
+_MADE = any_of("开发 训练 研发 创建 创造 推出 打造 研制 设计")
+_THING = any_of("模型 助手 AI 机器人 智能 程序 语言")
+_I_AM = any_of("我是 我叫 我的名字是 我的名字叫 本人是 这里是 作为")
+_KIND = any_of(
+    "一个 一款 一名 由 来自 基于 名为 叫做? 大模型 AI助手 人工智能助手 智能助手 语言模型 聊天机器人"
+)
+_OWNER = any_of("开发者 创造者 母公司 研发团队 开发团队 开发公司 制造者")
+_SENTENCE = r"[^，。！？\n]"
+_LATIN_NAME = any_of(
+    r"Chat_?GPT GPT-?[2345]\S* Bard Gemini ERNIE_Bot LLaMA Vicuna Alpaca ChatGLM MOSS BELLE Kimi "
+    r"DeepSeek\S* Open_?Assistant Copilot Bing_Chat"
+)
+_IDENTITY = pattern(
+    "|".join(
+        [
+            rf"{_I_AM}\s?(?:{_KIND}|[，, “\"「])*{_NAME}(?![A-Za-z])",
+            rf"{_I_AM}\s?(?:{_KIND}|[，, “\"「])*{_MAKER}{_SENTENCE}{{0,12}}?"
+            rf"(?:{_MADE}|提供|公司|团队|的){_SENTENCE}{{0,20}}?{_THING}",
+            rf"我{_SENTENCE}{{0,12}}由\s?{_MAKER}{_SENTENCE}{{0,12}}{_MADE}",
+            rf"我的{_OWNER}是\s?{_MAKER}",
+            rf"我{_SENTENCE}{{0,6}}基于{_SENTENCE}{{0,8}}{_NAME}(?![A-Za-z])",
+            rf"(?:I am|I'm|I’m|[Mm]y name is|This is) (?:an? )?"
+            rf"(?:(?:AI|language|large|model|chatbot|assistant|called|named) |,)*{_LATIN_NAME}\b",
+            r"(?:I am|I'm|I’m|[Mm]y name is) Claude"
+            r"(?=,? (?:an|a|the|made|created|developed|from|by|and I)\b|\.)",
+            r"\b(?:I|me|assistant|model|AI)\b[^.!?\n]{0,60}(?:trained|developed|created|made|built)"
+            rf" by {_MAKER}",
+        ]
+    )
+)
+_NAMES = re.compile(f"{_NAME}|{_MAKER}")
+
+_VERY = any_of("非常 很 十分 真的 实在 深感 万分")
+_SORRY = any_of("抱歉 对不起 不好意思 遗憾")
+_NOW = any_of("暂时 目前 现在 还 并")
+_CANNOT = any_of("无法 不能 没有办法 没办法 不会 没有能力 不可以 不具备 没有足够 不太能 不便")
+_TO_ANSWER = any_of(
+    "回答 提供 满足 协助 生成 完成[这该您你] 执行[这该您你] 访问 浏览 讨论 参与[这此该] 继续[这该] "
+    "处理[这该您] 预测 打开链接 打开网 获取 实时 查看[图链网] 观看 听取"
+)
+_MODEL = (
+    r"(?:基于[^，。\n]{0,12}的)?(?:大型|大|虚拟|智能)?"
+    + any_of(
+        "AI ai A\\.I\\. 人工智能 语言模型 聊天机器人 虚拟助手 智能助手 智能助理 机器学习模型 机器人"
+    )
+    + "(?:语言|大语言|对话|聊天)?(?:模型|助手|助理|程序|系统|机器人)?"
+)
+_AI = (
+    r"(?:AI|artificial intelligence|large language model|language model|chatbot|virtual assistant)"
+)
+_CAN_NOT = r"(?:cannot|can't|can’t|can not|(?:am )?unable to|(?:am )?not able to|won't)"
+_HELP = (
+    "(?:assist|help|fulfil|fulfill|comply|provide|answer|generate|engage|create|browse|access|discuss|"
+    "support|complete|process)"
+)
+_REFUSES = pattern(
+    "|".join(
+        [
+            rf"作为(?:一个|一名|一款|一种|一位)?{_MODEL}(?:，|,|\s)*(?:我|本|没有|无法|不能|不具备)",
+            rf"我(?:只|仅|仅仅|只不过|毕竟)?是(?:一个|一名|一款|个)?{_SENTENCE}{{0,8}}"
+            rf"(?:AI|人工智能|语言模型|机器人|程序){_SENTENCE}{{0,8}}[，,]{_SENTENCE}{{0,6}}"
+            r"(?:无法|不能|没有(?:办法|能力|情感|感情|个人|意识|身体|实体))",
+            rf"{_VERY}?{_SORRY}[，,。！!]?(?:但是|但|不过)?[，,]?(?:我|本模型|本助手|AI)(?!们){_NOW}?"
+            rf"{_CANNOT}(?!来|去|赴|参加|到|出席|赶|再等)",
+            rf"{_SORRY}[，,]?我还(?:没有|没|不)(?:学会|会|能|懂)",
+            rf"{_SORRY}[^。！？\n]{{0,24}}(?:无法|不能)(?:回答|访问|浏览|联网|上网|查询实时)",
+            rf"我{_NOW}?{_CANNOT}(?:直接|为您|为你|给您|给你|向您|帮您|帮你)?{_TO_ANSWER}",
+            r"我的(?:知识|数据|训练数据)库?(?:只?(?:截止|截至|更新)|仅)",
+            rf"[Aa]s (?:an?|your) {_AI}(?: language| chat)?(?: model| assistant| bot)?,? ?"
+            r"(?:I|developed|trained|created|and)\b",
+            r"(?:[Ss]orry|apologi[sz]e|[Uu]nfortunately|regret)[,.;]?(?: but)? I(?:'m| am)? ?"
+            rf"(?:{_CAN_NOT}|do not have|don't have)\b"
+            r"(?! (?:come|make it|attend|go|join|be there|see|hear|believe|wait))",
+            rf"\bI(?:'m| am)? ?{_CAN_NOT} {_HELP} ",
+        ]
+    )
+)
+_HEAD = 400  # a refusal comes first
+
+
+def identity(talk: Talk) -> Iterator[Span]:
+    """Refusals, and another assistant's name, in answers."""
+    for turn, question, answer in talk.pairs:
+        head = answer[:_HEAD]
+        may_refuse = "我" in head or "I" in head or "作为" in head or "s an" in head
+        if may_refuse and not _is_translation(question):
+            for start, end in _REFUSES(head):
+                yield Span("refusal", turn, start, end)
+                break
+        if _NAMES.search(answer):
+            for start, end in _IDENTITY(answer):
+                if not _is_a_part(question, answer[start:end]):
+                    yield Span("foreign-identity", turn, start, end)
+                    break
+
+
+_WRITES = re.compile(
+    r"人物|角色|扮演|假[设装]你|第一人称|主人公|故事|小说|剧本|名叫|译|\b(?:character|named|called|story|persona|"
+    r"role-?play|pretend|translat)",
+    re.IGNORECASE,
+)
+
+
+def _is_a_part(question: str, said: str) -> bool:
+    """Whether the question has given the name, for a text in which somebody has it."""
+    names = _NAMES.findall(said)
+    return bool(_WRITES.search(question)) and any(name in question for name in names)
+
+
+def _is_translation(question: str) -> bool:
+    return "翻译" in question or "译成" in question or "ranslat" in question

@@ -1,0 +1,54 @@
+"""Answers in another language than their question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import Span, Talk
+
+_ASKS_LANGUAGE = re.compile(
+    r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
+    r"正则|拼写|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
+    r"JSON|LaTeX|pinyin|hanzi|characters)",
+    re.IGNORECASE,
+)
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_KANA = re.compile(f"[{of.points_of(of.KANA)}]")
+_HANGUL = re.compile(r"[\uac00-\ud7a3]")
+_CYRILLIC = re.compile(r"[\u0400-\u052f]")
+
+
+def languages(talk: Talk) -> Iterator[Span]:
+    """Answers in another language than their question, which does not ask for it."""
+    for turn, question, answer in talk.pairs:
+        asked, said = talk.classes[turn - 1], talk.classes[turn]
+        other = of.KANA | of.HANGUL | of.CYRILLIC
+        suspicious = bool(asked & of.HAN) != bool(said & of.HAN) or said & of.LATIN or said & other
+        if not suspicious or len(answer) < 8:
+            continue
+        if (language := _language(answer)) is None:
+            continue
+        wanted = _language(question, least=3)
+        if wanted is None or wanted == language or talk.is_of_code:
+            continue
+        if _ASKS_LANGUAGE.search(question) or _ASKS_LANGUAGE.search(talk.system):
+            continue
+        yield Span("language-mismatch", turn, 0, min(len(answer), 40), f"{wanted} / {language}")
+
+
+def _language(text: str, least: int = 4) -> str | None:
+    """The language of a text by its script, None where that is not clear."""
+    text = text[:2000]
+    han, words = len(_HAN.findall(text)), len(_WORD.findall(text))
+    for name, script in (("Japanese", _KANA), ("Korean", _HANGUL), ("Russian", _CYRILLIC)):
+        count = len(script.findall(text))
+        if count >= 6 and count > 0.25 * (han + count) and count > words:
+            return name
+    if han >= least and han > 2 * words:
+        return "Chinese"
+    if words >= least and han * 8 < words and " " in text.strip():
+        return "English"
+    return None

@@ -1,0 +1,122 @@
+"""Rows ranked by the loss that a model has on their answers after training.
+
+Rows that a trained model still finds unlikely are read first: wrong labels are among them.
+
+Shapes: B rows of a batch, T longest row in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_ds.data.doctor.examine import TRAIN, Pass
+from qwen_ds.data.doctor.options import CheckCommand
+from qwen_ds.data.doctor.output import LOSSES, CheckOutputs, writing
+from qwen_ds.data.doctor.tally import Shown
+from qwen_ds.data.rows.token_rows import TokenRows, prepare
+from qwen_ds.errors import UserError
+from qwen_ds.model.adapter import check_adapter_fits, read_adapter
+from qwen_ds.model.adapter_loading import check_copies, put_adapter
+from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.family import LanguageModel
+from qwen_ds.model.folder import ModelFolder
+from qwen_ds.model.loading import load_base
+from qwen_ds.model.token_loss import token_losses
+from qwen_ds.terminal import show
+
+TOKENS_A_BATCH = 4096  # padded
+
+
+def rank(
+    options: CheckCommand, folder: ModelFolder, gathered: Pass, places: CheckOutputs
+) -> dict[str, Any]:
+    """Rank the training rows by their mean loss a target token, encoded as training encodes them.
+
+    The worst are findings; losses.jsonl has all rows, the worst first. Returns a few numbers for
+    summary.json. UserError: an adapter that is not the base's, rows that cannot be trained on.
+    """
+    data = replace(options.data, weights=None, eval=[], eval_fraction=0.0, bad_rows="skip")
+    try:
+        rows = prepare(data, folder.encoding, folder.config.seq_length).train
+    except UserError as error:  # which the findings explain
+        show(f"the rows are not ranked by loss: {error}", err=True)
+        return {"not_ranked": str(error), "mean": None}
+    model = loaded(options, folder)
+    device = next(model.parameters()).device
+    means = mean_losses(model, rows, device)
+    order = np.argsort(-means, kind="stable")
+    records = _records(gathered)
+    for place, row in enumerate(order[: options.worst].tolist(), 1):
+        source = rows.source(row)
+        if (record := records.get(source)) is not None:
+            detail = f"number {place} of {len(rows):,}: {means[row]:.3f} nats a token"
+            gathered.tally.add("high-loss", record, Shown(detail=detail))
+    if places.folder is not None:
+        with writing(places.folder / LOSSES) as file:
+            for place, row in enumerate(order.tolist(), 1):
+                about = {"rank": place, "source": rows.source(row)}
+                about |= {"loss": round(float(means[row]), 6), "tokens": int(rows.learnt[row])}
+                file.write(f"{json.dumps(about, ensure_ascii=False)}\n")
+    return {"rows": len(rows), "mean": round(float(means.mean()), 6)}
+
+
+def _records(gathered: Pass) -> dict[str, int]:
+    """The first record of each place of the training rows."""
+    tally, found = gathered.tally, {}
+    for record in range(len(tally.places) - 1, -1, -1):
+        if gathered.files[tally.places.path_of(record)][0] == TRAIN:
+            found[tally.places.text(record)] = record
+    return found
+
+
+def loaded(options: CheckCommand, folder: ModelFolder) -> LanguageModel:
+    """The model, with its adapter if there is one, on the GPU if there is one."""
+    on_gpu = torch.cuda.is_available()
+    model = load_base(folder, "auto" if on_gpu else torch.float32)
+    if options.adapter is not None:
+        adapter = read_adapter(options.adapter)
+        check_adapter_fits(adapter, folder.stored.shapes)
+        check_copies(adapter, dict(model.named_parameters()))
+        put_adapter(model, adapter)
+    return model.to("cuda" if on_gpu else "cpu").eval()  # type: ignore[arg-type]
+
+
+def mean_losses(model: LanguageModel, rows: TokenRows, device: torch.device) -> np.ndarray:
+    """The mean loss of each row's target tokens in nats, float64 [rows]."""
+    means = np.zeros(len(rows))
+    for batch in _batches(rows):
+        longest = max(int(rows.lens[row]) for row in batch)
+        ids_BT = np.full((len(batch), longest), rows.pad_id, np.int64)
+        labels_BT = np.full((len(batch), longest), IGNORE, np.int64)
+        for place, row in enumerate(batch):
+            ids, labels = rows[row]
+            ids_BT[place, : len(ids)], labels_BT[place, : len(ids)] = ids, labels
+        losses_BT = token_losses(
+            model.base_model,
+            model.get_output_embeddings(),
+            torch.from_numpy(ids_BT).to(device),
+            torch.from_numpy(labels_BT).to(device),
+        )
+        counts = np.maximum((labels_BT[:, 1:] != IGNORE).sum(axis=1), 1)
+        means[batch] = losses_BT.sum(dim=1).cpu().numpy() / counts
+    return means
+
+
+def _batches(rows: TokenRows) -> Iterator[list[int]]:
+    """Rows of like length together, at most TOKENS_A_BATCH padded tokens, the longest first."""
+    batch: list[int] = []
+    longest = 0
+    for row in np.argsort(-rows.lens, kind="stable").tolist():
+        longest = longest or int(rows.lens[row])
+        if batch and longest * (len(batch) + 1) > TOKENS_A_BATCH:
+            yield batch
+            batch, longest = [], int(rows.lens[row])
+        batch.append(row)
+    if batch:
+        yield batch

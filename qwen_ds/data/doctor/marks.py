@@ -1,0 +1,126 @@
+"""Control tokens, chat templates and tool calls that are spelled in texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import Span, Talk, any_of, has_any, outside_code, pattern
+
+_SPECIAL = pattern(
+    "|".join(
+        [
+            r"<[|｜][^<>\s|｜]{1,40}[|｜]>",
+            r"</?s>",
+            f"<{any_of('pad unk eos bos cls sep mask sop eop eod eoh eoa eom eot eoc')}>",
+            r"</?end_?of_?(?:text|turn|sentence)/?>",
+            r"<(?:start|end)_of_turn>",
+            r"<0x[0-9A-F]{2}>",
+            r"<UNUSED_TOKEN_\d+>",
+            r"<reserved_\d+>",
+            r"\[(?:CLS|SEP|PAD|UNK|gMASK|sMASK|EOS|BOS|unused\d+)\]",
+        ]
+    ),
+    re.IGNORECASE,
+)
+_MASK = pattern(r"\[MASK\]")  # a word for a blank in exercises, too
+_HEADINGS = any_of(
+    "Instruction Response Input Output Human Assistant User System Question Answer "
+    "指令 输入 输出 回答 回复 问题 用户 助手"
+)
+_CHAT = pattern(
+    "|".join(
+        [
+            r"\[/?INST\]|<</?SYS>>|\[Round \d+\]|BEGINNING OF CONVERSATION",
+            r"</?(?:human|bot|user|assistant)>:?",
+            r"<im_(?:start|end|sep)>",
+            rf"#{{2,4}} ?{_HEADINGS}\s?(?:[:：]|$)",
+            r"(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT)\s?[:：]",
+        ]
+    ),
+    re.MULTILINE,
+)
+# In a question these may open a talk to be summed up; in an answer they continue one.
+_CHAT_IN_ANSWER = pattern(
+    rf"\A\s*{any_of('助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot')}[:：]"
+    r"|(?<=[\n。！？.!?])[ \t]*"
+    rf"(?P<it>{any_of('User Human Bot 用户 人类 助手 助理 机器人 问 答 提问 回答')}[:：])"
+)
+_TOOL = pattern(
+    "|".join(
+        [
+            r"</?tool_?(?:call|response|result)s?>",
+            r"</?function_?(?:call|response|s)?(?:=[\w.]+)?>",
+            r"^[ \t]*(?P<it>Action Input|Action|Observation|Thought|Final Answer)[:：]",
+            r"✿[A-Z]+✿",
+            r"[\"'](?:function_call|tool_calls?|tool|tool_name|action|action_input|plugin)[\"']\s*:",
+            r"\{\s*[\"']name[\"']\s*:\s*[\"'][\w.-]+[\"']\s*,\s*[\"'](?:arguments|parameters)[\"']\s*:",
+            r"oaicite|【\d+†[^】]*】|\bturn\d+(?:search|view|news)\d+",
+            r"<\|?(?:plugin|interpreter|python_tag|action_start|action_end)\|?>",
+            r"</?(?:search|api|plugin|code_interpreter)>|<invoke\b|<eo[ctr]>",
+            r"(?:调用|使用)(?:工具|函数|插件|接口|API)[:：]",
+            r"^(?:search|browse|lookup|calculator|get_\w+|query_\w+|call_\w+)\([^()\n]*\)",
+            r"\[TOOL_CALLS\]|\[AVAILABLE_TOOLS\]|^Command: ?\w+\(",
+        ]
+    ),
+    re.MULTILINE,
+)
+_STEPS = {"Action", "Observation", "Thought", "Final Answer"}
+_CALLS_BY_NAME = re.compile(
+    r"^[ \t]*Action[:：]\s*[A-Za-z_][\w.-]*\s*(?:\(.*\)|\[.*\])?\s*$", re.MULTILINE
+)
+_TOOL_WORDS = (
+    "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "调用", "使用", "(", "【",
+)  # fmt: skip
+_TOOLS_ARE_THE_SUBJECT = ("Action Input", "tool_call", "function_call", "You have access to", "API")
+
+
+def leftovers(talk: Talk) -> Iterator[Span]:
+    """Control tokens, chat markers and tool calls spelled in any turn."""
+    for turn, ((role, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
+        asked = talk.turns[turn - 1][1] if turn else ""
+        if classes & (of.ANGLE | of.BRACE):
+            yield from _special(talk, turn, text)
+        if classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "BEGINNING" in text:
+            yield from _chat(turn, role, text, asked)
+        if _may_call_tools(text, classes):
+            about = f"{talk.system}\n{asked if role == 'assistant' else ''}"
+            if not has_any(about, _TOOLS_ARE_THE_SUBJECT):
+                yield from _tools(turn, text)
+
+
+def _special(talk: Talk, turn: int, text: str) -> Iterator[Span]:
+    text = outside_code(text)
+    for start, end in _SPECIAL(text):
+        # <s> is also HTML's struck out text.
+        is_html = text[start:end].lower() in ("<s>", "</s>") and talk.is_of_code
+        if not is_html:
+            yield Span("special-token-in-text", turn, start, end)
+    if "[MASK]" in text and not talk.is_of_code:
+        for start, end in _MASK(text):
+            yield Span("special-token-in-text", turn, start, end)
+
+
+def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
+    spans = [Span("chat-marker-in-text", turn, start, end) for start, end in _CHAT(text)]
+    if role == "assistant" and not spans:
+        for start, end in _CHAT_IN_ANSWER(text):
+            if text[start:end].strip() not in asked:
+                spans.append(Span("chat-marker-in-text", turn, start, end))
+    yield from spans
+
+
+def _tools(turn: int, text: str) -> Iterator[Span]:
+    spans = [Span("tool-call-leftover", turn, start, end) for start, end in _TOOL(text)]
+    words = {text[span.start : span.end] for span in spans}
+    # One such word may be a heading; a tool's name, or another of them, makes it a call.
+    if words & _STEPS and len(words) == 1 and not _CALLS_BY_NAME.search(text):
+        return
+    yield from spans
+
+
+def _may_call_tools(text: str, classes: int) -> bool:
+    if not classes & of.LATIN:
+        return False
+    return bool(classes & (of.ANGLE | of.BRACE)) or has_any(text, _TOOL_WORDS)

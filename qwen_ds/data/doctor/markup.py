@@ -1,0 +1,103 @@
+"""HTML and escapes that nobody decoded, and blanks that nobody filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import Span, Talk, any_of, has_any, outside_code, pattern
+
+_TAGS = any_of(
+    "br p div span a b i u em strong font li ul ol td tr th table tbody thead img h[1-6] hr script "
+    "style center section article iframe input button body html head meta link sup sub blockquote "
+    "pre code small label form option select video svg nobr strike del ins figure header footer nav"
+)
+_HTML = pattern(
+    rf"</?{_TAGS}(?:\s[^<>]{{0,300}})?/?\s?>|<!--|-->|<!DOCTYPE",
+    re.IGNORECASE,
+)
+_ENTITIES = any_of(
+    "nbsp lt gt amp quot apos ldquo rdquo lsquo rsquo hellip mdash ndash middot copy reg times"
+)
+_ENTITY = pattern(rf"&(?:{_ENTITIES}|#\d{{2,6}}|#[xX][0-9a-fA-F]{{2,5}});")
+# Of LaTeX, which begin as a line break does.
+_COMMANDS = any_of("abla eq u ot e i otin ewline ewcommand exists mid olimits onumber ormalsize")
+_ESCAPE = pattern(
+    "|".join(
+        [
+            r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}",
+            rf"(?<!\\)(?:\\r)?\\n(?!{_COMMANDS}(?![a-z]))|\\n(?=\\n)|\\\\n",
+            r"(?<!\\)\\t(?![a-z])",
+            r"(?<!\\)\\[\"'](?![a-z]\b)",
+            r"(?:%[0-9A-F]{2}){6,}",
+        ]
+    )
+)
+_FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
+_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
+_VALUES = any_of("nan none null nil undefined")  # also what a program prints
+_WHOLE_BLANK = re.compile(
+    r"[\s\[【（(<「]*(?:"
+    + any_of(
+        rf"{_VALUES} n/?a \#n/a todo tbd tba fixme xxx+ 待补充? 待定 待填写? 待完善 待更新 待添加 "
+        r"待写 暂无 暂无答案 暂缺 暂略 略 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
+        r"placeholder lorem_ipsum.* your_(?:answer|text)_here answer_here 此处填写.* 在此输入.*"
+    )
+    + r")[\s\]】）)>」。.!！]*",
+    re.IGNORECASE,
+)
+_TO_FILL = any_of("待定 略 此处省略 内容省略 省略 占位符? 待写 待更新 待添加 填写 请填写")
+_PART_BLANK = pattern(
+    "|".join(
+        [
+            r"(?:待补充|待完善|待填写)(?![\u4e00-\u9fff])",
+            rf"[（(【\[]{_TO_FILL}[^）)】\]\n]{{0,12}}[）)】\]]",
+            r"\b(?:TODO|TBD|FIXME)\b(?! ?(?:list|app|lists|列表|清单|应用|事项|注释))",
+            r"此处(?:填写|插入|输入|补充|省略)|(?:请)?在(?:此|这里)(?:填写|输入|插入|补充)",
+            r"[Ll]orem ipsum|<placeholder>|\[object Object\]",
+            r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
+            r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
+            r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
+            r"(?:^|[：:，,\s])(?P<it>(?:nan|NaN|NULL|None|undefined))(?=$|[。，,\s])",
+            r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])[Xx]{3,}(?![A-Za-z.])",
+        ]
+    ),
+    re.MULTILINE,
+)
+_VALUES_ARE_THE_SUBJECT = re.compile(r"NaN|nan|None|NULL|null|undefined|TODO|TBD|占位")
+_ASKS_FOR_BLANKS = ("模板", "填空", "template", "范本", "样本")
+
+
+def markup(talk: Talk) -> Iterator[Span]:
+    """HTML and escapes in rows that do not speak of code."""
+    for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
+        if classes & (of.ANGLE | of.AMPERSAND) and not talk.is_of_code:
+            plain = outside_code(text)
+            for find in (_HTML, _ENTITY):
+                for start, end in find(plain):
+                    yield Span("html-leftover", turn, start, end)
+        if (classes & of.BACKSLASH or "%E" in text) and not talk.is_of_code:
+            plain = outside_code(text)
+            if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
+                for start, end in _ESCAPE(plain):
+                    yield Span("literal-escape", turn, start, end)
+
+
+def blanks(talk: Talk) -> Iterator[Span]:
+    """Placeholders that nobody filled in."""
+    for turn, (role, text) in enumerate(talk.turns):
+        asked = talk.turns[turn - 1][1] if role == "assistant" else ""
+        if len(text) <= 40 and _WHOLE_BLANK.fullmatch(text):
+            if not (talk.is_of_code or _VALUES_ARE_THE_SUBJECT.search(asked)):
+                yield Span("placeholder", turn, 0, len(text))
+            continue
+        for start, end in _PART_BLANK(text):
+            if talk.is_of_code or _asks_for_blanks(asked):
+                break
+            yield Span("placeholder", turn, start, end)
+
+
+def _asks_for_blanks(question: str) -> bool:
+    """Whether the question itself has a placeholder, or asks for a template with blanks."""
+    return bool(_VALUES_ARE_THE_SUBJECT.search(question)) or has_any(question, _ASKS_FOR_BLANKS)

@@ -1,0 +1,57 @@
+"""The page of a check: its findings as tables, with the places marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_ds.data.doctor.limits import LIMITS
+from qwen_ds.page.html import count, environment, figure
+
+
+def page(summary: dict[str, Any]) -> str:
+    """The content of report.html for that of summary.json."""
+    findings = [
+        {**each, "examples": [{"detail": "", **example} for example in each["examples"]]}
+        for each in summary["findings"]
+    ]
+    numbers = {severity: 0 for severity in ("stop", "warn", "note")}
+    for each in findings:
+        numbers[each["severity"]] += 1
+    template = environment(__package__).get_template("doctor.html.j2")
+    return template.render(
+        title=", ".join(summary["files"]),
+        verdict="stop" if numbers["stop"] else "warn" if numbers["warn"] else "good",
+        words=_words(numbers, summary["rows"]),
+        cards=_cards(summary),
+        findings=findings,
+        cuts=summary["cut_by_limit"],
+        limits=[str(limit) for limit in LIMITS],
+        tokens=summary["tokens"],
+        files=summary["files"],
+    )
+
+
+def _words(numbers: dict[str, int], rows: int) -> str:
+    checked = f"{count(rows, 'row')} checked"
+    if numbers["stop"]:
+        return f"{checked}. Do not train on this yet: {count(numbers['stop'], 'finding')} to mend."
+    if numbers["warn"]:
+        found = count(numbers["warn"], "kind of damaged row", "kinds of damaged rows")
+        return f"{checked}. {found}: look at them before training."
+    if numbers["note"]:
+        return f"{checked}. Nothing is wrong; {count(numbers['note'], 'remark')}."
+    return f"{checked}. Nothing was found."
+
+
+def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    cards = [("rows", figure(summary["rows"]))]
+    if summary["rows_of_eval"]:
+        cards.append(("rows of data.eval", figure(summary["rows_of_eval"])))
+    if summary["rows_of_test_sets"]:
+        cards.append(("rows of test sets", figure(summary["rows_of_test_sets"])))
+    cards.append(("rows not trained on", figure(sum(summary["not_trained_on"].values()))))
+    if "kept" in summary:
+        cards += [("rows kept", figure(summary["kept"])), ("dropped", figure(summary["dropped"]))]
+    if "losses" in summary:
+        cards.append(("mean loss of a row, nats a token", figure(summary["losses"]["mean"])))
+    return cards

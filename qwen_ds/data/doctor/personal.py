@@ -1,0 +1,97 @@
+"""Personal data and secrets. The checks are the numbers' own: checksums, dates, prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
+
+_MAIL = re.compile(
+    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9](?:[\w.+%-]{0,63})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+"
+    r"[A-Za-z]{2,24}(?![\w@])",
+    re.ASCII,
+)
+_PHONE = re.compile(
+    r"(?<![\d.+*/-])(?:\(?(?:\+|00)?86\)?[- ]?)?1[3-9]\d(?:[- ]?\d{4}[- ]?\d{4})(?![\d*/]|\.\d|-\d)"
+)
+_ID_CARD = re.compile(r"(?<![\dA-Za-z])[1-9]\d{5}(?:18|19|20)\d{9}[\dXx](?![\dA-Za-z])")
+_CARD = re.compile(
+    r"(?<![\d.-])(?:\d{4}[ -]){3}\d{1,7}(?![\d-])|(?<![\d.-])\d{15,19}(?![\d-]|\.\d)"
+)
+# UnionPay, Visa, MasterCard, American Express, JCB, Discover.
+_CARD_BEGINS = re.compile(r"62|4|5[1-5]|2[2-7]|3[47]|35|60|65")
+_URL_KEY = re.compile(
+    r"(?:https?|wss?|ftp)://(?:[^\s/@:'\"<>]+:[^\s/@'\"<>]{3,}@\S+|[^\s'\"<>]*?[?&#;][^\s'\"<>]*?"
+    r"(?:[\w-]*(?:key|token|secret|passwd|password|pwd|signature|credential|auth)|sig|ak|sk|"
+    r"session_?id)=[^\s&'\"<>，。]{6,})",
+    re.IGNORECASE,
+)
+_ACCESS_KEY = re.compile(
+    r"(?<![\w-])(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|LTAI[0-9A-Za-z]{12,26}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})(?![\w-])"
+)
+_BEGINS_KEY = ("sk-", "AKIA", "LTAI", "gh", "hf_", "AIza", "xox")
+_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+
+
+def is_id_card(text: str) -> bool:
+    """Whether 18 characters are a resident identity number (GB 11643): date and check digit."""
+    month, day = int(text[10:12]), int(text[12:14])
+    total = sum(int(digit) * weight for digit, weight in zip(text, _WEIGHTS, strict=False))
+    return 1 <= month <= 12 and 1 <= day <= 31 and "10X98765432"[total % 11] == text[17].upper()
+
+
+def is_card(digits: str) -> bool:
+    """Whether digits are a payment card's number: a known beginning, and Luhn's check digit."""
+    if not 15 <= len(digits) <= 19 or not _CARD_BEGINS.match(digits):
+        return False
+    if len(digits) == 15 and digits[:2] not in ("34", "37"):
+        return False
+    doubled = [int(d) * (1 + place % 2) for place, d in enumerate(reversed(digits))]
+    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0 and len(set(digits)) > 1
+
+
+def personal_data(talk: Talk) -> Iterator[Span]:
+    """Personal data and secrets in any turn."""
+    sides = [*enumerate(zip((text for _, text in talk.turns), talk.classes, strict=True))]
+    if talk.system:
+        sides.append((SYSTEM, (talk.system, talk.system_classes)))
+    for turn, (text, classes) in sides:
+        for kind, start, end in places(text, classes):
+            yield Span(kind, turn, start, end)
+
+
+def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]:
+    """(kind, start, end) of each piece of personal data in a text."""
+    if classes & of.AT and "@" in text:
+        for match in _MAIL.finditer(text):
+            yield "mail", *match.span()
+    if classes & of.DIGIT:
+        for match in _ID_CARD.finditer(text):
+            if is_id_card(match[0]):
+                yield "id-card", *match.span()
+        for match in _PHONE.finditer(text):
+            yield "phone", *match.span()
+        for match in _CARD.finditer(text):
+            if is_card(re.sub(r"\D", "", match[0])) and not is_id_card_like(match[0]):
+                yield "bank-card", *match.span()
+    if "://" in text:
+        for match in _URL_KEY.finditer(text):
+            yield "key-in-url", *match.span()
+    if classes & of.LATIN and any(word in text for word in _BEGINS_KEY):
+        for match in _ACCESS_KEY.finditer(text):
+            yield "access-key", *match.span()
+
+
+def is_id_card_like(text: str) -> bool:
+    return len(text) == 18 and text.isdigit() and is_id_card(text)
+
+
+def masked(text: str) -> str:
+    """A piece of personal data, of equal length, with its middle hidden: enough to find it, too
+    little to use it."""
+    shown, last = (8, 0) if "://" in text else (1, 2) if "@" in text else (3, 2)
+    hidden = max(0, len(text) - shown - last)
+    return f"{text[:shown]}{'*' * hidden}{text[len(text) - last :] if last else ''}"

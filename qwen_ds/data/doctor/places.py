@@ -1,0 +1,63 @@
+"""The places of records, "file:line", kept in a few bytes each."""
+
+from __future__ import annotations
+
+import re
+from array import array
+
+import numpy as np
+
+_NUMBER = re.compile(r"(?P<before>.*?)(?P<mark>[:#\[])(?P<number>\d+)(?P<after>\]?)", re.DOTALL)
+
+
+class Places:
+    """The sources of records in order. Most differ in one number only."""
+
+    def __init__(self) -> None:
+        self._frames: dict[tuple[str, str], int] = {}
+        self._names: list[tuple[str, str]] = []
+        self._frame, self._number, self._file = array("i"), array("q"), array("i")
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def add(self, source: str, file: int) -> int:
+        """Add a record's source and the number of its path; returns the record's number."""
+        match = _NUMBER.fullmatch(source)
+        before, number, after = source, -1, ""
+        if match is not None and len(match["number"]) < 18:
+            before, number = match["before"] + match["mark"], int(match["number"])
+            after = match["after"]
+            if str(number) != match["number"]:
+                before, number, after = source, -1, ""
+        frame = (before, after)
+        known = self._frames.get(frame)
+        if known is None:
+            known = self._frames[frame] = len(self._names)
+            self._names.append(frame)
+        self._frame.append(known)
+        self._number.append(number)
+        self._file.append(file)
+        return len(self._number) - 1
+
+    def text(self, record: int) -> str:
+        before, after = self._names[self._frame[record]]
+        number = self._number[record]
+        return before if number < 0 else f"{before}{number}{after}"
+
+    def file_and_line(self, record: int) -> tuple[str, int | str]:
+        """(file, line): what stands before the last colon or hash, and the rest."""
+        text = self.text(record)
+        before, after = self._names[self._frame[record]]
+        if not after and before[-1:] in (":", "#") and self._number[record] >= 0:
+            return before[:-1], self._number[record]
+        file, _, line = text.rpartition(":")
+        return (file, line) if file else (text, "")
+
+    def path_of(self, record: int) -> int:
+        """The number of a record's path."""
+        return self._file[record]
+
+    def files(self) -> np.ndarray:
+        """The number of each record's path, int32."""
+        return np.frombuffer(self._file, np.int32) if self._file else np.empty(0, np.int32)

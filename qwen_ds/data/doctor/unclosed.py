@@ -1,0 +1,87 @@
+"""Code fences, brackets and quotations that open and never close."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import Span, Talk, outside_code
+
+_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_BRACKETS = {
+    "（": "（",
+    "(": "（",
+    "[": "（",
+    "【": "【",
+    "《": "《",
+    "「": "「",
+    "『": "『",
+    "{": "{",
+}
+_CLOSERS = {
+    "）": "（",
+    ")": "（",
+    "]": "（",
+    "】": "【",
+    "》": "《",
+    "」": "「",
+    "』": "『",
+    "}": "{",
+}
+_ANY_BRACKET = re.compile(r"[（()）\[\]【】《》「」『』{}]")
+_EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:>T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
+
+
+def unclosed(talk: Talk) -> Iterator[Span]:
+    """Code fences, brackets and quotations that open and never close."""
+    for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
+        if classes & of.BACKTICK:
+            fences = [match.start() for match in _FENCE.finditer(text)]
+            if len(fences) % 2:
+                yield Span("unclosed-code-fence", turn, fences[-1], min(len(text), fences[-1] + 20))
+                continue
+        if classes & (of.BRACKET | of.QUOTE):
+            plain = outside_code(text)
+            if classes & of.BRACKET and (at := _open_bracket(plain, talk)) is not None:
+                kind = "unclosed-quote" if plain[at] in "《「『" else "unclosed-bracket"
+                yield Span(kind, turn, at, at + 1)
+            if classes & of.QUOTE and (at := _open_quote(plain, talk)) is not None:
+                yield Span("unclosed-quote", turn, at, at + 1)
+
+
+def _open_bracket(text: str, talk: Talk) -> int | None:
+    faces = {match.end() - 1 for match in _EMOTICON.finditer(text)}
+    faces |= {match.start() for match in _EMOTICON.finditer(text)}
+    open_at: dict[str, list[int]] = {}
+    for match in _ANY_BRACKET.finditer(text):
+        if match.start() in faces:
+            continue
+        if kind := _BRACKETS.get(match[0]):
+            open_at.setdefault(kind, []).append(match.start())
+        elif open_at.get(_CLOSERS[match[0]]):
+            open_at[_CLOSERS[match[0]]].pop()
+    left = [places[0] for kind, places in open_at.items() if places]
+    if not left or talk.is_of_code and text[left[0]] in "([{":
+        return None
+    return min(left)
+
+
+def _open_quote(text: str, talk: Talk) -> int | None:
+    opening, closing = text.count("“"), text.count("”")
+    # A sloppy hand writes “ on both sides.
+    if opening > closing and not (closing == 0 and opening % 2 == 0):
+        last = text.rfind("“")
+        if text.find("”", last) < 0:
+            return last
+        return None
+    straight = [at for at, char in enumerate(text) if char == '"']
+    if len(straight) % 2:  # one may stand for inches
+        straight = [at for at in straight if not _is_inch(text, at)]
+    if len(straight) % 2 and not talk.is_of_code and opening == closing:
+        return straight[-1]
+    return None
+
+
+def _is_inch(text: str, at: int) -> bool:
+    return at > 0 and (text[at - 1].isdigit() or text[at - 1] == "\\")
