@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import httpx
 
@@ -26,7 +27,18 @@ from serve.endpoint.wire import (
 )
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
-_Task = asyncio.Task[tuple[int, Answer | DecodingError]]
+T = TypeVar("T")
+_Tasks = set[asyncio.Task[tuple[int, T | DecodingError]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request of a server, and what its answer holds."""
+
+    path: str
+    body: bytes
+    read: Callable[[str, bytes], T]
+    """Takes the URL and the answer's body. Trouble: it is cut off, or no answer at all."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,15 @@ class Endpoint:
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`, with so many requests under way at a time."""
-        waiting = iter(enumerate(questions))
-        pending: set[_Task] = set()
+        yield from self.call(Call(*request_of(one, self.model), answer_of) for one in questions)
+
+    def call(self, calls: Iterable[Call[T]]) -> Iterator[tuple[int, T | DecodingError]]:
+        """Yield (index into calls, what came back or why nothing did) as they end.
+
+        UserError or Failed: the server answers nobody any more.
+        """
+        waiting = iter(enumerate(calls))
+        pending: _Tasks[T] = set()
         with asyncio.Runner() as runner:
             client = httpx.AsyncClient(
                 headers=self._headers,
@@ -62,31 +81,31 @@ class Endpoint:
     async def _next(
         self,
         client: httpx.AsyncClient,
-        waiting: Iterator[tuple[int, Question]],
-        pending: set[_Task],
-    ) -> tuple[set[_Task], set[_Task]]:
+        waiting: Iterator[tuple[int, Call[T]]],
+        pending: _Tasks[T],
+    ) -> tuple[_Tasks[T], _Tasks[T]]:
         """Send as many as may be under way, and wait for the first to end: (ended, the others)."""
         while len(pending) < self.concurrency and (one := next(waiting, None)) is not None:
-            pending.add(asyncio.create_task(self._ask(client, *one)))
+            asking = self._ask(client, *one)
+            pending.add(asyncio.create_task(asking))
         if not pending:
             return set(), set()
         return await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
     async def _ask(
-        self, client: httpx.AsyncClient, index: int, question: Question
-    ) -> tuple[int, Answer | DecodingError]:
-        path, body = request_of(question, self.model)
-        url, tries = self.url + path, Tries(self.patience)
+        self, client: httpx.AsyncClient, index: int, one: Call[T]
+    ) -> tuple[int, T | DecodingError]:
+        url, tries = self.url + one.path, Tries(self.patience)
         while True:
             try:
                 try:
-                    response = await client.post(url, content=body)
+                    response = await client.post(url, content=one.body)
                 except httpx.RequestError as error:
                     raise trouble_of(url, error) from None
                 check_status(
                     url, response.status_code, response.headers.get("retry-after"), response.content
                 )
-                answer = answer_of(url, response.content)
+                found = one.read(url, response.content)
             except Trouble as trouble:
                 try:
                     await asyncio.sleep(tries.wait_after(trouble))
@@ -97,7 +116,7 @@ class Endpoint:
                 return index, refused
             else:
                 self.patience.answered()
-                return index, answer
+                return index, found
 
     def stream(self, question: Question) -> Generator[tuple[str, str | None], None, None]:
         """Yield one answer as it comes: text, and with the last of it the finish reason.
@@ -155,7 +174,7 @@ class _NotBegun(Exception):
         self.trouble = trouble
 
 
-async def _end(client: httpx.AsyncClient, pending: set[_Task]) -> None:
+async def _end(client: httpx.AsyncClient, pending: _Tasks[T]) -> None:
     """Drop what is still under way."""
     for task in pending:
         task.cancel()
