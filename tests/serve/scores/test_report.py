@@ -44,7 +44,7 @@ def test_a_model_is_scored_on_its_answers(
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
     )
     assert report["seed"] == scores["seed"].as_dict()
-    assert report["rouge_score"] == scores["rouge_score"].as_dict()
+    assert report["rouge-score"] == scores["rouge-score"].as_dict()
     assert report["rows"] == sum(report["finish_reasons"].values()) == 5
     assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
     assert report["empty_predictions"] == sum(line["prediction"].strip() == "" for line in lines)
