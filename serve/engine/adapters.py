@@ -87,9 +87,7 @@ class ServedAdapters:
         return Tokens(number_N, groups)
 
     @contextmanager
-    def acting_on_row(
-        self, name: str | None, length: int, device: torch.device
-    ) -> Iterator[None]:
+    def acting_on_row(self, name: str | None, length: int, device: torch.device) -> Iterator[None]:
         """Let forwards of one row in this context, [1, length], have an adapter; the head asks for
         `set_due`, too."""
         try:

@@ -35,8 +35,8 @@ from qwen_ds.model.tokenizer import Encoding
 from serve.answering import Answer, Question
 from serve.endpoint.options import given_options
 from serve.engine.adapters import DEFAULT, named_adapters
-from serve.engine.reference_loss import loss_of_answer
 from serve.engine.loading import choose_dtype
+from serve.engine.reference_loss import loss_of_answer
 from serve.options import AnswerOptions
 
 _COLDEST = 1e-4  # colder ones overflow in generate, and choose nothing else
@@ -130,8 +130,10 @@ class BeamAnswerer:
             return answer
         model = self.model
         loss = loss_of_answer(model.transformer, model.lm_head, one.ids, one.reference_ids)
-        return answer if loss is None else replace(
-            answer, reference_nll=loss, reference_tokens=len(one.reference_ids)
+        return (
+            answer
+            if loss is None
+            else replace(answer, reference_nll=loss, reference_tokens=len(one.reference_ids))
         )
 
     def _answers(self, batch: Sequence[Question]) -> list[Answer | DecodingError]:

@@ -91,9 +91,7 @@ def predict(
         held.callback(watch.stop)
         source = find_source(model, options)
         context = source.context
-        reader = PromptReader(
-            paths, options, source.encoding, context, references, source.names
-        )
+        reader = PromptReader(paths, options, source.encoding, context, references, source.names)
         settings = settings_of(source, paths, options) | _of_references(references)
         share = _begin(reader, settings, output, watch, own)
         if share is None:

@@ -25,7 +25,9 @@ def references_of(
         value = row.get(column)
         found = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(isinstance(text, str) for text in found):
-            raise UserError(f"{source}: {column} holds no texts; expected a text, or a list of them")
+            raise UserError(
+                f"{source}: {column} holds no texts; expected a text, or a list of them"
+            )
         texts += found
     return tuple(dict.fromkeys(text for text in texts if text.strip()))
 

@@ -78,12 +78,12 @@ def _references_of_data(options: EvaluateOptions) -> list[Line]:
     not_read: NotRead = {}
     seen: list[object] = []
     known: set[str] = set()
-    found = []
+    found: list[Line] = []
     rows = iter_prompts(options.data, reading, not_read, seen, options.references)
     for _, reference, source in islice(rows, options.limit):
         texts = references_of(reference, seen, options.references, source)
-        found.append({"reference": texts[0] if texts else None, "source": source})
-        found[-1]["references"] = list(texts)
+        first = texts[0] if texts else None
+        found.append({"reference": first, "references": list(texts), "source": source})
         known.update(seen[0] if seen and isinstance(seen[0], dict) else ())
     require_columns(known, options.references)
     for counts in not_read.values():

@@ -89,8 +89,7 @@ def _of_models(options: EvaluateOptions) -> list[Candidate]:
             )
     above = Path(options.output_dir)
     return [
-        Candidate(name, side, above / name)
-        for (name, _), side in zip(named, sides, strict=True)
+        Candidate(name, side, above / name) for (name, _), side in zip(named, sides, strict=True)
     ]
 
 
@@ -114,7 +113,7 @@ def _last_part(place: str) -> str:
 def _named(
     option: str, values: Sequence[str], name_of: Callable[[str], str], are_paths: bool = True
 ) -> list[tuple[str, str]]:
-    """(name, place) of each value NAME=PLACE or PLACE. A value that exists as a whole is a place."""
+    """(name, place) of each value NAME=PLACE or PLACE. A value that exists whole is a place."""
     found: dict[str, str] = {}
     for value in values:
         name, equals, place = value.partition("=")

@@ -13,7 +13,8 @@ from qwen_ds.errors import UserError
 from serve.files.parts import held_output
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
-from serve.scores.report import evaluate, sample
+from serve.scores.report import evaluate
+from serve.scores.words import sample
 from tests.serve.files.test_prediction import read_lines, write_rows
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
