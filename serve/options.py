@@ -143,6 +143,9 @@ class AnswerOptions(LoadOptions, SamplingOptions, EndpointOptions):
     """With endpoint: requests that are under way at a time."""
     keep: list[str] = field(default_factory=list)
     """Columns of the input that each line of the output carries, as an object under `kept`."""
+    references: list[str] = field(default_factory=list)
+    """Columns with further answers to compare with, each a text or a list of texts. The answer's
+    own column may be among them, where it holds a list."""
     long_prompts: Literal["stop", "cut"] = "stop"
     """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
     is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
@@ -202,13 +205,30 @@ class EvaluateOptions(AnswerOptions):
     """Options of serve.evaluate."""
 
     model: PathText | None = None
-    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint or predictions."""
+    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint or predictions, nor with
+    compare where no adapter is compared."""
+    compare: list[PathText] = field(default_factory=list)
+    """Models to score on the same rows, the others against the first: PLACE or NAME=PLACE. A place
+    is a model's folder or hub id; or the folder of an adapter, run or checkpoint, to put on
+    `model`; with endpoint the server's name of a model."""
     data: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets with questions and reference answers."""
     output_dir: PathText
-    """Folder to write predictions.jsonl and metrics.json to."""
-    predictions: PathText | None = None
-    """Score this file of serve.predict instead of generating."""
+    """Folder to write to: predictions.jsonl, rows.jsonl, metrics.json and speed.json; of each model
+    in a folder of its name where several are compared, and comparison.json."""
+    predictions: list[PathText] = field(default_factory=list)
+    """Score these files of serve.predict instead of generating: FILE or NAME=FILE. Several are
+    compared, the others with the first."""
+    training: list[PathText] = field(default_factory=list)
+    """Files that the model was trained on: the share of answers that stand in them is measured."""
+    require: list[str] = field(default_factory=list)
+    """Figures that must hold, or the exit code is 1: "seed.rouge-l>=0.2" "stop_rate>=0.99", with
+    >=, >, <= or <. Of several models all but the first must hold them, or the one that is named:
+    "NAME:stop_rate>=0.99"."""
+    perplexity: bool = True
+    """Also measure how probable the model finds the first reference of each row."""
+    resamples: PositiveInt = 1000
+    """Resamples of the rows from which intervals and significance come; `seed` draws them."""
 
 
 Options = TypeVar("Options", bound=SamplingOptions)

@@ -126,7 +126,7 @@ def progress_line(run: Path, total_steps: int) -> str:
 def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """ROUGE F of two metrics.json by the package rouge-score over jieba's words, and the gain."""
     names = ("rouge-1", "rouge-2", "rouge-l")
-    first, second = ([each["rouge_score"][name]["f"] for name in names] for each in (before, after))
+    first, second = ([each["rouge-score"][name]["f"] for name in names] for each in (before, after))
     gain = [b - a for a, b in zip(first, second, strict=True)]
     lines = ["            " + "".join(f"{name.upper():>10}" for name in names)]
     for name, row, sign in (("before", first, "-"), ("after", second, "-"), ("gain", gain, "+")):

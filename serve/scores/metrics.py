@@ -7,7 +7,7 @@ longest common subsequences, sentences being what lies between full stops); BLEU
 without spaces, nltk's sentence_bleu with smoothing method1. The prediction is stripped and
 lower-cased, the reference is not. Every figure is the mean over all rows, 0..1.
 
-`rouge_score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and
+`rouge-score`: the package `rouge-score` with a tokenizer of ours, since its own knows only a-z and
 0-9: identical Chinese texts score 0 with it, and texts that share only a digit score 1. Both sides
 are lower-cased, n-grams are counted with multiplicity, and punctuation is dropped.
 
@@ -245,7 +245,7 @@ def _rouge_scorer() -> rouge_scorer.RougeScorer:
 
 
 def score_rouge_score(prediction: str, reference: str) -> Scores:
-    """One row under profile `rouge_score`.
+    """One row under profile `rouge-score`.
 
     ROUGE-L is the package's, by a way that takes no table of the texts' lengths.
     """
@@ -276,11 +276,11 @@ def mean(rows: Sequence[Scores]) -> Scores:
 
 
 def score_all(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Scores]:
-    """Mean scores of the rows under both profiles: {"seed": .., "rouge_score": ..}."""
+    """Mean scores of the rows under both profiles: {"seed": .., "rouge-score": ..}."""
     pairs = list(zip(predictions, references, strict=True))
     return {
         "seed": mean([score_seed(p, r) for p, r in pairs]),
-        "rouge_score": mean([score_rouge_score(p, r) for p, r in pairs]),
+        "rouge-score": mean([score_rouge_score(p, r) for p, r in pairs]),
     }
 
 

@@ -43,7 +43,7 @@ class FakeShell(run.Shell):
             answer = "平淡" if "/base" in words else "精彩"
             scores = {f"rouge-{n}": {"f": score} for n in "12l"}
             folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"rouge_score": scores}))
+            (folder / "metrics.json").write_text(json.dumps({"rouge-score": scores}))
             rows = [{"reference": f"参考{i}", "prediction": f"{answer}{i}"} for i in range(5)]
             write_lines(folder / "predictions.jsonl", rows)
 

@@ -190,7 +190,7 @@ def test_a_row_with_an_empty_side_counts_zero(prediction: str, reference: str) -
 def test_empty_predictions_stay_in_the_mean() -> None:
     scores = metrics.score_all(["这款裙子很好看", ""], ["这款裙子很好看", "上衣"])
     assert scores["seed"].bleu_4 == pytest.approx(0.5)
-    assert scores["seed"].rouge_l.r == scores["rouge_score"].rouge_l.r == 0.5
+    assert scores["seed"].rouge_l.r == scores["rouge-score"].rouge_l.r == 0.5
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_the_table_and_the_json_hold_every_measure() -> None:
     assert len(text.splitlines()) == 1 + 4 + 3
     assert len({len(line) for line in text.splitlines() if "bleu" not in line}) == 1
     assert list(scores["seed"].as_dict()) == ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
-    assert list(scores["rouge_score"].as_dict()) == ["rouge-1", "rouge-2", "rouge-l"]
+    assert list(scores["rouge-score"].as_dict()) == ["rouge-1", "rouge-2", "rouge-l"]
 
 
 def table_of_lengths(reference: list[str], prediction: list[str]) -> list[list[int]]:

@@ -13,7 +13,8 @@ from qwen_ds.errors import UserError
 from serve.files.parts import held_output
 from serve.options import EvaluateOptions, parse
 from serve.scores import metrics
-from serve.scores.report import evaluate, sample
+from serve.scores.report import evaluate
+from serve.scores.words import sample
 from tests.serve.files.test_prediction import read_lines, write_rows
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
@@ -44,7 +45,7 @@ def test_a_model_is_scored_on_its_answers(
         [line["prediction"] for line in lines], [line["reference"] for line in lines]
     )
     assert report["seed"] == scores["seed"].as_dict()
-    assert report["rouge_score"] == scores["rouge_score"].as_dict()
+    assert report["rouge-score"] == scores["rouge-score"].as_dict()
     assert report["rows"] == sum(report["finish_reasons"].values()) == 5
     assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
     assert report["empty_predictions"] == sum(line["prediction"].strip() == "" for line in lines)
