@@ -200,8 +200,38 @@ class PredictOptions(AnswerOptions):
     then gets nothing else."""
 
 
+@dataclass(frozen=True)
+class GeneralOptions:
+    """Options of the check that a model has not forgotten what it could."""
+
+    general: list[PathText] = field(default_factory=list)
+    """Files or folders of texts ({"text": ..}) and of questions (question, A, B, C, D, answer, as
+    in C-Eval), by whose likelihood each model is measured; with compare, the first against the
+    others."""
+    general_examples: list[PathText] = field(default_factory=list)
+    """With general: questions of which up to five, of the same subject if there are any, stand with
+    their answers before each question (C-Eval's dev)."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Options of a model elsewhere that compares the answers of two others."""
+
+    judge: str | None = None
+    """With two or more models: URL of a server with OpenAI's HTTP API whose model says which answer
+    is better, the first model's or another's. Each pair is asked about twice, in both orders."""
+    judge_model: str | None = None
+    """With judge: the server's name of the model; unset: the first that it lists."""
+    judge_key_file: str | None = None
+    """With judge: file that holds the server's key and nothing else."""
+    judge_language: Literal["auto", "zh", "en"] = "auto"
+    """Language of the questions to the judge; auto: Chinese for rows with Chinese in the prompt."""
+    judge_max_tokens: PositiveInt = 1024
+    """Tokens of a judge's reply at most, its reasoning included."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(AnswerOptions):
+class EvaluateOptions(AnswerOptions, GeneralOptions, JudgeOptions):
     """Options of serve.evaluate."""
 
     model: PathText | None = None

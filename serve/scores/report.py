@@ -29,7 +29,12 @@ from serve.scores.answers import (
 from serve.scores.candidates import Candidate, candidates_of, is_comparison
 from serve.scores.comparison import comparison_of
 from serve.scores.scored import ScoredSide, files_of, report_of, score, speed_of
-from serve.scores.sections import further_sections
+from serve.scores.sections import (
+    check_sections,
+    finish_sections,
+    further_sections,
+    sections_in_words,
+)
 
 _MARK = ".scores.unfinished"  # while it is there, files of scores are an interrupted run's
 
@@ -60,6 +65,8 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
         output_file(side.predictions)
         if dist.rank() == 0:
             _check_side(side, options)
+    if dist.rank() == 0:
+        check_sections(sides, options)
     training: Container[str] | None = None
     if options.training and dist.rank() == 0:
         training = TrainingAnswers(options)
@@ -72,6 +79,7 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
     for side in sides:
         if side.given is None:
             remove_parts(output_file(side.predictions))
+    finish_sections(sides)
     show(f"\nscores: {last_file}")
     return report
 
@@ -156,7 +164,7 @@ def _write(
     else:
         report = reports[0] | {"gate": verdicts} | sections
         shown = words.side_in_words(scored[0], report)
-    show("\n".join([shown, *gate.in_words(verdicts, several)]))
+    show("\n".join([shown, *sections_in_words(sections), *gate.in_words(verdicts, several)]))
     write_json(last_file, report)
     return report
 
