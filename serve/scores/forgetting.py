@@ -5,8 +5,8 @@ accuracy fell. The verdict of each kind:
 
     forgot       the worsening is at least TOLERANCE, and chance does not explain it: of all ways
                  to swap before and after row by row, at most CHANCE show one as large (a paired
-                 permutation test, one-sided, by FLIPS random swaps; with texts and questions both,
-                 each has half of CHANCE)
+                 permutation test, one-sided, by FLIPS random swaps; where texts and questions can
+                 both tell, each has half of CHANCE)
     no sign      there are LEAST_ROWS, and the upper end of the 95 % interval is below TOLERANCE
     cannot tell  otherwise: too few rows, or questions that the model only guessed before
 
@@ -19,7 +19,7 @@ Shapes: N rows that both sides have, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -49,15 +49,17 @@ class Change:
     low: float  # of the worsening, 95 %
     high: float
     p: float  # share of swaps with a worsening as large
-    kinds: int = 1  # that are measured, and share CHANCE
-    guessed: bool = False  # before: no better than chance
+    guessed: bool = False  # before: no better than chance, so that nothing can be told
+    kinds: int = 1  # that can tell, and share CHANCE
 
     @property
     def verdict(self) -> Verdict:
-        if self.worsening >= TOLERANCE[self.kind] and self.p <= CHANCE / self.kinds:
+        least = TOLERANCE[self.kind]
+        if self.guessed:
+            return "cannot tell"
+        if self.worsening >= least and self.p <= CHANCE / self.kinds:
             return "forgot"
-        is_told = self.rows >= LEAST_ROWS and not self.guessed
-        return "no sign" if is_told and self.high < TOLERANCE[self.kind] else "cannot tell"
+        return "no sign" if self.rows >= LEAST_ROWS and self.high < least else "cannot tell"
 
     def in_words(self) -> str:
         """One sentence: what changed, within which interval, and the verdict."""
@@ -96,9 +98,10 @@ def compare(before: Sequence[Line], after: Sequence[Line], seed: int = 0) -> dic
     both = [(a, b) for a, b in pairs if "error" not in a and "error" not in b]
     texts = [(a, b) for a, b in both if "nll" in a]
     questions = [(a, b) for a, b in both if "chosen" in a]
-    kinds = bool(texts) + bool(questions)
-    changes = [_of_texts(texts, kinds, seed)] if texts else []
-    changes += [_of_questions(questions, kinds, seed)] if questions else []
+    changes = [_of_texts(texts, seed)] if texts else []
+    changes += [_of_questions(questions, seed)] if questions else []
+    kinds = sum(not change.guessed for change in changes)
+    changes = [replace(change, kinds=max(kinds, 1)) for change in changes]
     found: dict[str, Any] = {change.kind: change.as_json() for change in changes}
     if questions:
         right = [(a["chosen"] == a["answer"], b["chosen"] == b["answer"]) for a, b in questions]
@@ -115,7 +118,7 @@ def overall(changes: Sequence[Change]) -> Verdict:
     return "no sign" if verdicts == {"no sign"} else "cannot tell"
 
 
-def _of_texts(pairs: Sequence[tuple[Line, Line]], kinds: int, seed: int) -> Change:
+def _of_texts(pairs: Sequence[tuple[Line, Line]], seed: int) -> Change:
     for a, b in pairs:
         if a["tokens"] != b["tokens"]:
             raise UserError(
@@ -129,17 +132,17 @@ def _of_texts(pairs: Sequence[tuple[Line, Line]], kinds: int, seed: int) -> Chan
     before, after = np.exp(nll_N2.sum(0) / tokens_N.sum()).tolist()
     rise = change_of(nll_N2[:, 1] - nll_N2[:, 0], tokens_N, seed)
     worsening, low, high = np.expm1(rise[:3]).tolist()
-    return Change("texts", len(pairs), before, after, worsening, low, high, rise[3], kinds)
+    return Change("texts", len(pairs), before, after, worsening, low, high, rise[3])
 
 
-def _of_questions(pairs: Sequence[tuple[Line, Line]], kinds: int, seed: int) -> Change:
+def _of_questions(pairs: Sequence[tuple[Line, Line]], seed: int) -> Change:
     right_N2 = np.array([[x["chosen"] == x["answer"] for x in pair] for pair in pairs], np.float64)
     chance_N = np.array([1 / len(a["logprobs"]) for a, _ in pairs], dtype=np.float64)
     before, after = right_N2.mean(0).tolist()
     one_N = np.ones(len(pairs))
     fall = change_of(right_N2[:, 0] - right_N2[:, 1], one_N, seed)
     above_chance = change_of(right_N2[:, 0] - chance_N, one_N, seed)
-    return Change("questions", len(pairs), before, after, *fall, kinds, above_chance[1] <= 0)
+    return Change("questions", len(pairs), before, after, *fall, above_chance[1] <= 0)
 
 
 def change_of(worse_N: Array, weights_N: Array, seed: int) -> tuple[float, float, float, float]:
