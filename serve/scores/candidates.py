@@ -48,15 +48,21 @@ def candidates_of(options: EvaluateOptions) -> list[Candidate]:
     if options.predictions:
         return _of_files(options)
     if not options.compare:
-        if (options.model is None and options.endpoint is None) or not options.data:
+        if (options.model is None and options.endpoint is None) or not _has_rows(options):
             raise UserError(
                 "no model or no data given; expected --model (or --endpoint, or --compare) and "
-                "--data, or --predictions"
+                "--data (or --general), or --predictions"
             )
         return [Candidate(_last_part(str(options.model)), options, Path(options.output_dir))]
-    if not options.data:
-        raise UserError("no data given; expected --data with the rows to compare the models on")
+    if not _has_rows(options):
+        raise UserError(
+            "no data given; expected --data (or --general) with the rows to compare the models on"
+        )
     return _of_models(options)
+
+
+def _has_rows(options: EvaluateOptions) -> bool:
+    return bool(options.data or options.general)
 
 
 def _of_files(options: EvaluateOptions) -> list[Candidate]:

@@ -63,12 +63,15 @@ class Change:
 
     def in_words(self) -> str:
         """One sentence: what changed, within which interval, and the verdict."""
-        named = "perplexity of" if self.kind == "texts" else "accuracy on"
-        figures = f"{self.before:.4g} before, {self.after:.4g} after"
-        unit = "%" if self.kind == "texts" else "points"
-        change, low, high = (100 * x for x in (self.worsening, self.low, self.high))
-        worse = f"worse by {change:.1f} {unit} (95 %: {low:.1f} to {high:.1f})"
-        return f"{named} {self.rows} {self.kind}: {figures}, {worse}: {self._told}"
+        if self.kind == "texts":
+            figures = f"perplexity of {self.rows} texts: {self.before:.4g} before, "
+            figures += f"{self.after:.4g} after, {_signed(self.worsening)} %"
+            ends = self.low, self.high
+        else:
+            figures = f"accuracy on {self.rows} questions: {100 * self.before:.1f} % before, "
+            figures += f"{100 * self.after:.1f} % after, {_signed(-self.worsening)} points"
+            ends = -self.high, -self.low
+        return f"{figures} (95 %: {' to '.join(map(_signed, ends))}): {self._told}"
 
     @property
     def _told(self) -> str:
@@ -86,6 +89,10 @@ class Change:
         interval = {"low": self.low, "high": self.high, "p": self.p}
         told = {"verdict": self.verdict, "in_words": self.in_words()}
         return {"rows": self.rows, **figures, **interval, "guessed": self.guessed, **told}
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 def compare(before: Sequence[Line], after: Sequence[Line], seed: int = 0) -> dict[str, Any]:

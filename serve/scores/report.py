@@ -60,13 +60,15 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
     if dist.rank() == 0:
         _check_output(last_file, options)
     sides = candidates_of(options)
+    if dist.rank() == 0:
+        check_sections(sides, options)
     requirements = gate.requirements_of(options, [side.name for side in sides])
     for side in sides:
         output_file(side.predictions)
         if dist.rank() == 0:
             _check_side(side, options)
-    if dist.rank() == 0:
-        check_sections(sides, options)
+    if not options.data and not options.predictions:
+        return _without_answers(sides, options, last_file)
     training: Container[str] | None = None
     if options.training and dist.rank() == 0:
         training = TrainingAnswers(options)
@@ -79,6 +81,21 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
     for side in sides:
         if side.given is None:
             remove_parts(output_file(side.predictions))
+    finish_sections(sides)
+    show(f"\nscores: {last_file}")
+    return report
+
+
+def _without_answers(
+    sides: Sequence[Candidate], options: EvaluateOptions, last_file: Path
+) -> dict[str, Any] | None:
+    """An evaluation of further sections alone."""
+    if dist.rank() != 0:
+        return None
+    sections = further_sections(sides, options)
+    report = {"models": [side.name for side in sides], "gate": []} | sections
+    show("\n".join(sections_in_words(sections)))
+    write_json(last_file, report)
     finish_sections(sides)
     show(f"\nscores: {last_file}")
     return report

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions
 from serve.scores.candidates import Candidate
 from serve.scores.general import (
@@ -19,6 +20,10 @@ from serve.scores.judge import check_judge, judge_in_words, judge_section, remov
 
 def check_sections(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
     """Rank 0, before anything is generated. UserError: what a section needs is missing or wrong."""
+    if not options.data and not options.predictions:  # no answers
+        for name in ("judge", "require", "training"):
+            if vars(options)[name]:
+                raise UserError(f"--{name} is given without --data; expected rows to answer")
     check_general(sides, options)
     check_judge(sides, options)
 
