@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.options import EvaluateOptions
-from serve.scores.candidates import Candidate
+from serve.scores.sides import Side
 
 
-def further_sections(sides: Sequence[Candidate], options: EvaluateOptions) -> dict[str, Any]:
+def further_sections(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
     """The sections by name, as JSON; `options` are those of the whole evaluation.
 
     Rank 0 alone asks for them. Each side's answers are in its `predictions`, in the order of the
