@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
 
@@ -14,6 +15,7 @@ from qwen_ds.errors import UserError
 from serve.answering import Answer, Question
 from serve.endpoint.options import EndpointOptions, base_url, read_key
 from serve.endpoint.patience import Patience, Tries
+from serve.endpoint.reference import EndpointLosses
 from serve.endpoint.wire import (
     EndpointRefused,
     Trouble,
@@ -26,6 +28,7 @@ from serve.endpoint.wire import (
 )
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
+_Read = TypeVar("_Read")
 _Task = asyncio.Task[tuple[int, Answer | DecodingError]]
 
 
@@ -38,6 +41,7 @@ class Endpoint:
     key: str | None
     patience: Patience
     concurrency: int = 32
+    losses: EndpointLosses | None = None  # None: nobody asks for any
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`, with so many requests under way at a time."""
@@ -76,28 +80,51 @@ class Endpoint:
         self, client: httpx.AsyncClient, index: int, question: Question
     ) -> tuple[int, Answer | DecodingError]:
         path, body = request_of(question, self.model)
-        url, tries = self.url + path, Tries(self.patience)
+        url = self.url + path
+        try:
+            answer = await self._posted(client, url, body, answer_of)
+        except EndpointRefused as refused:
+            return index, refused
+        if self.losses is None or not self.losses.is_asked(question, answer):
+            return index, answer
+        url, body = f"{self.url}/completions", self.losses.body_of(question, self.model)
+        try:
+            raw = await self._posted(client, url, body, lambda _, raw: raw, is_extra=True)
+            return index, self.losses.take(question, answer, raw)
+        except (EndpointRefused, UserError) as refused:
+            self.losses.fail(str(refused))
+            return index, answer
+
+    async def _posted(
+        self,
+        client: httpx.AsyncClient,
+        url: str,
+        body: bytes,
+        read: Callable[[str, bytes], _Read],
+        is_extra: bool = False,
+    ) -> _Read:
+        """An answer as `read` has it, asked for until there is one; where it `is_extra`, only while
+        the server is in trouble with everything. EndpointRefused: there is none."""
+        tries = Tries(self.patience)
         while True:
             try:
                 try:
                     response = await client.post(url, content=body)
                 except httpx.RequestError as error:
                     raise trouble_of(url, error) from None
-                check_status(
-                    url, response.status_code, response.headers.get("retry-after"), response.content
-                )
-                answer = answer_of(url, response.content)
+                wait = response.headers.get("retry-after")
+                check_status(url, response.status_code, wait, response.content)
+                found = read(url, response.content)
             except Trouble as trouble:
-                try:
-                    await asyncio.sleep(tries.wait_after(trouble))
-                except EndpointRefused as refused:
-                    return index, refused
-            except EndpointRefused as refused:
+                if is_extra and trouble.may_be_the_row:
+                    raise EndpointRefused(str(trouble)) from None
+                await asyncio.sleep(tries.wait_after(trouble))
+            except EndpointRefused:
                 self.patience.answered()
-                return index, refused
+                raise
             else:
                 self.patience.answered()
-                return index, answer
+                return found
 
     def stream(self, question: Question) -> Generator[tuple[str, str | None], None, None]:
         """Yield one answer as it comes: text, and with the last of it the finish reason.
@@ -193,7 +220,7 @@ def connect(
     model = options.endpoint_model or names[0]
     if names and model not in names:
         tell(f"{url} lists no model {model}, but {', '.join(names[:5])}")
-    return Endpoint(url, model, key, patience, concurrency)
+    return Endpoint(url, model, key, patience, concurrency, EndpointLosses(tell))
 
 
 def _models(url: str, key: str | None, patience: Patience, needed: bool) -> list[str]:
