@@ -82,6 +82,7 @@ COVERED_BY = {
     "qwen_ds/dist.py": "tests/test_launchers.py",
     "qwen_ds/export/base_check.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/export/build.py": "tests/export/test_merge.py",
+    "qwen_ds/export/card_scores.py": "tests/export/test_card.py",
     "qwen_ds/export/choices.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/errors.py": "tests/test_runlog.py",
     "qwen_ds/export/formats.py": "tests/export/test_layout.py",
