@@ -78,14 +78,15 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _same_rows(before: Sequence[dict[str, Any]], report: dict[str, Any]) -> dict[str, Any] | None:
-    keys = ("data", "rows", "sampling", "signatures")
+    keys = ("data", "rows", "sampling")
     return next((one for one in before if all(one.get(k) == report.get(k) for k in keys)), None)
 
 
 def _told(
     place: str, report: dict[str, Any], before: dict[str, Any] | None, by: str
 ) -> dict[str, Any]:
-    after, old = _scores(report), {} if before is None else _scores(before)
+    after = _scores(report)
+    old = {} if before is None else _scores(before, report["signatures"])
     data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
     return {
         "what": f"{place}: {report.get('rows')} rows{f' of {data}' if data else ''} by {by}",
@@ -102,10 +103,15 @@ def _interval(report: Mapping[str, Any], name: str) -> str:
     return f"{found[0]:.4f} to {found[1]:.4f}" if isinstance(found, list) else ""
 
 
-def _scores(report: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by full name, of precision, recall and F the last."""
+def _scores(
+    report: Mapping[str, Any], signatures: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Scores by full name, of precision, recall and F the last; where `signatures` are given, those
+    that were computed in the same way."""
     found: dict[str, float] = {}
-    for name in report.get("signatures") or {}:
+    for name, told in report["signatures"].items():
+        if signatures is not None and signatures.get(name) != told:
+            continue
         value = report.get(name)
         inner = value if isinstance(value, dict) else {"": value}
         for key, one in inner.items():
