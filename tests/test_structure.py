@@ -46,7 +46,8 @@ OWNERS = {
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",
     "prometheus_client": "serve/api/",
-    "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
+    "jinja2": ("qwen_ds/export/card.py", "qwen_ds/page/", "qwen_ds/report/"),
+    "matplotlib": ("qwen_ds/page/", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
 PRINTERS = ("qwen_ds/terminal.py", "qwen_ds/data/__main__.py", "qwen_ds/data/show.py")
