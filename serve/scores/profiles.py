@@ -10,10 +10,10 @@ from serve.scores.bleu import bleu_4, sacrebleu_zh
 from serve.scores.measured import Measured, means, signature, versions
 from serve.scores.rates import general_measures
 from serve.scores.rouge import (
-    NAMES,
     RougeScore,
     best,
     figures,
+    names,
     rouge_1_0_1,
     rouge_chinese,
 )
@@ -65,7 +65,7 @@ def seed(rows: Sequence[ScoredRow], words: Words) -> Measured:
         nrefs=_refs(rows),
         version=versions("nltk"),
     )
-    return means("seed", told, (*NAMES, "bleu-4"), [_seed_row(row, words) for row in rows])
+    return means("seed", told, (*names(), "bleu-4"), [_seed_row(row, words) for row in rows])
 
 
 def _seed_row(row: ScoredRow, words: Words) -> list[float]:
@@ -103,7 +103,7 @@ def chatglm(rows: Sequence[ScoredRow], words: Words) -> Measured:
         ]
         for row in rows
     ]
-    return means("chatglm", told, (*NAMES, "bleu-4"), found)
+    return means("chatglm", told, (*names(), "bleu-4"), found)
 
 
 def chatglm3(rows: Sequence[ScoredRow], words: Words) -> Measured:
@@ -125,7 +125,7 @@ def chatglm3(rows: Sequence[ScoredRow], words: Words) -> Measured:
         prediction, references = row.prediction.strip(), [r.strip() for r in row.references]
         bleu = bleu_4(words.of(prediction), [words.of(r) for r in references], "method3")
         found.append([*_rouge_chinese_row(prediction, references, words), 100 * bleu])
-    return means("chatglm3", told, (*NAMES, "bleu-4"), found)
+    return means("chatglm3", told, (*names(), "bleu-4"), found)
 
 
 def _rouge_chinese_row(prediction: str, references: Sequence[str], words: Words) -> list[float]:
@@ -147,7 +147,6 @@ def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
         nrefs=_refs(rows, bleu=False),
         version=versions("rouge-score"),
     )
-    names = [*NAMES, *(name.replace(name[:7], f"{name[:7]}-chars") for name in NAMES)]
     cuts: tuple[Callable[[str], list[str]], ...] = (words.alphanumeric, characters)
     scorers = [RougeScore(cut) for cut in cuts]
 
@@ -155,4 +154,4 @@ def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
         return figures(best(scorer.score(row.prediction, r) for r in row.references))
 
     found = [[f for scorer in scorers for f in figures_of(row, scorer)] for row in rows]
-    return means("rouge-score", told, names, found)
+    return means("rouge-score", told, (*names(), *names("-chars")), found)

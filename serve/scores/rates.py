@@ -51,8 +51,13 @@ def _stop_rate(rows: Sequence[ScoredRow]) -> Measured | None:
 
 
 def _exact_match(rows: Sequence[ScoredRow]) -> Measured:
-    equal = [[row.prediction.strip() in {r.strip() for r in row.references}] for row in rows]
-    told = signature(share="answers equal to a reference", case="mixed", space="stripped")
+    equal = [
+        [bool(text := row.prediction.strip()) and text in {r.strip() for r in row.references}]
+        for row in rows
+    ]
+    told = signature(
+        share="answers equal to a reference", case="mixed", space="stripped", empty="0"
+    )
     return means("", told, ("exact_match",), equal)
 
 
@@ -113,7 +118,10 @@ def _repetition_rate(words_of: Sequence[Sequence[str]]) -> Measured:
 def _verbatim_share(rows: Sequence[ScoredRow], training: Container[str]) -> Measured:
     found = [[bool(text := row.prediction.strip()) and text in training] for row in rows]
     told = signature(
-        share="answers that are the answer of a training row", case="mixed", space="stripped"
+        share="answers that are the answer of a training row",
+        case="mixed",
+        space="stripped",
+        empty="0",
     )
     return means("", told, ("verbatim_share",), found, higher_is_better=False)
 

@@ -34,11 +34,15 @@ class Rouge(NamedTuple):
 
 
 NOTHING = Rouge(ZERO, ZERO, ZERO)
-NAMES = tuple(f"rouge-{kind}{figure}" for kind in ("1", "2", "l") for figure in ("", ".p", ".r"))
+
+
+def names(tokens: str = "") -> tuple[str, ...]:
+    """The names of `figures`: "rouge-1", "rouge-1.p", "rouge-1.r", "rouge-2" .."""
+    return tuple(f"rouge-{kind}{tokens}{figure}" for kind in "12l" for figure in ("", ".p", ".r"))
 
 
 def figures(rouge: Rouge) -> list[float]:
-    """The figures in the order of NAMES."""
+    """F, precision and recall of each measure."""
     return [figure for prf in rouge for figure in (prf.f, prf.p, prf.r)]
 
 

@@ -67,3 +67,10 @@ def test_references_of_different_number_count_as_in_sacrebleu() -> None:
     np.testing.assert_allclose(ours.values_M, expected, rtol=0, atol=1e-9)
     assert "nrefs:var" in ours.signature
     assert ours.values_M[0] > sacrebleu_zh(ROWS[:60]).values_M[0]
+
+
+def test_texts_that_end_in_a_full_stop_of_its_own_bring_no_advice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sacrebleu_zh([ScoredRow("a dress .", ("a dress",))] * 100)
+    assert not caplog.records

@@ -32,8 +32,9 @@ def test_an_exact_match_is_with_any_reference_but_for_white_space_around() -> No
         ScoredRow(" 裙子\n", ("上衣", "裙子 ")),
         ScoredRow("裙子", ("裙 子",)),
         ScoredRow("A", ("a",)),
+        ScoredRow(" ", ("",)),
     ]
-    assert measured(rows)["exact_match"].values_M == [1 / 3]
+    assert measured(rows)["exact_match"].values_M == [1 / 4]
 
 
 def test_distinct_n_counts_different_n_grams_of_all_answers() -> None:

@@ -14,7 +14,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from serve.scores.rouge import (
-    NAMES,
     NOTHING,
     ZERO,
     Prf,
@@ -22,6 +21,7 @@ from serve.scores.rouge import (
     RougeScore,
     best,
     figures,
+    names,
     rouge_1_0_1,
     rouge_chinese,
 )
@@ -158,7 +158,8 @@ def test_of_several_references_each_measure_takes_its_best() -> None:
     first, second = Rouge(prf(0.5), prf(0.1), prf(0.3)), Rouge(prf(0.2), prf(0.4), prf(0.3))
     assert best([first, None, second]) == Rouge(prf(0.5), prf(0.4), prf(0.3))
     assert best([None]) == best([]) == NOTHING == Rouge(ZERO, ZERO, ZERO)
-    assert dict(zip(NAMES, figures(first), strict=True))["rouge-2.r"] == 0.1 / 3
+    assert dict(zip(names(), figures(first), strict=True))["rouge-2.r"] == 0.1 / 3
+    assert names("-chars")[:3] == ("rouge-1-chars", "rouge-1-chars.p", "rouge-1-chars.r")
     # As rouge-score itself does it.
     references, prediction = ["a b c d", "b a x", "c d e"], "a b c e"
     scorer = RougeScore(str.split)
