@@ -141,7 +141,7 @@ def check_program(program: str, options: Sequence[str], monkeypatch: pytest.Monk
     elif program.endswith(".py"):
         stop_after_parsing(load_script(program).main, options, monkeypatch)
     else:
-        packages = ("qwen_ds.data", "serve.api")
+        packages = ("qwen_ds.data", "qwen_ds.report", "serve.api")
         name = f"{program}.__main__" if program in packages else program
         stop_after_parsing(importlib.import_module(name).main, options, monkeypatch)
 

@@ -42,10 +42,12 @@ OWNERS = {
     "llguidance": "qwen_ds/decode/grammar.py",
     "tokenizers": "qwen_ds/export/qwen2/",
     "httpx": "serve/endpoint/",
+    "sacrebleu": "serve/scores/",
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",
     "prometheus_client": "serve/api/",
-    "jinja2": ("qwen_ds/export/card.py", "qwen_ds/train/observe/run_page.py"),
+    "jinja2": ("qwen_ds/export/card.py", "qwen_ds/page/", "qwen_ds/report/"),
+    "matplotlib": ("qwen_ds/page/", "qwen_ds/train/observe/run_page.py"),
 }
 # What may print: `show` and its like, and rich's console, whose texts go through `visible`.
 PRINTERS = ("qwen_ds/terminal.py", "qwen_ds/data/__main__.py", "qwen_ds/data/show.py")
@@ -82,6 +84,7 @@ COVERED_BY = {
     "qwen_ds/dist.py": "tests/test_launchers.py",
     "qwen_ds/export/base_check.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/export/build.py": "tests/export/test_merge.py",
+    "qwen_ds/export/card_scores.py": "tests/export/test_card.py",
     "qwen_ds/export/choices.py": "tests/export/test_merge_bad_input.py",
     "qwen_ds/errors.py": "tests/test_runlog.py",
     "qwen_ds/export/formats.py": "tests/export/test_layout.py",
@@ -112,6 +115,7 @@ COVERED_BY = {
     "serve/talk/lines.py": "tests/serve/test_chat.py",
     "serve/talk/options.py": "tests/serve/test_chat.py",
     "serve/files/sources.py": "tests/serve/files/test_prediction.py",
+    "serve/scores/rows.py": "tests/serve/scores/test_profiles.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",
     "qwen_ds/train/job.py": "tests/train/test_jobs.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.disk.read import read_json
+from qwen_ds.disk.shards import find_weight_files
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.errors import UserError
 
@@ -21,26 +22,20 @@ def model_sha256(folder: Path) -> str | None:
     The files' own checksums are those of its merge report, where that has them all and their sizes
     are right; else the files are read, 15 GB in half a minute.
     """
-    files = [file for file in sorted(folder.iterdir()) if is_weight_file(file.name)]
-    known = _reported(folder)
-    if any(known.get(file.name, {}).get("bytes") != file.stat().st_size for file in files):
-        known = {}
-    sums = {file.name: known.get(file.name, {}).get("sha256") for file in files}
-    return weights_sha256({name: told or file_sha256(folder / name) for name, told in sums.items()})
-
-
-def weights_sha256(sums: Mapping[str, str]) -> str | None:
-    """The checksum of files of weights from their own, by file name; None for no files."""
-    if not sums:
+    found = find_weight_files(folder)
+    if found is None:
         return None
+    known = _reported(folder)
+    sizes = {name: (folder / name).stat().st_size for name in found.names}
+    if any(known.get(name, {}).get("bytes") != size for name, size in sizes.items()):
+        known = {}
+    told = {name: known.get(name, {}).get("sha256") for name in found.names}
+    return weights_sha256({name: sha or file_sha256(folder / name) for name, sha in told.items()})
+
+
+def weights_sha256(sums: Mapping[str, str]) -> str:
+    """The checksum of a model from those of its files of weights, by file name."""
     return hashlib.sha256(json.dumps(dict(sorted(sums.items()))).encode()).hexdigest()
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a file of a model folder holds weights of the model, by its name."""
-    is_pickle = name.startswith("pytorch_model") and name.endswith(".bin")
-    is_adapter, is_hidden = name.startswith("adapter_model"), name.startswith(".")
-    return (name.endswith(".safetensors") or is_pickle) and not is_adapter and not is_hidden
 
 
 def _reported(folder: Path) -> dict[str, Any]:

@@ -65,4 +65,4 @@ def _run(
     session = open_session(run, data, model, watchdog, found, whole)
     summary = train(session)
     watchdog.idle()
-    return screen.finish(summary, session.saver.output, model.count)
+    return screen.finish(summary, session.saver.output)

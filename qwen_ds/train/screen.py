@@ -13,7 +13,6 @@ from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
 from qwen_ds.plan.run import Run
 from qwen_ds.runlog import say
-from qwen_ds.train.lora import ParameterCount
 from qwen_ds.train.observe.run_page import write_report
 from qwen_ds.train.observe.summary import RunSummary
 from qwen_ds.train.schedule import total_steps
@@ -86,7 +85,7 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def finish(summary: RunSummary, output: Output, count: ParameterCount) -> int:
+def finish(summary: RunSummary, output: Output) -> int:
     """Write the report of a finished run; returns the exit code (a collective)."""
     folder = output.folder
     if summary.stopped_by:
@@ -95,7 +94,7 @@ def finish(summary: RunSummary, output: Output, count: ParameterCount) -> int:
             "command resumes"
         )
     elif dist.rank() == 0:
-        write_report(folder, str(summary), str(count))
+        write_report(folder)
         say(
             f"{summary}\n{folder / output.name} holds the result, {folder / 'loss.png'} the curve, "
             f"{folder / 'report.html'} all of it"

@@ -306,7 +306,7 @@ def settings_of(source: Source, paths: Sequence[str], options: AnswerOptions) ->
 
 
 def _of_references(references: References) -> Settings:
-    """What lines depend on beyond `settings_of`; nothing in the folders of earlier releases."""
+    """Settings beyond `settings_of`; none in the folders of earlier releases."""
     return {"reference_losses": True} if references == "scored" else {}
 
 

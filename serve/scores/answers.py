@@ -1,23 +1,27 @@
-"""Answers and references to score, from files of predictions and of data."""
+"""Answers and references to score: made now, or from files of predictions and of data."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.data.read.dialogue import Dropped
+from qwen_ds import dist
 from qwen_ds.data.read.files import BadRow, read_rows
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
-from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_conversations, iter_prompts
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
+from qwen_ds.disk.place import output_file
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
-from serve.files.prompts import say_not_read
+from serve.engine.loading import free_memory
+from serve.files.prediction import PredictionFigures, predict
+from serve.files.prompts import References, say_not_read
+from serve.files.ranks import Leader
 from serve.files.references import references_of, require_columns
 from serve.options import EvaluateOptions
 from serve.scores.rows import ScoredRow
+from serve.scores.sides import Side
 
 Line = dict[str, Any]
 """A line of serve.predict's output, or what has at least a prediction and a source."""
@@ -132,32 +136,29 @@ def require_same_rows(names: Sequence[str], sides: Sequence[Sequence[Line]]) -> 
                     )
 
 
-class TrainingAnswers:
-    """The answers of training rows, blanks around them aside; 16 bytes of each are kept."""
-
-    def __init__(self, options: EvaluateOptions) -> None:
-        """Read `training` as --data is read. UserError: no such file, or rows without answers."""
-        self._sums: set[bytes] = set()
-        files = options.files().told_by(say)
-        reading = ReadOptions(options.format, options.columns, options.system, "skip", files)
-        dropped = 0
-        for result, _ in iter_conversations(options.training, reading):
-            if isinstance(result, Dropped):
-                dropped += 1
-                continue
-            answers = (turn.text for turn in result.turns if turn.role == "assistant")
-            self._sums.update(map(_sum, answers))
-        if not self._sums:
-            raise UserError(
-                f"--training {', '.join(options.training)}: no answers; expected training rows"
-            )
-        if dropped:
-            say(f"--training: {dropped:,} rows have no answer, or cannot be read")
-
-    def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and _sum(text) in self._sums
-
-
-def _sum(text: str) -> bytes:
-    raw = text.strip().encode(errors="surrogatepass")
-    return hashlib.blake2b(raw, digest_size=16).digest()
+def answered(
+    sides: Sequence[Side], last_file: Path
+) -> list[tuple[Side, list[Line], PredictionFigures | None]] | None:
+    """Every side with its answers, made one side after another unless they are given; None on all
+    ranks but the first."""
+    if sides[0].given is not None:
+        if dist.rank() != 0:
+            return None
+        read = [read_predictions(side.predictions, side.options) for side in sides]
+        require_same_rows([side.name for side in sides], read)
+        return [(side, lines, None) for side, lines in zip(sides, read, strict=True)]
+    made = []
+    files = [output_file(side.predictions) for side in sides]
+    with Leader(last_file, files) as leader:
+        for side, file in zip(sides, files, strict=True):
+            if len(sides) > 1:
+                say(f"{side.name}:")
+            leader.wait_for(file)
+            o = side.options
+            references: References = "scored" if o.perplexity else "needed"
+            made.append(predict(o.model, o.data, file, o, references, keeps_parts=True))
+            free_memory()
+    if dist.rank() != 0:
+        return None
+    lines = [list(prediction_lines(file)) for file in files]
+    return list(zip(sides, lines, made, strict=True))

@@ -14,14 +14,13 @@ import numpy as np
 
 from qwen_ds.data.read.places import locate
 from qwen_ds.decode.exceptions import DecodingError
-from qwen_ds.disk.place import output_file
+from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from serve.engine.loading import free_memory
 from serve.files.parts import Settings, check_output, remove_parts
 from serve.files.sources import ModelSource, Source, file_card, find_source, settings_of_source
 from serve.options import EvaluateOptions
-from serve.scores.candidates import Candidate
 from serve.scores.forgetting import change_of, compare
 from serve.scores.general_rows import LETTERS, GeneralRow, read_general
 from serve.scores.kept_rows import Line, kept_rows
@@ -34,11 +33,12 @@ from serve.scores.likelihood import (
     Scorer,
     TextScore,
 )
+from serve.scores.sides import Side
 
 FILE = "general.jsonl"
 
 
-def check_general(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
+def check_general(sides: Sequence[Side], options: EvaluateOptions) -> None:
     """Read the general rows once, and look at the outputs, before anything is generated.
 
     UserError: a row that cannot be measured, no model to measure it, or an output that exists.
@@ -54,11 +54,13 @@ def check_general(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
             raise UserError(
                 "--general with adapters by name; expected --compare with their folders"
             )
-        check_output(output_file(side.folder / FILE), options.overwrite)
+        output = output_file(side.folder / FILE)
+        refuse_input(output, [*options.general, *options.general_examples])
+        check_output(output, options.overwrite)
     read_general(options.general, options.general_examples, options.files())
 
 
-def general_section(sides: Sequence[Candidate], options: EvaluateOptions) -> dict[str, Any]:
+def general_section(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
     """Measure the rows on every side, and compare the others with the first."""
     rows = read_general(options.general, options.general_examples, options.files())
     measured = {side.name: _measured(side, rows) for side in sides}
@@ -94,7 +96,7 @@ def general_in_words(section: dict[str, Any]) -> list[str]:
     return out
 
 
-def remove_general_parts(sides: Sequence[Candidate]) -> None:
+def remove_general_parts(sides: Sequence[Side]) -> None:
     """Remove what an interrupted run would need, once the reports are written."""
     for side in sides:
         remove_parts(output_file(side.folder / FILE))
@@ -119,7 +121,7 @@ def summary(lines: Sequence[Line], seed: int) -> dict[str, list[float]]:
     return found
 
 
-def _measured(side: Candidate, rows: Sequence[GeneralRow]) -> list[Line]:
+def _measured(side: Side, rows: Sequence[GeneralRow]) -> list[Line]:
     """The lines of a side's general.jsonl."""
     options, output = replace(side.options, num_beams=1), output_file(side.folder / FILE)
     source = find_source(options.model, options)

@@ -7,6 +7,7 @@ machine translation evaluation", 2004)."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def bootstrap(
 ) -> tuple[Figures, Figures]:
     """low_M, high_M: the 95 % percentile interval of each measure, over rows drawn again.
 
-    The same seed draws the same rows for all measures of one set.
+    The same seed draws the same rows for all measures of one set, and those that sacrebleu draws.
     """
     (sums_RK,) = _resampled([measured.statistics_NK], seed, resamples)
     return _interval(measured.combine(sums_RK))
@@ -33,32 +34,41 @@ def paired(
     """difference_M (b - a), low_M, high_M, p_M of two models' answers to the same rows.
 
     Each resample draws the same rows on both sides. p is two-sided: the share of resamples whose
-    difference lies as far from the one found as that lies from 0; it is at least 1 / (R + 1).
+    difference lies at least as far from the one found as that lies from 0, itself counted among
+    them. sacrebleu's p is of one side, about half of it.
     """
     assert a.names == b.names and len(a.statistics_NK) == len(b.statistics_NK), "not the same rows"
-    difference_M = b.values_M - a.values_M
     sums_a, sums_b = _resampled([a.statistics_NK, b.statistics_NK], seed, resamples)
-    differences_RM = b.combine(sums_b) - a.combine(sums_a)
+    with np.errstate(invalid="ignore"):  # two endless perplexities have no difference
+        difference_M = b.values_M - a.values_M
+        differences_RM = b.combine(sums_b) - a.combine(sums_a)
+        as_far_RM = np.abs(differences_RM - difference_M) >= np.abs(difference_M)
+    defined_M = np.isfinite(differences_RM).sum(axis=0)
+    p_M = (as_far_RM.sum(axis=0) + 1) / (defined_M + 1)
     low_M, high_M = _interval(differences_RM)
-    as_far_RM = np.abs(differences_RM - difference_M) >= np.abs(difference_M)
-    p_M = (as_far_RM.sum(axis=0) + 1) / (resamples + 1)
-    return difference_M, low_M, high_M, np.where(np.isnan(difference_M), np.nan, p_M)
+    return difference_M, low_M, high_M, np.where(np.isfinite(difference_M), p_M, np.nan)
 
 
 def _resampled(sides: list[Figures], seed: int, resamples: int) -> list[Figures]:
     """Sums of statistics [R, K] of each side, over the same rows drawn with replacement."""
-    rows = len(sides[0])
-    rng = np.random.default_rng(seed)
     sums = [np.empty((resamples, side.shape[1])) for side in sides]
-    for r in range(resamples):
-        times_N = np.bincount(rng.integers(rows, size=rows), minlength=rows).astype(np.float64)
+    for r, times_N in enumerate(_times_drawn(len(sides[0]), seed, resamples)):
         for out, side in zip(sums, sides, strict=True):
-            out[r] = times_N @ side
+            # Not BLAS, whose sums depend on the number of threads.
+            out[r] = np.einsum("n,nk->k", times_N, side, optimize=False)
     return sums
 
 
+def _times_drawn(rows: int, seed: int, resamples: int) -> Iterator[Figures]:
+    """How often each row is drawn, of each resample."""
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(rows, size=rows), minlength=rows).astype(np.float64)
+
+
 def _interval(values_RM: Figures) -> tuple[Figures, Figures]:
+    defined = np.where(np.isfinite(values_RM), values_RM, np.nan)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        low_M, high_M = np.nanquantile(values_RM, _TAILS, axis=0)
+        low_M, high_M = np.nanquantile(defined, _TAILS, axis=0)
     return low_M, high_M

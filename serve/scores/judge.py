@@ -30,11 +30,11 @@ from serve.endpoint.client import Endpoint, connect
 from serve.endpoint.options import EndpointOptions, base_url
 from serve.files.parts import check_output, remove_parts
 from serve.options import EvaluateOptions
-from serve.scores.answers import prediction_lines
-from serve.scores.candidates import Candidate
+from serve.scores.answers import prediction_lines, read_predictions
 from serve.scores.forgetting import change_of
 from serve.scores.judge_prompt import Language, Pair, conversation_of, language_of, verdict_of
 from serve.scores.kept_rows import Line, kept_rows
+from serve.scores.sides import Side
 
 FILE = "judge.jsonl"
 CONCURRENCY = 8
@@ -67,7 +67,7 @@ class Asked:
         return line | {"reply": found.text, "verdict": verdict, "winner": winner}
 
 
-def check_judge(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
+def check_judge(sides: Sequence[Side], options: EvaluateOptions) -> None:
     """Look at what a judge needs before anything is generated.
 
     UserError: options without a judge, one side alone, a URL that is none, or an output that
@@ -85,20 +85,25 @@ def check_judge(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
         check_output(output_file(side.folder / FILE), options.overwrite)
 
 
-def judge_section(sides: Sequence[Candidate], options: EvaluateOptions) -> dict[str, Any]:
+def judge_section(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
     """Have every side judged against the first: by name, the share of wins and the counts."""
     assert options.judge is not None
     given = EndpointOptions(options.judge, options.judge_model, options.judge_key_file)
     judge = connect(given, options.timeout_minutes * 60, say, CONCURRENCY)
     found: dict[str, Any] = {"judge": judge.url, "judge_model": judge.model}
     found |= {"against": sides[0].name, "results": {}}
-    before = list(prediction_lines(sides[0].predictions))
+    before = _answers(sides[0])
     for side in sides[1:]:
-        after = list(prediction_lines(side.predictions))
-        asked = questions_of((sides[0].name, before), (side.name, after), options)
+        asked = questions_of((sides[0].name, before), (side.name, _answers(side)), options)
         lines = judged(judge, asked, output_file(side.folder / FILE), options.overwrite)
         found["results"][side.name] = results_of(lines, side.name, options.seed)
     return found
+
+
+def _answers(side: Side) -> list[Line]:
+    if side.given is not None:
+        return read_predictions(side.given, side.options)
+    return list(prediction_lines(side.predictions))
 
 
 def questions_of(
@@ -218,7 +223,7 @@ def judge_in_words(section: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def remove_judge_parts(sides: Sequence[Candidate]) -> None:
+def remove_judge_parts(sides: Sequence[Side]) -> None:
     """Remove what an interrupted run would need, once the reports are written."""
     for side in sides[1:]:
         remove_parts(output_file(side.folder / FILE))

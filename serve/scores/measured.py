@@ -47,9 +47,9 @@ class Measured:
         return tuple(f"{self.profile}.{name}" if self.profile else name for name in self.names)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: {"rouge-1": {"f", "p", "r"}, .., "bleu-4": x}; None where not defined."""
+        """For JSON: {"rouge-1": {"f", "p", "r"}, .., "bleu-4": x}; None where not finite."""
         values = {
-            name: None if np.isnan(value) else float(value)
+            name: float(value) if np.isfinite(value) else None
             for name, value in zip(self.names, self.values_M, strict=True)
         }
         out: dict[str, Any] = {}

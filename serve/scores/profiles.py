@@ -1,42 +1,157 @@
-"""The profiles: a number means nothing without its definition, so each comes with a signature that
-says what was computed."""
+"""Scores of answers against references under named profiles, so different that a number means
+nothing without its profile, and the general measures. Each has a signature that says exactly what
+was computed. A row with an empty answer scores 0, and counts."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
-from serve.scores import metrics
+from serve.scores.bleu import bleu_4, sacrebleu_zh
 from serve.scores.measured import Measured, means, signature, versions
-from serve.scores.rows import ScoredRow
-
-PRF_NAMES = tuple(
-    f"rouge-{kind}{figure}" for kind in ("1", "2", "l") for figure in ("", ".p", ".r")
+from serve.scores.rates import general_measures
+from serve.scores.rouge import (
+    RougeScore,
+    best,
+    figures,
+    names,
+    rouge_1_0_1,
+    rouge_chinese,
 )
+from serve.scores.rows import ScoredRow
+from serve.scores.segmentation import Words, characters
+
+_BEST = "the best by F, for each ROUGE"
+_ALL = "all, by nltk's rule for BLEU"
 
 
 def measure(rows: Sequence[ScoredRow], training: Container[str] | None = None) -> list[Measured]:
     """Scores of the rows, at least one, under all profiles, and the general measures.
 
-    `training` holds the answers of the training rows, stripped.
+    `training` tells of a stripped answer whether a training row has it.
     """
     assert rows, "no rows to score"
-    return [_seed(rows), _rouge_score(rows)]
+    words = Words()
+    return [
+        seed(rows, words),
+        chatglm(rows, words),
+        chatglm3(rows, words),
+        rouge_score(rows, words),
+        sacrebleu_zh(rows),
+        *general_measures(rows, words, training),
+    ]
 
 
-def _figures(scores: metrics.Scores) -> list[float]:
-    rouges = [figure for prf in scores.rouges.values() for figure in (prf.f, prf.p, prf.r)]
-    return rouges if scores.bleu_4 is None else [*rouges, scores.bleu_4]
+def _nrefs(rows: Sequence[ScoredRow]) -> str:
+    counts = {len(row.references) for row in rows}
+    return str(counts.pop()) if len(counts) == 1 else "var"
 
 
-def _seed(rows: Sequence[ScoredRow]) -> Measured:
+def _refs(rows: Sequence[ScoredRow], bleu: bool = True) -> str:
+    """How several references count; a single one needs no words."""
+    nrefs = _nrefs(rows)
+    return nrefs if nrefs == "1" else f"{nrefs} ({_BEST}{f'; {_ALL}' if bleu else ''})"
+
+
+def seed(rows: Sequence[ScoredRow], words: Words) -> Measured:
+    """The original project's scores."""
     told = signature(
-        rouge="rouge 1.0.1", bleu="nltk method1", scale=1, with_=versions("jieba", "nltk")
+        rouge="sets of words by the arithmetic of rouge 1.0.1, L over sentences cut at full stops",
+        bleu="4 orders of characters without spaces, sentences, nltk method1",
+        tok=Words.signature,
+        case="prediction stripped and lower-cased, reference as it is",
+        scale="0..1",
+        mean="rows",
+        empty="0",
+        nrefs=_refs(rows),
+        version=versions("nltk"),
     )
-    found = [_figures(metrics.score_seed(row.prediction, row.references[0])) for row in rows]
-    return means("seed", told, (*PRF_NAMES, "bleu-4"), found)
+    return means("seed", told, (*names(), "bleu-4"), [_seed_row(row, words) for row in rows])
 
 
-def _rouge_score(rows: Sequence[ScoredRow]) -> Measured:
-    told = signature(tok="jieba", scale=1, with_=versions("rouge-score", "jieba"))
-    found = [_figures(metrics.score_rouge_score(row.prediction, row.references[0])) for row in rows]
-    return means("rouge-score", told, PRF_NAMES, found)
+def _seed_row(row: ScoredRow, words: Words) -> list[float]:
+    predicted = " ".join(words.of(row.prediction.strip().lower()))
+    expected = [" ".join(words.of(reference)) for reference in row.references]
+    rouges = [rouge_1_0_1(predicted, text) if predicted.strip() else None for text in expected]
+    # As in the original project, BLEU is 0 where ROUGE is not defined.
+    targets = [
+        list(text.replace(" ", ""))
+        for text, rouge in zip(expected, rouges, strict=True)
+        if rouge is not None
+    ]
+    bleu = bleu_4(list(predicted.replace(" ", "")), targets, "method1") if targets else 0.0
+    return [*figures(best(rouges)), bleu]
+
+
+def chatglm(rows: Sequence[ScoredRow], words: Words) -> Measured:
+    """The scores of ChatGLM-6B's and LLaMA-Factory's evaluation, which differ from these by their
+    rounding of each row to 4 digits."""
+    told = signature(
+        rouge="F of sets of words by the arithmetic of rouge-chinese 1.0.3, L over all words",
+        bleu="4 orders of characters, sentences, nltk method3",
+        tok=Words.signature,
+        case="mixed",
+        scale="0..100, rows not rounded",
+        mean="rows",
+        empty="0",
+        nrefs=_refs(rows),
+        version=versions("nltk"),
+    )
+    found = [
+        [
+            *_rouge_chinese_row(row.prediction, row.references, words),
+            100 * bleu_4(list(row.prediction), [list(r) for r in row.references], "method3"),
+        ]
+        for row in rows
+    ]
+    return means("chatglm", told, (*names(), "bleu-4"), found)
+
+
+def chatglm3(rows: Sequence[ScoredRow], words: Words) -> Measured:
+    """The scores of ChatGLM3's finetune_hf.py: as `chatglm`, but texts are stripped and BLEU is
+    over words. ms-swift differs: it skips empty rows, and its ROUGE-L is that of rouge 1.0.1."""
+    told = signature(
+        rouge="F of sets of words by the arithmetic of rouge-chinese 1.0.3, L over all words",
+        bleu="4 orders of words, sentences, nltk method3",
+        tok=Words.signature,
+        case="mixed, texts stripped",
+        scale="0..100, rows not rounded (ChatGLM3 prints BLEU as 0..1)",
+        mean="rows",
+        empty="0, and counted (ms-swift skips such rows)",
+        nrefs=_refs(rows),
+        version=versions("nltk"),
+    )
+    found = []
+    for row in rows:
+        prediction, references = row.prediction.strip(), [r.strip() for r in row.references]
+        bleu = bleu_4(words.of(prediction), [words.of(r) for r in references], "method3")
+        found.append([*_rouge_chinese_row(prediction, references, words), 100 * bleu])
+    return means("chatglm3", told, (*names(), "bleu-4"), found)
+
+
+def _rouge_chinese_row(prediction: str, references: Sequence[str], words: Words) -> list[float]:
+    predicted = " ".join(words.of(prediction))
+    expected = [" ".join(words.of(reference)) for reference in references]
+    return [100 * figure for figure in figures(best(rouge_chinese(predicted, t) for t in expected))]
+
+
+def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
+    """The package rouge-score over jieba's words, and over characters ("rouge-1-chars" ..)."""
+    told = signature(
+        rouge="n-grams with multiplicity, L of the whole text",
+        tok=f"{Words.signature}, punctuation dropped; chars: Han characters and other words",
+        case="lower",
+        stem="no",
+        scale="0..1",
+        mean="rows",
+        empty="0",
+        nrefs=_refs(rows, bleu=False),
+        version=versions("rouge-score"),
+    )
+    cuts: tuple[Callable[[str], list[str]], ...] = (words.alphanumeric, characters)
+    scorers = [RougeScore(cut) for cut in cuts]
+
+    def figures_of(row: ScoredRow, scorer: RougeScore) -> list[float]:
+        return figures(best(scorer.score(row.prediction, r) for r in row.references))
+
+    found = [[f for scorer in scorers for f in figures_of(row, scorer)] for row in rows]
+    return means("rouge-score", told, (*names(), *names("-chars")), found)

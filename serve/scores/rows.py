@@ -12,8 +12,8 @@ class ScoredRow:
     prediction: str
     references: tuple[str, ...]
     finish_reason: str | None = None  # "stop": ended by <|im_end|>; None: not known
-    reference_nll: float | None = None  # nats, summed over the reference's target tokens
-    reference_tokens: int | None = None  # target tokens of the reference
+    reference_nll: float | None = None  # nats, summed over the first reference's target tokens
+    reference_tokens: int | None = None  # target tokens of the first reference
 
     def __post_init__(self) -> None:
         assert self.references, "a row without a reference"

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from serve.files.prediction import PredictionFigures
 from serve.files.sources import adapters_told
 from serve.options import EvaluateOptions, SamplingOptions
 from serve.scores.answers import Line, scored_row
-from serve.scores.candidates import Candidate
 from serve.scores.intervals import bootstrap
 from serve.scores.measured import Figures, Measured
 from serve.scores.profiles import measure
+from serve.scores.sides import Side
 
 RANKED_BY = "seed.rouge-l"
 SHOWN_ROWS = 3
@@ -29,10 +28,10 @@ _ROW_DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredSide:
+class Scored:
     """One side, its answers and their scores."""
 
-    candidate: Candidate
+    side: Side
     lines: Sequence[Line]
     measured: Sequence[Measured]
     intervals: dict[str, tuple[float, float]]  # 95 %, by full name
@@ -79,33 +78,33 @@ def number_or_none(value: float, digits: int | None = None) -> float | None:
 
 
 def score(
-    candidate: Candidate,
+    side: Side,
     lines: Sequence[Line],
     figures: PredictionFigures | None,
     training: Container[str] | None,
-) -> ScoredSide:
+) -> Scored:
     """Score one side's answers, with intervals."""
     measured = measure([scored_row(line) for line in lines], training)
     intervals = {}
     for one in measured:
-        low_M, high_M = bootstrap(one, resamples=candidate.options.resamples)
+        low_M, high_M = bootstrap(one, resamples=side.options.resamples)
         for name, low, high in zip(one.full_names, low_M, high_M, strict=True):
             intervals[name] = float(low), float(high)
-    return ScoredSide(candidate, lines, measured, intervals, figures)
+    return Scored(side, lines, measured, intervals, figures)
 
 
-def report_of(side: ScoredSide) -> dict[str, Any]:
+def report_of(scored: Scored) -> dict[str, Any]:
     """The content of metrics.json: model, data, options, counts, scores with their signatures and
     intervals, and the places of the worst and best rows. No figure of it depends on the clock."""
-    options, lines, figures = side.candidate.options, side.lines, side.figures
-    given, ranked = side.candidate.given, side.ranked()
+    options, lines, figures = scored.side.options, scored.lines, scored.figures
+    given, ranked = scored.side.given, scored.ranked()
     reasons = Counter(line["finish_reason"] for line in lines if line.get("finish_reason"))
     report: dict[str, Any] = {
         "model": options.model or options.endpoint,
         **({"endpoint_model": options.endpoint_model} if options.endpoint else {}),
         **_sums(options, is_answered=given is None),
         "data": options.data,
-        "predictions": side.candidate.predictions.name if given is None else str(given),
+        "predictions": scored.side.predictions.name if given is None else str(given),
         "sampling": None if given is not None else _sampling(options),
         "rows": len(lines),
         "finish_reasons": dict(sorted(reasons.items())),
@@ -114,8 +113,8 @@ def report_of(side: ScoredSide) -> dict[str, Any]:
     }
     if figures is not None:
         report["prompts_cut"] = figures.prompts_cut
-    report |= _scores(side.measured)
-    told = {name: pair for name, pair in side.intervals.items() if all(map(math.isfinite, pair))}
+    report |= _scores(scored.measured)
+    told = {name: pair for name, pair in scored.intervals.items() if all(map(math.isfinite, pair))}
     return report | {
         "intervals": {name: list(pair) for name, pair in told.items()},
         "resamples": options.resamples,
@@ -153,11 +152,11 @@ def _sums(options: EvaluateOptions, is_answered: bool) -> dict[str, Any]:
     return {**adapters_told(options), "model_sha256": model_sha256(find_model(options.model).path)}
 
 
-def speed_of(side: ScoredSide) -> dict[str, Any]:
-    """The content of speed.json: how fast this run was, an interrupted run's rows aside."""
-    figures = side.figures
+def speed_of(scored: Scored) -> dict[str, Any]:
+    """The content of speed.json: how fast this run was, an interrupted run's rows ascored."""
+    figures = scored.figures
     assert figures is not None, "nothing was generated"
-    tokens = sum(line.get("completion_tokens") or 0 for line in side.lines)
+    tokens = sum(line.get("completion_tokens") or 0 for line in scored.lines)
     tokens = round(tokens * figures.rows_of_this_run / figures.rows)
     rate = round(tokens / figures.seconds, 2) if figures.seconds else None
     return {
@@ -165,8 +164,3 @@ def speed_of(side: ScoredSide) -> dict[str, Any]:
         "rows_of_this_run": figures.rows_of_this_run,
         "tokens_per_second": rate,
     }
-
-
-def files_of(candidate: Candidate) -> list[Path]:
-    """The files that scoring writes for a side."""
-    return [candidate.folder / name for name in ("rows.jsonl", "speed.json", "metrics.json")]

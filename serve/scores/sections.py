@@ -8,7 +8,6 @@ from typing import Any
 
 from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions
-from serve.scores.candidates import Candidate
 from serve.scores.general import (
     check_general,
     general_in_words,
@@ -16,9 +15,10 @@ from serve.scores.general import (
     remove_general_parts,
 )
 from serve.scores.judge import check_judge, judge_in_words, judge_section, remove_judge_parts
+from serve.scores.sides import Side
 
 
-def check_sections(sides: Sequence[Candidate], options: EvaluateOptions) -> None:
+def check_sections(sides: Sequence[Side], options: EvaluateOptions) -> None:
     """Rank 0, before anything is generated. UserError: what a section needs is missing or wrong."""
     if not options.data and not options.predictions:  # no answers
         for name in ("judge", "require", "training"):
@@ -28,7 +28,7 @@ def check_sections(sides: Sequence[Candidate], options: EvaluateOptions) -> None
     check_judge(sides, options)
 
 
-def further_sections(sides: Sequence[Candidate], options: EvaluateOptions) -> dict[str, Any]:
+def further_sections(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
     """The sections by name, as JSON; `options` are those of the whole evaluation.
 
     Rank 0 alone asks for them. Each side's answers are in its `predictions`, in the order of the
@@ -49,7 +49,7 @@ def sections_in_words(report: Mapping[str, Any]) -> list[str]:
     return [*general, *judge]
 
 
-def finish_sections(sides: Sequence[Candidate]) -> None:
+def finish_sections(sides: Sequence[Side]) -> None:
     """Remove the parts of the sections' files, once the reports are written."""
     remove_general_parts(sides)
     remove_judge_parts(sides)

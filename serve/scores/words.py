@@ -9,32 +9,32 @@ from typing import Any
 from rich.cells import cell_len, chop_cells
 
 from serve.scores.answers import Line
-from serve.scores.scored import SHOWN_ROWS, ScoredSide, speed_of
+from serve.scores.scored import SHOWN_ROWS, Scored, speed_of
 
 _SURE = 0.05  # of p, below which a difference is marked
 
 
-def side_in_words(side: ScoredSide, report: Mapping[str, Any]) -> str:
+def side_in_words(scored: Scored, report: Mapping[str, Any]) -> str:
     """One side: a line of counts, the table of scores, and its best and worst answers."""
-    return f"{_counts(side, report)}\n\n{table(side)}\n\n{_extremes(side)}"
+    return f"{_counts(scored, report)}\n\n{table(scored)}\n\n{_extremes(scored)}"
 
 
-def _counts(side: ScoredSide, report: Mapping[str, Any]) -> str:
+def _counts(scored: Scored, report: Mapping[str, Any]) -> str:
     counts = [f"{report['rows']} rows", f"{report['empty_predictions']} empty predictions"]
     counts += [f"{count} ended by {reason}" for reason, count in report["finish_reasons"].items()]
-    if side.figures is not None and (rate := speed_of(side)["tokens_per_second"]):
-        counts.append(f"{side.figures.seconds:.1f} s, {rate:.1f} tokens/s")
+    if scored.figures is not None and (rate := speed_of(scored)["tokens_per_second"]):
+        counts.append(f"{scored.figures.seconds:.1f} s, {rate:.1f} tokens/s")
     return ", ".join(counts)
 
 
-def table(side: ScoredSide) -> str:
+def table(scored: Scored) -> str:
     """Every measure with its 95 % interval; precision and recall beside F where there are."""
     lines = [f"{'measure':<24}{'score':>9}  {'95 % interval':<20}{'P':>8}{'R':>8}"]
-    values = side.values
+    values = scored.values
     for name, value in values.items():
         if name.endswith((".p", ".r")) or value is None:
             continue
-        low, high = side.intervals[name]
+        low, high = scored.intervals[name]
         line = f"{name:<24}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<20}"
         for part in ("p", "r"):
             other = values.get(f"{name}.{part}")
@@ -43,8 +43,8 @@ def table(side: ScoredSide) -> str:
     return "\n".join(lines)
 
 
-def _extremes(side: ScoredSide) -> str:
-    ranked, lines = side.ranked(), side.lines
+def _extremes(scored: Scored) -> str:
+    ranked, lines = scored.ranked(), scored.lines
     few = min(SHOWN_ROWS, -(-len(lines) // 2))
     width = shutil.get_terminal_size().columns
     out = []

@@ -77,9 +77,10 @@ def harness(model: str, arguments: dict[str, Any]) -> tuple[dict[str, float], li
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
     found = simple_evaluate(
         model=model, model_args=arguments, tasks=["qwen_ds_choice", "qwen_ds_text"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False), device="cpu", bootstrap_iters=0,
+        task_manager=tasks, device="cpu", bootstrap_iters=0,
     )  # fmt: skip
     assert found is not None
     choice, text = (found["results"][f"qwen_ds_{kind}"] for kind in ("choice", "text"))

@@ -161,6 +161,12 @@ def test_examples_alone_are_refused(small_dir: Path, rows: Path, tmp_path: Path)
         evaluate(parse(EvaluateOptions, "", words))
 
 
+def test_the_general_rows_themselves_are_never_replaced(small_dir: Path, rows: Path) -> None:
+    with pytest.raises(UserError, match="general.jsonl"):
+        measured(rows.parent, rows, "--model", small_dir, "--overwrite", "true")
+    assert len(rows.read_text().splitlines()) == 30
+
+
 def test_what_is_there_is_not_replaced_unasked(small_dir: Path, rows: Path, tmp_path: Path) -> None:
     measured(tmp_path / "out", rows, "--model", small_dir)
     with pytest.raises(UserError, match="exists"):

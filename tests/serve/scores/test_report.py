@@ -49,9 +49,11 @@ def test_a_model_is_scored_on_its_answers(
     assert report["rows"] == sum(report["finish_reasons"].values()) == 5
     assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
     assert report["empty_predictions"] == sum(line["prediction"].strip() == "" for line in lines)
-    assert report["tokens_per_second"] == pytest.approx(
-        report["completion_tokens"] / report["seconds"], rel=0.01
+    speed = json.loads((tmp_path / "eval" / "speed.json").read_text(encoding="utf-8"))
+    assert speed["tokens_per_second"] == pytest.approx(
+        report["completion_tokens"] / speed["seconds"], rel=0.01
     )
+    assert speed["rows_of_this_run"] == 5 and not set(speed) & set(report)
     assert report["sampling"]["do_sample"] is False
 
     printed = capsys.readouterr().out

@@ -17,7 +17,7 @@ _TAKEN = ("", ".", "..", "comparison.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Side:
     """One side: a model, an adapter on it, or answers that are there already."""
 
     name: str
@@ -37,7 +37,7 @@ def is_comparison(options: EvaluateOptions) -> bool:
     return bool(options.compare) or len(options.predictions) > 1
 
 
-def candidates_of(options: EvaluateOptions) -> list[Candidate]:
+def sides_of(options: EvaluateOptions) -> list[Side]:
     """The sides of an evaluation, the one first that the others are compared with.
 
     UserError: two of one name, a name that no folder can have, or options that exclude each other.
@@ -53,7 +53,8 @@ def candidates_of(options: EvaluateOptions) -> list[Candidate]:
                 "no model or no data given; expected --model (or --endpoint, or --compare) and "
                 "--data (or --general), or --predictions"
             )
-        return [Candidate(_last_part(str(options.model)), options, Path(options.output_dir))]
+        name = _last_part(options.model or options.endpoint_model or "") or "model"
+        return [Side(name, options, Path(options.output_dir))]
     if not _has_rows(options):
         raise UserError(
             "no data given; expected --data (or --general) with the rows to compare the models on"
@@ -65,11 +66,11 @@ def _has_rows(options: EvaluateOptions) -> bool:
     return bool(options.data or options.general)
 
 
-def _of_files(options: EvaluateOptions) -> list[Candidate]:
+def _of_files(options: EvaluateOptions) -> list[Side]:
     named = _named("--predictions", options.predictions, lambda file: Path(file).stem)
     above = Path(options.output_dir)
     return [
-        Candidate(
+        Side(
             name, replace(options, predictions=[file]),
             above / name if is_comparison(options) else above, Path(file),
         )
@@ -77,7 +78,7 @@ def _of_files(options: EvaluateOptions) -> list[Candidate]:
     ]  # fmt: skip
 
 
-def _of_models(options: EvaluateOptions) -> list[Candidate]:
+def _of_models(options: EvaluateOptions) -> list[Side]:
     if options.adapter:
         raise UserError(
             "--compare and --adapter are given; expected the adapters among the places of --compare"
@@ -94,9 +95,7 @@ def _of_models(options: EvaluateOptions) -> list[Candidate]:
                 "model among the places"
             )
     above = Path(options.output_dir)
-    return [
-        Candidate(name, side, above / name) for (name, _), side in zip(named, sides, strict=True)
-    ]
+    return [Side(name, side, above / name) for (name, _), side in zip(named, sides, strict=True)]
 
 
 def _of_place(options: EvaluateOptions, place: str) -> EvaluateOptions:

@@ -1,0 +1,155 @@
+"""Answers to read: samples over time, the worst rows of an evaluation, models side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from qwen_ds.report.evaluations import Evaluation
+from qwen_ds.report.folder import Row, number
+from qwen_ds.report.significance import matched
+
+MAX_PROMPTS, MAX_MOMENTS = 5, 6
+WORST, BEST = 5, 2
+CHANGED = 4  # rows that got better most, and as many that got worse
+_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+
+
+class Sampled(NamedTuple):
+    """One prompt with its reference, and the answers to it after some steps."""
+
+    prompt: str
+    reference: str
+    answers: list[tuple[Any, str]]
+
+
+class Scored(NamedTuple):
+    """A row of an evaluation: where it comes from, its score, the texts, and whether it is one of
+    the best."""
+
+    source: str
+    score: float
+    prompt: str
+    reference: str
+    prediction: str
+    is_best: bool = False
+
+
+class Changed(NamedTuple):
+    """A row as several models answered it; `scores` are those of the ranking measure."""
+
+    source: str
+    prompt: str
+    reference: str
+    answers: list[tuple[str, float | None]]
+
+
+def question(prompt: object) -> str:
+    """The last turn that a prompt in ChatML asks, without its markers; another prompt as it is."""
+    text = str(prompt or "")
+    asked = [said for role, said in _TURN.findall(text) if role == "user"]
+    return asked[-1] if asked else text
+
+
+def sampled(samples: Sequence[Row]) -> list[Sampled]:
+    """The first prompts with the answers of some moments, first and last among them."""
+    by_prompt: dict[tuple[str, str], list[Row]] = {}
+    for row in samples:
+        by_prompt.setdefault((str(row["prompt"]), str(row["reference"])), []).append(row)
+    found = []
+    for (prompt, reference), rows in list(by_prompt.items())[:MAX_PROMPTS]:
+        moments = len(rows)
+        if moments > MAX_MOMENTS:
+            at = {round(i * (moments - 1) / (MAX_MOMENTS - 1)) for i in range(MAX_MOMENTS)}
+            rows = [rows[i] for i in sorted(at)]
+        answers = [(row["step"], str(row["answer"])) for row in rows]
+        found.append(Sampled(question(prompt), reference, answers))
+    return found
+
+
+def count_prompts(samples: Sequence[Row]) -> int:
+    return len({(str(row["prompt"]), str(row["reference"])) for row in samples})
+
+
+def sampled_last(runs: Sequence[Sequence[Row]]) -> list[Changed]:
+    """The last sampled answer of every run to the prompts that all of them have."""
+    last = [{str(row["prompt"]): row for row in samples} for samples in runs]
+    shared = [prompt for prompt in last[0] if all(prompt in each for each in last)]
+    return [
+        Changed(
+            "",
+            question(prompt),
+            str(last[0][prompt].get("reference") or ""),
+            [(str(each[prompt]["answer"]), None) for each in last],
+        )
+        for prompt in shared[:MAX_PROMPTS]
+    ]
+
+
+def ranked(evaluation: Evaluation) -> list[Scored]:
+    """The worst rows by the evaluation's main score, the worst first, and then the best."""
+    name = evaluation.main
+    if name is None:
+        return []
+    rows = [
+        Scored(
+            str(line.get("source", "")),
+            score,
+            question(line.get("prompt")),
+            _reference(line),
+            str(line.get("prediction") or ""),
+        )
+        for row, line in matched(evaluation.rows, evaluation.predictions)
+        if (score := number(row, name)) is not None
+    ]
+    rows.sort(key=lambda row: row.score)
+    best = rows[WORST:][: -BEST - 1 : -1]
+    return [*rows[:WORST], *(row._replace(is_best=True) for row in best)]
+
+
+def _reference(line: Row) -> str:
+    """The reference of a line; of several each in its own line."""
+    found = line.get("references") or line.get("reference") or ""
+    return "\n".join(map(str, found)) if isinstance(found, list) else str(found)
+
+
+def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
+    """Rows that the first and the last evaluation answer most differently by score, in both
+    directions, with the answers of all; without scores the first rows."""
+    first, last = evaluations[0], evaluations[-1]
+    name = first.main
+    pairs = matched(first.predictions, last.predictions)
+    key = _shared_key(pairs)
+    of_rows = [{row.get(key): row for row in e.rows} for e in evaluations]
+    of_lines = [{line.get(key): line for line in e.predictions} for e in evaluations]
+
+    def score(side: int, at: Any) -> float | None:
+        return number(of_rows[side].get(at, {}), name) if name else None
+
+    def gain(at: Any) -> float:
+        before, after = score(0, at), score(-1, at)
+        return 0.0 if before is None or after is None else after - before
+
+    places = [line[key] for line, _ in pairs]
+    ranked_places = sorted(places, key=gain)
+    picked = dict.fromkeys([*ranked_places[::-1][:CHANGED], *ranked_places[:CHANGED]])
+    return [
+        Changed(
+            str(at),
+            question(of_lines[0][at].get("prompt")),
+            _reference(of_lines[0][at]),
+            [
+                (str(lines.get(at, {}).get("prediction") or ""), score(side, at))
+                for side, lines in enumerate(of_lines)
+            ],
+        )
+        for at in picked
+    ]
+
+
+def _shared_key(pairs: list[tuple[Row, Row]]) -> str:
+    has_sources = all(
+        "source" in row and row["source"] == other.get("source") for row, other in pairs
+    )
+    return "source" if has_sources else "id"

@@ -1,0 +1,91 @@
+"""Whether two sets of answers to the same rows differ: the paired percentile bootstrap (Efron and
+Tibshirani, "An Introduction to the Bootstrap", 1993), on scores of rows.
+
+The drawing and the figures are those of serve.evaluate, so that a measure that is a mean over rows
+gets the same verdict in both places.
+"""
+
+# Shapes: N rows, M measures.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_ds.report.folder import Row, number
+
+SEED, RESAMPLES, LEVEL = 1234, 1000, 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The difference of a measure, second less first, with its 95 % interval and two-sided p."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def is_significant(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired(
+    difference_NM: NDArray[np.float64], seed: int = SEED, resamples: int = RESAMPLES
+) -> list[Paired]:
+    """One verdict a measure on the rows' differences, second less first; N is at least 1.
+
+    p is the share of resamples whose mean lies as far from the mean found as that lies from 0; it
+    is at least 1 / (resamples + 1).
+    """
+    rows = len(difference_NM)
+    rng = np.random.default_rng(seed)
+    means_RM = np.empty((resamples, difference_NM.shape[1]))
+    for r in range(resamples):
+        times_N = np.bincount(rng.integers(rows, size=rows), minlength=rows)
+        means_RM[r] = times_N.astype(np.float64) @ difference_NM / rows
+    found_M = difference_NM.mean(axis=0)
+    low_M, high_M = np.quantile(means_RM, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
+    as_far_RM = np.abs(means_RM - found_M) >= np.abs(found_M)
+    p_M = (as_far_RM.sum(axis=0) + 1) / (resamples + 1)
+    figures = zip(found_M, low_M, high_M, p_M, strict=True)
+    return [Paired(*map(float, each)) for each in figures]
+
+
+def matched(first: list[Row], second: list[Row]) -> list[tuple[Row, Row]]:
+    """Rows that are on both sides, by their source, or by their id where a side has no sources or
+    the two have none in common."""
+    for key in ("source", "id"):
+        others = {row[key]: row for row in second if isinstance(row.get(key), str | int)}
+        pairs = [
+            (row, others[row[key]])
+            for row in first
+            if isinstance(row.get(key), str | int) and row[key] in others
+        ]
+        if pairs:
+            return pairs
+    return []
+
+
+def compare(
+    pairs: list[tuple[Row, Row]], means: dict[str, tuple[float, float]]
+) -> dict[str, Paired]:
+    """Verdicts by full name, on the measures that both rows of every pair have.
+
+    `means` are the scores of both sides as a whole. A measure that is no mean over rows, such as
+    the BLEU of a corpus, has no verdict: from rows alone it cannot be computed anew.
+    """
+    values: dict[str, NDArray[np.float64]] = {}
+    for name, wholes in means.items():
+        sides = [[number(pair[side], name) for pair in pairs] for side in (0, 1)]
+        if not pairs or any(value is None for side in sides for value in side):
+            continue
+        both = np.asarray(sides, dtype=np.float64)
+        if np.allclose(both.mean(axis=1), wholes, rtol=1e-4, atol=1e-6):
+            values[name] = both[1] - both[0]
+    if not values:
+        return {}
+    return dict(zip(values, paired(np.stack(list(values.values()), axis=1)), strict=True))
