@@ -70,14 +70,14 @@ class EngineAnswerer:
         self, engine: ServingEngine, decoding: DecodingEngine, grammar: Grammar | None = None
     ) -> None:
         self._stop, self._token_bytes = engine.stop, engine.vocabulary.token_bytes
-        self._engine, self._grammar = decoding, grammar
+        self.decoding, self._grammar = decoding, grammar
         self._losses = ReferenceLosses(engine)
         self._asked: dict[int, Question] = {}
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`."""
         requests = (self._request(*numbered) for numbered in enumerate(questions))
-        for i, found in stream(self._engine, requests):
+        for i, found in stream(self.decoding, requests):
             one = self._asked.pop(i)
             yield i, self._answer(one, found) if isinstance(found, Completion) else found
 

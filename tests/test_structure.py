@@ -115,6 +115,8 @@ COVERED_BY = {
     "serve/talk/lines.py": "tests/serve/test_chat.py",
     "serve/talk/options.py": "tests/serve/test_chat.py",
     "serve/files/sources.py": "tests/serve/files/test_prediction.py",
+    "serve/scores/kept_rows.py": "tests/serve/scores/test_general.py",
+    "serve/scores/sections.py": "tests/serve/scores/test_general.py",
     "serve/scores/rows.py": "tests/serve/scores/test_profiles.py",
     "qwen_ds/train/engine/loading.py": "tests/train/test_not_finite.py",
     "qwen_ds/train/engine/state.py": "tests/faults/test_killed_jobs.py",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.decode.engine import DecodingEngine
 from qwen_ds.decode.grammar import Grammar
 from qwen_ds.disk.adapter_folder import WEIGHTS_NAME, find_adapter
 from qwen_ds.disk.weights import file_sha256
@@ -20,7 +19,6 @@ from serve.endpoint.client import Endpoint, connect
 from serve.endpoint.options import check_source, given_options
 from serve.engine.adapters import DEFAULT, named_adapters
 from serve.engine.beams import BeamAnswerer, check_beams
-from serve.engine.engine import ServingEngine
 from serve.engine.loading import find_adapters, load_engine
 from serve.options import AnswerOptions
 from serve.structure import Structure
@@ -61,19 +59,13 @@ class ModelSource:
         if o.num_beams > 1:
             say(f"beam search with {o.num_beams} beams by transformers' generate: the slow path")
             return BeamAnswerer.load(self.folder, self.adapters.get(DEFAULT), o)
-        engine, decoding = self.start()
-        return EngineAnswerer(engine, decoding, self.grammar)
-
-    def start(self) -> tuple[ServingEngine, DecodingEngine]:
-        """Load the model with its adapters, and start the engine that runs it."""
-        o = self.options
         engine = load_engine(
             self.folder, None, o.device, o.dtype, adapters=self.adapters,
             allow_pickle=o.allow_pickle,
         )  # fmt: skip
         decoding = engine.start(o.batch_size, o.prefill_tokens, o.memory_gb)
         say(room_in_words(decoding))
-        return engine, decoding
+        return EngineAnswerer(engine, decoding, self.grammar)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Worsening:
     """A figure before and after, how much worse it has become, and what follows."""
 
     kind: Literal["texts", "questions"]
@@ -96,7 +96,7 @@ def _signed(share: float) -> str:
 
 
 def compare(before: Sequence[Line], after: Sequence[Line], seed: int = 0) -> dict[str, Any]:
-    """What changed between two models, from the lines of their general.jsonl.
+    """The changes between two models, from the lines of their general.jsonl.
 
     Rows with an error on either side are left out, and counted. UserError: the models cut the texts
     into different tokens, so that their perplexities don't compare.
@@ -117,7 +117,7 @@ def compare(before: Sequence[Line], after: Sequence[Line], seed: int = 0) -> dic
     return {"verdict": overall(changes), **found, "failed": len(pairs) - len(both)}
 
 
-def overall(changes: Sequence[Change]) -> Verdict:
+def overall(changes: Sequence[Worsening]) -> Verdict:
     """Forgot if any kind shows it; no sign if no kind leaves a doubt."""
     verdicts = {change.verdict for change in changes}
     if "forgot" in verdicts:
@@ -125,7 +125,7 @@ def overall(changes: Sequence[Change]) -> Verdict:
     return "no sign" if verdicts == {"no sign"} else "cannot tell"
 
 
-def _of_texts(pairs: Sequence[tuple[Line, Line]], seed: int) -> Change:
+def _of_texts(pairs: Sequence[tuple[Line, Line]], seed: int) -> Worsening:
     for a, b in pairs:
         if a["tokens"] != b["tokens"]:
             raise UserError(
@@ -139,17 +139,17 @@ def _of_texts(pairs: Sequence[tuple[Line, Line]], seed: int) -> Change:
     before, after = np.exp(nll_N2.sum(0) / tokens_N.sum()).tolist()
     rise = change_of(nll_N2[:, 1] - nll_N2[:, 0], tokens_N, seed)
     worsening, low, high = np.expm1(rise[:3]).tolist()
-    return Change("texts", len(pairs), before, after, worsening, low, high, rise[3])
+    return Worsening("texts", len(pairs), before, after, worsening, low, high, rise[3])
 
 
-def _of_questions(pairs: Sequence[tuple[Line, Line]], seed: int) -> Change:
+def _of_questions(pairs: Sequence[tuple[Line, Line]], seed: int) -> Worsening:
     right_N2 = np.array([[x["chosen"] == x["answer"] for x in pair] for pair in pairs], np.float64)
     chance_N = np.array([1 / len(a["logprobs"]) for a, _ in pairs], dtype=np.float64)
     before, after = right_N2.mean(0).tolist()
     one_N = np.ones(len(pairs))
     fall = change_of(right_N2[:, 0] - right_N2[:, 1], one_N, seed)
     above_chance = change_of(right_N2[:, 0] - chance_N, one_N, seed)
-    return Change("questions", len(pairs), before, after, *fall, above_chance[1] <= 0)
+    return Worsening("questions", len(pairs), before, after, *fall, above_chance[1] <= 0)
 
 
 def change_of(worse_N: Array, weights_N: Array, seed: int) -> tuple[float, float, float, float]:

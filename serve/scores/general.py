@@ -17,6 +17,7 @@ from qwen_ds.decode.exceptions import DecodingError
 from qwen_ds.disk.place import output_file, refuse_input
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
+from serve.answering import EngineAnswerer
 from serve.engine.loading import free_memory
 from serve.files.parts import Settings, check_output, remove_parts
 from serve.files.sources import ModelSource, Source, file_card, find_source, settings_of_source
@@ -145,10 +146,11 @@ def _settings(options: EvaluateOptions) -> Settings:
 
 
 def scorer_of(source: Source) -> Scorer:
-    """What tells the likelihoods: the model, loaded, or the server."""
+    """The side that tells likelihoods: the model, loaded, or the server."""
     if isinstance(source, ModelSource):
-        _, decoding = source.start()
-        return EngineScorer(decoding, source.folder.encoding)
+        answerer = source.open()
+        assert isinstance(answerer, EngineAnswerer), "likelihoods know no beams"
+        return EngineScorer(answerer.decoding, source.folder.encoding)
     return EndpointScorer(source.endpoint)
 
 

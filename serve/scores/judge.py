@@ -42,7 +42,7 @@ _JUDGE_OPTIONS = ("judge_model", "judge_key_file")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class JudgeQuestion:
     """One question to the judge, as both the request and the line of it are made."""
 
     row: int
@@ -108,7 +108,7 @@ def _answers(side: Side) -> list[Line]:
 
 def questions_of(
     before: tuple[str, Sequence[Line]], after: tuple[str, Sequence[Line]], options: EvaluateOptions
-) -> list[Asked]:
+) -> list[JudgeQuestion]:
     """Two questions a row: in the order of the models, and swapped."""
     found = []
     sampling = SamplingParams(max_new_tokens=options.judge_max_tokens)
@@ -121,11 +121,13 @@ def questions_of(
         for (first, one), (second, other) in (named, named[::-1]):
             pair = Pair(prompt, one, other, sides[0].get("reference"))
             question = Question(conversation_of(pair, language), sampling)
-            found.append(Asked(row, str(sides[0]["source"]), first, second, question))
+            found.append(JudgeQuestion(row, str(sides[0]["source"]), first, second, question))
     return found
 
 
-def judged(judge: Endpoint, asked: Sequence[Asked], output: Path, overwrite: bool) -> list[Line]:
+def judged(
+    judge: Endpoint, asked: Sequence[JudgeQuestion], output: Path, overwrite: bool
+) -> list[Line]:
     """The lines of judge.jsonl. A question that an output to be replaced has the reply to, of the
     same model, is not asked again, nor is one that an interrupted run has asked."""
     known = _replies(output, judge) if overwrite else {}

@@ -67,13 +67,13 @@ class ChoiceScore:
 
 Item = PlainText | Choices
 Score = TextScore | ChoiceScore
-Scored = Iterator[tuple[int, Score | DecodingError]]
+Scores = Iterator[tuple[int, Score | DecodingError]]
 
 
 class Scorer(Protocol):
     """The side that knows the likelihoods: a model here, or a server."""
 
-    def score(self, items: Iterable[Item]) -> Scored:
+    def score(self, items: Iterable[Item]) -> Scores:
         """Yield (index into items, score or why there is none) as they end.
 
         UserError or Failed: none can be scored any more.
@@ -87,7 +87,7 @@ class EngineScorer:
     def __init__(self, engine: DecodingEngine, encoding: Encoding) -> None:
         self._engine, self._encoding = engine, encoding
 
-    def score(self, items: Iterable[Item]) -> Scored:
+    def score(self, items: Iterable[Item]) -> Scores:
         """As `Scorer.score`."""
         sums = _Sums()
         asked: list[tuple[int, list[float]]] = []  # of each request: its item, letters' log p
@@ -141,7 +141,7 @@ class _Sums:
     def begin(self, i: int, pieces: int) -> None:
         self._left[i], self._sums[i] = pieces, TextScore(0.0, 0)
 
-    def add(self, i: int, found: Score | DecodingError) -> Scored:
+    def add(self, i: int, found: Score | DecodingError) -> Scores:
         """Take a piece's score; yield the item's with the last piece, or a piece's error at
         once."""
         if i not in self._left:  # another piece has failed
@@ -162,7 +162,7 @@ class EndpointScorer:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
-    def score(self, items: Iterable[Item]) -> Scored:
+    def score(self, items: Iterable[Item]) -> Scores:
         """As `Scorer.score`. UserError: the server does not tell a prompt's log-probabilities."""
         sums = _Sums()
         asked: list[int] = []

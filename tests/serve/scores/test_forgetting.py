@@ -11,7 +11,7 @@ import pytest
 
 from qwen_ds.errors import UserError
 from serve.scores import forgetting
-from serve.scores.forgetting import Change, change_of, compare
+from serve.scores.forgetting import Worsening, change_of, compare
 
 Line = dict[str, Any]
 
@@ -112,17 +112,17 @@ def test_questions_that_were_only_guessed_tell_nothing(quick: None) -> None:
 
 
 def test_texts_and_questions_share_what_chance_is_given() -> None:
-    one = Change("texts", 50, 10.0, 11.0, 0.1, 0.01, 0.2, p=0.02)
+    one = Worsening("texts", 50, 10.0, 11.0, 0.1, 0.01, 0.2, p=0.02)
     assert one.verdict == "forgot"
-    both = Change("texts", 50, 10.0, 11.0, 0.1, 0.01, 0.2, p=0.02, kinds=2)
+    both = Worsening("texts", 50, 10.0, 11.0, 0.1, 0.01, 0.2, p=0.02, kinds=2)
     assert both.verdict == "cannot tell"
 
 
 def test_a_change_below_the_tolerance_is_no_sign_however_certain() -> None:
-    small = Change("texts", 500, 10.0, 10.3, 0.03, 0.02, 0.04, p=0.0001)
+    small = Worsening("texts", 500, 10.0, 10.3, 0.03, 0.02, 0.04, p=0.0001)
     assert small.verdict == "no sign"
     assert "+3.0 % (95 %: +2.0 to +4.0)" in small.in_words()
-    fall = Change("questions", 500, 0.8, 0.7, 0.1, 0.05, 0.15, p=0.0001)
+    fall = Worsening("questions", 500, 0.8, 0.7, 0.1, 0.05, 0.15, p=0.0001)
     assert "80.0 % before, 70.0 % after, -10.0 points (95 %: -15.0 to -5.0)" in fall.in_words()
 
 

@@ -15,7 +15,7 @@ from qwen_ds.decode.exceptions import DecodingError
 from qwen_ds.errors import Failed, UserError
 from serve.options import EvaluateOptions, parse
 from serve.scores import general, kept_rows
-from serve.scores.likelihood import EngineScorer, Item, Scored
+from serve.scores.likelihood import EngineScorer, Item, Scores
 from serve.scores.report import evaluate
 from tests.serve.files.test_prediction import read_lines
 
@@ -98,7 +98,7 @@ def test_a_killed_measurement_goes_on_where_it_was(
     asked: list[int] = []
     score = EngineScorer.score
 
-    def dying(self: EngineScorer, items: Iterable[Item]) -> Scored:
+    def dying(self: EngineScorer, items: Iterable[Item]) -> Scores:
         items = list(items)
         asked.append(len(items))
         for number, found in enumerate(score(self, items)):
@@ -120,7 +120,7 @@ def test_a_killed_measurement_goes_on_where_it_was(
 def test_a_row_with_an_error_is_left_out_and_counted(
     small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: EngineScorer, items: Iterable[Item]) -> Scored:
+    def failing(self: EngineScorer, items: Iterable[Item]) -> Scores:
         yield from ((i, DecodingError("too long")) for i, _ in enumerate(items))
 
     monkeypatch.setattr(EngineScorer, "score", failing)
