@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -62,12 +63,12 @@ class Shell:
 
         Raises StepFailed if it ends with another exit code.
         """
-        show(f"  $ {' '.join(words)}")
+        show(f"  $ {shlex.join(words)}")
         python, environment = Path(sys.executable), {"OMP_NUM_THREADS": "1"} | os.environ
         program = python if words[0] == "python" else python.with_name(words[0])
         command = [str(program), *words[1:]]
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n$ {' '.join(words)}\n")
+            log.write(f"\n$ {shlex.join(words)}\n")
             log.flush()
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT

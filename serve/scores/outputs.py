@@ -36,12 +36,12 @@ def check_last(last_file: Path, options: EvaluateOptions) -> None:
 def check_side(side: Side, last_file: Path) -> None:
     """Raise UserError for outputs of a side that are there, unless an interrupted run left them."""
     overwrite = side.options.overwrite
-    if not _is_unfinished(last_file.parent):
-        for file in _files_of(side):
-            check_output(output_file(file), overwrite, _ADVICE)
     if side.given is None:
         advice = f"{_ADVICE}, or --predictions with its name to score it"
         check_output(output_file(side.predictions), overwrite, advice)
+    if not _is_unfinished(last_file.parent):
+        for file in _files_of(side):
+            check_output(output_file(file), overwrite, _ADVICE)
 
 
 def _files_of(side: Side) -> list[Path]:

@@ -29,13 +29,13 @@ def _counts(scored: Scored, report: Mapping[str, Any]) -> str:
 
 def table(scored: Scored) -> str:
     """Every measure with its 95 % interval; precision and recall beside F where there are."""
-    lines = [f"{'measure':<24}{'score':>9}  {'95 % interval':<20}{'P':>8}{'R':>8}"]
+    lines = [f"{'measure':<28}{'score':>9}  {'95 % interval':<20}{'P':>8}{'R':>8}"]
     values = scored.values
     for name, value in values.items():
         if name.endswith((".p", ".r")) or value is None:
             continue
         low, high = scored.intervals[name]
-        line = f"{name:<24}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<20}"
+        line = f"{name:<28}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<20}"
         for part in ("p", "r"):
             other = values.get(f"{name}.{part}")
             line += "" if other is None else f"{other:>8.4f}"
@@ -69,12 +69,12 @@ def comparison_in_words(found: Mapping[str, Any]) -> str:
     to the first side has p below 0.05."""
     names, scores, tests = found["models"], found["scores"], found["paired"]
     width = max(20, *(cell_len(name) + 2 for name in names))
-    lines = [f"{'measure':<24}" + "".join(_padded(name, width) for name in names)]
+    lines = [f"{'measure':<28}" + "".join(_padded(name, width) for name in names)]
     for measure, sides in scores.items():
         if measure.endswith((".p", ".r")):
             continue
         cells = [_cell(sides.get(name), tests.get(measure, {}).get(name)) for name in names]
-        lines.append((f"{measure:<24}" + "".join(_padded(cell, width) for cell in cells)).rstrip())
+        lines.append((f"{measure:<28}" + "".join(_padded(cell, width) for cell in cells)).rstrip())
     note = f"{found['rows']} rows; score and half its 95 % interval; * differs from {names[0]}, p"
     return "\n".join([*lines, "", f"{note} < {_SURE:g}"])
 
