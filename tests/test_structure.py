@@ -147,6 +147,7 @@ COMMANDS = {
     "launch/merge.py": "launch.merge",
     '"plan.py"': "launch.plan",
     "qwen_ds.data": "qwen_ds.data.__main__",
+    "qwen_ds.report": "qwen_ds.report.__main__",
     '"chat.py"': "serve.chat",
     "serve.api.running": "serve.api.__main__",
 }
