@@ -34,7 +34,7 @@ RECIPE = "launch/recipes/demo.yaml"
 DEFAULT_OUTPUT = "runs/demo"
 SAMPLES = 3
 BASE, RESULT = "base", "fine-tuned"  # as the evaluation names them
-REQUIRE = ("--require", "stop_rate>=0.99", "seed.rouge-l>=0.2")
+REQUIRE = ("--require", "stop_rate>=0.99", "seed.rouge-l>=0.4")
 SHOWN = ("seed.rouge-1", "seed.rouge-2", "seed.rouge-l", "seed.bleu-4", "stop_rate", "perplexity")
 LOG_LINES = 15
 SECONDS_BETWEEN_LINES = 20.0

@@ -16,7 +16,7 @@ CHANGED = 4  # rows that got better most, and as many that got worse
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 
 
-class Sampled(NamedTuple):
+class SampledPrompt(NamedTuple):
     """One prompt with its reference, and the answers to it after some steps."""
 
     prompt: str
@@ -24,7 +24,7 @@ class Sampled(NamedTuple):
     answers: list[tuple[Any, str]]
 
 
-class Scored(NamedTuple):
+class RankedRow(NamedTuple):
     """A row of an evaluation: where it comes from, its score, the texts, and whether it is one of
     the best."""
 
@@ -52,7 +52,7 @@ def question(prompt: object) -> str:
     return asked[-1] if asked else text
 
 
-def sampled(samples: Sequence[Row]) -> list[Sampled]:
+def sampled(samples: Sequence[Row]) -> list[SampledPrompt]:
     """The first prompts with the answers of some moments, first and last among them."""
     by_prompt: dict[tuple[str, str], list[Row]] = {}
     for row in samples:
@@ -64,7 +64,7 @@ def sampled(samples: Sequence[Row]) -> list[Sampled]:
             at = {round(i * (moments - 1) / (MAX_MOMENTS - 1)) for i in range(MAX_MOMENTS)}
             rows = [rows[i] for i in sorted(at)]
         answers = [(row["step"], str(row["answer"])) for row in rows]
-        found.append(Sampled(question(prompt), reference, answers))
+        found.append(SampledPrompt(question(prompt), reference, answers))
     return found
 
 
@@ -87,13 +87,11 @@ def sampled_last(runs: Sequence[Sequence[Row]]) -> list[Changed]:
     ]
 
 
-def ranked(evaluation: Evaluation) -> list[Scored]:
+def ranked(evaluation: Evaluation) -> list[RankedRow]:
     """The worst rows by the evaluation's main score, the worst first, and then the best."""
     name = evaluation.main
-    if name is None:
-        return []
     rows = [
-        Scored(
+        RankedRow(
             str(line.get("source", "")),
             score,
             question(line.get("prompt")),
@@ -125,7 +123,7 @@ def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
     of_lines = [{line.get(key): line for line in e.predictions} for e in evaluations]
 
     def score(side: int, at: Any) -> float | None:
-        return number(of_rows[side].get(at, {}), name) if name else None
+        return number(of_rows[side].get(at, {}), name)
 
     def gain(at: Any) -> float:
         before, after = score(0, at), score(-1, at)

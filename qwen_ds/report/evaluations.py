@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.report.folder import Reader, Row, RunFiles, number
+from qwen_ds.report.folder import Row, RunFiles, RunReader, number
 from qwen_ds.report.significance import Paired, compare, matched
 
 METRICS, ROWS, PREDICTIONS = "metrics.json", "rows.jsonl", "predictions.jsonl"
@@ -22,7 +22,7 @@ GENERAL = (
 )  # fmt: skip
 LOWER_IS_BETTER = ("perplexity", "repetition_rate", "verbatim_share")
 NEITHER_IS_BETTER = ("length_ratio", "distinct-1", "distinct-2")
-# The score by which rows are ranked: the first of these that they have.
+# The score that stands for all: the first of these that there is.
 MAIN = tuple(
     f"{profile}.rouge-l"
     for profile in ("seed", "chatglm", "chatglm3", "rouge-score", "rouge_score")
@@ -55,12 +55,11 @@ class Evaluation:
     written: float  # seconds, as the file system has it
 
     @property
-    def main(self) -> str | None:
-        """The score by which rows are ranked; None: the rows have no scores."""
-        first = self.rows[0] if self.rows else {}
-        return next(
-            (name for name in (*MAIN, *self.scores) if number(first, name) is not None), None
-        )
+    def main(self) -> str:
+        """The score that stands for all of them: the one by which the evaluation ranks its rows,
+        else the first of MAIN that it has, else its first."""
+        asked = str(self.report.get("ranked_by"))
+        return next(name for name in (asked, *MAIN, *self.scores) if name in self.scores)
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +67,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ScoreTable:
     """Evaluations on the same data, side by side; the first is the one compared with."""
 
     data: str
@@ -105,7 +104,7 @@ def _of(run: RunFiles, report: Row, place: str) -> Evaluation | None:
     scores = scores_of(report)
     if not scores:
         return None
-    reader = Reader(run.folder, run.troubles)
+    reader = RunReader(run.folder, run.troubles)
     model, adapter = report.get("model"), report.get("adapter")
     asked = run.recipe.get("model")
     is_base = not adapter and isinstance(asked, dict) and _same(model, asked.get("path"))
@@ -156,7 +155,7 @@ def scores_of(report: Row) -> dict[str, Score]:
     return found
 
 
-def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Table]:
+def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[ScoreTable]:
     """The evaluations by what they belong to: one call that compared models, or the same data."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
@@ -177,7 +176,7 @@ def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Table]:
         else:
             members = sorted(members, key=lambda e: (not e.is_base, e.written))
         verdicts = [_verdicts(members[0], other, comparison) for other in members[1:]]
-        found.append(Table(", ".join(members[0].data), members, verdicts, comparison))
+        found.append(ScoreTable(", ".join(members[0].data), members, verdicts, comparison))
     return found
 
 

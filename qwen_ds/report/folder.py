@@ -25,7 +25,7 @@ _BAD_LINES_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class RunReader:
     """Reads the files of one folder. `troubles` grows by a line for each that is broken."""
 
     folder: Path
@@ -73,7 +73,11 @@ class Reader:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.troubles.append(f"{RECIPE}: not readable as YAML ({str(error).splitlines()[0]})")
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            if text.strip():
+                self.troubles.append(f"{RECIPE}: no sections and keys in it; left out")
+            return {}
+        return found
 
     def guarded(self, name: str, make: Callable[[], Made], otherwise: Made) -> Made:
         """The part of the report that `make` makes of the file `name`; if its values are not those
@@ -104,7 +108,7 @@ class Reader:
 class RunFiles:
     """Everything that training leaves in a run folder; {} or [] for what is not there."""
 
-    reader: Reader
+    reader: RunReader
     steps: list[Row]  # of metrics.jsonl, those of training
     evals: list[Row]  # of metrics.jsonl, those with an evaluation loss
     recipe: Row
@@ -137,7 +141,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run folder. UserError: it is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the folder of a run")
-    reader = Reader(folder)
+    reader = RunReader(folder)
     if not reader.has(RECIPE) and not reader.has(METRICS):
         raise UserError(f"{folder}: neither {RECIPE} nor {METRICS}; expected the folder of a run")
     metrics = reader.lines(METRICS)
@@ -155,7 +159,7 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def _outcome(reader: Reader) -> Row:
+def _outcome(reader: RunReader) -> Row:
     """The totals that the newest checkpoint has of the run; {} without one."""
     name = reader.text("latest", 300).strip()
     if not name or "/" in name:

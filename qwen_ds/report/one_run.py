@@ -13,6 +13,8 @@ from qwen_ds.report import sections, training_charts
 from qwen_ds.report.answers import count_prompts, ranked, sampled
 from qwen_ds.report.evaluations import find, is_better, tables
 from qwen_ds.report.folder import RunFiles
+from qwen_ds.report.further import further
+from qwen_ds.report.further import sentences as further_sentences
 from qwen_ds.report.recipe_table import from_defaults
 from qwen_ds.report.shading import SHADES, shaded
 from qwen_ds.report.verdict import p_value, percent, short, verdict, worst
@@ -31,7 +33,8 @@ def page_of(run: RunFiles) -> str:
     guarded, listed = run.reader.guarded, run.reader.listed
     evaluations = find(run)
     found = listed("the evaluations", lambda: tables(run, evaluations))
-    sentences = verdict(run, found)
+    more = [listed("the evaluations", partial(further, table)) for table in found]
+    sentences = [*verdict(run, found), *(s for each in more for s in further_sentences(each))]
     values: dict[str, object] = {
         "run": run,
         "severity": worst(sentences),
@@ -43,7 +46,7 @@ def page_of(run: RunFiles) -> str:
         "num_prompts": guarded("samples.jsonl", lambda: count_prompts(run.samples), 0),
         "shaded": listed("token_losses.jsonl", lambda: shaded(run.token_losses)),
         "shades": SHADES,
-        "tables": found,
+        "tables": list(zip(found, more, strict=True)),
         "ranked": [(e, listed(e.place, partial(ranked, e))) for e in evaluations],
         "environment": listed("environment.json", lambda: sections.environment(run)),
         "started_as": guarded("environment.json", lambda: sections.started_as(run), ""),
@@ -60,5 +63,5 @@ def templates() -> jinja2.Environment:
     """The templates of this package, with its own words for figures."""
     found = environment(__package__)
     found.filters |= {"percent": percent, "short": short, "p_value": p_value}
-    found.globals |= {"is_better": is_better, "flat_rows": sections.recipe_rows}
+    found.globals["is_better"] = is_better
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from qwen_ds.page.charts import Curve, curves
-from qwen_ds.report.folder import Row, RunFiles, number, series
+from qwen_ds.report.folder import RunFiles, series
 
 STEP = "optimizer step"
 LOSS = "loss per target token (nats)"
@@ -92,9 +92,3 @@ def rolling_mean(values: Sequence[float], of: int) -> list[float]:
     low, high = np.maximum(at - of // 2, 0), np.minimum(at + of - of // 2, len(values))
     means: list[float] = ((sums[high] - sums[low]) / (high - low)).tolist()
     return means
-
-
-def mean_of(rows: Sequence[Row], key: str) -> float | None:
-    """Mean of the finite values at a key."""
-    values = [value for row in rows if (value := number(row, key)) is not None]
-    return sum(values) / len(values) if values else None

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from qwen_ds.page.html import count
-from qwen_ds.report.evaluations import Evaluation, Table, is_better
+from qwen_ds.report.evaluations import Evaluation, ScoreTable, is_better
 from qwen_ds.report.folder import RunFiles, number, series
-from qwen_ds.report.training_charts import mean_of
 
 Severity = Literal["good", "note", "warn", "stop"]
 SEVERITIES: tuple[Severity, ...] = ("good", "note", "warn", "stop")
@@ -29,7 +28,7 @@ class Sentence(NamedTuple):
     severity: Severity
 
 
-def verdict(run: RunFiles, tables: Sequence[Table] = ()) -> list[Sentence]:
+def verdict(run: RunFiles, tables: Sequence[ScoreTable] = ()) -> list[Sentence]:
     """The sentences on a run, the one on its loss first."""
     listed = run.reader.listed
     return [
@@ -147,7 +146,7 @@ def _data(run: RunFiles) -> list[Sentence]:
         text = f"{share} {_were(rows)} {word} ({why})."
         found.append(Sentence(text, "warn" if rows > CUT * read else "note"))
     duplicates = run.data.get("duplicates") or 0
-    if duplicates:
+    if duplicates and not run.data.get("findings"):  # the data check names them, too
         verb = "duplicates" if duplicates == 1 else "duplicate"
         text = f"{count(duplicates, 'row')} {verb} an earlier one."
         found.append(Sentence(text, "warn" if duplicates > CUT * read else "note"))
@@ -206,11 +205,11 @@ def _section(run: RunFiles, name: str) -> dict[str, object]:
     return section if isinstance(section, dict) else {}
 
 
-def _scores(table: Table) -> list[Sentence]:
+def _scores(table: ScoreTable) -> list[Sentence]:
     """On each evaluation after the first whether it differs from the first, and who never stops."""
     first, found = table.evaluations[0], []
     for other, paired in zip(table.evaluations[1:], table.verdicts, strict=True):
-        name = other.main or next(iter(other.scores))
+        name = other.main
         before, after = first.scores.get(name), other.scores[name]
         if before is None or before.value is None or after.value is None:
             continue
@@ -252,5 +251,10 @@ def _answers(evaluation: Evaluation) -> list[Sentence]:
 
 
 def speed(run: RunFiles) -> float | None:
-    """Mean tokens per second of the logged steps."""
-    return mean_of(run.steps, "tokens_per_second")
+    """Tokens per second over all logged steps."""
+    tokens = seconds = 0.0
+    for row in run.steps:
+        rate, took = number(row, "tokens_per_second"), number(row, "seconds")
+        if rate is not None and took is not None:
+            tokens, seconds = tokens + rate * took, seconds + took
+    return tokens / seconds if seconds else None

@@ -192,6 +192,8 @@ class Leader:
             time.sleep(_POLL_SECONDS)
 
     def _has_begun(self, output: Path) -> bool:
-        # A sign that an earlier run has left is another process's.
-        found = process_of(output, 0)
-        return found is not None and found == process_of(self._last, 0)
+        found, leader = process_of(output, 0), process_of(self._last, 0)
+        if found is None or leader is None or (found.host, found.pid) != (leader.host, leader.pid):
+            return False
+        # A container started anew has its process ids again: a killed run's sign is older.
+        return found.since >= leader.since

@@ -67,8 +67,9 @@ def _times_drawn(rows: int, seed: int, resamples: int) -> Iterator[Figures]:
 
 
 def _interval(values_RM: Figures) -> tuple[Figures, Figures]:
-    defined = np.where(np.isfinite(values_RM), values_RM, np.nan)
-    with warnings.catch_warnings():
+    """Percentiles of the resamples in which a measure is defined; NaN where it never is, or where
+    they lie among infinite ones."""
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        low_M, high_M = np.nanquantile(defined, _TAILS, axis=0)
+        low_M, high_M = np.nanquantile(values_RM, _TAILS, axis=0)
     return low_M, high_M

@@ -26,8 +26,7 @@ def last_file_of(options: EvaluateOptions) -> Path:
 
 def check_last(last_file: Path, options: EvaluateOptions) -> None:
     """Raise UserError if the last file is there and may not be replaced, or is an input."""
-    given = [value.rpartition("=")[2] for value in options.predictions]
-    refuse_input(last_file, [*given, *options.data])
+    refuse_input(last_file, options.data)
     if not _is_unfinished(last_file.parent):
         check_output(last_file, options.overwrite, _ADVICE)
     require_folder(last_file.parent)
@@ -36,6 +35,9 @@ def check_last(last_file: Path, options: EvaluateOptions) -> None:
 def check_side(side: Side, last_file: Path) -> None:
     """Raise UserError for outputs of a side that are there, unless an interrupted run left them."""
     overwrite = side.options.overwrite
+    inputs = [*side.options.data, *([] if side.given is None else [side.given])]
+    for file in (last_file, *_files_of(side)):
+        refuse_input(file, inputs)
     if side.given is None:
         advice = f"{_ADVICE}, or --predictions with its name to score it"
         check_output(output_file(side.predictions), overwrite, advice)

@@ -135,10 +135,10 @@ def _rouge_chinese_row(prediction: str, references: Sequence[str], words: Words)
 
 
 def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
-    """The package rouge-score over jieba's words, and over characters ("rouge-1-chars" ..)."""
+    """The package rouge-score over jieba's words, and over characters ("rouge-1-char" ..)."""
     told = signature(
         rouge="n-grams with multiplicity, L of the whole text",
-        tok=f"{Words.signature}, punctuation dropped; chars: Han characters and other words",
+        tok=f"{Words.signature}, punctuation dropped; char: Han characters and other words",
         case="lower",
         stem="no",
         scale="0..1",
@@ -154,4 +154,4 @@ def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
         return figures(best(scorer.score(row.prediction, r) for r in row.references))
 
     found = [[f for scorer in scorers for f in figures_of(row, scorer)] for row in rows]
-    return means("rouge-score", told, (*names(), *names("-chars")), found)
+    return means("rouge-score", told, (*names(), *names("-char")), found)

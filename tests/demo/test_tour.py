@@ -73,7 +73,7 @@ def test_the_tour_types_what_a_user_would(
     shell: FakeShell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.tour(shell, Path("runs/demo"), 2, None)
-    evaluate, gate = "python -m serve.evaluate", "--require stop_rate>=0.99 seed.rouge-l>=0.2"
+    evaluate, gate = "python -m serve.evaluate", "--require stop_rate>=0.99 seed.rouge-l>=0.4"
     compared = "--compare base=/base fine-tuned=runs/demo/adapter --model /base"
     given = "--predictions runs/demo/eval/base/predictions.jsonl --output_dir runs/demo/gate"
     data = f"--data {shell.data} --training /train.jsonl --output_dir runs/demo/eval"

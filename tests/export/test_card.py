@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from qwen_ds.disk.digest import model_sha256
 from qwen_ds.disk.weights import file_sha256
+from qwen_ds.export.card_scores import VeryModel
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.recipe.loading import write_recipe
@@ -102,6 +103,13 @@ def test_scores_are_those_of_this_very_model(
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert ("eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + " in text) == told
     assert ("## Evaluation" in text) == told
+
+
+def test_a_conversion_shows_the_scores_of_what_was_converted(small_dir: Path) -> None:
+    own, other = {"model_sha256": model_sha256(small_dir)}, {"model_sha256": "0" * 64}
+    model = VeryModel(small_dir, [], is_plain=True)
+    assert model.is_shown_by(own) and not model.is_shown_by(other)
+    assert not model.is_before(own), "nothing was put on it"
 
 
 def test_scores_of_the_base_stand_beside_its_own_where_both_are_of_the_same_rows(

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,9 @@ def test_a_rank_waits_for_the_first_longer_than_for_a_sign_beside_an_output(
     tmp_path: Path, as_rank: Callable[[int], None]
 ) -> None:
     outputs, last, own = [tmp_path / "a", tmp_path / "b"], tmp_path / "last", Holder.this_process()
-    SignOfLife(outputs[1], 0, Holder("here", 7, "yesterday"))._done.set()  # a killed run's
+    own = replace(own, since=f"later than {own.since}")  # each sign has its own time
+    left = replace(own, since="2001-01-01 00:00:00")
+    SignOfLife(outputs[1], 0, left)._done.set()  # a killed run's
     as_rank(0)
     with Leader(last, outputs) as leader:
         leader.wait_for(outputs[1])  # itself it waits for nobody

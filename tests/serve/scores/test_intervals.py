@@ -15,6 +15,8 @@ from serve.scores.measured import Figures, Measured, divided, means
 from serve.scores.rows import ScoredRow
 from tests.serve.scores.pairs import text_pairs
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 
 def of_values(values_NM: Figures) -> Measured:
     names = [f"m{k}" for k in range(values_NM.shape[1])]
@@ -98,6 +100,18 @@ def test_resamples_in_which_a_measure_is_not_defined_do_not_count() -> None:
     half = Measured("", "", ("x",), np.array([[1.0, 1.0], [0.0, 0.0]]), divided, (True,))
     np.testing.assert_array_equal(bootstrap(half), [[1.0], [1.0]])
     assert paired(half, half)[3] == [1.0]
+
+
+def test_an_endless_perplexity_has_an_endless_interval() -> None:
+    def exp_divided(sums: Figures) -> Figures:
+        with np.errstate(over="ignore"):
+            return np.exp(divided(sums))
+
+    endless = Measured("", "", ("x",), np.array([[1e6, 1.0], [0.0, 1.0]]), exp_divided, (False,))
+    low, high = bootstrap(endless)  # a quarter of the resamples is exp(0)
+    assert low == [1.0] and not np.isfinite(high).any()
+    assert np.isnan(paired(endless, endless)[0]).all()
+    assert np.isnan(paired(endless, endless)[3]).all()
 
 
 def test_intervals_and_tests_of_bleu_are_those_of_sacrebleu(

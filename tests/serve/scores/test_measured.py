@@ -6,8 +6,11 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from serve.scores.measured import Measured, divided, means, signature
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 def test_means_have_names_values_and_nested_json() -> None:

@@ -172,7 +172,7 @@ def test_every_measure_has_a_name_of_its_own_and_a_signature_with_versions() -> 
     found = measure([ScoredRow("裙子", ("裙子",), "stop", 1.0, 2)], training={"裙子"})
     names = [name for measured in found for name in measured.full_names]
     assert len(names) == len(set(names))
-    assert {"seed.rouge-l", "chatglm.bleu-4", "rouge-score.rouge-2-chars.p", "sacrebleu-zh.chrf",
+    assert {"seed.rouge-l", "chatglm.bleu-4", "rouge-score.rouge-2-char.p", "sacrebleu-zh.chrf",
             "stop_rate", "verbatim_share", "perplexity", "distinct-2"} <= set(names)  # fmt: skip
     told = {measured.profile: measured.signature for measured in found if measured.profile}
     assert list(told) == ["seed", "chatglm", "chatglm3", "rouge-score", "sacrebleu-zh"]

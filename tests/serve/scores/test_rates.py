@@ -13,6 +13,8 @@ from serve.scores.rates import general_measures
 from serve.scores.rows import ScoredRow
 from serve.scores.segmentation import Words
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 
 def measured(rows: list[ScoredRow], training: Container[str] | None = None) -> dict[str, Measured]:
     return {one.names[0]: one for one in general_measures(rows, Words(), training)}

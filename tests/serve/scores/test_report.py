@@ -211,3 +211,37 @@ def test_chinese_text_is_wrapped_by_the_columns_it_takes() -> None:
         "              " + "裙" * 6,
         "  prediction  (empty)",
     ]
+
+
+def test_scores_stopped_while_they_are_written_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, without --overwrite; a complete result is not touched."""
+    rows = [{"prediction": row["summary"], "reference": row["summary"]} for row in ROWS]
+    files = [str(write_rows(tmp_path / name, rows)) for name in ("a.jsonl", "b.jsonl")]
+    out = tmp_path / "out"
+
+    def stopped(file: Path, _: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.scores.outputs.write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(options_for(out, "--predictions", *files))
+    assert (out / "a" / "rows.jsonl").is_file() and not (out / "comparison.json").exists()
+    assert evaluate(options_for(out, "--predictions", *files)) is not None
+    assert sorted(file.name for file in out.iterdir()) == ["a", "b", "comparison.json"]
+    with pytest.raises(UserError, match=r"comparison\.json: exists"):
+        evaluate(options_for(out, "--predictions", *files))
+    (out / "comparison.json").unlink()
+    with pytest.raises(UserError, match=r"rows\.jsonl: exists; expected a new --output_dir"):
+        evaluate(options_for(out, "--predictions", *files))
+    assert evaluate(options_for(out, "--predictions", *files, "--overwrite")) is not None
+
+
+def test_answers_that_are_scored_are_no_output(tmp_path: Path) -> None:
+    rows = [{"prediction": "a", "reference": "b"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"rows\.jsonl: this command reads .*expected an output"):
+        evaluate(options_for(tmp_path, "--predictions", str(file), "--overwrite"))
+    assert read_lines(file) == rows

@@ -159,7 +159,7 @@ def test_of_several_references_each_measure_takes_its_best() -> None:
     assert best([first, None, second]) == Rouge(prf(0.5), prf(0.4), prf(0.3))
     assert best([None]) == best([]) == NOTHING == Rouge(ZERO, ZERO, ZERO)
     assert dict(zip(names(), figures(first), strict=True))["rouge-2.r"] == 0.1 / 3
-    assert names("-chars")[:3] == ("rouge-1-chars", "rouge-1-chars.p", "rouge-1-chars.r")
+    assert names("-char")[:3] == ("rouge-1-char", "rouge-1-char.p", "rouge-1-char.r")
     # As rouge-score itself does it.
     references, prediction = ["a b c d", "b a x", "c d e"], "a b c e"
     scorer = RougeScore(str.split)

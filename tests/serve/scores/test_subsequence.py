@@ -53,4 +53,4 @@ def test_answers_of_20_000_words_take_little_memory() -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 50e6, f"{peak} bytes; a table of 20,000 by 20,000 takes 1.6e9"
+    assert peak < 20e6, f"{peak} bytes; a table of 20,000 by 20,000 takes 1.6e9"

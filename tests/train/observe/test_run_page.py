@@ -1,27 +1,40 @@
-"""report.html: everything of a run, whatever characters its files hold."""
+"""loss.png and report.html of a finished run, which are made from its folder alone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import pytest
+
 from qwen_ds.train.observe.run_page import write_report
+from tests.report.runs import losses, make_run, write_lines
 
 
-def test_the_page_shows_the_run_and_trusts_no_text_in_it(tmp_path: Path) -> None:
-    run = tmp_path / "run <1>"
-    run.mkdir()
-    rows = [
-        {"step": 1, "loss": 3.25, "lr": 1e-3}, {"step": 2, "loss": 2.123456789, "lr": 1e-3},
-        {"step": 2, "eval_loss": 2.5},
-    ]  # fmt: skip
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "data_report.json").write_text(json.dumps({"rows": 3, "sample": "<b>\u4f60</b>"}))
-    (run / "recipe.yaml").write_text("seed: 42  # <script>\n")
-    write_report(run, "2 steps", "8 trainable of 9 parameters")
-    page = (run / "report.html").read_text(encoding="utf-8")
-    for text in ("run &lt;1&gt;", "2 steps", "8 trainable", "&lt;b&gt;\u4f60", "&lt;script&gt;"):
-        assert text in page, text
-    assert "<script>" not in page and "data:image/png;base64," in page
-    assert "<th>loss</th><td>2.12346</td>" in page and "<th>step</th><td>2</td>" in page
+def test_a_finished_run_gets_its_curve_and_its_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run <1>", steps=4)
+    write_report(run)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1>run &lt;1&gt;</h1>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It marks a finished run: without the curve there is none."""
+    run = make_run(tmp_path / "run", steps=4)
+    (run / "loss.png").mkdir()  # nothing can be written under that name
+    with pytest.raises(OSError):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_broken_file_is_said_and_costs_no_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", steps=4)
+    write_lines(run / "metrics.jsonl", losses(3))
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "los')
+    write_report(run)
+    assert (
+        "report.html: metrics.jsonl: no JSON object in line 4; left out" in capsys.readouterr().out
+    )
+    assert (run / "report.html").is_file()
