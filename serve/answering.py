@@ -14,6 +14,7 @@ from qwen_ds.decode.sampler import TokenLogprobs
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.model.chatml import Conversation
 from serve.engine.engine import ServingEngine, stream
+from serve.engine.reference_loss import ReferenceLosses
 from serve.structure import Structure
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
@@ -29,6 +30,8 @@ class Question:
     adapter: str | None = None  # of those of a model here
     stop_strings: tuple[str, ...] = ()
     structure: Structure | None = None  # what the answer is held to
+    reference: str | None = None  # an answer whose loss is wanted, too
+    reference_ids: Sequence[int] = ()  # of that, as `ids`
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Answer:
     prompt_tokens: int | None
     completion_tokens: int | None
     logprobs: list[dict[str, Any]] | None = None  # of each token, as OpenAI's API has them
+    reference_nll: float | None = None  # -log p of the reference in nats, a sum over its tokens
+    reference_tokens: int | None = None  # the one that ends it included
 
 
 class Answerer(Protocol):
@@ -65,23 +70,30 @@ class EngineAnswerer:
         self, engine: ServingEngine, decoding: DecodingEngine, grammar: Grammar | None = None
     ) -> None:
         self._stop, self._token_bytes = engine.stop, engine.vocabulary.token_bytes
-        self._engine, self._grammar = decoding, grammar
+        self.decoding, self._grammar = decoding, grammar
+        self._losses = ReferenceLosses(engine)
+        self._asked: dict[int, Question] = {}
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`."""
-        for i, found in stream(self._engine, map(self._request, questions)):
-            yield i, self._answer(found) if isinstance(found, Completion) else found
+        requests = (self._request(*numbered) for numbered in enumerate(questions))
+        for i, found in stream(self.decoding, requests):
+            one = self._asked.pop(i)
+            yield i, self._answer(one, found) if isinstance(found, Completion) else found
 
-    def _request(self, one: Question) -> Request:
+    def _request(self, number: int, one: Question) -> Request:
+        self._asked[number] = one
         return Request(
             one.ids, one.sampling, self._stop, one.adapter,
             stop_strings=one.stop_strings, grammar=self._grammar,
         )  # fmt: skip
 
-    def _answer(self, found: Completion) -> Answer:
-        logprobs = [as_json(one, self._token_bytes) for one in found.logprobs]
+    def _answer(self, one: Question, found: Completion) -> Answer:
+        logprobs = [as_json(each, self._token_bytes) for each in found.logprobs]
         counts = found.prompt_tokens, len(found.ids)
-        return Answer(found.text, found.finish_reason, *counts, logprobs or None)
+        loss = self._losses.of(one.ids, one.reference_ids, one.adapter)
+        told = (None, None) if loss is None else (loss, len(one.reference_ids))
+        return Answer(found.text, found.finish_reason, *counts, logprobs or None, *told)
 
 
 def as_json(one: TokenLogprobs, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:

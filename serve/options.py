@@ -143,6 +143,9 @@ class AnswerOptions(LoadOptions, SamplingOptions, EndpointOptions):
     """With endpoint: requests that are under way at a time."""
     keep: list[str] = field(default_factory=list)
     """Columns of the input that each line of the output carries, as an object under `kept`."""
+    references: list[str] = field(default_factory=list)
+    """Columns with further answers to compare with, each a text or a list of texts. The answer's
+    own column may be among them, where it holds a list."""
     long_prompts: Literal["stop", "cut"] = "stop"
     """A prompt that leaves no room for max_new_tokens in the model's context: stop before anything
     is generated, naming its file:line, or cut it (oldest turns first, then the end of the question)
@@ -197,18 +200,65 @@ class PredictOptions(AnswerOptions):
     then gets nothing else."""
 
 
+@dataclass(frozen=True)
+class GeneralOptions:
+    """Options of the check that a model has not forgotten what it could."""
+
+    general: list[PathText] = field(default_factory=list)
+    """Files or folders of texts ({"text": ..}) and of questions (question, A, B, C, D, answer, as
+    in C-Eval), by whose likelihood each model is measured; with compare, the first against the
+    others."""
+    general_examples: list[PathText] = field(default_factory=list)
+    """With general: questions of which up to five, of the same subject if there are any, stand with
+    their answers before each question (C-Eval's dev)."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Options of a model elsewhere that compares the answers of two others."""
+
+    judge: str | None = None
+    """With two or more models: URL of a server with OpenAI's HTTP API whose model says which answer
+    is better, the first model's or another's. Each pair is asked about twice, in both orders."""
+    judge_model: str | None = None
+    """With judge: the server's name of the model; unset: the first that it lists."""
+    judge_key_file: str | None = None
+    """With judge: file that holds the server's key and nothing else."""
+    judge_language: Literal["auto", "zh", "en"] = "auto"
+    """Language of the questions to the judge; auto: Chinese for rows with Chinese in the prompt."""
+    judge_max_tokens: PositiveInt = 1024
+    """Tokens of a judge's reply at most, its reasoning included."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(AnswerOptions):
+class EvaluateOptions(AnswerOptions, GeneralOptions, JudgeOptions):
     """Options of serve.evaluate."""
 
     model: PathText | None = None
-    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint or predictions."""
+    """Folder or hub id of a Qwen checkpoint. Not needed with endpoint or predictions, nor with
+    compare where no adapter is compared."""
+    compare: list[PathText] = field(default_factory=list)
+    """Models to score on the same rows, the others against the first: PLACE or NAME=PLACE. A place
+    is a model's folder or hub id; or the folder of an adapter, run or checkpoint, to put on
+    `model`; with endpoint the server's name of a model."""
     data: list[PathText] = field(default_factory=list)
     """Files, folders or hub data sets with questions and reference answers."""
     output_dir: PathText
-    """Folder to write predictions.jsonl and metrics.json to."""
-    predictions: PathText | None = None
-    """Score this file of serve.predict instead of generating."""
+    """Folder to write to: predictions.jsonl, rows.jsonl, metrics.json and speed.json; of each model
+    in a folder of its name where several are compared, and comparison.json."""
+    predictions: list[PathText] = field(default_factory=list)
+    """Score these files of serve.predict instead of generating: FILE or NAME=FILE. Several are
+    compared, the others with the first."""
+    training: list[PathText] = field(default_factory=list)
+    """Files that the model was trained on: the share of answers that stand in them is measured."""
+    require: list[str] = field(default_factory=list)
+    """Figures that must hold, or the exit code is 1: "seed.rouge-l>=0.2" "stop_rate>=0.99", with
+    >=, >, <= or <. Of several models all but the first must hold them, or the one that is named:
+    "NAME:stop_rate>=0.99"."""
+    perplexity: bool = True
+    """Also measure how probable the model finds the first reference of each row."""
+    resamples: PositiveInt = 1000
+    """Resamples of the rows from which intervals and significance come; `seed` draws them."""
 
 
 Options = TypeVar("Options", bound=SamplingOptions)

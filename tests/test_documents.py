@@ -165,6 +165,15 @@ def check_tensorboard(words: Words) -> None:
     assert parser.parse_args(words[1:]).logdir == "runs"
 
 
+def check_lm_eval(options: Sequence[str]) -> None:
+    """Check the harness's options with its own parser, and that the tasks are those beside us."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    given = HarnessCLI()._parser.parse_args(["run", *options])
+    files = [ROOT / given.include_path / f"{task}.yaml" for task in given.tasks]
+    assert all(file.is_file() for file in files), files
+
+
 def check_docker(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the image is built from our Dockerfile and runs one of our commands."""
     if words[1] == "build":
@@ -196,6 +205,8 @@ def check_command(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
             assert f"VENV := {path.removesuffix('/bin/activate')}\n" in read("Makefile")
         case ("deepspeed", *_):
             check_launcher(words, monkeypatch)
+        case ("python", "-m", "lm_eval", *options):
+            check_lm_eval(options)
         case ("python" | ".venv/bin/python", "-m", program, *options):
             check_program(program, options, monkeypatch)
         case ("python", script, *options):
@@ -241,6 +252,7 @@ def test_every_command_is_accepted_by_its_own_parser(
         "python launch/merge.py --base b --adapters a --output o",
         "python launch/plan.py --gpu 8 --gpu_memori 80",
         "python -m serve.evaluate --model m --data d",
+        "python -m lm_eval --model hf --include_path docs/lm_eval --tasks qwen_ds_choices",
         "python -m qwen_ds.data look --model.path m --data.train x",
         "python -m qwen_ds.data inspect --model.path m --data.train x --rows many",
         "make demmo",

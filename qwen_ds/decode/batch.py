@@ -62,6 +62,7 @@ class GrowingAnswer:
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt: tuple[TokenLogprobs, ...] = ()
 
     def add(self, update: Update) -> None:
         """Take what a step brought, which is no error."""
@@ -71,6 +72,8 @@ class GrowingAnswer:
         self._text.append(update.text)
         if update.logprobs is not None:
             self._logprobs.append(update.logprobs)
+        if update.prompt is not None:
+            self._prompt = update.prompt.logprobs
 
     def completion(self) -> Completion:
         """The answer, once its last update has a finish_reason."""
@@ -79,5 +82,5 @@ class GrowingAnswer:
         kept = len(ids) - last.stop_tokens
         return Completion(
             tuple(ids[:kept]), "".join(self._text), last.finish_reason, len(self.request.prompt),
-            tuple(self._logprobs[:kept]),
+            tuple(self._logprobs[:kept]), self._prompt,
         )  # fmt: skip

@@ -90,6 +90,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the ids, where the request asks for them
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens but the first, as well
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The tour of `make demo`: fine-tune, evaluate, merge, evaluate, by the commands of a user.
+"""The tour of `make demo`: fine-tune, evaluate, merge and report, by the commands of a user.
 
     python -m qwen_ds.demo
 
@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -32,6 +33,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = "launch/recipes/demo.yaml"
 DEFAULT_OUTPUT = "runs/demo"
 SAMPLES = 3
+BASE, RESULT = "base", "fine-tuned"  # as the evaluation names them
+REQUIRE = ("--require", "stop_rate>=0.99", "seed.rouge-l>=0.4")
+SHOWN = ("seed.rouge-1", "seed.rouge-2", "seed.rouge-l", "seed.bleu-4", "stop_rate", "perplexity")
 LOG_LINES = 15
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -49,17 +53,22 @@ class Shell:
     log: Path
     shows_progress_in_place: bool
 
-    def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
+    def run(
+        self,
+        words: Sequence[str],
+        progress: Callable[[], str] | None = None,
+        exit_code: int = EXIT_DONE,
+    ) -> None:
         """Run one command and wait; from time to time show the line that `progress` returns.
 
-        Raises StepFailed if its exit code is not 0.
+        Raises StepFailed if it ends with another exit code.
         """
-        show(f"  $ {' '.join(words)}")
+        show(f"  $ {shlex.join(words)}")
         python, environment = Path(sys.executable), {"OMP_NUM_THREADS": "1"} | os.environ
         program = python if words[0] == "python" else python.with_name(words[0])
         command = [str(program), *words[1:]]
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n$ {' '.join(words)}\n")
+            log.write(f"\n$ {shlex.join(words)}\n")
             log.flush()
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -71,7 +80,7 @@ class Shell:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-        if process.returncode:
+        if process.returncode != exit_code:
             raise StepFailed(f"{' '.join(words)} ended with exit code {process.returncode}")
 
     def _wait(self, process: subprocess.Popen[bytes], progress: Callable[[], str] | None) -> None:
@@ -123,14 +132,15 @@ def progress_line(run: Path, total_steps: int) -> str:
     return f"step {last['step']}/{total_steps}  loss {last['loss']:.3f}  {speed}"
 
 
-def rouge_table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """ROUGE F of two metrics.json by the package rouge-score over jieba's words, and the gain."""
-    names = ("rouge-1", "rouge-2", "rouge-l")
-    first, second = ([each["rouge-score"][name]["f"] for name in names] for each in (before, after))
-    gain = [b - a for a, b in zip(first, second, strict=True)]
-    lines = ["            " + "".join(f"{name.upper():>10}" for name in names)]
-    for name, row, sign in (("before", first, "-"), ("after", second, "-"), ("gain", gain, "+")):
-        lines.append(f"  {name:<10}" + "".join(f"{value:>{sign}10.3f}" for value in row))
+def score_table(comparison: dict[str, Any]) -> str:
+    """Scores of comparison.json with their 95 % intervals, the base's and the result's, and p of
+    the difference."""
+    lines = [f"  {'':<14}{BASE:^26}{RESULT:^26}{'p':>7}"]
+    for name in SHOWN:
+        sides = [comparison["scores"][name][side] for side in (BASE, RESULT)]
+        cells = [f"{value:.3f}  {low:.3f} to {high:.3f}" for value, low, high in sides]
+        p = comparison["paired"][name][RESULT]["p"]
+        lines.append(f"  {name:<14}{cells[0]:^26}{cells[1]:^26}{p:>7.3f}")
     return "\n".join(lines)
 
 
@@ -152,30 +162,36 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
     folder = REPOSITORY / run
 
     show("1. Fine-tune with LoRA: from a shop catalogue's style to a lyrical one")
-    base, rows = _fine_tune(shell, run, num_gpus, deepspeed_json)
+    base, training, rows = _fine_tune(shell, run, num_gpus, deepspeed_json)
     losses = [row["loss"] for row in training_steps(folder)]
     seconds = time.monotonic() - started
     show(f"  {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {seconds:.0f} s\n")
 
-    what = "Evaluate the base, merge the adapter into it, evaluate the result"
-    show(f"2. {what}: on rows that neither saw")
-    evaluate = ["python", "-m", "serve.evaluate", "--data", rows, "--model"]
-    merge = ["python", "launch/merge.py", "--base", base]
-    shell.run([*evaluate, base, "--output_dir", f"{run}/eval_before"])
-    shell.run([*merge, "--adapter", f"{run}/adapter", "--output", f"{run}/merged"])
-    shell.run([*evaluate, f"{run}/merged", "--output_dir", f"{run}/eval_after"])
-
-    before, after = folder / "eval_before", folder / "eval_after"
-    scores = [json.loads((each / "metrics.json").read_text()) for each in (before, after)]
-    show(f"\n{rouge_table(*scores)}   ({corpus.EVAL_ITEMS} rows, F)\n")
+    show("2. Evaluate the base and the result on rows that neither saw; the result must reach this")
+    compare = ["--compare", f"{BASE}={base}", f"{RESULT}={run}/adapter", "--model", base]
+    data = ["--data", rows, "--training", training]
+    evaluate = ["python", "-m", "serve.evaluate"]
+    shell.run([*evaluate, *compare, *data, "--output_dir", f"{run}/eval", *REQUIRE])
+    scored = folder / "eval"
+    show(f"\n{score_table(json.loads((scored / 'comparison.json').read_text()))}")
+    show(f"  {corpus.EVAL_ITEMS} rows; 95 % intervals; p of the difference, row by row\n")
     contents = [row["content"] for row in read_lines(Path(rows))]
-    first, second = (read_lines(each / "predictions.jsonl") for each in (before, after))
-    show(side_by_side(first, second, contents))
+    before, after = (read_lines(scored / side / "predictions.jsonl") for side in (BASE, RESULT))
+    show(side_by_side(before, after, contents))
+
+    show("\n3. Ask the same of the base's answers: they miss it")
+    given = ["--predictions", f"{run}/eval/{BASE}/predictions.jsonl"]
+    gate = [*evaluate, *given, "--output_dir", f"{run}/gate", *REQUIRE]
+    shell.run(gate, exit_code=EXIT_FAILURE)
+
+    show("\n4. Merge the adapter; the model card tells the scores; put all of the run on one page")
+    merge = ["python", "launch/merge.py", "--base", base]
+    shell.run([*merge, "--adapter", f"{run}/adapter", "--output", f"{run}/merged"])
+    shell.run(["python", "-m", "qwen_ds.report", str(run)])
     show(
-        f"\nloss curve   {run}/loss.png\n"
-        f"report       {run}/report.html\n"
+        f"\nreport       {run}/report.html\n"
+        f"model        {run}/merged, and its card {run}/merged/README.md\n"
         f"TensorBoard  tensorboard --logdir {run.parent}\n"
-        f"model        {run}/merged\n"
         f"log          {shown(shell.log)}\n"
         f"done in {time.monotonic() - started:.0f} s"
     )
@@ -183,8 +199,9 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
 
 def _fine_tune(
     shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None
-) -> tuple[str, str]:
-    """Train; returns the base and the evaluation rows that the resolved recipe names."""
+) -> tuple[str, str, str]:
+    """Train; returns the base, and the training and evaluation rows that the resolved recipe
+    names."""
     launch = ["deepspeed", "--num_gpus", str(num_gpus), "launch/train.py"]
     if str(run) != DEFAULT_OUTPUT or deepspeed_json:
         launch += ["--config", RECIPE, "--output_dir", str(run)]
@@ -195,7 +212,7 @@ def _fine_tune(
     folder = REPOSITORY / run
     shell.run(launch, lambda: progress_line(folder, total_steps))
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return resolved["model"]["path"], resolved["data"]["eval"][0]
+    return resolved["model"]["path"], resolved["data"]["train"][0], resolved["data"]["eval"][0]
 
 
 @dataclass(frozen=True)

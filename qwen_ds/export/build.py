@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.disk.digest import weights_sha256
 from qwen_ds.disk.shards import INDEX_NAME, write_index
 from qwen_ds.disk.weights import TensorSpec, file_facts, open_tensors
 from qwen_ds.disk.write import sync
@@ -38,7 +39,8 @@ def build_files(
     """
     started = time.monotonic()
     outputs, changed = _write_weights(plan, source, folder, block_bytes, progress)
-    edits = _write_small_files(plan, folder)
+    sums = {shard.path.name: source.facts(shard.path.name) for shard in plan.base.shards}
+    edits = _write_small_files(plan, folder, _sha256_of(outputs), _sha256_of(sums))
     for path in sorted(folder.iterdir()):
         if path.name not in outputs:
             outputs[path.name] = file_facts(path)
@@ -109,15 +111,23 @@ def _check_header(path: Path, specs: Iterable[TensorSpec]) -> None:
     assert read == wanted, f"{path}: safetensors reads another header than written"
 
 
-def _write_small_files(plan: MergePlan, folder: Path) -> dict[str, str]:
-    """Write everything beside the weights; returns what was changed, by file name."""
+def _sha256_of(weights: Facts) -> str:
+    return weights_sha256({name: facts["sha256"] for name, facts in weights.items()})
+
+
+def _write_small_files(
+    plan: MergePlan, folder: Path, own_sha256: str, base_sha256: str
+) -> dict[str, str]:
+    """Write everything beside the weights, whose checksums are given; returns what was changed, by
+    file name."""
     if len(plan.shards) > 1 or plan.base.index_name is not None:
         members = {file: [spec.name for spec in specs] for file, specs in plan.shards.items()}
         write_index(folder, members, plan.num_bytes, plan.base.index_metadata)
     base, adapters = plan.base.folder, plan.adapters
     dtype = None if plan.dtype == "keep" else plan.dtype
     edits = plan.format.write_files(base, folder, dtype, bool(adapters.members))
-    write_card(folder, base, adapters, plan.format.name, plan.dtype)
+    sums = own_sha256, base_sha256
+    write_card(folder, base, adapters, plan.format.name, plan.dtype, sums)
     return edits
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from qwen_ds.data.rows.data_report import summary
-from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.weights import file_sha256
 from qwen_ds.disk.write import write_text
 from qwen_ds.errors import UserError
 from qwen_ds.export.base_check import base_name, doubts, hub_id
+from qwen_ds.export.card_scores import VeryModel, evaluations_of
 from qwen_ds.export.stream.changes import Adapters
 from qwen_ds.model.adapter import CONFIG_NAME
 from qwen_ds.model.carry_over import legal_texts
@@ -56,19 +54,27 @@ _TEMPLATES.filters |= {"words": _as_words, "code": _as_code}
 
 
 def write_card(
-    folder: Path, base: Path, adapters: Adapters, format: str, dtype: str = "keep"
+    folder: Path,
+    base: Path,
+    adapters: Adapters,
+    format: str,
+    dtype: str = "keep",
+    sums: tuple[str | None, str | None] = (None, None),
 ) -> None:
     """Write README.md into `folder`, which is complete but for its card.
 
     The folder's own name is not in it: people rename folders, and hubs do anyway. `format` and
-    `dtype` of the folder are as the user chose them.
+    `dtype` of the folder are as the user chose them; `sums` are the checksums of its weights and of
+    its base's (`model_sha256`), as far as they are known.
     """
     is_adapter = (folder / CONFIG_NAME).is_file()
     config = read_json(folder / (CONFIG_NAME if is_adapter else "config.json"))
     kind = "adapter" if is_adapter else str(config.get("model_type", QWEN.model_type))
     made = [adapter.folder for adapter in adapters.members]
     runs = [run for place in made or [base] if (run := _run_of(place)) is not None]
-    very_model = None if len(made) > 1 or adapters.weights is not None else (base, *made)
+    is_plain = len(made) < 2 and adapters.weights is None and dtype == "keep"
+    very_model = VeryModel(base, made, is_plain, *sums)
+    by = " + ".join([base_name(base), *map(_name_of, made)])
     legal = legal_texts(folder)
     seq_length = config.get("max_position_embeddings")
     if kind == QWEN.model_type:
@@ -84,7 +90,9 @@ def write_card(
         dtype=dtype,
         notes=doubts(base, adapters.members),
         legal=legal,
-        runs=[_training(run, very_model) for run in runs],
+        runs=[
+            _training(run) | {"evaluations": evaluations_of(run, very_model, by)} for run in runs
+        ],
         seq_length=seq_length,
         rank=config.get("r"),
         vllm_rank=next((rank for rank in VLLM_RANKS if rank >= config.get("r", 1)), None),
@@ -134,20 +142,15 @@ def _run_of(made: Path) -> Path | None:
     return next((f for f in above if all((f / name).is_file() for name in files)), None)
 
 
-def _training(run: Path, very_model: tuple[Path, ...] | None) -> dict[str, Any]:
-    """Recipe, data and evaluations of a run; `very_model` as for `_is_of`, or None for several
-    adapters, which no evaluation has put together."""
+def _training(run: Path) -> dict[str, Any]:
+    """Recipe and data of a run."""
     try:
         data = summary(read_json(run / DATA_REPORT))
     # A report of another version: no reason to lose the merge.
     except (UserError, KeyError, TypeError, ZeroDivisionError):
         data = [f"see {DATA_REPORT} of the run"]
-    scores = (_scores(run, file, very_model) for file in sorted(run.glob("**/metrics.json")))
-    return {
-        "recipe": _without_places((run / RECIPE).read_text(encoding="utf-8")).rstrip(),
-        "data": data,
-        "evaluations": [found for found in scores if found is not None],
-    }
+    recipe = (run / RECIPE).read_text(encoding="utf-8")
+    return {"recipe": _without_places(recipe).rstrip(), "data": data}
 
 
 def _without_places(recipe: str) -> str:
@@ -161,47 +164,3 @@ def _without_places(recipe: str) -> str:
         return Path(value).name if isinstance(value, str) and re.match(r"[/~]", value) else value
 
     return yaml.safe_dump(cut(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True)
-
-
-def _is_of(report: dict[str, Any], file: Path, very_model: tuple[Path, ...]) -> bool:
-    """Whether an evaluation's `file` is of this very model: the base, and the adapter if there is
-    one.
-
-    A run's folder may hold scores of its base, or of another model, beside its own.
-    """
-    if not isinstance(model := report.get("model"), str):
-        return False
-    base, *adapter = very_model
-    if model != hub_id(base) and Path(model).expanduser().resolve() != base.resolve():
-        return False
-    if not adapter:
-        # Trained again under the same name since then, it would be another model.
-        weights = [path.stat().st_mtime for path in base.glob("*.safetensors")]
-        return not report.get("adapter") and file.stat().st_mtime >= max(weights, default=0.0)
-    told, weights_file = report.get("adapter_sha256"), adapter[0] / WEIGHTS_NAME
-    return told is not None and weights_file.is_file() and told == file_sha256(weights_file)
-
-
-def _scores(run: Path, file: Path, very_model: tuple[Path, ...] | None) -> dict[str, Any] | None:
-    """An evaluation's origin and F scores; None if the file is not an evaluation of this model."""
-    try:
-        report = read_json(file)
-    except UserError:
-        return None
-    if very_model is None or not _is_of(report, file, very_model):
-        return None
-    rows = [
-        (profile, measure, value["f"] if isinstance(value, dict) else value)
-        for profile, measures in report.items()
-        if isinstance(measures, dict) and "rouge-l" in measures
-        for measure, value in measures.items()
-    ]
-    if not rows:
-        return None
-    data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
-    what = f"{file.relative_to(run).as_posix()}: {report.get('rows')} rows"
-    what += f" of {data}" if data else ""
-    adapter = report.get("adapter")
-    what += f" by {base_name(very_model[0])}"
-    what += f" + {_name_of(Path(str(adapter)))}" if adapter else ""
-    return {"what": what, "sampling": json.dumps(report.get("sampling")), "rows": rows}

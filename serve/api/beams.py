@@ -77,7 +77,13 @@ class BeamJobs:
     def _answer(self, job: Job, is_cancelled: threading.Event) -> Answer | DecodingError:
         engine = self._engine
         beams = BeamAnswerer(
-            engine.model, self._encoding, engine.stop, job.num_beams, 1, is_cancelled.is_set
+            engine.model,
+            self._encoding,
+            engine.stop,
+            job.num_beams,
+            1,
+            engine.context,
+            is_cancelled.is_set,
         )
         ((_, found),) = beams.answer([Question("", job.sampling, job.ids)])
         return found

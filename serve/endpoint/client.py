@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
 import httpx
 
@@ -14,6 +16,7 @@ from qwen_ds.errors import UserError
 from serve.answering import Answer, Question
 from serve.endpoint.options import EndpointOptions, base_url, read_key
 from serve.endpoint.patience import Patience, Tries
+from serve.endpoint.reference import EndpointLosses
 from serve.endpoint.wire import (
     EndpointRefused,
     Trouble,
@@ -26,7 +29,18 @@ from serve.endpoint.wire import (
 )
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
-_Task = asyncio.Task[tuple[int, Answer | DecodingError]]
+T = TypeVar("T")
+_Work = Callable[[httpx.AsyncClient], Coroutine[None, None, T]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request of a server, and what its answer holds."""
+
+    path: str
+    body: bytes
+    read: Callable[[str, bytes], T]
+    """Takes the URL and the answer's body. Trouble: it is cut off, or no answer at all."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,22 @@ class Endpoint:
     key: str | None
     patience: Patience
     concurrency: int = 32
+    losses: EndpointLosses | None = None  # None: nobody asks for any
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`, with so many requests under way at a time."""
-        waiting = iter(enumerate(questions))
-        pending: set[_Task] = set()
+        return self._all(partial(self._ask, one) for one in questions)
+
+    def call(self, calls: Iterable[Call[T]]) -> Iterator[tuple[int, T | DecodingError]]:
+        """Yield (index into calls, what came back or why nothing did) as they end.
+
+        UserError or Failed: the server answers nobody any more.
+        """
+        return self._all(partial(self._called, one) for one in calls)
+
+    def _all(self, works: Iterable[_Work[T]]) -> Iterator[tuple[int, T]]:
+        waiting = iter(enumerate(works))
+        pending: set[asyncio.Task[tuple[int, T]]] = set()
         with asyncio.Runner() as runner:
             client = httpx.AsyncClient(
                 headers=self._headers,
@@ -62,42 +87,70 @@ class Endpoint:
     async def _next(
         self,
         client: httpx.AsyncClient,
-        waiting: Iterator[tuple[int, Question]],
-        pending: set[_Task],
-    ) -> tuple[set[_Task], set[_Task]]:
+        waiting: Iterator[tuple[int, _Work[T]]],
+        pending: set[asyncio.Task[tuple[int, T]]],
+    ) -> tuple[set[asyncio.Task[tuple[int, T]]], set[asyncio.Task[tuple[int, T]]]]:
         """Send as many as may be under way, and wait for the first to end: (ended, the others)."""
         while len(pending) < self.concurrency and (one := next(waiting, None)) is not None:
-            pending.add(asyncio.create_task(self._ask(client, *one)))
+            index, work = one
+            pending.add(asyncio.create_task(_numbered(index, work(client))))
         if not pending:
             return set(), set()
         return await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _ask(
-        self, client: httpx.AsyncClient, index: int, question: Question
-    ) -> tuple[int, Answer | DecodingError]:
+    async def _called(self, one: Call[T], client: httpx.AsyncClient) -> T | DecodingError:
+        try:
+            return await self._posted(client, self.url + one.path, one.body, one.read)
+        except EndpointRefused as refused:
+            return refused
+
+    async def _ask(self, question: Question, client: httpx.AsyncClient) -> Answer | DecodingError:
         path, body = request_of(question, self.model)
-        url, tries = self.url + path, Tries(self.patience)
+        url = self.url + path
+        try:
+            answer = await self._posted(client, url, body, answer_of)
+        except EndpointRefused as refused:
+            return refused
+        if self.losses is None or not self.losses.is_asked(question, answer):
+            return answer
+        url, body = f"{self.url}/completions", self.losses.body_of(question, self.model)
+        try:
+            raw = await self._posted(client, url, body, lambda _, raw: raw, is_extra=True)
+            return self.losses.take(question, answer, raw)
+        except (EndpointRefused, UserError) as refused:
+            self.losses.fail(str(refused))
+            return answer
+
+    async def _posted(
+        self,
+        client: httpx.AsyncClient,
+        url: str,
+        body: bytes,
+        read: Callable[[str, bytes], T],
+        is_extra: bool = False,
+    ) -> T:
+        """An answer as `read` has it, asked for until there is one; where it `is_extra`, only while
+        the server is in trouble with everything. EndpointRefused: there is none."""
+        tries = Tries(self.patience)
         while True:
             try:
                 try:
                     response = await client.post(url, content=body)
                 except httpx.RequestError as error:
                     raise trouble_of(url, error) from None
-                check_status(
-                    url, response.status_code, response.headers.get("retry-after"), response.content
-                )
-                answer = answer_of(url, response.content)
+                wait = response.headers.get("retry-after")
+                check_status(url, response.status_code, wait, response.content)
+                found = read(url, response.content)
             except Trouble as trouble:
-                try:
-                    await asyncio.sleep(tries.wait_after(trouble))
-                except EndpointRefused as refused:
-                    return index, refused
-            except EndpointRefused as refused:
+                if is_extra and trouble.may_be_the_row:
+                    raise EndpointRefused(str(trouble)) from None
+                await asyncio.sleep(tries.wait_after(trouble))
+            except EndpointRefused:
                 self.patience.answered()
-                return index, refused
+                raise
             else:
                 self.patience.answered()
-                return index, answer
+                return found
 
     def stream(self, question: Question) -> Generator[tuple[str, str | None], None, None]:
         """Yield one answer as it comes: text, and with the last of it the finish reason.
@@ -155,7 +208,11 @@ class _NotBegun(Exception):
         self.trouble = trouble
 
 
-async def _end(client: httpx.AsyncClient, pending: set[_Task]) -> None:
+async def _numbered(index: int, work: Coroutine[None, None, T]) -> tuple[int, T]:
+    return index, await work
+
+
+async def _end(client: httpx.AsyncClient, pending: set[asyncio.Task[T]]) -> None:
     """Drop what is still under way."""
     for task in pending:
         task.cancel()
@@ -193,7 +250,7 @@ def connect(
     model = options.endpoint_model or names[0]
     if names and model not in names:
         tell(f"{url} lists no model {model}, but {', '.join(names[:5])}")
-    return Endpoint(url, model, key, patience, concurrency)
+    return Endpoint(url, model, key, patience, concurrency, EndpointLosses(tell))
 
 
 def _models(url: str, key: str | None, patience: Patience, needed: bool) -> list[str]:

@@ -61,18 +61,18 @@ def check_source(options: EndpointOptions, model: str | None, here: Sequence[str
         raise UserError(f"--{came} is for a model here; expected none with --endpoint")
 
 
-def base_url(given: str) -> str:
+def base_url(given: str, option: str = "endpoint") -> str:
     """The URL that paths such as /models are added to. UserError: not a URL of HTTP."""
     try:
         url = httpx.URL(given.strip())
     except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"--endpoint {given}: {error}; {_EXAMPLE}") from None
+        raise UserError(f"--{option} {given}: {error}; {_EXAMPLE}") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"--endpoint {given}: not http:// or https://; {_EXAMPLE}")
+        raise UserError(f"--{option} {given}: not http:// or https://; {_EXAMPLE}")
     if url.userinfo or url.query or url.fragment:
         # It would stand in settings.json and in messages.
         raise UserError(
-            f"--endpoint {url.host}: a user name, password or query in the URL; expected none, and "
+            f"--{option} {url.host}: a user name, password or query in the URL; expected none, and "
             "a key in --api_key_file"
         )
     text = str(url).rstrip("/")

@@ -87,6 +87,20 @@ class ServedAdapters:
         return Tokens(number_N, groups)
 
     @contextmanager
+    def acting_on_row(self, name: str | None, length: int, device: torch.device) -> Iterator[None]:
+        """Let forwards of one row in this context, [1, length], have an adapter; the head asks for
+        `set_due`, too."""
+        try:
+            self.step.tokens = self.tokens([(name, length)], device)
+            yield
+        finally:
+            self.step.tokens = self.step.due = None
+
+    def set_due(self, name: str | None, count: int, device: torch.device) -> None:
+        """Give the next tokens that the head gets, so many, an adapter."""
+        self.step.due = self.tokens([(name, count)], device)
+
+    @contextmanager
     def acting(self, step: PackedStep) -> Iterator[None]:
         """Let the model's forward in this context give each token of a step its adapter's. Where
         the step has numbers, all of its tokens must be due."""

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of the longest prompt, V rows of the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from serve.answering import Answer, Question
 from serve.endpoint.options import given_options
 from serve.engine.adapters import DEFAULT, named_adapters
 from serve.engine.loading import choose_dtype
+from serve.engine.reference_loss import loss_of_answer
 from serve.options import AnswerOptions
 
 _COLDEST = 1e-4  # colder ones overflow in generate, and choose nothing else
@@ -90,6 +91,7 @@ class BeamAnswerer:
     stop: StopRule
     num_beams: int
     batch_size: int
+    context: int  # tokens that prompt and answer may have together
     gives_up: Callable[[], bool] = bool
     """Asked at each token whether to end at once."""
 
@@ -108,9 +110,9 @@ class BeamAnswerer:
             check_copies(found, dict(model.named_parameters()))
             put_adapter(model, found)
         stop = StopRule(folder.family.stop_ids(folder.encoding))
-        return cls(
-            model.to(place).eval(), folder.encoding, stop, options.num_beams, options.batch_size
-        )
+        context = folder.family.context(folder.config)
+        rows = options.num_beams, options.batch_size
+        return cls(model.to(place).eval(), folder.encoding, stop, *rows, context)
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer | DecodingError]]:
         """As `Answerer.answer`. Rows that are drawn run alone: the numbers of a batch would depend
@@ -120,7 +122,19 @@ class BeamAnswerer:
             if not batch[0][1].sampling.do_sample:
                 batch += islice(coming, self.batch_size - 1)
             found = self._answers([one for _, one in batch])
-            yield from zip((i for i, _ in batch), found, strict=True)
+            for (i, one), each in zip(batch, found, strict=True):
+                yield i, self._with_loss(one, each) if isinstance(each, Answer) else each
+
+    def _with_loss(self, one: Question, answer: Answer) -> Answer:
+        if not one.reference_ids or len(one.ids) + len(one.reference_ids) > self.context:
+            return answer
+        model = self.model
+        loss = loss_of_answer(model.transformer, model.lm_head, one.ids, one.reference_ids)
+        return (
+            answer
+            if loss is None
+            else replace(answer, reference_nll=loss, reference_tokens=len(one.reference_ids))
+        )
 
     def _answers(self, batch: Sequence[Question]) -> list[Answer | DecodingError]:
         """A batch's answers; where it fails, each row's by itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,3 +108,10 @@ def silence_libraries() -> None:
     transformers.logging.disable_progress_bar()
     # peft uses deprecated calls of transformers, which the user cannot change.
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def free_memory() -> None:
+    """Give back the memory of a model that nothing holds any more, the GPU's too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from serve.endpoint.options import given_options
 from serve.files import parts as files
 from serve.files.claims import Claims
 from serve.files.parts import PredictionParts, Settings
-from serve.files.prompts import PromptReader, PromptRow
+from serve.files.prompts import PromptReader, PromptRow, References
 from serve.files.ranks import RankWatch, SignOfLife, process_of
 from serve.files.sources import Source, file_card, find_source, settings_of_source
 from serve.options import AnswerOptions
@@ -39,7 +39,7 @@ _SETTINGS = (
 # Options of later releases: absent where they have their defaults, as in folders of earlier ones.
 _LATER_SETTINGS = (
     "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-    "min_tokens", "ignore_eos", "stop", "logprobs", "num_beams",
+    "min_tokens", "ignore_eos", "stop", "logprobs", "num_beams", "references",
 )  # fmt: skip
 
 # Errors of the engine, worded for the user of a command, who can change its options.
@@ -66,7 +66,7 @@ def predict(
     paths: Sequence[str],
     output: Path,
     options: AnswerOptions,
-    needs_reference: bool = False,
+    references: References = "kept",
     keeps_parts: bool = False,
 ) -> PredictionFigures | None:
     """Answer every row of `paths` into `output`: ranks take rows as they have room, rank 0 joins.
@@ -91,10 +91,9 @@ def predict(
         held.callback(watch.stop)
         source = find_source(model, options)
         context = source.context
-        reader = PromptReader(
-            paths, options, source.encoding, context, needs_reference, source.names
-        )
-        share = _begin(reader, settings_of(source, paths, options), output, watch, own)
+        reader = PromptReader(paths, options, source.encoding, context, references, source.names)
+        settings = settings_of(source, paths, options) | _of_references(references)
+        share = _begin(reader, settings, output, watch, own)
         if share is None:
             return None
         held.callback(share.parts.close)
@@ -118,6 +117,7 @@ class Share:
         self._block = -1
         self._wanted: frozenset[int] = frozenset()  # rows of the block, if it is ours
         self.has_joined = claims.has_joined
+        self.scores_references = reader.references == "scored"
 
     def rows(self) -> Iterator[PromptRow]:
         """The rows that this rank answers, a block at a time, taken when they are asked for; the
@@ -206,13 +206,17 @@ def _run(source: Source, share: Share, options: AnswerOptions) -> PredictionFigu
 def _answer_share(source: Source, share: Share, options: AnswerOptions, bar: tqdm) -> float:
     """Answer the rows that this rank takes; return the seconds that loading the model took."""
     sampling, asked = options.sampling(), dict[int, PromptRow]()
-    stop, structure = tuple(options.stop), source.structure
+    stop, structure, scored = tuple(options.stop), source.structure, share.scores_references
 
     def questions() -> Iterator[Question]:
         for number, row in enumerate(share.rows()):
             asked[number] = row
             own = sampling.of_row(row.id)
-            yield Question(row.conversation, own, row.ids, row.adapter, stop, structure)
+            asks = scored and row.reference is not None
+            yield Question(
+                row.conversation, own, row.ids, row.adapter, stop, structure,
+                row.reference if asks else None, row.reference_ids,
+            )  # fmt: skip
 
     coming = questions()
     if (first := next(coming, None)) is None:  # without anything to do no model is loaded
@@ -269,18 +273,22 @@ class _Writer:
 def line_of(row: PromptRow, found: Answer | DecodingError) -> dict[str, Any]:
     """The line of the output file."""
     line: dict[str, Any] = {"id": row.id, **row.own, "source": row.source, "prompt": row.prompt}
+    several = {"references": list(row.references)} if len(row.references) > 1 else {}
     if isinstance(found, DecodingError):
         why = _IN_OPTIONS.get(type(found), "{}").format(found)
         failed = {"finish_reason": "error", "error": why}
-        return line | {"prediction": "", "reference": row.reference} | failed
+        return line | {"prediction": "", "reference": row.reference} | several | failed
     line |= {
         "prediction": found.text,
         "reference": row.reference,
+        **several,
         "finish_reason": found.finish_reason,
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,
     }
     line |= {"logprobs": found.logprobs} if found.logprobs is not None else {}
+    if found.reference_nll is not None:
+        line |= {"reference_nll": found.reference_nll, "reference_tokens": found.reference_tokens}
     return line | {"prompt_tokens_cut": row.tokens_cut} if row.tokens_cut else line
 
 
@@ -295,6 +303,11 @@ def settings_of(source: Source, paths: Sequence[str], options: AnswerOptions) ->
     values |= settings_of_source(source)
     values["input"] = [[str(p), [file_card(f) for f in locate(p).files]] for p in paths]
     return values
+
+
+def _of_references(references: References) -> Settings:
+    """Settings beyond `settings_of`; none in the folders of earlier releases."""
+    return {"reference_losses": True} if references == "scored" else {}
 
 
 def _files_of(settings: Settings) -> Iterator[list[str]]:

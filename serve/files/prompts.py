@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.limits import FileOptions
@@ -14,12 +14,16 @@ from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_prompts
 from qwen_ds.data.rows.data_report import not_read_line
 from qwen_ds.decode.exceptions import UnknownAdapter
 from qwen_ds.errors import UserError
-from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids
+from qwen_ds.model.chatml import Conversation, encode_prompt, footer_ids, header_ids, text_ids
 from qwen_ds.model.tokenizer import Encoding
 from qwen_ds.runlog import say
 from qwen_ds.terminal import show
 from serve.engine.adapters import DEFAULT
+from serve.files.references import references_of, require_columns
 from serve.options import AnswerOptions
+
+References = Literal["kept", "needed", "scored"]
+"""Whether rows may lack an answer of their own, or not; and whether its loss is wanted, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class PromptRow:
     own: dict[str, Any]
     """What goes with the row into the output: its own id, the columns of --keep, its adapter."""
     adapter: str | None = None  # that the row names
+    references: tuple[str, ...] = ()
+    """All answers of the row to compare with, where columns for them are named."""
+    reference_ids: tuple[int, ...] = ()
+    """The first reference and the token that ends it, where its loss is wanted."""
 
 
 def _every(row_id: int) -> bool:
@@ -48,8 +56,8 @@ class PromptReader:
     `context` is the number of tokens that prompt and answer may have together. Without an
     `encoding` no token is counted: a server does that. `adapters` are those that rows may name;
     without any their column is not looked at. UserError if max_new_tokens fill the context; while
-    iterating, for a row that cannot be answered, or, with `needs_reference`, that has no answer of
-    its own.
+    iterating, for a row that cannot be answered, or, unless references are just "kept", that has no
+    answer of its own.
     """
 
     def __init__(
@@ -58,12 +66,13 @@ class PromptReader:
         options: AnswerOptions,
         encoding: Encoding | None,
         context: int,
-        needs_reference: bool = False,
+        references: References = "kept",
         adapters: Collection[str] = (),
     ) -> None:
         self.paths, self.options, self.encoding = paths, options, encoding
-        self.context, self.needs_reference, self.adapters = context, needs_reference, adapters
+        self.context, self.references, self.adapters = context, references, adapters
         self.room = context - options.max_new_tokens
+        self._columns: set[str] = set()  # of --references, that rows have
         if encoding is None:
             return
         self.tail = len(footer_ids(encoding)) + len(header_ids(encoding, "assistant"))
@@ -86,7 +95,7 @@ class PromptReader:
         o = self.options
         reading = ReadOptions(o.format, o.columns, o.system, files=files)
         seen: list[object] = []
-        found = iter_prompts(self.paths, reading, not_read, seen)
+        found = iter_prompts(self.paths, reading, not_read, seen, o.references)
         for row_id, (conversation, reference, source) in enumerate(islice(found, o.limit)):
             if not is_wanted(row_id):
                 continue
@@ -95,15 +104,19 @@ class PromptReader:
                 raise UserError(
                     f"{source}: {conversation.reason}; expected a question of text alone{detail}"
                 )
-            if self.needs_reference and (reference is None or not reference.strip()):
+            references = references_of(reference, seen, o.references, source)
+            self._note_columns(seen)
+            reference = references[0] if references and o.references else reference
+            if self.references != "kept" and not references:
                 raise UserError(
                     f"{source}: no answer; expected one to compare with (serve.predict needs none)"
                 )
             ids, cut = self._encode(conversation, source)
             question, (own, adapter) = conversation.turns[-1].text, self._own(seen)
             yield PromptRow(
-                row_id, source, question, reference, conversation, tuple(ids), cut, own, adapter
-            )
+                row_id, source, question, reference, conversation, tuple(ids), cut, own, adapter,
+                references if o.references else (), self._reference_ids(reference),
+            )  # fmt: skip
 
     def survey(self) -> tuple[int, int]:
         """Read everything once, so that a mistake in the last row shows before any answer: (rows,
@@ -123,7 +136,7 @@ class PromptReader:
                     say(f"{row.source}: {UnknownAdapter(row.adapter, self.adapters)}")
         column = [self.options.adapter_column] if self.adapters else []
         for counts in not_read.values():
-            for name in ("id", *self.options.keep, *column):  # see _own
+            for name in ("id", *self.options.keep, *column, *self.options.references):  # see _own
                 counts.pop(name, None)
         say_not_read(not_read)
         if not is_cut:
@@ -131,6 +144,7 @@ class PromptReader:
         if missing:
             expected = "expected the name of a column, spelled as in the input"
             raise UserError(f"--keep {next(iter(missing))}: no row has it; {expected}")
+        require_columns(self._columns, self.options.references)
         if names_none:
             raise UserError(
                 f"no row names its adapter in a column {self.options.adapter_column}; expected one"
@@ -152,6 +166,17 @@ class PromptReader:
             named = json.dumps(named, ensure_ascii=False, default=str)
         own["adapter"] = DEFAULT if named is None and DEFAULT in self.adapters else named
         return own, named
+
+    def _note_columns(self, seen: Sequence[object]) -> None:
+        row = seen[0] if seen and isinstance(seen[0], dict) else {}
+        self._columns.update(name for name in self.options.references if row.get(name) is not None)
+
+    def _reference_ids(self, reference: str | None) -> tuple[int, ...]:
+        if self.encoding is None or self.references != "scored" or reference is None:
+            return ()
+        parse_specials = self.options.special_tokens_in_text == "parse"
+        ids = text_ids(self.encoding, reference, parse_specials)
+        return (*ids, self.encoding.im_end_id)
 
     def _encode(self, conversation: Conversation, source: str) -> tuple[list[int], int]:
         """Ids of the prompt, and the number of tokens that were cut."""

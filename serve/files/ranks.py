@@ -12,12 +12,15 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from qwen_ds import dist
 from qwen_ds.disk.lock import BEAT_SECONDS, Holder
+from qwen_ds.disk.place import require_folder
+from qwen_ds.errors import Failed
 from qwen_ds.runlog import say
 
 # Six beats: network disks cache a file's time for a few seconds.
@@ -150,3 +153,47 @@ class RankWatch:
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return None
+
+
+class Leader:
+    """Rank 0 over several outputs that all ranks make one after another.
+
+    The others come to the next output while rank 0 is still at work on the one before, for longer
+    than they would wait for a sign of its life there. So rank 0 gives one all the time, beside the
+    last file of all, and they wait until it has begun on the output.
+    """
+
+    def __init__(self, last: Path, outputs: Sequence[Path]) -> None:
+        self._last, self._outputs = last, list(outputs)
+        self._stops: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Leader:
+        world, rank = dist.world_size(), dist.rank()
+        if world > 1 and rank == 0:
+            self._stops = [SignOfLife(self._last, 0, Holder.this_process()).stop]
+        elif world > 1:
+            require_folder(self._last.parent, make=True)
+            self._watch = RankWatch(self._last, world, rank)
+            self._stops = [self._watch.stop]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stop in self._stops:
+            stop()
+
+    def wait_for(self, output: Path) -> None:
+        """Return once rank 0 has begun on an output, or on a later one. Failed: it is gone."""
+        if dist.rank() == 0:
+            return
+        coming = self._outputs[self._outputs.index(output) :]
+        while not any(map(self._has_begun, coming)):
+            if gone := self._watch.gone():
+                raise Failed(f"{gone[0]} and has not begun on {output}; see what it said")
+            time.sleep(_POLL_SECONDS)
+
+    def _has_begun(self, output: Path) -> bool:
+        found, leader = process_of(output, 0), process_of(self._last, 0)
+        if found is None or leader is None or (found.host, found.pid) != (leader.host, leader.pid):
+            return False
+        # A container started anew has its process ids again: a killed run's sign is older.
+        return found.since >= leader.since

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.decode.grammar import Grammar
-from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
+from qwen_ds.disk.adapter_folder import WEIGHTS_NAME, find_adapter
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import ModelFolder, find_model
@@ -143,7 +143,7 @@ def adapters_told(options: AnswerOptions) -> dict[str, Any]:
     """The adapter as a report names it, and the sum of its weights: a model card must not tell the
     scores of another one. Of named adapters both are objects by name."""
     folders = named_adapters(options.adapter)
-    files = {name: Path(folder).expanduser() / WEIGHTS_NAME for name, folder in folders.items()}
+    files = {name: find_adapter(folder) / WEIGHTS_NAME for name, folder in folders.items()}
     sums = {name: file_sha256(at) if at.is_file() else None for name, at in files.items()}
     if set(folders) - {DEFAULT}:
         return {"adapter": folders, "adapter_sha256": sums}

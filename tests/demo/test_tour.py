@@ -24,10 +24,15 @@ class FakeShell(run.Shell):
     def __init__(self, log: Path, data: Path) -> None:
         super().__init__(log, shows_progress_in_place=False)
         self.data = data
-        self.commands: list[str] = []
+        self.commands: list[tuple[str, int]] = []
 
-    def run(self, words: Sequence[str], progress: Callable[[], str] | None = None) -> None:
-        self.commands.append(" ".join(words))
+    def run(
+        self,
+        words: Sequence[str],
+        progress: Callable[[], str] | None = None,
+        exit_code: int = 0,
+    ) -> None:
+        self.commands.append((" ".join(words), exit_code))
         folder = run.REPOSITORY / (
             words[words.index("--output_dir") + 1] if "--output_dir" in words else "runs/demo"
         )
@@ -36,16 +41,20 @@ class FakeShell(run.Shell):
                 folder / "metrics.jsonl",
                 [{"step": s, "loss": 3.0 - s, "tokens_per_second": 9} for s in (1, 2)],
             )
-            recipe = {"model": {"path": "/base"}, "data": {"eval": [str(self.data)]}}
+            data = {"train": ["/train.jsonl"], "eval": [str(self.data)]}
+            recipe = {"model": {"path": "/base"}, "data": data}
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        if "serve.evaluate" in words:
-            score = 0.25 if "/base" in words else 0.75
-            answer = "平淡" if "/base" in words else "精彩"
-            scores = {f"rouge-{n}": {"f": score} for n in "12l"}
-            folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"rouge-score": scores}))
-            rows = [{"reference": f"参考{i}", "prediction": f"{answer}{i}"} for i in range(5)]
-            write_lines(folder / "predictions.jsonl", rows)
+        if "--compare" in words:
+            scores = {"base": [0.25, 0.2, 0.3], "fine-tuned": [0.75, 0.7, 0.8]}
+            test = {"fine-tuned": {"difference": 0.5, "low": 0.4, "high": 0.6, "p": 0.001}}
+            report = {
+                "scores": dict.fromkeys(run.SHOWN, scores),
+                "paired": dict.fromkeys(run.SHOWN, test),
+            }
+            for side, answer in (("base", "平淡"), ("fine-tuned", "精彩")):
+                rows = [{"reference": f"参考{i}", "prediction": f"{answer}{i}"} for i in range(5)]
+                write_lines(folder / side / "predictions.jsonl", rows)
+            (folder / "comparison.json").write_text(json.dumps(report))
 
 
 @pytest.fixture
@@ -64,31 +73,31 @@ def test_the_tour_types_what_a_user_would(
     shell: FakeShell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.tour(shell, Path("runs/demo"), 2, None)
-    evaluate = f"python -m serve.evaluate --data {shell.data} --model"
+    evaluate, gate = "python -m serve.evaluate", "--require stop_rate>=0.99 seed.rouge-l>=0.4"
+    compared = "--compare base=/base fine-tuned=runs/demo/adapter --model /base"
+    given = "--predictions runs/demo/eval/base/predictions.jsonl --output_dir runs/demo/gate"
+    data = f"--data {shell.data} --training /train.jsonl --output_dir runs/demo/eval"
+    merge = "--base /base --adapter runs/demo/adapter --output runs/demo/merged"
     assert shell.commands == [
-        "deepspeed --num_gpus 2 launch/train.py",
-        f"{evaluate} /base --output_dir runs/demo/eval_before",
-        "python launch/merge.py --base /base --adapter runs/demo/adapter --output runs/demo/merged",
-        f"{evaluate} runs/demo/merged --output_dir runs/demo/eval_after",
+        ("deepspeed --num_gpus 2 launch/train.py", 0),
+        (f"{evaluate} {compared} {data} {gate}", 0),
+        (f"{evaluate} {given} {gate}", 1),  # the base misses what the result reaches
+        (f"python launch/merge.py {merge}", 0),
+        ("python -m qwen_ds.report runs/demo", 0),
     ]
     shown = capsys.readouterr().out
     assert "2 steps, loss 2.000 -> 1.000" in shown
-    assert [
-        line.split()
-        for line in shown.splitlines()
-        if line.startswith(("  before", "  after", "  gain"))
-    ] == [
-        ["before", "0.250", "0.250", "0.250"],
-        ["after", "0.750", "0.750", "0.750"],
-        ["gain", "+0.500", "+0.500", "+0.500", "(64", "rows,", "F)"],
-    ]
+    told = "0.250  0.200 to 0.300 0.750  0.700 to 0.800 0.001".split()
+    for name in run.SHOWN:
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"  {name} ")]
+        assert line.split() == [name, *told]
     for i in (0, 2, 4):
         assert (
             f"号#{i}\n    reference  参考{i}\n    before     平淡{i}\n    after      精彩{i}\n"
             in shown
         )
     for path in (
-        "runs/demo/loss.png",
+        "runs/demo/merged/README.md",
         "runs/demo/report.html",
         "tensorboard --logdir runs",
         "runs/demo.log",
@@ -99,7 +108,7 @@ def test_the_tour_types_what_a_user_would(
 
 def test_another_folder_or_json_is_named_in_the_command(shell: FakeShell) -> None:
     run.tour(shell, Path("runs/demo-2"), 8, "ds_configs/zero3.json")
-    assert shell.commands[0] == (
+    assert shell.commands[0][0] == (
         "deepspeed --num_gpus 8 launch/train.py --config launch/recipes/demo.yaml "
         "--output_dir runs/demo-2 --deepspeed ds_configs/zero3.json"
     )
@@ -141,6 +150,9 @@ def test_output_of_a_command_goes_to_the_log_and_a_failure_names_its_exit_code(
     assert "chatter" in log and "warning" in log and "$ python -c" in log
     with pytest.raises(run.StepFailed, match="exit code 3"):
         shell.run(["python", "-c", "raise SystemExit(3)"])
+    shell.run(["python", "-c", "raise SystemExit(3)"], exit_code=3)
+    with pytest.raises(run.StepFailed, match="exit code 0"):
+        shell.run(["python", "-c", "pass"], exit_code=3)
 
 
 def test_a_failed_demo_shows_the_end_of_its_log_and_where_it_is(

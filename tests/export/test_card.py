@@ -14,7 +14,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from qwen_ds.disk.digest import model_sha256
 from qwen_ds.disk.weights import file_sha256
+from qwen_ds.export.card_scores import VeryModel
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.recipe.loading import write_recipe
@@ -27,6 +29,7 @@ PART = {
     "longest": "train.json:3",
     "dropped": {"empty answer": TALLY}, "skipped": {}, "truncated": {},
 }  # fmt: skip
+MERGED = "of the output"
 SCORES = {
     "rouge-1": {"f": 0.31, "p": 0.3, "r": 0.32},
     "rouge-l": {"f": 0.25, "p": 0.2, "r": 0.3},
@@ -47,11 +50,16 @@ def run(golden: Path, cached_base: Path, tmp_path: Path) -> Path:
         "model": str(cached_base),
         "adapter": str(folder / "adapter"),
         "adapter_sha256": file_sha256(folder / "adapter" / "adapter_model.safetensors"),
+        "model_sha256": model_sha256(cached_base),
         "data": ["/somewhere/dev.json"],
         "rows": 100,
         "sampling": {"do_sample": False},
+        "seed": SCORES,
+        "stop_rate": 0.5,
+        "signatures": {"seed": "rouge 1.0.1", "stop_rate": "share of stop"},
+        "intervals": {"seed.rouge-l": [0.2, 0.3]},
     }
-    (folder / "eval" / "metrics.json").write_text(json.dumps(evaluation | {"seed": SCORES}))
+    (folder / "eval" / "metrics.json").write_text(json.dumps(evaluation))
     return folder
 
 
@@ -74,10 +82,11 @@ def test_weights_are_told_and_nobody_s_paths(
     ("change", "told"),
     [
         ({}, True),
-        ({"model": "Qwen/Qwen-7B-Chat"}, True),
-        ({"adapter": "/moved/adapter"}, True),  # the same weights
-        ({"adapter": None, "adapter_sha256": None}, False),  # the base, as eval_before scores it
-        ({"model": "/another/base"}, False),
+        ({"model": "/moved/base", "adapter": "/moved/adapter"}, True),  # the same weights
+        ({"adapter": None, "adapter_sha256": None}, False),  # the base's own scores
+        ({"model_sha256": "0" * 64}, False),  # another base of the same name
+        ({"model_sha256": None}, False),  # an endpoint, or an earlier release
+        ({"adapter": None, "adapter_sha256": None, "model_sha256": MERGED}, True),
         ({"adapter_sha256": "0" * 64}, False),  # trained again since
         ({"adapter_sha256": None}, False),
     ],
@@ -86,11 +95,38 @@ def test_scores_are_those_of_this_very_model(
     cached_base: Path, run: Path, tmp_path: Path, change: dict[str, object], told: bool
 ) -> None:
     scored = json.loads((run / "eval" / "metrics.json").read_text())
+    if change.get("model_sha256") == MERGED:
+        merge_with(cached_base, [run / "adapter"], tmp_path / "first")
+        change = change | {"model_sha256": model_sha256(tmp_path / "first")}
     (run / "eval" / "metrics.json").write_text(json.dumps(scored | change))
     merge_with(cached_base, [run / "adapter"], tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert ("eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + " in text) == told
     assert ("## Evaluation" in text) == told
+
+
+def test_a_conversion_shows_the_scores_of_what_was_converted(small_dir: Path) -> None:
+    own, other = {"model_sha256": model_sha256(small_dir)}, {"model_sha256": "0" * 64}
+    model = VeryModel(small_dir, [], is_plain=True)
+    assert model.is_shown_by(own) and not model.is_shown_by(other)
+    assert not model.is_before(own), "nothing was put on it"
+
+
+def test_scores_of_the_base_stand_beside_its_own_where_both_are_of_the_same_rows(
+    cached_base: Path, run: Path, tmp_path: Path
+) -> None:
+    after = json.loads((run / "eval" / "metrics.json").read_text())
+    base = {"adapter": None, "adapter_sha256": None, "stop_rate": 0.0625}
+    (run / "before").mkdir()
+    text = {}
+    for name, change in (("same", {}), ("other", {"rows": 99})):
+        (run / "before" / "metrics.json").write_text(json.dumps(after | base | change))
+        merge_with(cached_base, [run / "adapter"], tmp_path / name)
+        text[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert "| measure | before | after | 95 % interval |" in text["same"]
+    assert "| stop_rate | 0.0625 | 0.5000 |  |" in text["same"]
+    assert "| seed.rouge-l | 0.2500 | 0.2500 | 0.2000 to 0.3000 |" in text["same"]
+    assert "| stop_rate | 0.5000 |  |" in text["other"] and "0.0625" not in text["other"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +215,7 @@ def test_the_card_tells_where_the_model_comes_from(
         and "2 dropped: empty answer" in text
     )
     assert "eval/metrics.json: 100 rows of dev.json" in text
-    assert "| seed | rouge-l | 0.2500 |\n| seed | bleu-4 | 0.0801 |" in text
+    assert "| seed.rouge-l | 0.2500 | 0.2000 to 0.3000 |\n| seed.bleu-4 | 0.0801 |  |" in text
     assert str(tmp_path) not in text  # nobody's paths
 
 

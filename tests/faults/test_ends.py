@@ -132,7 +132,7 @@ PLACES = {
     "predict while rows are read": ("predict", "serve.files.prediction:PromptReader.survey"),
     "predict in a batch": ("predict", "qwen_ds.decode.engine:sample"),
     "evaluate in a batch": ("evaluate", "qwen_ds.decode.engine:sample"),
-    "evaluate in the scores": ("evaluate", "serve.scores.metrics:score_all"),
+    "evaluate in the scores": ("evaluate", "serve.scores.scored:measure"),
 }
 
 

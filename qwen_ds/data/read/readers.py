@@ -31,6 +31,7 @@ from qwen_ds.data.read.dialogue import (
     Outcome,
     Row,
     RowError,
+    is_blank,
     is_said,
     names,
     object_of,
@@ -262,6 +263,18 @@ def fitting(keys: tuple[str, ...], for_prompts: bool) -> tuple[Reader, ...]:
     """The readers whose keys are among these, the best first."""
     complete = tuple(reader for reader in TABLE if reader.fits(keys))
     return complete or tuple(reader for reader in TABLE if reader.fits(keys, for_prompts))
+
+
+def with_first_texts(row: object, keys: Sequence[str]) -> object:
+    """A row whose lists of texts under these keys are their first text that says something."""
+    if not isinstance(row, dict):
+        return row
+    texts = {}
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            texts[key] = next((text for text in value if not is_blank(text)), "")
+    return row | texts if texts else row
 
 
 def nested_answer(row: Row) -> str:

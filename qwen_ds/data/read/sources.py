@@ -41,6 +41,7 @@ from qwen_ds.data.read.readers import (
     nearest,
     nested_answer,
     reader_named,
+    with_first_texts,
 )
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
@@ -88,6 +89,7 @@ def iter_prompts(
     options: ReadOptions = ReadOptions(),
     not_read: NotRead | None = None,
     seen: list[object] | None = None,
+    references: Sequence[str] = (),
 ) -> Iterator[tuple[Result, str | None, str]]:
     """Prompts to answer: (the conversation up to its last user turn, the row's own answer, source).
 
@@ -95,10 +97,13 @@ def iter_prompts(
     messages that end with the user, {"prompt": ..}, {"question": ..}, {"query": ..}, {"input": ..}
     or {"text": ..}. The answer is that of the last turn, None where it is missing. A row without a
     question comes as (Dropped, None, source), so that no row is lost. `seen` is given the row that
-    the latest prompt came from, as its only element: none, if it came from several.
+    the latest prompt came from, as its only element: none, if it came from several. Columns named
+    in `references` may hold a list of texts; a reader whose answer such a column is takes the first
+    that says something.
     """
     reading = _Reading(options, True, Counter(), not_read)
     reading.seen = [] if seen is None else seen
+    reading.references = references
     return reading.results([locate(path) for path in paths])
 
 
@@ -115,6 +120,7 @@ class _Reading:
         self.options, self.for_prompts, self.counts = options, for_prompts, counts
         self.not_read = {} if not_read is None else not_read
         self.seen: list[object] = []
+        self.references: Sequence[str] = ()
         self.columns = options.columns or {}
         self.reader = None if options.format == "auto" else reader_named(options.format)
         if self.columns:
@@ -169,6 +175,7 @@ class _Reading:
             for value, source in self._unwrapped(row, place):
                 self.counts["rows"] += 1
                 self.seen[:] = [value]
+                value = with_first_texts(value, self.references)
                 try:
                     left_out: list[str] = []
                     if self.columns:

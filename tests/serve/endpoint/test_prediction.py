@@ -165,3 +165,18 @@ def test_an_evaluation_scores_what_a_server_answers(tmp_path: Path) -> None:
         assert report is not None and report["model"] == server.url
     assert (report["rows"], report["empty_predictions"]) == (2, 1)
     assert report["finish_reasons"] == {"error": 1, "stop": 1}
+
+
+def test_models_of_a_server_are_compared(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"content": "row {i}", "summary": "x"}}\n' for i in range(4)))
+    with scripted() as server:
+        server.models = ["base", "org/tuned"]
+        compared = ["--compare", "base", "new=org/tuned", "--perplexity", "false"]
+        words = ["--endpoint", server.url, *compared, "--data", str(data)]
+        report = evaluate(parse(EvaluateOptions, "", [*words, "--output_dir", str(tmp_path / "e")]))
+        assert [body["model"] for body in server.bodies] == ["base"] * 4 + ["org/tuned"] * 4
+        assert not any("prompt" in body for body in server.bodies), "no losses are asked for"
+    assert report is not None and report["models"] == ["base", "new"]
+    told = json.loads((tmp_path / "e" / "new" / "metrics.json").read_text(encoding="utf-8"))
+    assert told["endpoint_model"] == "org/tuned" and told["model_sha256"] is None

@@ -553,6 +553,8 @@ def test_a_slow_rank_takes_fewer_rows(tmp_path: Path) -> None:
     world, count = 2, 400
 
     class Reader:
+        references = "kept"
+
         def rows(self, is_wanted: Callable[[int], bool]) -> Iterator[PromptRow]:
             talk = Conversation(None, (Turn("user", "x"),))
             for i in range(count):

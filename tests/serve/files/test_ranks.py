@@ -6,17 +6,20 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen_ds.disk.lock import Holder
+from qwen_ds.errors import Failed
 from serve.files import ranks
 from serve.files.ranks import (
     ABSENT_SECONDS,
     BEAT_SECONDS,
     LOOK_SECONDS,
     SILENT_SECONDS,
+    Leader,
     RankWatch,
     SignOfLife,
 )  # fmt: skip
@@ -119,3 +122,46 @@ def test_the_end_does_not_wait_for_ever(tmp_path: Path) -> None:
     assert watch.gone() == {}
     beat.stop()
     watch.stop()
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Take the place of a rank of two."""
+    monkeypatch.setattr(ranks.dist, "world_size", lambda: 2)
+    return lambda rank: monkeypatch.setattr(ranks.dist, "rank", lambda: rank)
+
+
+def test_a_rank_waits_for_the_first_longer_than_for_a_sign_beside_an_output(
+    tmp_path: Path, as_rank: Callable[[int], None]
+) -> None:
+    outputs, last, own = [tmp_path / "a", tmp_path / "b"], tmp_path / "last", Holder.this_process()
+    own = replace(own, since=f"later than {own.since}")  # each sign has its own time
+    left = replace(own, since="2001-01-01 00:00:00")
+    SignOfLife(outputs[1], 0, left)._done.set()  # a killed run's
+    as_rank(0)
+    with Leader(last, outputs) as leader:
+        leader.wait_for(outputs[1])  # itself it waits for nobody
+        first = SignOfLife(outputs[0], 0, own)
+        as_rank(1)
+        with Leader(last, outputs) as other, ThreadPoolExecutor() as threads:
+            other.wait_for(outputs[0])
+            waiting = threads.submit(other.wait_for, outputs[1])
+            time.sleep(1.5 * ranks.ABSENT_SECONDS)
+            assert not waiting.done(), "rank 0 is at work on the output before"
+            second = SignOfLife(outputs[1], 0, own)
+            waiting.result(timeout=30)
+            first.stop()
+            other.wait_for(outputs[0])  # one that comes late finds it done
+            second.stop()
+        as_rank(0)
+
+
+def test_a_rank_does_not_wait_for_a_first_that_is_gone(
+    tmp_path: Path, as_rank: Callable[[int], None]
+) -> None:
+    as_rank(1)
+    with (
+        Leader(tmp_path / "last", [tmp_path / "a"]) as leader,
+        pytest.raises(Failed, match="rank 0 has given no sign of life .* not begun on .*a; see"),
+    ):
+        leader.wait_for(tmp_path / "a")

@@ -12,11 +12,16 @@ import pytest
 from qwen_ds.errors import UserError
 from serve.files.parts import held_output
 from serve.options import EvaluateOptions, parse
-from serve.scores import metrics
-from serve.scores.report import evaluate, sample
+from serve.scores.answers import scored_row
+from serve.scores.profiles import measure
+from serve.scores.report import evaluate
+from serve.scores.words import sample
 from tests.serve.files.test_prediction import read_lines, write_rows
 
 ROWS = [{"content": f"类型#裙*第{i}", "summary": f"第{i}条裙子，简约大方。"} for i in range(5)]
+
+
+FILES = ["metrics.json", "predictions.jsonl", "rows.jsonl", "speed.json"]
 
 
 def options_for(output_dir: Path, *more: str) -> EvaluateOptions:
@@ -40,26 +45,31 @@ def test_a_model_is_scored_on_its_answers(
     assert report is not None
     lines = read_lines(tmp_path / "eval" / "predictions.jsonl")
     assert [line["reference"] for line in lines] == [row["summary"] for row in ROWS]
-    scores = metrics.score_all(
-        [line["prediction"] for line in lines], [line["reference"] for line in lines]
-    )
-    assert report["seed"] == scores["seed"].as_dict()
-    assert report["rouge-score"] == scores["rouge-score"].as_dict()
+    rows = [scored_row(line) for line in lines]
+    assert all(row.reference_nll and row.reference_tokens for row in rows)
+    scores = measure(rows)
+    for one in scores:
+        assert one.as_dict().items() <= (report[one.profile] if one.profile else report).items()
+    profiles = [one.profile for one in scores if one.profile]
+    assert report["seed"]["bleu-4"] > 0 and report["perplexity"] > 1
     assert report["rows"] == sum(report["finish_reasons"].values()) == 5
     assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
     assert report["empty_predictions"] == sum(line["prediction"].strip() == "" for line in lines)
-    assert report["tokens_per_second"] == pytest.approx(
-        report["completion_tokens"] / report["seconds"], rel=0.01
+    speed = json.loads((tmp_path / "eval" / "speed.json").read_text(encoding="utf-8"))
+    assert speed["tokens_per_second"] == pytest.approx(
+        report["completion_tokens"] / speed["seconds"], rel=0.01
     )
+    assert speed["rows_of_this_run"] == 5 and not set(speed) & set(report)
     assert report["sampling"]["do_sample"] is False
 
     printed = capsys.readouterr().out
-    assert metrics.table(scores) in printed
-    for shown in (0, 2, 4):
+    low, high = report["intervals"]["seed.bleu-4"]
+    told = f"{report['seed']['bleu-4']:>9.4f}  {low:.4f} to {high:.4f}"
+    assert f"{'seed.bleu-4':<28}{told}" in printed
+    for title, shown in (("best", 4), ("best", 2), ("worst", 0), ("worst", 1)):  # all scores are 0
         row = ROWS[shown]
-        asked = f"{data}:{shown + 1}\n  prompt      {row['content']}\n"
+        asked = f"{title}: {data}:{shown + 1}\n  prompt      {row['content']}\n"
         assert f"{asked}  reference   {row['summary']}" in printed
-    assert ROWS[1]["summary"] not in printed
 
     again = evaluate(
         options_for(
@@ -67,8 +77,10 @@ def test_a_model_is_scored_on_its_answers(
         )
     )
     assert again is not None
-    assert {p: again[p] for p in scores} == {p: report[p] for p in scores}
-    assert "seconds" not in again
+    assert {p: again[p] for p in profiles} == {p: report[p] for p in profiles}
+    assert again["perplexity"] == report["perplexity"]
+    assert (again["model_sha256"], again["sampling"]) == (None, None), "the file tells of neither"
+    assert not (tmp_path / "again" / "speed.json").exists()
     with pytest.raises(UserError, match=r"metrics\.json: exists"):
         evaluate(options_for(tmp_path / "eval", "--model", str(small_dir), "--data", str(data)))
     (tmp_path / "eval" / "metrics.json").unlink()
@@ -151,7 +163,7 @@ def test_an_evaluation_stopped_while_scoring_goes_on_from_its_answers(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "score_all", stopped)
+        patch.setattr("serve.scores.scored.measure", stopped)
         with pytest.raises(KeyboardInterrupt):
             evaluate(options_for(out, *words))
     answers = (out / "predictions.jsonl").read_bytes()
@@ -162,7 +174,7 @@ def test_an_evaluation_stopped_while_scoring_goes_on_from_its_answers(
         report = evaluate(options_for(out, *words))
     assert report is not None and report["rows"] == 5
     assert (out / "predictions.jsonl").read_bytes() == answers
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
     with pytest.raises(UserError, match=r"metrics\.json: exists"):
         evaluate(options_for(out, *words))
 
@@ -199,3 +211,37 @@ def test_chinese_text_is_wrapped_by_the_columns_it_takes() -> None:
         "              " + "裙" * 6,
         "  prediction  (empty)",
     ]
+
+
+def test_scores_stopped_while_they_are_written_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, without --overwrite; a complete result is not touched."""
+    rows = [{"prediction": row["summary"], "reference": row["summary"]} for row in ROWS]
+    files = [str(write_rows(tmp_path / name, rows)) for name in ("a.jsonl", "b.jsonl")]
+    out = tmp_path / "out"
+
+    def stopped(file: Path, _: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.scores.outputs.write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(options_for(out, "--predictions", *files))
+    assert (out / "a" / "rows.jsonl").is_file() and not (out / "comparison.json").exists()
+    assert evaluate(options_for(out, "--predictions", *files)) is not None
+    assert sorted(file.name for file in out.iterdir()) == ["a", "b", "comparison.json"]
+    with pytest.raises(UserError, match=r"comparison\.json: exists"):
+        evaluate(options_for(out, "--predictions", *files))
+    (out / "comparison.json").unlink()
+    with pytest.raises(UserError, match=r"rows\.jsonl: exists; expected a new --output_dir"):
+        evaluate(options_for(out, "--predictions", *files))
+    assert evaluate(options_for(out, "--predictions", *files, "--overwrite")) is not None
+
+
+def test_answers_that_are_scored_are_no_output(tmp_path: Path) -> None:
+    rows = [{"prediction": "a", "reference": "b"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"rows\.jsonl: this command reads .*expected an output"):
+        evaluate(options_for(tmp_path, "--predictions", str(file), "--overwrite"))
+    assert read_lines(file) == rows

@@ -1,0 +1,55 @@
+"""Further sections of a report, made once the answers of all sides are scored: whether the models
+have forgotten anything, and which answers a judge prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen_ds.errors import UserError
+from serve.options import EvaluateOptions
+from serve.scores.general import (
+    check_general,
+    general_in_words,
+    general_section,
+    remove_general_parts,
+)
+from serve.scores.judge import check_judge, judge_in_words, judge_section, remove_judge_parts
+from serve.scores.sides import Side
+
+
+def check_sections(sides: Sequence[Side], options: EvaluateOptions) -> None:
+    """Rank 0, before anything is generated. UserError: what a section needs is missing or wrong."""
+    if not options.data and not options.predictions:  # no answers
+        for name in ("judge", "require", "training"):
+            if vars(options)[name]:
+                raise UserError(f"--{name} is given without --data; expected rows to answer")
+    check_general(sides, options)
+    check_judge(sides, options)
+
+
+def further_sections(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
+    """The sections by name, as JSON; `options` are those of the whole evaluation.
+
+    Rank 0 alone asks for them. Each side's answers are in its `predictions`, in the order of the
+    rows; the report of one side (metrics.json), or of several (comparison.json), gets them.
+    """
+    found: dict[str, Any] = {}
+    if options.general:
+        found["general"] = general_section(sides, options)
+    if options.judge is not None:
+        found["judge"] = judge_section(sides, options)
+    return found
+
+
+def sections_in_words(report: Mapping[str, Any]) -> list[str]:
+    """The sections of a report, for a terminal."""
+    general = general_in_words(report["general"]) if "general" in report else []
+    judge = judge_in_words(report["judge"]) if "judge" in report else []
+    return [*general, *judge]
+
+
+def finish_sections(sides: Sequence[Side]) -> None:
+    """Remove the parts of the sections' files, once the reports are written."""
+    remove_general_parts(sides)
+    remove_judge_parts(sides)

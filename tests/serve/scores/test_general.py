@@ -1,0 +1,174 @@
+"""General rows by command: measured, compared, resumed, and refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_ds.decode.exceptions import DecodingError
+from qwen_ds.errors import Failed, UserError
+from serve.options import EvaluateOptions, parse
+from serve.scores import general, kept_rows
+from serve.scores.likelihood import EngineScorer, Item, Scores
+from serve.scores.report import evaluate
+from tests.serve.files.test_prediction import read_lines
+
+TEXTS = [{"text": f"colour {i}: abc de {i * i} and so on"} for i in range(25)]
+QUESTIONS = [{"question": f"{i}+1?", "A": str(i + 1), "B": "no", "answer": "A"} for i in range(5)]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "general.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in TEXTS + QUESTIONS))
+    return file
+
+
+@pytest.fixture
+def broken_dir(small_dir: Path, tmp_path: Path) -> Path:
+    """The small model with a head that is worse on purpose."""
+    target = tmp_path / "broken"
+    target.mkdir()
+    for file in small_dir.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    noise = torch.randn(tensors["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1))
+    tensors["lm_head.weight"] += 3 * tensors["lm_head.weight"].std() * noise
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def measured(output: Path, rows: Path, *more: object) -> dict[str, Any]:
+    words = ["--general", str(rows), "--output_dir", str(output), *map(str, more)]
+    report = evaluate(parse(EvaluateOptions, "", words))
+    assert report is not None
+    found: dict[str, Any] = report["general"]
+    return found
+
+
+def test_a_model_that_lost_what_it_knew_is_flagged_and_its_copy_is_not(
+    small_dir: Path,
+    broken_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    sides = [f"base={small_dir}", f"copy={small_dir}", f"broken={broken_dir}"]
+    found = measured(output, rows, "--compare", *sides)
+    assert found == json.loads((output / "comparison.json").read_bytes())["general"]
+    assert found["changes"]["broken"]["texts"]["verdict"] == "forgot"
+    assert found["changes"]["broken"]["verdict"] == "forgot"
+    copy = found["changes"]["copy"]
+    assert (copy["texts"]["verdict"], copy["texts"]["worsening"]) == ("no sign", 0.0)
+    assert found["scores"]["base"] == found["scores"]["copy"]
+    shown = capsys.readouterr().out
+    assert "broken against base: perplexity of 25 texts" in shown and ": forgot" in shown
+    lines = read_lines(output / "base" / "general.jsonl")
+    assert [line["source"] for line in lines] == [f"{rows}:{i + 1}" for i in range(30)]
+    assert lines[0]["bytes"] == len(TEXTS[0]["text"])
+    question = lines[-1]
+    assert set(question["logprobs"]) == {"A", "B"} and question["answer"] == "A"
+    assert question["chosen"] == max("AB", key=question["logprobs"].get)
+    assert not list(output.rglob("*.parts"))
+
+
+def test_one_model_alone_gets_its_figures(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+    found = measured(tmp_path / "out", rows, "--model", small_dir)
+    ((name, scores),) = found["scores"].items()
+    assert name == small_dir.name and "changes" not in found
+    lines = read_lines(tmp_path / "out" / "general.jsonl")
+    texts = [line for line in lines if "nll" in line]
+    nll, tokens = (sum(line[key] for line in texts) for key in ("nll", "tokens"))
+    value, low, high = scores["perplexity"]
+    assert value == pytest.approx(float(torch.tensor(nll / tokens).double().exp()))
+    assert low < value < high and set(scores) == {"perplexity", "bits_per_byte", "accuracy"}
+
+
+def test_a_killed_measurement_goes_on_where_it_was(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measured(tmp_path / "whole", rows, "--model", small_dir)
+    asked: list[int] = []
+    score = EngineScorer.score
+
+    def dying(self: EngineScorer, items: Iterable[Item]) -> Scores:
+        items = list(items)
+        asked.append(len(items))
+        for number, found in enumerate(score(self, items)):
+            if len(asked) == 1 and number == 12:
+                raise Failed("killed")
+            yield found
+
+    monkeypatch.setattr(EngineScorer, "score", dying)
+    monkeypatch.setattr(kept_rows, "_ROWS_AT_ONCE", 5)
+    with pytest.raises(Failed, match="killed"):
+        measured(tmp_path / "out", rows, "--model", small_dir)
+    assert not (tmp_path / "out" / "general.jsonl").exists()
+    assert measured(tmp_path / "out", rows, "--model", small_dir) == whole
+    assert asked == [30, 18]
+    both = [(tmp_path / name / "general.jsonl").read_bytes() for name in ("whole", "out")]
+    assert both[0] == both[1]
+
+
+def test_a_row_with_an_error_is_left_out_and_counted(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: EngineScorer, items: Iterable[Item]) -> Scores:
+        yield from ((i, DecodingError("too long")) for i, _ in enumerate(items))
+
+    monkeypatch.setattr(EngineScorer, "score", failing)
+    found = measured(tmp_path / "out", rows, "--compare", f"a={small_dir}", f"b={small_dir}")
+    assert found["changes"]["b"] == {"verdict": "cannot tell", "failed": 30}
+    line = read_lines(tmp_path / "out" / "a" / "general.jsonl")[0]
+    assert (line["finish_reason"], line["error"]) == ("error", "too long")
+
+
+def test_a_bad_row_is_told_before_any_model_is_asked(
+    small_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rows.open("a") as out:
+        out.write('{"text": ""}\n')
+    monkeypatch.setattr(general, "find_source", None)
+    with pytest.raises(UserError, match="general.jsonl:31: text is empty"):
+        measured(tmp_path / "out", rows, "--model", small_dir)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--require", "stop_rate>=0.9"], "--require is given without --data"),
+        (["--adapter", "a=x"], "--general with adapters by name"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    small_dir: Path, rows: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        measured(tmp_path / "out", rows, "--model", small_dir, *words)
+
+
+def test_examples_alone_are_refused(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+    words = ["--model", str(small_dir), "--general_examples", str(rows)]
+    words += ["--data", str(rows), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--general_examples is given without --general"):
+        evaluate(parse(EvaluateOptions, "", words))
+
+
+def test_the_general_rows_themselves_are_never_replaced(small_dir: Path, rows: Path) -> None:
+    with pytest.raises(UserError, match="general.jsonl"):
+        measured(rows.parent, rows, "--model", small_dir, "--overwrite", "true")
+    assert len(rows.read_text().splitlines()) == 30
+
+
+def test_what_is_there_is_not_replaced_unasked(small_dir: Path, rows: Path, tmp_path: Path) -> None:
+    measured(tmp_path / "out", rows, "--model", small_dir)
+    with pytest.raises(UserError, match="exists"):
+        measured(tmp_path / "out", rows, "--model", small_dir)
+    measured(tmp_path / "out", rows, "--model", small_dir, "--overwrite", "true")
