@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rouge_score import rouge_scorer, scoring
 from rouge_score.tokenizers import Tokenizer
 
-from serve.scores.subsequence import Places, common_length, common_subsequence
+from serve.scores.subsequence import WordPlaces, common_length, common_subsequence
 
 
 class Prf(NamedTuple):
@@ -93,7 +93,7 @@ def rouge_1_0_1(prediction: str, reference: str) -> Rouge | None:
     ref_words = [w for s in ref_sentences for w in s]
     union: set[str] = set()
     for pred in pred_sentences:
-        places = Places(pred)
+        places = WordPlaces(pred)
         for ref in ref_sentences:
             if places.share(ref):
                 union.update(common_subsequence(ref, pred, places))

@@ -8,7 +8,7 @@ from math import isqrt
 
 
 def common_subsequence(
-    reference: Sequence[str], prediction: Sequence[str], places: Places | None = None
+    reference: Sequence[str], prediction: Sequence[str], places: WordPlaces | None = None
 ) -> list[str]:
     """One longest common subsequence of two word lists, last words first.
 
@@ -17,7 +17,7 @@ def common_subsequence(
     It matters which of several equally long ones is found, since ROUGE-L counts the set of its
     words: on a tie the walk back from the end skips the prediction's word.
     """
-    matches = places or Places(prediction)
+    matches = places or WordPlaces(prediction)
     # Of the table every step-th row is kept; those between are made again on the way back.
     step = isqrt(len(reference)) + 1
     kept = [_all_ones(len(prediction))]
@@ -48,7 +48,7 @@ def common_length(reference: Sequence[str], prediction: Sequence[str]) -> int:
     width = len(prediction)
     if not reference or not width:
         return 0
-    matches, row = Places(prediction), _all_ones(width)
+    matches, row = WordPlaces(prediction), _all_ones(width)
     for word in reference:
         row = _next_row(row, matches.of(word), width)
     return width - row.bit_count()
@@ -62,7 +62,7 @@ def _all_ones(width: int) -> int:
 _SHORT = 2048
 
 
-class Places:
+class WordPlaces:
     """The places of each word in a list, as bits. In a long list those of rare words are made when
     asked for: kept, they would take the square of the list's length."""
 
@@ -105,7 +105,7 @@ def _next_row(row: int, matches: int, width: int) -> int:
     return ((row + (row & matches)) | (row & ~matches)) & _all_ones(width)
 
 
-def _steps(row: int, words_N: Sequence[str], matches: Places, width: int) -> list[int]:
+def _steps(row: int, words_N: Sequence[str], matches: WordPlaces, width: int) -> list[int]:
     rows = []
     for word in words_N:
         row = _next_row(row, matches.of(word), width)
