@@ -21,13 +21,15 @@ def echoes(talk: Talk) -> Iterator[Span]:
         if len(question) < 4 and question != answer:
             continue
         asked = _NOT_WORD.sub("", question)
-        if not asked or _COPIES.search(question):
+        if not asked:
             continue
         # Only as much of the answer as may hold the question.
         said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
+        if asked not in said or _COPIES.search(question):
+            continue
         if asked == said and len(answer) < 3 * len(question) + 60:
             yield Span("answer-equals-question", turn, 0, len(answer))
-        elif len(asked) >= 7 and asked in said and (place := _echo(question, answer)):
+        elif len(asked) >= 7 and (place := _echo(question, answer)):
             yield Span("answer-repeats-question", turn, *place)
 
 

@@ -84,8 +84,16 @@ def _digests(texts: Sequence[bytes], places: int) -> tuple[np.ndarray, np.ndarra
     return np.array(rows, np.uint32).astype(np.uint16), np.diff(offsets).astype(np.int32)
 
 
-def joined(parts: Sequence[Signatures]) -> Signatures:
-    return Signatures(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+def joined(parts: list[Signatures]) -> Signatures:
+    """All signatures as one. The list is emptied, so that nothing is held twice for long."""
+    columns = [list(each) for each in zip(*parts, strict=True)]
+    parts.clear()
+    made = []
+    while columns:
+        column = columns.pop(0)
+        made.append(np.concatenate(column))
+        del column
+    return Signatures(*made)
 
 
 @dataclass(frozen=True, slots=True)

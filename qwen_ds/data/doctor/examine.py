@@ -65,7 +65,8 @@ class Pass:
     """The record of each conversation."""
     endings: Endings = field(default_factory=Endings)
     not_trained: Counter[str] = field(default_factory=Counter)
-    heads: list[list[str]] = field(default_factory=list)
+    heads: list[tuple[int, str]] = field(default_factory=list)
+    """(number of conversations, the beginnings of their questions, a line each)."""
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     _signatures: list[Signatures] = field(default_factory=list)
     signatures: Signatures | None = None
@@ -82,7 +83,7 @@ class Pass:
             else:
                 self.tally.add(found.kind, record, shown)
         self.endings.add(checked.endings)
-        self.heads.append(checked.heads)
+        self.heads.append((len(checked.heads), "\n".join(checked.heads)))
         self._signatures.append(checked.signatures)
         self.parts.append(
             (checked.asked_chars_N, checked.asked_tokens_N, checked.said_tokens_N)
@@ -98,10 +99,10 @@ class Pass:
 
     def head(self, conversation: int) -> str:
         """The beginning of a conversation's question."""
-        for heads in self.heads:
-            if conversation < len(heads):
-                return heads[conversation]
-            conversation -= len(heads)
+        for count, heads in self.heads:
+            if conversation < count:
+                return heads.split("\n")[conversation]
+            conversation -= count
         raise IndexError(conversation)
 
 

@@ -16,8 +16,8 @@ _NAME = any_of(
     r"Chat_?GPT GPT-?[2345](?:\.5|o)? Claude 文心一言 文心 ERNIE_?Bot 讯飞星火 星火 ChatGLM "
     r"GLM-?\d? 智谱清言 LLaMA Llama Vicuna Alpaca BELLE MOSS 百川 Baichuan InternLM 书生 豆包 "
     r"Kimi DeepSeek Gemini Bard Bing_Chat Copilot 盘古 天工 混元 元宝 小度 小爱同学 "
-    r"Siri Mistral Grok Guanaco Dolly Koala Phoenix 凤凰 Firefly 流萤 Bloom "
-    r"Open_?Assistant TigerBot 虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
+    r"Siri Mistral Grok Guanaco Dolly Koala Phoenix 凤凰 Firefly 流萤 Bloom Open_?Assistant "
+    r"TigerBot 虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
 )
 _MADE = any_of("开发 训练 研发 创建 创造 推出 打造 研制 设计")
 _THING = any_of("模型 助手 AI 机器人 智能 程序 语言")
@@ -108,7 +108,8 @@ def identity(talk: Talk) -> Iterator[Span]:
             for start, end in _REFUSES(head):
                 yield Span("refusal", turn, start, end)
                 break
-        if _NAMES.search(answer):
+        speaks = "我" in answer or "I" in answer or "by" in answer or "这里是" in answer
+        if (speaks or "作为" in answer or "name is" in answer) and _NAMES.search(answer):
             for start, end in _IDENTITY(answer):
                 if not _is_a_part(question, answer[start:end]):
                     yield Span("foreign-identity", turn, start, end)

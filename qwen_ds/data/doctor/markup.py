@@ -84,6 +84,9 @@ def markup(talk: Talk) -> Iterator[Span]:
                     yield Span("literal-escape", turn, start, end)
 
 
+_BLANK_WORDS = ("待", "此处", "在此", "在这里")
+
+
 def blanks(talk: Talk) -> Iterator[Span]:
     """Placeholders that nobody filled in."""
     for turn, (role, text) in enumerate(talk.turns):
@@ -91,6 +94,9 @@ def blanks(talk: Talk) -> Iterator[Span]:
         if len(text) <= 40 and _WHOLE_BLANK.fullmatch(text):
             if not (talk.is_of_code or _VALUES_ARE_THE_SUBJECT.search(asked)):
                 yield Span("placeholder", turn, 0, len(text))
+            continue
+        may_be = talk.classes[turn] & (of.LATIN | of.BRACKET | of.ANGLE)
+        if not (may_be or has_any(text, _BLANK_WORDS)):
             continue
         for start, end in _PART_BLANK(text):
             if talk.is_of_code or _asks_for_blanks(asked):
