@@ -114,7 +114,6 @@ COVERED_BY = {
     "serve/scores/answers.py": "tests/serve/scores/test_comparison.py",
     "serve/scores/outputs.py": "tests/serve/scores/test_report.py",
     "serve/scores/scored.py": "tests/serve/scores/test_comparison.py",
-    "serve/scores/sections.py": "tests/serve/scores/test_report.py",
     "serve/scores/training.py": "tests/serve/scores/test_comparison.py",
     "serve/scores/words.py": "tests/serve/scores/test_report.py",
     "serve/answering.py": "tests/serve/files/test_prediction.py",
