@@ -67,6 +67,7 @@ class Endpoint:
 
     def _all(self, works: Iterable[_Work[T]]) -> Iterator[tuple[int, T]]:
         waiting = iter(enumerate(works))
+        done: set[asyncio.Task[tuple[int, T]]] = set()
         pending: set[asyncio.Task[tuple[int, T]]] = set()
         with asyncio.Runner() as runner:
             client = httpx.AsyncClient(
@@ -81,8 +82,8 @@ class Endpoint:
                         return
                     for task in done:
                         yield task.result()
-            finally:
-                runner.run(_end(client, pending))
+            finally:  # those that failed beside the first, too: asyncio would print their errors
+                runner.run(_end(client, done | pending))
 
     async def _next(
         self,

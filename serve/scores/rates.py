@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Sequence
 
@@ -70,7 +71,8 @@ def _distinct(words_of: Sequence[Sequence[str]], n: int) -> Measured:
     """
     runs = [ngrams(words, n) for words in words_of]
     answers = Counter(ngram for each in runs for ngram in set(each))
-    share = [sum(1 / answers[ngram] for ngram in set(each)) for each in runs]
+    # Exact, since the order of a set differs from process to process.
+    share = [math.fsum(1 / answers[ngram] for ngram in set(each)) for each in runs]
     told = signature(
         quotient=f"different {n}-grams by {n}-grams, over all answers",
         tok=f"{Words.signature}, without white space",

@@ -36,7 +36,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_three_models_killed_three_times_end_with_the_same_bytes(
     small_dir: Path, golden: Path, tmp_path: Path, rows: int
 ) -> None:
-    """Twice in the middle of rows, once while scores are computed or written."""
+    """Twice in the middle of rows, once while scores are computed or written. Each process has a
+    hash seed of its own, so no sum may depend on the order of a set."""
     data, whole, out = tmp_path / "rows.jsonl", tmp_path / "whole", tmp_path / "out"
     data.write_text(rows_of(rows))
     adapter = golden / "lora" / "adapter"
