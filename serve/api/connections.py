@@ -57,7 +57,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         clients, now = self.clients, self.loop.time()
-        if len(self.connections) > clients.most:
+        if len(self.connections) - len(clients.leaving) > clients.most:
             resting = clients.longest_resting(now)
             if resting is None:
                 came = f"{clients.most:,} clients are connected"
