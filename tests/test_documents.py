@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import pytest
 
+from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.read.readers import READERS
 from qwen_ds.data.read.sources import iter_conversations
 from qwen_ds.errors import UserError
@@ -334,7 +335,7 @@ def test_every_option_in_the_text_exists(name: str) -> None:
     sections = tuple(key for key, value in recipe.items() if isinstance(value, dict))
     keys = {key for key in recipe if key not in sections}
     keys |= {f"{section}.{key}" for section in sections for key in recipe[section]}
-    classes = (PredictOptions, EvaluateOptions, ChatOptions, ApiOptions)
+    classes = (PredictOptions, EvaluateOptions, ChatOptions, ApiOptions, CheckCommand)
     serving = {key for kind in classes for key in kind.__dataclass_fields__}
     merging = load_script("launch/merge.py").command_line()._option_string_actions
     options = {"--help", "--config", *merging, *(f"--{key}" for key in (*keys, *serving))}
