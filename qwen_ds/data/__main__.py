@@ -131,7 +131,7 @@ def main() -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(
-            f"the command is {command!r}; expected {', '.join(COMMANDS)}: "
+            f"the command is {command!r}; expected encode, inspect or check: "
             "python -m qwen_ds.data --help"
         )
     kind, run, about = COMMANDS[command]

@@ -1,4 +1,4 @@
-"""python -m qwen_ds.data encode | inspect"""
+"""python -m qwen_ds.data encode | inspect; check has tests of its own (doctor/test_command.py)"""
 
 from __future__ import annotations
 
@@ -156,7 +156,9 @@ def test_the_histogram_counts_every_row_once(lens: list[int]) -> None:
 
 def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["data", "decode"])
-    with pytest.raises(UserError, match="the command is 'decode'; expected encode or inspect"):
+    with pytest.raises(
+        UserError, match="the command is 'decode'; expected encode, inspect or check"
+    ):
         command.main()
 
 

@@ -8,12 +8,14 @@ Shapes: B rows of a batch, T longest row in it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from qwen_ds.data.doctor.examine import TRAIN, Pass
 from qwen_ds.data.doctor.options import CheckCommand
@@ -77,6 +79,9 @@ def _records(gathered: Pass) -> dict[str, int]:
 
 def loaded(options: CheckCommand, folder: ModelFolder) -> LanguageModel:
     """The model, with its adapter if there is one, on the GPU if there is one."""
+    transformers_logging.disable_progress_bar()
+    # peft asks transformers for a name that is going away.
+    warnings.simplefilter("ignore", FutureWarning)
     on_gpu = torch.cuda.is_available()
     model = load_base(folder, "auto" if on_gpu else torch.float32)
     if options.adapter is not None:
