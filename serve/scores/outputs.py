@@ -35,7 +35,8 @@ def check_last(last_file: Path, options: EvaluateOptions) -> None:
 def check_side(side: Side, last_file: Path) -> None:
     """Raise UserError for outputs of a side that are there, unless an interrupted run left them."""
     overwrite = side.options.overwrite
-    inputs: list[Path | str] = [*side.options.data, *([] if side.given is None else [side.given])]
+    inputs: list[Path | str] = [*side.options.data]
+    inputs += [] if side.given is None else [side.given]
     for file in (last_file, *_files_of(side)):
         refuse_input(file, inputs)
     if side.given is None:
