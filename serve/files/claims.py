@@ -36,6 +36,18 @@ class _Claim:
     holder: Holder
 
 
+def process_that_came(folder: Path, rank: int) -> Holder | None:
+    """The process of a rank that was the last to come for blocks in a folder of parts."""
+    try:
+        return Holder(**json.loads(_card(folder / FOLDER, rank).read_text())["holder"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _card(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}"
+
+
 class Claims:
     """The blocks of one run, as one rank sees them.
 
@@ -62,7 +74,7 @@ class Claims:
         self._card.write_text(self._text, encoding="utf-8")
 
     def _card_of(self, rank: int) -> Path:
-        return self._folder / f"rank_{rank:05d}"
+        return _card(self._folder, rank)
 
     def has_joined(self, rank: int) -> bool:
         """Whether a rank has come for blocks, as far as rank 0 knows: it may miss one that was

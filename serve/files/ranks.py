@@ -22,6 +22,7 @@ from qwen_ds.disk.lock import BEAT_SECONDS, Holder
 from qwen_ds.disk.place import require_folder
 from qwen_ds.errors import Failed
 from qwen_ds.runlog import say
+from serve.files.claims import process_that_came
 
 # Six beats: network disks cache a file's time for a few seconds.
 SILENT_SECONDS = 30.0
@@ -156,7 +157,7 @@ class RankWatch:
 
 
 class Leader:
-    """Rank 0 over several outputs that all ranks make one after another.
+    """Rank 0 over several outputs that all ranks make in turn; the parts of all stay to the end.
 
     The others come to the next output while rank 0 is still at work on the one before, for longer
     than they would wait for a sign of its life there. So rank 0 gives one all the time, beside the
@@ -192,7 +193,10 @@ class Leader:
             time.sleep(_POLL_SECONDS)
 
     def _has_begun(self, output: Path) -> bool:
-        found, leader = process_of(output, 0), process_of(self._last, 0)
+        # A sign of life would be too early: on its way to the first block rank 0 forgets who came
+        # before, and would wait for one that has found all rows done and left.
+        found = process_that_came(output.with_name(f"{output.name}.parts"), 0)
+        leader = process_of(self._last, 0)
         if found is None or leader is None or (found.host, found.pid) != (leader.host, leader.pid):
             return False
         # A container started anew has its process ids again: a killed run's sign is older.

@@ -60,9 +60,9 @@ def test_three_models_killed_three_times_end_with_the_same_bytes(
     for moment in (*sorted(rng.sample(range(1, 3 * rows - 40), 2)), None):
         job, last = started(), out / "merged" / "predictions.jsonl"
         if moment is None:
-            job.until(last.exists)
+            job.until(last.exists, 400)
         else:
-            job.until(lambda moment=moment: finished() >= moment)
+            job.until(lambda moment=moment: finished() >= moment, 400)
         before = finished()
         job.send(signal.SIGKILL).wait()
         assert job.codes[0] == -9, "rank 0 was killed before the evaluation was over"

@@ -14,6 +14,7 @@ import pytest
 from qwen_ds.disk.lock import Holder
 from qwen_ds.errors import Failed
 from serve.files import ranks
+from serve.files.claims import Claims
 from serve.files.ranks import (
     ABSENT_SECONDS,
     BEAT_SECONDS,
@@ -131,28 +132,32 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda rank: monkeypatch.setattr(ranks.dist, "rank", lambda: rank)
 
 
+def came(output: Path, first: Holder) -> None:
+    """Let rank 0 begin on an output."""
+    folder = output.with_name(f"{output.name}.parts")
+    folder.mkdir(exist_ok=True)
+    Claims(folder, 0, first, 1, 1, lambda rank: None)
+
+
 def test_a_rank_waits_for_the_first_longer_than_for_a_sign_beside_an_output(
     tmp_path: Path, as_rank: Callable[[int], None]
 ) -> None:
     outputs, last, own = [tmp_path / "a", tmp_path / "b"], tmp_path / "last", Holder.this_process()
     own = replace(own, since=f"later than {own.since}")  # each sign has its own time
     left = replace(own, since="2001-01-01 00:00:00")
-    SignOfLife(outputs[1], 0, left)._done.set()  # a killed run's
+    came(outputs[1], left)  # in a killed run
     as_rank(0)
     with Leader(last, outputs) as leader:
         leader.wait_for(outputs[1])  # itself it waits for nobody
-        first = SignOfLife(outputs[0], 0, own)
+        came(outputs[0], own)
         as_rank(1)
         with Leader(last, outputs) as other, ThreadPoolExecutor() as threads:
             other.wait_for(outputs[0])
             waiting = threads.submit(other.wait_for, outputs[1])
             time.sleep(1.5 * ranks.ABSENT_SECONDS)
             assert not waiting.done(), "rank 0 is at work on the output before"
-            second = SignOfLife(outputs[1], 0, own)
+            came(outputs[1], own)
             waiting.result(timeout=30)
-            first.stop()
-            other.wait_for(outputs[0])  # one that comes late finds it done
-            second.stop()
         as_rank(0)
 
 
