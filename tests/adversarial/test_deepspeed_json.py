@@ -32,7 +32,7 @@ def on(**keys: Any) -> dict[str, Any]:
 # content -> the words of the message
 REFUSED: list[tuple[Any, str]] = [
     # What breaks inside deepspeed.initialize, or ends the run.
-    ({"wandb": on(team="t", project="p")}, "wandb.enabled is True and the package wandb"),
+    ({"comet": on(project="p")}, "comet.enabled is True and the package comet_ml"),
     ({"comet": on()}, "comet_ml is not installed"),
     ({"tensorboard": on(output_path="/dev/null/x")}, "tensorboard.output_path is '/dev/null/x'"),
     ({"csv_monitor": on(output_path="/dev/null/x")}, "csv_monitor.output_path"),
@@ -218,7 +218,7 @@ MEMBERS = [
         Member(kind, partial(_odd, kind), says=("deepspeed: ",))
         for kind in ("fifo", "folder", "device", "missing")
     ),
-    Member("before training", partial(_train, {"wandb": on()}), says=("wandb.enabled",),
+    Member("before training", partial(_train, {"comet": on()}), says=("comet.enabled",),
            leaves=lambda place: not any(place.out.iterdir())),
 ]  # fmt: skip
 
