@@ -181,7 +181,9 @@ def tour(shell: Shell, run: Path, num_gpus: int, deepspeed_json: str | None) -> 
 
     show("\n3. Ask the same of the base's answers: they miss it")
     given = ["--predictions", f"{run}/eval/{BASE}/predictions.jsonl"]
-    gate = [*evaluate, *given, "--output_dir", f"{run}/gate", *REQUIRE]
+    # Beside the run, whose page tells what the result reaches.
+    beside = ["--output_dir", f"{run}-base", "--overwrite", "true"]
+    gate = [*evaluate, *given, *beside, *REQUIRE]
     shell.run(gate, exit_code=EXIT_FAILURE)
 
     show("\n4. Merge the adapter; the model card tells the scores; put all of the run on one page")

@@ -79,8 +79,7 @@ class ScoreTable:
     @property
     def title(self) -> str:
         """The data, or the folder where they are not told."""
-        places = dict.fromkeys(Path(each.place).parent.as_posix() for each in self.evaluations)
-        return self.data or ", ".join(places)
+        return self.data or ", ".join(each.place for each in self.evaluations)
 
     @property
     def heads(self) -> list[str]:

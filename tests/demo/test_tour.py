@@ -75,7 +75,8 @@ def test_the_tour_types_what_a_user_would(
     run.tour(shell, Path("runs/demo"), 2, None)
     evaluate, gate = "python -m serve.evaluate", "--require stop_rate>=0.99 seed.rouge-l>=0.4"
     compared = "--compare base=/base fine-tuned=runs/demo/adapter --model /base"
-    given = "--predictions runs/demo/eval/base/predictions.jsonl --output_dir runs/demo/gate"
+    given = "--predictions runs/demo/eval/base/predictions.jsonl"
+    given += " --output_dir runs/demo-base --overwrite true"
     data = f"--data {shell.data} --training /train.jsonl --output_dir runs/demo/eval"
     merge = "--base /base --adapter runs/demo/adapter --output runs/demo/merged"
     assert shell.commands == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_one_call_that_compared_models_keeps_its_order_and_its_verdicts(tmp_path
     assert table.heads == ["beta", "alpha"] and table.title == "dev.jsonl"
     (verdicts,) = table.verdicts
     assert verdicts["seed.bleu-4"].p == 0.004 and list(verdicts) == ["seed.bleu-4"]
+
+
+def test_answers_that_were_given_have_the_name_of_their_folder(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    make_evaluation(folder / "gate", [0.5], "base")
+    file = folder / "gate" / "metrics.json"
+    write_object(file, json.loads(file.read_text()) | {"data": [], "model": None})
+    run = read_run(folder)
+    (table,) = tables(run, find(run))
+    assert table.title == "gate"
 
 
 def test_a_file_of_that_name_that_is_no_evaluation_is_passed_over(tmp_path: Path) -> None:
