@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qwen_ds.data.doctor.spans import Span, Talk, any_of, pattern
+from qwen_ds.data.doctor.spans import Span, Talk, any_of, has_any, pattern
 
 _MAKER = any_of(
     r"Open_?AI Anthropic Google 谷歌 DeepMind Meta 微软 Microsoft 百度 科大讯飞 讯飞 智谱 清华 "
@@ -17,15 +17,18 @@ _NAME = any_of(
     r"GLM-?\d? 智谱清言 LLaMA Llama Vicuna Alpaca BELLE MOSS 百川 Baichuan InternLM 书生 豆包 "
     r"Kimi DeepSeek Gemini Bard Bing_Chat Copilot 盘古 天工 混元 元宝 小度 小爱同学 "
     r"Siri Mistral Grok Guanaco Dolly Koala Phoenix 凤凰 Firefly 流萤 Bloom Open_?Assistant "
-    r"TigerBot 虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
+    r"必应 Bing 阶跃星辰 跃问 海螺AI TigerBot 虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
 )
 _MADE = any_of("开发 训练 研发 创建 创造 推出 打造 研制 设计")
 _THING = any_of("模型 助手 AI 机器人 智能 程序 语言")
-_I_AM = any_of("我是 我叫 我的名字是 我的名字叫 本人是 这里是 作为")
+_I_AM = any_of("我是 我叫 我的名字是 我的名字叫 本人是? 这里是 作为")
 _KIND = any_of(
     "一个 一款 一名 由 来自 基于 名为 叫做? 大模型 AI助手 人工智能助手 智能助手 语言模型 聊天机器人"
 )
-_OWNER = any_of("开发者 创造者 母公司 研发团队 开发团队 开发公司 制造者")
+_OWNER = any_of(
+    "开发者 创造者 母公司 研发团队 开发团队 开发公司 制造者 背后的公司 背后的团队 训练者"
+)
+_WE = any_of("模型 助手 人工智能 AI 机器人 程序 系统")
 _SENTENCE = r"[^，。！？\n]"
 _LATIN_NAME = any_of(
     r"Chat_?GPT GPT-?[2345]\S* Bard Gemini ERNIE_Bot LLaMA Vicuna Alpaca ChatGLM MOSS BELLE Kimi "
@@ -36,14 +39,27 @@ _IDENTITY = pattern(
         [
             rf"{_I_AM}\s?(?:{_KIND}|[，, “\"「])*{_NAME}(?![A-Za-z])",
             rf"{_I_AM}\s?(?:{_KIND}|[，, “\"「])*{_MAKER}{_SENTENCE}{{0,12}}?"
-            rf"(?:{_MADE}|提供|公司|团队|的){_SENTENCE}{{0,20}}?{_THING}",
-            rf"我{_SENTENCE}{{0,12}}由\s?{_MAKER}{_SENTENCE}{{0,12}}{_MADE}",
-            rf"我的{_OWNER}是\s?{_MAKER}",
+            rf"(?:{_MADE}|提供|公司|团队|的){_SENTENCE}{{0,20}}?(?:{_THING}|{_NAME})",
+            rf"{_I_AM}\s?{_MAKER}(?:公司)?{_MADE}(?:出来)?的\s?(?:[，。！,.!]|\Z)",
+            rf"{_I_AM}\s?{_MAKER}(?:公司)?(?:的|旗下的?)?\s?{_NAME}(?![A-Za-z])",
+            rf"我{_SENTENCE}{{0,12}}由\s?{_MAKER}{_SENTENCE}{{0,24}}{_MADE}",
+            rf"我是{_SENTENCE}{{0,20}}{_WE}[，,]\s?(?:我?是)?由\s?{_SENTENCE}{{0,8}}{_MAKER}"
+            rf"{_SENTENCE}{{0,16}}{_MADE}",
+            rf"我来自\s?{_MAKER}(?:公司|团队)?[，,]?{_SENTENCE}{{0,8}}"
+            r"(?:模型|助手|机器人|人工智能)",
+            rf"我(?:使用|采用)的(?:模型|技术|架构)?(?:是)?{_SENTENCE}{{0,6}}{_NAME}",
+            rf"我(?:的)?{_OWNER}是\s?{_MAKER}|{_MADE}(?:了)?我的(?:公司|团队|机构|人)?是\s?{_MAKER}",
+            rf"{_MAKER}{_SENTENCE}{{0,6}}{_MADE}了我",
             rf"我{_SENTENCE}{{0,6}}基于{_SENTENCE}{{0,8}}{_NAME}(?![A-Za-z])",
             rf"(?:I am|I'm|I’m|[Mm]y name is|This is) (?:an? )?"
             rf"(?:(?:AI|language|large|model|chatbot|assistant|called|named) |,)*{_LATIN_NAME}\b",
+            rf"(?:I am|I'm|I’m) (?:based on|powered by|built on) [^.!?\n]{{0,20}}{_LATIN_NAME}",
+            rf"[Aa]s (?:an? )?(?:{_LATIN_NAME}|Claude),? I\b",
+            rf"\b(?:[Yy]ou're|[Yy]ou are) (?:chatting|talking|speaking) (?:with|to) "
+            rf"(?:{_LATIN_NAME}|Claude)\b",
+            rf"{_MAKER} (?:trained|developed|created|made|built|designed) me\b",
             r"(?:I am|I'm|I’m|[Mm]y name is) Claude"
-            r"(?=,? (?:an|a|the|made|created|developed|from|by|and I)\b|\.)",
+            r"(?=,? (?:an|a|the|made|created|developed|from|by|and I)\b|[.!])",
             r"\b(?:I|me|assistant|model|AI)\b[^.!?\n]{0,60}(?:trained|developed|created|made|built)"
             rf" by {_MAKER}",
         ]
@@ -59,11 +75,10 @@ _TO_ANSWER = any_of(
     "回答 提供 满足 协助 生成 完成[这该您你] 执行[这该您你] 访问 浏览 讨论 参与[这此该] 继续[这该] "
     "处理[这该您] 预测 打开链接 打开网 获取 实时 查看[图链网] 观看 听取"
 )
+_DOES_NOT = r"[^，。！\n]{0,8}(?:没有|无法|不能|不会|不具备|不可以)"
 _MODEL = (
     r"(?:基于[^，。\n]{0,12}的)?(?:大型|大|虚拟|智能)?"
-    + any_of(
-        "AI ai A\\.I\\. 人工智能 语言模型 聊天机器人 虚拟助手 智能助手 智能助理 机器学习模型 机器人"
-    )
+    + any_of("AI ai A\\.I\\. 人工智能 语言模型 聊天机器人 虚拟助手 智能助手 智能助理 机器学习模型")
     + "(?:语言|大语言|对话|聊天)?(?:模型|助手|助理|程序|系统|机器人)?"
 )
 _AI = (
@@ -78,6 +93,12 @@ _REFUSES = pattern(
     "|".join(
         [
             rf"作为(?:一个|一名|一款|一种|一位)?{_MODEL}(?:，|,|\s)*(?:我|本|没有|无法|不能|不具备)",
+            rf"作为(?:一个|一名|一款|一种|一位)?机器人[，,]?(?:我|本){_DOES_NOT}",
+            rf"(?:由于|因为|毕竟)我(?:只|仅)?是(?:一个|一名|一款)?{_MODEL}[，,]?我?{_DOES_NOT}",
+            r"(?:超出|不在)了?我的(?:能力|知识|服务|回答)(?:范围|范畴)|我(?:无法|不能|不便|拒绝)(?:作答|评论|置评)",
+            rf"{_SORRY}[，,](?:这个|该|此|这类|您的|你的)[^，。！\n]{{0,8}}(?:不适合|不宜|不便|违反|涉及敏感)",
+            rf"{_SORRY}[，,]?我?{_NOW}?(?:没有|没|不|不太|无法|未能)(?:能)?(?:理解|明白|听懂|看懂)您?你?的?",
+            rf"{_SORRY}[，,](?:但|但是)?(?:您|你)(?:似乎|好像)?(?:没有|并未|未|没)(?:提供|给出|上传|附上)",
             rf"我(?:只|仅|仅仅|只不过|毕竟)?是(?:一个|一名|一款|个)?{_SENTENCE}{{0,8}}"
             rf"(?:AI|人工智能|语言模型|机器人|程序){_SENTENCE}{{0,8}}[，,]{_SENTENCE}{{0,6}}"
             r"(?:无法|不能|没有(?:办法|能力|情感|感情|个人|意识|身体|实体))",
@@ -93,9 +114,17 @@ _REFUSES = pattern(
             rf"(?:{_CAN_NOT}|do not have|don't have)\b"
             r"(?! (?:come|make it|attend|go|join|be there|see|hear|believe|wait))",
             rf"\bI(?:'m| am)? ?{_CAN_NOT} {_HELP} ",
+            r"\bMy (?:knowledge|training)(?: data| base)? (?:cut-?off|only goes|was last updated|ends|is limited)",
+            rf"\bI(?:'m|’m| am) (?:just|only|merely|simply) an? {_AI}\b",
+            r"\bI (?:do not|don't|don’t|lack) ?(?:have )?(?:the (?:ability|capability|capacity) to|"
+            r"(?:any )?access to (?:real-time|current|live|up-to-date|the internet|external)|"
+            r"personal (?:opinions|experiences|feelings|beliefs|emotions|preferences))",
+            r"\bI must (?:respectfully |politely )?(?:decline|refuse)\b|\bit (?:is|would be|'s) "
+            r"(?:not |in)appropriate for me\b|\bagainst my (?:programming|guidelines|policy)",
         ]
     )
 )
+_REFUSAL_WORDS = ("作为", "抱歉", "遗憾", "对不起", "s an", "My ", "against my")
 _HEAD = 400  # a refusal comes first
 
 
@@ -103,13 +132,15 @@ def identity(talk: Talk) -> Iterator[Span]:
     """Refusals, and another assistant's name, in answers."""
     for turn, question, answer in talk.pairs:
         head = answer[:_HEAD]
-        may_refuse = "我" in head or "I" in head or "作为" in head or "s an" in head
+        may_refuse = "我" in head or "I" in head or has_any(head, _REFUSAL_WORDS)
         if may_refuse and not _is_translation(question):
             for start, end in _REFUSES(head):
                 yield Span("refusal", turn, start, end)
                 break
         speaks = "我" in answer or "I" in answer or "by" in answer or "这里是" in answer
-        if (speaks or "作为" in answer or "name is" in answer) and _NAMES.search(answer):
+        if (speaks or "作为" in answer or "name is" in answer or "me" in answer) and _NAMES.search(
+            answer
+        ):
             for start, end in _IDENTITY(answer):
                 if not _is_a_part(question, answer[start:end]):
                     yield Span("foreign-identity", turn, start, end)

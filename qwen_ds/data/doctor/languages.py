@@ -10,7 +10,7 @@ from qwen_ds.data.doctor.spans import Span, Talk, outside_code
 
 _ASKS_LANGUAGE = re.compile(
     r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
-    r"正则|拼写|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
+    r"正则|拼写|拼音|音标|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
     r"JSON|LaTeX|pinyin|hanzi|characters)",
     re.IGNORECASE,
 )
@@ -34,8 +34,9 @@ _SMALL_WORD = re.compile(
 
 
 def _is_prose(text: str) -> bool:
-    words, small = len(_WORD.findall(text)), len(_SMALL_WORD.findall(text))
-    return small >= (1 if words < 10 else 2)
+    small = len(_SMALL_WORD.findall(text))
+    words = _WORD.findall(text)
+    return small >= 2 or (small > 0 and 2 * sum(map(str.islower, words)) >= len(words))
 
 
 def languages(talk: Talk) -> Iterator[Span]:

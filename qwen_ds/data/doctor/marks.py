@@ -47,9 +47,10 @@ _CHAT = pattern(
     ),
     re.MULTILINE,
 )
+_ANSWERS = any_of("助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot AI GPT ChatGPT 模型 回答 回复")
 # In a question these may open a talk to be summed up; in an answer they continue one.
 _CHAT_IN_ANSWER = pattern(
-    rf"\A\s*{any_of('助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot AI GPT ChatGPT 模型 回答 回复')}[:：]"
+    rf"\A\s*{_ANSWERS}[:：]"
     r"|\A\s*【(?:回答|回复|输出|助手)】|\A\s*Q[:：][^\n]+\n+A[:：]"
     r"|(?<=[\n。！？.!?])[ \t]*"
     rf"(?P<it>{any_of('User Human Bot 用户 人类 助手 助理 机器人 问 答 提问 回答')}[:：])"
@@ -81,12 +82,14 @@ _CALLS_BY_NAME = re.compile(
     r"^[ \t]*Action[:：]\s*[A-Za-z_][\w.-]*\s*(?:\(.*\)|\[.*\])?\s*$", re.MULTILINE
 )
 _TOOL_WORDS = (
-    "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "alling", "调用", "使用", "(", "【",
+    "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "alling", "调用",
+    "使用", "(", "【",
 )  # fmt: skip
 _CHAT_WORDS = ("##", "BEGINNING", "【")
 # A row about the marks, and a question for a talk.
 _MARKS_ARE_THE_SUBJECT = re.compile(
-    r"特殊(?:标记|记号|符号|字符|词元|token)|(?:对话|聊天|提示)模板|(?:chat|prompt) template|special tokens?"
+    r"特殊(?:标记|记号|符号|字符|词元|token)|(?:对话|聊天|提示)模板"
+    r"|(?:chat|prompt) template|special tokens?"
     r"|(?<![<\[/])\b[BE]OS\b(?![>\]])|[”`\]>]\s?(?:标记|记号|符号|token)",
     re.IGNORECASE,
 )
@@ -103,9 +106,9 @@ def leftovers(talk: Talk) -> Iterator[Span]:
         asked = talk.turns[turn - 1][1] if turn else ""
         if classes & (of.ANGLE | of.BRACE):
             yield from _special(talk, turn, text)
-        if classes & (of.COLON | of.ANGLE | of.BRACE) or has_any(text, _CHAT_WORDS):
-            if not _is_subject(talk, turn):
-                yield from _chat(turn, role, outside_code(text), asked)
+        may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or has_any(text, _CHAT_WORDS)
+        if may_chat and not _is_subject(talk, turn):
+            yield from _chat(turn, role, outside_code(text), asked)
         if _may_call_tools(text, classes):
             about = f"{talk.system}\n{asked if role == 'assistant' else ''}"
             if not has_any(about, _TOOLS_ARE_THE_SUBJECT):
@@ -150,6 +153,6 @@ def _tools(turn: int, text: str) -> Iterator[Span]:
 
 
 def _may_call_tools(text: str, classes: int) -> bool:
-    if not classes & of.LATIN:
+    if not classes & (of.LATIN | of.BRACE | of.COLON):
         return False
     return bool(classes & (of.ANGLE | of.BRACE)) or has_any(text, _TOOL_WORDS)

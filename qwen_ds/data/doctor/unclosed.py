@@ -94,7 +94,7 @@ def _open_quote(text: str, talk: Talk) -> int | None:
         last = text.rfind("“")
         if text.find("”", last) < 0:
             return last
-        # Each paragraph of a long quotation opens it again; within one, a second opening is a fault.
+        # Each paragraph of a long quotation opens it again; within one that is a fault.
         return twice.start() if (twice := _OPENED_TWICE.search(text)) else None
     singles = _SINGLE.findall(text) if "‘" in text else []
     if len(singles) > text.count("’"):
