@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk
 
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -24,8 +25,9 @@ def echoes(talk: Talk) -> Iterator[Span]:
         if not asked:
             continue
         # Only as much of the answer as may hold the question.
-        said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60]).lower()
-        asked = asked.lower()
+        said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
+        if asked not in said and talk.classes[turn] & of.LATIN:
+            asked, said = asked.lower(), said.lower()
         if asked not in said or _COPIES.search(question):
             continue
         if asked == said and len(answer) < 3 * len(question) + 60:
@@ -129,10 +131,12 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
             if len(text) >= 7 and (hanging := _HANGING_SHORT.search(text)):
                 yield Span("answer-cut-midway", turn, hanging.start(), len(text))
             continue
-        if number := _NEXT_ITEM.search(text):
+        if number := _NEXT_ITEM.search(text, len(text) - 12):
             yield Span("answer-cut-midway", turn, number.start(), len(text))
             continue
-        if text.endswith(_ENDS) or _ADDRESS.search(text, max(0, len(text) - 300)):
+        if text.endswith(_ENDS) or (
+            ("://" in text or "www." in text) and _ADDRESS.search(text, max(0, len(text) - 300))
+        ):
             continue
         line = text[text.rfind("\n") + 1 :]
         hanging = _HANGING.search(line)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qwen_ds.data.doctor.spans import Span, Talk, any_of, has_any, pattern
+from qwen_ds.data.doctor import characters as of
+from qwen_ds.data.doctor.spans import Span, Talk, any_of, pattern
 
 _MAKER = any_of(
     r"Open_?AI Anthropic Google 谷歌 DeepMind Meta 微软 Microsoft 百度 科大讯飞 讯飞 智谱 清华 "
@@ -95,7 +96,8 @@ _REFUSES = pattern(
             rf"作为(?:一个|一名|一款|一种|一位)?{_MODEL}(?:，|,|\s)*(?:我|本|没有|无法|不能|不具备)",
             rf"作为(?:一个|一名|一款|一种|一位)?机器人[，,]?(?:我|本){_DOES_NOT}",
             rf"(?:由于|因为|毕竟)我(?:只|仅)?是(?:一个|一名|一款)?{_MODEL}[，,]?我?{_DOES_NOT}",
-            r"(?:超出|不在)了?我的(?:能力|知识|服务|回答)(?:范围|范畴)|我(?:无法|不能|不便|拒绝)(?:作答|评论|置评)",
+            r"(?:超出|不在)了?我的(?:能力|知识|服务|回答)(?:范围|范畴)",
+            r"我(?:无法|不能|不便|拒绝)(?:作答|评论|置评)",
             rf"{_SORRY}[，,](?:这个|该|此|这类|您的|你的)[^，。！\n]{{0,8}}(?:不适合|不宜|不便|违反|涉及敏感)",
             rf"{_SORRY}[，,]?我?{_NOW}?(?:没有|没|不|不太|无法|未能)(?:能)?(?:理解|明白|听懂|看懂)您?你?的?",
             rf"{_SORRY}[，,](?:但|但是)?(?:您|你)(?:似乎|好像)?(?:没有|并未|未|没)(?:提供|给出|上传|附上)",
@@ -114,33 +116,46 @@ _REFUSES = pattern(
             rf"(?:{_CAN_NOT}|do not have|don't have)\b"
             r"(?! (?:come|make it|attend|go|join|be there|see|hear|believe|wait))",
             rf"\bI(?:'m| am)? ?{_CAN_NOT} {_HELP} ",
-            r"\bMy (?:knowledge|training)(?: data| base)? (?:cut-?off|only goes|was last updated|ends|is limited)",
+            r"\bMy (?:knowledge|training)(?: data| base)? "
+            r"(?:cut-?off|only goes|was last updated|ends|is limited)",
             rf"\bI(?:'m|’m| am) (?:just|only|merely|simply) an? {_AI}\b",
             r"\bI (?:do not|don't|don’t|lack) ?(?:have )?(?:the (?:ability|capability|capacity) to|"
             r"(?:any )?access to (?:real-time|current|live|up-to-date|the internet|external)|"
             r"personal (?:opinions|experiences|feelings|beliefs|emotions|preferences))",
-            r"\bI must (?:respectfully |politely )?(?:decline|refuse)\b|\bit (?:is|would be|'s) "
+            r"\bI must (?:respectfully |politely )?(?:decline|refuse)\b|\b[Ii]t (?:is|would be|'s) "
             r"(?:not |in)appropriate for me\b|\bagainst my (?:programming|guidelines|policy)",
         ]
     )
 )
-_REFUSAL_WORDS = ("作为", "抱歉", "遗憾", "对不起", "s an", "My ", "against my")
 _HEAD = 400  # a refusal comes first
+
+
+def _may_refuse(text: str, is_latin: int) -> bool:
+    """Whether a text has a word of refusals; spelled out, as it is asked of every answer."""
+    if "我" in text or "歉" in text or "作为" in text:
+        return True
+    return bool(is_latin) and ("I" in text or "My " in text or "s an" in text or "my " in text)
+
+
+def _speaks(text: str, is_latin: int) -> bool:
+    """Whether a text may speak of itself; spelled out, as it is asked of every answer."""
+    if "我" in text or "作为" in text or "这里是" in text or "本人" in text:
+        return True
+    return bool(is_latin) and (
+        "I" in text or "by" in text or "me" in text or "ou're" in text or "ou are" in text
+    )
 
 
 def identity(talk: Talk) -> Iterator[Span]:
     """Refusals, and another assistant's name, in answers."""
     for turn, question, answer in talk.pairs:
-        head = answer[:_HEAD]
-        may_refuse = "我" in head or "I" in head or has_any(head, _REFUSAL_WORDS)
+        head, is_latin = answer[:_HEAD], talk.classes[turn] & of.LATIN
+        may_refuse = _may_refuse(head, is_latin)
         if may_refuse and not _is_translation(question):
             for start, end in _REFUSES(head):
                 yield Span("refusal", turn, start, end)
                 break
-        speaks = "我" in answer or "I" in answer or "by" in answer or "这里是" in answer
-        if (speaks or "作为" in answer or "name is" in answer or "me" in answer) and _NAMES.search(
-            answer
-        ):
+        if _speaks(answer, is_latin) and _NAMES.search(answer):
             for start, end in _IDENTITY(answer):
                 if not _is_a_part(question, answer[start:end]):
                     yield Span("foreign-identity", turn, start, end)

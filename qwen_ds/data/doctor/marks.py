@@ -85,7 +85,6 @@ _TOOL_WORDS = (
     "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "alling", "调用",
     "使用", "(", "【",
 )  # fmt: skip
-_CHAT_WORDS = ("##", "BEGINNING", "【")
 # A row about the marks, and a question for a talk.
 _MARKS_ARE_THE_SUBJECT = re.compile(
     r"特殊(?:标记|记号|符号|字符|词元|token)|(?:对话|聊天|提示)模板"
@@ -106,7 +105,8 @@ def leftovers(talk: Talk) -> Iterator[Span]:
         asked = talk.turns[turn - 1][1] if turn else ""
         if classes & (of.ANGLE | of.BRACE):
             yield from _special(talk, turn, text)
-        may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or has_any(text, _CHAT_WORDS)
+        may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "【" in text
+        may_chat = may_chat or "BEGINNING" in text
         if may_chat and not _is_subject(talk, turn):
             yield from _chat(turn, role, outside_code(text), asked)
         if _may_call_tools(text, classes):

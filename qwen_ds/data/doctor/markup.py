@@ -42,10 +42,10 @@ _WHOLE_BLANK = re.compile(
     r"[\s\[【（(<「]*(?:"
     + any_of(
         rf"{_VALUES} n/?a \#n/a todo tbd tba fixme xxx+ 待补充? 待定 待填写? 待完善 待更新 待添加 "
-        r"待写 待?续写 暂无 暂无(?:答案|内容|数据|信息) 答案略 暂缺 暂略 略 [暂还]?未(?:填写?|提供) "
-        r"同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
-        r"-{1,3} n\.a to_be_(?:added|filled|completed|determined|announced).* coming_soon no_answer "
-        r"<answer> (?:asdf|qwer)\w* (?:这里|此处)[是为]?(?:是|为)?(?:答案|回答|内容|示例)\w{0,4} "
+        r"待写 待?续写 暂无 暂无(?:答案|内容|数据|信息) 答案略 暂缺 暂略 略 "
+        r"[暂还]?未(?:填写?|提供) 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
+        r"-{1,3} n\.a to_be_(?:added|filled|completed|determined|announced).* coming_soon "
+        r"no_answer <answer> (?:asdf|qwer)\w* (?:这里|此处)[是为]?(?:是|为)?(?:答案|回答|内容|示例)\w{0,4} "
         r"placeholder lorem_ipsum.* your_(?:answer|text)_here answer_here 此处填写.* 在此输入.*"
     )
     + r")[\s\]】）)>」。.!！]*",

@@ -42,7 +42,7 @@ SIMPLE: dict[str, tuple[int, Finder]] = {
     # What a debugger fills memory with, and U+FFFD in UTF-8 read as GBK.
     "kun-kao": (
         of.HAN,
-        pattern(r"(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+|\A锘(?![是为元（(])\w"),
+        pattern(r"(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+|锘(?<=\A锘)(?![是为元（(])\w"),
     ),
 }
 # A text that speaks of them.
