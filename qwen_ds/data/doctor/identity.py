@@ -110,6 +110,12 @@ _REFUSES = pattern(
             rf"{_SORRY}[^。！？\n]{{0,24}}(?:无法|不能)(?:回答|访问|浏览|联网|上网|查询实时)",
             rf"我{_NOW}?{_CANNOT}(?:直接|为您|为你|给您|给你|向您|帮您|帮你)?{_TO_ANSWER}",
             r"我的(?:知识|数据|训练数据)库?(?:只?(?:截止|截至|更新)|仅)",
+        ]
+    )
+)
+_REFUSES_IN_ENGLISH = pattern(
+    "|".join(
+        [
             rf"[Aa]s (?:an?|your) {_AI}(?: language| chat)?(?: model| assistant| bot)?,? ?"
             r"(?:I|developed|trained|created|and)\b",
             r"(?:[Ss]orry|apologi[sz]e|[Uu]nfortunately|regret)[,.;]?(?: but)? I(?:'m| am)? ?"
@@ -152,9 +158,11 @@ def identity(talk: Talk) -> Iterator[Span]:
         head, is_latin = answer[:_HEAD], talk.classes[turn] & of.LATIN
         may_refuse = _may_refuse(head, is_latin)
         if may_refuse and not _is_translation(question):
-            for start, end in _REFUSES(head):
-                yield Span("refusal", turn, start, end)
-                break
+            finders = (_REFUSES, _REFUSES_IN_ENGLISH) if is_latin else (_REFUSES,)
+            for found in (next(find(head), None) for find in finders):
+                if found is not None:
+                    yield Span("refusal", turn, *found)
+                    break
         if _speaks(answer, is_latin) and _NAMES.search(answer):
             for start, end in _IDENTITY(answer):
                 if not _is_a_part(question, answer[start:end]):
