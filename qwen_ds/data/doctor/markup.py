@@ -35,6 +35,7 @@ _ESCAPE = pattern(
         ]
     )
 )
+_IN_ADDRESS = re.compile(r"://[^\s，。]{0,200}\Z")
 _FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
 _VALUES = any_of("nan none null nil undefined")  # also what a program prints
@@ -45,7 +46,8 @@ _WHOLE_BLANK = re.compile(
         r"待写 待?续写 暂无 暂无(?:答案|内容|数据|信息) 答案略 暂缺 暂略 略 "
         r"[暂还]?未(?:填写?|提供) 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
         r"-{1,3} n\.a to_be_(?:added|filled|completed|determined|announced).* coming_soon "
-        r"no_answer <answer> (?:asdf|qwer)\w* (?:这里|此处)[是为]?(?:是|为)?(?:答案|回答|内容|示例)\w{0,4} "
+        r"no_answer <answer> (?:asdf|qwer)\w* "
+        r"(?:这里|此处)(?:[是为]|是为)?(?:答案|回答|内容|示例)\w{0,4} "
         r"placeholder lorem_ipsum.* your_(?:answer|text)_here answer_here 此处填写.* 在此输入.*"
     )
     + r")[\s\]】）)>」。.!！]*",
@@ -63,7 +65,7 @@ _PART_BLANK = pattern(
             r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
             r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
             r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
-            r"(?:^|[：:，,]|[：:，,\u4e00-\u9fff]\s)(?P<it>(?:nan|NaN|NULL|None|undefined))(?=$|[。，,\s])",
+            r"(?:^|[：:，,]|[：:，,\u4e00-\u9fff]\s)(?P<it>(?:nan|NaN|NULL|None|undefined))(?=\s*$|[。，,])",
             r"(?<![\\$#{}A-Za-z0-9_^])\{(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
             r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])[Xx]{3,}(?![A-Za-z.])",
         ]
@@ -89,7 +91,8 @@ def markup(talk: Talk) -> Iterator[Span]:
             plain = outside_code(text)
             if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
                 for start, end in _ESCAPE(plain):
-                    yield Span("literal-escape", turn, start, end)
+                    if plain[start] != "%" or not _IN_ADDRESS.search(plain, 0, start):
+                        yield Span("literal-escape", turn, start, end)
 
 
 _BLANK_WORDS = ("待", "此处", "在此", "在这里")
