@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk
 
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -25,11 +26,13 @@ def echoes(talk: Talk) -> Iterator[Span]:
             continue
         # Only as much of the answer as may hold the question.
         said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
+        if asked not in said and talk.classes[turn] & of.LATIN:
+            asked, said = asked.lower(), said.lower()
         if asked not in said or _COPIES.search(question):
             continue
         if asked == said and len(answer) < 3 * len(question) + 60:
             yield Span("answer-equals-question", turn, 0, len(answer))
-        elif len(asked) >= 7 and (place := _echo(question, answer)):
+        elif place := _echo(question, answer) if len(asked) >= 7 else _short_echo(question, answer):
             yield Span("answer-repeats-question", turn, *place)
 
 
@@ -61,7 +64,8 @@ def _value(text: str) -> int:
     return _DIGITS[text[0]] * (1000 if text[1] == "千" else 100)
 
 
-_AFTER_ECHO = re.compile(r"\s*(?:[。.！!？?：:；;\n”\"）)]|\Z)")
+_AFTER_ECHO = re.compile(r"\s*(?:[。.！!？?：:；;\n”\"）)]|\Z)|(?<=[\u4e00-\u9fff])[ \u3000]")
+_LEAST_ECHO = 5
 _ORDERS = re.compile(r"\A\s*(?:请|帮我|给我|帮忙|麻烦|Please\b)")
 
 
@@ -69,7 +73,7 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
     """The place of the question near the beginning of an answer. A topic that the first sentence
     takes up ("the main sights are ..") is none: a repeated question ends, or is an order."""
     bare = question.strip().rstrip("？?。.！!：:；;")
-    start = answer.find(bare)
+    start = answer.lower().find(bare.lower())
     if start < 0:  # its punctuation or white space differs
         return (0, min(len(answer), len(question)))
     end = start + len(bare)
@@ -77,6 +81,16 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
     is_whole = _ORDERS.match(question) or _AFTER_ECHO.match(answer, end)
     is_all = start > 0 and end >= len(answer.rstrip("。.！!？? \n"))
     return (start, end) if is_early and is_whole and not is_all else None
+
+
+def _short_echo(question: str, answer: str) -> tuple[int, int] | None:
+    """The place of a short question at the beginning of an answer, its question mark or full stop
+    and all: without these it is as likely a topic."""
+    asked, said = question.strip(), answer.lstrip()
+    if len(asked) < _LEAST_ECHO or asked[-1] not in "？?。" or not said.startswith(asked):
+        return None
+    start = len(answer) - len(said)
+    return (start, start + len(asked)) if len(said) > len(asked) + 1 else None
 
 
 # Not a finding yet: endings.py tells from all answers whether this one was cut.
@@ -88,7 +102,18 @@ _HANGING = re.compile(
     r"\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
 )
 # A number of a list without its item.
-_NEXT_ITEM = re.compile(r"(?:(?<=[；;。！？\n])|(?<=[；;。！？\n] ))\s*(?:\d{1,2}[.、．)]|[-*•])\Z")
+_NEXT_ITEM = re.compile(
+    r"(?:(?<=[；;。！？\n])|(?<=[；;。！？\n] ))\s*(?:\d{1,2}[.、．)]|[-*•])\Z"
+    r"|(?<=[；;，。])(?:其?[一二三四五六七八九]|第[一二三四五六七八九])\Z"
+)
+# In a text of a dozen characters only these tell.
+_HANGING_SHORT = re.compile(
+    r"(?:[，,、]|以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如)\Z"
+)
+_ITEM = re.compile(r"\s*(?:\d{1,2}[.、．)）]|[-*•]|[（(]?[一二三四五六七八九十][、.)）])")
+_ENDED_ITEM = ("。", ".", "！", "!", "；", ";")
+# An address ends as it likes.
+_ADDRESS = re.compile(r"(?:://|www\.)[^\s，。]*\Z")
 # Words that hardly ever end a sentence; looked for where there are sentences.
 _HANGING_CHAR = re.compile(
     r"(?:(?<![存所现实内外自潜健正])在|(?<![温柔平总饱暖谐缓])和|(?<![参给赠])与|(?<![适恰相充担正])当|"
@@ -103,11 +128,15 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
     for turn, _, answer in talk.pairs:
         text = answer.rstrip()
         if len(text) < 16:
+            if len(text) >= 7 and (hanging := _HANGING_SHORT.search(text)):
+                yield Span("answer-cut-midway", turn, hanging.start(), len(text))
             continue
-        if number := _NEXT_ITEM.search(text):
+        if number := _NEXT_ITEM.search(text, len(text) - 12):
             yield Span("answer-cut-midway", turn, number.start(), len(text))
             continue
-        if text.endswith(_ENDS):
+        if text.endswith(_ENDS) or (
+            ("://" in text or "www." in text) and _ADDRESS.search(text, max(0, len(text) - 300))
+        ):
             continue
         line = text[text.rfind("\n") + 1 :]
         hanging = _HANGING.search(line)
@@ -116,6 +145,10 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
         if hanging:
             if not (line.endswith((":", "：", "-", "—", "=", "+")) and talk.is_of_code):
                 yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
+            continue
+        if _is_unlike_its_list(text):
+            kind = "answer-cut-midway" if line[-1].isascii() else NO_FULL_STOP
+            yield Span(kind, turn, len(text) - min(12, len(line)), len(text))
             continue
         ends = [match.end() for match in _SENTENCE_END.finditer(line)]
         # One sentence without a full stop is a habit; a last one after others was perhaps cut.
@@ -126,9 +159,23 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
             yield Span(kind, turn, len(text) - min(12, len(line)), len(text))
 
 
-_CLAUSE = re.compile(r"[。！？!?\n；;，,]+")
+def _is_unlike_its_list(text: str) -> bool:
+    """Whether the last item of a list has no full stop, though two or more before it have."""
+    at = text.rfind("\n")
+    if at < 0 or not _ITEM.match(text, at + 1) or not _HAN_OR_WORD.search(text):
+        return False
+    items = [line.rstrip() for line in text[:at].splitlines() if _ITEM.match(line)]
+    return len(items) >= 2 and all(item.endswith(_ENDED_ITEM) for item in items)
+
+
+_CLAUSE = re.compile(r"[。！？!?\n；;，,]+|\.(?=\s|\Z)")
+_NUMBERED = re.compile(
+    r"\A\W*(?:(?:step|第)?\s?(?:\d{1,3}|[一二三四五六七八九十]{1,3})(?:[.、):：．）]|步[，,：:]?)\s*)?",
+    re.I,
+)
 _RUN = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
-_CHAR_RUN = re.compile(r"([\w])\1{11,}")
+_CHAR_RUN = re.compile(r"([^\s\-_=*.#+|·─━—–…<>~～/\\^`])\1{11,}")
+_LONG_RUN = 25  # of a laugh, or of a digit
 _LAUGHTER = set("哈呵嘻啊嗯呜嘿啦哦噢唔耶嘎咯喵汪0123456789")
 _GRAM = 6
 
@@ -153,13 +200,18 @@ def _looped(text: str) -> tuple[int, int] | None:
         times = len(match[0]) // len(unit)
         if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
             return match.span()
-    if (run := _CHAR_RUN.search(text)) and run[1] not in _LAUGHTER:
-        return run.span()
-    clauses = [clause.strip() for clause in _CLAUSE.split(text)]
+    for run in _CHAR_RUN.finditer(text):
+        if run[1] not in _LAUGHTER or len(run[0]) >= _LONG_RUN:
+            return run.span()
+    clauses = [_NUMBERED.sub("", clause).strip() for clause in _CLAUSE.split(text)]
     said = Counter(clause for clause in clauses if len(clause) >= 4)
     if said:
         clause, times = said.most_common(1)[0]
-        if times >= 4 and times * len(clause) >= 0.35 * len(text):
+        again = sum(count * len(each) for each, count in said.items() if count >= 3)
+        is_all = (
+            times >= 3 and len(text) >= 24 and again >= 0.7 * len(text) and clause[-1].isalpha()
+        )
+        if is_all or (times >= 4 and times * len(clause) >= 0.35 * len(text)):
             at = text.find(clause)
             return at, at + len(clause)
     return None

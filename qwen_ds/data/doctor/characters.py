@@ -63,8 +63,9 @@ def _table() -> np.ndarray:
     def mark_each(bit: int, chars: str) -> None:
         table[np.unique([ord(char) for char in chars])] |= np.uint32(bit)
 
-    mark(CONTROL, (0, 8), (0x0B, 0x0C), (0x0E, 0x1F), (0x7F, 0x9F))
+    mark(CONTROL, (0, 8), (0x0B, 0x0C), (0x0E, 0x1F), (0x7F, 0x9F), (0x2028, 0x2029))
     mark(ZERO_WIDTH, (0x200B, 0x200D), (0x2060, 0x2064), (0xAD, 0xAD), (0x180E, 0x180E))
+    mark(ZERO_WIDTH, (0x34F, 0x34F))
     mark(BIDI, (0x202A, 0x202E), (0x2066, 0x2069), (0x200E, 0x200F), (0x61C, 0x61C))
     mark(BOM, (0xFEFF, 0xFEFF))
     mark(REPLACEMENT, (0xFFFD, 0xFFFD))
@@ -80,8 +81,8 @@ def _table() -> np.ndarray:
     mark_each(TRADITIONAL, _TRADITIONAL)
     mark_each(SIMPLIFIED, _simplified())
     mark_each(ANGLE, "<＜")
-    mark_each(BRACKET, "([{（【《「『")
-    mark_each(QUOTE, '"“”')
+    mark_each(BRACKET, "([{（【《「『〔〈")
+    mark_each(QUOTE, '"“”‘')
     mark_each(BACKTICK, "`")
     mark_each(BACKSLASH, "\\")
     mark_each(AT, "@")

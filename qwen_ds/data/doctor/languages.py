@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 
 from qwen_ds.data.doctor import characters as of
-from qwen_ds.data.doctor.spans import Span, Talk
+from qwen_ds.data.doctor.spans import Span, Talk, outside_code
 
 _ASKS_LANGUAGE = re.compile(
     r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
-    r"正则|拼写|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
+    r"正则|拼写|拼音|音标|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
     r"JSON|LaTeX|pinyin|hanzi|characters)",
     re.IGNORECASE,
 )
@@ -21,6 +21,24 @@ _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _CYRILLIC = re.compile(r"[\u0400-\u052f]")
 
 
+_LATIN = "English"
+_BITS = {"Japanese": of.KANA, "Korean": of.HANGUL, "Russian": of.CYRILLIC}
+_OF_CODE = re.compile(
+    r"```|[;{}]\s*$|\(\);|\b[A-Z]{4,} [A-Z]{4,}\b|</\w+>|^\s*(?:def|import|class) ", re.M
+)
+# Words of sentences: names and formulas have none.
+_SMALL_WORD = re.compile(
+    r"\b(?:the|an?|of|to|and|is|are|in|you|your|it|for|with|or|on|we|she|he|this|that|be|not|as|at|by|have|"
+    r"can|le|la|les|et|est|une?|des|du|el|los|las|y|que|der|die|das|und|ist|ein|eine|mit)\b"
+)
+
+
+def _is_prose(text: str) -> bool:
+    small = len(_SMALL_WORD.findall(text))
+    words = _WORD.findall(text)
+    return small >= 2 or (small > 0 and 2 * sum(map(str.islower, words)) >= len(words))
+
+
 def languages(talk: Talk) -> Iterator[Span]:
     """Answers in another language than their question, which does not ask for it."""
     for turn, question, answer in talk.pairs:
@@ -29,10 +47,14 @@ def languages(talk: Talk) -> Iterator[Span]:
         suspicious = bool(asked & of.HAN) != bool(said & of.HAN) or said & of.LATIN or said & other
         if not suspicious or len(answer) < 8:
             continue
-        if (language := _language(answer)) is None:
+        if (language := _language(outside_code(answer))) is None:
             continue
         wanted = _language(question, least=3)
-        if wanted is None or wanted == language or talk.is_of_code:
+        if wanted is None or wanted == language or _OF_CODE.search(answer):
+            continue
+        if (asked & _BITS.get(language, 0)) and wanted == "Chinese":
+            continue  # a question with kana is Japanese, however few they are
+        if language == _LATIN and wanted == "Chinese" and not _is_prose(answer):
             continue
         if _ASKS_LANGUAGE.search(question) or _ASKS_LANGUAGE.search(talk.system):
             continue
@@ -50,5 +72,5 @@ def _language(text: str, least: int = 4) -> str | None:
     if han >= least and han > 2 * words:
         return "Chinese"
     if words >= least and han * 8 < words and " " in text.strip():
-        return "English"
+        return _LATIN
     return None

@@ -13,6 +13,7 @@ _SPECIAL = pattern(
         [
             r"<[|｜][^<>\s|｜]{1,40}[|｜]>",
             r"</?s>",
+            r"<[|｜]?(?:im_?(?:start|end)|im (?:start|end)|endoftext)[|｜]?>|<extra_id_\d+>",
             f"<{any_of('pad unk eos bos cls sep mask sop eop eod eoh eoa eom eot eoc')}>",
             r"</?end_?of_?(?:text|turn|sentence)/?>",
             r"<(?:start|end)_of_turn>",
@@ -29,28 +30,35 @@ _HEADINGS = any_of(
     "Instruction Response Input Output Human Assistant User System Question Answer "
     "指令 输入 输出 回答 回复 问题 用户 助手"
 )
+_SPEAKER = any_of("Human User Assistant AI Bot System 用户 助手 人类")
 _CHAT = pattern(
     "|".join(
         [
             r"\[/?INST\]|<</?SYS>>|\[Round \d+\]|BEGINNING OF CONVERSATION",
             r"</?(?:human|bot|user|assistant)>:?",
             r"<im_(?:start|end|sep)>",
+            r"<\|im_start\|>\s?(?:user|assistant|system)\b",
+            r"<\|(?:user|assistant|system|human|bot|prompter)\|>|<\|start_header_id\|>",
+            rf"\[\|{_SPEAKER}\|\]|\[{_SPEAKER}\]\s?[:：]",
+            r"^system[:：]\s?You are|##(?:回答|问题|指令|输出)##",
             rf"#{{2,4}} ?{_HEADINGS}\s?(?:[:：]|$)",
             r"(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT)\s?[:：]",
         ]
     ),
     re.MULTILINE,
 )
+_ANSWERS = any_of("助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot AI GPT ChatGPT 模型 回答 回复")
 # In a question these may open a talk to be summed up; in an answer they continue one.
 _CHAT_IN_ANSWER = pattern(
-    rf"\A\s*{any_of('助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot')}[:：]"
+    rf"\A\s*{_ANSWERS}[:：]"
+    r"|\A\s*【(?:回答|回复|输出|助手)】|\A\s*Q[:：][^\n]+\n+A[:：]"
     r"|(?<=[\n。！？.!?])[ \t]*"
     rf"(?P<it>{any_of('User Human Bot 用户 人类 助手 助理 机器人 问 答 提问 回答')}[:：])"
 )
 _TOOL = pattern(
     "|".join(
         [
-            r"</?tool_?(?:call|response|result)s?>",
+            r"</?\|?tool_?(?:call|use|response|result|output)s?(?:_begin|_end)?\|?>",
             r"</?function_?(?:call|response|s)?(?:=[\w.]+)?>",
             r"^[ \t]*(?P<it>Action Input|Action|Observation|Thought|Final Answer)[:：]",
             r"✿[A-Z]+✿",
@@ -59,7 +67,10 @@ _TOOL = pattern(
             r"oaicite|【\d+†[^】]*】|\bturn\d+(?:search|view|news)\d+",
             r"<\|?(?:plugin|interpreter|python_tag|action_start|action_end)\|?>",
             r"</?(?:search|api|plugin|code_interpreter)>|<invoke\b|<eo[ctr]>",
-            r"(?:调用|使用)(?:工具|函数|插件|接口|API)[:：]",
+            r"(?:调用|使用)(?:工具|函数|插件|接口|API)[:：]|\[(?:调用|使用|执行)[^\[\]\n]{2,16}\]",
+            r"[Cc]alling (?:the )?(?:function|tool) \w+|^\[\w+\(\w+=[^\n]*\)\]$",
+            r"[\"']type[\"']\s*:\s*[\"']function[\"']",
+            r"[\"']api(?:_name)?[\"']\s*:\s*[\"'][^\"'\n]+[\"']\s*,\s*[\"']param\w*[\"']\s*:",
             r"^(?:search|browse|lookup|calculator|get_\w+|query_\w+|call_\w+)\([^()\n]*\)",
             r"\[TOOL_CALLS\]|\[AVAILABLE_TOOLS\]|^Command: ?\w+\(",
         ]
@@ -71,8 +82,20 @@ _CALLS_BY_NAME = re.compile(
     r"^[ \t]*Action[:：]\s*[A-Za-z_][\w.-]*\s*(?:\(.*\)|\[.*\])?\s*$", re.MULTILINE
 )
 _TOOL_WORDS = (
-    "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "调用", "使用", "(", "【",
+    "Action", "Observation", "Thought", "Final", "✿", "turn", "Command", "alling", "调用",
+    "使用", "(", "【",
 )  # fmt: skip
+# A row about the marks, and a question for a talk.
+_MARKS_ARE_THE_SUBJECT = re.compile(
+    r"特殊(?:标记|记号|符号|字符|词元|token)|(?:对话|聊天|提示)模板"
+    r"|(?:chat|prompt) template|special tokens?"
+    r"|(?<![<\[/])\b[BE]OS\b(?![>\]])|[”`\]>]\s?(?:标记|记号|符号|token)",
+    re.IGNORECASE,
+)
+_ASKS_FOR_A_TALK = re.compile(
+    r"对话|对白|问答|采访|访谈|面试|剧本|台词|聊天|FAQ|Q&A|dialog|conversation|interview|script|chat",
+    re.IGNORECASE,
+)
 _TOOLS_ARE_THE_SUBJECT = ("Action Input", "tool_call", "function_call", "You have access to", "API")
 
 
@@ -82,8 +105,12 @@ def leftovers(talk: Talk) -> Iterator[Span]:
         asked = talk.turns[turn - 1][1] if turn else ""
         if classes & (of.ANGLE | of.BRACE):
             yield from _special(talk, turn, text)
-        if classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "BEGINNING" in text:
-            yield from _chat(turn, role, text, asked)
+        may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "【" in text
+        may_chat = may_chat or "BEGINNING" in text
+        if may_chat:
+            spans = list(_chat(turn, role, outside_code(text), asked))
+            if spans and not _is_subject(talk, turn):
+                yield from spans
         if _may_call_tools(text, classes):
             about = f"{talk.system}\n{asked if role == 'assistant' else ''}"
             if not has_any(about, _TOOLS_ARE_THE_SUBJECT):
@@ -92,7 +119,10 @@ def leftovers(talk: Talk) -> Iterator[Span]:
 
 def _special(talk: Talk, turn: int, text: str) -> Iterator[Span]:
     text = outside_code(text)
-    for start, end in _SPECIAL(text):
+    found = list(_SPECIAL(text))
+    if found and _is_subject(talk, turn):
+        return
+    for start, end in found:
         # <s> is also HTML's struck out text.
         is_html = text[start:end].lower() in ("<s>", "</s>") and talk.is_of_code
         if not is_html:
@@ -102,9 +132,14 @@ def _special(talk: Talk, turn: int, text: str) -> Iterator[Span]:
             yield Span("special-token-in-text", turn, start, end)
 
 
+def _is_subject(talk: Talk, turn: int) -> bool:
+    asked = turn if talk.turns[turn][0] == "user" else turn - 1
+    return _MARKS_ARE_THE_SUBJECT.search(talk.turns[max(0, asked)][1]) is not None
+
+
 def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
     spans = [Span("chat-marker-in-text", turn, start, end) for start, end in _CHAT(text)]
-    if role == "assistant" and not spans:
+    if role == "assistant" and not spans and not _ASKS_FOR_A_TALK.search(asked):
         for start, end in _CHAT_IN_ANSWER(text):
             if text[start:end].strip() not in asked:
                 spans.append(Span("chat-marker-in-text", turn, start, end))
@@ -121,6 +156,6 @@ def _tools(turn: int, text: str) -> Iterator[Span]:
 
 
 def _may_call_tools(text: str, classes: int) -> bool:
-    if not classes & of.LATIN:
+    if not classes & (of.LATIN | of.BRACE | of.COLON):
         return False
     return bool(classes & (of.ANGLE | of.BRACE)) or has_any(text, _TOOL_WORDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html.entities import name2codepoint
 
 from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk, any_of, has_any, outside_code, pattern
@@ -14,19 +15,19 @@ _TAGS = any_of(
     "pre code small label form option select video svg nobr strike del ins figure header footer nav"
 )
 _HTML = pattern(
-    rf"</?{_TAGS}(?:\s[^<>]{{0,300}})?/?\s?>|<!--|-->|<!DOCTYPE",
+    rf"[<＜]/?{_TAGS}(?:\s[^<>]{{0,300}})?/?\s?[>＞]|<!--|-->|<!DOCTYPE",
     re.IGNORECASE,
 )
-_ENTITIES = any_of(
-    "nbsp lt gt amp quot apos ldquo rdquo lsquo rsquo hellip mdash ndash middot copy reg times"
+_ENTITY = pattern(
+    rf"&(?:{'|'.join([*name2codepoint, 'apos'])}|#\d{{2,6}}|#[xX][0-9a-fA-F]{{2,5}});"
 )
-_ENTITY = pattern(rf"&(?:{_ENTITIES}|#\d{{2,6}}|#[xX][0-9a-fA-F]{{2,5}});")
+_BB_CODE = pattern(r"\[/(?:b|i|u|url|img|quote|color|size|font|center)\]")
 # Of LaTeX, which begin as a line break does.
 _COMMANDS = any_of("abla eq u ot e i otin ewline ewcommand exists mid olimits onumber ormalsize")
 _ESCAPE = pattern(
     "|".join(
         [
-            r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}",
+            r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\U000[0-9a-fA-F]{5}|(?<=\w)\\/(?=\w)",
             rf"(?<!\\)(?:\\r)?\\n(?!{_COMMANDS}(?![a-z]))|\\n(?=\\n)|\\\\n",
             r"(?<!\\)\\t(?![a-z])",
             r"(?<!\\)\\[\"'](?![a-z]\b)",
@@ -34,6 +35,7 @@ _ESCAPE = pattern(
         ]
     )
 )
+_IN_ADDRESS = re.compile(r"://[^\s，。]{0,200}\Z")
 _FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
 _VALUES = any_of("nan none null nil undefined")  # also what a program prints
@@ -41,7 +43,11 @@ _WHOLE_BLANK = re.compile(
     r"[\s\[【（(<「]*(?:"
     + any_of(
         rf"{_VALUES} n/?a \#n/a todo tbd tba fixme xxx+ 待补充? 待定 待填写? 待完善 待更新 待添加 "
-        r"待写 暂无 暂无答案 暂缺 暂略 略 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
+        r"待写 待?续写 暂无 暂无(?:答案|内容|数据|信息) 答案略 暂缺 暂略 略 "
+        r"[暂还]?未(?:填写?|提供) 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
+        r"-{1,3} n\.a to_be_(?:added|filled|completed|determined|announced).* coming_soon "
+        r"no_answer <answer> (?:asdf|qwer)\w* "
+        r"(?:这里|此处)(?:[是为]|是为)?(?:答案|回答|内容|示例)\w{0,4} "
         r"placeholder lorem_ipsum.* your_(?:answer|text)_here answer_here 此处填写.* 在此输入.*"
     )
     + r")[\s\]】）)>」。.!！]*",
@@ -59,7 +65,8 @@ _PART_BLANK = pattern(
             r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
             r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
             r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
-            r"(?:^|[：:，,\s])(?P<it>(?:nan|NaN|NULL|None|undefined))(?=$|[。，,\s])",
+            r"(?:^|[：:，,]|[：:，,\u4e00-\u9fff]\s)(?P<it>(?:nan|NaN|NULL|None|undefined))(?=\s*$|[。，,])",
+            r"(?<![\\$#{}A-Za-z0-9_^])\{(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
             r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])[Xx]{3,}(?![A-Za-z.])",
         ]
     ),
@@ -77,11 +84,15 @@ def markup(talk: Talk) -> Iterator[Span]:
             for find in (_HTML, _ENTITY):
                 for start, end in find(plain):
                     yield Span("html-leftover", turn, start, end)
+        if classes & of.BRACKET and "[/" in text and not talk.is_of_code:
+            for start, end in _BB_CODE(text):
+                yield Span("html-leftover", turn, start, end)
         if (classes & of.BACKSLASH or "%E" in text) and not talk.is_of_code:
             plain = outside_code(text)
             if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
                 for start, end in _ESCAPE(plain):
-                    yield Span("literal-escape", turn, start, end)
+                    if plain[start] != "%" or not _IN_ADDRESS.search(plain, 0, start):
+                        yield Span("literal-escape", turn, start, end)
 
 
 _BLANK_WORDS = ("待", "此处", "在此", "在这里")

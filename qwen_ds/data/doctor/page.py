@@ -7,11 +7,13 @@ from typing import Any
 from qwen_ds.data.doctor.limits import LIMITS
 from qwen_ds.page.html import count, environment, figure
 
+_JOINERS = "\u200c\u200d"
+
 
 def page(summary: dict[str, Any]) -> str:
     """The content of report.html for that of summary.json."""
     findings = [
-        {**each, "examples": [{"detail": "", **example} for example in each["examples"]]}
+        {**each, "examples": [_example(each["finding"], one) for one in each["examples"]]}
         for each in summary["findings"]
     ]
     numbers = {severity: 0 for severity in ("stop", "warn", "note")}
@@ -29,6 +31,15 @@ def page(summary: dict[str, Any]) -> str:
         tokens=summary["tokens"],
         files=summary["files"],
     )
+
+
+def _example(kind: str, example: dict[str, Any]) -> dict[str, Any]:
+    """An example with all that the template names. Joiners, which texts keep as they are, are
+    spelled where they are the finding."""
+    marked = example.get("marked", "")
+    if kind == "zero-width-character":
+        marked = "".join(ascii(char)[1:-1] if char in _JOINERS else char for char in marked)
+    return {"detail": "", **example, "marked": marked}
 
 
 def _words(numbers: dict[str, int], rows: int) -> str:

@@ -13,21 +13,42 @@ _MAIL = re.compile(
     r"[A-Za-z]{2,24}(?![\w@])",
     re.ASCII,
 )
-_PHONE = re.compile(
-    r"(?<![\d.+*/-])(?:\(?(?:\+|00)?86\)?[- ]?)?1[3-9]\d(?:[- ]?\d{4}[- ]?\d{4})(?![\d*/]|\.\d|-\d)"
-)
-_ID_CARD = re.compile(r"(?<![\dA-Za-z])[1-9]\d{5}(?:18|19|20)\d{9}[\dXx](?![\dA-Za-z])")
-_CARD = re.compile(
-    r"(?<![\d.-])(?:\d{4}[ -]){3}\d{1,7}(?![\d-])|(?<![\d.-])\d{15,19}(?![\d-]|\.\d)"
-)
-# UnionPay, Visa, MasterCard, American Express, JCB, Discover.
-_CARD_BEGINS = re.compile(r"62|4|5[1-5]|2[2-7]|3[47]|35|60|65")
-_URL_KEY = re.compile(
-    r"(?:https?|wss?|ftp)://(?:[^\s/@:'\"<>]+:[^\s/@'\"<>]{3,}@\S+|[^\s'\"<>]*?[?&#;][^\s'\"<>]*?"
-    r"(?:[\w-]*(?:key|token|secret|passwd|password|pwd|signature|credential|auth)|sig|ak|sk|"
-    r"session_?id)=[^\s&'\"<>，。]{6,})",
+# What nobody has: RFC 2606 keeps these domains for examples.
+_NOBODY = re.compile(
+    r"(?:your?|user|name|someone|somebody|me|example|test|abc|xxx)[\w.]*@(?:\w+\.)?example\.\w+\Z",
     re.IGNORECASE,
 )
+_PHONE = re.compile(
+    r"(?<![\d.+*/-])(?:[(（]?(?:\+|00)?86[)）]?[- ]?)?(?:1[3-9]\d(?:[-. ]?\d{4}[-. ]?\d{4})"
+    r"|1[3-9]\d([- ])\d{3}\1\d{5}|\(1[3-9]\d\) ?\d{4}[- ]?\d{4})(?![\d*]|/(?!1[3-9]\d)|\.\d|-\d)"
+)
+_ID_CARD = re.compile(
+    r"(?<![\dA-Za-z])[1-9]\d{5}([ -]?)(?:18|19|20)\d{6}\1\d{3}[\dXx](?![\dA-Za-z])"
+)
+_CARD = re.compile(
+    r"(?<![\d.-])(?:(?:\d{4}[ -]){3,4}\d{1,7}|\d{6} \d{10,13}|3[47]\d\d([ -])\d{6}\1\d{5})(?![\d-])"
+    r"|(?<![\d.-])\d{15,19}(?![\d-]|\.\d)"
+)
+# UnionPay, Visa, MasterCard, American Express, JCB, Discover, ICBC.
+_CARD_BEGINS = re.compile(r"62|4|5[1-5]|2[2-7]|3[47]|35|60|65|9558")
+# No search for a word: `key=apple` and `key=%E5%91%A8` are none.
+_SECRET = (
+    r"(?:[\w-]*(?:key|token|secret|passwd|password|pass|pwd|signature|credential|auth|jwt)|sig|ak|sk|"
+    r"session_?id)=(?!%[Ee])(?=[!-~]*?\d|[!-~]{12})[^\s&'\"<>，。]{6,}"
+)
+_URL_KEY = re.compile(
+    r"(?:https?|wss?|ftp|mysql|postgres(?:ql)?|mongodb(?:\+srv)?|rediss?|amqps?|ssh|smtp)://"
+    r"(?:[^\s/@:'\"<>]*:[^\s/@'\"<>]{3,}@\S+"
+    rf"|[^\s'\"<>]*?[?&#;][^\s'\"<>]*?{_SECRET}"
+    r"|hooks\.slack\.com/services/\w+/\w+/\w{16,}|api\.telegram\.org/bot\d{6,}:[\w-]{20,}"
+    r"|discord(?:app)?\.com/api/webhooks/\d+/[\w-]{16,}|[\w.-]+/open-apis/bot/v\d/hook/[\w-]{16,})",
+    re.IGNORECASE,
+)
+# An address that is written without its scheme.
+_BARE_URL_KEY = re.compile(rf"(?<=[\w/])[?&]{_SECRET}", re.IGNORECASE)
+_BARE_URL = re.compile(r"(?:[\w-]+\.)+[A-Za-z]{2,}(?:[:/?][\w./?=&%:-]*)?\Z", re.ASCII)
+_LONGEST_URL = 300
+_WIDE = {0xFF01 + at: 0x21 + at for at in range(94)}  # full-width ASCII, to what it stands for
 _ACCESS_KEY = re.compile(
     r"(?<![\w-])(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|LTAI[0-9A-Za-z]{12,26}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})(?![\w-])"
@@ -65,12 +86,15 @@ def personal_data(talk: Talk) -> Iterator[Span]:
 
 def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]:
     """(kind, start, end) of each piece of personal data in a text."""
+    if classes & of.FULL_WIDTH or "＠" in text:
+        text, classes = text.translate(_WIDE), of.EVERY
     if classes & of.AT and "@" in text:
         for match in _MAIL.finditer(text):
-            yield "mail", *match.span()
+            if not _NOBODY.match(match[0]):
+                yield "mail", *match.span()
     if classes & of.DIGIT:
         for match in _ID_CARD.finditer(text):
-            if is_id_card(match[0]):
+            if is_id_card(re.sub("[ -]", "", match[0])):
                 yield "id-card", *match.span()
         for match in _PHONE.finditer(text):
             yield "phone", *match.span()
@@ -80,6 +104,11 @@ def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]
     if "://" in text:
         for match in _URL_KEY.finditer(text):
             yield "key-in-url", *match.span()
+    elif "=" in text and "?" in text:
+        for match in _BARE_URL_KEY.finditer(text):
+            before = max(0, match.start() - _LONGEST_URL)
+            if url := _BARE_URL.search(text[before : match.start()]):
+                yield "key-in-url", before + url.start(), match.end()
     if classes & of.LATIN and any(word in text for word in _BEGINS_KEY):
         for match in _ACCESS_KEY.finditer(text):
             yield "access-key", *match.span()

@@ -14,7 +14,7 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
 _LATIN_LETTERS = re.compile(f"(?:(?![\x80-\x9f])[{of.points_of(of.LATIN_HIGH)}])+")
 _ABOUT_TRADITIONAL = re.compile(
-    r"繁体|繁體|正體|港台|台湾|香港|粤语|古文|异体|读音|汉字|部首|笔画|偏旁|字形"
+    r"繁体|繁體|正體|简体|写法|“.{1,2}”字|港台|台湾|香港|粤语|古文|异体|读音|汉字|部首|笔画|偏旁|字形"
 )
 _ABOUT_LANGUAGES = re.compile(
     r"日[语文本]|韩[语文国]|朝鲜|俄[语文罗]|西里尔|假名|片假|平假|谚文|翻译|译[成为]|外[语文]|发音|语言|"
@@ -33,21 +33,35 @@ SIMPLE: dict[str, tuple[int, Finder]] = {
     "control-character": (of.CONTROL, _simple(of.CONTROL)),
     "zero-width-character": (
         of.ZERO_WIDTH,
-        pattern(rf"[\u200b\u2060-\u2064\xad\u180e]+|(?<!{_JOINED})[\u200c\u200d]+"),
+        pattern(rf"[\u200b\u2060-\u2064\xad\u180e\u034f]+|(?<!{_JOINED})[\u200c\u200d]+"),
     ),
     "bidi-character": (of.BIDI, _simple(of.BIDI)),
     "bom": (of.BOM, _simple(of.BOM)),
     "replacement-character": (of.REPLACEMENT, _simple(of.REPLACEMENT)),
     "full-width-ascii": (of.FULL_WIDTH, _simple(of.FULL_WIDTH)),
     # What a debugger fills memory with, and U+FFFD in UTF-8 read as GBK.
-    "kun-kao": (of.HAN, pattern("(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+")),
+    "kun-kao": (
+        of.HAN,
+        pattern(r"(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+|锘(?<=\A锘)(?![是为元（(])\w"),
+    ),
+}
+# A text that speaks of them.
+_SUBJECTS = {
+    "kun-kao": re.compile(r"乱码|mojibake|[“\"「‘'`]锟斤拷[”\"」’'`]"),
+    "full-width-ascii": re.compile(r"全角|半角|full-?width", re.IGNORECASE),
 }
 FOREIGN = {
-    "kana": (of.KANA, pattern(f"[{of.points_of(of.KANA)}ー]{{2,}}|[の]")),
+    "kana": (
+        of.KANA,
+        pattern(f"[{of.points_of(of.KANA)}ー]{{2,}}|の|(?<=[\u4e00-\u9fff])[はがをにねよ]"),
+    ),
     "hangul": (of.HANGUL, _simple(of.HANGUL)),
     "cyrillic": (
         of.CYRILLIC,
-        pattern(r"[\u0400-\u052f]{2,}|(?<=[A-Za-z])[\u0400-\u052f]|[\u0400-\u052f](?=[A-Za-z])"),
+        pattern(
+            r"[\u0400-\u052f]{2,}|(?<=[A-Za-z])[\u0400-\u052f]|[\u0400-\u052f](?=[A-Za-z])"
+            r"|(?<=[\u4e00-\u9fff])[\u0400-\u052f](?=[\u4e00-\u9fff])"
+        ),
     ),
 }
 
@@ -61,7 +75,8 @@ def damage(talk: Talk) -> Iterator[Span]:
         for kind, (bit, find) in SIMPLE.items():
             if classes & bit:
                 for start, end in find(text):
-                    yield Span(kind, turn, start, end)
+                    if not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
+                        yield Span(kind, turn, start, end)
         if classes & of.LATIN_HIGH and (found := _latin1(text)):
             yield Span("mojibake-latin1", turn, *found)
         if classes & of.GBK_LIKE and (found := _gbk(text)):
@@ -120,21 +135,29 @@ def intruders(talk: Talk) -> Iterator[Span]:
     texts = [talk.system, *(text for _, text in talk.turns)]
     if any(_ABOUT_LANGUAGES.search(text) for text in texts):
         return
-    for turn, ((role, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
+    turns = zip(talk.turns, talk.classes, strict=True)
+    for turn, ((role, text), classes) in enumerate(turns):
         # A question in another language may well be answered in it.
         asked = 0 if role == "user" else talk.classes[turn - 1]
         for kind, (bit, find) in FOREIGN.items():
-            if classes & bit and (not asked & bit) and _is_other(text, find, role):
+            if classes & bit and (not asked & bit) and _is_other(talk, turn, find):
                 for start, end in find(text):
                     yield Span(kind, turn, start, end)
 
 
-def _is_other(text: str, find: Finder, role: str) -> bool:
-    """Whether a script is foreign in its turn: a whole question in it is a question."""
+def _is_other(talk: Talk, turn: int, find: Finder) -> bool:
+    """Whether a script is foreign in its turn: a whole question in it is a question, and so is one
+    that is answered in it."""
+    role, text = talk.turns[turn]
     if role != "user":
         return True
+    answer = talk.turns[turn + 1][1] if turn + 1 < len(talk.turns) else ""
+    return _share(text, find) < 0.5 and _share(answer, find) < 0.2
+
+
+def _share(text: str, find: Finder) -> float:
     foreign = sum(end - start for start, end in find(text))
-    return foreign * 2 < sum(1 for char in text if char.isalpha())
+    return foreign / max(1, sum(1 for char in text if char.isalpha()))
 
 
 def traditional(talk: Talk) -> Iterator[Span]:

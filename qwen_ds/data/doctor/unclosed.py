@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk, outside_code
 
-_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_TICKS = re.compile(r"`{3,}")
+_FENCE = re.compile(r"^[ \t]*(?:>[ \t]?)*`{3,}", re.MULTILINE)
+_FENCE_IN_LINE = re.compile(r"(?<=[:： ])```[\w+#-]*[ \t]*\n")
+_TILDES = re.compile(r"^~~~(\w*)[ \t]*$", re.MULTILINE)
 _BRACKETS = {
     "（": "（",
     "(": "（",
     "[": "（",
+    "〔": "〔",
+    "〈": "〈",
     "【": "【",
     "《": "《",
     "「": "「",
@@ -23,24 +28,24 @@ _CLOSERS = {
     "）": "（",
     ")": "（",
     "]": "（",
+    "〕": "〔",
+    "〉": "〈",
     "】": "【",
     "》": "《",
     "」": "「",
     "』": "『",
     "}": "{",
 }
-_ANY_BRACKET = re.compile(r"[（()）\[\]【】《》「」『』{}]")
+_ANY_BRACKET = re.compile(r"[（()）\[\]【】《》「」『』{}〔〕〈〉]")
 _EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:>T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
 
 def unclosed(talk: Talk) -> Iterator[Span]:
     """Code fences, brackets and quotations that open and never close."""
     for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
-        if classes & of.BACKTICK:
-            fences = [match.start() for match in _FENCE.finditer(text)]
-            if len(fences) % 2:
-                yield Span("unclosed-code-fence", turn, fences[-1], min(len(text), fences[-1] + 20))
-                continue
+        if (classes & of.BACKTICK or "~~~" in text) and (at := _open_fence(text)) is not None:
+            yield Span("unclosed-code-fence", turn, at, min(len(text), at + 20))
+            continue
         if classes & (of.BRACKET | of.QUOTE):
             plain = outside_code(text)
             if classes & of.BRACKET and (at := _open_bracket(plain, talk)) is not None:
@@ -48,6 +53,17 @@ def unclosed(talk: Talk) -> Iterator[Span]:
                 yield Span(kind, turn, at, at + 1)
             if classes & of.QUOTE and (at := _open_quote(plain, talk)) is not None:
                 yield Span("unclosed-quote", turn, at, at + 1)
+
+
+def _open_fence(text: str) -> int | None:
+    if len(_TICKS.findall(text)) % 2:
+        # One within a line may be a mention of the sign.
+        fences = [match.start() for match in _FENCE.finditer(text)]
+        fences = fences or [match.start() for match in _FENCE_IN_LINE.finditer(text)]
+        if len(fences) % 2:
+            return fences[-1]
+    tildes = list(_TILDES.finditer(text))
+    return tildes[-1].start() if len(tildes) % 2 and tildes[-1][1] else None
 
 
 def _open_bracket(text: str, talk: Talk) -> int | None:
@@ -67,6 +83,10 @@ def _open_bracket(text: str, talk: Talk) -> int | None:
     return min(left)
 
 
+_OPENED_TWICE = re.compile("“(?=[^“”\n]*“[^“”]*”)")
+_SINGLE = re.compile(r"‘(?!\d|n\b|em\b|til\b|cause\b|tis\b|twas\b)")
+
+
 def _open_quote(text: str, talk: Talk) -> int | None:
     opening, closing = text.count("“"), text.count("”")
     # A sloppy hand writes “ on both sides.
@@ -74,7 +94,11 @@ def _open_quote(text: str, talk: Talk) -> int | None:
         last = text.rfind("“")
         if text.find("”", last) < 0:
             return last
-        return None
+        # Each paragraph of a long quotation opens it again; within one that is a fault.
+        return twice.start() if (twice := _OPENED_TWICE.search(text)) else None
+    singles = _SINGLE.findall(text) if "‘" in text else []
+    if len(singles) > text.count("’"):
+        return text.rfind("‘")
     straight = [at for at, char in enumerate(text) if char == '"']
     if len(straight) % 2:  # one may stand for inches
         straight = [at for at in straight if not _is_inch(text, at)]

@@ -31,6 +31,14 @@ def test_texts_are_shown_and_not_obeyed() -> None:
     assert "50.0 %" in made and "25.0 %" in made
 
 
+def test_a_joiner_that_is_the_finding_is_seen() -> None:
+    made = summary()
+    (finding,) = made["findings"]
+    finding["finding"] = "zero-width-character"
+    finding["examples"][0] |= {"before": "好", "marked": "\u200d", "after": "的"}
+    assert r"好<mark>\u200d</mark>的" in page(made)
+
+
 @pytest.mark.parametrize(
     ("severity", "words"),
     [("stop", "Do not train on this yet"), ("warn", "look at them before training"),
