@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qwen_ds.report.evaluations import Evaluation
 from qwen_ds.report.folder import Row, number
-from qwen_ds.report.significance import matched
+from qwen_ds.report.significance import key_of_rows, matched, row_key
 
 MAX_PROMPTS, MAX_MOMENTS = 5, 6
 WORST, BEST = 5, 2
@@ -115,12 +115,10 @@ def _reference(line: Row) -> str:
 def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
     """Rows that the first and the last evaluation answer most differently by score, in both
     directions, with the answers of all; without scores the first rows."""
-    first, last = evaluations[0], evaluations[-1]
-    name = first.main
-    pairs = matched(first.predictions, last.predictions)
-    key = _shared_key(pairs)
-    of_rows = [{row.get(key): row for row in e.rows} for e in evaluations]
-    of_lines = [{line.get(key): line for line in e.predictions} for e in evaluations]
+    name = evaluations[0].main
+    key = key_of_rows(*(e.predictions for e in evaluations))
+    of_rows = [{row_key(row, key): row for row in e.rows} for e in evaluations]
+    of_lines = [{row_key(line, key): line for line in e.predictions} for e in evaluations]
 
     def score(side: int, at: Any) -> float | None:
         return number(of_rows[side].get(at, {}), name)
@@ -129,12 +127,13 @@ def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
         before, after = score(0, at), score(-1, at)
         return 0.0 if before is None or after is None else after - before
 
-    places = [line[key] for line, _ in pairs]
+    of_first = [row_key(line, key) for line in evaluations[0].predictions]
+    places = [at for at in of_first if at and at in of_lines[-1]]
     ranked_places = sorted(places, key=gain)
     picked = dict.fromkeys([*ranked_places[::-1][:CHANGED], *ranked_places[:CHANGED]])
     return [
         Changed(
-            str(at),
+            str(at[0]),
             question(of_lines[0][at].get("prompt")),
             _reference(of_lines[0][at]),
             [
@@ -144,10 +143,3 @@ def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
         )
         for at in picked
     ]
-
-
-def _shared_key(pairs: list[tuple[Row, Row]]) -> str:
-    has_sources = all(
-        "source" in row and row["source"] == other.get("source") for row, other in pairs
-    )
-    return "source" if has_sources else "id"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from qwen_ds.report.answers import (
     BEST,
     CHANGED,
@@ -17,7 +19,7 @@ from qwen_ds.report.answers import (
     sampled,
     sampled_last,
 )
-from qwen_ds.report.evaluations import Evaluation, find
+from qwen_ds.report.evaluations import Evaluation, find, verdicts
 from qwen_ds.report.folder import read_run
 from tests.report.runs import make_evaluation, make_run, samples
 
@@ -67,6 +69,22 @@ def test_rows_that_changed_most_stand_side_by_side(tmp_path: Path) -> None:
     assert len(rows) == 2 * CHANGED and rows[0].source == "dev.jsonl:4"
     assert rows[CHANGED].source == "dev.jsonl:12"
     assert [score for _, score in rows[0].answers] == [0.5, 0.9]
+
+
+def test_rows_of_a_list_on_one_line_keep_their_own_texts(tmp_path: Path) -> None:
+    found = []
+    for name, scores in (("a", [0.5] * 12), ("b", [0.5] * 9 + [0.9] * 3)):
+        made = evaluation(tmp_path / name, scores)
+        for row in [*made.rows, *made.predictions]:
+            row["source"] = "list.json:1"
+        found.append(made)
+    worst = ranked(found[0])
+    assert [row.prompt for row in worst[:2]] == ["问题0", "问题1"]
+    assert worst[1].reference == "参考答案1" and worst[1].prediction == "eval的回答1"
+    top = changed(found)[0]
+    assert (top.source, top.prompt, top.reference) == ("list.json:1", "问题11", "参考答案11")
+    assert [score for _, score in top.answers] == [0.5, 0.9]
+    assert verdicts(*found)["seed.rouge-l"].difference == pytest.approx(0.1)
 
 
 def test_without_an_evaluation_the_last_samples_stand_side_by_side() -> None:
