@@ -69,8 +69,8 @@ def key_of_rows(*sides: list[Row]) -> tuple[str, ...]:
 
 def row_key(row: Row, names: tuple[str, ...]) -> tuple[str | int, ...]:
     """A row's values of these fields; empty where it lacks one."""
-    values = tuple(row.get(name) for name in names)
-    return values if all(isinstance(value, str | int) for value in values) else ()
+    values = tuple(value for name in names if isinstance(value := row.get(name), str | int))
+    return values if len(values) == len(names) else ()
 
 
 def matched(first: list[Row], second: list[Row]) -> list[tuple[Row, Row]]:
