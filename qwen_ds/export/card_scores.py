@@ -18,6 +18,10 @@ from qwen_ds.disk.read import read_json
 from qwen_ds.disk.weights import file_sha256
 from qwen_ds.errors import UserError
 
+_OF_DRAWING = ("temperature", "top_p", "top_k")
+_TOLD = ("do_sample", *_OF_DRAWING, "min_p", "seed", "max_new_tokens", "num_beams", "json_schema")
+_NO_CHANGE = {"repetition_penalty": 1.0}
+
 
 @dataclass(frozen=True, slots=True)
 class VeryModel:
@@ -85,17 +89,38 @@ def _same_rows(before: Sequence[dict[str, Any]], report: dict[str, Any]) -> dict
 def _told(
     place: str, report: dict[str, Any], before: dict[str, Any] | None, by: str
 ) -> dict[str, Any]:
-    after = _scores(report)
+    after, sampling = _scores(report), report.get("sampling")
     old = {} if before is None else _scores(before, report["signatures"])
     data = ", ".join(Path(str(path)).name for path in report.get("data") or [])
     return {
         "what": f"{place}: {report.get('rows')} rows{f' of {data}' if data else ''} by {by}",
-        "sampling": json.dumps(report.get("sampling")),
+        "sampling": sampling_in_words(sampling if isinstance(sampling, dict) else {}),
         "has_before": before is not None,
         "rows": [
             (name, old.get(name), value, _interval(report, name)) for name, value in after.items()
         ],
     }
+
+
+def sampling_in_words(sampling: Mapping[str, Any]) -> str:
+    """How the answers were made: what metrics.json tells, less the options that changed nothing."""
+    beams = sampling.get("num_beams", 1)
+    if sampling.get("do_sample"):
+        names = [name for name in _OF_DRAWING if name in sampling]
+        if sampling.get("min_p"):  # 0 drops nothing
+            names.append("min_p")
+        told = [f"drawn with {name} {sampling[name]}" for name in names[:1]] or ["drawn"]
+        told += [f"{name} {sampling[name]}" for name in (*names[1:], "seed") if name in sampling]
+    else:
+        told = ["greedy" if beams == 1 else f"the best of {beams} beams"]
+    if "max_new_tokens" in sampling:
+        told.append(f"at most {sampling['max_new_tokens']} new tokens")
+    for name, value in sampling.items():
+        if name == "json_schema" and value:
+            told.append("held to a JSON schema")  # the value may be a place on someone's disk
+        elif name not in _TOLD and value and value != _NO_CHANGE.get(name):
+            told.append(f"{name} {json.dumps(value, ensure_ascii=False)}")
+    return ", ".join(told)
 
 
 def _interval(report: Mapping[str, Any], name: str) -> str:

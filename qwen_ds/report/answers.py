@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qwen_ds.report.evaluations import Evaluation
 from qwen_ds.report.folder import Row, number
-from qwen_ds.report.significance import matched
+from qwen_ds.report.significance import key_of_rows, matched, row_key
 
 MAX_PROMPTS, MAX_MOMENTS = 5, 6
 WORST, BEST = 5, 2
@@ -112,15 +112,20 @@ def _reference(line: Row) -> str:
     return "\n".join(map(str, found)) if isinstance(found, list) else str(found)
 
 
-def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
+def changed(evaluations: Sequence[Evaluation]) -> list[Changed] | None:
     """Rows that the first and the last evaluation answer most differently by score, in both
-    directions, with the answers of all; without scores the first rows."""
-    first, last = evaluations[0], evaluations[-1]
-    name = first.main
-    pairs = matched(first.predictions, last.predictions)
-    key = _shared_key(pairs)
-    of_rows = [{row.get(key): row for row in e.rows} for e in evaluations]
-    of_lines = [{line.get(key): line for line in e.predictions} for e in evaluations]
+    directions, with the answers of all; without scores the first rows. Rows that all answer alike
+    are left out; None: no row is on all sides."""
+    name = evaluations[0].main
+    key = key_of_rows(*(e.predictions for e in evaluations))
+    of_rows = [{row_key(row, key): row for row in e.rows} for e in evaluations]
+    of_lines = [{row_key(line, key): line for line in e.predictions} for e in evaluations]
+
+    def answer(side: int, at: Any) -> str:
+        return str(of_lines[side].get(at, {}).get("prediction") or "")
+
+    def is_changed(at: Any) -> bool:
+        return len({answer(side, at) for side, lines in enumerate(of_lines) if at in lines}) > 1
 
     def score(side: int, at: Any) -> float | None:
         return number(of_rows[side].get(at, {}), name)
@@ -129,25 +134,18 @@ def changed(evaluations: Sequence[Evaluation]) -> list[Changed]:
         before, after = score(0, at), score(-1, at)
         return 0.0 if before is None or after is None else after - before
 
-    places = [line[key] for line, _ in pairs]
-    ranked_places = sorted(places, key=gain)
+    of_first = [row_key(line, key) for line in evaluations[0].predictions]
+    shared = [at for at in of_first if at and at in of_lines[-1]]
+    if not shared:
+        return None
+    ranked_places = sorted(filter(is_changed, shared), key=gain)
     picked = dict.fromkeys([*ranked_places[::-1][:CHANGED], *ranked_places[:CHANGED]])
     return [
         Changed(
-            str(at),
+            str(at[0]),
             question(of_lines[0][at].get("prompt")),
             _reference(of_lines[0][at]),
-            [
-                (str(lines.get(at, {}).get("prediction") or ""), score(side, at))
-                for side, lines in enumerate(of_lines)
-            ],
+            [(answer(side, at), score(side, at)) for side in range(len(of_lines))],
         )
         for at in picked
     ]
-
-
-def _shared_key(pairs: list[tuple[Row, Row]]) -> str:
-    has_sources = all(
-        "source" in row and row["source"] == other.get("source") for row, other in pairs
-    )
-    return "source" if has_sources else "id"

@@ -37,7 +37,7 @@ class Compared(NamedTuple):
     heads: list[str]
     evaluations: list[Evaluation]
     verdicts: list[dict[str, Paired]]
-    answers: list[Changed]
+    answers: list[Changed] | None  # empty: all are the same; None: no row is answered by all
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +130,7 @@ def _one_comparison(
     data = ", ".join(evaluations[0].data)
     title = f"{' / '.join(places)}{': ' if data else ''}{data}"
     reader = runs[next(iter(group))].reader
-    answers = reader.listed("predictions.jsonl", lambda: changed(evaluations))
+    answers = reader.guarded("predictions.jsonl", lambda: changed(evaluations), None)
     return Compared(
         title,
         [f"{names[number]} ({e.model})" for number, e in group.items()],

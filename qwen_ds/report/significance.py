@@ -55,19 +55,29 @@ def paired(
     return [Paired(*map(float, each)) for each in figures]
 
 
+def key_of_rows(*sides: list[Row]) -> tuple[str, ...]:
+    """Names of the fields that tell rows apart on every side and that the sides have in common:
+    the source; where several rows share one, as those of a JSON list on one line do, source and id;
+    the id where the sources of the sides differ. Empty: no row is on all sides."""
+    for names in (("source",), ("source", "id"), ("id",)):
+        found = [[key for row in side if (key := row_key(row, names))] for side in sides]
+        is_unique = all(len(set(keys)) == len(keys) for keys in found)
+        if is_unique and set.intersection(*map(set, found)):
+            return names
+    return ()
+
+
+def row_key(row: Row, names: tuple[str, ...]) -> tuple[str | int, ...]:
+    """A row's values of these fields; empty where it lacks one."""
+    values = tuple(value for name in names if isinstance(value := row.get(name), str | int))
+    return values if len(values) == len(names) else ()
+
+
 def matched(first: list[Row], second: list[Row]) -> list[tuple[Row, Row]]:
-    """Rows that are on both sides, by their source, or by their id where a side has no sources or
-    the two have none in common."""
-    for key in ("source", "id"):
-        others = {row[key]: row for row in second if isinstance(row.get(key), str | int)}
-        pairs = [
-            (row, others[row[key]])
-            for row in first
-            if isinstance(row.get(key), str | int) and row[key] in others
-        ]
-        if pairs:
-            return pairs
-    return []
+    """Rows that are on both sides, in the order of the first; see `key_of_rows`."""
+    names = key_of_rows(first, second)
+    others = {key: row for row in second if (key := row_key(row, names))}
+    return [(row, others[key]) for row in first if (key := row_key(row, names)) in others]
 
 
 def compare(

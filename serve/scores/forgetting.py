@@ -80,7 +80,7 @@ class Worsening:
                 return "forgot"
             case "no sign":
                 return "no sign of forgetting"
-        if self.guessed:
+        if self.guessed and self.rows >= LEAST_ROWS:
             return "cannot tell, since the model guessed before"
         return "too few rows to tell"
 
@@ -92,7 +92,9 @@ class Worsening:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
+    """A share in percent with its sign; 0.0, which has none, where it rounds to that."""
+    told = f"{100 * share:+.1f}"
+    return told if told.strip("+-0.") else "0.0"
 
 
 def compare(before: Sequence[Line], after: Sequence[Line], seed: int = 0) -> dict[str, Any]:

@@ -62,8 +62,10 @@ def _written(parts: PredictionParts, lines: Iterator[Line]) -> Iterator[int]:
             held.append(line)
             if len(held) >= _ROWS_AT_ONCE or time.monotonic() - since > _SECONDS_AT_ONCE:
                 parts.append(held)
-                yield len(held)
-                held, since = [], time.monotonic()
+                count, held, since = len(held), [], time.monotonic()
+                yield count
     finally:
         if held:
             parts.append(held)
+    if held:
+        yield len(held)

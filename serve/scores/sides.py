@@ -53,8 +53,7 @@ def sides_of(options: EvaluateOptions) -> list[Side]:
                 "no model or no data given; expected --model (or --endpoint, or --compare) and "
                 "--data (or --general), or --predictions"
             )
-        name = _last_part(options.model or options.endpoint_model or "") or "model"
-        return [Side(name, options, Path(options.output_dir))]
+        return [Side(_own_name(options), options, Path(options.output_dir))]
     if not _has_rows(options):
         raise UserError(
             "no data given; expected --data (or --general) with the rows to compare the models on"
@@ -109,6 +108,12 @@ def _of_place(options: EvaluateOptions, place: str) -> EvaluateOptions:
             f"--compare {place}: no model's folder; expected one, or --model to put an adapter on"
         )
     return replace(options, compare=[], adapter=[place])
+
+
+def _own_name(options: EvaluateOptions) -> str:
+    """A single side's name: the model's, and those of the adapters on it."""
+    model = _last_part(options.model or options.endpoint_model or "") or "model"
+    return " + ".join([model, *map(_last_part, options.adapter)])
 
 
 def _last_part(place: str) -> str:

@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard
 
 from qwen_ds.disk.digest import model_sha256
 from qwen_ds.disk.weights import file_sha256
-from qwen_ds.export.card_scores import VeryModel
+from qwen_ds.export.card_scores import VeryModel, sampling_in_words
 from qwen_ds.export.formats import find_format
 from qwen_ds.export.qwen2.adapter import convert_adapter
 from qwen_ds.recipe.loading import write_recipe
 from qwen_ds.recipe.options import Recipe
+from serve.options import EvaluateOptions, SamplingOptions, parse
 from tests.export.folders import merge_with, peft_adapter
 
 TALLY = {"rows": 2, "first": "train.json:7", "detail": ""}
@@ -102,7 +103,30 @@ def test_scores_are_those_of_this_very_model(
     merge_with(cached_base, [run / "adapter"], tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert ("eval/metrics.json: 100 rows of dev.json by Qwen/Qwen-7B-Chat + " in text) == told
-    assert ("## Evaluation" in text) == told
+    assert ("## Evaluation" in text) == told and ("; greedy\n" in text) == told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "greedy, at most 128 new tokens"),
+        (["--num_beams", "4"], "the best of 4 beams, at most 128 new tokens"),
+        (
+            ["--do_sample", "true", "--top_k", "0", "--max_new_tokens", "9"],
+            "drawn with temperature 0.8, top_p 0.8, top_k 0, seed 42, at most 9 new tokens",
+        ),
+        (
+            ["--repetition_penalty", "1.1", "--stop", "完", "--json_schema", "{}"],
+            'greedy, at most 128 new tokens, repetition_penalty 1.1, stop ["完"], '
+            "held to a JSON schema",
+        ),
+    ],
+)
+def test_the_way_of_answering_is_told_in_words(words: list[str], told: str) -> None:
+    options = parse(EvaluateOptions, "", ["--output_dir", "o", *words])
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    sampling = {name: vars(options)[name] for name in (*names, "num_beams")}
+    assert sampling_in_words(sampling) == told
 
 
 def test_a_conversion_shows_the_scores_of_what_was_converted(small_dir: Path) -> None:

@@ -192,9 +192,15 @@ def samples(text: str = "", moments: int = 3, prompts: int = 2) -> list[Row]:
 
 
 def make_evaluation(
-    folder: Path, scores: Sequence[float], model: str, adapter: str | None = None, text: str = ""
+    folder: Path,
+    scores: Sequence[float],
+    model: str,
+    adapter: str | None = None,
+    text: str = "",
+    by: str = "",
 ) -> None:
-    """An evaluation folder: one ROUGE-L a row, with its interval and its texts."""
+    """An evaluation folder: one ROUGE-L a row, with its interval and its texts. `by` stands in the
+    answers, so that another model's differ."""
     mean = sum(scores) / len(scores)
     rows, lines = [], []
     for number, score in enumerate(scores):
@@ -203,7 +209,7 @@ def make_evaluation(
         lines.append({
             **place,
             "prompt": f"<|im_start|>user\n问题{number}{text}<|im_end|>\n<|im_start|>assistant\n",
-            "prediction": f"{folder.name}的回答{number}{text}",
+            "prediction": f"{folder.name}{by}的回答{number}{text}",
             "reference": f"参考答案{number}{text}",
         })  # fmt: skip
     write_lines(folder / "rows.jsonl", rows)

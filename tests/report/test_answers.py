@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from qwen_ds.report.answers import (
     BEST,
     CHANGED,
@@ -17,13 +19,13 @@ from qwen_ds.report.answers import (
     sampled,
     sampled_last,
 )
-from qwen_ds.report.evaluations import Evaluation, find
+from qwen_ds.report.evaluations import Evaluation, find, verdicts
 from qwen_ds.report.folder import read_run
 from tests.report.runs import make_evaluation, make_run, samples
 
 
-def evaluation(folder: Path, scores: list[float]) -> Evaluation:
-    make_evaluation(make_run(folder) / "eval", scores, "base")
+def evaluation(folder: Path, scores: list[float], by: str = "") -> Evaluation:
+    make_evaluation(make_run(folder) / "eval", scores, "base", by=by)
     (found,) = find(read_run(folder))
     return found
 
@@ -63,10 +65,37 @@ def test_few_rows_are_shown_once(tmp_path: Path) -> None:
 def test_rows_that_changed_most_stand_side_by_side(tmp_path: Path) -> None:
     before, after = [0.5] * 20, [0.5] * 20
     after[3], after[11] = 0.9, 0.1
-    rows = changed([evaluation(tmp_path / "a", before), evaluation(tmp_path / "b", after)])
-    assert len(rows) == 2 * CHANGED and rows[0].source == "dev.jsonl:4"
+    rows = changed([
+        evaluation(tmp_path / "a", before), evaluation(tmp_path / "b", after, by="b")
+    ])  # fmt: skip
+    assert rows is not None and len(rows) == 2 * CHANGED and rows[0].source == "dev.jsonl:4"
     assert rows[CHANGED].source == "dev.jsonl:12"
     assert [score for _, score in rows[0].answers] == [0.5, 0.9]
+
+
+def test_rows_that_all_answer_alike_have_not_changed(tmp_path: Path) -> None:
+    same = [evaluation(tmp_path / name, [0.5] * 6) for name in ("a", "b")]
+    assert changed(same) == []
+    same[1].predictions[2]["prediction"] = "另一个回答"
+    assert [row.source for row in changed(same) or []] == ["dev.jsonl:3"]
+    same[1].predictions.clear()
+    assert changed(same) is None
+
+
+def test_rows_of_a_list_on_one_line_keep_their_own_texts(tmp_path: Path) -> None:
+    found = []
+    for name, scores in (("a", [0.5] * 12), ("b", [0.5] * 9 + [0.9] * 3)):
+        made = evaluation(tmp_path / name, scores, by=name)
+        for row in [*made.rows, *made.predictions]:
+            row["source"] = "list.json:1"
+        found.append(made)
+    worst = ranked(found[0])
+    assert [row.prompt for row in worst[:2]] == ["问题0", "问题1"]
+    assert worst[1].reference == "参考答案1" and worst[1].prediction == "evala的回答1"
+    top = (changed(found) or [])[0]
+    assert (top.source, top.prompt, top.reference) == ("list.json:1", "问题11", "参考答案11")
+    assert [score for _, score in top.answers] == [0.5, 0.9]
+    assert verdicts(*found)["seed.rouge-l"].difference == pytest.approx(0.1)
 
 
 def test_without_an_evaluation_the_last_samples_stand_side_by_side() -> None:

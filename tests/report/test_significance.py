@@ -36,6 +36,13 @@ def test_rows_are_matched_by_source_or_else_by_id() -> None:
     assert matched(one, [{"id": 5}]) == [] and matched([], other) == []
 
 
+def test_rows_that_share_a_source_are_told_apart_by_their_id() -> None:
+    one = [{"id": i, "source": "a.json:1", "side": 0} for i in range(3)]
+    other = [{"id": i, "source": "a.json:1", "side": 1} for i in (2, 0, 1)]
+    assert [(a["id"], b["id"]) for a, b in matched(one, other)] == [(0, 0), (1, 1), (2, 2)]
+    assert matched(one, [{"source": "a.json:1"}]) == [], "it could be any of the three"
+
+
 def test_only_measures_that_are_means_over_rows_get_a_verdict() -> None:
     first = [{"id": i, "rouge": 0.1 * i, "bleu": 0.5, "part": 1.0} for i in range(4)]
     second = [{"id": i, "rouge": 0.1 * i + 0.2, "bleu": 0.6} for i in range(4)]

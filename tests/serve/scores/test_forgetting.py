@@ -111,6 +111,14 @@ def test_questions_that_were_only_guessed_tell_nothing(quick: None) -> None:
     assert "the model guessed before" in found["questions"]["in_words"]
 
 
+def test_two_questions_are_too_few_and_no_change_has_no_sign(quick: None) -> None:
+    wrong = questions([False] * 2)
+    told = compare(wrong, wrong)["questions"]["in_words"]
+    assert told.endswith("0.0 % after, 0.0 points (95 %: 0.0 to 0.0): too few rows to tell")
+    slight = Worsening("texts", 50, 10.0, 10.0, -1e-5, -0.004, 0.004, p=0.5)
+    assert "0.0 % (95 %: -0.4 to +0.4)" in slight.in_words()
+
+
 def test_texts_and_questions_share_what_chance_is_given() -> None:
     one = Worsening("texts", 50, 10.0, 11.0, 0.1, 0.01, 0.2, p=0.02)
     assert one.verdict == "forgot"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from qwen_ds.decode.exceptions import DecodingError
 from qwen_ds.errors import Failed, UserError
@@ -115,6 +116,23 @@ def test_a_killed_measurement_goes_on_where_it_was(
     assert asked == [30, 18]
     both = [(tmp_path / name / "general.jsonl").read_bytes() for name in ("whole", "out")]
     assert both[0] == both[1]
+
+
+def test_the_bar_counts_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm[Any]] = []
+
+    def bar(**options: Any) -> tqdm[Any]:
+        bars.append(tqdm(**options))
+        return bars[-1]
+
+    def make(left: Sequence[int]) -> Iterator[dict[str, Any]]:
+        yield from ({"id": row} for row in left)
+
+    monkeypatch.setattr(kept_rows, "tqdm", bar)
+    monkeypatch.setattr(kept_rows, "_ROWS_AT_ONCE", 8)
+    lines = kept_rows.kept_rows(tmp_path / "out.jsonl", {"of": "a test"}, 20, make, False)
+    assert [line["id"] for line in lines] == list(range(20))
+    assert bars[0].n == 20, "the last four are no whole batch"
 
 
 def test_a_row_with_an_error_is_left_out_and_counted(

@@ -48,6 +48,12 @@ def test_one_model_and_one_file_have_no_folder_of_their_own(folders: Path) -> No
     assert side.predictions == side.given
 
 
+def test_a_model_with_an_adapter_is_not_called_as_the_model_alone(folders: Path) -> None:
+    given = ["--model", str(folders / "base"), "--adapter", f"{folders}/run/adapter/"]
+    (side,) = sides_of(options_for(*given, "--general", "g"))
+    assert (side.name, side.folder) == ("base + adapter", Path("out"))
+
+
 def test_a_server_s_models_are_named_as_it_names_them() -> None:
     given = ["--endpoint", "http://h/v1", "--compare", "base", "new=org/tuned", "--data", "d"]
     sides = sides_of(options_for(*given))
