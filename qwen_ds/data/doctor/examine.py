@@ -192,7 +192,8 @@ def _note(gathered: Pass, record: int, dropped: Dropped) -> None:
     """Take note of a record without a conversation."""
     gathered.not_trained[dropped.reason] += 1
     kind = _DROPPED.get(dropped.reason, "unreadable-row" if dropped.unreadable else "not-trainable")
-    shown = Shown(detail=f"{dropped.reason}{f': {dropped.detail}' if dropped.detail else ''}")
+    detail = f": {look.hidden(dropped.detail)}" if dropped.detail else ""
+    shown = Shown(detail=f"{dropped.reason}{detail}")
     if kind in LATE:
         gathered.late.append((record, kind, shown))
     else:

@@ -139,6 +139,39 @@ def test_swapped_columns_are_said_once_and_single_rows_by_themselves(tmp_path: P
     assert places(found, "swapped-columns") == [21]
 
 
+PRIVATE = {
+    "13812345678": "13812345678是我的手机号，帮我写一段自我介绍，再加上我的爱好。",
+    "zhang.wei88@mail-host.cn": "我的邮箱是zhang.wei88@mail-host.cn，请写一封信，说明我明天到。",
+    "11010519491231002X": "证件 11010519491231002X 帮我登记一下，再说明要带哪些材料。",
+    "s3cretWord99": "https://me:s3cretWord99@host.cn/a 这个地址打不开，请说明怎样处理。",
+}
+
+
+def test_no_kind_that_shows_a_beginning_shows_personal_data(tmp_path: Path) -> None:
+    asked = [{**row, "instruction": q} for row, q in zip(rows(4), PRIVATE.values(), strict=True)]
+    again = [{**row, "output": f"{text(40, at + 500)}。"} for at, row in enumerate(asked)]
+    near = [{**row, "output": f"{row['output'][:-2]}了。"} for row in asked]
+    long = [{**row, "output": f"{text(3000, at + 600)}。"} for at, row in enumerate(asked)]
+    same = [
+        {"instruction": f"{q}{text(9, at + 700)}", "output": "好的，我们会尽快为您处理。"}
+        for at, q in enumerate(PRIVATE.values())
+    ]
+    held = write(tmp_path / "eval.jsonl", [*asked[:2], *rows(4, 200)])
+    tests = write(tmp_path / "test.jsonl", [*asked[2:], *rows(4, 300)])
+    made = [*rows(90, 20), *asked, *again, *again, *near, *long, *same]
+    train = write(tmp_path / "a.jsonl", made)
+    found = judged((AGAINST, tests), (EVAL, held), (TRAIN, train))
+    assert found.tally.counts.keys() >= {
+        "exact-duplicate", "near-duplicate", "duplicate-train-eval", "duplicate-test-set",
+        "same-question-different-answers", "same-answer-many-questions", "extreme-length",
+        "cut-by-limit",
+    }  # fmt: skip
+    told = json.dumps(found.tally.examples, ensure_ascii=False)
+    assert not [piece for piece in PRIVATE if piece in told or piece[3:-2] in told]
+    for number in range(len(found.record_N)):
+        assert not [piece for piece in PRIVATE if piece[3:8] in found.head(number)]
+
+
 def test_lengths_far_from_all_others_are_extreme(tmp_path: Path) -> None:
     made = rows(40)
     made[7]["output"] = f"{text(5000, 1)}。"
