@@ -139,6 +139,46 @@ def test_swapped_columns_are_said_once_and_single_rows_by_themselves(tmp_path: P
     assert places(found, "swapped-columns") == [21]
 
 
+TASKS = {
+    "label": ("判断下面评论的情感，只回答正面或负面。", lambda at: "负面" if at % 3 else "正面"),
+    "bare label": ("", lambda at: "负面" if at % 3 else "正面"),
+    "title": ("请为下面的文章写一个标题。", lambda at: f"如何做到{text(6, at)}"),
+    "entities": ("抽取文本中的实体", lambda at: f'{{"地点": "{text(3, at)}"}}'),
+    "question": ("根据下面的段落提出一个问题。", lambda at: f"{text(6, at)}是什么？"),
+    "question, in English": ("Ask one question about:", lambda at: f"What is {text(6, at)}?"),
+    "choice": ("请选择：A. 是 B. 否。", lambda at: "AB"[at % 2]),
+    "attributes": ("从文案中提取属性。", lambda at: f"类型#{text(2, at)}*颜色#{text(2, at + 1)}"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("own_column", (True, False))
+def test_short_answers_to_long_texts_are_no_swapped_columns(
+    tmp_path: Path, task: str, own_column: bool
+) -> None:
+    asked, answer = TASKS[task]
+    made = []
+    for at in range(12):
+        about = f"{text(30, 2 * at)}，{text(20, 2 * at + 1)}。"
+        question = {"instruction": asked, "input": about}
+        if not own_column:
+            question = {"instruction": f"{asked}\n{about}" if at % 2 else f"{about}\n{asked}"}
+        made.append({**question, "output": answer(at)})
+    counts = judged((TRAIN, write(tmp_path / "a.jsonl", made))).tally.counts
+    assert "swapped-columns" not in counts
+
+
+def test_lists_of_attributes_in_the_place_of_answers_are_swapped(tmp_path: Path) -> None:
+    made = [
+        {"content": f"{text(40, at)}。", "summary": f"类型#裙*颜色#{text(3, at)}*图案#条纹"}
+        for at in range(12)
+    ]
+    found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
+    assert found.tally.counts == {"swapped-columns": 12}
+    right = [{"content": row["summary"], "summary": row["content"]} for row in made]
+    assert not judged((TRAIN, write(tmp_path / "b.jsonl", right))).tally.counts
+
+
 PRIVATE = {
     "13812345678": "13812345678是我的手机号，帮我写一段自我介绍，再加上我的爱好。",
     "zhang.wei88@mail-host.cn": "我的邮箱是zhang.wei88@mail-host.cn，请写一封信，说明我明天到。",
