@@ -300,6 +300,27 @@ def test_workers_find_what_one_process_finds(
     assert np.array_equal(together.signatures.whole_N, alone.signatures.whole_N)
 
 
+def test_rows_that_share_a_line_have_their_index(tmp_path: Path) -> None:
+    made = rows(5)
+    made[0]["output"] = ""
+    made[3] = made[1]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(made))
+    found = judged((TRAIN, str(file))).tally
+    assert found.counts == {"exact-duplicate": 1, "empty-answer": 1}
+    (copy,) = found.examples["exact-duplicate"]
+    assert (copy["place"], copy["detail"]) == (f"{file}:1[3]", f"the same as {file}:1[1]")
+    (empty,) = found.examples["empty-answer"]
+    assert empty["place"] == f"{file}:1[0]"
+    assert found.places.file_and_line(3) == (str(file), "1[3]")
+    kept = Places()
+    for source in ("a:1", "a:2", "a:2", "a:3"):
+        kept.add(source, 0)
+    kept.add("a:3", 1)
+    assert [kept.text(at) for at in range(5)] == ["a:1", "a:2[0]", "a:2[1]", "a:3", "a:3"]
+    assert kept.source(2) == "a:2" and kept.file_and_line(3) == ("a", 3)
+
+
 def test_places_come_back_as_they_were_given() -> None:
     kept = Places()
     sources = ["a.jsonl:1", "b.parquet#7", "c.json:3 data[4]", "d.xlsx:Sheet:12", "e:007", "f", ""]
