@@ -96,14 +96,12 @@ def _repeats(gathered: Pass, record_N: np.ndarray, side_N: np.ndarray) -> None:
         at, of = repeat.at, repeat.of
         if side_N[at] == AGAINST or record_N[at] == record_N[of]:
             continue
-        if repeat.near:
-            kind = "near-duplicate"
-        elif side_N[of] == AGAINST:
-            kind = "duplicate-test-set"
+        if side_N[of] == AGAINST:
+            kind = "near-duplicate-test-set" if repeat.near else "duplicate-test-set"
         elif side_N[of] != side_N[at]:
-            kind = "duplicate-train-eval"
+            kind = "near-duplicate-train-eval" if repeat.near else "duplicate-train-eval"
         else:
-            kind = "exact-duplicate"
+            kind = "near-duplicate" if repeat.near else "exact-duplicate"
         other = tally.places.text(int(record_N[of]))
         detail = f"{'nearly ' if repeat.near else ''}the same as {other}"
         _add(gathered, kind, at, int(record_N[at]), detail)

@@ -80,6 +80,27 @@ def test_a_training_row_in_the_evaluation_or_a_test_set_stops(tmp_path: Path) ->
     assert sorted(places(found, "duplicate-test-set")) == [5, 8]
 
 
+def test_a_training_row_nearly_in_the_evaluation_or_a_test_set_stops(tmp_path: Path) -> None:
+    made = rows(30)
+    nearly = [
+        {"instruction": f"{row['instruction'][:-1]}吧？", "output": f"{row['output'][:-2]}了。"}
+        for row in made
+    ]
+    train = write(tmp_path / "train.jsonl", [*made[:10], nearly[1]])
+    held = write(tmp_path / "eval.jsonl", [nearly[2], *made[10:20]])
+    tests = write(tmp_path / "test.jsonl", [nearly[4], *made[20:]])
+    found = judged((AGAINST, tests), (EVAL, held), (TRAIN, train))
+    kinds = "near-duplicate", "near-duplicate-train-eval", "near-duplicate-test-set"
+    assert found.tally.counts == dict.fromkeys(kinds, 1)
+    assert [places(found, kind) for kind in kinds] == [[11], [3], [5]]
+    of = {name: path for name, path in zip(kinds, (train, held, tests), strict=True)}
+    for kind in kinds:
+        assert found.tally.examples[kind][0]["detail"].startswith(f"nearly the same as {of[kind]}:")
+    told = {each["finding"]: each for each in found.tally.findings(21)}
+    assert [told[kind]["severity"] for kind in kinds] == ["warn", "stop", "stop"]
+    assert "evaluation" in told[kinds[1]]["advice"] and "test set" in told[kinds[2]]["advice"]
+
+
 def test_questions_and_answers_that_are_shared(tmp_path: Path) -> None:
     made = rows(30)
     made[5]["instruction"] = made[2]["instruction"]
@@ -190,7 +211,7 @@ PRIVATE = {
 def test_no_kind_that_shows_a_beginning_shows_personal_data(tmp_path: Path) -> None:
     asked = [{**row, "instruction": q} for row, q in zip(rows(4), PRIVATE.values(), strict=True)]
     again = [{**row, "output": f"{text(40, at + 500)}。"} for at, row in enumerate(asked)]
-    near = [{**row, "output": f"{row['output'][:-2]}了。"} for row in asked]
+    near = [{**row, "output": f"{row['output'][:-2]}了。"} for row in [*asked, *again]]
     long = [{**row, "output": f"{text(3000, at + 600)}。"} for at, row in enumerate(asked)]
     same = [
         {"instruction": f"{q}{text(9, at + 700)}", "output": "好的，我们会尽快为您处理。"}
@@ -203,6 +224,7 @@ def test_no_kind_that_shows_a_beginning_shows_personal_data(tmp_path: Path) -> N
     found = judged((AGAINST, tests), (EVAL, held), (TRAIN, train))
     assert found.tally.counts.keys() >= {
         "exact-duplicate", "near-duplicate", "duplicate-train-eval", "duplicate-test-set",
+        "near-duplicate-train-eval", "near-duplicate-test-set",
         "same-question-different-answers", "same-answer-many-questions", "extreme-length",
         "cut-by-limit",
     }  # fmt: skip
@@ -302,16 +324,15 @@ def test_workers_find_what_one_process_finds(
 
 def test_rows_that_share_a_line_have_their_index(tmp_path: Path) -> None:
     made = rows(5)
-    made[0]["output"] = ""
     made[3] = made[1]
     file = tmp_path / "a.json"
-    file.write_text(json.dumps(made))
+    file.write_text(json.dumps(["no object", *made[1:]]))
     found = judged((TRAIN, str(file))).tally
-    assert found.counts == {"exact-duplicate": 1, "empty-answer": 1}
+    assert found.counts == {"exact-duplicate": 1, "unreadable-row": 1}
     (copy,) = found.examples["exact-duplicate"]
     assert (copy["place"], copy["detail"]) == (f"{file}:1[3]", f"the same as {file}:1[1]")
-    (empty,) = found.examples["empty-answer"]
-    assert empty["place"] == f"{file}:1[0]"
+    (unread,) = found.examples["unreadable-row"]
+    assert unread["place"] == f"{file}:1[0]"
     assert found.places.file_and_line(3) == (str(file), "1[3]")
     kept = Places()
     for source in ("a:1", "a:2", "a:2", "a:3"):
