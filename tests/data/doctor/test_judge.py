@@ -96,7 +96,7 @@ def test_a_training_row_nearly_in_the_evaluation_or_a_test_set_stops(tmp_path: P
     of = {name: path for name, path in zip(kinds, (train, held, tests), strict=True)}
     for kind in kinds:
         assert found.tally.examples[kind][0]["detail"].startswith(f"nearly the same as {of[kind]}:")
-    told = {each["finding"]: each for each in found.tally.findings(21)}
+    told = {each["finding"]: each for each in found.tally.findings(found.files)}
     assert [told[kind]["severity"] for kind in kinds] == ["warn", "stop", "stop"]
     assert "evaluation" in told[kinds[1]]["advice"] and "test set" in told[kinds[2]]["advice"]
 
@@ -123,6 +123,30 @@ def test_an_empty_column_is_said_once(tmp_path: Path, column: str) -> None:
     found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
     assert found.tally.counts == {"empty-column": 20}
     assert column in found.tally.examples["empty-column"][0]["detail"]
+
+
+def test_a_row_with_several_bad_columns_counts_once(tmp_path: Path) -> None:
+    empty = [{"instruction": "", "output": ""}] * 20
+    same = [{"instruction": "请说一句话。", "output": "好的，已经完成了。"}] * 20
+    for kind, made in (("empty-column", empty), ("constant-column", same)):
+        found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
+        told = {each["finding"]: each for each in found.tally.findings(found.files)}[kind]
+        assert (told["count"], told["share"], len(told["examples"])) == (20, 1.0, 2)
+
+
+def test_a_share_is_of_the_rows_of_the_sides_that_have_the_finding(tmp_path: Path) -> None:
+    made = rows(60)
+    for at in (3, 5, 7, 9, 33):
+        made[at]["output"] += "</s>"
+    for at in (11, 12):
+        made[at]["output"] = ""
+    train = write(tmp_path / "a.jsonl", made[:20]), write(tmp_path / "b.jsonl", made[20:30])
+    held = write(tmp_path / "eval.jsonl", made[30:40])
+    tests = write(tmp_path / "test.jsonl", made[40:])
+    found = judged((AGAINST, tests), (EVAL, held), *((TRAIN, path) for path in train))
+    shares = {each["finding"]: each["share"] for each in found.tally.findings(found.files)}
+    expected = {"special-token-in-text": 5 / 40, "empty-answer": 2 / 30}
+    assert shares == {kind: round(share, 6) for kind, share in expected.items()}
 
 
 def test_an_empty_answer_here_and_there_is_a_row_of_its_own(tmp_path: Path) -> None:
@@ -317,7 +341,7 @@ def test_workers_find_what_one_process_finds(
     monkeypatch.setattr(examining, "process_pool", patient)
     together = examine([(TRAIN, file)], ReadOptions(), FindingTally(Places()), workers=1)
     judge(together, DataOptions(), None)
-    assert given and together.tally.findings(60) == alone.tally.findings(60)
+    assert given and together.tally.findings(together.files) == alone.tally.findings(alone.files)
     assert together.signatures is not None and alone.signatures is not None
     assert np.array_equal(together.signatures.whole_N, alone.signatures.whole_N)
 
