@@ -5,6 +5,7 @@ Shapes: N conversations of a batch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,12 +18,14 @@ from qwen_ds.data.doctor.detectors import found_in
 from qwen_ds.data.doctor.duplicates import Signatures, signatures
 from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.kinds import MASKED
-from qwen_ds.data.doctor.personal import masked
+from qwen_ds.data.doctor.personal import masked, places
 from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
 from qwen_ds.model.chatml import text_ids
 from qwen_ds.model.tokenizer import Encoding
 
 AROUND, LONGEST_MARK, HEAD = 24, 60, 20  # characters that are shown
+LONGEST_PERSONAL = 300  # characters: what begins in a head is seen whole
+_MAY_BE_PERSONAL = re.compile("[0-9A-Za-z０-９Ａ-Ｚａ-ｚ]")
 # Tokens of a Chinese character and of a byte of anything else, fitted on instruction rows under
 # Qwen's vocabulary; good to a tenth for a data set, not for a single row.
 TOKENS_A_WIDE, TOKENS_A_BYTE = 0.68, 0.27
@@ -83,7 +86,7 @@ def check(batch: TalkBatch) -> Checked:
     return Checked(
         found,
         signatures(sides),
-        [without_lines(turns[0][1][:HEAD]) if turns else "" for _, turns in talks],
+        [head(turns[0][1]) if turns else "" for _, turns in talks],
         asked_chars_N=np.array([len(asked) for asked, _ in sides], np.int32),
         asked_tokens_N=_tokens([asked for asked, _ in sides]),
         said_tokens_N=_tokens([said for _, said in sides]),
@@ -91,6 +94,21 @@ def check(batch: TalkBatch) -> Checked:
         endings=endings,
         swapped_N=np.array([looks_swapped(*side) for side in sides], np.int8),
     )
+
+
+def head(text: str) -> str:
+    """The beginning of a text in one line, masked before it is cut: half a number is no number, and
+    tells as much."""
+    if not _MAY_BE_PERSONAL.search(text[:HEAD]):
+        return without_lines(text[:HEAD])
+    return without_lines(hidden(text[: HEAD + LONGEST_PERSONAL])[:HEAD])
+
+
+def hidden(text: str) -> str:
+    """A text of equal length, its personal data masked."""
+    for _, start, end in list(places(text)):
+        text = text[:start] + masked(text[start:end]) + text[end:]
+    return text
 
 
 def _sides(system: str, turns: Turns) -> tuple[str, str]:

@@ -31,8 +31,7 @@ def brief(data: DataOptions, most: int = MOST_ROWS) -> list[dict[str, Any]]:
     except UserError:  # which the reading of all rows has raised, or will
         return []
     judge(gathered, data, None)
-    rows = sum(columns.rows for _, columns in gathered.files)
-    return [found for found in tally.findings(rows) if found["finding"] not in _KNOWN]
+    return [found for found in tally.findings(gathered.files) if found["finding"] not in _KNOWN]
 
 
 def lines(findings: list[dict[str, Any]]) -> list[str]:

@@ -20,6 +20,18 @@ _IS_QUESTION = re.compile(
     r"[？?。.！]?\Z"
 )
 _ENDS_ASKING = re.compile(r"[？?]\s*\Z")
+# Whoever asks for a title, a label or a question is answered by one.
+_INSTRUCTS = re.compile(
+    r"(?:^|[。！？：:；;\n])\s*(?:请(?!您|问)|帮我|给我)"
+    r"|(?:^|[。！？：:；;，\n])\s*(?:提出|写出?|列出|列举|介绍|解释|描述|翻译|总结|概括|归纳|生成|编写|设计|计算|判断|分析|续写|改写|"
+    r"比较|简述|分类|提取|抽取|找出|选择|选出|识别|拟|取|起)(?!了|的|出了|完)[^。\n]{0,40}[。：:；;\n]?"
+    r"|(?:^|\n)\s*(?:根据|针对|阅读|对|把|将|用|为|给|从|就)[^。！？\n]{1,30}(?:提出|提问|提一|写|列|拟|取|起|生成|编|设计|判断|分析|"
+    r"总结|概括|归纳|分类|提取|抽取|回答|翻译|改写|出一|问)"
+    r"|(?im:^\s*(?:please|write|give|list|ask|read|generate|create|make|summari[sz]e|translate|classify|extract|"
+    r"tell|name|find|choose|answer|based on|given|pose|suggest|identify|compose|label)\b)"
+)
+# ADGEN: `类型#裙*材质#针织*颜色#纯色`.
+_IS_LIST = re.compile(r"(?:[^\s#*。，]{1,12}#[^#*。\n]{1,30}(?:\*|\Z)){2,}\Z")
 _IS_STATEMENT_END = re.compile(r"[。.！!；;]\s*\Z")
 
 
@@ -32,19 +44,22 @@ def swapped(talk: Talk) -> Iterator[Span]:
         return
     if _ASKS.search(question) or not _IS_STATEMENT_END.search(question):
         return
-    if _IS_QUESTION.match(answer):
+    if _IS_QUESTION.match(answer) and not _INSTRUCTS.search(question):
         yield Span("swapped-columns", 1, 0, len(answer))
 
 
 def looks_swapped(question: str, answer: str) -> int:
-    """1 where the answer reads like a question and the question does not, -1 the other way round,
-    0 where neither or both do. Single rows prove nothing; all rows of a file do."""
+    """1 where the answer reads like a question or a list of attributes and the question does not,
+    nor holds an instruction; -1 the other way round; 0 where neither or both do. Single rows prove
+    nothing; all rows of a file do."""
     asked, said = _reads_as_question(question), _reads_as_question(answer)
     if asked == said:
-        # ADGEN's lists of attributes against sentences: neither asks, but only one ends one.
-        ends = [bool(_IS_STATEMENT_END.search(text)) for text in (question, answer)]
-        return 0 if asked or ends[0] == ends[1] or len(question) < 8 else (1 if ends[0] else -1)
-    return 1 if said else -1
+        asked, said = (_IS_LIST.match(text.strip()) is not None for text in (question, answer))
+    if asked == said:
+        return 0
+    if asked:
+        return -1
+    return 0 if _INSTRUCTS.search(question) else 1
 
 
 def _reads_as_question(text: str) -> bool:

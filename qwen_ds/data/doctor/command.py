@@ -114,7 +114,7 @@ def _summary(
             }
             for each in cuts
         },
-        "findings": gathered.tally.findings(rows["train"] + rows["eval"]),
+        "findings": gathered.tally.findings(gathered.files),
     }
     if kept is not None:
         found |= {"kept": kept, "dropped": rows["train"] - kept}

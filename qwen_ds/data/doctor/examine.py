@@ -162,13 +162,15 @@ def _talks(
         talks: list[tuple[str, look.Turns]] = []
         seen: list[object] = []
         last: tuple[str, object] | None = None
-        record = -1
+        record, untold = -1, list[tuple[int, Dropped]]()
         for result, source in iter_conversations([columns.path], reading, seen=seen):
             row = seen[0] if seen else None
             if columns.rows == most:
                 break
             if last is None or last[0] != source or last[1] is not row or row is None:
                 record = tally.places.add(source, file)
+                # Only now it is known whether the record before shares its line.
+                _note(gathered, untold)
                 tally.grow()
                 last = source, row
                 columns.see(row, record)
@@ -176,24 +178,29 @@ def _talks(
                     on_record(record, row, result)
             if isinstance(result, Dropped):
                 if side != AGAINST:
-                    _note(gathered, record, result)
+                    untold.append((record, result))
                 continue
             talks.append(texts_of(result))
             gathered.record_N.append(record)
             if len(talks) == BATCH_ROWS:
                 yield TalkBatch(talks, side != AGAINST), first
                 first, talks = first + len(talks), []
+        _note(gathered, untold)
         if talks:
             yield TalkBatch(talks, side != AGAINST), first
             first += len(talks)
 
 
-def _note(gathered: Pass, record: int, dropped: Dropped) -> None:
-    """Take note of a record without a conversation."""
-    gathered.not_trained[dropped.reason] += 1
-    kind = _DROPPED.get(dropped.reason, "unreadable-row" if dropped.unreadable else "not-trainable")
-    shown = Shown(detail=f"{dropped.reason}{f': {dropped.detail}' if dropped.detail else ''}")
-    if kind in LATE:
-        gathered.late.append((record, kind, shown))
-    else:
-        gathered.tally.add(kind, record, shown)
+def _note(gathered: Pass, untold: list[tuple[int, Dropped]]) -> None:
+    """Take note of records without a conversation, and forget them."""
+    for record, dropped in untold:
+        gathered.not_trained[dropped.reason] += 1
+        kind = "unreadable-row" if dropped.unreadable else "not-trainable"
+        kind = _DROPPED.get(dropped.reason, kind)
+        detail = f": {look.hidden(dropped.detail)}" if dropped.detail else ""
+        shown = Shown(detail=f"{dropped.reason}{detail}")
+        if kind in LATE:
+            gathered.late.append((record, kind, shown))
+        else:
+            gathered.tally.add(kind, record, shown)
+    untold.clear()

@@ -43,16 +43,13 @@ def _columns(gathered: Pass) -> None:
     for file, (side, columns) in enumerate(gathered.files):
         if side == AGAINST:
             continue
-        for kind, column in columns.faults():
-            what = "is empty" if kind == "empty-column" else "is the same"
-            shown = Shown(detail=f"{column} {what} in all {columns.rows:,} rows of {columns.path}")
-            tally.add_file(kind, columns.rows, [columns.first], shown)
+        faults = [*_faults(gathered, file)]
+        for place, (kind, what) in enumerate(faults):
+            shown = Shown(detail=f"{what} in all {columns.rows:,} rows of {columns.path}")
+            is_first = all(kind != known for known, _ in faults[:place])
+            tally.add_file(kind, columns.rows if is_first else 0, [columns.first], shown)
             if kind == "empty-column":
                 said_once |= {(file, "empty-answer"), (file, "empty-question")}
-        for kind, what in _constant(gathered, file):
-            if not any(kind == known for known, _ in columns.faults()):
-                shown = Shown(detail=f"{what} in all {columns.rows:,} rows of {columns.path}")
-                tally.add_file(kind, columns.rows, [columns.first], shown)
         if (count := _swapped(gathered, file)) is not None:
             said_once.add((file, "swapped-columns"))
             shown = Shown(detail=f"question and answer look swapped in {columns.path}")
@@ -63,6 +60,17 @@ def _columns(gathered: Pass) -> None:
                 tally.add("answer-cut-midway", record, shown)
         elif (files[record], kind) not in said_once:
             tally.add(kind, record, shown)
+
+
+def _faults(gathered: Pass, file: int) -> Iterator[tuple[str, str]]:
+    """(kind, what is wrong) of each column of a file that is empty or constant."""
+    kinds = set()
+    for kind, column in gathered.files[file][1].faults():
+        kinds.add(kind)
+        yield kind, f"{column} {'is empty' if kind == 'empty-column' else 'is the same'}"
+    for kind, what in _constant(gathered, file):
+        if kind not in kinds:
+            yield kind, what
 
 
 def _constant(gathered: Pass, file: int) -> Iterator[tuple[str, str]]:
@@ -96,14 +104,12 @@ def _repeats(gathered: Pass, record_N: np.ndarray, side_N: np.ndarray) -> None:
         at, of = repeat.at, repeat.of
         if side_N[at] == AGAINST or record_N[at] == record_N[of]:
             continue
-        if repeat.near:
-            kind = "near-duplicate"
-        elif side_N[of] == AGAINST:
-            kind = "duplicate-test-set"
+        if side_N[of] == AGAINST:
+            kind = "near-duplicate-test-set" if repeat.near else "duplicate-test-set"
         elif side_N[of] != side_N[at]:
-            kind = "duplicate-train-eval"
+            kind = "near-duplicate-train-eval" if repeat.near else "duplicate-train-eval"
         else:
-            kind = "exact-duplicate"
+            kind = "near-duplicate" if repeat.near else "exact-duplicate"
         other = tally.places.text(int(record_N[of]))
         detail = f"{'nearly ' if repeat.near else ''}the same as {other}"
         _add(gathered, kind, at, int(record_N[at]), detail)

@@ -39,6 +39,8 @@ def _personal(what: str) -> Kind:
 
 
 _KEEP_ONE = "keep one of them: repeated rows are learnt by heart"
+_MEASURES_MEMORY = "take it out of the training rows: the evaluation would measure memory"
+_TESTS_MEMORY = "take it out of the training rows: scores on this test set would be memory"
 _CLEAN = "remove these characters: they are tokens of their own, which no user types"
 _SOURCE = "read the source again in its true encoding: the text is lost here"
 _INTRUDES = "check whether this script belongs here; translate or drop the row"
@@ -47,12 +49,10 @@ KINDS: dict[str, Kind] = {
     # Rows among themselves.
     "exact-duplicate": _row("warn", _KEEP_ONE),
     "near-duplicate": _row("warn", _KEEP_ONE),
-    "duplicate-train-eval": _row(
-        "stop", "take it out of the training rows: the evaluation would measure memory"
-    ),
-    "duplicate-test-set": _row(
-        "stop", "take it out of the training rows: scores on this test set would be memory"
-    ),
+    "duplicate-train-eval": _row("stop", _MEASURES_MEMORY),
+    "duplicate-test-set": _row("stop", _TESTS_MEMORY),
+    "near-duplicate-train-eval": _row("stop", _MEASURES_MEMORY),
+    "near-duplicate-test-set": _row("stop", _TESTS_MEMORY),
     "same-question-different-answers": _row(
         "note", "keep the best answer, unless several are wanted"
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -53,27 +54,41 @@ def rank(
     device = next(model.parameters()).device
     means = mean_losses(model, rows, device)
     order = np.argsort(-means, kind="stable")
-    records = _records(gathered)
+    records = _records(gathered, rows)
     for place, row in enumerate(order[: options.worst].tolist(), 1):
-        source = rows.source(row)
-        if (record := records.get(source)) is not None:
+        if (record := records[row]) is not None:
             detail = f"number {place} of {len(rows):,}: {means[row]:.3f} nats a token"
             gathered.tally.add("high-loss", record, Shown(detail=detail))
     if places.folder is not None:
         with writing(places.folder / LOSSES) as file:
             for place, row in enumerate(order.tolist(), 1):
-                about = {"rank": place, "source": rows.source(row)}
+                record = records[row]
+                told = rows.source(row) if record is None else gathered.tally.places.text(record)
+                about = {"rank": place, "source": told}
                 about |= {"loss": round(float(means[row]), 6), "tokens": int(rows.learnt[row])}
                 file.write(f"{json.dumps(about, ensure_ascii=False)}\n")
     return {"rows": len(rows), "mean": round(float(means.mean()), 6)}
 
 
-def _records(gathered: Pass) -> dict[str, int]:
-    """The first record of each place of the training rows."""
-    tally, found = gathered.tally, {}
-    for record in range(len(tally.places) - 1, -1, -1):
-        if gathered.files[tally.places.path_of(record)][0] == TRAIN:
-            found[tally.places.text(record)] = record
+def _records(gathered: Pass, rows: TokenRows) -> list[int | None]:
+    """The record of each token row. Both are in the order of the sources, so those that share a
+    line are told apart by their order; None where a line lost rows when it was encoded, and which
+    of them is not known."""
+    places = gathered.tally.places
+    of_line: dict[str, list[int]] = defaultdict(list)
+    for record in gathered.record_N:
+        if gathered.files[places.path_of(record)][0] == TRAIN:
+            of_line[places.source(record)].append(record)
+    sources = [rows.source(row) for row in range(len(rows))]
+    encoded = Counter(sources)
+    met: Counter[str] = Counter()
+    found: list[int | None] = []
+    for source in sources:
+        records = of_line[source]
+        is_whole = len(records) == encoded[source]
+        is_one = len(set(records)) == 1
+        found.append(records[met[source] if is_whole else 0] if is_whole or is_one else None)
+        met[source] += 1
     return found
 
 

@@ -1,4 +1,8 @@
-"""The places of records, "file:line", kept in a few bytes each."""
+"""The places of records, "file:line", kept in a few bytes each.
+
+Where rows share a line, as in an array on one line, each has its index there: "file:1[7]". The
+first of them has one as soon as the second has come.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ class Places:
         self._frames: dict[tuple[str, str], int] = {}
         self._names: list[tuple[str, str]] = []
         self._frame, self._number, self._file = array("i"), array("q"), array("i")
+        self._index = array("i")  # among the records of its line, -1: it has that for itself
 
     def __len__(self) -> int:
         return len(self._number)
@@ -35,12 +40,27 @@ class Places:
         if known is None:
             known = self._frames[frame] = len(self._names)
             self._names.append(frame)
+        index = -1
+        if self._frame and (self._frame[-1], self._number[-1], self._file[-1]) == (
+            known,
+            number,
+            file,
+        ):
+            self._index[-1] = max(self._index[-1], 0)
+            index = self._index[-1] + 1
+        self._index.append(index)
         self._frame.append(known)
         self._number.append(number)
         self._file.append(file)
         return len(self._number) - 1
 
     def text(self, record: int) -> str:
+        """A record's source, with its index if others share it."""
+        index = self._index[record]
+        return self.source(record) + (f"[{index}]" if index >= 0 else "")
+
+    def source(self, record: int) -> str:
+        """A record's source as it was given."""
         before, after = self._names[self._frame[record]]
         number = self._number[record]
         return before if number < 0 else f"{before}{number}{after}"
@@ -49,7 +69,8 @@ class Places:
         """(file, line): what stands before the last colon or hash, and the rest."""
         text = self.text(record)
         before, after = self._names[self._frame[record]]
-        if not after and before[-1:] in (":", "#") and self._number[record] >= 0:
+        is_plain = not after and self._index[record] < 0
+        if is_plain and before[-1:] in (":", "#") and self._number[record] >= 0:
             return before[:-1], self._number[record]
         file, _, line = text.rpartition(":")
         return (file, line) if file else (text, "")

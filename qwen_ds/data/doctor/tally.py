@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from qwen_ds.data.doctor.files import FileColumns
 from qwen_ds.data.doctor.kinds import KINDS, SEVERITIES, Severity
 from qwen_ds.data.doctor.places import Places
 
@@ -36,6 +37,7 @@ class FindingTally:
     Attributes:
         places: of the records.
         file: takes a line for each finding and record; None: nobody asked.
+        paths: the numbers of the paths in which each kind was found.
         flags: for each record the bits of its kinds.
     """
 
@@ -44,6 +46,7 @@ class FindingTally:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, set[int]] = field(default_factory=dict)
     flags: array[int] = field(default_factory=lambda: array("Q"))
 
     def grow(self) -> None:
@@ -66,6 +69,7 @@ class FindingTally:
             self._show(kind, record, shown)
 
     def _show(self, kind: str, record: int, shown: Shown) -> None:
+        self.paths.setdefault(kind, set()).add(self.places.path_of(record))
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             example = {
@@ -91,8 +95,19 @@ class FindingTally:
     def leaves_out(self, record: int) -> bool:
         return bool(self.flags[record] & LEAVES)
 
-    def findings(self, rows: int) -> list[dict[str, Any]]:
-        """All findings, the worst first, as data_report.json and summary.json have them."""
+    def findings(self, files: Sequence[tuple[int, FileColumns]]) -> list[dict[str, Any]]:
+        """All findings, the worst first, as data_report.json and summary.json have them.
+
+        `files` has the side and the columns of each path: a share is of all rows of the sides that
+        have the finding.
+        """
+        rows: Counter[int] = Counter()
+        for side, columns in files:
+            rows[side] += columns.rows
+        rows_of = {
+            kind: sum(rows[side] for side in {files[path][0] for path in paths})
+            for kind, paths in self.paths.items()
+        }
         order = sorted(
             self.counts,
             key=lambda kind: (SEVERITIES.index(KINDS[kind].severity), -self.counts[kind]),
@@ -102,7 +117,7 @@ class FindingTally:
                 "finding": kind,
                 "severity": KINDS[kind].severity,
                 "count": self.counts[kind],
-                "share": round(self.counts[kind] / max(rows, 1), 6),
+                "share": round(self.counts[kind] / max(rows_of[kind], 1), 6),
                 "examples": self.examples.get(kind, []),
                 "advice": self.advice.get(kind, KINDS[kind].advice),
             }

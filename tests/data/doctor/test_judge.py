@@ -80,6 +80,27 @@ def test_a_training_row_in_the_evaluation_or_a_test_set_stops(tmp_path: Path) ->
     assert sorted(places(found, "duplicate-test-set")) == [5, 8]
 
 
+def test_a_training_row_nearly_in_the_evaluation_or_a_test_set_stops(tmp_path: Path) -> None:
+    made = rows(30)
+    nearly = [
+        {"instruction": f"{row['instruction'][:-1]}吧？", "output": f"{row['output'][:-2]}了。"}
+        for row in made
+    ]
+    train = write(tmp_path / "train.jsonl", [*made[:10], nearly[1]])
+    held = write(tmp_path / "eval.jsonl", [nearly[2], *made[10:20]])
+    tests = write(tmp_path / "test.jsonl", [nearly[4], *made[20:]])
+    found = judged((AGAINST, tests), (EVAL, held), (TRAIN, train))
+    kinds = "near-duplicate", "near-duplicate-train-eval", "near-duplicate-test-set"
+    assert found.tally.counts == dict.fromkeys(kinds, 1)
+    assert [places(found, kind) for kind in kinds] == [[11], [3], [5]]
+    of = {name: path for name, path in zip(kinds, (train, held, tests), strict=True)}
+    for kind in kinds:
+        assert found.tally.examples[kind][0]["detail"].startswith(f"nearly the same as {of[kind]}:")
+    told = {each["finding"]: each for each in found.tally.findings(found.files)}
+    assert [told[kind]["severity"] for kind in kinds] == ["warn", "stop", "stop"]
+    assert "evaluation" in told[kinds[1]]["advice"] and "test set" in told[kinds[2]]["advice"]
+
+
 def test_questions_and_answers_that_are_shared(tmp_path: Path) -> None:
     made = rows(30)
     made[5]["instruction"] = made[2]["instruction"]
@@ -102,6 +123,30 @@ def test_an_empty_column_is_said_once(tmp_path: Path, column: str) -> None:
     found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
     assert found.tally.counts == {"empty-column": 20}
     assert column in found.tally.examples["empty-column"][0]["detail"]
+
+
+def test_a_row_with_several_bad_columns_counts_once(tmp_path: Path) -> None:
+    empty = [{"instruction": "", "output": ""}] * 20
+    same = [{"instruction": "请说一句话。", "output": "好的，已经完成了。"}] * 20
+    for kind, made in (("empty-column", empty), ("constant-column", same)):
+        found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
+        told = {each["finding"]: each for each in found.tally.findings(found.files)}[kind]
+        assert (told["count"], told["share"], len(told["examples"])) == (20, 1.0, 2)
+
+
+def test_a_share_is_of_the_rows_of_the_sides_that_have_the_finding(tmp_path: Path) -> None:
+    made = rows(60)
+    for at in (3, 5, 7, 9, 33):
+        made[at]["output"] += "</s>"
+    for at in (11, 12):
+        made[at]["output"] = ""
+    train = write(tmp_path / "a.jsonl", made[:20]), write(tmp_path / "b.jsonl", made[20:30])
+    held = write(tmp_path / "eval.jsonl", made[30:40])
+    tests = write(tmp_path / "test.jsonl", made[40:])
+    found = judged((AGAINST, tests), (EVAL, held), *((TRAIN, path) for path in train))
+    shares = {each["finding"]: each["share"] for each in found.tally.findings(found.files)}
+    expected = {"special-token-in-text": 5 / 40, "empty-answer": 2 / 30}
+    assert shares == {kind: round(share, 6) for kind, share in expected.items()}
 
 
 def test_an_empty_answer_here_and_there_is_a_row_of_its_own(tmp_path: Path) -> None:
@@ -137,6 +182,80 @@ def test_swapped_columns_are_said_once_and_single_rows_by_themselves(tmp_path: P
     one = {"instruction": f"{text(40, 7777)}。", "output": "什么是光合作用？"}
     found = judged((TRAIN, write(tmp_path / "b.jsonl", [*rows(20), one])))
     assert places(found, "swapped-columns") == [21]
+
+
+TASKS = {
+    "label": ("判断下面评论的情感，只回答正面或负面。", lambda at: "负面" if at % 3 else "正面"),
+    "bare label": ("", lambda at: "负面" if at % 3 else "正面"),
+    "title": ("请为下面的文章写一个标题。", lambda at: f"如何做到{text(6, at)}"),
+    "entities": ("抽取文本中的实体", lambda at: f'{{"地点": "{text(3, at)}"}}'),
+    "question": ("根据下面的段落提出一个问题。", lambda at: f"{text(6, at)}是什么？"),
+    "question, in English": ("Ask one question about:", lambda at: f"What is {text(6, at)}?"),
+    "choice": ("请选择：A. 是 B. 否。", lambda at: "AB"[at % 2]),
+    "attributes": ("从文案中提取属性。", lambda at: f"类型#{text(2, at)}*颜色#{text(2, at + 1)}"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("own_column", (True, False))
+def test_short_answers_to_long_texts_are_no_swapped_columns(
+    tmp_path: Path, task: str, own_column: bool
+) -> None:
+    asked, answer = TASKS[task]
+    made = []
+    for at in range(12):
+        about = f"{text(30, 2 * at)}，{text(20, 2 * at + 1)}。"
+        question = {"instruction": asked, "input": about}
+        if not own_column:
+            question = {"instruction": f"{asked}\n{about}" if at % 2 else f"{about}\n{asked}"}
+        made.append({**question, "output": answer(at)})
+    counts = judged((TRAIN, write(tmp_path / "a.jsonl", made))).tally.counts
+    assert "swapped-columns" not in counts
+
+
+def test_lists_of_attributes_in_the_place_of_answers_are_swapped(tmp_path: Path) -> None:
+    made = [
+        {"content": f"{text(40, at)}。", "summary": f"类型#裙*颜色#{text(3, at)}*图案#条纹"}
+        for at in range(12)
+    ]
+    found = judged((TRAIN, write(tmp_path / "a.jsonl", made)))
+    assert found.tally.counts == {"swapped-columns": 12}
+    right = [{"content": row["summary"], "summary": row["content"]} for row in made]
+    assert not judged((TRAIN, write(tmp_path / "b.jsonl", right))).tally.counts
+
+
+PRIVATE = {
+    "13812345678": "13812345678是我的手机号，帮我写一段自我介绍，再加上我的爱好。",
+    "zhang.wei88@mail-host.cn": "我的邮箱是zhang.wei88@mail-host.cn，请写一封信，说明我明天到。",
+    "11010519491231002X": "证件 11010519491231002X 帮我登记一下，再说明要带哪些材料。",
+    "s3cretWord99": "https://me:s3cretWord99@host.cn/a 这个地址打不开，请说明怎样处理。",
+}
+
+
+def test_no_kind_that_shows_a_beginning_shows_personal_data(tmp_path: Path) -> None:
+    asked = [{**row, "instruction": q} for row, q in zip(rows(4), PRIVATE.values(), strict=True)]
+    again = [{**row, "output": f"{text(40, at + 500)}。"} for at, row in enumerate(asked)]
+    near = [{**row, "output": f"{row['output'][:-2]}了。"} for row in [*asked, *again]]
+    long = [{**row, "output": f"{text(3000, at + 600)}。"} for at, row in enumerate(asked)]
+    same = [
+        {"instruction": f"{q}{text(9, at + 700)}", "output": "好的，我们会尽快为您处理。"}
+        for at, q in enumerate(PRIVATE.values())
+    ]
+    held = write(tmp_path / "eval.jsonl", [*asked[:2], *rows(4, 200)])
+    tests = write(tmp_path / "test.jsonl", [*asked[2:], *rows(4, 300)])
+    made = [*rows(90, 20), *asked, *again, *again, *near, *long, *same]
+    train = write(tmp_path / "a.jsonl", made)
+    found = judged((AGAINST, tests), (EVAL, held), (TRAIN, train))
+    assert found.tally.counts.keys() >= {
+        "exact-duplicate", "near-duplicate", "duplicate-train-eval", "duplicate-test-set",
+        "near-duplicate-train-eval", "near-duplicate-test-set",
+        "same-question-different-answers", "same-answer-many-questions", "extreme-length",
+        "cut-by-limit",
+    }  # fmt: skip
+    told = json.dumps(found.tally.examples, ensure_ascii=False)
+    assert not [piece for piece in PRIVATE if piece in told or piece[3:-2] in told]
+    for number in range(len(found.record_N)):
+        assert not [piece for piece in PRIVATE if piece[3:8] in found.head(number)]
 
 
 def test_lengths_far_from_all_others_are_extreme(tmp_path: Path) -> None:
@@ -222,9 +341,29 @@ def test_workers_find_what_one_process_finds(
     monkeypatch.setattr(examining, "process_pool", patient)
     together = examine([(TRAIN, file)], ReadOptions(), FindingTally(Places()), workers=1)
     judge(together, DataOptions(), None)
-    assert given and together.tally.findings(60) == alone.tally.findings(60)
+    assert given and together.tally.findings(together.files) == alone.tally.findings(alone.files)
     assert together.signatures is not None and alone.signatures is not None
     assert np.array_equal(together.signatures.whole_N, alone.signatures.whole_N)
+
+
+def test_rows_that_share_a_line_have_their_index(tmp_path: Path) -> None:
+    made = rows(5)
+    made[3] = made[1]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(["no object", *made[1:]]))
+    found = judged((TRAIN, str(file))).tally
+    assert found.counts == {"exact-duplicate": 1, "unreadable-row": 1}
+    (copy,) = found.examples["exact-duplicate"]
+    assert (copy["place"], copy["detail"]) == (f"{file}:1[3]", f"the same as {file}:1[1]")
+    (unread,) = found.examples["unreadable-row"]
+    assert unread["place"] == f"{file}:1[0]"
+    assert found.places.file_and_line(3) == (str(file), "1[3]")
+    kept = Places()
+    for source in ("a:1", "a:2", "a:2", "a:3"):
+        kept.add(source, 0)
+    kept.add("a:3", 1)
+    assert [kept.text(at) for at in range(5)] == ["a:1", "a:2[0]", "a:2[1]", "a:3", "a:3"]
+    assert kept.source(2) == "a:2" and kept.file_and_line(3) == ("a", 3)
 
 
 def test_places_come_back_as_they_were_given() -> None:

@@ -74,6 +74,25 @@ def test_the_worst_rows_are_findings_and_all_are_ranked(
     assert summary["tokens"] == "counted" and summary["losses"]["rows"] == 9
 
 
+def test_rows_that_share_a_line_are_ranked_each_in_its_place(
+    small_dir: Path, file: str, rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_line = tmp_path / "rows.json"
+    one_line.write_text(json.dumps(ROWS))
+    words = ("--model", small_dir, "--data.cache_dir", tmp_path / "c", "--worst", 3)
+    ranked = {}
+    for name, given in (("lines", file), ("line", one_line)):
+        assert run(monkeypatch, given, *words, "--output", tmp_path / name) == 0
+        ranked[name] = [
+            json.loads(line)["source"].rpartition(":")[2]
+            for line in (tmp_path / name / "losses.jsonl").read_text().splitlines()
+        ]
+    assert ranked["line"] == [f"1[{int(line) - 1}]" for line in ranked["lines"]]
+    found = [json.loads(line) for line in (tmp_path / "line/findings.jsonl").open()]
+    worst = [row["line"] for row in found if row["finding"] == "high-loss"]
+    assert worst == ranked["line"][:3]
+
+
 def test_an_adapter_of_another_base_is_refused(
     small_dir: Path, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
