@@ -105,3 +105,57 @@ def test_a_heading_that_names_the_topic_is_no_echo(
     question: str, answer: str, is_echo: bool
 ) -> None:
     assert ("answer-repeats-question" in kinds(question, answer)) == is_echo
+
+
+QUARREL = "男：对不起，我不能没有你。\n女：你早干什么去了？"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_refusal"),
+    [
+        ("写一段情侣吵架的对话。", QUARREL, False),
+        ("他们后来怎么样？", QUARREL, False),
+        ("写一段小说。", "“对不起，我不能跟你走。”她低声说，然后关上了门。", False),
+        ("写一段小说。", "侦探问：“你是谁？”它答：“我是一个机器人，我没有感情。”", False),
+        ("她说了什么？", "她低声说：“对不起，我不能跟你一起走。”", False),
+        (
+            "写一段小说。",
+            "雨下了一整夜，冷清的车站里只剩他们两个。对不起，我不能等了，她想。",
+            False,
+        ),
+        (
+            "写一段小说。",
+            "这是一个有意思的题目，写起来也不难。但是，作为AI语言模型，我无法写。",
+            True,
+        ),
+        ("写一段情侣吵架的对话。", "对不起，我不能写这样的对话。", True),
+        ("写一个故事。", "作为一个AI语言模型，我无法写这个故事。", True),
+        ("她说了什么？", "“对不起，我不能回答这个问题。”", True),
+        ("她说了什么？", "回答：对不起，我不能回答这个问题。\n说明：内容敏感。", True),
+        ("她说了什么？", "助手：对不起，我不能回答这个问题。\n用户：为什么？", True),
+    ],
+)
+def test_a_figure_that_refuses_is_no_refusal(question: str, answer: str, is_refusal: bool) -> None:
+    assert ("refusal" in kinds(question, answer)) == is_refusal
+
+
+HELLO = '#include <stdio.h>\nint main() { printf("hello\\n"); return 0; }'
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("写出C语言的helloworld", HELLO),
+        ("打印一句问候，要能直接运行。", HELLO),
+        ("打印一句问候，要能直接运行。", 'fn hi() {\n    print("hi\\n and hello to you all");\n}'),
+        ("打印一句问候，要能直接运行。", '#!/bin/sh\necho "hello to all of you\\n"'),
+        ("C语言里换一行怎么写？", "用 \\n 换行。"),
+    ],
+)
+def test_code_without_a_fence_is_code(question: str, answer: str) -> None:
+    assert kinds(question, answer) == set()
+
+
+def test_a_text_with_a_brace_or_a_semicolon_is_no_code() -> None:
+    assert kinds("有哪些景点？", "断桥；苏堤；\\n雷峰塔（新塔）；西湖。") == {"literal-escape"}
+    assert kinds("有哪些景点？", "断桥{新}，苏堤;\\n雷峰塔。") == {"literal-escape"}
