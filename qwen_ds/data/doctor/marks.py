@@ -110,8 +110,10 @@ def leftovers(talk: Talk) -> Iterator[Span]:
             yield from _special(talk, turn, text)
         may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "【" in text
         may_chat = may_chat or "BEGINNING" in text
-        if may_chat and not _is_subject(talk, turn):
-            yield from _chat(turn, role, outside_code(text), asked)
+        if may_chat:
+            spans = list(_chat(turn, role, outside_code(text), asked))
+            if spans and not _is_subject(talk, turn):
+                yield from spans
         if _may_call_tools(text, classes):
             about = f"{talk.system}\n{asked if role == 'assistant' else ''}"
             if not has_any(about, _TOOLS_ARE_THE_SUBJECT):
@@ -120,9 +122,10 @@ def leftovers(talk: Talk) -> Iterator[Span]:
 
 def _special(talk: Talk, turn: int, text: str) -> Iterator[Span]:
     text = outside_code(text)
-    if _is_subject(talk, turn):
+    found = list(_SPECIAL(text))
+    if found and _is_subject(talk, turn):
         return
-    for start, end in _SPECIAL(text):
+    for start, end in found:
         # <s> is also HTML's struck out text.
         is_html = text[start:end].lower() in ("<s>", "</s>") and talk.is_of_code
         if not is_html:
