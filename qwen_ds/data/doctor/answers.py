@@ -80,7 +80,24 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
     is_early = start <= 12 or "\n" in answer[max(0, start - 2) : start]
     is_whole = _ORDERS.match(question) or _AFTER_ECHO.match(answer, end)
     is_all = start > 0 and end >= len(answer.rstrip("。.！!？? \n"))
-    return (start, end) if is_early and is_whole and not is_all else None
+    is_sound = is_all or _is_heading(bare, answer, end)
+    return (start, end) if is_early and is_whole and not is_sound else None
+
+
+_HEADS_ON = re.compile(r"[*_》」”】]*\s*(?:[:：]|\n)")
+_ASKS = re.compile(
+    rf"{_ORDERS.pattern}|什么|怎[么样]|如何|为何|为什么|哪|谁|多少|吗\Z|呢\Z|几[个种]|是否"
+    r"|\A\s*(?:列[出举]|写|给出|介绍|解释|描述|说明|说出|生成|创[建作]|提供|推荐|告诉|回答|设计|编写|翻译|总结|比较|"
+    r"分析|计算|[用把将对]|what|why|how|who|when|where|which|is|are|do|does|can|"
+    r"name|list|write|give|describe|explain|tell|make|create|generate|find|suggest)(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+def _is_heading(question: str, answer: str, end: int) -> bool:
+    """Whether a topic that was given in place of a question stands above the answer, as in
+    "these are three tips: 1. .."."""
+    return bool(_HEADS_ON.match(answer, end)) and not _ASKS.search(question)
 
 
 def _short_echo(question: str, answer: str) -> tuple[int, int] | None:

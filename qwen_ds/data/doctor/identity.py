@@ -159,7 +159,10 @@ def identity(talk: Talk) -> Iterator[Span]:
         may_refuse = _may_refuse(head, is_latin)
         if may_refuse and not _is_translation(question):
             finders = (_REFUSES, _REFUSES_IN_ENGLISH) if is_latin else (_REFUSES,)
-            for found in (next(find(head), None) for find in finders):
+            is_fiction = _ASKS_FOR_FICTION.search(question) is not None
+            for find in finders:
+                all_found = (each for each in find(head) if not _is_said(head, each, is_fiction))
+                found = next(all_found, None)
                 if found is not None:
                     yield Span("refusal", turn, *found)
                     break
@@ -168,6 +171,43 @@ def identity(talk: Talk) -> Iterator[Span]:
                 if not _is_a_part(question, answer[start:end]):
                     yield Span("foreign-identity", turn, start, end)
                     break
+
+
+_ASKS_FOR_FICTION = re.compile(
+    r"对话|对白|台词|剧本|故事|小说|童话|寓言|相声|小品|情景剧|话剧|采访稿|"
+    r"\b(?:dialog(?:ue)?|conversation|story|stories|novel|fiction|screenplay|skit|fable)\b",
+    re.IGNORECASE,
+)
+_SPEAKER = re.compile(
+    r"^\s*[*（(【\[]{0,2}(?P<name>[\w·]{1,10}(?: \w{1,10})?)"
+    r"(?:[（(][^\n（()）]*[)）])?[*】\]]{0,2}[:：]",
+    re.MULTILINE,
+)
+_NOT_A_FIGURE = re.compile(
+    r"(?:.*(?:AI|Bot|GPT|Assistant|助手|助理|模型)|回[答复]|答案?|A|注意?|说明|提示|抱歉|对不起|备注|结论|声明|免责声明|"
+    r"Note|Answer|Sorry|Disclaimer)\Z",
+    re.IGNORECASE,
+)
+_QUOTES = {"”": "“", "」": "「", "』": "『"}
+_AS_AN_AI = ("作为", "As a", "as a")  # a figure says so in quotation marks alone
+_OPENING = 20  # characters; what refuses a story does so before
+
+
+def _is_said(text: str, place: tuple[int, int], is_fiction: bool) -> bool:
+    """Whether a figure says the words at a place: within quotation marks that open behind other
+    words, or on the line of one of two speakers; in fiction, wherever the story has begun."""
+    before = text[: place[0]]
+    if is_fiction and place[0] >= _OPENING and not text.startswith(_AS_AN_AI, place[0]):
+        return True
+    for right, left in _QUOTES.items():
+        opened = before.rfind(left)
+        if opened > before.rfind(right) and (is_fiction or before[:opened].strip()):
+            return True
+    line = before.rfind("\n") + 1
+    own = _SPEAKER.match(text[line : place[0]])
+    if own is None or _NOT_A_FIGURE.match(own["name"]):
+        return False
+    return is_fiction or len({match["name"] for match in _SPEAKER.finditer(text)}) >= 2
 
 
 _WRITES = re.compile(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from qwen_ds.data.doctor import characters as of
-from qwen_ds.data.doctor.spans import Span, Talk, outside_code
+from qwen_ds.data.doctor.spans import Span, Talk, is_bare_code, outside_code
 
 _ASKS_LANGUAGE = re.compile(
     r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
@@ -50,7 +50,7 @@ def languages(talk: Talk) -> Iterator[Span]:
         if (language := _language(outside_code(answer))) is None:
             continue
         wanted = _language(question, least=3)
-        if wanted is None or wanted == language or _OF_CODE.search(answer):
+        if wanted is None or wanted == language or _OF_CODE.search(answer) or is_bare_code(answer):
             continue
         if (asked & _BITS.get(language, 0)) and wanted == "Chinese":
             continue  # a question with kana is Japanese, however few they are

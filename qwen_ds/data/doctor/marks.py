@@ -31,6 +31,7 @@ _HEADINGS = any_of(
     "指令 输入 输出 回答 回复 问题 用户 助手"
 )
 _SPEAKER = any_of("Human User Assistant AI Bot System 用户 助手 人类")
+_NOT_DEFINED = r"(?!\s?(?:是?指|即|表示|代表|means\b|refers\b|stands\b))"
 _CHAT = pattern(
     "|".join(
         [
@@ -42,18 +43,20 @@ _CHAT = pattern(
             rf"\[\|{_SPEAKER}\|\]|\[{_SPEAKER}\]\s?[:：]",
             r"^system[:：]\s?You are|##(?:回答|问题|指令|输出)##",
             rf"#{{2,4}} ?{_HEADINGS}\s?(?:[:：]|$)",
-            r"(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT)\s?[:：]",
+            r"(?:(?<=[\s。！？.!?])|^)(?:Human|Assistant|USER|ASSISTANT)\s?[:：]" + _NOT_DEFINED,
         ]
     ),
     re.MULTILINE,
 )
 _ANSWERS = any_of("助手 助理 机器人 小助手 AI助手 客服助手 Bot Robot AI GPT ChatGPT 模型 回答 回复")
+_ASKS_ON = re.compile(r"(?:^|[\s。！？.!?])(?:问|提问|追问|用户|User|Human)[:：]")
 # In a question these may open a talk to be summed up; in an answer they continue one.
 _CHAT_IN_ANSWER = pattern(
     rf"\A\s*{_ANSWERS}[:：]"
     r"|\A\s*【(?:回答|回复|输出|助手)】|\A\s*Q[:：][^\n]+\n+A[:：]"
     r"|(?<=[\n。！？.!?])[ \t]*"
     rf"(?P<it>{any_of('User Human Bot 用户 人类 助手 助理 机器人 问 答 提问 回答')}[:：])"
+    + _NOT_DEFINED
 )
 _TOOL = pattern(
     "|".join(
@@ -141,9 +144,19 @@ def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
     spans = [Span("chat-marker-in-text", turn, start, end) for start, end in _CHAT(text)]
     if role == "assistant" and not spans and not _ASKS_FOR_A_TALK.search(asked):
         for start, end in _CHAT_IN_ANSWER(text):
-            if text[start:end].strip() not in asked:
+            if text[start:end].strip() not in asked and not _is_of_a_sum(text, start, end):
                 spans.append(Span("chat-marker-in-text", turn, start, end))
     yield from spans
+
+
+def _is_of_a_sum(text: str, start: int, end: int) -> bool:
+    """Whether 问 or 答 belongs to a problem and its solution, not to a talk: that has a question
+    after an answer."""
+    name = text[start : end - 1]
+    if name != "答":
+        return name == "问" and not text[:start].rstrip(" \t").endswith("\n")
+    starts_so = text.lstrip().startswith("答") and text.count("\n答") > 0
+    return not (starts_so or _ASKS_ON.search(text, end))
 
 
 def _tools(turn: int, text: str) -> Iterator[Span]:

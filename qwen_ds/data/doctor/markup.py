@@ -54,6 +54,7 @@ _WHOLE_BLANK = re.compile(
     re.IGNORECASE,
 )
 _TO_FILL = any_of("待定 略 此处省略 内容省略 省略 占位符? 待写 待更新 待添加 填写 请填写")
+_CHINESE = r"[\u4e00-\u9fff：，。、“”《》（）【】]"
 _PART_BLANK = pattern(
     "|".join(
         [
@@ -65,9 +66,11 @@ _PART_BLANK = pattern(
             r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
             r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
             r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
-            r"(?:^|[：:，,]|[：:，,\u4e00-\u9fff]\s)(?P<it>(?:nan|NaN|NULL|None|undefined))(?=\s*$|[。，,])",
+            r"[：:]\s?(?P<it>(?:nan|NaN|NULL|None|undefined))(?=[。.]?\s*$)",
             r"(?<![\\$#{}A-Za-z0-9_^])\{(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
-            r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])[Xx]{3,}(?![A-Za-z.])",
+            r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])"
+            # A Roman number, too, but not in Chinese.
+            rf"(?:(?<={_CHINESE})|(?<={_CHINESE}\s)|(?=[Xx]+\s?{_CHINESE}))[Xx]{{3,}}(?![A-Za-z.届])",
         ]
     ),
     re.MULTILINE,

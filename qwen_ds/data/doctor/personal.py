@@ -22,6 +22,12 @@ _PHONE = re.compile(
     r"(?<![\d.+*/-])(?:[(（]?(?:\+|00)?86[)）]?[- ]?)?(?:1[3-9]\d(?:[-. ]?\d{4}[-. ]?\d{4})"
     r"|1[3-9]\d([- ])\d{3}\1\d{5}|\(1[3-9]\d\) ?\d{4}[- ]?\d{4})(?![\d*]|/(?!1[3-9]\d)|\.\d|-\d)"
 )
+# An amount: its unit after it, or round.
+_AMOUNT = re.compile(
+    r"\s?(?:[万亿][元人吨美]|[美日欧韩港台加澳]?元(?!旦)|人(?:口|次|左右|以上)?(?!\w)|吨|公里|千米|千克|公斤|[%％℃]|"
+    r"平方|立方|英镑|卢布|卢比|字节|(?:US|RMB|CNY|USD|dollars|people|years|tons|bytes|km|kg)\b)"
+)
+_ROUND = "00000"
 _ID_CARD = re.compile(
     r"(?<![\dA-Za-z])[1-9]\d{5}([ -]?)(?:18|19|20)\d{6}\1\d{3}[\dXx](?![\dA-Za-z])"
 )
@@ -97,7 +103,8 @@ def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]
             if is_id_card(re.sub("[ -]", "", match[0])):
                 yield "id-card", *match.span()
         for match in _PHONE.finditer(text):
-            yield "phone", *match.span()
+            if not (match[0].endswith(_ROUND) or _AMOUNT.match(text, match.end())):
+                yield "phone", *match.span()
         for match in _CARD.finditer(text):
             if is_card(re.sub(r"\D", "", match[0])) and not is_id_card_like(match[0]):
                 yield "bank-card", *match.span()

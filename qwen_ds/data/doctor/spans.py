@@ -26,8 +26,15 @@ SYSTEM = -1
 _OF_CODE = re.compile(
     r"代码|编程|程序|脚本|函数|变量|正则|转义|换行符|字符串|命令行|终端|网页|前端|标签|标记语言|爬虫|接口|"
     r"表达式|编译|数据库|分词器|词表|\b(?:code|coding|program|script|function|regex|html|css|xml|json|yaml|"
-    r"python|java|javascript|typescript|c\+\+|sql|shell|bash|linux|latex|markdown|jinja|tokenizer|escape)",
+    r"python|java|javascript|typescript|c\+\+|sql|shell|bash|linux|latex|markdown|jinja|tokenizer|escape)"
+    r"|C语言|\bhello ?world\b",
     re.IGNORECASE,
+)
+# Code without a fence around it.
+_BARE_CODE = re.compile(
+    r"^[ \t]*#(?:include\s*[<\"]|define \w|ifdef \w|!/)|\b(?:int|void) main\s*\(|\bstd::\w"
+    r"|\bpublic (?:static|class)\b|\{[^{}]{0,500};\s*\}|[)\w\]];[ \t]*\n[^{}]{0,500}\}",
+    re.MULTILINE,
 )
 
 
@@ -50,7 +57,13 @@ class Talk:
     def is_of_code(self) -> bool:
         """Whether the row speaks of code or markup, where marks are no leftovers."""
         texts = [self.system, *(text for _, text in self.turns)]
-        return any("```" in text or _OF_CODE.search(text) is not None for text in texts)
+        return any("```" in text or _OF_CODE.search(text) or is_bare_code(text) for text in texts)
+
+
+def is_bare_code(text: str) -> bool:
+    """Whether a text holds code of C's family that no fence marks."""
+    may_be = "#" in text or ("(" in text and ";" in text) or "{" in text or "::" in text
+    return may_be and _BARE_CODE.search(text) is not None
 
 
 def texts_of(talk: Conversation) -> tuple[str, tuple[tuple[str, str], ...]]:
