@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qwen_ds.data.doctor.examine import AGAINST, EVAL, TRAIN, Pass, examine
 from qwen_ds.data.doctor.judge import judge
-from qwen_ds.data.doctor.limits import Cuts
+from qwen_ds.data.doctor.limits import Cuts, num_without_limit
 from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.doctor.output import (
     PAGE,
@@ -116,9 +118,21 @@ def _summary(
         },
         "findings": gathered.tally.findings(gathered.files),
     }
+    if options.model is None and (rows_left := _without_limit(options, gathered)):
+        found["rows_without_limit"] = rows_left
     if kept is not None:
         found |= {"kept": kept, "dropped": rows["train"] - kept}
     return found | ({} if ranked is None else {"losses": ranked})
+
+
+def _without_limit(options: CheckCommand, gathered: Pass) -> int:
+    """The number of training rows whose limit only the model or data.max_tokens tells."""
+    if not gathered.numbers:
+        return 0
+    _, _, _, turns_N, _ = gathered.numbers
+    file_N = gathered.tally.places.files()[np.frombuffer(gathered.record_N, np.int64)]
+    is_own_N = np.array([side == TRAIN for side, _ in gathered.files])[file_N]
+    return num_without_limit(options.data, turns_N[is_own_N])
 
 
 def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:
@@ -130,6 +144,9 @@ def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:
         lines[0] += f", against {summary['rows_of_test_sets']:,} of test sets"
     if summary["cut_by_limit"] and summary["tokens"] == "estimated":
         lines.append("tokens are estimated; --model DIR counts them")
+    if unknown := summary.get("rows_without_limit"):
+        whose = "multi-turn rows" if options.data.learn_on == "original" else "rows"
+        lines.append(f"lengths of {unknown:,} {whose} need --model or data.max_tokens")
     if "kept" in summary:
         lines.append(
             f"{options.write}: {summary['kept']:,} rows; dropped.jsonl: {summary['dropped']:,}"

@@ -53,7 +53,7 @@ def cuts(
     """
     prompt_N = asked_N + PROMPT_MARKS + TURN_MARKS * np.maximum(turns_N - 2, 0)
     answer_N = said_N + ANSWER_MARKS
-    single_N = (turns_N == 2) & (data.learn_on == "original")
+    single_N = _is_single(data, turns_N)
     n_prompt, n_answer = data.max_prompt_tokens, data.max_answer_tokens
     bound = seq_length if data.max_tokens is None else data.max_tokens
     total = max(len(turns_N), 1)
@@ -77,3 +77,13 @@ def cuts(
         if value is not None
     ]
     return [each for each in found if single_N.any() or each.option == "data.max_tokens"]
+
+
+def num_without_limit(data: DataOptions, turns_N: np.ndarray) -> int:
+    """The number of rows that data.max_tokens alone bounds: not known without it or a model."""
+    return int((~_is_single(data, turns_N)).sum()) if data.max_tokens is None else 0
+
+
+def _is_single(data: DataOptions, turns_N: np.ndarray) -> np.ndarray:
+    """Whether the limits on question and answer apply, bool [N]."""
+    return (turns_N == 2) & (data.learn_on == "original")

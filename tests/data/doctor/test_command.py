@@ -212,3 +212,20 @@ def test_options_have_defaults_that_touch_nothing() -> None:
     assert (options.write, options.output, options.model, options.fail_on) == (
         None, None, None, "never"
     )  # fmt: skip
+
+
+def test_rows_whose_limit_is_not_known_are_told_of(
+    check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [
+        {"from": who, "value": f"{who}的第{at}句话。"} for at in "一二" for who in ("user", "gpt")
+    ]
+    path = tmp_path / "rows.jsonl"
+    write(path, [*rows(5), {"conversations": turns}])
+    told = "lengths of 1 multi-turn rows need --model or data.max_tokens"
+    assert check(path) == 0
+    assert told in capsys.readouterr().out
+    assert check(path, "--data.max_tokens", 2048) == 0
+    assert told not in capsys.readouterr().out
+    assert check(path, "--data.learn_on", "answer") == 0
+    assert "lengths of 6 rows need" in capsys.readouterr().out
