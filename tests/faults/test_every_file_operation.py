@@ -136,7 +136,7 @@ def run_once(model_dir: Path, run: Path, recipe: config.Recipe = RECIPE) -> None
     torch.set_num_threads(1)
     wrapped, engine = fresh_engine(model_dir, recipe)
     rows: Any = Rows(10, seed=1)
-    data = Data(rows, Rows(5, seed=2), StepSampler(rows, 4, 7, 1, 0, 64))  # type: ignore[arg-type]
+    data = Data(rows, Rows(5, seed=2), StepSampler(rows, 4, 7, 1, 0, 64), [])  # type: ignore[arg-type]
     run.mkdir(exist_ok=True)
     output = Output(run, model_dir, torch.float32, lora.config_of(wrapped))
     found = resume.newest_whole(run)
