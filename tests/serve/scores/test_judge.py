@@ -141,7 +141,10 @@ def test_a_judge_that_dies_is_asked_only_for_what_is_missing(
         found = judged(server.url, sides, output, *words)["results"]["after"]
         again = [body["messages"][-1]["content"] for body in server.bodies]
     assert found["win_rate"] == 1.0
-    assert len(again) == 2 * ROWS - 5 and not set(again) & set(asked)
+    # A reply that was lost on its way is asked for twice, and requests run side by side.
+    known = len(set(asked))
+    assert 0 < known < 2 * ROWS and len(again) == 2 * ROWS - known
+    assert not set(again) & set(asked)
     assert not list(output.rglob("*.parts"))
 
 
