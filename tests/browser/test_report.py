@@ -42,7 +42,7 @@ def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """A page with everything on it and markup in every field."""
     place = tmp_path_factory.mktemp("runs")
     folders = [make_whole_run(place / name, steps=300, text=HOSTILE) for name in ("甲", "乙")]
-    make_evaluation(folders[1] / "eval_after", [0.5] * 40, "m", "x/adapter", HOSTILE)
+    make_evaluation(folders[1] / "eval_after", [0.5] * 40, "m", "x/adapter", HOSTILE, by="乙")
     runs = [read_run(folder) for folder in folders]
     page = place / "page.html"
     if request.param == "one":
