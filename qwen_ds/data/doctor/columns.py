@@ -20,14 +20,16 @@ _IS_QUESTION = re.compile(
     r"[？?。.！]?\Z"
 )
 _ENDS_ASKING = re.compile(r"[？?]\s*\Z")
+# Within a line: white space that may cross line breaks is tried from each of them anew.
+_SPACE = r"[^\S\n]*"
 # Whoever asks for a title, a label or a question is answered by one.
 _INSTRUCTS = re.compile(
-    r"(?:^|[。！？：:；;\n])\s*(?:请(?!您|问)|帮我|给我)"
-    r"|(?:^|[。！？：:；;，\n])\s*(?:提出|写出?|列出|列举|介绍|解释|描述|翻译|总结|概括|归纳|生成|编写|设计|计算|判断|分析|续写|改写|"
+    rf"(?:^|[。！？：:；;\n]){_SPACE}(?:请(?!您|问)|帮我|给我)"
+    rf"|(?:^|[。！？：:；;，\n]){_SPACE}(?:提出|写出?|列出|列举|介绍|解释|描述|翻译|总结|概括|归纳|生成|编写|设计|计算|判断|分析|续写|改写|"
     r"比较|简述|分类|提取|抽取|找出|选择|选出|识别|拟|取|起)(?!了|的|出了|完)[^。\n]{0,40}[。：:；;\n]?"
-    r"|(?:^|\n)\s*(?:根据|针对|阅读|对|把|将|用|为|给|从|就)[^。！？\n]{1,30}(?:提出|提问|提一|写|列|拟|取|起|生成|编|设计|判断|分析|"
+    rf"|(?:^|\n){_SPACE}(?:根据|针对|阅读|对|把|将|用|为|给|从|就)[^。！？\n]{{1,30}}(?:提出|提问|提一|写|列|拟|取|起|生成|编|设计|判断|分析|"
     r"总结|概括|归纳|分类|提取|抽取|回答|翻译|改写|出一|问)"
-    r"|(?im:^\s*(?:please|write|give|list|ask|read|generate|create|make|summari[sz]e|translate|classify|extract|"
+    rf"|(?im:^{_SPACE}(?:please|write|give|list|ask|read|generate|create|make|summari[sz]e|translate|classify|extract|"
     r"tell|name|find|choose|answer|based on|given|pose|suggest|identify|compose|label)\b)"
 )
 # ADGEN: `类型#裙*材质#针织*颜色#纯色`.

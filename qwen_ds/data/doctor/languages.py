@@ -24,7 +24,7 @@ _CYRILLIC = re.compile(r"[\u0400-\u052f]")
 _LATIN = "English"
 _BITS = {"Japanese": of.KANA, "Korean": of.HANGUL, "Russian": of.CYRILLIC}
 _OF_CODE = re.compile(
-    r"```|[;{}]\s*$|\(\);|\b[A-Z]{4,} [A-Z]{4,}\b|</\w+>|^\s*(?:def|import|class) ", re.M
+    r"```|[;{}]\s*$|\(\);|\b[A-Z]{4,} [A-Z]{4,}\b|</\w+>|^[^\S\n]*(?:def|import|class) ", re.M
 )
 # Words of sentences: names and formulas have none.
 _SMALL_WORD = re.compile(

@@ -143,20 +143,30 @@ def _is_subject(talk: Talk, turn: int) -> bool:
 def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
     spans = [Span("chat-marker-in-text", turn, start, end) for start, end in _CHAT(text)]
     if role == "assistant" and not spans and not _ASKS_FOR_A_TALK.search(asked):
-        for start, end in _CHAT_IN_ANSWER(text):
-            if text[start:end].strip() not in asked and not _is_of_a_sum(text, start, end):
-                spans.append(Span("chat-marker-in-text", turn, start, end))
+        spans = [
+            Span("chat-marker-in-text", turn, start, end)
+            for start, end in _of_a_talk(text)
+            if text[start:end].strip() not in asked
+        ]
     yield from spans
 
 
-def _is_of_a_sum(text: str, start: int, end: int) -> bool:
-    """Whether 问 or 答 belongs to a problem and its solution, not to a talk: that has a question
-    after an answer."""
-    name = text[start : end - 1]
-    if name != "答":
-        return name == "问" and not text[:start].rstrip(" \t").endswith("\n")
-    starts_so = text.lstrip().startswith("答") and text.count("\n答") > 0
-    return not (starts_so or _ASKS_ON.search(text, end))
+def _of_a_talk(text: str) -> Iterator[tuple[int, int]]:
+    """Places of markers in an answer, without the 问 and 答 of a problem and its solution: a talk
+    has a question after an answer."""
+    found = list(_CHAT_IN_ANSWER(text))
+    if not found:
+        return
+    starts_so = text.lstrip().startswith("答") and "\n答" in text
+    last_asked = max((match.start() for match in _ASKS_ON.finditer(text)), default=-1)
+    for start, end in found:
+        name = text[start : end - 1]
+        if name == "答":
+            is_of_a_sum = not starts_so and last_asked < end
+        else:
+            is_of_a_sum = name == "问" and not text[:start].rstrip(" \t").endswith("\n")
+        if not is_of_a_sum:
+            yield start, end
 
 
 def _tools(turn: int, text: str) -> Iterator[Span]:

@@ -35,7 +35,8 @@ _ESCAPE = pattern(
         ]
     )
 )
-_IN_ADDRESS = re.compile(r"://[^\s，。]{0,200}\Z")
+_LONGEST_ADDRESS = 203
+_IN_ADDRESS = re.compile(r"://[^\s，。]*\Z")
 _FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
 _VALUES = any_of("nan none null nil undefined")  # also what a program prints
@@ -94,7 +95,8 @@ def markup(talk: Talk) -> Iterator[Span]:
             plain = outside_code(text)
             if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
                 for start, end in _ESCAPE(plain):
-                    if plain[start] != "%" or not _IN_ADDRESS.search(plain, 0, start):
+                    before = max(0, start - _LONGEST_ADDRESS)
+                    if plain[start] != "%" or not _IN_ADDRESS.search(plain, before, start):
                         yield Span("literal-escape", turn, start, end)
 
 
@@ -112,10 +114,9 @@ def blanks(talk: Talk) -> Iterator[Span]:
         may_be = talk.classes[turn] & (of.LATIN | of.BRACKET | of.ANGLE)
         if not (may_be or has_any(text, _BLANK_WORDS)):
             continue
-        for start, end in _PART_BLANK(text):
-            if talk.is_of_code or _asks_for_blanks(asked):
-                break
-            yield Span("placeholder", turn, start, end)
+        found = list(_PART_BLANK(text))
+        if found and not (talk.is_of_code or _asks_for_blanks(asked)):
+            yield from (Span("placeholder", turn, start, end) for start, end in found)
 
 
 def _asks_for_blanks(question: str) -> bool:

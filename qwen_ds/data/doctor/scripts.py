@@ -74,9 +74,9 @@ def damage(talk: Talk) -> Iterator[Span]:
     for turn, (text, classes) in sides:
         for kind, (bit, find) in SIMPLE.items():
             if classes & bit:
-                for start, end in find(text):
-                    if not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
-                        yield Span(kind, turn, start, end)
+                found = list(find(text))
+                if found and not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
+                    yield from (Span(kind, turn, start, end) for start, end in found)
         if classes & of.LATIN_HIGH and (found := _latin1(text)):
             yield Span("mojibake-latin1", turn, *found)
         if classes & of.GBK_LIKE and (found := _gbk(text)):

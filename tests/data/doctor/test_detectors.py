@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from qwen_ds.data.doctor.characters import classes_of
 from qwen_ds.data.doctor.detectors import found_in
 from qwen_ds.data.doctor.kinds import KINDS
 from qwen_ds.data.doctor.spans import Span, Talk
+from tests.adversarial.harness import Place, run
 
 TEXTS: dict[str, list[tuple[str, str]]] = yaml.safe_load(
     (Path(__file__).parent / "texts" / "kinds.yaml").read_text(encoding="utf-8")
@@ -65,7 +67,33 @@ def test_damage_explains_what_it_looks_like() -> None:
     assert {span.kind for span in spans("天气怎么样？", text)} == {"mojibake-gbk"}
 
 
-def test_texts_are_no_cost_in_time_that_grows_faster_than_they_do() -> None:
-    """A pattern that backtracks would take minutes for these."""
-    for unit in ("a", "<", "\\", "我是", "(", "“", "1", "?a=&", " ", "=", "抱歉", "\n- "):
-        spans("问题是什么？", unit * 20_000)
+# Texts of one unit over and over, and what an answer of it has.
+LONG: dict[str, set[str]] = {
+    "a": {"loop"}, "我是": {"loop"}, "抱歉": {"loop"}, "1": {"loop"}, "“": {"loop"},
+    "(": {"loop", "unclosed-bracket"}, "?a=&": {"loop", PERHAPS["answer-cut-midway"]},
+    "Ａ1": {"loop", "full-width-ascii"}, "\n答：": {"loop"}, "\n- ": set(), "\n": set(),
+    " ": set(), "<": set(), "\\": set(), "=": set(),
+    "%E4%BD%A0%E4%BD%A0 ": {"loop", "literal-escape"},
+}  # fmt: skip
+TIMES, CPU_SECONDS = 20_000, 20
+EXAMINE_LONG = """
+import json
+from tests.data.doctor.test_detectors import LONG, TIMES, spans
+
+for unit in LONG:
+    answer = spans("问题是什么？", f"好{unit * TIMES}好")
+    question = spans(f"好{unit * TIMES}好。", "什么是光合作用？")
+    print(json.dumps([[span.kind for span in found] for found in (answer, question)]))
+"""
+
+
+def test_texts_are_no_cost_in_time_that_grows_faster_than_they_do(tmp_path: Path) -> None:
+    """Two seconds of the CPU for all; a pattern that backtracks takes minutes for one."""
+    script = tmp_path / "examine_long.py"
+    script.write_text(EXAMINE_LONG)
+    ended = run([script], Place(tmp_path, tmp_path), CPU_SECONDS)
+    assert ended.code == 0, ended.err
+    found = dict(zip(LONG, map(json.loads, ended.out.splitlines()), strict=True))
+    assert {unit: set(answer) for unit, (answer, _) in found.items()} == LONG
+    swapped = {unit for unit, (_, asked) in found.items() if "swapped-columns" in asked}
+    assert swapped == LONG.keys() - {"?a=&"}, "which asks"
