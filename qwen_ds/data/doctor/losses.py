@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from qwen_ds.data.batches import cut_windows
 from qwen_ds.data.doctor.examine import TRAIN, Pass
 from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.doctor.output import LOSSES, CheckOutputs, writing
@@ -110,7 +110,8 @@ def loaded(options: CheckCommand, folder: ModelFolder) -> LanguageModel:
 def mean_losses(model: LanguageModel, rows: TokenRows, device: torch.device) -> np.ndarray:
     """The mean loss of each row's target tokens in nats, float64 [rows]."""
     means = np.zeros(len(rows))
-    for batch in _batches(rows):
+    for window in cut_windows(rows.lens, 1, TOKENS_A_BATCH):
+        batch = window.tolist()
         longest = max(int(rows.lens[row]) for row in batch)
         ids_BT = np.full((len(batch), longest), rows.pad_id, np.int64)
         labels_BT = np.full((len(batch), longest), IGNORE, np.int64)
@@ -126,17 +127,3 @@ def mean_losses(model: LanguageModel, rows: TokenRows, device: torch.device) -> 
         counts = np.maximum((labels_BT[:, 1:] != IGNORE).sum(axis=1), 1)
         means[batch] = losses_BT.sum(dim=1).cpu().numpy() / counts
     return means
-
-
-def _batches(rows: TokenRows) -> Iterator[list[int]]:
-    """Rows of like length together, at most TOKENS_A_BATCH padded tokens, the longest first."""
-    batch: list[int] = []
-    longest = 0
-    for row in np.argsort(-rows.lens, kind="stable").tolist():
-        longest = longest or int(rows.lens[row])
-        if batch and longest * (len(batch) + 1) > TOKENS_A_BATCH:
-            yield batch
-            batch, longest = [], int(rows.lens[row])
-        batch.append(row)
-    if batch:
-        yield batch
