@@ -119,10 +119,20 @@ def repeats(found: Signatures) -> Iterator[Repeat]:
 def first_with(keys_N: np.ndarray) -> np.ndarray:
     """For each place the first place with the same key."""
     order = np.argsort(keys_N, kind="stable")
-    ordered = keys_N[order]
-    is_new = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(order) else order == 0
+    return _firsts(order, _begins(keys_N[order]))
+
+
+def _begins(sorted_N: np.ndarray) -> np.ndarray:
+    """Whether each of sorted keys differs from the one before it, bool [N]."""
+    begins = np.ones(len(sorted_N), bool)
+    begins[1:] = sorted_N[1:] != sorted_N[:-1]
+    return begins
+
+
+def _firsts(order: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """For each place the first one of its group, from the places in the order of their keys."""
     first = np.empty(len(order), np.int64)
-    first[order] = order[np.flatnonzero(is_new)][np.cumsum(is_new) - 1] if len(order) else 0
+    first[order] = order[begins][np.cumsum(begins) - 1]
     return first
 
 
@@ -133,13 +143,13 @@ def _near(found: Signatures, places: np.ndarray) -> np.ndarray:
     for band in range(bands.shape[1]):
         keys = bands[places, band]
         order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+        begins = _begins(keys[order])
+        same = np.flatnonzero(~begins)
         if not len(same):
             continue
-        first = first_with(keys)
-        at = order[same + 1]
-        # Against the one before, and against the first: a group of n costs n comparisons.
-        for other in (first[at], order[same]):
+        at = order[same]
+        # Against the first, and against the one before: a group of n costs 2 n comparisons.
+        for other in (_firsts(order, begins)[at], order[same - 1]):
             later, earlier = places[at], places[other]
             keep = (partner[later] < 0) & (later != earlier)
             later, earlier = later[keep], earlier[keep]
@@ -163,12 +173,9 @@ def _alike(found: Signatures, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def groups(keys_N: np.ndarray, others_N: np.ndarray, least: int) -> np.ndarray:
     """Places whose key comes with at least so many different values of `others_N`."""
-    if not len(keys_N):
-        return np.empty(0, np.int64)
     order = np.lexsort((others_N, keys_N))
-    keys, others = keys_N[order], others_N[order]
-    new_key = np.concatenate([[True], keys[1:] != keys[:-1]])
-    new_pair = new_key | np.concatenate([[True], others[1:] != others[:-1]])
+    new_key = _begins(keys_N[order])
+    new_pair = new_key | _begins(others_N[order])
     group = np.cumsum(new_key) - 1
     distinct = np.bincount(group, weights=new_pair)
     return np.sort(order[distinct[group] >= least])
