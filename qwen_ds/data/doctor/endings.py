@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _FINAL = re.compile(r"([\w”》）)]{2})[。！？!?；;…~～]")
-_ENDS_CLAUSE = re.compile(r"([\w])[，。！？!?；;…~～：:\n]")
+_ENDS_CLAUSE = re.compile(r"(\w)[，。！？!?；;…~～：:\n]")
 _PARTICLES = "吗呢吧啊呀哦啦哟嘛哈哇"
 # Words that end a sentence, though their last characters mostly stand within one.
-_COMPLETE = (
-    "可以 即可 而已 出来 起来 下来 上去 过来 回来 之一 罢了 为止 使用 适用 在内 一起 为主"
-).split()
+_COMPLETE = tuple(
+    "可以 即可 而已 出来 起来 下来 上去 过来 回来 之一 罢了 为止 使用 适用 在内 一起 为主".split()
+)
 RARELY = 0.15  # the share of a character's places that are before punctuation
 _PLANE = 1 << 16
 
@@ -50,9 +50,9 @@ class Endings:
         """Whether a text that ends so, without punctuation, was cut."""
         if ending[-1:] in _PARTICLES or ending[-2:] in self.finals:
             return False
-        if ending.endswith(tuple(_COMPLETE)):
+        if ending.endswith(_COMPLETE):
             return False
-        point = ord(ending[-1]) % _PLANE
+        point = ord(ending[-1])
         return bool(self.ends[point] <= RARELY * max(self.all[point], 1))
 
 

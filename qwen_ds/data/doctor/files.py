@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qwen_ds.data.read.dialogue import EMPTY, RowError, is_said
+from qwen_ds.data.read.dialogue import EMPTY, RowError, is_blank, is_said
 from qwen_ds.data.read.readers import Reader, find_reader
 
 LEAST_ROWS = 3  # fewer say nothing about a column
@@ -49,7 +49,7 @@ class FileColumns:
         for column, value in self.values.items():
             if read is not None and column not in read:
                 continue
-            if value in EMPTY or (isinstance(value, str) and not value.strip()):
+            if value in EMPTY or (isinstance(value, str) and is_blank(value)):
                 if column not in _USUAL:
                     yield "empty-column", column
             elif column not in _SAME and is_said(value) and not self._asks(column):

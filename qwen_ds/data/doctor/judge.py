@@ -47,13 +47,13 @@ def _columns(gathered: Pass) -> None:
         for place, (kind, what) in enumerate(faults):
             shown = Shown(detail=f"{what} in all {columns.rows:,} rows of {columns.path}")
             is_first = all(kind != known for known, _ in faults[:place])
-            tally.add_file(kind, columns.rows if is_first else 0, [columns.first], shown)
+            tally.add_file(kind, columns.rows if is_first else 0, columns.first, shown)
             if kind == "empty-column":
                 said_once |= {(file, "empty-answer"), (file, "empty-question")}
         if (count := _swapped(gathered, file)) is not None:
             said_once.add((file, "swapped-columns"))
             shown = Shown(detail=f"question and answer look swapped in {columns.path}")
-            tally.add_file("swapped-columns", count, [columns.first], shown)
+            tally.add_file("swapped-columns", count, columns.first, shown)
     for record, kind, shown in gathered.late:
         if kind == NO_FULL_STOP:
             if gathered.endings.is_cut(shown.marked[-2:]):

@@ -26,10 +26,6 @@ class Kind:
     masked: bool = False  # the place is shown with its middle hidden
 
 
-def _row(severity: Severity, advice: str) -> Kind:
-    return Kind(severity, advice)
-
-
 def _file(severity: Severity, advice: str) -> Kind:
     return Kind(severity, advice, of_rows=False)
 
@@ -47,59 +43,59 @@ _INTRUDES = "check whether this script belongs here; translate or drop the row"
 
 KINDS: dict[str, Kind] = {
     # Rows among themselves.
-    "exact-duplicate": _row("warn", _KEEP_ONE),
-    "near-duplicate": _row("warn", _KEEP_ONE),
-    "duplicate-train-eval": _row("stop", _MEASURES_MEMORY),
-    "duplicate-test-set": _row("stop", _TESTS_MEMORY),
-    "near-duplicate-train-eval": _row("stop", _MEASURES_MEMORY),
-    "near-duplicate-test-set": _row("stop", _TESTS_MEMORY),
-    "same-question-different-answers": _row(
+    "exact-duplicate": Kind("warn", _KEEP_ONE),
+    "near-duplicate": Kind("warn", _KEEP_ONE),
+    "duplicate-train-eval": Kind("stop", _MEASURES_MEMORY),
+    "duplicate-test-set": Kind("stop", _TESTS_MEMORY),
+    "near-duplicate-train-eval": Kind("stop", _MEASURES_MEMORY),
+    "near-duplicate-test-set": Kind("stop", _TESTS_MEMORY),
+    "same-question-different-answers": Kind(
         "note", "keep the best answer, unless several are wanted"
     ),
-    "same-answer-many-questions": _row("warn", "check whether the answer fits each question"),
+    "same-answer-many-questions": Kind("warn", "check whether the answer fits each question"),
     # Columns and reading.
     "empty-column": _file("stop", "name the columns that hold the texts: data.columns"),
     "constant-column": _file("stop", "name the column that differs between rows: data.columns"),
-    "swapped-columns": _row("stop", "swap question and answer: data.columns"),
-    "empty-question": _row("warn", "give the row a question, or drop it: it is not trained on"),
-    "empty-answer": _row("warn", "give the row an answer, or drop it: it is not trained on"),
-    "role-order": _row("stop", "let user and assistant alternate, the user first"),
-    "unreadable-row": _row("stop", "repair the row: training stops here (data.bad_rows)"),
-    "not-trainable": _row("warn", "see the detail: the row is read, and not trained on"),
+    "swapped-columns": Kind("stop", "swap question and answer: data.columns"),
+    "empty-question": Kind("warn", "give the row a question, or drop it: it is not trained on"),
+    "empty-answer": Kind("warn", "give the row an answer, or drop it: it is not trained on"),
+    "role-order": Kind("stop", "let user and assistant alternate, the user first"),
+    "unreadable-row": Kind("stop", "repair the row: training stops here (data.bad_rows)"),
+    "not-trainable": Kind("warn", "see the detail: the row is read, and not trained on"),
     # Answers.
-    "answer-equals-question": _row("warn", "write an answer"),
-    "answer-repeats-question": _row("warn", "remove the question from the answer"),
-    "answer-cut-midway": _row("warn", "complete the answer: the model learns to stop there"),
+    "answer-equals-question": Kind("warn", "write an answer"),
+    "answer-repeats-question": Kind("warn", "remove the question from the answer"),
+    "answer-cut-midway": Kind("warn", "complete the answer: the model learns to stop there"),
     "cut-by-limit": _file("warn", "raise the limit"),
-    "extreme-length": _row("note", "check whether several texts ran together, or one is missing"),
-    "loop": _row("warn", "drop the row: the model learns to repeat itself"),
-    "refusal": _row("warn", "drop the row, or answer it: the model learns to refuse"),
-    "foreign-identity": _row("warn", "put your model's name, or drop the row"),
-    "language-mismatch": _row("warn", "answer in the language of the question"),
-    "placeholder": _row("warn", "fill it in, or drop the row"),
+    "extreme-length": Kind("note", "check whether several texts ran together, or one is missing"),
+    "loop": Kind("warn", "drop the row: the model learns to repeat itself"),
+    "refusal": Kind("warn", "drop the row, or answer it: the model learns to refuse"),
+    "foreign-identity": Kind("warn", "put your model's name, or drop the row"),
+    "language-mismatch": Kind("warn", "answer in the language of the question"),
+    "placeholder": Kind("warn", "fill it in, or drop the row"),
     # Marks left over.
-    "unclosed-code-fence": _row("warn", "close the code block"),
-    "unclosed-bracket": _row("note", "close the bracket, or check whether the text was cut"),
-    "unclosed-quote": _row("note", "close the quotation, or check whether the text was cut"),
-    "special-token-in-text": _row("warn", "remove it: it is text here, and no control token"),
-    "chat-marker-in-text": _row("warn", "split the text into turns, or remove the marker"),
-    "tool-call-leftover": _row("warn", "remove the call, or give the row the format of tool calls"),
-    "html-leftover": _row("warn", "remove the markup"),
-    "literal-escape": _row("warn", "decode the escapes: the model learns to write backslashes"),
+    "unclosed-code-fence": Kind("warn", "close the code block"),
+    "unclosed-bracket": Kind("note", "close the bracket, or check whether the text was cut"),
+    "unclosed-quote": Kind("note", "close the quotation, or check whether the text was cut"),
+    "special-token-in-text": Kind("warn", "remove it: it is text here, and no control token"),
+    "chat-marker-in-text": Kind("warn", "split the text into turns, or remove the marker"),
+    "tool-call-leftover": Kind("warn", "remove the call, or give the row the format of tool calls"),
+    "html-leftover": Kind("warn", "remove the markup"),
+    "literal-escape": Kind("warn", "decode the escapes: the model learns to write backslashes"),
     # Characters.
-    "mojibake-latin1": _row("warn", _SOURCE),
-    "mojibake-gbk": _row("warn", _SOURCE),
-    "kun-kao": _row("warn", _SOURCE),
-    "replacement-character": _row("warn", _SOURCE),
-    "control-character": _row("warn", _CLEAN),
-    "zero-width-character": _row("warn", _CLEAN),
-    "bidi-character": _row("warn", _CLEAN),
-    "bom": _row("warn", _CLEAN),
-    "full-width-ascii": _row("note", "write letters and digits in their plain form"),
-    "kana": _row("note", _INTRUDES),
-    "hangul": _row("note", _INTRUDES),
-    "cyrillic": _row("note", _INTRUDES),
-    "traditional-among-simplified": _row("note", "convert the row, or keep it for its own set"),
+    "mojibake-latin1": Kind("warn", _SOURCE),
+    "mojibake-gbk": Kind("warn", _SOURCE),
+    "kun-kao": Kind("warn", _SOURCE),
+    "replacement-character": Kind("warn", _SOURCE),
+    "control-character": Kind("warn", _CLEAN),
+    "zero-width-character": Kind("warn", _CLEAN),
+    "bidi-character": Kind("warn", _CLEAN),
+    "bom": Kind("warn", _CLEAN),
+    "full-width-ascii": Kind("note", "write letters and digits in their plain form"),
+    "kana": Kind("note", _INTRUDES),
+    "hangul": Kind("note", _INTRUDES),
+    "cyrillic": Kind("note", _INTRUDES),
+    "traditional-among-simplified": Kind("note", "convert the row, or keep it for its own set"),
     # Personal data.
     "mail": _personal("mail addresses"),
     "phone": _personal("phone numbers"),
@@ -108,6 +104,6 @@ KINDS: dict[str, Kind] = {
     "key-in-url": _personal("keys and passwords in addresses"),
     "access-key": _personal("access keys"),
     # Only with --model.
-    "high-loss": _row("note", "read these first: wrong labels have the highest loss"),
+    "high-loss": Kind("note", "read these first: wrong labels have the highest loss"),
 }
 MASKED = frozenset(name for name, kind in KINDS.items() if kind.masked)

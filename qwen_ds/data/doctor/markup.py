@@ -114,9 +114,9 @@ def blanks(talk: Talk) -> Iterator[Span]:
         may_be = talk.classes[turn] & (of.LATIN | of.BRACKET | of.ANGLE)
         if not (may_be or has_any(text, _BLANK_WORDS)):
             continue
-        found = list(_PART_BLANK(text))
-        if found and not (talk.is_of_code or _asks_for_blanks(asked)):
-            yield from (Span("placeholder", turn, start, end) for start, end in found)
+        spans = [Span("placeholder", turn, start, end) for start, end in _PART_BLANK(text)]
+        if spans and not (talk.is_of_code or _asks_for_blanks(asked)):
+            yield from spans
 
 
 def _asks_for_blanks(question: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from qwen_ds.data.doctor.limits import LIMITS
@@ -16,9 +17,7 @@ def page(summary: dict[str, Any]) -> str:
         {**each, "examples": [_example(each["finding"], one) for one in each["examples"]]}
         for each in summary["findings"]
     ]
-    numbers = {severity: 0 for severity in ("stop", "warn", "note")}
-    for each in findings:
-        numbers[each["severity"]] += 1
+    numbers = Counter(each["severity"] for each in findings)
     template = environment(__package__).get_template("doctor.html.j2")
     return template.render(
         title=", ".join(summary["files"]),
@@ -42,7 +41,7 @@ def _example(kind: str, example: dict[str, Any]) -> dict[str, Any]:
     return {"detail": "", **example, "marked": marked}
 
 
-def _words(numbers: dict[str, int], rows: int) -> str:
+def _words(numbers: Counter[str], rows: int) -> str:
     checked = f"{count(rows, 'row')} checked"
     if numbers["stop"]:
         return f"{checked}. Do not train on this yet: {count(numbers['stop'], 'finding')} to mend."

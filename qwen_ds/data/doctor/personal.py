@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from qwen_ds.data.doctor import characters as of
-from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
+from qwen_ds.data.doctor.spans import Span, Talk
 
 _MAIL = re.compile(
     r"(?<![\w.+%-])(?!git@)[A-Za-z0-9](?:[\w.+%-]{0,63})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+"
@@ -81,11 +81,8 @@ def is_card(digits: str) -> bool:
 
 
 def personal_data(talk: Talk) -> Iterator[Span]:
-    """Personal data and secrets in any turn."""
-    sides = [*enumerate(zip((text for _, text in talk.turns), talk.classes, strict=True))]
-    if talk.system:
-        sides.append((SYSTEM, (talk.system, talk.system_classes)))
-    for turn, (text, classes) in sides:
+    """Personal data and secrets in any turn, and in the system text."""
+    for turn, text, classes in talk.texts:
         for kind, start, end in places(text, classes):
             yield Span(kind, turn, start, end)
 

@@ -11,7 +11,10 @@ from array import array
 
 import numpy as np
 
-_NUMBER = re.compile(r"(?P<before>.*?)(?P<mark>[:#\[])(?P<number>\d+)(?P<after>\]?)", re.DOTALL)
+# As an int of eight bytes is written: a number with a zero before it would not come back as it was.
+_NUMBER = re.compile(
+    r"(?P<before>.*?[:#\[])(?P<number>0|[1-9][0-9]{0,16})(?P<after>\]?)", re.DOTALL
+)
 
 
 class Places:
@@ -29,23 +32,14 @@ class Places:
     def add(self, source: str, file: int) -> int:
         """Add a record's source and the number of its path; returns the record's number."""
         match = _NUMBER.fullmatch(source)
-        before, number, after = source, -1, ""
-        if match is not None and len(match["number"]) < 18:
-            before, number = match["before"] + match["mark"], int(match["number"])
-            after = match["after"]
-            if str(number) != match["number"]:
-                before, number, after = source, -1, ""
-        frame = (before, after)
+        frame = (source, "") if match is None else (match["before"], match["after"])
+        number = -1 if match is None else int(match["number"])
         known = self._frames.get(frame)
         if known is None:
             known = self._frames[frame] = len(self._names)
             self._names.append(frame)
-        index = -1
-        if self._frame and (self._frame[-1], self._number[-1], self._file[-1]) == (
-            known,
-            number,
-            file,
-        ):
+        index, place = -1, (known, number, file)
+        if self._frame and (self._frame[-1], self._number[-1], self._file[-1]) == place:
             self._index[-1] = max(self._index[-1], 0)
             index = self._index[-1] + 1
         self._index.append(index)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ftfy.badness import is_bad
 
 from qwen_ds.data.doctor import characters as of
-from qwen_ds.data.doctor.spans import SYSTEM, Finder, Span, Talk, pattern
+from qwen_ds.data.doctor.spans import Finder, Span, Talk, pattern
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
@@ -27,6 +27,7 @@ def _simple(bit: int) -> Finder:
     return pattern(f"[{of.points_of(bit)}]+")
 
 
+_TRADITIONAL = _simple(of.TRADITIONAL)
 # A joiner stands inside an emoji, or between letters of Indic and Arabic scripts.
 _JOINED = r"[\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]"
 SIMPLE: dict[str, tuple[int, Finder]] = {
@@ -68,15 +69,12 @@ FOREIGN = {
 
 def damage(talk: Talk) -> Iterator[Span]:
     """Damaged and invisible characters of every turn, the system text included."""
-    sides = [*enumerate(zip((text for _, text in talk.turns), talk.classes, strict=True))]
-    if talk.system:
-        sides.append((SYSTEM, (talk.system, talk.system_classes)))
-    for turn, (text, classes) in sides:
+    for turn, text, classes in talk.texts:
         for kind, (bit, find) in SIMPLE.items():
             if classes & bit:
-                found = list(find(text))
-                if found and not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
-                    yield from (Span(kind, turn, start, end) for start, end in found)
+                spans = [Span(kind, turn, start, end) for start, end in find(text)]
+                if spans and not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
+                    yield from spans
         if classes & of.LATIN_HIGH and (found := _latin1(text)):
             yield Span("mojibake-latin1", turn, *found)
         if classes & of.GBK_LIKE and (found := _gbk(text)):
@@ -88,10 +86,10 @@ def _latin1(text: str) -> tuple[int, int] | None:
     for run in _LATIN_RUN.finditer(text):
         for encoding in ("cp1252", "latin-1"):
             try:
-                run[0].encode(encoding).decode()
+                read = run[0].encode(encoding).decode()
             except UnicodeError:
                 continue
-            if any(ord(char) > 0x7F for char in run[0].encode(encoding).decode()):
+            if not read.isascii():
                 return run.span()
     if is_bad(text) and (found := _LATIN_LETTERS.search(text)) is not None:
         return found.span()
@@ -132,8 +130,7 @@ def intruders(talk: Talk) -> Iterator[Span]:
     """Scripts other than Chinese and Latin in a row that does not speak of other languages."""
     if not any(classes & (of.KANA | of.HANGUL | of.CYRILLIC) for classes in talk.classes):
         return
-    texts = [talk.system, *(text for _, text in talk.turns)]
-    if any(_ABOUT_LANGUAGES.search(text) for text in texts):
+    if any(_ABOUT_LANGUAGES.search(text) for _, text, _ in talk.texts):
         return
     turns = zip(talk.turns, talk.classes, strict=True)
     for turn, ((role, text), classes) in enumerate(turns):
@@ -175,6 +172,3 @@ def traditional(talk: Talk) -> Iterator[Span]:
         if classes & of.TRADITIONAL:
             for start, end in _TRADITIONAL(text):
                 yield Span("traditional-among-simplified", turn, start, end)
-
-
-_TRADITIONAL = _simple(of.TRADITIONAL)

@@ -53,11 +53,22 @@ class Talk:
         for turn in range(1, len(self.turns), 2):
             yield turn, self.turns[turn - 1][1], self.turns[turn][1]
 
+    @property
+    def texts(self) -> Iterator[tuple[int, str, int]]:
+        """(turn, text, its classes) of each turn, and of the system text if there is one."""
+        turns = zip(self.turns, self.classes, strict=True)
+        for turn, ((_, text), classes) in enumerate(turns):
+            yield turn, text, classes
+        if self.system:
+            yield SYSTEM, self.system, self.system_classes
+
     @cached_property
     def is_of_code(self) -> bool:
         """Whether the row speaks of code or markup, where marks are no leftovers."""
-        texts = [self.system, *(text for _, text in self.turns)]
-        return any("```" in text or _OF_CODE.search(text) or is_bare_code(text) for text in texts)
+        return any(
+            "```" in text or _OF_CODE.search(text) or is_bare_code(text)
+            for _, text, _ in self.texts
+        )
 
 
 def is_bare_code(text: str) -> bool:

@@ -62,11 +62,10 @@ class FindingTally:
         self.counts[kind] += 1
         self._show(kind, record, shown)
 
-    def add_file(self, kind: str, count: int, records: list[int], shown: Shown) -> None:
-        """Count a finding about a file or an option: `count` rows, shown by some records."""
+    def add_file(self, kind: str, count: int, record: int, shown: Shown) -> None:
+        """Count a finding about `count` rows of a file, shown by one record."""
         self.counts[kind] += count
-        for record in records[:EXAMPLES]:
-            self._show(kind, record, shown)
+        self._show(kind, record, shown)
 
     def _show(self, kind: str, record: int, shown: Shown) -> None:
         self.paths.setdefault(kind, set()).add(self.places.path_of(record))

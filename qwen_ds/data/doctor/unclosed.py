@@ -67,8 +67,7 @@ def _open_fence(text: str) -> int | None:
 
 
 def _open_bracket(text: str, talk: Talk) -> int | None:
-    faces = {match.end() - 1 for match in _EMOTICON.finditer(text)}
-    faces |= {match.start() for match in _EMOTICON.finditer(text)}
+    faces = {at for match in _EMOTICON.finditer(text) for at in (match.start(), match.end() - 1)}
     open_at: dict[str, list[int]] = {}
     for match in _ANY_BRACKET.finditer(text):
         if match.start() in faces:
