@@ -6,7 +6,8 @@ Shapes: N conversations of a batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from qwen_ds.data.doctor.duplicates import Signatures, signatures
 from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.kinds import MASKED
 from qwen_ds.data.doctor.personal import masked, places
-from qwen_ds.data.doctor.spans import SYSTEM, Span, Talk
+from qwen_ds.data.doctor.spans import SYSTEM, Shown, Span, Talk
 from qwen_ds.model.chatml import text_ids
 from qwen_ds.model.tokenizer import Encoding
 
@@ -45,10 +46,17 @@ class Found(NamedTuple):
 
     talk: int
     kind: str
-    before: str
-    marked: str
-    after: str
-    detail: str
+    shown: Shown
+
+
+class Numbers(NamedTuple):
+    """Figures of each conversation, beside its signature."""
+
+    asked_chars_N: np.ndarray  # int32, all before the last answer
+    asked_tokens_N: np.ndarray  # int32, the same, without the marks of ChatML
+    said_tokens_N: np.ndarray  # int32, the last answer
+    turns_N: np.ndarray  # int32
+    swapped_N: np.ndarray  # int8: 1 question and answer look swapped, -1 they look right, 0 unclear
 
 
 @dataclass(slots=True)
@@ -58,12 +66,8 @@ class Checked:
     found: list[Found]
     signatures: Signatures
     heads: list[str]  # beginnings of the questions
-    asked_chars_N: np.ndarray  # int32
-    asked_tokens_N: np.ndarray  # int32, all before the last answer, without the marks of ChatML
-    said_tokens_N: np.ndarray  # int32, the last answer
-    turns_N: np.ndarray  # int32
+    numbers: Numbers
     endings: Endings  # of the answers
-    swapped_N: np.ndarray  # int8: 1 question and answer look swapped, -1 they look right, 0 unclear
 
 
 _encoding: Encoding | None = None
@@ -83,17 +87,15 @@ def check(batch: TalkBatch) -> Checked:
     endings = Endings()
     if batch.detect:
         endings.see(answer for _, answer in sides)
-    return Checked(
-        found,
-        signatures(sides),
-        [head(turns[0][1]) if turns else "" for _, turns in talks],
+    numbers = Numbers(
         asked_chars_N=np.array([len(asked) for asked, _ in sides], np.int32),
         asked_tokens_N=_tokens([asked for asked, _ in sides]),
         said_tokens_N=_tokens([said for _, said in sides]),
         turns_N=np.array([len(turns) for _, turns in talks], np.int32),
-        endings=endings,
         swapped_N=np.array([looks_swapped(*side) for side in sides], np.int8),
     )
+    heads = [head(turns[0][1]) for _, turns in talks]
+    return Checked(found, signatures(sides), heads, numbers, endings)
 
 
 def head(text: str) -> str:
@@ -104,9 +106,11 @@ def head(text: str) -> str:
     return without_lines(hidden(text[: HEAD + LONGEST_PERSONAL])[:HEAD])
 
 
-def hidden(text: str) -> str:
-    """A text of equal length, its personal data masked."""
-    for _, start, end in list(places(text)):
+def hidden(text: str, private: Iterable[tuple[int, int]] | None = None) -> str:
+    """A text of equal length, its personal data masked: at known places, or all there are."""
+    if private is None:
+        private = [(start, end) for _, start, end in places(text)]
+    for start, end in private:
         text = text[:start] + masked(text[start:end]) + text[end:]
     return text
 
@@ -145,33 +149,24 @@ def excerpts(place: int, talk: Talk, spans: Sequence[Span]) -> list[Found]:
     """One Found for each kind: its first place with the text around it. All personal data in the
     turn are masked, whatever the kind."""
     firsts: dict[str, Span] = {}
-    times: dict[str, int] = {}
     for span in spans:
         firsts.setdefault(span.kind, span)
-        times[span.kind] = times.get(span.kind, 0) + 1
+    times = Counter(span.kind for span in spans)
+    private = [span for span in spans if span.kind in MASKED]
     found = []
     for kind, span in firsts.items():
         text = talk.system if span.turn == SYSTEM else talk.turns[span.turn][1]
-        for hidden in spans:
-            if hidden.turn == span.turn and hidden.kind in MASKED:
-                text = (
-                    text[: hidden.start]
-                    + masked(text[hidden.start : hidden.end])
-                    + text[hidden.end :]
-                )
+        text = hidden(text, ((each.start, each.end) for each in private if each.turn == span.turn))
         role = "system" if span.turn == SYSTEM else talk.turns[span.turn][0]
         where = f"turn {span.turn + 1}, {role}" if len(talk.turns) > 2 else role
         count = f", {times[kind]} places" if times[kind] > 1 else ""
-        found.append(
-            Found(
-                place,
-                kind,
-                without_lines(text[max(0, span.start - AROUND) : span.start]),
-                without_lines(shortened(text[span.start : span.end])),
-                without_lines(text[span.end : span.end + AROUND]),
-                f"{where}{count}{f': {span.detail}' if span.detail else ''}",
-            )
+        shown = Shown(
+            without_lines(text[max(0, span.start - AROUND) : span.start]),
+            without_lines(shortened(text[span.start : span.end])),
+            without_lines(text[span.end : span.end + AROUND]),
+            f"{where}{count}{f': {span.detail}' if span.detail else ''}",
         )
+        found.append(Found(place, kind, shown))
     return found
 
 

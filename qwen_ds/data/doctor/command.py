@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qwen_ds.data.doctor.examine import AGAINST, EVAL, TRAIN, Pass, examine
 from qwen_ds.data.doctor.judge import judge
 from qwen_ds.data.doctor.limits import Cuts, num_without_limit
@@ -59,8 +57,8 @@ def run_check(options: CheckCommand) -> int:
 
             ranked = rank(options, model, gathered, places)
         kept = None
-        if sorting is not None and places.clean is not None and places.dropped is not None:
-            kept = sorting.write(places.clean, places.dropped, tally)
+        if sorting is not None:
+            kept = sorting.write(tally)
         summary = _summary(options, gathered, found, ranked, kept)
         if places.folder is not None:
             write_results(places.folder, summary)
@@ -127,12 +125,9 @@ def _summary(
 
 def _without_limit(options: CheckCommand, gathered: Pass) -> int:
     """The number of training rows whose limit only the model or data.max_tokens tells."""
-    if not gathered.numbers:
+    if gathered.numbers is None:
         return 0
-    _, _, _, turns_N, _ = gathered.numbers
-    file_N = gathered.tally.places.files()[np.frombuffer(gathered.record_N, np.int64)]
-    is_own_N = np.array([side == TRAIN for side, _ in gathered.files])[file_N]
-    return num_without_limit(options.data, turns_N[is_own_N])
+    return num_without_limit(options.data, gathered.numbers.turns_N[gathered.side_N == TRAIN])
 
 
 def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:

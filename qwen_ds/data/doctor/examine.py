@@ -17,12 +17,12 @@ import numpy as np
 
 from qwen_ds.data.doctor import batch as look
 from qwen_ds.data.doctor.answers import NO_FULL_STOP
-from qwen_ds.data.doctor.batch import Checked, TalkBatch
+from qwen_ds.data.doctor.batch import Checked, Numbers, TalkBatch
 from qwen_ds.data.doctor.duplicates import Signatures, joined
 from qwen_ds.data.doctor.endings import Endings
 from qwen_ds.data.doctor.files import FileColumns
-from qwen_ds.data.doctor.spans import texts_of
-from qwen_ds.data.doctor.tally import FindingTally, Shown
+from qwen_ds.data.doctor.spans import Shown, texts_of
+from qwen_ds.data.doctor.tally import FindingTally
 from qwen_ds.data.pool import default_workers, process_pool
 from qwen_ds.data.read.dialogue import (
     NO_ANSWER,
@@ -67,35 +67,49 @@ class Pass:
     not_trained: Counter[str] = field(default_factory=Counter)
     heads: list[tuple[int, str]] = field(default_factory=list)
     """(number of conversations, the beginnings of their questions, a line each)."""
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    _signatures: list[Signatures] = field(default_factory=list)
     signatures: Signatures | None = None
-    numbers: tuple[np.ndarray, ...] = ()
-    """Characters and tokens before the last answer, tokens of it, turns, swapped: [N] each."""
+    numbers: Numbers | None = None
+    """None, as the signatures, where there is no conversation."""
+    _signatures: list[Signatures] = field(default_factory=list)
+    _numbers: list[Numbers] = field(default_factory=list)
 
     def take(self, checked: Checked, first: int) -> None:
         """Take the result for the conversations from number `first` on."""
         for found in checked.found:
             record = self.record_N[first + found.talk]
-            shown = Shown(found.before, found.marked, found.after, found.detail)
-            if found.kind in LATE:
-                self.late.append((record, found.kind, shown))
-            else:
-                self.tally.add(found.kind, record, shown)
+            self.note(found.kind, record, found.shown)
         self.endings.add(checked.endings)
         self.heads.append((len(checked.heads), "\n".join(checked.heads)))
         self._signatures.append(checked.signatures)
-        self.parts.append(
-            (checked.asked_chars_N, checked.asked_tokens_N, checked.said_tokens_N)
-            + (checked.turns_N, checked.swapped_N)
-        )
+        self._numbers.append(checked.numbers)
+
+    def note(self, kind: str, record: int, shown: Shown) -> None:
+        """Take note of a finding in a record, of those in LATE until all rows are read."""
+        if kind in LATE:
+            self.late.append((record, kind, shown))
+        else:
+            self.tally.add(kind, record, shown)
 
     def finish(self) -> None:
         """Join the parts."""
         if self._signatures:
             self.signatures = joined(self._signatures)
-            self.numbers = tuple(np.concatenate(each) for each in zip(*self.parts, strict=True))
-        self._signatures, self.parts = [], []
+            self.numbers = Numbers(*map(np.concatenate, zip(*self._numbers, strict=True)))
+            self._numbers.clear()
+
+    @property
+    def file_N(self) -> np.ndarray:
+        """The number of each conversation's path, int32 [N]."""
+        return self.tally.places.files()[np.array(self.record_N, np.int64)]
+
+    @property
+    def side_N(self) -> np.ndarray:
+        """AGAINST, EVAL or TRAIN for each conversation, int8 [N]."""
+        return np.array([side for side, _ in self.files], np.int8)[self.file_N]
+
+    def place(self, conversation: int) -> str:
+        """The place of a conversation's record."""
+        return self.tally.places.text(self.record_N[conversation])
 
     def head(self, conversation: int) -> str:
         """The beginning of a conversation's question."""
@@ -198,9 +212,5 @@ def _note(gathered: Pass, untold: list[tuple[int, Dropped]]) -> None:
         kind = "unreadable-row" if dropped.unreadable else "not-trainable"
         kind = _DROPPED.get(dropped.reason, kind)
         detail = f": {look.hidden(dropped.detail)}" if dropped.detail else ""
-        shown = Shown(detail=f"{dropped.reason}{detail}")
-        if kind in LATE:
-            gathered.late.append((record, kind, shown))
-        else:
-            gathered.tally.add(kind, record, shown)
+        gathered.note(kind, record, Shown(detail=f"{dropped.reason}{detail}"))
     untold.clear()

@@ -21,7 +21,7 @@ from qwen_ds.data.batches import cut_windows
 from qwen_ds.data.doctor.examine import TRAIN, Pass
 from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.doctor.output import LOSSES, CheckOutputs, writing
-from qwen_ds.data.doctor.tally import Shown
+from qwen_ds.data.doctor.spans import Shown
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter

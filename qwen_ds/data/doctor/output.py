@@ -34,10 +34,6 @@ class CheckOutputs:
     folder: Path | None
     clean: Path | None
 
-    @property
-    def dropped(self) -> Path | None:
-        return None if self.clean is None else self.clean.with_name(DROPPED)
-
 
 def outputs(
     folder: str | None, clean: str | None, inputs: list[str], overwrite: bool
@@ -113,6 +109,7 @@ class Sorting:
     """
 
     def __init__(self, clean: Path) -> None:
+        self._clean = clean
         try:
             self._file = tempfile.TemporaryFile(dir=clean.parent)  # noqa: SIM115
         except OSError as error:
@@ -129,11 +126,12 @@ class Sorting:
         self._sizes.append(self._file.write(line.encode(errors="backslashreplace")))
         self._records.append(record)
 
-    def write(self, clean: Path, dropped: Path, tally: FindingTally) -> int:
+    def write(self, tally: FindingTally) -> int:
         """Write both files; returns how many rows pass."""
         kept = 0
         self._file.seek(0)
-        with writing(clean) as good, writing(dropped) as bad:
+        dropped = self._clean.with_name(DROPPED)
+        with writing(self._clean) as good, writing(dropped) as bad:
             for record, size in zip(self._records, self._sizes, strict=True):
                 line = self._file.read(size).decode()
                 if not tally.leaves_out(record):
@@ -147,9 +145,6 @@ class Sorting:
                 head = json.dumps(about, ensure_ascii=False)
                 bad.write(f'{head[:-1]}, "row": {line}}}\n')
         return kept
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def close(self) -> None:
         self._file.close()

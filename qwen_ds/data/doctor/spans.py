@@ -22,6 +22,18 @@ class Span(NamedTuple):
 
 
 SYSTEM = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The words that show a finding: its place in the text, and details."""
+
+    before: str = ""
+    marked: str = ""
+    after: str = ""
+    detail: str = ""
+
+
 # Words of a row about programs, markup or text processing, in which marks are the subject.
 _OF_CODE = re.compile(
     r"代码|编程|程序|脚本|函数|变量|正则|转义|换行符|字符串|命令行|终端|网页|前端|标签|标记语言|爬虫|接口|"

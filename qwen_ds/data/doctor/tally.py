@@ -12,22 +12,13 @@ from typing import Any, TextIO
 from qwen_ds.data.doctor.files import FileColumns
 from qwen_ds.data.doctor.kinds import KINDS, SEVERITIES, Severity
 from qwen_ds.data.doctor.places import Places
+from qwen_ds.data.doctor.spans import Shown
 
 EXAMPLES = 3
 NAMES = tuple(KINDS)
 _BIT = {kind: 1 << place for place, kind in enumerate(NAMES)}
 LEAVES = sum(_BIT[name] for name, kind in KINDS.items() if kind.of_rows and kind.severity != "note")
 """The kinds for which a record is left out of a clean file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """The words that show a finding: its place in the text, and details."""
-
-    before: str = ""
-    marked: str = ""
-    after: str = ""
-    detail: str = ""
 
 
 @dataclass(slots=True)

@@ -286,7 +286,8 @@ def test_limits_cut_as_encoding_cuts(full_dir: Path) -> None:
         made = look.check(look.TalkBatch([texts_of(talk)]))
     finally:
         look.start(None)
-    counts = made.asked_tokens_N, made.said_tokens_N, made.turns_N
+    numbers = made.numbers
+    counts = numbers.asked_tokens_N, numbers.said_tokens_N, numbers.turns_N
     seen = set()
     for limit in range(4, 60):
         for asked in (10, 24):
