@@ -150,6 +150,7 @@ COVERED_BY = {
     "serve/talk/lines.py": "tests/serve/test_chat.py",
     "serve/talk/options.py": "tests/serve/test_chat.py",
     "serve/files/sources.py": "tests/serve/files/test_prediction.py",
+    "serve/files/line_writer.py": "tests/serve/scores/test_general.py",
     "serve/scores/kept_rows.py": "tests/serve/scores/test_general.py",
     "serve/scores/sections.py": "tests/serve/scores/test_general.py",
     "serve/scores/rows.py": "tests/serve/scores/test_profiles.py",
