@@ -177,13 +177,12 @@ def results_of(lines: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
     for line in lines:
         of_row.setdefault(line["row"], []).append(line)
     whole = [both for both in of_row.values() if all(one["verdict"] for one in both)]
-    points = {"tie": 0.5, name: 1.0}
-    scores_N = np.array([[points.get(one["winner"], 0.0) for one in both] for both in whole])
+    scores_N2 = np.array([[_points(one, name) for one in both] for both in whole])
     verdicts = [line["verdict"] for line in lines]
     decided = [verdict for verdict in verdicts if verdict in ("first", "second")]
     found: dict[str, Any] = {"rows": len(of_row), "rows_judged": len(whole), "win_rate": None}
     if whole:
-        wins_N = scores_N.mean(1)
+        wins_N = scores_N2.mean(1)
         rate, low, high = mean_of(wins_N, np.ones(len(wins_N)), np.random.default_rng(seed))
         found |= {"win_rate": rate, "low": low, "high": high}
         found |= {"wins": int((wins_N > 0.5).sum()), "losses": int((wins_N < 0.5).sum())}
@@ -197,10 +196,14 @@ def results_of(lines: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
     }
 
 
+def _points(line: Mapping[str, Any], name: str) -> float:
+    """What a verdict counts for a model. A model, too, may be named "tie"."""
+    return 0.5 if line["verdict"] == "tie" else float(line[line["verdict"]] == name)
+
+
 def _has_turned(both: Sequence[Mapping[str, Any]]) -> bool:
     """Whether each order has another winner: the judge went by the place."""
-    winners = {line["winner"] for line in both}
-    return len(winners) == 2 and "tie" not in winners
+    return {line["verdict"] for line in both} in ({"first"}, {"second"})
 
 
 def judge_in_words(section: Mapping[str, Any]) -> list[str]:
