@@ -30,9 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_ds import dist
 from qwen_ds.disk.adapter_folder import tell_adapter
+from qwen_ds.disk.digest import REPORT_NAME
 from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from qwen_ds.export.choices import FormatName, MergeDtype, Proof
-from qwen_ds.export.output_place import REPORT_NAME
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.folder import find_model, find_qwen2
 from qwen_ds.recipe.parser import Parser

@@ -258,7 +258,7 @@ class EvaluateOptions(AnswerOptions, GeneralOptions, JudgeOptions):
     perplexity: bool = True
     """Also measure how probable the model finds the first reference of each row."""
     resamples: PositiveInt = 1000
-    """Resamples of the rows from which intervals and significance come; `seed` draws them."""
+    """Resamples of the rows, by a fixed seed, from which intervals and significance come."""
 
 
 Options = TypeVar("Options", bound=SamplingOptions)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds.disk.adapter_folder import WEIGHTS_NAME
-from qwen_ds.disk.digest import model_sha256
+from qwen_ds.disk.digest import model_sha256, sha256_once
 from qwen_ds.disk.read import read_json
-from qwen_ds.disk.weights import file_sha256
 from qwen_ds.errors import UserError
 
 _OF_DRAWING = ("temperature", "top_p", "top_k")
@@ -43,7 +42,7 @@ class VeryModel:
         if not self.is_plain or not self.adapters:
             return False
         weights = self.adapters[0] / WEIGHTS_NAME
-        is_adapter = weights.is_file() and report.get("adapter_sha256") == file_sha256(weights)
+        is_adapter = weights.is_file() and report.get("adapter_sha256") == sha256_once(weights)
         return is_adapter and told == self._base()
 
     def is_before(self, report: Mapping[str, Any]) -> bool:

@@ -14,13 +14,12 @@ from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
+from qwen_ds.disk.digest import REPORT_NAME
 from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import require_folder, require_new_folder
 from qwen_ds.disk.write import remove_folder
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
-
-REPORT_NAME = "merge_report.json"
 
 
 def rejected_name(output: Path) -> Path:

@@ -1,5 +1,5 @@
-"""Whether two sets of answers to the same rows differ: the paired percentile bootstrap (Efron and
-Tibshirani, "An Introduction to the Bootstrap", 1993), on scores of rows.
+"""Whether two sets of answers to the same rows differ: the paired percentile bootstrap, on scores
+of rows.
 
 The drawing and the figures are those of serve.evaluate, so that a measure that is a mean over rows
 gets the same verdict in both places.
@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_ds.report.folder import Row, number
-
-SEED, RESAMPLES, LEVEL = 1234, 1000, 0.95
+from qwen_ds.resampling import RESAMPLES, SEED, interval, resampled, two_sided_p
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +35,11 @@ class Paired:
 def paired(
     difference_NM: NDArray[np.float64], seed: int = SEED, resamples: int = RESAMPLES
 ) -> list[Paired]:
-    """One verdict a measure on the rows' differences, second less first; N is at least 1.
-
-    p is the share of resamples whose mean lies as far from the mean found as that lies from 0; it
-    is at least 1 / (resamples + 1).
-    """
-    rows = len(difference_NM)
-    rng = np.random.default_rng(seed)
-    means_RM = np.empty((resamples, difference_NM.shape[1]))
-    for r in range(resamples):
-        times_N = np.bincount(rng.integers(rows, size=rows), minlength=rows)
-        means_RM[r] = times_N.astype(np.float64) @ difference_NM / rows
-    found_M = difference_NM.mean(axis=0)
-    low_M, high_M = np.quantile(means_RM, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
-    as_far_RM = np.abs(means_RM - found_M) >= np.abs(found_M)
-    p_M = (as_far_RM.sum(axis=0) + 1) / (resamples + 1)
+    """One verdict a measure on the rows' differences, second less first; N is at least 1."""
+    sums_RM = resampled(difference_NM, np.random.default_rng(seed), resamples)
+    means_RM, found_M = sums_RM / len(difference_NM), difference_NM.mean(axis=0)
+    low_M, high_M = interval(means_RM)
+    p_M = two_sided_p(means_RM, found_M)
     figures = zip(found_M, low_M, high_M, p_M, strict=True)
     return [Paired(*map(float, each)) for each in figures]
 

@@ -130,11 +130,9 @@ class BeamAnswerer:
             return answer
         model = self.model
         loss = loss_of_answer(model.transformer, model.lm_head, one.ids, one.reference_ids)
-        return (
-            answer
-            if loss is None
-            else replace(answer, reference_nll=loss, reference_tokens=len(one.reference_ids))
-        )
+        if loss is None:
+            return answer
+        return replace(answer, reference_nll=loss, reference_tokens=len(one.reference_ids))
 
     def _answers(self, batch: Sequence[Question]) -> list[Answer | DecodingError]:
         """A batch's answers; where it fails, each row's by itself."""

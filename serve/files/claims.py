@@ -69,17 +69,14 @@ class Claims:
         if rank == 0:  # an earlier run's
             for card in self._folder.glob("rank_*"):
                 card.unlink(missing_ok=True)
-        self._card = self._card_of(rank)
+        self._card = _card(self._folder, rank)
         self._card.unlink(missing_ok=True)  # blocks that an earlier run took are links to it
         self._card.write_text(self._text, encoding="utf-8")
-
-    def _card_of(self, rank: int) -> Path:
-        return _card(self._folder, rank)
 
     def has_joined(self, rank: int) -> bool:
         """Whether a rank has come for blocks, as far as rank 0 knows: it may miss one that was
         there first."""
-        return self._card_of(rank).exists()
+        return _card(self._folder, rank).exists()
 
     @property
     def num_blocks(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -23,14 +23,12 @@ from serve.answering import Answer, Question
 from serve.endpoint.options import given_options
 from serve.files import parts as files
 from serve.files.claims import Claims
+from serve.files.line_writer import LineWriter
 from serve.files.parts import PredictionParts, Settings
 from serve.files.prompts import PromptReader, PromptRow, References
 from serve.files.ranks import RankWatch, SignOfLife, process_of
 from serve.files.sources import Source, file_card, find_source, settings_of_source
 from serve.options import AnswerOptions
-
-# Finished rows wait for the disk together, but not for long.
-_ROWS_AT_ONCE, _SECONDS_AT_ONCE = 16, 1.0
 
 _SETTINGS = (
     "do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "long_prompts",
@@ -223,51 +221,14 @@ def _answer_share(source: Source, share: Share, options: AnswerOptions, bar: tqd
         return 0.0
     started = time.monotonic()
     answerer = source.open()
-    seconds_loading = time.monotonic() - started
-    with _Writer(share.parts, bar.update) as writer:
+    began, tokens = time.monotonic(), 0
+    with LineWriter(share.parts, bar.update) as writer:
         for number, found in answerer.answer(chain([first], coming)):
-            writer.write(line_of(asked.pop(number), found), found)
-            bar.set_postfix_str(writer.speed, refresh=False)
-    return seconds_loading
-
-
-class _Writer:
-    """Lines of finished rows on their way to the disk, and how fast they come. What is finished is
-    written even where the work ends by an error: it need not be asked for again."""
-
-    def __init__(self, parts: PredictionParts, progress: Callable[[int], object]) -> None:
-        self._parts, self._progress = parts, progress
-        self._lines: list[dict[str, Any]] = []
-        self._since = self._began = time.monotonic()
-        self._tokens = 0
-        self._finished = parts.refresh()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._flush()
-
-    @property
-    def speed(self) -> str:
-        """New tokens a second of this rank."""
-        return f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"
-
-    def write(self, line: dict[str, Any], found: Answer | DecodingError) -> None:
-        self._lines.append(line)
-        if isinstance(found, Answer):
-            self._tokens += found.completion_tokens or 0
-        is_late = time.monotonic() - self._since > _SECONDS_AT_ONCE
-        if len(self._lines) >= _ROWS_AT_ONCE or is_late:
-            self._flush()
-
-    def _flush(self) -> None:
-        lines, self._lines = self._lines, []
-        if lines:
-            self._parts.append(lines)
-        finished = self._parts.refresh()
-        self._progress(finished - self._finished)
-        self._finished, self._since = finished, time.monotonic()
+            writer.write(line_of(asked.pop(number), found))
+            tokens += (found.completion_tokens or 0) if isinstance(found, Answer) else 0
+            speed = tokens / max(time.monotonic() - began, 1e-9)  # of this rank
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+    return began - started
 
 
 def line_of(row: PromptRow, found: Answer | DecodingError) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_ds.decode.grammar import Grammar
 from qwen_ds.disk.adapter_folder import WEIGHTS_NAME, find_adapter
-from qwen_ds.disk.weights import file_sha256
+from qwen_ds.disk.digest import sha256_once
 from qwen_ds.errors import UserError
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.tokenizer import Encoding
@@ -144,7 +144,7 @@ def adapters_told(options: AnswerOptions) -> dict[str, Any]:
     scores of another one. Of named adapters both are objects by name."""
     folders = named_adapters(options.adapter)
     files = {name: find_adapter(folder) / WEIGHTS_NAME for name, folder in folders.items()}
-    sums = {name: file_sha256(at) if at.is_file() else None for name, at in files.items()}
+    sums = {name: sha256_once(at) if at.is_file() else None for name, at in files.items()}
     if set(folders) - {DEFAULT}:
         return {"adapter": folders, "adapter_sha256": sums}
     return {"adapter": folders.get(DEFAULT), "adapter_sha256": sums.get(DEFAULT)}

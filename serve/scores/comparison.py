@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.scores.intervals import paired
-from serve.scores.scored import Scored, number_or_none
+from serve.scores.measured import number_or_none
+from serve.scores.scored import Scored
 
 
 def comparison_of(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qwen_ds.errors import UserError
+from qwen_ds.resampling import interval, resampled
+from serve.scores.measured import Figures, divided
 
 Verdict = Literal["forgot", "no sign", "cannot tell"]
 TOLERANCE = {"texts": 0.05, "questions": 0.02}
@@ -33,7 +34,6 @@ CHANCE = 0.025
 LEAST_ROWS = 20
 FLIPS, RESAMPLES = 10_000, 2_000
 _AT_ONCE = 2**22  # random numbers that exist at a time
-Array = NDArray[np.float64]
 Line = Mapping[str, Any]
 
 
@@ -139,35 +139,38 @@ def _of_texts(pairs: Sequence[tuple[Line, Line]], seed: int) -> Worsening:
     if not tokens_N.sum():
         raise UserError("the general texts have one token each; expected longer ones")
     before, after = np.exp(nll_N2.sum(0) / tokens_N.sum()).tolist()
-    rise = change_of(nll_N2[:, 1] - nll_N2[:, 0], tokens_N, seed)
-    worsening, low, high = np.expm1(rise[:3]).tolist()
-    return Worsening("texts", len(pairs), before, after, worsening, low, high, rise[3])
+    rng, rise_N = np.random.default_rng(seed), nll_N2[:, 1] - nll_N2[:, 0]
+    worsening, low, high = np.expm1(mean_of(rise_N, tokens_N, rng)).tolist()
+    p = share_of_swaps(rise_N, rng)
+    return Worsening("texts", len(pairs), before, after, worsening, low, high, p)
 
 
 def _of_questions(pairs: Sequence[tuple[Line, Line]], seed: int) -> Worsening:
     right_N2 = np.array([[x["chosen"] == x["answer"] for x in pair] for pair in pairs], np.float64)
     chance_N = np.array([1 / len(a["logprobs"]) for a, _ in pairs], dtype=np.float64)
     before, after = right_N2.mean(0).tolist()
-    one_N = np.ones(len(pairs))
-    fall = change_of(right_N2[:, 0] - right_N2[:, 1], one_N, seed)
-    above_chance = change_of(right_N2[:, 0] - chance_N, one_N, seed)
-    return Worsening("questions", len(pairs), before, after, *fall, above_chance[1] <= 0)
+    rng, one_N, fall_N = np.random.default_rng(seed), np.ones(len(pairs)), -np.diff(right_N2)[:, 0]
+    fall, p = mean_of(fall_N, one_N, rng), share_of_swaps(fall_N, rng)
+    _, low, _ = mean_of(right_N2[:, 0] - chance_N, one_N, np.random.default_rng(seed))
+    return Worsening("questions", len(pairs), before, after, *fall, p, guessed=low <= 0)
 
 
-def change_of(worse_N: Array, weights_N: Array, seed: int) -> tuple[float, float, float, float]:
-    """sum(worse) / sum(weights); the ends of its 95 % interval by a percentile bootstrap over rows;
-    and the share of random sign changes of the rows under which it is as large."""
-    rng = np.random.default_rng(seed)
-    n, total, rounding = len(worse_N), float(worse_N.sum()), 1e-9 * float(np.abs(worse_N).sum())
-    means, as_large = list[Array](), 0
-    at_once = max(1, _AT_ONCE // n)
-    for begin in range(0, RESAMPLES, at_once):
-        drawn_RN = rng.integers(0, n, (min(at_once, RESAMPLES - begin), n))
-        with np.errstate(invalid="ignore"):  # all of a resample's texts may have one token
-            means.append(worse_N[drawn_RN].sum(1) / weights_N[drawn_RN].sum(1))
+def mean_of(
+    values_N: Figures, weights_N: Figures, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """sum(values) / sum(weights), and the ends of its 95 % interval by a percentile bootstrap over
+    rows."""
+    sums_R2 = resampled(np.stack([values_N, weights_N], axis=1), rng, RESAMPLES)
+    low_1, high_1 = interval(divided(sums_R2))  # all of a resample's texts may have one token
+    return float(values_N.sum() / weights_N.sum()), float(low_1[0]), float(high_1[0])
+
+
+def share_of_swaps(worse_N: Figures, rng: np.random.Generator) -> float:
+    """The share of random sign changes of the rows under which their sum is as large."""
+    n, rounding = len(worse_N), 1e-9 * float(np.abs(worse_N).sum())
+    as_large, at_once = 0, max(1, _AT_ONCE // n)
     for begin in range(0, FLIPS, at_once):
         flipped_RN = rng.integers(0, 2, (min(at_once, FLIPS - begin), n), dtype=np.int8) == 1
         # The sum is as large as the one found where the rows that changed sign add up to 0 or less.
         as_large += int((flipped_RN @ worse_N <= rounding).sum())
-    low, high = np.nanquantile(np.concatenate(means), (0.025, 0.975)).tolist()
-    return total / float(weights_N.sum()), low, high, (1 + as_large) / (1 + FLIPS)
+    return (1 + as_large) / (1 + FLIPS)

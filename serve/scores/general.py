@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng
 
 from qwen_ds.data.read.places import locate
 from qwen_ds.decode.exceptions import DecodingError
@@ -22,7 +23,7 @@ from serve.engine.loading import free_memory
 from serve.files.parts import Settings, check_output, remove_parts
 from serve.files.sources import ModelSource, Source, file_card, find_source, settings_of_source
 from serve.options import EvaluateOptions
-from serve.scores.forgetting import change_of, compare
+from serve.scores.forgetting import compare, mean_of
 from serve.scores.general_rows import LETTERS, GeneralRow, read_general
 from serve.scores.kept_rows import Line, kept_rows
 from serve.scores.likelihood import (
@@ -113,12 +114,12 @@ def summary(lines: Sequence[Line], seed: int) -> dict[str, list[float]]:
             np.array([line[key] for line in texts], dtype=np.float64)
             for key in ("nll", "tokens", "bytes")
         )
-        found["perplexity"] = np.exp(change_of(nll_N, tokens_N, seed)[:3]).tolist()
-        found["bits_per_byte"] = list(change_of(nll_N / np.log(2), bytes_N, seed)[:3])
+        found["perplexity"] = np.exp(mean_of(nll_N, tokens_N, default_rng(seed))).tolist()
+        found["bits_per_byte"] = list(mean_of(nll_N / np.log(2), bytes_N, default_rng(seed)))
     questions = [line for line in lines if "chosen" in line]
     if questions:
         right_N = np.array([line["chosen"] == line["answer"] for line in questions], np.float64)
-        found["accuracy"] = list(change_of(right_N, np.ones(len(right_N)), seed)[:3])
+        found["accuracy"] = list(mean_of(right_N, np.ones(len(right_N)), default_rng(seed)))
     return found
 
 

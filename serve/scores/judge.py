@@ -30,8 +30,7 @@ from serve.endpoint.client import Endpoint, connect
 from serve.endpoint.options import EndpointOptions, base_url
 from serve.files.parts import check_output, remove_parts
 from serve.options import EvaluateOptions
-from serve.scores.answers import prediction_lines, read_predictions
-from serve.scores.forgetting import change_of
+from serve.scores.forgetting import mean_of
 from serve.scores.judge_prompt import Language, Pair, conversation_of, language_of, verdict_of
 from serve.scores.kept_rows import Line, kept_rows
 from serve.scores.sides import Side
@@ -85,25 +84,21 @@ def check_judge(sides: Sequence[Side], options: EvaluateOptions) -> None:
         check_output(output_file(side.folder / FILE), options.overwrite)
 
 
-def judge_section(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
+def judge_section(
+    sides: Sequence[Side], answers: Sequence[Sequence[Line]], options: EvaluateOptions
+) -> dict[str, Any]:
     """Have every side judged against the first: by name, the share of wins and the counts."""
     assert options.judge is not None
     given = EndpointOptions(options.judge, options.judge_model, options.judge_key_file)
     judge = connect(given, options.timeout_minutes * 60, say, CONCURRENCY)
     found: dict[str, Any] = {"judge": judge.url, "judge_model": judge.model}
     found |= {"against": sides[0].name, "results": {}}
-    before = _answers(sides[0])
-    for side in sides[1:]:
-        asked = questions_of((sides[0].name, before), (side.name, _answers(side)), options)
+    before = sides[0].name, answers[0]
+    for side, after in zip(sides[1:], answers[1:], strict=True):
+        asked = questions_of(before, (side.name, after), options)
         lines = judged(judge, asked, output_file(side.folder / FILE), options.overwrite)
         found["results"][side.name] = results_of(lines, side.name, options.seed)
     return found
-
-
-def _answers(side: Side) -> list[Line]:
-    if side.given is not None:
-        return read_predictions(side.given, side.options)
-    return list(prediction_lines(side.predictions))
 
 
 def questions_of(
@@ -182,14 +177,13 @@ def results_of(lines: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
     for line in lines:
         of_row.setdefault(line["row"], []).append(line)
     whole = [both for both in of_row.values() if all(one["verdict"] for one in both)]
-    points = {"tie": 0.5, name: 1.0}
-    scores_N = np.array([[points.get(one["winner"], 0.0) for one in both] for both in whole])
+    scores_N2 = np.array([[_points(one, name) for one in both] for both in whole])
     verdicts = [line["verdict"] for line in lines]
     decided = [verdict for verdict in verdicts if verdict in ("first", "second")]
     found: dict[str, Any] = {"rows": len(of_row), "rows_judged": len(whole), "win_rate": None}
     if whole:
-        wins_N = scores_N.mean(1)
-        rate, low, high, _ = change_of(wins_N, np.ones(len(wins_N)), seed)
+        wins_N = scores_N2.mean(1)
+        rate, low, high = mean_of(wins_N, np.ones(len(wins_N)), np.random.default_rng(seed))
         found |= {"win_rate": rate, "low": low, "high": high}
         found |= {"wins": int((wins_N > 0.5).sum()), "losses": int((wins_N < 0.5).sum())}
         found["ties"] = int((wins_N == 0.5).sum())
@@ -202,10 +196,14 @@ def results_of(lines: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
     }
 
 
+def _points(line: Mapping[str, Any], name: str) -> float:
+    """What a verdict counts for a model. A model, too, may be named "tie"."""
+    return 0.5 if line["verdict"] == "tie" else float(line[line["verdict"]] == name)
+
+
 def _has_turned(both: Sequence[Mapping[str, Any]]) -> bool:
     """Whether each order has another winner: the judge went by the place."""
-    winners = {line["winner"] for line in both}
-    return len(winners) == 2 and "tie" not in winners
+    return {line["verdict"] for line in both} in ({"first"}, {"second"})
 
 
 def judge_in_words(section: Mapping[str, Any]) -> list[str]:

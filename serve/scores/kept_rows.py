@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +12,9 @@ from tqdm import tqdm
 
 from qwen_ds.errors import Failed
 from qwen_ds.runlog import say
+from serve.files.line_writer import LineWriter
 from serve.files.parts import PredictionParts, Settings, check_output, held_output
 
-_ROWS_AT_ONCE, _SECONDS_AT_ONCE = 16, 1.0
 Line = dict[str, Any]
 
 
@@ -44,28 +43,10 @@ def kept_rows(
             say(f"{parts.folder}: {done} of {rows} rows are there from an interrupted run")
         left = [row for row in range(rows) if not parts.is_finished(row)]
         bar = tqdm(total=rows, initial=done, unit="row", desc=output.name, delay=0.1)
-        with bar:
-            for count in _written(parts, make(left)):
-                bar.update(count)
+        with bar, LineWriter(parts, bar.update) as writer:
+            for line in make(left):
+                writer.write(line)
         if (finished := parts.refresh()) != rows:
             raise Failed(f"{output}: {rows - finished} of {rows} rows are missing")
         parts.join()
     return [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def _written(parts: PredictionParts, lines: Iterator[Line]) -> Iterator[int]:
-    """Write lines, and yield how many went to the disk together. Those that are there go even where
-    the work ends by an error: they need not be made again."""
-    held, since = list[Line](), time.monotonic()
-    try:
-        for line in lines:
-            held.append(line)
-            if len(held) >= _ROWS_AT_ONCE or time.monotonic() - since > _SECONDS_AT_ONCE:
-                parts.append(held)
-                count, held, since = len(held), [], time.monotonic()
-                yield count
-    finally:
-        if held:
-            parts.append(held)
-    if held:
-        yield len(held)

@@ -5,6 +5,7 @@ be taken of all rows, of one row, and of rows drawn again."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,7 +50,7 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: {"rouge-1": {"f", "p", "r"}, .., "bleu-4": x}; None where not finite."""
         values = {
-            name: float(value) if np.isfinite(value) else None
+            name: number_or_none(value)
             for name, value in zip(self.names, self.values_M, strict=True)
         }
         out: dict[str, Any] = {}
@@ -59,6 +60,13 @@ class Measured:
             else:
                 out[name] = {"f": value} if f"{name}.p" in values else value
         return out
+
+
+def number_or_none(value: float, digits: int | None = None) -> float | None:
+    """A number for JSON, which has neither NaN nor infinity."""
+    if not math.isfinite(value):
+        return None
+    return float(value) if digits is None else round(float(value), digits)
 
 
 def divided(sums: Figures) -> Figures:

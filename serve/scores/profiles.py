@@ -4,7 +4,7 @@ was computed. A row with an empty answer scores 0, and counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from serve.scores.bleu import bleu_4, sacrebleu_zh
 from serve.scores.measured import Measured, means, signature, versions
@@ -22,6 +22,7 @@ from serve.scores.segmentation import Words, characters
 
 _BEST = "the best by F, for each ROUGE"
 _ALL = "all, by nltk's rule for BLEU"
+_CHINESE = "F of sets of words by the arithmetic of rouge-chinese 1.0.3, L over all words"
 
 
 def measure(rows: Sequence[ScoredRow], training: Container[str] | None = None) -> list[Measured]:
@@ -41,30 +42,42 @@ def measure(rows: Sequence[ScoredRow], training: Container[str] | None = None) -
     ]
 
 
-def _nrefs(rows: Sequence[ScoredRow]) -> str:
-    counts = {len(row.references) for row in rows}
-    return str(counts.pop()) if len(counts) == 1 else "var"
-
-
-def _refs(rows: Sequence[ScoredRow], bleu: bool = True) -> str:
+def _refs(rows: Sequence[ScoredRow], bleu: bool) -> str:
     """How several references count; a single one needs no words."""
-    nrefs = _nrefs(rows)
+    counts = {len(row.references) for row in rows}
+    nrefs = str(counts.pop()) if len(counts) == 1 else "var"
     return nrefs if nrefs == "1" else f"{nrefs} ({_BEST}{f'; {_ALL}' if bleu else ''})"
+
+
+def _told(
+    rows: Sequence[ScoredRow],
+    package: str,
+    computed: Mapping[str, str],
+    tok: str = Words.signature,
+    empty: str = "0",
+    **further: str,
+) -> str:
+    """A profile's signature: what is `computed` by which package, of which words, and how."""
+    return signature(
+        **computed,
+        tok=tok,
+        **further,
+        mean="rows",
+        empty=empty,
+        nrefs=_refs(rows, bleu="bleu" in computed),
+        version=versions(package),
+    )
 
 
 def seed(rows: Sequence[ScoredRow], words: Words) -> Measured:
     """The original project's scores."""
-    told = signature(
-        rouge="sets of words by the arithmetic of rouge 1.0.1, L over sentences cut at full stops",
-        bleu="4 orders of characters without spaces, sentences, nltk method1",
-        tok=Words.signature,
-        case="prediction stripped and lower-cased, reference as it is",
-        scale="0..1",
-        mean="rows",
-        empty="0",
-        nrefs=_refs(rows),
-        version=versions("nltk"),
-    )
+    cut = "L over sentences cut at full stops"
+    computed = {
+        "rouge": f"sets of words by the arithmetic of rouge 1.0.1, {cut}",
+        "bleu": "4 orders of characters without spaces, sentences, nltk method1",
+    }
+    case = "prediction stripped and lower-cased, reference as it is"
+    told = _told(rows, "nltk", computed, case=case, scale="0..1")
     return means("seed", told, (*names(), "bleu-4"), [_seed_row(row, words) for row in rows])
 
 
@@ -85,17 +98,8 @@ def _seed_row(row: ScoredRow, words: Words) -> list[float]:
 def chatglm(rows: Sequence[ScoredRow], words: Words) -> Measured:
     """The scores of ChatGLM-6B's and LLaMA-Factory's evaluation, which differ from these by their
     rounding of each row to 4 digits."""
-    told = signature(
-        rouge="F of sets of words by the arithmetic of rouge-chinese 1.0.3, L over all words",
-        bleu="4 orders of characters, sentences, nltk method3",
-        tok=Words.signature,
-        case="mixed",
-        scale="0..100, rows not rounded",
-        mean="rows",
-        empty="0",
-        nrefs=_refs(rows),
-        version=versions("nltk"),
-    )
+    computed = {"rouge": _CHINESE, "bleu": "4 orders of characters, sentences, nltk method3"}
+    told = _told(rows, "nltk", computed, case="mixed", scale="0..100, rows not rounded")
     found = [
         [
             *_rouge_chinese_row(row.prediction, row.references, words),
@@ -109,16 +113,13 @@ def chatglm(rows: Sequence[ScoredRow], words: Words) -> Measured:
 def chatglm3(rows: Sequence[ScoredRow], words: Words) -> Measured:
     """The scores of ChatGLM3's finetune_hf.py: as `chatglm`, but texts are stripped and BLEU is
     over words. ms-swift differs: it skips empty rows, and its ROUGE-L is that of rouge 1.0.1."""
-    told = signature(
-        rouge="F of sets of words by the arithmetic of rouge-chinese 1.0.3, L over all words",
-        bleu="4 orders of words, sentences, nltk method3",
-        tok=Words.signature,
+    told = _told(
+        rows,
+        "nltk",
+        {"rouge": _CHINESE, "bleu": "4 orders of words, sentences, nltk method3"},
+        empty="0, and counted (ms-swift skips such rows)",
         case="mixed, texts stripped",
         scale="0..100, rows not rounded (ChatGLM3 prints BLEU as 0..1)",
-        mean="rows",
-        empty="0, and counted (ms-swift skips such rows)",
-        nrefs=_refs(rows),
-        version=versions("nltk"),
     )
     found = []
     for row in rows:
@@ -136,16 +137,14 @@ def _rouge_chinese_row(prediction: str, references: Sequence[str], words: Words)
 
 def rouge_score(rows: Sequence[ScoredRow], words: Words) -> Measured:
     """The package rouge-score over jieba's words, and over characters ("rouge-1-char" ..)."""
-    told = signature(
-        rouge="n-grams with multiplicity, L of the whole text",
+    told = _told(
+        rows,
+        "rouge-score",
+        {"rouge": "n-grams with multiplicity, L of the whole text"},
         tok=f"{Words.signature}, punctuation dropped; char: Han characters and other words",
         case="lower",
         stem="no",
         scale="0..1",
-        mean="rows",
-        empty="0",
-        nrefs=_refs(rows, bleu=False),
-        version=versions("rouge-score"),
     )
     cuts: tuple[Callable[[str], list[str]], ...] = (words.alphanumeric, characters)
     scorers = [RougeScore(cut) for cut in cuts]

@@ -79,7 +79,7 @@ def _without_answers(
     """An evaluation of further sections alone."""
     if dist.rank() != 0:
         return None
-    sections = further_sections(sides, options)
+    sections = further_sections(sides, [], options)
     report = {"models": [side.name for side in sides], "gate": []} | sections
     show("\n".join(sections_in_words(sections)))
     write_json(last_file, report)
@@ -98,7 +98,8 @@ def _reported(
     several = is_comparison(options)
     verdicts = gate.judged(requirements, {each.side.name: each.values for each in scored})
     reports = [write_side(each, is_last=not several) for each in scored]
-    sections = further_sections([each.side for each in scored], options)
+    sides, answers = [each.side for each in scored], [each.lines for each in scored]
+    sections = further_sections(sides, answers, options)
     if several:
         report = comparison_of(scored) | {"gate": verdicts} | sections
         shown = words.comparison_in_words(report)

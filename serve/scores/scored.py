@@ -18,7 +18,7 @@ from serve.files.sources import adapters_told
 from serve.options import EvaluateOptions, SamplingOptions
 from serve.scores.answers import Line, scored_row
 from serve.scores.intervals import bootstrap
-from serve.scores.measured import Figures, Measured
+from serve.scores.measured import Figures, Measured, number_or_none
 from serve.scores.profiles import measure
 from serve.scores.sides import Side
 
@@ -68,13 +68,6 @@ class Scored:
             row = {"id": line.get("id", place), "source": line["source"]}
             row |= {name: number_or_none(one_N[place], _ROW_DIGITS) for name, one_N in columns}
             yield json.dumps(row, ensure_ascii=False)
-
-
-def number_or_none(value: float, digits: int | None = None) -> float | None:
-    """A number for JSON, which has no NaN."""
-    if not math.isfinite(value):
-        return None
-    return float(value) if digits is None else round(float(value), digits)
 
 
 def score(
@@ -153,7 +146,7 @@ def _sums(options: EvaluateOptions, is_answered: bool) -> dict[str, Any]:
 
 
 def speed_of(scored: Scored) -> dict[str, Any]:
-    """The content of speed.json: how fast this run was, an interrupted run's rows ascored."""
+    """The content of speed.json: how fast this run was, an interrupted run's rows aside."""
     figures = scored.figures
     assert figures is not None, "nothing was generated"
     tokens = sum(line.get("completion_tokens") or 0 for line in scored.lines)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions
+from serve.scores.answers import Line
 from serve.scores.general import (
     check_general,
     general_in_words,
@@ -28,17 +29,20 @@ def check_sections(sides: Sequence[Side], options: EvaluateOptions) -> None:
     check_judge(sides, options)
 
 
-def further_sections(sides: Sequence[Side], options: EvaluateOptions) -> dict[str, Any]:
+def further_sections(
+    sides: Sequence[Side], answers: Sequence[Sequence[Line]], options: EvaluateOptions
+) -> dict[str, Any]:
     """The sections by name, as JSON; `options` are those of the whole evaluation.
 
-    Rank 0 alone asks for them. Each side's answers are in its `predictions`, in the order of the
-    rows; the report of one side (metrics.json), or of several (comparison.json), gets them.
+    Rank 0 alone asks for them. `answers` are those of each side, in the order of the rows; none
+    where nothing was to answer. The report of one side (metrics.json), or of several
+    (comparison.json), gets the sections.
     """
     found: dict[str, Any] = {}
     if options.general:
         found["general"] = general_section(sides, options)
     if options.judge is not None:
-        found["judge"] = judge_section(sides, options)
+        found["judge"] = judge_section(sides, answers, options)
     return found
 
 

@@ -39,8 +39,24 @@ def test_a_merge_report_spares_reading_the_weights(
 ) -> None:
     expected = model_sha256(model)
     reported(model)
+    digest._sha256.cache_clear()
     monkeypatch.setattr(digest, "file_sha256", lambda _: pytest.fail("the weights were read"))
     assert model_sha256(model) == expected
+
+
+def test_weights_are_read_again_only_once_they_have_changed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    real = digest.file_sha256
+    monkeypatch.setattr(digest, "file_sha256", lambda file: reads.append(file) or real(file))
+    first = model_sha256(model)
+    assert model_sha256(model) == first and len(reads) == 1
+    weights = model / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert model_sha256(model) != first and len(reads) == 2
 
 
 @pytest.mark.parametrize("text", [None, "[1]", '{"outputs": [1]}', '{"outputs": {"a": 1}}'])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from qwen_ds.report.significance import compare, matched, paired
+from serve.scores import intervals
+from serve.scores.measured import means
 
 
 def test_a_shift_of_all_rows_is_significant_and_noise_is_not() -> None:
@@ -25,6 +27,17 @@ def test_equal_models_are_called_different_in_about_one_of_twenty_sets() -> None
 def test_the_mean_of_one_row_is_itself() -> None:
     (only,) = paired(np.array([[0.25]]))
     assert (only.difference, only.low, only.high) == (0.25, 0.25, 0.25)
+
+
+def test_the_verdicts_are_those_of_the_evaluation() -> None:
+    rng = np.random.default_rng(2)
+    scores = [np.c_[rng.beta(k, 5, 50), rng.random((50, 6)) < 0.5] for k in (2, 3)]
+    first, second = scores
+    names = ("rouge", *"abcdef")
+    measured = [means("", "", names, side.tolist()) for side in scores]
+    theirs = np.transpose(intervals.paired(*measured))
+    ours = [(each.difference, each.low, each.high, each.p) for each in paired(second - first)]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_rows_are_matched_by_source_or_else_by_id() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from qwen_ds.errors import UserError
 from serve.scores import forgetting
-from serve.scores.forgetting import Worsening, change_of, compare
+from serve.scores.forgetting import Worsening, compare, mean_of, share_of_swaps
 
 Line = dict[str, Any]
 
@@ -93,14 +93,14 @@ def test_the_figures_are_those_of_the_definitions(quick: None) -> None:
 
 def test_the_ends_of_the_interval_lie_on_either_side_of_the_change(quick: None) -> None:
     rng = np.random.default_rng(3)
-    value, low, high, _ = change_of(rng.normal(0.5, 1, 200), np.ones(200), 0)
+    value, low, high = mean_of(rng.normal(0.5, 1, 200), np.ones(200), rng)
     half = 1.96 / 200**0.5
     assert (low, high) == pytest.approx((value - half, value + half), abs=0.03)
 
 
 def test_the_share_of_swaps_is_exact_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forgetting, "FLIPS", 20_000)
-    *_, p = change_of(np.array([1.0, 1.0, 1.0, 1.0]), np.ones(4), 0)
+    p = share_of_swaps(np.array([1.0, 1.0, 1.0, 1.0]), np.random.default_rng(0))
     assert p == pytest.approx(1 / 16, abs=0.01)  # one of 2^4 ways to swap is as large
 
 

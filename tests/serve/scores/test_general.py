@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from qwen_ds.decode.exceptions import DecodingError
 from qwen_ds.errors import Failed, UserError
+from serve.files import line_writer
 from serve.options import EvaluateOptions, parse
 from serve.scores import general, kept_rows
 from serve.scores.likelihood import EngineScorer, Item, Scores
@@ -108,7 +109,7 @@ def test_a_killed_measurement_goes_on_where_it_was(
             yield found
 
     monkeypatch.setattr(EngineScorer, "score", dying)
-    monkeypatch.setattr(kept_rows, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(line_writer, "ROWS_AT_ONCE", 5)
     with pytest.raises(Failed, match="killed"):
         measured(tmp_path / "out", rows, "--model", small_dir)
     assert not (tmp_path / "out" / "general.jsonl").exists()
@@ -129,7 +130,7 @@ def test_the_bar_counts_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield from ({"id": row} for row in left)
 
     monkeypatch.setattr(kept_rows, "tqdm", bar)
-    monkeypatch.setattr(kept_rows, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(line_writer, "ROWS_AT_ONCE", 8)
     lines = kept_rows.kept_rows(tmp_path / "out.jsonl", {"of": "a test"}, 20, make, False)
     assert [line["id"] for line in lines] == list(range(20))
     assert bars[0].n == 20, "the last four are no whole batch"

@@ -1,8 +1,6 @@
-"""Bootstrap intervals and the paired test, on simulated sets and against sacrebleu."""
+"""Bootstrap intervals and the paired test of measures, by hand and against sacrebleu."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from serve.scores.intervals import bootstrap, paired
 from serve.scores.measured import Figures, Measured, divided, means
 from serve.scores.rows import ScoredRow
 from tests.serve.scores.pairs import text_pairs
+from tests.test_resampling import scores_like_rouge
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -21,31 +20,6 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 def of_values(values_NM: Figures) -> Measured:
     names = [f"m{k}" for k in range(values_NM.shape[1])]
     return means("", "", names, values_NM.tolist())
-
-
-def scores_like_rouge(rng: np.random.Generator, rows: int, sets: int) -> Figures:
-    """Scores [rows, sets]: skewed, one in ten is 0; their mean is 0.9 * 2 / 7."""
-    return rng.beta(2, 5, size=(rows, sets)) * (rng.random((rows, sets)) < 0.9)
-
-
-def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
-    """In 93 to 97 % of 2,000 sets of 200 rows; the share's standard deviation is sqrt(0.95 * 0.05 /
-    2000) = 0.5 %. The sets are columns, so that all share the places of the rows drawn."""
-    values = scores_like_rouge(np.random.default_rng(1), rows=200, sets=2000)
-    low, high = bootstrap(of_values(values))
-    mean = 0.9 * 2 / 7
-    assert 0.93 <= ((low <= mean) & (mean <= high)).mean() <= 0.97
-    # By the central limit theorem the width is 2 * 1.96 standard errors.
-    width = 2 * 1.96 * values.std(axis=0) / math.sqrt(200)
-    assert (high - low).mean() == pytest.approx(width.mean(), rel=0.03)
-
-
-def test_two_rows_give_an_interval_of_all_that_can_be_drawn() -> None:
-    # Means of 0 and 1 drawn twice: 0, 1/2 and 1 in 1, 2 and 1 of 4 cases.
-    low, high = bootstrap(of_values(np.array([[0.0], [1.0]])))
-    assert (low, high) == ([0.0], [1.0])
-    low, high = bootstrap(of_values(np.array([[0.3]])))
-    assert (low, high) == ([0.3], [0.3])
 
 
 def test_quotients_are_of_sums_and_not_means_of_quotients() -> None:
@@ -75,18 +49,6 @@ def test_both_sides_of_a_pair_are_drawn_alike() -> None:
     assert (bootstrap(a)[1] > bootstrap(b)[0]).all()  # alone they overlap
     assert paired(a, a)[3] == [1.0]
     np.testing.assert_allclose(paired(b, a)[0], -0.01, rtol=1e-9)
-
-
-def test_p_is_small_by_chance_as_often_as_it_says() -> None:
-    """Models that differ by chance alone: p <= 0.05 in 5 % of 1,500 comparisons, of which 0.6 % is
-    one standard deviation, and p <= 0.5 in half of them (1.3 %)."""
-    rng = np.random.default_rng(4)
-    common = scores_like_rouge(rng, 120, 1500)
-    a, b = (of_values(common + rng.normal(0, 0.1, common.shape)) for _ in "12")
-    _, low, high, p = paired(a, b, resamples=400)
-    assert 0.035 <= (p <= 0.05).mean() <= 0.07
-    assert 0.45 <= (p <= 0.5).mean() <= 0.55
-    assert 0.93 <= ((low <= 0) & (high >= 0)).mean() <= 0.97
 
 
 def test_a_measure_that_is_nowhere_defined_has_no_interval() -> None:

@@ -83,6 +83,18 @@ def test_a_judge_that_always_says_first_gives_half(sides: list[str], tmp_path: P
     assert found["first_share"] == 1.0
 
 
+def test_a_model_may_be_named_tie(sides: list[str], tmp_path: Path) -> None:
+    named = [f"tie={sides[0]}", sides[1]]
+    with scripted(says(longer)) as server:
+        found = judged(server.url, named, tmp_path / "lost")["results"]["after"]
+        assert (found["win_rate"], found["turned"]) == (1.0, 0)
+        found = judged(server.url, named[::-1], tmp_path / "won")["results"]["tie"]
+        assert (found["win_rate"], found["turned"]) == (0.0, 0)
+    with scripted(says(lambda *_: "[[tie]]")) as server:
+        found = judged(server.url, named[::-1], tmp_path / "even")["results"]["tie"]
+        assert (found["win_rate"], found["ties"]) == (0.5, ROWS)
+
+
 def test_a_judge_with_a_reason_finds_the_better_side_in_both_orders(
     sides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
