@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from qwen_ds.page.charts import histogram
-from qwen_ds.page.html import figure
+from qwen_ds.page.html import duration, figure
 from qwen_ds.report.folder import Row, RunFiles, flat, number, series
 from qwen_ds.report.recipe_table import spelled
 from qwen_ds.report.verdict import SEVERITIES, speed
@@ -173,13 +173,6 @@ def cards(run: RunFiles) -> list[tuple[str, str]]:
         (trained, "trainable parameters", millions),
     ]
     return [(of(value), name) for value, name, of in found if value is not None]
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def millions(parameters: float) -> str:
