@@ -84,7 +84,7 @@ class RunReader:
         expected, a trouble, and `otherwise`."""
         try:
             return make()
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as bad:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as bad:
             self.troubles.append(
                 f"{name}: its values are not as expected ({type(bad).__name__}: {bad}); left out"
             )
