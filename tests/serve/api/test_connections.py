@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from serve.api.connections import HEADER_BYTES, Clients, patient
+from serve.api.connections import HEADER_BYTES, Clients, Connection, patient
 from tests.serve.api.running import until
 from tests.serve.api.scripted import scripted_server
 
@@ -31,6 +31,11 @@ class Endless(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return itertools.repeat(self[0])
+
+
+def hasty() -> type[Connection]:
+    """Connections that soon lose patience."""
+    return patient(Clients(PATIENCE))
 
 
 def connected(url: str, buffer: int | None = None) -> socket.socket:
@@ -59,7 +64,7 @@ def drip(client: socket.socket, data: bytes, pause: float = PATIENCE / 10) -> No
 
 
 def test_headers_that_never_end_are_cut_off_however_they_come(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["yes"], patient(Clients(PATIENCE))) as (url, _):
+    with scripted_server(vocab_path, lambda job: ["yes"], hasty()) as (url, _):
         with connected(url) as silent:
             assert silent.recv(1) == b""
         with connected(url) as slow:
@@ -72,10 +77,7 @@ def test_headers_that_never_end_are_cut_off_however_they_come(vocab_path: Path) 
 
 def test_a_body_that_nobody_waits_for_is_cut_off(vocab_path: Path) -> None:
     with (
-        scripted_server(vocab_path, lambda job: ["yes"], patient(Clients(PATIENCE)), ["key"]) as (
-            url,
-            _,
-        ),
+        scripted_server(vocab_path, lambda job: ["yes"], hasty(), ["key"]) as (url, _),
         connected(url) as client,
     ):
         client.sendall(HEADERS % 1000)
@@ -94,10 +96,7 @@ def test_a_refusal_reaches_a_client_that_sends_its_whole_body_first(vocab_path: 
 
 
 def test_an_answer_that_takes_longer_is_not_cut_nor_is_the_next_one(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["a"] * 20, patient(Clients(PATIENCE))) as (
-        url,
-        pool,
-    ):
+    with scripted_server(vocab_path, lambda job: ["a"] * 20, hasty()) as (url, pool):
         pool.pause_seconds = PATIENCE / 5
         with httpx.Client(base_url=url, timeout=60) as client:
             for stream in (True, False, True):
@@ -108,10 +107,7 @@ def test_an_answer_that_takes_longer_is_not_cut_nor_is_the_next_one(vocab_path: 
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_its_job_cancelled(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: Endless(), patient(Clients(PATIENCE))) as (
-        url,
-        pool,
-    ):
+    with scripted_server(vocab_path, lambda job: Endless(), hasty()) as (url, pool):
         pool.pause_seconds = 0.001
         body = chat(stream=True)
         with connected(url, 4096) as client:
@@ -135,10 +131,7 @@ def test_a_client_that_leaves_is_a_499_in_the_log_streaming_or_not(vocab_path: P
 
 
 def test_an_answer_that_nobody_reads_does_not_keep_its_connection(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["x" * 10**7], patient(Clients(PATIENCE))) as (
-        url,
-        pool,
-    ):
+    with scripted_server(vocab_path, lambda job: ["x" * 10**7], hasty()) as (url, pool):
         body = chat()
         with connected(url, 4096) as client:
             client.sendall(HEADERS % len(body) + body)
