@@ -169,9 +169,9 @@ class LogOptions:
     the split of the time into data, forward, backward, optimizer and communication, in the run
     folder's profile/."""
     trackers: list[Literal["swanlab", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
-    """Trackers that also get the numbers of metrics.jsonl. Each needs its package, and writes into
-    the run folder where its own login and variables say nothing else. TensorBoard's files are
-    always written."""
+    """Trackers that also get the numbers of metrics.jsonl. Each needs its package. Without a login
+    or variables of their own they write into the run folder, trackio into its local database.
+    TensorBoard's files are always written."""
     project: str | None = None
     """The run's project in the trackers (MLflow: its experiment). Unset: as the tracker's own
     variables have it, or qwen-ds."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qwen_ds.disk.place import given_path, output_file, refuse_input, require_folder
 from qwen_ds.errors import UserError
+from qwen_ds.page.charts import SERIES_COLOURS
 from qwen_ds.page.html import count
 from qwen_ds.recipe.parser import Parser
 from qwen_ds.recipe.ranges import PathText
@@ -23,7 +24,7 @@ from qwen_ds.report.folder import read_run
 from qwen_ds.runlog import run_command
 from qwen_ds.terminal import show
 
-MAX_RUNS = 8  # one for each colour
+MAX_RUNS = SERIES_COLOURS
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def main() -> int:
     page, troubles = _one(runs[0], options) if len(runs) == 1 else _several(runs, options)
     for line in troubles:
         show(f"note: {line}", err=True)
-    about = "1 run" if len(runs) == 1 else count(len(runs), "run")
-    show(f"{page}: {about}, {page.stat().st_size / 1000:,.0f} kB")
+    show(f"{page}: {count(len(runs), 'run')}, {page.stat().st_size / 1000:,.0f} kB")
     return 0
 
 
@@ -81,7 +81,7 @@ def _several(runs: Sequence[Path], options: ReportOptions) -> tuple[Path, list[s
     beside = runs[0].absolute().parent / several_runs.PAGE
     page = _new_page(options, options.output or str(beside), runs)
     several_runs.write_page(found, page)
-    return page, [f"{run.name}: {line}" for run in found for line in run.troubles]
+    return page, several_runs.troubles_of(found)
 
 
 def _new_page(options: ReportOptions, given: str, runs: Sequence[Path]) -> Path:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_ds.report.folder import Row, RunFiles, RunReader, number
+from qwen_ds.report.folder import Row, RunFiles, finite, number
 from qwen_ds.report.significance import Paired, compare, matched
 
 METRICS, ROWS, PREDICTIONS = "metrics.json", "rows.jsonl", "predictions.jsonl"
@@ -90,8 +90,12 @@ class ScoreTable:
 
     @property
     def names(self) -> list[str]:
-        """Full names of all scores, in the order of the profiles."""
-        return list(dict.fromkeys(name for e in self.evaluations for name in e.scores))
+        return score_names(self.evaluations)
+
+
+def score_names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Full names of all scores, in the order of the profiles."""
+    return list(dict.fromkeys(name for each in evaluations for name in each.scores))
 
 
 def find(run: RunFiles) -> list[Evaluation]:
@@ -117,7 +121,6 @@ def _of(run: RunFiles, report: Row, place: str) -> Evaluation | None:
     scores = scores_of(report)
     if not scores:
         return None
-    reader = RunReader(run.folder, run.troubles)
     model, adapter = report.get("model"), report.get("adapter")
     asked = run.recipe.get("model")
     is_base = not adapter and isinstance(asked, dict) and _same(model, asked.get("path"))
@@ -129,8 +132,8 @@ def _of(run: RunFiles, report: Row, place: str) -> Evaluation | None:
         report,
         scores,
         {str(key): str(text) for key, text in (report.get("signatures") or {}).items()},
-        reader.lines(f"{place}/{ROWS}"),
-        reader.lines(f"{place}/{PREDICTIONS}"),
+        run.reader.lines(f"{place}/{ROWS}"),
+        run.reader.lines(f"{place}/{PREDICTIONS}"),
         (run.folder / place / METRICS).stat().st_mtime,
     )
 
@@ -164,7 +167,7 @@ def scores_of(report: Row) -> dict[str, Score]:
     found = {}
     for name, value in values.items():
         low, high = intervals.get(name) or (None, None)
-        found[name] = Score(number({"v": value}, "v"), low, high)
+        found[name] = Score(finite(value), low, high)
     return found
 
 
@@ -174,23 +177,18 @@ def _is_profile(value: Any) -> bool:
 
 def tables(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[ScoreTable]:
     """The evaluations by what they belong to: one call that compared models, or the same data."""
-    groups: dict[str, list[Evaluation]] = {}
+    groups: dict[tuple[bool, str], list[Evaluation]] = {}
     for evaluation in evaluations:
-        above = Path(evaluation.place).parent.as_posix()
-        if run.reader.has(f"{above}/{COMPARISON}"):
-            groups.setdefault(above, []).append(evaluation)
-        else:
-            groups.setdefault(f"data: {', '.join(evaluation.data)}", []).append(evaluation)
+        above, data = Path(evaluation.place).parent.as_posix(), ", ".join(evaluation.data)
+        is_call = run.reader.has(f"{above}/{COMPARISON}")
+        groups.setdefault((is_call, above if is_call else data), []).append(evaluation)
     found = []
-    for key, members in groups.items():
-        is_call = not key.startswith("data: ")
-        comparison = run.reader.json(f"{key}/{COMPARISON}") if is_call else {}
-        order = [str(name) for name in comparison.get("models") or []]
+    for (is_call, place), members in groups.items():
+        comparison = run.reader.json(f"{place}/{COMPARISON}") if is_call else {}
         if is_call:
-            names = [Path(member.place).name for member in members]
-            rank = {name: order.index(name) if name in order else len(order) for name in names}
+            order = [str(name) for name in comparison.get("models") or []]
             members = [replace(each, model=Path(each.place).name) for each in members]
-            members.sort(key=lambda e: rank[e.model])
+            members.sort(key=lambda e: order.index(e.model) if e.model in order else len(order))
         else:
             members = sorted(members, key=lambda e: (not e.is_base, e.written))
         verdicts = [_verdicts(members[0], other, comparison) for other in members[1:]]

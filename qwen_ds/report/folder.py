@@ -84,7 +84,7 @@ class RunReader:
         expected, a trouble, and `otherwise`."""
         try:
             return make()
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as bad:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as bad:
             self.troubles.append(
                 f"{name}: its values are not as expected ({type(bad).__name__}: {bad}); left out"
             )
@@ -170,7 +170,11 @@ def _outcome(reader: RunReader) -> Row:
 
 def number(row: Row, key: str) -> float | None:
     """The finite number at a key, or None."""
-    value = row.get(key)
+    return finite(row.get(key))
+
+
+def finite(value: Any) -> float | None:
+    """The value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from qwen_ds.page.charts import histogram
-from qwen_ds.page.html import figure
-from qwen_ds.report.folder import Row, RunFiles, flat, number
+from qwen_ds.page.html import duration, figure
+from qwen_ds.report.folder import Row, RunFiles, flat, number, series
 from qwen_ds.report.recipe_table import spelled
 from qwen_ds.report.verdict import SEVERITIES, speed
 
@@ -105,7 +105,7 @@ def _histograms(use: str, report: Row) -> list[Markup]:
     if not isinstance(lengths, dict):
         return []
     options = report.get("options") or {}
-    cut = ((report.get("total") or {}).get("truncated")) or {}
+    cut = (report.get("total") or {}).get("truncated") or {}
     bounds = {
         "rows": ("max_tokens", "oldest turns dropped"),
         "targets": ("max_answer_tokens", "answer cut"),
@@ -137,7 +137,7 @@ def ordered(findings: Sequence[Row]) -> list[Row]:
     return sorted(
         (
             {
-                "finding": str(each["finding"]).replace("_", " "),
+                "finding": str(each["finding"]),
                 "severity": each["severity"],
                 "count": int(each["count"]),
                 "share": float(each["share"]),
@@ -159,16 +159,10 @@ def ordered(findings: Sequence[Row]) -> list[Row]:
 def cards(run: RunFiles) -> list[tuple[str, str]]:
     """Figures for the top of the page: value, name."""
     last = run.steps[-1] if run.steps else {}
-    best = min(
-        (v for row in run.evals if (v := number(row, "eval_loss")) is not None), default=None
-    )
-    seconds = number(run.outcome, "seconds") or sum(
-        number(row, "seconds") or 0 for row in run.steps
-    )
+    best = min(series(run.evals, "eval_loss")[1], default=None)
+    seconds = number(run.outcome, "seconds") or sum(series(run.steps, "seconds")[1])
     trained = number(run.environment, "trainable_parameters")
-    memory = max(
-        (v for row in run.steps if (v := number(row, "memory_gb")) is not None), default=None
-    )
+    memory = max(series(run.steps, "memory_gb")[1], default=None)
     found = [
         (number(last, "step"), "optimizer steps", figure),
         (seconds or None, "time, all starts", duration),
@@ -179,13 +173,6 @@ def cards(run: RunFiles) -> list[tuple[str, str]]:
         (trained, "trainable parameters", millions),
     ]
     return [(of(value), name) for value, name, of in found if value is not None]
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def millions(parameters: float) -> str:

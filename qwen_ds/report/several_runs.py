@@ -10,7 +10,7 @@ from typing import NamedTuple
 from qwen_ds.disk.write import write_text
 from qwen_ds.report import sections, training_charts
 from qwen_ds.report.answers import Changed, changed, sampled_last
-from qwen_ds.report.evaluations import Evaluation, find, verdicts
+from qwen_ds.report.evaluations import Evaluation, find, score_names, verdicts
 from qwen_ds.report.folder import Row, RunFiles
 from qwen_ds.report.one_run import templates
 from qwen_ds.report.recipe_table import between
@@ -41,7 +41,7 @@ class Compared(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for e in self.evaluations for name in e.scores))
+        return score_names(self.evaluations)
 
 
 def write_page(runs: Sequence[RunFiles], output: Path) -> None:
@@ -67,10 +67,15 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         "compared": compared,
         "samples": [] if compared else _last_samples(runs),
     }
-    troubles = [
-        f"{name}: {line}" for run, name in zip(runs, names, strict=True) for line in run.troubles
-    ]
-    return templates().get_template("runs.html.j2").render(**values, troubles=troubles)
+    template = templates().get_template("runs.html.j2")
+    return template.render(**values, troubles=troubles_of(runs))
+
+
+def troubles_of(runs: Sequence[RunFiles]) -> list[str]:
+    """The troubles of all runs, each with the name of its run."""
+    names = distinct_names([run.folder for run in runs])
+    pairs = zip(runs, names, strict=True)
+    return [f"{name}: {line}" for run, name in pairs for line in run.troubles]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:

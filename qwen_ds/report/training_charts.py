@@ -68,8 +68,8 @@ def of_several_runs(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Mark
 
     def drawn(title: str, of: Callable[[RunFiles], Curve], from_zero: bool = False) -> Markup:
         found = [
-            replace(of(run), name=name, colour=number_)
-            for number_, (run, name) in enumerate(zip(runs, names, strict=True))
+            replace(of(run), name=name, colour=colour)
+            for colour, (run, name) in enumerate(zip(runs, names, strict=True))
         ]
         return curves(found, STEP, title, from_zero=from_zero)
 

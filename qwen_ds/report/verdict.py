@@ -153,22 +153,22 @@ def _data(run: RunFiles) -> list[Sentence]:
     return found
 
 
-def _were(number_: int) -> str:
-    return "was" if number_ == 1 else "were"
+def _were(things: int) -> str:
+    return "was" if things == 1 else "were"
 
 
 def _findings(run: RunFiles) -> list[Sentence]:
     found = run.data.get("findings") or []
-    words = {"stop": "grave defects", "warn": "defects"}
+    words: dict[Severity, str] = {"warn": "defects", "stop": "grave defects"}
     sentences = []
-    for severity in SEVERITIES:
+    for severity, word in words.items():
         named = [
-            f"{str(each['finding']).replace('_', ' ')} ({each['count']:,})"
+            f"{each['finding']} ({each['count']:,})"
             for each in found
-            if each["severity"] == severity and severity in words
+            if each["severity"] == severity
         ]
         if named:
-            text = f"The data check found {words[severity]}: {', '.join(named)}."
+            text = f"The data check found {word}: {', '.join(named)}."
             sentences.append(Sentence(text, severity))
     return sentences
 

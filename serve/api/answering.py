@@ -54,6 +54,11 @@ class ClientGone(Exception):
     """The client has left; nobody waits for an answer."""
 
 
+def no_engine() -> ApiError:
+    """The error where every engine is loading or dead."""
+    return ApiError(503, "no engine is ready; send the request again", retry_after=5)
+
+
 class Answers:
     """The jobs of one request in their engine, and their events in the order in which they come."""
 
@@ -63,7 +68,7 @@ class Answers:
         """`began`: when the request came (monotonic). ApiError 503: no engine is there."""
         engine = pool.least_busy()
         if engine is None:
-            raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
+            raise no_engine()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._first: tuple[int, Event] | None = None
         self.texts = [""] * len(jobs)

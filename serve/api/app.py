@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from qwen_ds.errors import UserError
-from serve.api.answering import CLIENT_LEFT, Answering, ClientGone
+from serve.api.answering import CLIENT_LEFT, Answering, ClientGone, no_engine
 from serve.api.bodies import (
     Body,
     ChatBody,
@@ -138,7 +138,7 @@ _ERRORS: dict[int | str, Json] = {
 def _room(front: Front) -> int:
     """Tokens of keys and values that a request may have. ApiError 503: no engine is there."""
     if not front.pool.ready:
-        raise ApiError(503, "no engine is ready; send the request again", retry_after=5)
+        raise no_engine()
     return front.pool.room
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +22,16 @@ _REST_SECONDS = 1.0  # of a connection that makes room for another one, at least
 @dataclass(slots=True)
 class Clients:
     """The limits of all connections of one server, those that wait for a request, and those that
-    were refused and have not gone yet."""
+    were refused and have not gone yet.
 
-    patience: float = 60.0  # seconds
+    Args:
+        patience: seconds that a client may keep us waiting.
+        most: clients at a time. One more takes the place of the one that has rested longest, or is
+            refused where none rests.
+        log: is told one object for what is no request and for each client that is refused.
+    """
+
+    patience: float = 60.0
     most: int = 10_000
     log: Callable[[dict[str, Any]], None] = lambda line: None
     # Since when (seconds of the loop), the longest first.
@@ -37,7 +43,7 @@ class Clients:
         for connection, since in self.resting.items():
             if now - since < _REST_SECONDS:
                 return None
-            if not connection.transport.get_write_buffer_size():
+            if connection.is_at_rest:
                 return connection
         return None
 
@@ -85,6 +91,11 @@ class Connection(H11Protocol):
     @property
     def _is_under_way(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no request is under way and every answer is gone."""
+        return not (self._is_under_way or self.transport.get_write_buffer_size())
 
     def _watch(self) -> None:
         """Give the client so long for the whole of a request's headers; more bytes of them do not
@@ -164,9 +175,8 @@ class Connection(H11Protocol):
         self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
     def _answer(self, error: ApiError, passing: Passing) -> None:
-        body = json.dumps(error.body()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body))}
-        headers |= {"connection": "close", "x-request-id": passing.request_id} | error.headers()
+        headers, body = error.encoded()
+        headers |= {"connection": "close", "x-request-id": passing.request_id}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         for event in (
             h11.Response(
@@ -180,14 +190,6 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
 
 
-def patient(
-    seconds: float, most: int = 10_000, log: Callable[[dict[str, Any]], None] = lambda line: None
-) -> type[Connection]:
-    """Connections that wait so long for their clients.
-
-    Args:
-        most: clients at a time. One more takes the place of the one that has rested longest, or is
-            refused where none rests.
-        log: is told one object for what is no request and for each client that is refused.
-    """
-    return type("PatientConnection", (Connection,), {"clients": Clients(seconds, most, log)})
+def patient(clients: Clients) -> type[Connection]:
+    """The class of the connections of one server, for uvicorn, which makes them."""
+    return type("PatientConnection", (Connection,), {"clients": clients})

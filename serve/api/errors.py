@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,12 @@ class ApiError(Exception):
         if self.status == 504:  # clients of OpenAI try 5xx again, and it would take as long
             headers["x-should-retry"] = "false"
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+    def encoded(self) -> tuple[dict[str, str], bytes]:
+        """All headers and the body of the answer."""
+        body = json.dumps(self.body(), ensure_ascii=False).encode(errors="backslashreplace")
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        return headers | self.headers(), body
 
     def logged(self) -> str:
         """The error for the log: what is to blame and why, without the client's own text."""

@@ -213,9 +213,7 @@ class _Replayed:
 
 
 async def _send_error(send: Send, error: ApiError) -> None:
-    body = json.dumps(error.body(), ensure_ascii=False).encode(errors="backslashreplace")
-    headers = {"content-type": "application/json", "content-length": str(len(body))}
-    headers |= error.headers()
+    headers, body = error.encoded()
     if error.status == 408:
         headers["connection"] = "close"
     # With the others the connection stays: what is left of the body is read and thrown away. Closed

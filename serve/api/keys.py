@@ -8,6 +8,7 @@ from qwen_ds.disk.read import read_text
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from serve.api.options import ApiOptions
+from serve.api.origins import is_loopback
 
 _KEY_FILE_BYTES = 1 << 20
 
@@ -25,7 +26,7 @@ def read_keys(options: ApiOptions) -> list[str]:
         if file.stat().st_mode & 0o077:
             say(f"{file}: other users can read the keys; chmod 600 would keep them out")
         keys += found
-    if not keys and options.host not in ("127.0.0.1", "localhost", "::1"):
+    if not keys and not is_loopback(options.host):
         say(f"--host {options.host} without --api_key_file: whoever reaches it can use it")
     return keys
 

@@ -12,14 +12,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from qwen_ds.errors import UserError
 from qwen_ds.signals import last_words
 from qwen_ds.terminal import show
-from serve.api.connections import HEADER_BYTES, patient
+from serve.api.connections import HEADER_BYTES, Clients, Connection, patient
 from serve.api.gate import Gate, Log
 from serve.api.options import ApiOptions
 from serve.api.tls import tls_context
@@ -140,19 +140,14 @@ class Server(uvicorn.Server):
 
     async def _abort_idle(self) -> None:
         """Cut off connections that are found at rest twice in a row."""
-        resting: set[Any] = set()
+        resting: set[Connection] = set()
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            found: set[Any] = {c for c in self.server_state.connections if _is_at_rest(c)}
+            connections = cast(set[Connection], self.server_state.connections)
+            found = {connection for connection in connections if connection.is_at_rest}
             for one in found & resting:
                 one.transport.abort()
             resting = found
-
-
-def _is_at_rest(connection: Any) -> bool:
-    cycle, transport = connection.cycle, connection.transport
-    is_done = cycle is None or cycle.response_complete
-    return bool(is_done and not transport.get_write_buffer_size())
 
 
 def configured(
@@ -165,7 +160,7 @@ def configured(
     config = uvicorn.Config(
         gate, log_config=None, log_level="error", access_log=False, lifespan="off",
         server_header=False, timeout_keep_alive=_IDLE_SECONDS,
-        h11_max_incomplete_event_size=HEADER_BYTES, http=patient(patience, most, log),
+        h11_max_incomplete_event_size=HEADER_BYTES, http=patient(Clients(patience, most, log)),
         ws="none", backlog=1,
         timeout_graceful_shutdown=round(options.drain_seconds) + LAST_WORDS_SECONDS,
     )  # fmt: skip

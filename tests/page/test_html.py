@@ -7,7 +7,7 @@ import re
 import jinja2
 import pytest
 
-from qwen_ds.page.html import cut, environment, figure, shown
+from qwen_ds.page.html import cut, duration, environment, figure, shown
 
 PAGE = """{% extends "page.html.j2" %}
 {% block title %}{{ name }}{% endblock %}
@@ -57,3 +57,7 @@ def test_figures_have_four_digits_and_none_is_a_dash() -> None:
     assert [figure(v) for v in (1.23456, 12345, 0.00031, None, True, "x")] == [
         "1.235", "12,345", "0.00031", "–", "True", "x",
     ]  # fmt: skip
+
+
+def test_times_are_read_at_a_glance() -> None:
+    assert [duration(s) for s in (12.4, 600, 7_500)] == ["12 s", "10 min", "2 h 05 min"]

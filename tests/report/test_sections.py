@@ -51,6 +51,14 @@ def test_a_broken_part_costs_nothing_but_itself(tmp_path: Path) -> None:
     assert line.startswith("data_report.json: its values are not as expected (ValueError: 1 edges")
 
 
+def test_rows_of_none_that_were_read_cost_their_table_alone(tmp_path: Path) -> None:
+    run = run_with(tmp_path, total={**data_report()["total"], "read": 0})
+    page = sections.data_page(run)
+    assert page.fates == [] and page.sets and len(page.charts) == 2
+    (line,) = run.troubles
+    assert line.startswith("data_report.json: its values are not as expected (ZeroDivisionError")
+
+
 def test_the_cards_hold_what_is_known(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     found = {name: value for value, name in sections.cards(run)}
@@ -66,8 +74,7 @@ def test_the_cards_hold_what_is_known(tmp_path: Path) -> None:
     }
 
 
-def test_times_and_counts_are_read_at_a_glance() -> None:
-    assert [sections.duration(s) for s in (12.4, 600, 7_500)] == ["12 s", "10 min", "2 h 05 min"]
+def test_counts_are_read_at_a_glance() -> None:
     assert [sections.millions(n) for n in (36_864, 10_158_080, 7.7e9)] == [
         "36,864", "10.2 M", "7.7 B",
     ]  # fmt: skip

@@ -115,12 +115,12 @@ def test_dropped_and_skipped_rows_and_duplicates_are_named(tmp_path: Path) -> No
 def test_findings_of_the_data_check_are_named_by_their_severity(tmp_path: Path) -> None:
     findings = [
         {"finding": "mojibake", "severity": "stop", "count": 1_200},
-        {"finding": "near_duplicates", "severity": "warn", "count": 3},
+        {"finding": "near-duplicate", "severity": "warn", "count": 3},
         {"finding": "odd", "severity": "note", "count": 9},
     ]
     found = spoken(tmp_path, data=FINE | {"findings": findings, "duplicates": 3})
     assert found[1:] == [
-        Sentence("The data check found defects: near duplicates (3).", "warn"),
+        Sentence("The data check found defects: near-duplicate (3).", "warn"),
         Sentence("The data check found grave defects: mojibake (1,200).", "stop"),
     ]
 

@@ -1,1 +1,1 @@
-"""Metrics, progress, profile, evaluation, and the page of a finished run."""
+"""Metrics, trackers, progress, profile, evaluation, and the page of a finished run."""

@@ -35,6 +35,9 @@ class Sample:
     answer: str
     reference: str
 
+    def as_markdown(self) -> str:
+        return f"**{self.prompt}**\n\n{self.answer}\n\n*{self.reference}*"
+
 
 @dataclass(frozen=True, slots=True)
 class BestLoss:

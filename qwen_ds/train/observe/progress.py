@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from qwen_ds import dist
 from qwen_ds.data.batches import WindowStatistics
+from qwen_ds.page.html import duration
 from qwen_ds.runlog import JsonLines, say
 from qwen_ds.train.observe.evaluation import Sample
 from qwen_ds.train.observe.metrics import Hardware, Step, metrics
@@ -111,7 +112,7 @@ class Progress:
         self._bar.clear()
         say(
             f"step {number} of {self._steps}; ends about {ends:%Y-%m-%d %H:%M %Z} "
-            f"({_duration(left)} left)"
+            f"({duration(left)} left)"
         )
 
     def flush(self) -> None:
@@ -183,8 +184,3 @@ class Progress:
 
 def _step(saved: dict[str, Any]) -> Step:
     return Step(**saved | {"window": WindowStatistics(**saved["window"])})
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

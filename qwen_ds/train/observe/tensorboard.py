@@ -49,9 +49,9 @@ class Board:
         self._board = SummaryWriter(str(self._folder), purge_step=first + 1 if first else 0)
         return ""
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
-        self._board.add_histogram("data/tokens", tokens_N, 0)
-        self._board.add_histogram("data/target_tokens", targets_N, 0)
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
+        for tag, lengths_N in values.items():
+            self._board.add_histogram(tag, lengths_N, 0)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -60,8 +60,7 @@ class Board:
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         for i, sample in enumerate(samples):
-            text = f"**{sample.prompt}**\n\n{sample.answer}\n\n*{sample.reference}*"
-            self._board.add_text(f"samples/{i + 1}", text, step)
+            self._board.add_text(f"samples/{i + 1}", sample.as_markdown(), step)
 
     def close(self, ending: Ending) -> None:
         if ending == "finished" and (file := self._board.file_writer):

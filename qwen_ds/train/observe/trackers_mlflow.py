@@ -1,7 +1,4 @@
-"""MLflow as a writer of a run's numbers.
-
-Shapes: N rows.
-"""
+"""MLflow as a writer of a run's numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ class MlflowRun:
         self._client.log_batch(self.run_id, params=settings)
         return f"{uri}, run {self.run_id}"
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
         """It has no histograms."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,7 +1,4 @@
-"""SwanLab as a writer of a run's numbers.
-
-Shapes: N rows.
-"""
+"""SwanLab as a writer of a run's numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ class SwanlabRun:
         )
         return ""  # it says by itself where the run is
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
         """It has no histograms."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:

@@ -36,17 +36,18 @@ class TrackioRun:
         )
         return ""  # it says by itself where the run is
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
-        found = {"data/tokens": tokens_N, "data/target_tokens": targets_N}
-        values = {tag: trackio.Histogram(lengths.tolist()) for tag, lengths in found.items()}
-        self._trackio.log(values, step=0)
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
+        found = {tag: trackio.Histogram(lengths_N.tolist()) for tag, lengths_N in values.items()}
+        self._trackio.log(found, step=0)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._trackio.log(dict(values), step=step)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        texts = [f"**{s.prompt}**\n\n{s.answer}\n\n*{s.reference}*" for s in samples]
-        values = {f"samples/{i + 1}": trackio.Markdown(text) for i, text in enumerate(texts)}
+        values = {
+            f"samples/{i + 1}": trackio.Markdown(sample.as_markdown())
+            for i, sample in enumerate(samples)
+        }
         self._trackio.log(values, step=step)
 
     def close(self, ending: Ending) -> None:

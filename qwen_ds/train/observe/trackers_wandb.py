@@ -55,10 +55,9 @@ class WandbRun:
             return f"{self._wandb.settings.sync_dir} ({why}`wandb sync` uploads it)"
         return self._wandb.url or ""
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
-        found = {"data/tokens": tokens_N, "data/target_tokens": targets_N}
-        values = {tag: wandb.Histogram(lengths.tolist()) for tag, lengths in found.items()}
-        self._wandb.log(values, step=0)
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
+        found = {tag: wandb.Histogram(lengths_N.tolist()) for tag, lengths_N in values.items()}
+        self._wandb.log(found, step=0)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._wandb.log(dict(values), step=step)

@@ -65,8 +65,8 @@ class Writer(Protocol):
         """Begin or continue the run; returns where it is to be seen, in words, or ""."""
         ...
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
-        """Take in how long the rows are, once."""
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take in the lengths [N] of all rows by their tags, such as data/tokens; once."""
         ...
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -163,8 +163,9 @@ class Writers:
         self._writers = writers
 
     def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
+        values = {"data/tokens": tokens_N, "data/target_tokens": targets_N}
         for each in self._writers:
-            each.call(lambda writer: writer.lengths(tokens_N, targets_N))
+            each.call(lambda writer: writer.lengths(values))
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for each in self._writers:

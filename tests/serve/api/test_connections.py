@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from serve.api.connections import HEADER_BYTES, patient
+from serve.api.connections import HEADER_BYTES, Clients, Connection, patient
 from tests.serve.api.running import until
 from tests.serve.api.scripted import scripted_server
 
@@ -31,6 +31,11 @@ class Endless(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return itertools.repeat(self[0])
+
+
+def hasty() -> type[Connection]:
+    """Connections that soon lose patience."""
+    return patient(Clients(PATIENCE))
 
 
 def connected(url: str, buffer: int | None = None) -> socket.socket:
@@ -59,7 +64,7 @@ def drip(client: socket.socket, data: bytes, pause: float = PATIENCE / 10) -> No
 
 
 def test_headers_that_never_end_are_cut_off_however_they_come(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["yes"], patient(PATIENCE)) as (url, _):
+    with scripted_server(vocab_path, lambda job: ["yes"], hasty()) as (url, _):
         with connected(url) as silent:
             assert silent.recv(1) == b""
         with connected(url) as slow:
@@ -72,7 +77,7 @@ def test_headers_that_never_end_are_cut_off_however_they_come(vocab_path: Path) 
 
 def test_a_body_that_nobody_waits_for_is_cut_off(vocab_path: Path) -> None:
     with (
-        scripted_server(vocab_path, lambda job: ["yes"], patient(PATIENCE), ["key"]) as (url, _),
+        scripted_server(vocab_path, lambda job: ["yes"], hasty(), ["key"]) as (url, _),
         connected(url) as client,
     ):
         client.sendall(HEADERS % 1000)
@@ -91,7 +96,7 @@ def test_a_refusal_reaches_a_client_that_sends_its_whole_body_first(vocab_path: 
 
 
 def test_an_answer_that_takes_longer_is_not_cut_nor_is_the_next_one(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["a"] * 20, patient(PATIENCE)) as (url, pool):
+    with scripted_server(vocab_path, lambda job: ["a"] * 20, hasty()) as (url, pool):
         pool.pause_seconds = PATIENCE / 5
         with httpx.Client(base_url=url, timeout=60) as client:
             for stream in (True, False, True):
@@ -102,7 +107,7 @@ def test_an_answer_that_takes_longer_is_not_cut_nor_is_the_next_one(vocab_path: 
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_its_job_cancelled(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: Endless(), patient(PATIENCE)) as (url, pool):
+    with scripted_server(vocab_path, lambda job: Endless(), hasty()) as (url, pool):
         pool.pause_seconds = 0.001
         body = chat(stream=True)
         with connected(url, 4096) as client:
@@ -126,7 +131,7 @@ def test_a_client_that_leaves_is_a_499_in_the_log_streaming_or_not(vocab_path: P
 
 
 def test_an_answer_that_nobody_reads_does_not_keep_its_connection(vocab_path: Path) -> None:
-    with scripted_server(vocab_path, lambda job: ["x" * 10**7], patient(PATIENCE)) as (url, pool):
+    with scripted_server(vocab_path, lambda job: ["x" * 10**7], hasty()) as (url, pool):
         body = chat()
         with connected(url, 4096) as client:
             client.sendall(HEADERS % len(body) + body)
@@ -150,7 +155,7 @@ def test_what_is_no_request_gets_an_error_in_openais_form(vocab_path: Path) -> N
         (head + b"x: " + b"a" * 2 * HEADER_BYTES, 431),
     ]
     lines: list[dict[str, Any]] = []
-    kind = patient(PATIENCE, log=lines.append)
+    kind = patient(Clients(PATIENCE, log=lines.append))
     with scripted_server(vocab_path, lambda job: ["yes"], kind) as (url, pool):
         for i, (raw, status) in enumerate(cases):
             with connected(url) as client:
@@ -180,7 +185,7 @@ def whole_answer(client: socket.socket) -> tuple[dict[str, str], bytes]:
 
 def test_the_log_has_no_header_that_was_not_one(vocab_path: Path) -> None:
     lines: list[dict[str, Any]] = []
-    kind = patient(PATIENCE, log=lines.append)
+    kind = patient(Clients(PATIENCE, log=lines.append))
     with scripted_server(vocab_path, lambda job: ["yes"], kind) as (url, _), connected(url) as one:
         one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization Bearer my-key\r\n\r\n")
         assert whole_answer(one)[0][""].startswith("HTTP/1.1 400")
@@ -190,7 +195,7 @@ def test_the_log_has_no_header_that_was_not_one(vocab_path: Path) -> None:
 def test_a_new_client_takes_the_place_of_the_one_that_has_rested_longest(vocab_path: Path) -> None:
     ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with (
-        scripted_server(vocab_path, lambda job: ["yes"], patient(60, most=3)) as (url, _),
+        scripted_server(vocab_path, lambda job: ["yes"], patient(Clients(60, most=3))) as (url, _),
         connected(url) as first,
         connected(url) as second,
         connected(url) as third,
@@ -210,7 +215,7 @@ def test_a_new_client_takes_the_place_of_the_one_that_has_rested_longest(vocab_p
 
 def test_a_client_too_many_is_refused_where_nobody_rests(vocab_path: Path) -> None:
     lines: list[dict[str, Any]] = []
-    kind = patient(60, most=2, log=lines.append)
+    kind = patient(Clients(60, most=2, log=lines.append))
     with scripted_server(vocab_path, lambda job: Endless(), kind) as (url, pool):
         pool.pause_seconds = 0.05
         body = chat(stream=True)

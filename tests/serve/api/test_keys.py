@@ -32,6 +32,9 @@ def test_keys_are_lines_of_a_file_and_open_hosts_without_them_are_said(
         read(*words)
     assert read() == []
     assert "whoever reaches it can use it" in capsys.readouterr().out
+    for host in ("127.0.0.1", "127.0.0.8", "::1", "localhost"):  # nobody else reaches these
+        assert read("--host", host) == []
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("text", ["\ufeffone\r\ntwo\r\n", "\ufeff# ours\none\ntwo", "one\n\ntwo\n"])

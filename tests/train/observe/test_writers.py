@@ -32,8 +32,8 @@ class Notes:
         self._note("start")
         return "over there"
 
-    def lengths(self, tokens_N: np.ndarray, targets_N: np.ndarray) -> None:
-        self._note("lengths", tokens_N.tolist(), targets_N.tolist())
+    def lengths(self, values: Mapping[str, np.ndarray]) -> None:
+        self._note("lengths", {tag: lengths_N.tolist() for tag, lengths_N in values.items()})
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._note(step, dict(values))
@@ -55,7 +55,8 @@ class Failing(Notes):
 
 
 ALL = [
-    ("start",), ("lengths", [3, 4], [1, 2]), (1, {"train/loss": 1.0}), (2, {"train/loss": 2.0}),
+    ("start",), ("lengths", {"data/tokens": [3, 4], "data/target_tokens": [1, 2]}),
+    (1, {"train/loss": 1.0}), (2, {"train/loss": 2.0}),
     (3, {"train/loss": 3.0}), (4, {"train/loss": 4.0}), (4, [Sample("q", "a", "r")]),
     ("close", "finished"),
 ]  # fmt: skip
