@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_ds.disk.digest import REPORT_NAME
-from qwen_ds.disk.write import publish, write_json
+from qwen_ds.disk.write import publish
 from qwen_ds.errors import UserError
 from qwen_ds.export import output_place
 from qwen_ds.export.base_check import check_copies
@@ -97,7 +96,7 @@ def merge(
         if kind is not None:
             proven = verify_merge(plan, folder, kind, options.prompts)
             report = replace(report, verification=proven)
-        write_json(folder / REPORT_NAME, report.as_json())
+        report.write(folder)
         publish(folder, report.folder)
     return report
 

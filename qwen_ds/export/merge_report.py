@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_ds.disk.digest import REPORT_NAME
+from qwen_ds.disk.write import write_json
 from qwen_ds.export.output_place import rejected_name
 from qwen_ds.export.proof.verify import Verification
 from qwen_ds.export.qwen2.tokenizer_check import TokenizerCheck
@@ -49,9 +51,10 @@ class MergeReport:
         """The folder of the merged model."""
         return rejected_name(Path(self.output)) if self.rejected else Path(self.output)
 
-    def as_json(self) -> dict[str, Any]:
-        """The report as JSON, with null for a figure that is not a number, as in a failed proof."""
-        return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None))
+    def write(self, folder: Path) -> None:
+        """Write the report, with null for a figure that is not a number, as in a failed proof."""
+        found = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
+        write_json(folder / REPORT_NAME, found)
 
     def in_words(self) -> list[str]:
         """A few lines for the screen."""

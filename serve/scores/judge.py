@@ -197,7 +197,7 @@ def results_of(lines: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
 
 
 def _points(line: Mapping[str, Any], name: str) -> float:
-    """What a verdict counts for a model. A model, too, may be named "tie"."""
+    """Points of a verdict for a model, which may itself be named "tie"."""
     return 0.5 if line["verdict"] == "tie" else float(line[line["verdict"]] == name)
 
 
