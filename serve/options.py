@@ -252,7 +252,7 @@ class EvaluateOptions(AnswerOptions, GeneralOptions, JudgeOptions):
     training: list[PathText] = field(default_factory=list)
     """Files that the model was trained on: the share of answers that stand in them is measured."""
     require: list[str] = field(default_factory=list)
-    """Figures that must hold, or the exit code is 1: "seed.rouge-l>=0.2" "stop_rate>=0.99", with
+    """Figures that must hold, or the exit code is 1: "seed.rouge-l>=0.2" "general.forgot<1", with
     >=, >, <= or <. Of several models all but the first must hold them, or the one that is named:
     "NAME:stop_rate>=0.99"."""
     perplexity: bool = True

@@ -12,6 +12,8 @@ from typing import Any
 
 from qwen_ds.errors import UserError
 from serve.options import EvaluateOptions
+from serve.scores import general
+from serve.scores.judge import WIN_RATE
 from serve.scores.profiles import measure
 from serve.scores.rows import ScoredRow
 
@@ -41,21 +43,31 @@ def requirements_of(options: EvaluateOptions, names: Sequence[str]) -> list[Requ
     """The requirements of an evaluation whose sides have these names; without a name, one is for
     all sides but the first, with which the others are compared.
 
-    UserError: not a requirement, or a side or measure that there is not.
+    UserError: not a requirement, a side or measure that there is not, or one that these options
+    don't measure.
     """
     if not options.require:
         return []
-    known = _known_measures()
-    return [_requirement(text, options, names, known) for text in options.require]
+    needs = _needs()
+    return [_requirement(text, options, names, needs) for text in options.require]
 
 
-def _known_measures() -> list[str]:
+def _needs() -> dict[str, tuple[str, ...]]:
+    """By full name of a measure, the options without which it is not measured."""
     row = ScoredRow("a", ("a",), "stop", 1.0, 1)
-    return [name for one in measure([row], training=frozenset()) for name in one.full_names]
+    of_answers = [name for one in measure([row], training=frozenset()) for name in one.full_names]
+    needs: dict[str, tuple[str, ...]] = {name: ("data",) for name in of_answers}
+    for option, name in (("training", "verbatim_share"), ("perplexity", "perplexity")):
+        needs[name] += (option,)
+    needs |= {name: ("general",) for name in (*general.MEASURES, *general.AGAINST_FIRST)}
+    return needs | {WIN_RATE: ("data", "judge")}
 
 
 def _requirement(
-    text: str, options: EvaluateOptions, names: Sequence[str], known: Sequence[str]
+    text: str,
+    options: EvaluateOptions,
+    names: Sequence[str],
+    needs: Mapping[str, tuple[str, ...]],
 ) -> Requirement:
     found = _FORM.fullmatch(text)
     bound = _number(found[4]) if found else None
@@ -66,16 +78,22 @@ def _requirement(
         raise UserError(
             f"--require {text!r}: no side is named {name}; expected one of {', '.join(names)}"
         )
-    if measured not in known:
-        near = difflib.get_close_matches(measured, known, 3, 0.4) or known[:3]
+    if measured not in needs:
+        near = difflib.get_close_matches(measured, needs, 3, 0.4) or [*needs][:3]
         raise UserError(
             f"--require {text!r}: no measure is named {measured}; expected one such as "
             f"{', '.join(near)}"
         )
-    for option, needs in (("training", "verbatim_share"), ("perplexity", "perplexity")):
-        if measured == needs and not vars(options)[option]:
-            raise UserError(f"--require {text!r}: {needs} is measured with --{option} alone")
+    given = {**vars(options), "data": options.data or options.predictions}
+    for option in needs[measured]:
+        if not given[option]:
+            raise UserError(f"--require {text!r}: {measured} is measured with --{option} alone")
     sides = (name,) if name is not None else tuple(names[1:] or names)
+    if measured in (*general.AGAINST_FIRST, WIN_RATE) and names[0] in sides:
+        raise UserError(
+            f"--require {text!r}: {measured} is that of a model against the first, {names[0]}; "
+            "expected another one, or --compare with several"
+        )
     return Requirement(text, sides, measured, sign, bound)
 
 
@@ -93,7 +111,7 @@ def judged(
     """Each requirement and side, as JSON: the figure, and whether it is `met`.
 
     Args:
-        values: by side and full name of a measure.
+        values: by side and full name of a measure, as far as it was measured.
     """
     return [
         {

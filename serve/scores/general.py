@@ -6,7 +6,7 @@ chosen and answer; or error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from serve.engine.loading import free_memory
 from serve.files.parts import Settings, check_output, remove_parts
 from serve.files.sources import ModelSource, Source, file_card, find_source, settings_of_source
 from serve.options import EvaluateOptions
-from serve.scores.forgetting import compare, mean_of
+from serve.scores.forgetting import Verdict, compare, mean_of
 from serve.scores.general_rows import LETTERS, GeneralRow, read_general
 from serve.scores.kept_rows import Line, kept_rows
 from serve.scores.likelihood import (
@@ -38,6 +38,9 @@ from serve.scores.likelihood import (
 from serve.scores.sides import Side
 
 FILE = "general.jsonl"
+MEASURES = ("general.perplexity", "general.bits_per_byte", "general.accuracy")
+AGAINST_FIRST = ("general.perplexity_rise", "general.accuracy_fall", "general.forgot")
+_FORGOT: dict[Verdict, float] = {"no sign": 0.0, "cannot tell": 0.5, "forgot": 1.0}
 
 
 def check_general(sides: Sequence[Side], options: EvaluateOptions) -> None:
@@ -96,6 +99,24 @@ def general_in_words(section: dict[str, Any]) -> list[str]:
         if change["failed"]:
             out.append(f"{name}: {change['failed']} general rows failed and are left out")
     return out
+
+
+def general_values(section: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """MEASURES by side, and AGAINST_FIRST of all sides but the first, as far as they were measured.
+
+    A rise or fall is the worsening of serve.scores.forgetting; general.forgot is 0 for no sign of
+    forgetting, 0.5 where that cannot be told, 1 for a model that forgot.
+    """
+    found = {
+        name: {f"general.{figure}": value for figure, (value, _, _) in scores.items()}
+        for name, scores in section["scores"].items()
+    }
+    for name, change in section.get("changes", {}).items():
+        for kind, measure in (("texts", "perplexity_rise"), ("questions", "accuracy_fall")):
+            if kind in change:
+                found[name][f"general.{measure}"] = change[kind]["worsening"]
+        found[name]["general.forgot"] = _FORGOT[change["verdict"]]
+    return found
 
 
 def remove_general_parts(sides: Sequence[Side]) -> None:

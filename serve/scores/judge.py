@@ -36,6 +36,7 @@ from serve.scores.kept_rows import Line, kept_rows
 from serve.scores.sides import Side
 
 FILE = "judge.jsonl"
+WIN_RATE = "judge.win_rate"
 CONCURRENCY = 8
 _JUDGE_OPTIONS = ("judge_model", "judge_key_file")
 
@@ -204,6 +205,11 @@ def _points(line: Mapping[str, Any], name: str) -> float:
 def _has_turned(both: Sequence[Mapping[str, Any]]) -> bool:
     """Whether each order has another winner: the judge went by the place."""
     return {line["verdict"] for line in both} in ({"first"}, {"second"})
+
+
+def judge_values(section: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """WIN_RATE of all sides but the first; None where no row has two verdicts."""
+    return {name: {WIN_RATE: found["win_rate"]} for name, found in section["results"].items()}
 
 
 def judge_in_words(section: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from serve.scores.sections import (
     check_sections,
     finish_sections,
     further_sections,
+    section_values,
     sections_in_words,
 )
 from serve.scores.sides import Side, is_comparison, sides_of
@@ -55,7 +56,7 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
         if dist.rank() == 0:
             check_side(side, last_file)
     if not options.data and not options.predictions:
-        return _without_answers(sides, options, last_file)
+        return _without_answers(sides, options, requirements, last_file)
     training: Container[str] | None = None
     if options.training and dist.rank() == 0:
         training = TrainingAnswers(options)
@@ -74,15 +75,18 @@ def _evaluate(options: EvaluateOptions, last_file: Path) -> dict[str, Any] | Non
 
 
 def _without_answers(
-    sides: Sequence[Side], options: EvaluateOptions, last_file: Path
+    sides: Sequence[Side],
+    options: EvaluateOptions,
+    requirements: Sequence[gate.Requirement],
+    last_file: Path,
 ) -> dict[str, Any] | None:
     """An evaluation of further sections alone."""
     if dist.rank() != 0:
         return None
     sections = further_sections(sides, [], options)
-    report = {"models": [side.name for side in sides], "gate": []} | sections
-    show("\n".join(sections_in_words(sections)))
-    write_json(last_file, report)
+    verdicts = gate.judged(requirements, section_values(sections))
+    report = {"models": [side.name for side in sides], "gate": verdicts} | sections
+    _end(report, [], is_comparison(options), last_file)
     finish_sections(sides)
     show(f"\nscores: {last_file}")
     return report
@@ -96,16 +100,24 @@ def _reported(
 ) -> dict[str, Any]:
     """Write all files of scores and show them; returns the content of the last."""
     several = is_comparison(options)
-    verdicts = gate.judged(requirements, {each.side.name: each.values for each in scored})
     reports = [write_side(each, is_last=not several) for each in scored]
     sides, answers = [each.side for each in scored], [each.lines for each in scored]
     sections = further_sections(sides, answers, options)
+    further = section_values(sections)
+    values = {each.side.name: each.values | further.get(each.side.name, {}) for each in scored}
+    rest = {"gate": gate.judged(requirements, values)} | sections
     if several:
-        report = comparison_of(scored) | {"gate": verdicts} | sections
+        report = comparison_of(scored) | rest
         shown = words.comparison_in_words(report)
     else:
-        report = reports[0] | {"gate": verdicts} | sections
+        report = reports[0] | rest
         shown = words.side_in_words(scored[0], report)
-    show("\n".join([shown, *sections_in_words(sections), *gate.in_words(verdicts, several)]))
-    write_json(last_file, report)
+    _end(report, [shown], several, last_file)
     return report
+
+
+def _end(report: dict[str, Any], shown: list[str], several: bool, last_file: Path) -> None:
+    """Show a report and write it."""
+    verdicts = gate.in_words(report["gate"], several)
+    show("\n".join([*shown, *sections_in_words(report), *verdicts]))
+    write_json(last_file, report)

@@ -13,16 +13,23 @@ from serve.scores.general import (
     check_general,
     general_in_words,
     general_section,
+    general_values,
     remove_general_parts,
 )
-from serve.scores.judge import check_judge, judge_in_words, judge_section, remove_judge_parts
+from serve.scores.judge import (
+    check_judge,
+    judge_in_words,
+    judge_section,
+    judge_values,
+    remove_judge_parts,
+)
 from serve.scores.sides import Side
 
 
 def check_sections(sides: Sequence[Side], options: EvaluateOptions) -> None:
     """Rank 0, before anything is generated. UserError: what a section needs is missing or wrong."""
     if not options.data and not options.predictions:  # no answers
-        for name in ("judge", "require", "training"):
+        for name in ("judge", "training"):
             if vars(options)[name]:
                 raise UserError(f"--{name} is given without --data; expected rows to answer")
     check_general(sides, options)
@@ -43,6 +50,18 @@ def further_sections(
         found["general"] = general_section(sides, options)
     if options.judge is not None:
         found["judge"] = judge_section(sides, answers, options)
+    return found
+
+
+def section_values(sections: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Figures of the sections that can be required, by side and by their names in the gate."""
+    found: dict[str, dict[str, float | None]] = {}
+    if "general" in sections:
+        for side, values in general_values(sections["general"]).items():
+            found.setdefault(side, {}).update(values)
+    if "judge" in sections:
+        for side, rate in judge_values(sections["judge"]).items():
+            found.setdefault(side, {}).update(rate)
     return found
 
 

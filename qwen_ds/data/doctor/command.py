@@ -21,6 +21,7 @@ from qwen_ds.data.doctor.table import table
 from qwen_ds.data.doctor.tally import FindingTally, has_any
 from qwen_ds.data.read.dialogue import Result
 from qwen_ds.data.read.sources import iter_conversations
+from qwen_ds.data.rows.data_report import not_read_line
 from qwen_ds.data.rows.reading import read_options
 from qwen_ds.errors import UserError
 from qwen_ds.terminal import show
@@ -105,6 +106,7 @@ def _summary(
         "rows_of_test_sets": rows["against"],
         "files": {columns.path: columns.rows for _, columns in gathered.files},
         "not_trained_on": dict(gathered.not_trained),
+        "not_read": {path: dict(keys) for path, keys in gathered.not_read.items() if keys},
         "tokens": "estimated" if options.model is None else "counted",
         "cut_by_limit": {
             each.option: {
@@ -142,6 +144,10 @@ def _last_lines(summary: dict[str, Any], options: CheckCommand) -> list[str]:
     if unknown := summary.get("rows_without_limit"):
         whose = "multi-turn rows" if options.data.learn_on == "original" else "rows"
         lines.append(f"lengths of {unknown:,} {whose} need --model or data.max_tokens")
+    several = len(summary["not_read"]) > 1
+    lines += [
+        not_read_line(keys, path if several else None) for path, keys in summary["not_read"].items()
+    ]
     if "kept" in summary:
         lines.append(
             f"{options.write}: {summary['kept']:,} rows; dropped.jsonl: {summary['dropped']:,}"

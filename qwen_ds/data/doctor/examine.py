@@ -32,7 +32,7 @@ from qwen_ds.data.read.dialogue import (
     Dropped,
     Result,
 )
-from qwen_ds.data.read.sources import ReadOptions, iter_conversations
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_conversations
 from qwen_ds.model.tokenizer import Encoding
 
 BATCH_ROWS = 2000
@@ -65,6 +65,7 @@ class Pass:
     """The record of each conversation."""
     endings: Endings = field(default_factory=Endings)
     not_trained: Counter[str] = field(default_factory=Counter)
+    not_read: NotRead = field(default_factory=dict)
     heads: list[tuple[int, str]] = field(default_factory=list)
     """(number of conversations, the beginnings of their questions, a line each)."""
     signatures: Signatures | None = None
@@ -177,7 +178,8 @@ def _talks(
         seen: list[object] = []
         last: tuple[str, object] | None = None
         record, untold = -1, list[tuple[int, Dropped]]()
-        for result, source in iter_conversations([columns.path], reading, seen=seen):
+        not_read = {} if side == AGAINST else gathered.not_read
+        for result, source in iter_conversations([columns.path], reading, None, not_read, seen):
             row = seen[0] if seen else None
             if columns.rows == most:
                 break

@@ -29,6 +29,7 @@ def page(summary: dict[str, Any]) -> str:
         limits=[str(limit) for limit in LIMITS],
         tokens=summary["tokens"],
         files=summary["files"],
+        not_read=summary["not_read"],
     )
 
 

@@ -33,6 +33,8 @@ _MEDIA = re.compile(
     re.MULTILINE,
 )
 SYSTEM_TURN = -1
+# Turns that are not read, as keys beside the names of columns.
+LAST_QUESTION, AFTER_BLANK = "a last question without an answer", "turns from a blank one on"
 EMPTY: tuple[object, ...] = (None, "", [], {})  # values of a column that holds nothing
 _KINDS = {"image": "images", "video": "videos", "audio": "audios"}
 _JSON_NAMES: dict[type, str] = {
@@ -97,6 +99,17 @@ def as_prompt(dialogue: Dialogue, default_system: str | None = None) -> tuple[Re
     turns = _turns(dialogue)
     reference = turns.pop().text if turns and turns[-1].role == "assistant" else None
     return _conversation(dialogue, turns, default_system), reference
+
+
+def turns_left_out(dialogue: Dialogue, used: int) -> str | None:
+    """Words for the turns of a dialogue that come after the first `used`, None if there are none
+    that say something."""
+    if used == 2 * len(dialogue.pairs):
+        return None
+    rest = [not is_blank(text) for pair in dialogue.pairs for text in pair][used:]
+    if not any(rest):
+        return None
+    return LAST_QUESTION if rest == [True, False] else AFTER_BLANK
 
 
 def _turns(dialogue: Dialogue) -> list[Turn]:

@@ -20,6 +20,7 @@ from typing import Literal
 from qwen_ds.data.read.containers import rows_inside
 from qwen_ds.data.read.dialogue import (
     EMPTY,
+    Dialogue,
     Dropped,
     Outcome,
     Result,
@@ -29,6 +30,7 @@ from qwen_ds.data.read.dialogue import (
     as_prompt,
     names,
     object_of,
+    turns_left_out,
 )
 from qwen_ds.data.read.files_json import BadRow, SourceRow
 from qwen_ds.data.read.limits import DEFAULT, FileOptions
@@ -46,7 +48,8 @@ from qwen_ds.data.read.readers import (
 from qwen_ds.data.read.readers_tree import MessageTrees
 from qwen_ds.errors import UserError
 
-NotRead = dict[str, Counter[str]]  # by path, the rows that hold something under a key not read
+NotRead = dict[str, Counter[str]]
+"""By path, how many rows hold something under a key that is not read, or in turns left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +159,12 @@ class _Reading:
                     result, reference = as_prompt(outcome, self.options.system)
                 else:
                     result = as_conversation(outcome, self.options.system)
-                if isinstance(result, Dropped) and not result.detail:
-                    result = self._explained(result, row)
+                if isinstance(result, Dropped):
+                    result = result if result.detail else self._explained(result, row)
+                elif isinstance(outcome, Dialogue):
+                    used = len(result.turns) + (reference is not None)
+                    if left_out := turns_left_out(outcome, used):
+                        self.not_read[place.path][left_out] += 1
                 yield result, reference, source
 
     def _outcomes(self, place: Place) -> Iterator[tuple[Outcome, str, object]]:

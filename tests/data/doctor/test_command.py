@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def damaged(tmp_path: Path) -> Path:
     with path.open("a") as file:
         file.write("{not json\n")
     return path
+
+
+def messages(texts: list[str]) -> list[dict[str, str]]:
+    roles = cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -229,3 +235,26 @@ def test_rows_whose_limit_is_not_known_are_told_of(
     assert told not in capsys.readouterr().out
     assert check(path, "--data.learn_on", "answer") == 0
     assert "lengths of 6 rows need" in capsys.readouterr().out
+
+
+def test_what_a_row_holds_beside_its_conversation_is_said(
+    check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = [
+        [
+            {"role": "user", "content": f"问题{i}是什么？"},
+            {"role": "assistant", "content": f"答案{i}。"},
+        ]
+        for i in range(3)
+    ]
+    talks[1].append({"role": "user", "content": "后来呢？"})
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"messages": talk, "kind": i} for i, talk in enumerate(talks)])
+    check(path, "--output", tmp_path / "out")
+    said = "not read: kind (3 rows), a last question without an answer (1 row)"
+    assert said in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    counts = {"kind": 3, "a last question without an answer": 1}
+    assert summary["not_read"] == {str(path): counts}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "a last question without an answer (1)" in page

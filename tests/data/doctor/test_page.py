@@ -18,7 +18,7 @@ def summary(severity: str = "warn", **more: Any) -> dict[str, Any]:
     shares = {"256": 0.5, "512": 0.25, "1024": 0.0, "2048": 0.0}
     return {
         "rows": 100, "rows_of_eval": 0, "rows_of_test_sets": 0, "files": {EVIL: 100},
-        "not_trained_on": {EVIL: 1}, "tokens": "estimated",
+        "not_trained_on": {EVIL: 1}, "not_read": {EVIL: {EVIL: 3}}, "tokens": "estimated",
         "cut_by_limit": {"data.max_tokens": {"value": 256, "rows": 50, "shares": shares}},
         "findings": [finding] if severity else [], **more,
     }  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 from qwen_ds.data.read import files, sources
 from qwen_ds.data.read.dialogue import Dropped
 from qwen_ds.data.read.places import locate
-from qwen_ds.data.read.sources import ReadOptions, iter_conversations, iter_prompts
+from qwen_ds.data.read.sources import NotRead, ReadOptions, iter_conversations, iter_prompts
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn
 
@@ -31,6 +31,12 @@ def write(path: Path, *rows: object) -> Path:
 
 def talk(*texts: str, system: str | None = None) -> Conversation:
     return Conversation(system, tuple(map(Turn, cycle(("user", "assistant")), texts)))
+
+
+def messages(texts: str) -> list[dict[str, str]]:
+    """Turns of words; - is blank."""
+    turns = zip(cycle(("user", "assistant")), texts.split(), strict=False)
+    return [{"role": role, "content": "" if text == "-" else text} for role, text in turns]
 
 
 def results_of(*paths: Path | str, **options: object) -> list[Conversation | Dropped]:
@@ -52,6 +58,29 @@ def test_one_file_may_mix_shapes(tmp_path: Path) -> None:
         (talk("i", "b"), f"{path}:2"),
         (dropped, f"{path}:3"),
     ]
+
+
+def test_turns_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    said = {
+        "q a": [], "q a q2": ["a last question without an answer"],
+        "q a q2 - q3 a3": ["turns from a blank one on"], "q a - a2": ["turns from a blank one on"],
+        "q a -": [], "q -": [],
+    }  # fmt: skip
+    for texts, expected in said.items():
+        path = str(write(tmp_path / "rows", {"messages": messages(texts)}))
+        not_read: NotRead = {}
+        list(iter_conversations([path], not_read=not_read))
+        assert not_read == {path: dict.fromkeys(expected, 1)}, texts
+
+
+def test_an_unanswered_last_question_is_what_a_prompt_asks(tmp_path: Path) -> None:
+    talks = [{"messages": messages(texts)} for texts in ("q a q2", "q a", "q a q2 - q3 a3")]
+    path = str(write(tmp_path / "rows", *talks))
+    not_read: NotRead = {}
+    prompts = [prompt for prompt, _, _ in iter_prompts([path], not_read=not_read)]
+    asked = [prompt.turns[-1].text for prompt in prompts if isinstance(prompt, Conversation)]
+    assert asked == ["q2", "q", "q2"]
+    assert not_read == {path: {"turns from a blank one on": 1}}
 
 
 def test_rows_without_a_system_text_get_the_given_one(tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ from serve.scores.gate import in_words, judged, requirements_of
 
 
 def options_for(*require: str, more: tuple[str, ...] = ()) -> EvaluateOptions:
-    return parse(EvaluateOptions, "", ["--output_dir", "out", "--require", *require, *more])
+    return parse(
+        EvaluateOptions,
+        "",
+        ["--output_dir", "out", "--data", "dev.json", "--require", *require, *more],
+    )
 
 
 VALUES = {
@@ -67,6 +71,8 @@ def test_a_single_side_must_hold_all() -> None:
         ("stop_rate>=high", "not a requirement"),
         ("other:stop_rate>=1", "no side is named other; expected one of base, new, newer"),
         ("verbatim_share<=0.1", "verbatim_share is measured with --training alone"),
+        ("general.accuracy>=0.3", "general.accuracy is measured with --general alone"),
+        ("judge.win_rate>=0.5", "judge.win_rate is measured with --judge alone"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(text: str, message: str) -> None:
@@ -79,3 +85,22 @@ def test_perplexity_that_is_not_measured_cannot_be_required() -> None:
     options = options_for("perplexity<3", more=("--perplexity", "false"))
     with pytest.raises(UserError, match="perplexity is measured with --perplexity alone"):
         requirements_of(options, ["base"])
+
+
+@pytest.mark.parametrize(
+    ("measure", "options"),
+    [
+        ("general.forgot", ("--general", "rows.jsonl")),
+        ("general.perplexity_rise", ("--general", "rows.jsonl")),
+        ("general.accuracy_fall", ("--general", "rows.jsonl")),
+        ("judge.win_rate", ("--judge", "http://127.0.0.1:9/v1")),
+    ],
+)
+def test_what_is_measured_against_the_first_side_is_not_required_of_it(
+    measure: str, options: tuple[str, ...]
+) -> None:
+    (one,) = requirements_of(options_for(f"{measure}<=0", more=options), list(VALUES))
+    assert one.names == ("new", "newer")
+    for text, names in ((f"base:{measure}<=0", list(VALUES)), (f"{measure}<=0", ["base"])):
+        with pytest.raises(UserError, match="is that of a model against the first, base"):
+            requirements_of(options_for(text, more=options), names)

@@ -81,6 +81,32 @@ def test_a_model_that_lost_what_it_knew_is_flagged_and_its_copy_is_not(
     assert not list(output.rglob("*.parts"))
 
 
+def test_forgetting_and_general_figures_can_be_required(
+    small_dir: Path,
+    broken_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sides = [f"base={small_dir}", f"copy={small_dir}", f"broken={broken_dir}"]
+    words = ["--general", str(rows), "--output_dir", str(tmp_path / "out"), "--compare", *sides]
+    words += ["--require", "general.forgot<1", "general.perplexity_rise<=0", "general.accuracy>=0"]
+    words += ["base:general.bits_per_byte>0"]
+    report = evaluate(parse(EvaluateOptions, "", words))
+    assert report is not None
+    met = {(one["model"], one["require"].split("general.")[1]): one for one in report["gate"]}
+    assert {key for key, one in met.items() if not one["met"]} == {
+        ("broken", "forgot<1"), ("broken", "perplexity_rise<=0"),
+    }  # fmt: skip
+    assert len(met) == 7
+    general = report["general"]
+    rise = general["changes"]["broken"]["texts"]["worsening"]
+    assert met["broken", "perplexity_rise<=0"]["value"] == rise > 0
+    base = general["scores"]["base"]["bits_per_byte"][0]
+    assert met["base", "bits_per_byte>0"]["value"] == base
+    assert "required  MISSED  broken: general.forgot<1  (1.0000)" in capsys.readouterr().out
+
+
 def test_one_model_alone_gets_its_figures(small_dir: Path, rows: Path, tmp_path: Path) -> None:
     found = measured(tmp_path / "out", rows, "--model", small_dir)
     ((name, scores),) = found["scores"].items()
@@ -162,7 +188,9 @@ def test_a_bad_row_is_told_before_any_model_is_asked(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--require", "stop_rate>=0.9"], "--require is given without --data"),
+        (["--require", "stop_rate>=0.9"], "stop_rate is measured with --data alone"),
+        (["--require", "perplexity<9"], "perplexity is measured with --data alone"),
+        (["--require", "general.forgot<1"], "forgot is that of a model against the first"),
         (["--adapter", "a=x"], "--general with adapters by name"),
     ],
 )

@@ -99,7 +99,8 @@ def test_a_judge_with_a_reason_finds_the_better_side_in_both_orders(
     sides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scripted(says(longer)) as server:
-        section = judged(server.url, sides, tmp_path / "out", "--judge_model", "qwen")
+        more = ["--judge_model", "qwen", "--require", "judge.win_rate>=0.9"]
+        section = judged(server.url, sides, tmp_path / "out", *more)
         assert server.bodies[0]["temperature"] == 0
     found = section["results"]["after"]
     assert (found["win_rate"], found["wins"], found["turned"]) == (1.0, ROWS, 0)
@@ -110,7 +111,9 @@ def test_a_judge_with_a_reason_finds_the_better_side_in_both_orders(
     assert [line["first"] for line in lines] == ["before", "after"] * ROWS
     assert {line["winner"] for line in lines} == {"after"}
     assert lines[0]["messages"][0]["role"] == "system" and "[[1]]" in lines[1]["reply"]
-    assert "100.0 % won (95 %: 100.0 to 100.0); 6 won, 0 lost" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "100.0 % won (95 %: 100.0 to 100.0); 6 won, 0 lost" in shown
+    assert "required  holds   after: judge.win_rate>=0.9  (1.0000)" in shown
 
 
 def test_unreadable_verdicts_and_refusals_are_counted_and_left_out(
