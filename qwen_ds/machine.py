@@ -1,28 +1,14 @@
-"""Resources of this machine: its device, its memory, the speed of its bf16."""
+"""Resources of this machine: its device and its memory."""
 
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError
-
-
-@cache
-def has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices faster than fp32 ones.
-
-    An x86 without a matrix unit (AMX) is slower: on one core, products of 1,024 x 512 x 1,376 ran
-    at 87 GFLOP/s in bf16 and at 165 in fp32.
-    """
-    # An older torch has no get_capabilities.
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -189,19 +189,19 @@ def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe
     Only LoRA may have its base in fp32: in full training this is also the dtype of the result.
     """
     if recipe.method == "lora" and not machine.on_gpu and not machine.fast_bf16:
-        reason = "this CPU multiplies fp32 faster than bf16 (no AMX)"
+        reason = "this CPU multiplies fp32 faster than bf16, as was measured"
         notes.append(Note("model.dtype", "float32", reason))
         return _with(recipe, "model", dtype="float32")
     return _with(recipe, "model", dtype="bfloat16")
 
 
 def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
-    """Take the faster kernel: on CPUs SDPA's backward pass is slow in bf16, so that plain products
-    beat it; in fp32 SDPA is faster."""
+    """Take the faster kernel: on CPUs the one that was measured to be."""
     if recipe.model.attention != "auto":
         return recipe
-    if not machine.on_gpu and recipe.model.dtype == "bfloat16":
-        reason = "on CPUs plain matrix products are faster in bfloat16"
+    dtype = recipe.model.dtype
+    if not machine.on_gpu and dtype in machine.eager_dtypes:
+        reason = f"on this CPU plain matrix products are faster in {dtype}, as was measured"
         notes.append(Note("model.attention", "eager", reason))
         return _with(recipe, "model", attention="eager")
     return _with(recipe, "model", attention="sdpa")

@@ -42,6 +42,8 @@ class Machine:
     memory: float  # bytes that a rank may fill: those of the rank with the least
     memory_source: str  # where that number comes from: the words that follow "GB" in messages
     fast_bf16: bool = True  # whether bf16 products are faster than fp32 ones on every rank
+    eager_dtypes: frozenset[str] = frozenset({"bfloat16"})
+    """Dtypes in which plain products are the faster attention on every rank."""
     can_quantise: bool = False
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
 

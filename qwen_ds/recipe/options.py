@@ -33,11 +33,11 @@ class ModelOptions:
     Qwen."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the frozen base and of the activations; trainable LoRA parameters are always fp32.
-    auto: bfloat16, but float32 for LoRA on x86 CPUs without a matrix unit for bf16 (AMX), where it
-    is faster and takes twice the memory."""
+    auto: bfloat16, but float32 for LoRA on CPUs that are measured to multiply it faster (x86
+    without AMX), where it takes twice the memory."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
-    auto: sdpa, but eager for bfloat16 on CPUs, where it is faster."""
+    auto: sdpa, but eager on CPUs where it is measured to be faster for short rows."""
     compile: bool = False
     """Compile each block (torch.compile). It takes 20 to 60 seconds at the start, which a long run
     gets back. It needs a C++ compiler, and Triton on a GPU."""

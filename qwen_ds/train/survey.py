@@ -7,14 +7,16 @@ import math
 import torch
 
 from qwen_ds import dist
+from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory, has_fast_bf16
+from qwen_ds.machine import available_memory
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
 from qwen_ds.plan.sources import find_sources
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.runlog import say
+from qwen_ds.train.cpu_speed import is_bf16_faster, is_eager_faster
 from qwen_ds.train.engine import start
 from qwen_ds.train.survive.identity import Began, changes, other_versions
 
@@ -73,6 +75,13 @@ def survey(device: torch.device) -> Machine:
         # All ranks must decide alike, so the one with the least decides.
         memory=min(dist.gather(free)),
         memory_source=source,
-        fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),
+        fast_bf16=on_gpu or all(dist.gather(is_bf16_faster())),
+        eager_dtypes=frozenset() if on_gpu else _eager_dtypes(),
         can_quantise=start.can_quantise_weights(device),
     )
+
+
+def _eager_dtypes() -> frozenset[str]:
+    """Names of the dtypes in which plain products are the faster attention on every rank."""
+    found = {name for name in ("bfloat16", "float32") if is_eager_faster(TORCH_DTYPES[name])}
+    return frozenset.intersection(*dist.gather(frozenset(found)))

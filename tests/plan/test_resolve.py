@@ -205,6 +205,8 @@ def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
         (CPU, [], "bfloat16", "eager"),
         (replace(CPU, fast_bf16=False), [], "float32", "sdpa"),
         (replace(CPU, fast_bf16=False), ["--method", "full"], "bfloat16", "eager"),
+        (replace(CPU, eager_dtypes=frozenset()), [], "bfloat16", "sdpa"),
+        (replace(CPU, eager_dtypes=frozenset({"float32"})), [], "bfloat16", "sdpa"),
         (CPU, ["--model.dtype", "float32"], "float32", "sdpa"),
         (CPU, ["--model.attention", "sdpa"], "bfloat16", "sdpa"),
     ],

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_ds import machine
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
@@ -59,21 +58,6 @@ def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
     assert (torch.corrcoef(of_four.T) - torch.eye(4)).abs().max() < 0.02
     torch.manual_seed(0)
     assert torch.equal(drop(x, 0.3)[0], dropped)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "fast"),
-    [
-        ({"architecture": "x86_64", "avx512_bf16": True}, False),
-        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, True),
-        ({"architecture": "aarch64"}, True),
-    ],
-)
-def test_x86_multiplies_bf16_fast_with_amx_only(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, object], fast: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert machine.has_fast_bf16.__wrapped__() == fast
 
 
 @pytest.mark.job
