@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
 from qwen_ds.decode.kv_pages import PagedStore, StepPages
+from qwen_ds.decode.transfers import on_device
 from qwen_ds.runlog import say
 
 
@@ -144,7 +145,7 @@ class GraphedModel:
         static = PackedStep(
             zeros.clone(), zeros.clone(), zeros.clone() + 1 if kind.is_extended else 0,
             torch.arange(rows, device=device),
-            zeros[0].clone() if kind.has_adapters else ((None, rows),), self.store,
+            zeros[0].clone() if kind.has_adapters else ((None, rows),), ((None, rows),), self.store,
         )  # fmt: skip
         places = StepPages(
             zeros[0] + self._scratch * size,
@@ -179,8 +180,8 @@ class GraphedModel:
             static.prompt_lens[:, :rows] = step.prompt_lens
         # Rows that an earlier, larger step has left go back to the scratch page, and to the base.
         if isinstance(static.adapters, Tensor):
-            unused = len(static.adapters) - rows
-            static.adapters.copy_(torch.tensor(numbers + [0] * unused))
+            numbers = numbers + [0] * (len(static.adapters) - rows)
+            static.adapters.copy_(on_device(numbers, torch.int64, static.adapters.device))
         places.slots_N[:rows], places.slots_N[rows:] = (
             new.slots_N,
             self._scratch * self.store.page_size,

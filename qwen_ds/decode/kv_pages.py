@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.nn.attention import (
 from torch.nn.attention.varlen import varlen_attn
 
 from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
+from qwen_ds.decode.transfers import all_on_device, on_device
 from qwen_ds.runlog import say
 
 GATHERED_TOKENS = 16 * 1024
@@ -111,10 +113,10 @@ class PagedStore(KVStore):
         # What lies behind a row's last token gets the weight 0, and 0 times NaN is NaN: a row that
         # went wrong must not spoil the next one that gets its page. So tables are filled up with
         # pages of the row itself, too.
-        if self._fresh:
-            self._pool[:, :, self._fresh] = 0
-            self._fresh = []
         device, size = self.shape.device, self.page_size
+        if self._fresh:
+            self._pool.index_fill_(2, on_device(self._fresh, torch.int64, device), 0)
+            self._fresh = []
         lens = [s.row.length + s.count for s in segments]
         self.num_keys = max(lens)
         slots = [
@@ -124,12 +126,15 @@ class PagedStore(KVStore):
             for position in range(segment.row.length, length)
         ]
         most = self.pages_for(self.num_keys)
-        tables = [(_table(s.row) + _table(s.row)[:1] * most)[:most] for s in segments]
+        table = [
+            page for s in segments for page in (_table(s.row) + _table(s.row)[:1] * most)[:most]
+        ]
         counts = [s.count for s in segments]
-        make = partial(torch.tensor, device=device, dtype=torch.int32)
+        starts = list(accumulate(counts, initial=0))
+        table_L, lens_B, starts_B1 = all_on_device([table, lens, starts], torch.int32, device)
         self.pages = StepPages(
-            torch.tensor(slots, device=device), make(tables), make(lens),
-            make([0, *counts]).cumsum(0, dtype=torch.int32), tuple(counts),
+            on_device(slots, torch.int64, device), table_L.view(-1, most), lens_B, starts_B1,
+            tuple(counts),
         )  # fmt: skip
 
     def attend(self, q_NHW: Tensor, k_NHW: Tensor, v_NHW: Tensor, layer: int) -> Tensor:

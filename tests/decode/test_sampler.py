@@ -15,7 +15,14 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from qwen_ds.decode.exceptions import InvalidSampling, LogitsNotFinite, NoTokenLeft
 from qwen_ds.decode.grammar import GrammarCompiler
-from qwen_ds.decode.sampler import RowSampler, Sampled, prepare, prompt_logprobs, sample
+from qwen_ds.decode.sampler import (
+    RowSampler,
+    Sampled,
+    change,
+    prepare,
+    prompt_logprobs,
+    sample,
+)
 from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups, uniforms
 
 CPU = torch.device("cpu")
@@ -150,7 +157,7 @@ def test_repetition_is_penalised_in_prompt_and_answer_as_in_transformers(penalty
         logits_RV = random_logits(1, step)
         logits_RV[:, TOKENS:] = -torch.inf
         changed_V = logits_RV[0].clone()
-        state.change(changed_V)
+        change(changed_V[None], [state])
         expected_RV = processor(torch.tensor([prompt + answer]), logits_RV)
         assert torch.equal(changed_V, expected_RV[0])
         (one,) = sample(logits_RV, [state])
@@ -163,7 +170,7 @@ def test_presence_and_frequency_are_penalised_in_the_answer_alone() -> None:
     for token in (8, 8, 8, 11):
         state.accept(token)
     logits_V = torch.zeros(HEAD)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert logits_V.nonzero()[:, 0].tolist() == [8, 11]
     assert logits_V[8].item() == -(3 * 0.25 + 1.5) and logits_V[11].item() == -(0.25 + 1.5)
 
@@ -171,7 +178,7 @@ def test_presence_and_frequency_are_penalised_in_the_answer_alone() -> None:
 def test_bias_comes_before_penalties_and_bans_beat_every_bias() -> None:
     state = row(7, logit_bias=((7, 3.0), (STOPS[0], 100.0)), repetition_penalty=2.0, min_tokens=2)
     logits_V = torch.full((HEAD,), 1.0)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert logits_V[7].item() == (1.0 + 3.0) / 2.0
     assert logits_V[list(STOPS)].tolist() == [-torch.inf] * 2
 
@@ -187,7 +194,7 @@ def test_min_tokens_holds_stops_back_and_not_longer() -> None:
 def test_a_stop_that_is_no_token_bans_none() -> None:
     state = RowSampler(SamplingParams(min_tokens=1), (1,), TOKENS, (-5, TOKENS + 5))
     logits_V = torch.zeros(HEAD)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert not logits_V.any()
 
 
