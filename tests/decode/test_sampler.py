@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from qwen_ds.decode import sampler as sampler_module
 from qwen_ds.decode.exceptions import InvalidSampling, LogitsNotFinite, NoTokenLeft
 from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.sampler import (
@@ -97,6 +98,35 @@ def test_a_row_of_a_mixed_batch_gets_what_it_gets_alone(
     for state, answers in zip(together, found, strict=True):
         assert state.tokens == tokens_of(answers)
         assert max(state.tokens) < TOKENS
+
+
+def test_a_device_apart_gets_the_tokens_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, compiler: GrammarCompiler
+) -> None:
+    """There, a row whose number may draw any token of the vocabulary is tried twice."""
+    grammar, tries = compiler.json_object(), list[bool]()
+    read = sampler_module._read
+
+    def spying(*args: Any, is_last_try: bool) -> Any:
+        tries.append(is_last_try)
+        return read(*args, is_last_try=is_last_try)
+
+    monkeypatch.setattr(sampler_module, "_read", spying)
+
+    def tokens(is_apart: bool) -> list[list[Sampled]]:
+        monkeypatch.setattr(sampler_module, "is_apart", lambda _: is_apart)
+        params = SamplingParams(True, 1.0, 1.0, 0, seed=9)
+        rows = [row(**params) for params in MIXED]
+        rows.append(RowSampler(params, (1,), TOKENS, STOPS, grammar))
+        # Nearly flat ones are among them: 1,024 tokens have a third of the probability.
+        spreads = [3.0, 0.05, 1.0]
+        return [sample(random_logits(len(rows), i, spreads[i % 3]), rows) for i in range(12)]
+
+    expected = tokens(False)
+    assert tries == [True] * 12
+    tries.clear()
+    assert tokens(True) == expected
+    assert tries.count(False) == 12 and 0 < tries.count(True) < 12
 
 
 def test_plain_sampling_draws_the_tokens_of_draw() -> None:

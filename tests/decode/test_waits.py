@@ -156,7 +156,7 @@ KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
         "repetition_penalty": 1 + i / 9, "presence_penalty": i / 99, "frequency_penalty": 0.1,
         "logit_bias": ((i, 1.0), (65, 0.5)), "min_tokens": 3, "stop": StopRule((7, 499)),
     },
-    "logprobs": lambda i: {"logprobs": i % 3},
+    "logprobs": lambda i: {"logprobs": (None, 0, 2)[i % 3]},
     "grammar": lambda i: {"grammar": COMPILER.regex("A*" if i % 2 else "[A-F]*")},
     "adapters": lambda i: {"adapter": (None, "a", "b")[i % 3]},
     "long": lambda i: {"length": 60 + 3 * i},
