@@ -109,6 +109,7 @@ COVERED_BY = {
     "qwen_ds/model/adapter_loading.py": "tests/serve/engine/test_merged_and_served.py",
     "qwen_ds/decode/largest.py": "tests/decode/test_sampling.py",
     "qwen_ds/decode/transfers.py": "tests/decode/test_waits.py",
+    "qwen_ds/decode/paged_attention.py": "tests/decode/test_kv_rows.py",
     "qwen_ds/decode/kv_pages.py": "tests/decode/test_kv_rows.py",
     "qwen_ds/decode/request.py": "tests/decode/test_engine.py",
     "qwen_ds/decode/scheduler.py": "tests/decode/test_engine.py",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
-from qwen_ds.decode.kv_pages import PagedStore, StepPages
+from qwen_ds.decode.kv_pages import PagedStore
+from qwen_ds.decode.paged_attention import StepPages
 from qwen_ds.decode.transfers import on_device
 from qwen_ds.runlog import say
 
@@ -152,8 +153,8 @@ class GraphedModel:
             torch.full((rows, kind.pages), self._scratch, dtype=torch.int32, device=device),
             torch.ones(rows, dtype=torch.int32, device=device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
-            (1,) * rows,
-        )
+            (1,) * rows, (1,) * rows,
+        )  # fmt: skip
         self.store.pages, self.store.num_keys = places, kind.pages * size
         if self._logits_BV is None:
             most = _power_of_two(self.most_rows)

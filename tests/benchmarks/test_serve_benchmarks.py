@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_ds.decode.paged_attention import PAGE_TOKENS
 from qwen_ds.decode.request import Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
-from serve.engine.engine import PAGE_TOKENS
 from tests.benchmarks import gpu_serve, serve
 from tests.benchmarks.serve_peers import continuous_batching
 
