@@ -14,21 +14,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    list_flash_attention_impls,
-    restore_flash_attention_impl,
-)
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from qwen_ds.decode.kv import KVShape
 from qwen_ds.runlog import say
+
+try:
+    from torch.nn.attention import (
+        activate_flash_attention_impl,
+        list_flash_attention_impls,
+        restore_flash_attention_impl,
+    )
+    from torch.nn.attention.varlen import varlen_attn
+
+    _HAS_TABLES = "block_table" in signature(varlen_attn).parameters
+except ImportError:  # an older torch
+    _HAS_TABLES = False
+flash_forward = torch.ops.aten._flash_attention_forward
 
 Reading = Literal["tables", "pages", "gathered"]
 
@@ -87,16 +95,15 @@ def parts_of(pages: StepPages, page_size: int) -> Parts:
 
 def attend_by_pages(q_BHW: Tensor, pool: Tensor, parts: Parts) -> Tensor:
     """Attention of rows with one new token, by a kernel without block tables."""
-    page_size, heads = pool.shape[2:4]
+    page_size = pool.shape[2]
     keys, values = pool.flatten(1, 2).unbind()
     num_pages = len(parts.used_M) // parts.rows
     q_MHW = q_BHW.repeat_interleave(num_pages, 0)
-    found = varlen_attn(
-        q_MHW, keys, values, parts.queries_M1, parts.starts_M1, 1, page_size,
-        enable_gqa=q_BHW.shape[1] != heads, seqused_k=parts.used_M,
-        return_aux=AuxRequest(lse=True),
+    # Not `varlen_attn`, which has `seqused_k` in the latest versions of torch only.
+    out_MHW, log_sum_HM, *_ = flash_forward(
+        q_MHW, keys, values, parts.queries_M1, parts.starts_M1, 1, page_size, 0.0, False, False,
+        seqused_k=parts.used_M,
     )  # fmt: skip
-    out_MHW, log_sum_HM = found
     if num_pages == 1:
         return out_MHW
     # Of a page without tokens the kernel says +inf.
@@ -173,6 +180,8 @@ def refuses_tables(shape: KVShape, page_size: int) -> str | None:
     """Why FlashAttention takes no block table of such pages, if it takes none. It is tried: that
     depends on the card, on the version in torch, which may have none with tables, and on the
     packages that replace it if they are installed. A wrong call of ours is an error."""
+    if not _HAS_TABLES:
+        return f"torch {torch.__version__} has none"
     reasons = []
     for name in (None, *list_flash_attention_impls()):
         try:

@@ -47,7 +47,7 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         schema = func._schema
         is_view = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
-        if is_view or "attn" in schema.name or "scaled_dot_product" in schema.name:
+        if is_view or any(word in schema.name for word in ("attn", "attention")):
             return out
         # Of a tensor that is written into, as much as is put there.
         written = args[:1] if schema.is_mutable else ()

@@ -52,7 +52,7 @@ def test_replayed_steps_give_the_same_tokens(model, prompts, expected) -> None:
 def test_pages_are_read_one_by_one_in_replayed_steps(
     model, prompts, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_attention, "varlen_attn", flash_by_hand)
+    monkeypatch.setattr(paged_attention, "flash_forward", flash_by_hand)
     monkeypatch.setattr(kv_pages, "choose_reading", lambda *_: "pages")
     engine = make_engine(model, PagedStore, limits=LIMITS)
     captured = graphed(engine, most_rows=8)

@@ -138,20 +138,20 @@ def test_no_more_keys_are_gathered_at_once_than_the_bound(
     assert all(rows * tokens <= 24 for rows, tokens in gathered if rows > 1)
 
 
+def no_tables(*_: object, **__: object) -> None:
+    raise RuntimeError("no tables")
+
+
 def flash_by_hand(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None,
-    max_q: int, max_k: int, *, enable_gqa: bool, seqused_k: Tensor, return_aux: Any = None,
-    block_table: Tensor | None = None, window_size: Sequence[int] = (-1, -1),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, dropout: float, is_causal: bool, debugs: bool, *, seqused_k: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """FlashAttention of torch: no block tables; of single queries over sequences that may begin
     anywhere, with the logarithms of their sums [H, M]; +inf, and zeros, for an empty one."""
-    if block_table is not None:
-        raise RuntimeError("no tables")
-    assert cu_seq_k is not None and return_aux.lse and tuple(window_size) == (-1, -1)
+    assert (dropout, is_causal, debugs) == (0.0, False, False)
     count, heads, width = query.shape
     assert len(cu_seq_k) == len(cu_seq_q) == len(seqused_k) + 1 == count + 1 and max_q == 1
     assert {x.dtype for x in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32}
-    assert enable_gqa == (heads != key.shape[1])
     place_K = torch.arange(max_k)
     index_MK = (cu_seq_k[:-1, None] + place_K).clamp(max=len(key) - 1)
     keys, values = (x.repeat_interleave(heads // x.shape[1], 1)[index_MK] for x in (key, value))
@@ -169,7 +169,7 @@ def test_pages_that_are_read_one_by_one_give_the_rows_attention(
     monkeypatch: pytest.MonkeyPatch, seed: int, q_heads: int, heads: int
 ) -> None:
     """The path of GPUs where torch's own kernel is all there is."""
-    monkeypatch.setattr(paged_attention, "varlen_attn", flash_by_hand)
+    monkeypatch.setattr(paged_attention, "flash_forward", flash_by_hand)
     monkeypatch.setattr(kv_pages, "choose_reading", lambda *_: "pages")
     check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed)
 
@@ -222,11 +222,12 @@ def test_a_kernel_of_an_installed_package_is_taken_where_torch_has_none(
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(
-    ("attention", "reading", "said"),
+    ("tables", "pages", "reading", "said"),
     [
-        (varlen_by_hand, "tables", ""),
-        (flash_by_hand, "pages", "one by one, which is slower than by block tables: no tables\n"),
+        (varlen_by_hand, flash_by_hand, "tables", ""),
+        (no_tables, flash_by_hand, "pages", "slower than by block tables: no tables\n"),
         (
+            no_tables,
             lambda *args, **more: (flash_by_hand(*args, **more)[0], torch.zeros(2, 3)),
             "gathered",
             "slower: no tables; a page's result is another one\n",
@@ -236,11 +237,13 @@ def test_a_kernel_of_an_installed_package_is_taken_where_torch_has_none(
 def test_a_slower_way_to_read_pages_is_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    attention: Any,
+    tables: Any,
+    pages: Any,
     reading: str,
     said: str,
 ) -> None:
-    monkeypatch.setattr(paged_attention, "varlen_attn", attention)
+    monkeypatch.setattr(paged_attention, "varlen_attn", tables)
+    monkeypatch.setattr(paged_attention, "flash_forward", pages)
     monkeypatch.setattr(paged_attention, "list_flash_attention_impls", list)
     kv = PagedStore(shape(2), 60, 4)
     assert kv.reading == reading
@@ -252,6 +255,12 @@ def test_a_slower_way_to_read_pages_is_said(
 def test_cpus_have_no_kernel_of_pages() -> None:
     assert paged_attention.choose_reading(shape(2), 4) == "gathered"
     assert paged_attention.page_tokens(shape(2)) == 32
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_torch_without_block_tables_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "_HAS_TABLES", False)
+    assert paged_attention.refuses_tables(shape(2), 4) == f"torch {torch.__version__} has none"
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -267,11 +276,13 @@ def test_a_kernel_that_refuses_tables_says_why_and_a_wrong_call_is_an_error(
     refuses = (paged_attention.refuses_tables, paged_attention.refuses_pages)
     for refusal in refuses:
         for error in (RuntimeError("page size 16\nand more"), NotImplementedError("page size 16")):
-            monkeypatch.setattr(paged_attention, "varlen_attn", raising(error))
+            for kernel in ("varlen_attn", "flash_forward"):
+                monkeypatch.setattr(paged_attention, kernel, raising(error))
             assert refusal(shape(2), 4) == "page size 16"
             refusal.cache_clear()
         for error in (TypeError("unexpected argument"), torch.OutOfMemoryError("no room")):
-            monkeypatch.setattr(paged_attention, "varlen_attn", raising(error))
+            for kernel in ("varlen_attn", "flash_forward"):
+                monkeypatch.setattr(paged_attention, kernel, raising(error))
             with pytest.raises(type(error)):
                 refusal(shape(2), 4)
 
