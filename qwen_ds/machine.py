@@ -11,18 +11,20 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU.
+def choose_device(wanted: str, number: int | None = None) -> torch.device:
+    """The device of this process: its own GPU where there is one, else the CPU.
 
     `wanted` is auto, cuda or cpu. auto never falls back to the CPU beside an NVIDIA card that torch
-    cannot use, since a run on the CPU by accident would look like a hang.
+    cannot use, since a run on the CPU by accident would look like a hang. `number` is that of the
+    GPU; None: the local rank's.
 
     Raises UserError for more ranks than GPUs, and where a GPU is missing or cannot be used.
     """
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        rank, count = dist.local_rank(), torch.cuda.device_count()
+        rank = dist.local_rank() if number is None else number
+        count = torch.cuda.device_count()
         if rank >= count:
             raise UserError(
                 f"local rank {rank} has no GPU: {count} on this machine; expected at most {count} "

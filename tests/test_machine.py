@@ -34,6 +34,7 @@ def test_every_rank_gets_a_gpu_of_its_own_or_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(dist, "local_rank", lambda: 1)
     assert choose_device("auto") == torch.device("cuda", 1)
+    assert choose_device("auto", 0) == torch.device("cuda", 0)
     assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(dist, "local_rank", lambda: 2)
     with pytest.raises(UserError, match="local rank 2 has no GPU: 2 on this machine"):

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -41,6 +43,7 @@ from qwen_ds.decode.sampler import (
 from qwen_ds.decode.sampling import only_tokens
 from qwen_ds.decode.scheduler import EngineLimits, Running, Scheduler
 from qwen_ds.decode.stop import FinishReason
+from qwen_ds.decode.transfers import all_on_device
 
 T = TypeVar("T")
 
@@ -60,6 +63,7 @@ class PackedStep:
     adapters: Runs | Tensor
     """The tokens' adapters; or the number of each, int64 [N], on which the operations of the
     forward may not depend (CUDA graphs)."""
+    due_adapters: Runs  # of the tokens that are due; of no account where all are
     store: KVStore
 
 
@@ -181,7 +185,6 @@ class DecodingEngine:
         lens: list[int] = []
         due: list[int] = []
         segments: list[Segment] = []
-        adapters: list[tuple[str | None, int]] = []
         for (one, count), places in zip(shares, _places(shares), strict=True):
             assert one.row is not None
             done = one.row.length
@@ -190,19 +193,21 @@ class DecodingEngine:
             positions += range(done, done + count)
             lens += [one.prompt_len] * count
             due += range(len(ids) - (places.stop - places.start), len(ids))
-            if adapters and adapters[-1][0] == one.request.adapter:
-                adapters[-1] = (one.request.adapter, adapters[-1][1] + count)
-            else:
-                adapters.append((one.request.adapter, count))
         self.store.plan(segments)
         device = self.store.shape.device
-        extended = any(one.alpha != 1 for one, _ in shares)
+        if all(one.alpha == 1 for one, _ in shares):
+            lens = []
+        found = all_on_device([ids, positions, lens, due], torch.int64, device)
+        ids_N, positions_N, lens_N, due_R = found
+        names = [one.request.adapter for one, _ in shares]
+        numbers_due = [places.stop - places.start for places in _places(shares)]
         return PackedStep(
-            torch.tensor([ids], device=device),
-            torch.tensor([positions], device=device),
-            torch.tensor([lens], device=device) if extended else 0,
-            torch.tensor(due, dtype=torch.int64, device=device),
-            tuple(adapters),
+            ids_N[None],
+            positions_N[None],
+            lens_N[None] if lens else 0,
+            due_R,
+            _runs(names, [count for _, count in shares]),
+            _runs(names, numbers_due),
             self.store,
         )
 
@@ -303,6 +308,12 @@ def _places(shares: Sequence[tuple[Running, int]]) -> list[slice]:
         places.append(slice(start, end))
         start = end
     return places
+
+
+def _runs(names: Sequence[str | None], counts: Sequence[int]) -> Runs:
+    """Runs of tokens by adapter: those of neighbours that have the same are one."""
+    pairs = groupby(zip(names, counts, strict=True), key=itemgetter(0))
+    return tuple((name, sum(count for _, count in run)) for name, run in pairs)
 
 
 def _in_halves(work: Callable[[int, int], list[T]], begin: int, end: int) -> list[T]:

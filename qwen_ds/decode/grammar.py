@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +23,7 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from qwen_ds.decode.exceptions import InvalidGrammar
+from qwen_ds.decode.transfers import sent
 
 _CONTROL = re.compile(rb"<\|.*\|>", re.DOTALL)  # how a control token spells itself
 # llguidance would otherwise force one division of a text into tokens where only one text fits.
@@ -198,10 +199,14 @@ def denied(grammars: Sequence[Grammar], device: torch.device) -> Tensor:
     """denied_CV (bool): the tokens that may not follow. V is a multiple of 32."""
     start_masks(grammars)
     bits = [grammar._ahead[0].result()[grammar._ahead[1]] for grammar in grammars if grammar._ahead]
-    bytes_of_bits = torch.stack(bits).to(device).view(torch.uint8)
-    table = _DENIED_OF_BYTE.to(device).squeeze(1)
-    words = table.index_select(0, bytes_of_bits.flatten().to(torch.int32))
+    bytes_of_bits = sent(torch.stack(bits), device).view(torch.uint8)
+    words = _table(device).index_select(0, bytes_of_bits.flatten().to(torch.int32))
     return words.view(torch.bool).view(len(grammars), -1)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return sent(_DENIED_OF_BYTE.squeeze(1), device)
 
 
 def _plain_reference(member: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
-from qwen_ds.decode.kv_pages import PagedStore, StepPages
+from qwen_ds.decode.kv_pages import PagedStore
+from qwen_ds.decode.paged_attention import StepPages
+from qwen_ds.decode.transfers import on_device
 from qwen_ds.runlog import say
 
 
@@ -144,15 +146,15 @@ class GraphedModel:
         static = PackedStep(
             zeros.clone(), zeros.clone(), zeros.clone() + 1 if kind.is_extended else 0,
             torch.arange(rows, device=device),
-            zeros[0].clone() if kind.has_adapters else ((None, rows),), self.store,
+            zeros[0].clone() if kind.has_adapters else ((None, rows),), ((None, rows),), self.store,
         )  # fmt: skip
         places = StepPages(
             zeros[0] + self._scratch * size,
             torch.full((rows, kind.pages), self._scratch, dtype=torch.int32, device=device),
             torch.ones(rows, dtype=torch.int32, device=device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
-            (1,) * rows,
-        )
+            (1,) * rows, (1,) * rows,
+        )  # fmt: skip
         self.store.pages, self.store.num_keys = places, kind.pages * size
         if self._logits_BV is None:
             most = _power_of_two(self.most_rows)
@@ -179,8 +181,8 @@ class GraphedModel:
             static.prompt_lens[:, :rows] = step.prompt_lens
         # Rows that an earlier, larger step has left go back to the scratch page, and to the base.
         if isinstance(static.adapters, Tensor):
-            unused = len(static.adapters) - rows
-            static.adapters.copy_(torch.tensor(numbers + [0] * unused))
+            numbers = numbers + [0] * (len(static.adapters) - rows)
+            static.adapters.copy_(on_device(numbers, torch.int64, static.adapters.device))
         places.slots_N[:rows], places.slots_N[rows:] = (
             new.slots_N,
             self._scratch * self.store.page_size,

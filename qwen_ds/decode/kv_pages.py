@@ -1,35 +1,31 @@
 """Keys and values for GPUs: pages of one pool, which rows name in a table and share.
 
-Attention reads the pages where they lie, by FlashAttention's block tables, where this device and
-torch have that; else it gathers them first.
+Attention reads the pages where they lie (qwen_ds/decode/paged_attention.py).
 
-Shapes: N new tokens, T those of one row, B rows of one token, P pages, S tokens of a page, L tokens
-of a row's pages, H heads, W head width.
+Shapes: N new tokens, B rows, P pages of a row, L entries of all tables, H heads, W head width.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    list_flash_attention_impls,
-    restore_flash_attention_impl,
-)
-from torch.nn.attention.varlen import varlen_attn
 
 from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
-from qwen_ds.runlog import say
-
-GATHERED_TOKENS = 16 * 1024
-"""Keys and values that are copied at once where attention cannot read pages: of a 7B in bf16, 0.3
-GB. All rows of a step together may be many times the store, since one long row makes all long."""
+from qwen_ds.decode.paged_attention import (
+    Parts,
+    StepPages,
+    attend_by_pages,
+    attend_by_tables,
+    attend_gathered,
+    attend_pieces,
+    choose_reading,
+    parts_of,
+)
+from qwen_ds.decode.transfers import all_on_device, on_device
 
 
 class PagedStore(KVStore):
@@ -45,8 +41,9 @@ class PagedStore(KVStore):
         self._page_of: dict[PageKey, int] = {}
         self._key_of: dict[int, PageKey] = {}
         self._left: OrderedDict[int, None] = OrderedDict()  # shared pages that no row has
-        self._reads_tables = reads_tables(shape, page_size)
+        self.reading = choose_reading(shape, page_size)
         self.pages: StepPages
+        self._parts: Parts
 
     def reserve(self) -> int:
         """Take a page out of use, for good; its number. Only a new store can spare it."""
@@ -111,10 +108,10 @@ class PagedStore(KVStore):
         # What lies behind a row's last token gets the weight 0, and 0 times NaN is NaN: a row that
         # went wrong must not spoil the next one that gets its page. So tables are filled up with
         # pages of the row itself, too.
-        if self._fresh:
-            self._pool[:, :, self._fresh] = 0
-            self._fresh = []
         device, size = self.shape.device, self.page_size
+        if self._fresh:
+            self._pool.index_fill_(2, on_device(self._fresh, torch.int64, device), 0)
+            self._fresh = []
         lens = [s.row.length + s.count for s in segments]
         self.num_keys = max(lens)
         slots = [
@@ -124,107 +121,33 @@ class PagedStore(KVStore):
             for position in range(segment.row.length, length)
         ]
         most = self.pages_for(self.num_keys)
-        tables = [(_table(s.row) + _table(s.row)[:1] * most)[:most] for s in segments]
+        table = [
+            page for s in segments for page in (_table(s.row) + _table(s.row)[:1] * most)[:most]
+        ]
         counts = [s.count for s in segments]
-        make = partial(torch.tensor, device=device, dtype=torch.int32)
+        starts = list(accumulate(counts, initial=0))
+        table_L, lens_B, starts_B1 = all_on_device([table, lens, starts], torch.int32, device)
         self.pages = StepPages(
-            torch.tensor(slots, device=device), make(tables), make(lens),
-            make([0, *counts]).cumsum(0, dtype=torch.int32), tuple(counts),
+            on_device(slots, torch.int64, device), table_L.view(-1, most), lens_B, starts_B1,
+            tuple(counts), tuple(lens),
         )  # fmt: skip
 
     def attend(self, q_NHW: Tensor, k_NHW: Tensor, v_NHW: Tensor, layer: int) -> Tensor:
         pool, pages = self._pool[layer], self.pages
         pool.flatten(1, 2)[:, pages.slots_N] = torch.stack((k_NHW, v_NHW)).to(pool)
-        if not self._reads_tables:
-            return self._attend_gathered(q_NHW, pool)
-        keys, values = pool.unbind()
-        out_NHW = varlen_attn(
-            q_NHW, keys, values, pages.starts_B1, None, max(pages.counts), self.num_keys,
-            window_size=(-1, 0), enable_gqa=q_NHW.shape[1] != self.shape.heads,
-            seqused_k=pages.lens_B, block_table=pages.table_BP,
-        )  # fmt: skip
-        assert isinstance(out_NHW, Tensor)
-        return out_NHW
-
-    def _attend_gathered(self, q_NHW: Tensor, pool: Tensor) -> Tensor:
-        pages, outputs = self.pages, []
-        gqa = q_NHW.shape[1] != self.shape.heads
-        index_L = torch.arange(pages.table_BP.shape[1] * self.page_size, device=q_NHW.device)
-        start = single = pages.counts.count(1)
-        at_once = max(1, GATHERED_TOKENS // len(index_L))
-        for first in range(0, single, at_once):
-            rows = slice(first, min(first + at_once, single))
-            # [2, B, P, S, H, W] to [2, B, H, L, W]
-            keys, values = pool[:, pages.table_BP[rows]].flatten(2, 3).transpose(2, 3).unbind()
-            mask_B11L = (index_L < pages.lens_B[rows, None])[:, None, None]
-            out_BH1W = F.scaled_dot_product_attention(
-                q_NHW[rows].unsqueeze(2), keys, values, mask_B11L, enable_gqa=gqa
-            )
-            outputs.append(out_BH1W.squeeze(2))
-        for i, count in enumerate(pages.counts[single:], single):
-            keys, values = pool[:, pages.table_BP[i]].flatten(1, 2).transpose(1, 2).unbind()
-            new_T1 = torch.arange(1 - count, 1, device=q_NHW.device)[:, None]
-            q_HTW = q_NHW[start : start + count].transpose(0, 1)
-            out_HTW = F.scaled_dot_product_attention(
-                q_HTW[None], keys[None], values[None], index_L < pages.lens_B[i] + new_T1,
-                enable_gqa=gqa,
-            )[0]  # fmt: skip
-            outputs.append(out_HTW.transpose(0, 1))
-            start += count
-        return torch.cat(outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPages:
-    """Where the rows of a step lie; those of one new token come first."""
-
-    slots_N: Tensor  # int64: the place of each new token in the pool, counted in tokens
-    table_BP: Tensor  # int32: pages of each row
-    lens_B: Tensor  # int32: tokens of each row, new ones included
-    starts_B1: Tensor  # int32: places of the rows' first tokens among the N, and N
-    counts: tuple[int, ...]  # new tokens of each row
-
-
-def reads_tables(shape: KVShape, page_size: int) -> bool:
-    """Whether this device's attention reads pages by a block table."""
-    has_kernel = shape.device.type == "cuda" and shape.dtype in (torch.bfloat16, torch.float16)
-    return has_kernel and kernel_runs(shape, page_size)
-
-
-def kernel_runs(shape: KVShape, page_size: int) -> bool:
-    """Whether FlashAttention takes a block table of such pages. It is tried: that depends on the
-    card, on the version in torch, which may have none with tables, and on the packages that replace
-    it if they are installed. A kernel that refuses is said; a wrong call of ours is an error."""
-    reasons = []
-    for name in (None, *list_flash_attention_impls()):
-        try:
-            if name is not None:
-                activate_flash_attention_impl(name)
-            if _reads_second_page(shape, page_size):
-                return True
-            reasons.append("the block table is ignored")
-        except torch.OutOfMemoryError:  # which says nothing of the kernel
-            raise
-        # A card or a package that lacks it; torch has no kind of error for that alone.
-        except (RuntimeError, ImportError) as error:
-            reasons.append((str(error).splitlines() or [type(error).__name__])[0])
-    restore_flash_attention_impl(_raise_warn=False)
-    say(f"attention gathers pages before it reads them, which is slower: {reasons[0]}")
-    return False
-
-
-def _reads_second_page(shape: KVShape, page_size: int) -> bool:
-    """Whether a token whose row is in the second of two pages gets the value that lies there."""
-    make = partial(torch.tensor, dtype=torch.int32, device=shape.device)
-    size = (2, page_size, shape.heads, shape.head_dim)
-    pages = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-    pages[1] = 1
-    out_NHW = varlen_attn(
-        pages[0, :1], pages, pages, make([0, 1]), None, 1, 1, window_size=(-1, 0),
-        enable_gqa=False, seqused_k=make([1]), block_table=make([[1]]),
-    )  # fmt: skip
-    assert isinstance(out_NHW, Tensor)
-    return bool((out_NHW == 1).all())
+        if self.reading == "tables":
+            return attend_by_tables(q_NHW, pool, pages, self.num_keys)
+        single = pages.counts.count(1)
+        outputs = []
+        if single and self.reading == "pages":
+            if layer == 0:  # here, so that a graph of the forward makes them anew
+                self._parts = parts_of(pages, self.page_size)
+            outputs.append(attend_by_pages(q_NHW[:single], pool, self._parts))
+        elif single:
+            outputs.append(attend_gathered(q_NHW[:single], pool, pages))
+        if single < len(pages.counts):
+            outputs.append(attend_pieces(q_NHW, k_NHW, v_NHW, pool, pages))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _table(row: StoredRow) -> list[int]:

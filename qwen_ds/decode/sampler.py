@@ -4,8 +4,12 @@
 Only rows that ask for more than greedy or plain sampling are touched, and there only the logits in
 question.
 
-Shapes: R rows, W rows worked on in fp32, P rows of a part, C rows held to a grammar, T places of a
-prompt, V rows of the head, K alternatives.
+On a GPU a step waits for its tokens once, whatever rows ask for; another time only for rows that
+need the whole vocabulary sorted.
+
+Shapes: R rows, W rows worked on in fp32, P rows of a part, A rows with log-probabilities, C rows
+held to a grammar, T places of a prompt, N tokens that are changed, V rows of the head, K
+alternatives.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_ds.decode import grammar as grammars
@@ -27,19 +32,21 @@ from qwen_ds.decode.exceptions import (
     NoTokenLeft,
 )
 from qwen_ds.decode.grammar import Grammar
+from qwen_ds.decode.largest import most_probable, rows_at_once
 from qwen_ds.decode.sampling import (
     MAX_LOGPROBS,
+    UNDECIDED,
     SamplingParams,
     draw,
-    most_probable,
+    draw_at_once,
     only_tokens,
-    rows_at_once,
     sampling_groups,
 )
+from qwen_ds.decode.transfers import all_on_device, is_apart, on_device, read, sent
 
 _DRAWN_AT_ONCE = 64  # random numbers; the stream is the same however it is cut
 _REPORTED_AT_ONCE = 64  # rows whose fp32 logits exist at a time; a prompt may have thousands
-_NOT_FINITE, _NONE_LEFT = -1, -2  # instead of a token
+_NOT_FINITE, _NONE_LEFT = -1, -2  # instead of a token, as UNDECIDED
 
 _groups = lru_cache(maxsize=64)(sampling_groups)
 
@@ -94,13 +101,10 @@ class RowSampler:
         self.how = SamplingParams(
             params.do_sample, params.temperature, params.top_p, params.top_k, min_p=params.min_p
         )
-        stops = [i for i in stop_ids if 0 <= i < num_tokens]
-        self._stop_ids = torch.tensor(stops, dtype=torch.int64)
-        self._biased = torch.tensor([token for token, _ in params.logit_bias], dtype=torch.int64)
-        self._biases = torch.tensor([bias for _, bias in params.logit_bias], dtype=torch.float32)
+        self.stop_ids = [i for i in stop_ids if 0 <= i < num_tokens]
         repeats = params.repetition_penalty != 1
-        self._penalises = bool(repeats or params.presence_penalty or params.frequency_penalty)
-        self._seen = _Seen([i for i in prompt if 0 <= i < num_tokens] if repeats else [])
+        self.penalises = bool(repeats or params.presence_penalty or params.frequency_penalty)
+        self.seen = _Seen([i for i in prompt if 0 <= i < num_tokens] if repeats else [])
         self._generator = torch.Generator().manual_seed(params.seed) if params.do_sample else None
         self._uniforms: list[float] = []
 
@@ -114,7 +118,7 @@ class RowSampler:
     def changes_logits(self) -> bool:
         return bool(
             self.grammar is not None
-            or self._penalises
+            or self.penalises
             or self.params.logit_bias
             or self.holds_back_stops
         )
@@ -132,28 +136,10 @@ class RowSampler:
         """Go on by a token."""
         self.may_end = not self.holds_back_stops
         self.tokens.append(token)
-        if self._penalises:
-            self._seen.count(token)
+        if self.penalises:
+            self.seen.count(token)
         if self.grammar is not None:
             self.grammar.accept(token)
-
-    def change(self, logits_V: Tensor) -> None:
-        """Bias, bans and penalties, in place on fp32 logits; the grammar's mask is not in it."""
-        params, device = self.params, logits_V.device
-        if params.logit_bias:
-            self._biased, self._biases = self._biased.to(device), self._biases.to(device)
-            logits_V[self._biased] += self._biases
-        if self.holds_back_stops:
-            self._stop_ids = self._stop_ids.to(device)
-            logits_V[self._stop_ids] = -torch.inf
-        if self._penalises:
-            ids, counts = self._seen.tensors(device)
-            logits = logits_V[ids]
-            if params.repetition_penalty != 1:
-                less, more = logits * params.repetition_penalty, logits / params.repetition_penalty
-                logits = torch.where(logits < 0, less, more)
-            logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-            logits_V[ids] = logits
 
 
 class _Seen:
@@ -172,9 +158,48 @@ class _Seen:
         self._ids[place] = token
         self._counts[place] += 1
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        ids, counts = self._ids[: len(self._place)], self._counts[: len(self._place)]
-        return torch.from_numpy(ids).to(device), torch.from_numpy(counts).to(device)
+    def tokens(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The tokens, and how often each is in the answer."""
+        return self._ids[: len(self._place)], self._counts[: len(self._place)]
+
+
+def change(work_WV: Tensor, rows: Sequence[RowSampler]) -> None:
+    """Bias, bans and penalties, in place on fp32 logits: each by one operation for all rows. The
+    grammars' masks are not in it."""
+    device = work_WV.device
+    biased = [(w, *pair) for w, row in enumerate(rows) for pair in row.params.logit_bias]
+    if biased:
+        places, tokens, biases = zip(*biased, strict=True)
+        index = tuple(all_on_device([places, tokens], torch.int64, device))
+        work_WV[index] += on_device(biases, torch.float32, device)
+    banned = [(w, i) for w, row in enumerate(rows) if row.holds_back_stops for i in row.stop_ids]
+    if banned:
+        index = tuple(all_on_device([*zip(*banned, strict=True)], torch.int64, device))
+        # Not a bare number, which is copied to the device and waited for.
+        work_WV.index_put_(index, work_WV.new_full((), -torch.inf))
+    if any(row.penalises for row in rows):
+        _penalise(work_WV, [(w, row) for w, row in enumerate(rows) if row.penalises])
+
+
+def _penalise(work_WV: Tensor, placed: Sequence[tuple[int, RowSampler]]) -> None:
+    ids, counts = zip(*(row.seen.tokens() for _, row in placed), strict=True)
+    lens, device = [len(found) for found in ids], work_WV.device
+    places = np.repeat(np.array([w for w, _ in placed]), lens)
+    index_2N = sent(torch.from_numpy(np.stack((places, np.concatenate(ids)))), device)
+    params = [row.params for _, row in placed]
+    columns = [
+        (one.repetition_penalty, one.frequency_penalty, one.presence_penalty) for one in params
+    ]
+    each_3N = np.repeat(np.array(columns, dtype=np.float32), lens, axis=0).T
+    numbers_4N = np.concatenate((each_3N, np.concatenate(counts)[None]))
+    repetition_N, frequency_N, presence_N, count_N = sent(torch.from_numpy(numbers_4N), device)
+    index = tuple(index_2N)
+    logits_N = work_WV[index]
+    if any(one.repetition_penalty != 1 for one in params):
+        less_N, more_N = logits_N * repetition_N, logits_N / repetition_N
+        logits_N = torch.where(logits_N < 0, less_N, more_N)
+    logits_N = logits_N - (frequency_N * count_N + presence_N * (count_N > 0))
+    work_WV.index_put_(index, logits_N)
 
 
 def prepare(rows: Sequence[RowSampler]) -> None:
@@ -191,23 +216,14 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     """
     if not rows:
         return []
-    num_tokens, device = rows[0].num_tokens, logits_RV.device
-    assert all(row.num_tokens == num_tokens for row in rows) and len(rows) == len(logits_RV)
-    worked = [i for i, row in enumerate(rows) if row.params.do_sample or row.changes_logits]
-    greedy = sorted(set(range(len(rows))) - set(worked))
-    chosen_R = torch.empty(len(rows), dtype=torch.int64, device=device)
-    if greedy:
-        # Of equal logits the first, as argmax has it. NaN is the largest of all, so it shows.
-        largest, best = most_probable(taken(logits_RV, greedy)[:, :num_tokens])
-        best.masked_fill_(~largest.isfinite(), _NOT_FINITE)
-        chosen_R[torch.tensor(greedy, device=device)] = best
-    at_once = rows_at_once(logits_RV)
-    for start in range(0, len(worked), at_once):
-        part = worked[start : start + at_once]
-        chosen = _choose(taken(logits_RV, part), [rows[i] for i in part])
-        chosen_R[torch.tensor(part, device=device)] = chosen
-    tokens = chosen_R.tolist()
-    reported = _report(logits_RV, rows, tokens)
+    assert len({row.num_tokens for row in rows}) == 1 and len(rows) == len(logits_RV)
+    tokens, reported = _read(logits_RV, rows, is_last_try=not is_apart(logits_RV.device))
+    if undecided := [i for i, token in enumerate(tokens) if token == UNDECIDED]:
+        logits, others = taken(logits_RV, undecided), [rows[i] for i in undecided]
+        again, more = _read(logits, others, is_last_try=True)
+        for i, token in zip(undecided, again, strict=True):
+            tokens[i] = token
+        reported |= {undecided[i]: one for i, one in more.items()}
     found = []
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         if token == _NOT_FINITE:
@@ -222,25 +238,63 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     return found
 
 
-def _choose(logits_WV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
+def _read(
+    logits_RV: Tensor, rows: Sequence[RowSampler], *, is_last_try: bool
+) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """The rows' tokens, and the log-probabilities of those that ask for them, by their place: all
+    of it in one look at the device. A token below 0 says why there is none."""
+    chosen_R = _chosen(logits_RV, rows, is_last_try)
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return read(chosen_R), {}
+    alternatives = [rows[i].params.logprobs or 0 for i in asked]
+    size = _alternatives(alternatives, rows[0].num_tokens)
+    ids_A = taken(chosen_R, asked).clamp(min=0)
+    reported_AK = _logprobs(taken(logits_RV, asked), ids_A, size, rows[0].num_tokens)
+    numbers = read(torch.cat((chosen_R.double(), reported_AK.flatten())))
+    tokens = [int(number) for number in numbers[: len(rows)]]
+    ids = [tokens[i] for i in asked]
+    found = _named(numbers[len(rows) :], ids, alternatives)
+    return tokens, dict(zip(asked, found, strict=True))
+
+
+def _chosen(logits_RV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) -> Tensor:
+    """The rows' tokens, int64 [R], on the logits' device."""
+    num_tokens, device = rows[0].num_tokens, logits_RV.device
+    worked = [i for i, row in enumerate(rows) if row.params.do_sample or row.changes_logits]
+    greedy = sorted(set(range(len(rows))) - set(worked))
+    chosen_R = torch.empty(len(rows), dtype=torch.int64, device=device)
+    if greedy:
+        # Of equal logits the first, as argmax has it. NaN is the largest of all, so it shows.
+        largest, best = most_probable(taken(logits_RV, greedy)[:, :num_tokens])
+        best.masked_fill_(~largest.isfinite(), _NOT_FINITE)
+        chosen_R[on_device(greedy, torch.int64, device)] = best
+    at_once = rows_at_once(logits_RV)
+    for start in range(0, len(worked), at_once):
+        part = worked[start : start + at_once]
+        chosen = _choose(taken(logits_RV, part), [rows[i] for i in part], is_last_try)
+        chosen_R[on_device(part, torch.int64, device)] = chosen
+    return chosen_R
+
+
+def _choose(logits_WV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) -> Tensor:
     """The tokens of rows that need more than their largest logit; _NOT_FINITE or _NONE_LEFT where
-    there is none."""
+    there is none, UNDECIDED where only a last try finds it."""
     device, num_tokens = logits_WV.device, rows[0].num_tokens
     work_WV = only_tokens(logits_WV, num_tokens)
     is_finite_W = work_WV.amax(-1).isfinite()
-    for logits_V, row in zip(work_WV, rows, strict=True):
-        if row.changes_logits:
-            row.change(logits_V)
+    change(work_WV, rows)
     held = [(w, row.grammar) for w, row in enumerate(rows) if row.grammar is not None]
     if held:
         denied_CV = grammars.denied([grammar for _, grammar in held], device)
         for (w, _), denied_V in zip(held, denied_CV, strict=True):
             work_WV[w, :num_tokens].masked_fill_(denied_V[:num_tokens], -torch.inf)
     groups = _groups(tuple(row.how for row in rows), device)
-    uniform_W = torch.tensor([row.uniform() for row in rows], device=device)
-    chosen_W = draw(work_WV, groups, uniform_W, may_overwrite=True)
-    logit_W = work_WV.gather(1, chosen_W.unsqueeze(1)).squeeze(1)
-    chosen_W.masked_fill_(logit_W == -torch.inf, _NONE_LEFT)
+    uniform_W = on_device([row.uniform() for row in rows], torch.float32, device)
+    drawing = draw if is_last_try else draw_at_once
+    chosen_W = drawing(work_WV, groups, uniform_W, may_overwrite=True)
+    logit_W = work_WV.gather(1, chosen_W.clamp(min=0).unsqueeze(1)).squeeze(1)
+    chosen_W.masked_fill_((logit_W == -torch.inf) & (chosen_W >= 0), _NONE_LEFT)
     return chosen_W.masked_fill_(~is_finite_W, _NOT_FINITE)
 
 
@@ -248,20 +302,7 @@ def taken(logits_RV: Tensor, part: Sequence[int]) -> Tensor:
     """Some of the rows, in rising order; neighbours are not copied."""
     if part[-1] - part[0] == len(part) - 1:
         return logits_RV[part[0] : part[-1] + 1]
-    return logits_RV[torch.tensor(part, device=logits_RV.device)]
-
-
-def _report(
-    logits_RV: Tensor, rows: Sequence[RowSampler], tokens: Sequence[int]
-) -> dict[int, TokenLogprobs]:
-    """Log-probabilities for the rows that ask for them and have a token, by their place."""
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
-    if not asked:
-        return {}
-    alternatives = [rows[i].params.logprobs or 0 for i in asked]
-    logits, chosen = taken(logits_RV, asked), [tokens[i] for i in asked]
-    found = _logprobs(logits, chosen, alternatives, rows[0].num_tokens)
-    return dict(zip(asked, found, strict=True))
+    return logits_RV[on_device(part, torch.int64, logits_RV.device)]
 
 
 @torch.no_grad()
@@ -272,38 +313,55 @@ def prompt_logprobs(
 
     Alternatives are ids below num_tokens, if it is given. LogitsNotFinite instead of NaN.
     """
+    if not next_ids:
+        return []
     num_tokens = logits_TV.shape[1] if num_tokens is None else num_tokens
-    found = _logprobs(logits_TV, next_ids, [n] * len(next_ids), num_tokens)
+    alternatives = [n] * len(next_ids)
+    size = _alternatives(alternatives, num_tokens)
+    ids_T = on_device(next_ids, torch.int64, logits_TV.device)
+    numbers = read(_logprobs(logits_TV, ids_T, size, num_tokens).flatten())
+    found = _named(numbers, next_ids, alternatives)
     if any(math.isnan(one.logprob) for one in found):
         raise LogitsNotFinite
     return found
 
 
-def _logprobs(
-    logits_RV: Tensor, ids: Sequence[int], alternatives: Sequence[int], num_tokens: int
-) -> list[TokenLogprobs]:
-    """Each id's log-probability, as training computes it: over all rows of the head."""
-    device, found = logits_RV.device, []
-    ids_R1 = torch.tensor(ids, dtype=torch.int64, device=device).unsqueeze(1)
-    # One K for all: which of several equal logits come first might depend on it.
-    size = min(MAX_LOGPROBS, num_tokens) if any(alternatives) else 0
+def _alternatives(asked: Sequence[int], num_tokens: int) -> int:
+    """One number for all rows: which of several equal logits come first might depend on it."""
+    return min(MAX_LOGPROBS, num_tokens) if any(asked) else 0
+
+
+def _logprobs(logits_RV: Tensor, ids_R: Tensor, size: int, num_tokens: int) -> Tensor:
+    """Each id's log-probability, as training computes it: over all rows of the head.
+
+    fp64 [R, 2 + 2 * size], which holds the ids exactly: the log-probability, the rank, the most
+    probable ids and theirs.
+    """
+    parts = []
     at_once = min(rows_at_once(logits_RV), _REPORTED_AT_ONCE)
-    for start in range(0, len(ids), at_once):
+    for start in range(0, len(ids_R), at_once):
         part = slice(start, start + at_once)
         logits_PV = logits_RV[part].float()
         log_sum_P1 = logits_PV.logsumexp(-1, keepdim=True)
-        log_sum_P1[~log_sum_P1.isfinite()] = torch.nan
+        log_sum_P1 = log_sum_P1.masked_fill(~log_sum_P1.isfinite(), torch.nan)
         logits_PV = logits_PV[:, :num_tokens]
-        chosen_P1 = logits_PV.gather(1, ids_R1[part])
+        chosen_P1 = logits_PV.gather(1, ids_R[part].unsqueeze(1))
         # A sum of booleans is slow on a CPU.
-        rank_P = (logits_PV > chosen_P1).float().sum(-1).int() + 1
+        rank_P1 = (logits_PV > chosen_P1).float().sum(-1, keepdim=True) + 1
         top_PK, top_ids_PK = logits_PV.topk(size)
-        lines = zip(
-            ids[part], (chosen_P1 - log_sum_P1).squeeze(1).tolist(), rank_P.tolist(),
-            top_ids_PK.tolist(), (top_PK - log_sum_P1).tolist(), alternatives[part], strict=True,
-        )  # fmt: skip
-        found += [
-            TokenLogprobs(token, logprob, rank, tuple(zip(top_ids[:n], top[:n], strict=True)))
-            for token, logprob, rank, top_ids, top, n in lines
-        ]
+        columns = (chosen_P1 - log_sum_P1, rank_P1, top_ids_PK, top_PK - log_sum_P1)
+        parts.append(torch.cat([column.double() for column in columns], 1))
+    return torch.cat(parts)
+
+
+def _named(
+    numbers: Sequence[float], ids: Sequence[int], alternatives: Sequence[int]
+) -> list[TokenLogprobs]:
+    """The numbers of `_logprobs`, one row after the other, with as many alternatives as asked."""
+    width = len(numbers) // len(ids)
+    size, found = width // 2 - 1, []
+    for i, (token, n) in enumerate(zip(ids, alternatives, strict=True)):
+        logprob, rank, *rest = numbers[i * width : (i + 1) * width]
+        top = zip(map(int, rest[:n]), rest[size : size + n], strict=True)
+        found.append(TokenLogprobs(token, logprob, int(rank), tuple(top)))
     return found

@@ -13,19 +13,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_ds.decode.exceptions import InvalidSampling
+from qwen_ds.decode.largest import in_order, most_probable, top_values
+from qwen_ds.decode.transfers import on_device
 
 PREFILTERS = (128, 1024)  # candidates that top-p tries before it sorts the whole vocabulary
 MAX_LOGPROBS = 20
 # fp32 divides by nothing smaller without overflow; a temperature near 0 takes the most probable.
 _COLDEST = 1e-30
-_CACHED = 5 * 2**18  # fp32 numbers: 5 MB, where a part's own cost is small beside the work
-_PLACE = 0xFFFFFFFF  # the half of a sorting key that is the place
+UNDECIDED = -3  # instead of a token
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,9 @@ def sampling_groups(
     for top_k in sorted({row.top_k for row in rows if row.do_sample}):
         members = [i for i, row in enumerate(rows) if row.do_sample and row.top_k == top_k]
         columns = [[rows[i].temperature, rows[i].top_p, rows[i].min_p] for i in members]
-        parameters_G3 = torch.tensor(columns, dtype=torch.float32, device=device)
+        parameters_G3 = on_device(columns, torch.float32, device)
         temperature_G1, top_p_G1, min_p_G1 = parameters_G3.split(1, dim=1)
-        index_G = torch.tensor(members, device=device)
+        index_G = on_device(members, torch.int64, device)
         temperature_G1 = temperature_G1.clamp(min=_COLDEST)
         groups.append(SamplingGroup(index_G, top_k, temperature_G1, top_p_G1, min_p_G1))
     return tuple(groups)
@@ -176,11 +175,7 @@ def candidates(
         top_GN, ids_GN = scaled_GV.topk(group.top_k)
         yield _kept(group, place_G, ids_GN, top_GN.softmax(-1))
         return
-    most_G1 = scaled_GV.amax(-1, keepdim=True)
-    # As logsumexp has it, with the maxima at hand. Beside the first's 1 a number below e**-80 is
-    # nothing, and on a CPU exp takes ten times as long for -inf.
-    powers_GV = (scaled_GV - most_G1).clamp_(min=-80).exp_()
-    log_sum_G1 = powers_GV.sum(-1, keepdim=True).log_().add_(most_G1)
+    most_G1, log_sum_G1 = _log_sums(scaled_GV)
     first_G1 = (most_G1 - log_sum_G1).exp()
     if uniform_G1 is None:
         uniform_G1 = torch.ones_like(first_G1)
@@ -192,7 +187,7 @@ def candidates(
         tried_C = _where(is_left_G & may_do_G1.squeeze(1), place_G)
         if size >= vocabulary or not len(tried_C):
             continue
-        top_CN, ids_CN = _top(_rows(scaled_GV, tried_C), size)
+        top_CN, ids_CN = top_values(_rows(scaled_GV, tried_C), size)
         log_sum_C1 = log_sum_G1[tried_C]
         found = _kept(group, tried_C, ids_CN, (top_CN - log_sum_C1).exp())
         found, is_sure_C = _settled(found, group, uniform_G1[tried_C], log_sum_C1)
@@ -201,8 +196,17 @@ def candidates(
     rest_C = _where(is_left_G, place_G)
     at_once = 1 if scaled_GV.device.type == "cpu" else len(place_G)
     for part_C in rest_C.split(at_once) if len(rest_C) else ():
-        top_CN, ids_CN = _sorted(_rows(scaled_GV, part_C))
+        top_CN, ids_CN = in_order(_rows(scaled_GV, part_C))
         yield _kept(group, part_C, ids_CN, (top_CN - log_sum_G1[part_C]).exp())
+
+
+def _log_sums(scaled_GV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, and its logsumexp, [G, 1]."""
+    most_G1 = scaled_GV.amax(-1, keepdim=True)
+    # As logsumexp has it, with the maxima at hand. Beside the first's 1 a number below e**-80 is
+    # nothing, and on a CPU exp takes ten times as long for -inf.
+    powers_GV = (scaled_GV - most_G1).clamp_(min=-80).exp_()
+    return most_G1, powers_GV.sum(-1, keepdim=True).log_().add_(most_G1)
 
 
 def _settled(
@@ -232,14 +236,6 @@ def _where(is_so_G: Tensor, place_G: Tensor) -> Tensor:
     return place_G if bool(is_so_G.all()) else place_G[is_so_G]
 
 
-def rows_at_once(values_GV: Tensor) -> int:
-    """Rows to work on together: on a CPU so few that they stay in the caches, elsewhere all."""
-    rows, columns = values_GV.shape
-    if values_GV.device.type == "cpu":
-        return max(torch.get_num_threads(), _CACHED // max(columns, 1), 1)
-    return max(rows, 1)
-
-
 def _rows(values_GV: Tensor, place_C: Tensor) -> Tensor:
     """Some rows in their order; all of them are not copied."""
     return values_GV if len(place_C) == len(values_GV) else values_GV[place_C]
@@ -258,70 +254,6 @@ def _kept(group: SamplingGroup, place_C: Tensor, ids_CN: Tensor, probs_CN: Tenso
     return Candidates(place_C, ids_CN, probs_CN, cumulative_CN, kept_C1, total_C1)
 
 
-def _top(values_CV: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` largest values in descending order, and their places.
-
-    On a CPU only those are sorted that are at least the size-th largest of the maxima of so many
-    blocks or more: `size` values must be as large. Of equal values the first then comes first, as
-    in `_sorted`, and of fewer finite ones the rest is -inf.
-    """
-    if values_CV.device.type != "cpu":
-        top_CN, places_CN = values_CV.topk(size)
-        return top_CN, places_CN
-    rows, columns = values_CV.shape
-    block = max(1, columns // (4 * size))
-    blocks = columns // block
-    # A block's members lie apart: so maxima are several times as fast as over neighbours.
-    maxima_CM = values_CV[:, : blocks * block].unflatten(1, (block, blocks)).amax(1)
-    least_C = maxima_CM.kthvalue(blocks - size + 1).values.clamp(min=torch.finfo().min)
-    found_CN = np.full((rows, size), -np.inf, dtype=np.float32)
-    found_at_CN = np.zeros((rows, size), dtype=np.int64)
-    for row, (values_V, least) in enumerate(zip(values_CV.numpy(), least_C.numpy(), strict=True)):
-        places = np.flatnonzero(values_V >= least)  # none beside NaN
-        keys = _sorting_keys(values_V[places], places)
-        keys.sort()
-        places = keys[:size] & _PLACE
-        found_CN[row, : len(places)] = values_V[places]
-        found_at_CN[row, : len(places)] = places
-    return torch.from_numpy(found_CN), torch.from_numpy(found_at_CN)
-
-
-def _sorted(values_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in descending order, and their places; of equal ones the first comes first."""
-    if values_CV.device.type != "cpu":
-        sorted_CV, places_CV = values_CV.sort(descending=True, stable=True)
-        return sorted_CV, places_CV
-    keys_CV = _sorting_keys(values_CV.numpy(), np.arange(values_CV.shape[1]))
-    keys_CV.sort(axis=-1)
-    places_CV = torch.from_numpy(keys_CV & _PLACE)
-    return values_CV.gather(1, places_CV), places_CV
-
-
-def _sorting_keys(values: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 numbers whose order is that of falling values, then of rising places.
-
-    The upper half of each is the value, in an order of integers, and the lower half its place:
-    numpy sorts integers several times as fast as torch does numbers with their places.
-    """
-    bits = (values + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
-    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)  # negative numbers lie the other way round
-    keys = (~bits).astype(np.int64)
-    keys <<= 32
-    keys |= places
-    return keys
-
-
-def most_probable(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row (NaN is larger than any number), and the first place of it."""
-    if logits_BV.device.type != "cpu":
-        largest_B, ids_B = logits_BV.max(-1)
-        return largest_B, ids_B
-    # numpy's argmax takes a tenth of torch's time, and has no bf16.
-    parts = logits_BV.split(rows_at_once(logits_BV))
-    ids_B = torch.from_numpy(np.concatenate([x.float().numpy().argmax(-1) for x in parts]))
-    return logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1), ids_B
-
-
 def draw(
     logits_BV: Tensor,
     groups: Iterable[SamplingGroup],
@@ -335,24 +267,71 @@ def draw(
     overwritten save a copy; -inf among them stays -inf.
     """
     groups = tuple(groups)
-    if sum(len(group.index_G) for group in groups) < len(logits_BV):
-        chosen_B = most_probable(logits_BV)[1]
-    else:
-        chosen_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+    chosen_B = _undrawn(logits_BV, groups)
     for group in groups:
-        logits_GV = _rows(logits_BV, group.index_G)
-        is_ours = may_overwrite or len(logits_GV) < len(logits_BV)
-        place = logits_GV if is_ours else torch.empty_like(logits_GV)
-        scaled_GV = torch.div(logits_GV, group.temperature_G1, out=place)
-        uniform_G1 = uniform_B[group.index_G].unsqueeze(1).to(scaled_GV)
+        scaled_GV, uniform_G1 = _scaled(logits_BV, group, uniform_B, may_overwrite)
         for found in candidates(scaled_GV, group, uniform_G1):
-            index_C = group.index_G[found.place_C]
-            target_C1 = uniform_G1[found.place_C] * found.total_C1
-            rank_C1 = torch.searchsorted(found.cumulative_CN, target_C1, right=True)
-            # Rounding must not lead beyond the last token that is kept.
-            place_C1 = rank_C1.minimum(found.kept_C1 - 1)
-            chosen_B[index_C] = found.ids_CN.gather(1, place_C1).squeeze(1)
+            chosen_B[group.index_G[found.place_C]] = _drawn(found, uniform_G1[found.place_C])
     return chosen_B
+
+
+def draw_at_once(
+    logits_BV: Tensor,
+    groups: Iterable[SamplingGroup],
+    uniform_B: Tensor,
+    *,
+    may_overwrite: bool = False,
+) -> Tensor:
+    """As `draw`, by operations whose shapes do not depend on any value, so that a GPU is never
+    waited for. UNDECIDED where the most probable tokens do not show which one is drawn."""
+    groups = tuple(groups)
+    chosen_B = _undrawn(logits_BV, groups)
+    for group in groups:
+        scaled_GV, uniform_G1 = _scaled(logits_BV, group, uniform_B, may_overwrite)
+        columns = scaled_GV.shape[1]
+        place_G = torch.arange(len(scaled_GV), device=scaled_GV.device)
+        if 0 < group.top_k < columns:
+            top_GN, ids_GN = scaled_GV.topk(group.top_k)
+            found = _kept(group, place_G, ids_GN, top_GN.softmax(-1))
+            chosen_B[group.index_G] = _drawn(found, uniform_G1)
+            continue
+        size = min(PREFILTERS[-1], columns)
+        top_GN, ids_GN = scaled_GV.topk(size)
+        _, log_sum_G1 = _log_sums(scaled_GV)
+        found = _kept(group, place_G, ids_GN, (top_GN - log_sum_G1).exp())
+        if size < columns:
+            found, is_sure_G = _settled(found, group, uniform_G1, log_sum_G1)
+            chosen_G = _drawn(found, uniform_G1).masked_fill(~is_sure_G, UNDECIDED)
+        else:
+            chosen_G = _drawn(found, uniform_G1)
+        chosen_B[group.index_G] = chosen_G
+    return chosen_B
+
+
+def _undrawn(logits_BV: Tensor, groups: Sequence[SamplingGroup]) -> Tensor:
+    """Room for the tokens of all rows, with those of greedy ones."""
+    if sum(len(group.index_G) for group in groups) < len(logits_BV):
+        return most_probable(logits_BV)[1]
+    return torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+
+
+def _scaled(
+    logits_BV: Tensor, group: SamplingGroup, uniform_B: Tensor, may_overwrite: bool
+) -> tuple[Tensor, Tensor]:
+    """A group's logits divided by the temperature, and the numbers that draw, [G, 1]."""
+    logits_GV = _rows(logits_BV, group.index_G)
+    is_ours = may_overwrite or len(logits_GV) < len(logits_BV)
+    place = logits_GV if is_ours else torch.empty_like(logits_GV)
+    scaled_GV = torch.div(logits_GV, group.temperature_G1, out=place)
+    return scaled_GV, uniform_B[group.index_G].unsqueeze(1).to(scaled_GV)
+
+
+def _drawn(found: Candidates, uniform_C1: Tensor) -> Tensor:
+    """The token of each row that its number draws, int64 [C]."""
+    target_C1 = uniform_C1 * found.total_C1
+    rank_C1 = torch.searchsorted(found.cumulative_CN, target_C1, right=True)
+    # Rounding must not lead beyond the last token that is kept.
+    return found.ids_CN.gather(1, rank_C1.minimum(found.kept_C1 - 1)).squeeze(1)
 
 
 def only_tokens(logits_BV: Tensor, vocabulary: int) -> Tensor:

@@ -82,8 +82,6 @@ def work(pipe: Connection, settings: EngineSettings, number: int) -> None:
 
 def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop:
     s = settings
-    if torch.cuda.is_available() and s.device != "cpu":
-        torch.cuda.set_device(number)
     folder = find_model(s.model)
     encoding = folder.encoding
     # Beside the weights: it takes a second or two, and would hold up all answers later.
@@ -91,8 +89,9 @@ def _load(pipe: Connection, settings: EngineSettings, number: int) -> EngineLoop
         GrammarCompiler, encoding.token_bytes, encoding.n_vocab, folder.family.stop_ids(encoding)
     )
     engine = load_engine(
-        folder, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle
-    )
+        folder, None, s.device, s.dtype, adapters=s.adapters, allow_pickle=s.allow_pickle,
+        gpu=number,
+    )  # fmt: skip
     decoding = engine.start(s.slots, s.prefill_tokens, s.memory_gb)
     store = decoding.store
     room = store.num_pages * store.page_size

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ds.decode.engine import PackedModel, PackedStep, Runs
+from qwen_ds.decode.transfers import on_device, sent
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import Adapter
 from qwen_ds.model.adapter_loading import check_copies
@@ -83,7 +84,7 @@ class ServedAdapters:
                 own.append((start, end))
             start = end
         groups = [(number, _places(own, device)) for number, own in spans.items() if number and own]
-        number_N = torch.tensor(self.numbers(runs), dtype=torch.int64, device=device)
+        number_N = on_device(self.numbers(runs), torch.int64, device)
         return Tokens(number_N, groups)
 
     @contextmanager
@@ -110,7 +111,7 @@ class ServedAdapters:
                 self.step.tokens = self.step.due = Tokens(runs, (), is_shape_fixed=True)
             elif any(self._numbers[name] for name, _ in runs):
                 self.step.tokens = self.tokens(runs, device)
-                self.step.due = self.tokens(_runs_of(runs, step.due_R.tolist()), device)
+                self.step.due = self.tokens(step.due_adapters, device)
             yield
         finally:
             self.step.tokens = self.step.due = None
@@ -131,18 +132,7 @@ class AdaptedModel:
 def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> slice | Tensor:
     if len(spans) == 1:
         return slice(*spans[0])
-    return torch.cat([torch.arange(*span) for span in spans]).to(device)
-
-
-def _runs_of(runs: Runs, due: Sequence[int]) -> Runs:
-    """The runs of the tokens that are due, which are in the order of the step."""
-    found, taken, end = [], 0, 0
-    for name, count in runs:
-        end, first = end + count, taken
-        while taken < len(due) and due[taken] < end:
-            taken += 1
-        found.append((name, taken - first))
-    return found
+    return sent(torch.cat([torch.arange(*span) for span in spans]), device)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,6 @@ from qwen_ds.decode.exceptions import DecodingError, LogitsNotFinite, RowOutOfMe
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.machine import choose_device
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.adapter_loading import check_copies, put_adapter
 from qwen_ds.model.folder import ModelFolder
@@ -35,7 +34,7 @@ from qwen_ds.model.tokenizer import Encoding
 from serve.answering import Answer, Question
 from serve.endpoint.options import given_options
 from serve.engine.adapters import DEFAULT, named_adapters
-from serve.engine.loading import choose_dtype
+from serve.engine.loading import choose_dtype, take_device
 from serve.engine.reference_loss import loss_of_answer
 from serve.options import AnswerOptions
 
@@ -101,7 +100,7 @@ class BeamAnswerer:
         cls, folder: ModelFolder, adapter: Path | None, options: AnswerOptions
     ) -> BeamAnswerer:
         """Load a model, and put an adapter on it as peft does."""
-        place, name = choose_device(options.device), options.dtype
+        place, name = take_device(options.device), options.dtype
         model: Any = load_base(folder, "auto" if name == "auto" else TORCH_DTYPES[name])
         stored = next(model.parameters()).dtype
         model = model.to(choose_dtype(name, stored, place))

@@ -15,6 +15,7 @@ from qwen_ds.decode.graphs import GraphedModel
 from qwen_ds.decode.kv import KVShape, KVStore, pages_in
 from qwen_ds.decode.kv_pages import PagedStore
 from qwen_ds.decode.kv_rows import ContiguousStore
+from qwen_ds.decode.paged_attention import page_tokens
 from qwen_ds.decode.request import Completion, Request, Vocabulary
 from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
@@ -22,7 +23,6 @@ from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory
 from serve.engine.adapters import AdaptedModel, ServedAdapters
 
-PAGE_TOKENS = 32
 PREFILL_BESIDE = 72  # on a CPU: a step with a piece of a prompt takes up to twice as long
 # Of the memory that is free once the model is loaded; the rest is for activations.
 MEMORY_SHARE = 0.85
@@ -55,10 +55,11 @@ class ServingEngine:
         """An engine that runs up to `slots` rows together, with keys and values of so many GB
         (10^9 bytes; None: most of what is free)."""
         memory = MEMORY_SHARE * self._free_memory() if memory_gb is None else memory_gb * 1e9
-        pages = pages_in(memory, self.shape, PAGE_TOKENS)
+        page = page_tokens(self.shape)
+        pages = pages_in(memory, self.shape, page)
         if pages < _LEAST_PAGES:
             came = f"memory for keys and values: {memory / 1e9:.3g} GB"
-            least = _LEAST_PAGES * PAGE_TOKENS * self.shape.bytes_per_token / 1e9
+            least = _LEAST_PAGES * page * self.shape.bytes_per_token / 1e9
             raise UserError(f"{came}; expected at least {least:.3g} GB (--memory_gb)")
         model: PackedModel = packed(self.model)
         names: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class ServingEngine:
         store: KVStore
         if self.device.type == "cuda":
             try:
-                store = PagedStore(self.shape, pages, PAGE_TOKENS)
+                store = PagedStore(self.shape, pages, page)
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"memory for keys and values: {memory / 1e9:.3g} GB do not fit the GPU; "
@@ -77,7 +78,7 @@ class ServingEngine:
                 ) from None
             model = GraphedModel(model, store, slots, numbers)
         else:
-            store = ContiguousStore(self.shape, pages, PAGE_TOKENS)
+            store = ContiguousStore(self.shape, pages, page)
         beside = None if self.device.type == "cuda" else PREFILL_BESIDE
         limits = EngineLimits(slots, prefill_tokens, self.context, beside)
         return DecodingEngine(model, store, self.vocabulary, limits, self.alpha_of, names)

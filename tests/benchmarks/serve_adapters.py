@@ -61,7 +61,9 @@ def step_after(model: QWenLMHeadModel, context: int, runs: Runs | Tensor) -> Pac
     ids_1N = torch.arange(ROWS, device=device)[None]
     positions_1N = torch.full((1, ROWS), context, device=device)
     due_R = torch.arange(ROWS, device=device)
-    return PackedStep(ids_1N, positions_1N, 0, due_R, runs, store)
+    return PackedStep(
+        ids_1N, positions_1N, 0, due_R, runs, () if isinstance(runs, Tensor) else runs, store
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 from qwen_ds.decode.request import Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
-from serve.engine.engine import PAGE_TOKENS
 from tests.benchmarks import gpu_serve, serve
 from tests.benchmarks.serve_peers import continuous_batching
 
@@ -87,15 +86,14 @@ GPU_TINY = {
 def test_the_gpu_benchmark_runs_through_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_serve.PAGE_TOKENS == PAGE_TOKENS
     out = tmp_path / "found.json"
     gpu_serve.main(["--device", "cpu", "--plan", json.dumps(GPU_TINY), "--json", str(out)])
     found = json.loads(out.read_text())["found"]
-    assert list(found) == ["batch", "prefill", "single"]
-    assert [figures["tokens"] for figures in found.values()] == [3 * 4, 2 * 40, 4]
+    assert list(found) == ["batch", "prefill", "single", "sampled"]
+    assert [figures["tokens"] for figures in found.values()] == [3 * 4, 2 * 40, 4, 3 * 4]
     for figures in found.values():
         assert figures["tokens_per_second"] > 0 and figures["device_ms"] > 0
-        assert figures["reads_tables"] is False
+        assert (figures["reading"], figures["waits"]) == ("gathered", None)
         assert "aten::scaled_dot_product_attention" in str(figures["attention"])
     assert "| batch |" in capsys.readouterr().out
 
@@ -108,6 +106,23 @@ def test_a_measurement_that_fails_costs_no_other(tmp_path: Path, monkeypatch) ->
     found = gpu_serve.measure_all(gpu_serve.Plan(), "cpu", 1, tmp_path / "found.json")
     text = gpu_serve.report(found)
     assert "| batch | OutOfMemoryError |" in text and "| single | 10 | 200 |" in text
+
+
+def test_what_an_earlier_call_has_measured_is_kept(tmp_path: Path, monkeypatch) -> None:
+    out, begun, plan = tmp_path / "found.json", list[str](), gpu_serve.Plan()
+
+    def apart(name: str, *_: object) -> dict[str, object]:
+        begun.append(name)
+        return {"remark": gpu_serve.OUT_OF_TIME} if len(begun) == 2 else FIGURES
+
+    monkeypatch.setattr(gpu_serve, "measure_apart", apart)
+    gpu_serve.measure_all(plan, "cpu", 1, out, again=False)
+    begun.clear()
+    found = gpu_serve.measure_all(plan, "cpu", 1, out, again=False)
+    assert begun == ["prefill"] and found["prefill"] == found["batch"] == FIGURES
+    begun.clear()
+    gpu_serve.measure_all(replace(plan, steps=2), "cpu", 1, out, again=False)
+    assert begun == ["batch", "prefill", "single", "sampled"], "another plan"
 
 
 def test_what_has_no_time_left_is_not_begun() -> None:
@@ -124,5 +139,5 @@ def test_a_measurement_that_does_not_fit_says_so() -> None:
 
 FIGURES: dict[str, object] = {
     "tokens_per_second": 10.0, "step_ms": 1.0, "device_ms": 1.0, "peak_gb": 1.0,
-    "reads_tables": True, "attention": ["flash"], "device": "cpu",
+    "reading": "tables", "waits": 1, "attention": ["flash"], "device": "cpu",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen_ds.decode import kv_pages, paged_attention
 from qwen_ds.decode.engine import DecodingEngine, PackedStep
 from qwen_ds.decode.graphs import CudaCapture, Graph, GraphedModel
 from qwen_ds.decode.kv_pages import PagedStore
@@ -18,6 +19,7 @@ from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
 from tests.decode.recording import CaptureError, Recording, record
 from tests.decode.test_engine import answers, cases, expected, make_engine, model, prompts
+from tests.decode.test_kv_rows import flash_by_hand
 
 __all__ = ["cases", "expected", "model", "prompts"]  # fixtures
 
@@ -45,6 +47,17 @@ def test_replayed_steps_give_the_same_tokens(model, prompts, expected) -> None:
     # Few graphs: numbers of rows and pages are rounded up.
     assert len(captured) < 20
     assert engine.store.available_pages == engine.store.num_pages == 499
+
+
+def test_pages_are_read_one_by_one_in_replayed_steps(
+    model, prompts, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_attention, "flash_forward", flash_by_hand)
+    monkeypatch.setattr(kv_pages, "choose_reading", lambda *_: "pages")
+    engine = make_engine(model, PagedStore, limits=LIMITS)
+    captured = graphed(engine, most_rows=8)
+    assert answers(engine, prompts[:16]) == expected[:16]
+    assert sum(graph.replays for graph in captured) > 20
 
 
 def test_a_row_that_went_wrong_leaves_nothing_in_a_graph(model, prompts, expected) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from qwen_ds.decode import kv_pages
+from qwen_ds.decode import kv_pages, paged_attention
 from qwen_ds.decode.kv import KVShape, KVStore, Segment
 from qwen_ds.decode.kv_pages import PagedStore
 from qwen_ds.decode.kv_rows import ContiguousStore
@@ -109,8 +110,8 @@ def test_block_tables_say_where_a_row_lies(
     monkeypatch: pytest.MonkeyPatch, q_heads: int, heads: int
 ) -> None:
     """The path of GPUs, with the kernel spelled out."""
-    monkeypatch.setattr(kv_pages, "varlen_attn", varlen_by_hand)
-    monkeypatch.setattr(kv_pages, "reads_tables", lambda *_: True)
+    monkeypatch.setattr(paged_attention, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(kv_pages, "choose_reading", lambda *_: "tables")
     check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed=9)
 
 
@@ -118,23 +119,76 @@ def test_block_tables_say_where_a_row_lies(
 def test_no_more_keys_are_gathered_at_once_than_the_bound(
     monkeypatch: pytest.MonkeyPatch, q_heads: int, heads: int
 ) -> None:
-    gathered, attention = [], F.scaled_dot_product_attention
+    gathered = []
 
-    def spying(q: Tensor, k: Tensor, *more: Any, **options: Any) -> Tensor:
-        gathered.append((k.shape[0], k.shape[2]))
-        return attention(q, k, *more, **options)
+    class Spying(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is F.scaled_dot_product_attention:
+                gathered.append((args[1].shape[0], args[1].shape[2]))
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(kv_pages, "GATHERED_TOKENS", 24)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spying)
+    monkeypatch.setattr(paged_attention, "GATHERED_TOKENS", 24)
     for seed in range(8):
-        check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed)
+        with Spying():
+            check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed)
     assert max(rows for rows, _ in gathered) > 1
     # One row may be longer.
     assert all(rows * tokens <= 24 for rows, tokens in gathered if rows > 1)
 
 
+def no_tables(*_: object, **__: object) -> None:
+    raise RuntimeError("no tables")
+
+
+def flash_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, dropout: float, is_causal: bool, debugs: bool, *, seqused_k: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """FlashAttention of torch: no block tables; of single queries over sequences that may begin
+    anywhere, with the logarithms of their sums [H, M]; +inf, and zeros, for an empty one."""
+    assert (dropout, is_causal, debugs) == (0.0, False, False)
+    count, heads, width = query.shape
+    assert len(cu_seq_k) == len(cu_seq_q) == len(seqused_k) + 1 == count + 1 and max_q == 1
+    assert {x.dtype for x in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32}
+    place_K = torch.arange(max_k)
+    index_MK = (cu_seq_k[:-1, None] + place_K).clamp(max=len(key) - 1)
+    keys, values = (x.repeat_interleave(heads // x.shape[1], 1)[index_MK] for x in (key, value))
+    scores_MHK = torch.einsum("mhw,mkhw->mhk", query, keys) / width**0.5
+    scores_MHK = scores_MHK.masked_fill((place_K >= seqused_k[:, None])[:, None], -torch.inf)
+    is_empty_M = seqused_k == 0
+    out_MHW = torch.einsum("mhk,mkhw->mhw", scores_MHK.softmax(-1), values)
+    out_MHW = out_MHW.masked_fill(is_empty_M[:, None, None], 0)
+    return out_MHW, scores_MHK.logsumexp(-1).T.masked_fill(is_empty_M, torch.inf)
+
+
+@pytest.mark.parametrize("q_heads, heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pages_that_are_read_one_by_one_give_the_rows_attention(
+    monkeypatch: pytest.MonkeyPatch, seed: int, q_heads: int, heads: int
+) -> None:
+    """The path of GPUs where torch's own kernel is all there is."""
+    monkeypatch.setattr(paged_attention, "flash_forward", flash_by_hand)
+    monkeypatch.setattr(kv_pages, "choose_reading", lambda *_: "pages")
+    check(PagedStore(shape(heads), 60, 4), q_heads, heads, seed)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kernel is tried anew, on the CPU."""
+    tried = (paged_attention.refuses_tables, paged_attention.refuses_pages)
+    for one in tried:
+        one.cache_clear()
+    monkeypatch.setattr(paged_attention, "_has_flash", lambda _: True)
+    yield
+    for one in tried:
+        one.cache_clear()
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_a_kernel_of_an_installed_package_is_taken_where_torch_has_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     active: list[str | None] = [None]
 
@@ -153,21 +207,65 @@ def test_a_kernel_of_an_installed_package_is_taken_where_torch_has_none(
     def restore(_raise_warn: bool) -> None:
         active[0] = None
 
-    monkeypatch.setattr(kv_pages, "varlen_attn", attention)
-    monkeypatch.setattr(kv_pages, "activate_flash_attention_impl", activate)
-    monkeypatch.setattr(kv_pages, "restore_flash_attention_impl", restore)
+    monkeypatch.setattr(paged_attention, "varlen_attn", attention)
+    monkeypatch.setattr(paged_attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(paged_attention, "restore_flash_attention_impl", restore)
     names = ["missing", "ignores tables", "good"]
-    monkeypatch.setattr(kv_pages, "list_flash_attention_impls", lambda: names)
-    assert kv_pages.kernel_runs(shape(2), 4)
-    assert active == ["good"] and capsys.readouterr().out == ""
+    monkeypatch.setattr(paged_attention, "list_flash_attention_impls", lambda: names)
+    assert paged_attention.refuses_tables(shape(2), 4) is None
+    assert active == ["good"]
     restore(False)
     names.pop()
-    assert not kv_pages.kernel_runs(shape(2), 4)
-    assert active == [None] and capsys.readouterr().out.endswith("slower: no tables\n")
+    assert paged_attention.refuses_tables(shape(2), 8) == "no tables"
+    assert active == [None]
 
 
-def test_a_kernel_that_refuses_tables_is_said_and_a_wrong_call_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(
+    ("tables", "pages", "reading", "said"),
+    [
+        (varlen_by_hand, flash_by_hand, "tables", ""),
+        (no_tables, flash_by_hand, "pages", "slower than by block tables: no tables\n"),
+        (
+            no_tables,
+            lambda *args, **more: (flash_by_hand(*args, **more)[0], torch.zeros(2, 3)),
+            "gathered",
+            "slower: no tables; a page's result is another one\n",
+        ),
+    ],
+)
+def test_a_slower_way_to_read_pages_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tables: Any,
+    pages: Any,
+    reading: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(paged_attention, "varlen_attn", tables)
+    monkeypatch.setattr(paged_attention, "flash_forward", pages)
+    monkeypatch.setattr(paged_attention, "list_flash_attention_impls", list)
+    kv = PagedStore(shape(2), 60, 4)
+    assert kv.reading == reading
+    assert capsys.readouterr().out.endswith(said)
+    wide = paged_attention.WIDE_PAGE_TOKENS
+    assert paged_attention.page_tokens(shape(2)) == (32 if reading == "tables" else wide)
+
+
+def test_cpus_have_no_kernel_of_pages() -> None:
+    assert paged_attention.choose_reading(shape(2), 4) == "gathered"
+    assert paged_attention.page_tokens(shape(2)) == 32
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_torch_without_block_tables_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "_HAS_TABLES", False)
+    assert paged_attention.refuses_tables(shape(2), 4) == f"torch {torch.__version__} has none"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_kernel_that_refuses_tables_says_why_and_a_wrong_call_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def raising(error: Exception) -> Any:
         def attention(*_: object, **__: object) -> None:
@@ -175,17 +273,18 @@ def test_a_kernel_that_refuses_tables_is_said_and_a_wrong_call_is_an_error(
 
         return attention
 
-    monkeypatch.setattr(kv_pages, "varlen_attn", varlen_by_hand)
-    assert kv_pages.kernel_runs(shape(2), 4)
-    assert not kv_pages.reads_tables(shape(2), 4), "no kernel for CPUs"
-    for error in (RuntimeError("page size 16\nand more"), NotImplementedError("page size 16")):
-        monkeypatch.setattr(kv_pages, "varlen_attn", raising(error))
-        assert not kv_pages.kernel_runs(shape(2), 4)
-        assert capsys.readouterr().out.endswith("slower: page size 16\n")
-    for error in (TypeError("unexpected argument"), torch.OutOfMemoryError("no room")):
-        monkeypatch.setattr(kv_pages, "varlen_attn", raising(error))
-        with pytest.raises(type(error)):
-            kv_pages.kernel_runs(shape(2), 4)
+    refuses = (paged_attention.refuses_tables, paged_attention.refuses_pages)
+    for refusal in refuses:
+        for error in (RuntimeError("page size 16\nand more"), NotImplementedError("page size 16")):
+            for kernel in ("varlen_attn", "flash_forward"):
+                monkeypatch.setattr(paged_attention, kernel, raising(error))
+            assert refusal(shape(2), 4) == "page size 16"
+            refusal.cache_clear()
+        for error in (TypeError("unexpected argument"), torch.OutOfMemoryError("no room")):
+            for kernel in ("varlen_attn", "flash_forward"):
+                monkeypatch.setattr(paged_attention, kernel, raising(error))
+            with pytest.raises(type(error)):
+                refusal(shape(2), 4)
 
 
 def test_a_store_of_rows_follows_the_models_dtype() -> None:

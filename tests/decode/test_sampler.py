@@ -13,9 +13,17 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from qwen_ds.decode import sampler as sampler_module
 from qwen_ds.decode.exceptions import InvalidSampling, LogitsNotFinite, NoTokenLeft
 from qwen_ds.decode.grammar import GrammarCompiler
-from qwen_ds.decode.sampler import RowSampler, Sampled, prepare, prompt_logprobs, sample
+from qwen_ds.decode.sampler import (
+    RowSampler,
+    Sampled,
+    change,
+    prepare,
+    prompt_logprobs,
+    sample,
+)
 from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups, uniforms
 
 CPU = torch.device("cpu")
@@ -92,6 +100,35 @@ def test_a_row_of_a_mixed_batch_gets_what_it_gets_alone(
         assert max(state.tokens) < TOKENS
 
 
+def test_a_device_apart_gets_the_tokens_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, compiler: GrammarCompiler
+) -> None:
+    """There, a row whose number may draw any token of the vocabulary is tried twice."""
+    grammar, tries = compiler.json_object(), list[bool]()
+    read = sampler_module._read
+
+    def spying(*args: Any, is_last_try: bool) -> Any:
+        tries.append(is_last_try)
+        return read(*args, is_last_try=is_last_try)
+
+    monkeypatch.setattr(sampler_module, "_read", spying)
+
+    def tokens(is_apart: bool) -> list[list[Sampled]]:
+        monkeypatch.setattr(sampler_module, "is_apart", lambda _: is_apart)
+        params = SamplingParams(True, 1.0, 1.0, 0, seed=9)
+        rows = [row(**params) for params in MIXED]
+        rows.append(RowSampler(params, (1,), TOKENS, STOPS, grammar))
+        # Nearly flat ones are among them: 1,024 tokens have a third of the probability.
+        spreads = [3.0, 0.05, 1.0]
+        return [sample(random_logits(len(rows), i, spreads[i % 3]), rows) for i in range(12)]
+
+    expected = tokens(False)
+    assert tries == [True] * 12
+    tries.clear()
+    assert tokens(True) == expected
+    assert tries.count(False) == 12 and 0 < tries.count(True) < 12
+
+
 def test_plain_sampling_draws_the_tokens_of_draw() -> None:
     """Number i of a row's stream is that of its i-th token, in whatever steps it is decoded."""
     params = [
@@ -150,7 +187,7 @@ def test_repetition_is_penalised_in_prompt_and_answer_as_in_transformers(penalty
         logits_RV = random_logits(1, step)
         logits_RV[:, TOKENS:] = -torch.inf
         changed_V = logits_RV[0].clone()
-        state.change(changed_V)
+        change(changed_V[None], [state])
         expected_RV = processor(torch.tensor([prompt + answer]), logits_RV)
         assert torch.equal(changed_V, expected_RV[0])
         (one,) = sample(logits_RV, [state])
@@ -163,7 +200,7 @@ def test_presence_and_frequency_are_penalised_in_the_answer_alone() -> None:
     for token in (8, 8, 8, 11):
         state.accept(token)
     logits_V = torch.zeros(HEAD)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert logits_V.nonzero()[:, 0].tolist() == [8, 11]
     assert logits_V[8].item() == -(3 * 0.25 + 1.5) and logits_V[11].item() == -(0.25 + 1.5)
 
@@ -171,7 +208,7 @@ def test_presence_and_frequency_are_penalised_in_the_answer_alone() -> None:
 def test_bias_comes_before_penalties_and_bans_beat_every_bias() -> None:
     state = row(7, logit_bias=((7, 3.0), (STOPS[0], 100.0)), repetition_penalty=2.0, min_tokens=2)
     logits_V = torch.full((HEAD,), 1.0)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert logits_V[7].item() == (1.0 + 3.0) / 2.0
     assert logits_V[list(STOPS)].tolist() == [-torch.inf] * 2
 
@@ -187,7 +224,7 @@ def test_min_tokens_holds_stops_back_and_not_longer() -> None:
 def test_a_stop_that_is_no_token_bans_none() -> None:
     state = RowSampler(SamplingParams(min_tokens=1), (1,), TOKENS, (-5, TOKENS + 5))
     logits_V = torch.zeros(HEAD)
-    state.change(logits_V)
+    change(logits_V[None], [state])
     assert not logits_V.any()
 
 

@@ -18,14 +18,12 @@ from transformers import (
 
 from qwen_ds.decode import sampling
 from qwen_ds.decode.exceptions import InvalidSampling
+from qwen_ds.decode.largest import in_order, most_probable, top_values
 from qwen_ds.decode.sampling import (
     SamplingGroup,
     SamplingParams,
-    _sorted,
-    _top,
     candidates,
     draw,
-    most_probable,
     only_tokens,
     row_seed,
     sampling_groups,
@@ -118,9 +116,9 @@ def test_no_more_is_sorted_than_a_number_asks_for(monkeypatch: pytest.MonkeyPatc
     """At top_p 1 every token is a candidate; nearly always an early one is met."""
     logits_BV = torch.randn(50, 20_000, generator=torch.Generator().manual_seed(2)) * 4
     sorted_rows: list[int] = []
-    full = sampling._sorted
+    full = sampling.in_order
     monkeypatch.setattr(
-        sampling, "_sorted", lambda values: (sorted_rows.append(len(values)), full(values))[1]
+        sampling, "in_order", lambda values: (sorted_rows.append(len(values)), full(values))[1]
     )
     uniform_B = torch.linspace(0, 0.98, 50)
     draw(logits_BV, same(50, 1.0, 1.0, 0), uniform_B)
@@ -158,7 +156,7 @@ def test_equal_logits_come_in_one_order_whatever_the_batch() -> None:
 def test_the_quick_sort_is_torchs_stable_one() -> None:
     values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(4)).bfloat16().float()
     values[0, ::7], values[0, 1::7], values[1, ::3] = 0.0, -0.0, -torch.inf
-    found, places = _sorted(values)
+    found, places = in_order(values)
     expected, expected_places = values.sort(descending=True, stable=True)
     assert torch.equal(found, expected) and torch.equal(places, expected_places)
 
@@ -171,13 +169,13 @@ def test_the_quick_selection_is_the_beginning_of_the_sort(size: int) -> None:
     values[3] = 1.0
     values[4, 2499] = 9.0  # behind the last whole block
     values[5, ::2] = -torch.inf
-    found, places = _top(values, size)
+    found, places = top_values(values, size)
     expected, expected_places = values.sort(descending=True, stable=True)
     assert torch.equal(found, expected[:, :size])
     finite = found.isfinite()
     assert torch.equal(places[finite], expected_places[:, :size][finite])
     values[0, 5] = torch.nan  # who decodes on with it gets any token, but no crash
-    assert _top(values, size)[0].shape == (6, size)
+    assert top_values(values, size)[0].shape == (6, size)
 
 
 @pytest.mark.parametrize("top_k", [0, 50])

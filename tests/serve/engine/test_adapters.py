@@ -191,7 +191,7 @@ def step_of(
     runs = tuple((name, len(prompt)) for prompt, name in rows)
     return PackedStep(
         torch.tensor([ids]), torch.tensor([positions]), 0,
-        torch.tensor([last[i] for i in due]), runs, store,
+        torch.tensor([last[i] for i in due]), runs, tuple((rows[i][1], 1) for i in due), store,
     )  # fmt: skip
 
 
@@ -357,7 +357,12 @@ def test_a_forward_that_fails_leaves_no_adapter_acting() -> None:
         raise torch.OutOfMemoryError
 
     runs = (("a", 3), (None, 2), ("a", 1), ("a", 1))
-    step = PackedStep(torch.zeros(1, 7), torch.zeros(1, 7), 0, torch.tensor([2, 4, 6]), runs, None)  # type: ignore[arg-type]
+    zeros_1N, due_R, due = (
+        torch.zeros(1, 7),
+        torch.tensor([2, 4, 6]),
+        (("a", 1), (None, 1), ("a", 1)),
+    )
+    step = PackedStep(zeros_1N, zeros_1N, 0, due_R, runs, due, None)  # type: ignore[arg-type]
     with pytest.raises(torch.OutOfMemoryError):
         AdaptedModel(fails, served)(step)
     assert seen == [(1, [0, 1, 2, 5, 6]), (1, [0, 2])]

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_ds.decode.exceptions import LogitsNotFinite, PromptTooLong
+from qwen_ds.decode.paged_attention import PAGE_TOKENS
 from qwen_ds.decode.request import Completion, Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.errors import UserError
-from serve.engine.engine import PAGE_TOKENS, ServingEngine, stream
+from serve.engine.engine import ServingEngine, stream
 from serve.engine.loading import load_engine
 
 # Beyond the small model's seq_length of 64, too.

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from qwen_ds.decode.exceptions import PromptTooLong
+from qwen_ds.decode.paged_attention import PAGE_TOKENS
 from qwen_ds.decode.request import Completion, Request
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import Conversation, Turn, encode_prompt
 from qwen_ds.model.tokenizer import Encoding, load_encoding
-from serve.engine.engine import PAGE_TOKENS, ServingEngine, stream
+from serve.engine.engine import ServingEngine, stream
 from serve.engine.loading import load_engine
 from serve.talk.talkers import EngineTalker, Piece
 from tests.serve.engine.test_adapters import make_adapter
