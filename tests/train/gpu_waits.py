@@ -1,9 +1,9 @@
 """Points where the CPU would wait for a GPU, counted in a process that has none.
 
 The accelerator of DeepSpeed is a CPU's that answers as CUDA's does, so that the code for streams
-and events runs; tensors stay in CPU memory. Counted is each operation that on CUDA reads a result or
-copies from memory that is not page-locked (c10/cuda's memcpy_and_sync, at::native::nonzero), and
-each call that waits by name.
+and events runs; tensors stay in CPU memory. Counted is each operation that on CUDA reads a result
+or copies from memory that is not page-locked (memcpy_and_sync of c10/cuda, nonzero of
+at::native), and each call that waits by name.
 """
 
 from __future__ import annotations
