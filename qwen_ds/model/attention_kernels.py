@@ -22,8 +22,8 @@ def without_cudnn_attention() -> None:
 
     On Hopper and Blackwell torch prefers it, and cuDNN makes a plan for each new (rows, length): 23
     to 37 ms on an H100, up to a second on a B200. In decoding each token has a new length. In
-    training even few shapes would take longer to plan than rows of some hundred tokens, where
-    attention is 2 % of the work, can win back. FlashAttention needs no plan.
+    training even few shapes would take longer to plan than a faster kernel can win back: attention
+    is under 2 % of the work at some hundred tokens a row. FlashAttention needs no plan.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
