@@ -52,7 +52,7 @@ def waits_of_steps(model_dir: Path, method: str, stage: int, waits: Waits) -> di
         model: Any = QWenLMHeadModel.from_pretrained(model_dir, dtype=torch.bfloat16)
         trained = model
         if method == "lora":
-            trained = lora.add_lora(model, LoraOptions(), base="", seed=1)
+            trained = lora.add_lora(model, LoraOptions(), base="", seed=1, row_ids=(3, 7))
     engine = TrainingEngine(
         TrainingModel(trained, model.transformer, model.lm_head), recipe.optim, resolved
     )
