@@ -29,6 +29,8 @@ from qwen_ds.model.chatml import IGNORE
 
 # A dummy row is two pads: the loss's shift leaves one position, whose label is IGNORE.
 DUMMY_TOKENS = 2
+# Steps from which a run knows its usual shapes, and how far a rare one may be padded to be usual.
+SAMPLED_STEPS, MOST_GROWTH = 64, 2.0
 
 
 class Part(NamedTuple):
@@ -242,6 +244,7 @@ class StepSampler:
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
         self._plan = lru_cache(maxsize=2)(self._plan_step)
+        self._usual = self._usual_widths()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -255,13 +258,34 @@ class StepSampler:
     def window(self, epoch: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, longest rows first; all ranks have equally many."""
         parts = self._plan(epoch, step)[self.rank]
-        return [make_batch(self.rows, part, _width(self.padded_lens, part)) for part in parts]
+        return [make_batch(self.rows, part, self.width(part)) for part in parts]
+
+    def width(self, part: np.ndarray) -> int:
+        """Tokens to which the rows of a micro-batch are padded.
+
+        That of the longest bucket among them, or the next one at which so many rows are usual: the
+        last step of an epoch has fewer rows, and would bring shapes of its own.
+        """
+        needed = _width(self.padded_lens, part)
+        usual = self._usual.get(len(part), [])
+        at = bisect_left(usual, needed)
+        if at == len(usual) or usual[at] > needed * MOST_GROWTH:
+            return needed
+        return usual[at]
+
+    def _usual_widths(self) -> dict[int, list[int]]:
+        """The widths of micro-batches in the first steps, sorted, by their number of rows."""
+        found: dict[int, set[int]] = {}
+        for step in range(min(SAMPLED_STEPS, self.steps_per_epoch)):
+            for part in (part for parts in self._plan_step(0, step) for part in parts):
+                found.setdefault(len(part), set()).add(_width(self.padded_lens, part))
+        return {rows: sorted(widths) for rows, widths in found.items()}
 
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
         """The statistics of one step over all ranks, computed from lengths without a collective."""
         lens = self.rows.lens
         ranks = self._plan(epoch, step)
-        padded = [sum(_padded_tokens(self.padded_lens, part) for part in parts) for parts in ranks]
+        padded = [sum(max(1, len(part)) * self.width(part) for part in parts) for parts in ranks]
         row_ids = np.concatenate([part for parts in ranks for part in parts])
         return WindowStatistics(
             rows=len(row_ids),
