@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch import Tensor
 
 from qwen_ds.errors import UserError
 from qwen_ds.signals import Stopped
@@ -188,6 +189,18 @@ def sum_floats(*values: float) -> list[float]:
 def max_floats(*values: float) -> list[float]:
     """Element-wise maxima over all ranks (a collective)."""
     return _reduced(values, torch_dist.ReduceOp.MAX)
+
+
+def gather_numbers(own_N: Tensor) -> list[list[float]]:
+    """Every rank's numbers, in rank order, on every rank (a collective).
+
+    For numbers that a GPU has computed: the CPU waits for it once, as they are read here.
+    """
+    if not torch_dist.is_initialized():
+        return [own_N.tolist()]
+    found = [torch.empty_like(own_N) for _ in range(world_size())]
+    torch_dist.all_gather(found, own_N)
+    return torch.stack(found).tolist()
 
 
 def gather(value: T) -> list[T]:

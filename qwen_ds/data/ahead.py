@@ -55,9 +55,6 @@ class WindowsAhead:
         position = divmod(step, sampler.steps_per_epoch)
         batches = sampler.window(*position)
         if self._pinned:
-            batches = [
-                Batch(batch.ids_BT.pin_memory(), batch.labels_BT.pin_memory(), batch.row_ids)
-                for batch in batches
-            ]
+            batches = [batch.pinned() for batch in batches]
         targets = int(sampler.rows.learnt[sampler.step_rows(*position)].sum())
         return Window(batches, targets, sampler.statistics(*position))

@@ -2,10 +2,12 @@
 
 One step is `rows_per_step` rows, drawn uniformly, so that steps are not biased by length. Within a
 step the rows are sorted by length and cut into micro-batches of nearly equal padded tokens, so that
-there is little padding and every rank does the same work. Everything here is a pure function of
-(seed, epoch, step): a resumed run only names its position.
+there is little padding and every rank does the same work. Rows count with the lengths of their
+buckets (buckets.py), so that an epoch's micro-batches have few shapes. Everything here is a pure
+function of (seed, epoch, step): a resumed run only names its position.
 
-Shapes: B rows of one micro-batch, T tokens of its longest row, N rows of one step.
+Shapes: B rows of one micro-batch, T tokens to which they are padded, N rows of one step, P target
+tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_ds.data.buckets import bucketed
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
 
 # A dummy row is two pads: the loss's shift leaves one position, whose label is IGNORE.
 DUMMY_TOKENS = 2
+# Steps from which a run knows its usual shapes, and how far a rare one may be padded to be usual.
+SAMPLED_STEPS, MOST_GROWTH = 64, 2.0
 
 
 class Part(NamedTuple):
@@ -58,13 +63,28 @@ class Batch:
 
     ids_BT: Tensor  # int64, padded with <|endoftext|>
     labels_BT: Tensor  # int64, IGNORE where a token is no target
+    places_P: Tensor
+    """int64, of the tokens that predict a target, in the flattened batch: `target_places`. It is
+    made here and travels with the batch, since a GPU would have to be waited for."""
     row_ids: tuple[int, ...]
     """Indices of the rows, so that a bad loss can name their file:line. Empty for a dummy row."""
 
     @property
     def num_targets(self) -> int:
         """Target tokens, counted after the shift by one."""
-        return int((self.labels_BT[:, 1:] != IGNORE).sum())
+        return len(self.places_P)
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU can copy asynchronously."""
+        tensors = self.ids_BT.pin_memory(), self.labels_BT.pin_memory(), self.places_P.pin_memory()
+        return Batch(*tensors, self.row_ids)
+
+
+def target_places(labels_BT: Tensor) -> Tensor:
+    """The places b T + t whose next token is a target, int64 [P]; targets stand at places + 1."""
+    is_target_BT = labels_BT[:, 1:] != IGNORE
+    row, t = is_target_BT.nonzero(as_tuple=True)
+    return row * labels_BT.shape[1] + t
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +177,12 @@ def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list
     return ranks
 
 
+def _width(lens: np.ndarray, part: np.ndarray) -> int:
+    return int(lens[part].max()) if len(part) else DUMMY_TOKENS
+
+
 def _padded_tokens(lens: np.ndarray, part: np.ndarray) -> int:
-    return len(part) * int(lens[part].max()) if len(part) else DUMMY_TOKENS
+    return max(1, len(part)) * _width(lens, part)
 
 
 def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
@@ -216,9 +240,11 @@ class StepSampler:
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.world, self.rank, self.budget = world, rank, budget
         self.rows_per_epoch = sum(_draws_per_epoch(part) for part in rows.parts)
+        self.padded_lens = bucketed(rows.lens)
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
         self._plan = lru_cache(maxsize=2)(self._plan_step)
+        self._usual = self._usual_widths()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -231,13 +257,35 @@ class StepSampler:
 
     def window(self, epoch: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, longest rows first; all ranks have equally many."""
-        return [make_batch(self.rows, row_ids) for row_ids in self._plan(epoch, step)[self.rank]]
+        parts = self._plan(epoch, step)[self.rank]
+        return [make_batch(self.rows, part, self.width(part)) for part in parts]
+
+    def width(self, part: np.ndarray) -> int:
+        """Tokens to which the rows of a micro-batch are padded.
+
+        That of the longest bucket among them, or the next one at which so many rows are usual: the
+        last step of an epoch has fewer rows, and would bring shapes of its own.
+        """
+        needed = _width(self.padded_lens, part)
+        usual = self._usual.get(len(part), [])
+        at = bisect_left(usual, needed)
+        if at == len(usual) or usual[at] > needed * MOST_GROWTH:
+            return needed
+        return usual[at]
+
+    def _usual_widths(self) -> dict[int, list[int]]:
+        """The widths of micro-batches in the first steps, sorted, by their number of rows."""
+        found: dict[int, set[int]] = {}
+        for step in range(min(SAMPLED_STEPS, self.steps_per_epoch)):
+            for part in (part for parts in self._plan_step(0, step) for part in parts):
+                found.setdefault(len(part), set()).add(_width(self.padded_lens, part))
+        return {rows: sorted(widths) for rows, widths in found.items()}
 
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
         """The statistics of one step over all ranks, computed from lengths without a collective."""
         lens = self.rows.lens
         ranks = self._plan(epoch, step)
-        padded = [sum(_padded_tokens(lens, part) for part in parts) for parts in ranks]
+        padded = [sum(max(1, len(part)) * self.width(part) for part in parts) for parts in ranks]
         row_ids = np.concatenate([part for parts in ranks for part in parts])
         return WindowStatistics(
             rows=len(row_ids),
@@ -249,7 +297,7 @@ class StepSampler:
         )
 
     def _plan_step(self, epoch: int, step: int) -> list[list[np.ndarray]]:
-        return _plan(self.rows.lens, self.step_rows(epoch, step), self.world, self.budget)
+        return _plan(self.padded_lens, self.step_rows(epoch, step), self.world, self.budget)
 
 
 def _plan(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> list[list[np.ndarray]]:
@@ -262,17 +310,19 @@ def _plan(lens: np.ndarray, row_ids: np.ndarray, world: int, budget: int) -> lis
 def evaluation_batches(rows: RowStore, world: int, rank: int, budget: int) -> Iterator[Batch]:
     """This rank's micro-batches of an evaluation. All ranks have equally many, and together every
     row once, whatever its weight."""
-    for row_ids in _plan(rows.lens, np.arange(len(rows)), world, budget)[rank]:
-        yield make_batch(rows, row_ids)
+    padded_lens = bucketed(rows.lens)
+    for part in _plan(padded_lens, np.arange(len(rows)), world, budget)[rank]:
+        yield make_batch(rows, part, _width(padded_lens, part))
 
 
-def make_batch(rows: RowStore, row_ids: np.ndarray) -> Batch:
-    """Read rows and pad them to the longest; without row ids, make the dummy row."""
-    width = max(rows.lens[row_ids].tolist(), default=DUMMY_TOKENS)
+def make_batch(rows: RowStore, row_ids: np.ndarray, width: int | None = None) -> Batch:
+    """Read rows and pad them to `width` tokens, or to the longest; without row ids, make the dummy
+    row."""
+    width = width or _width(rows.lens, row_ids)
     ids_BT = torch.full((max(1, len(row_ids)), width), rows.pad_id, dtype=torch.int64)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     for b, row in enumerate(row_ids.tolist()):
         ids, labels = rows[row]
         ids_BT[b, : len(ids)] = torch.from_numpy(ids)
         labels_BT[b, : len(labels)] = torch.from_numpy(labels)
-    return Batch(ids_BT, labels_BT, tuple(row_ids.tolist()))
+    return Batch(ids_BT, labels_BT, target_places(labels_BT), tuple(row_ids.tolist()))

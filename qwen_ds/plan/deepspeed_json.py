@@ -30,6 +30,7 @@ _FIXED_PARAMS: dict[str, Any] = {
 }
 _SCHEDULE_PARAMS = {"warmup_max_lr", "warmup_num_steps"}
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
+_PERSISTENT = "stage3_param_persistence_threshold"
 _ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "bias_correction", "amsgrad"}
 
 
@@ -130,19 +131,7 @@ def resolve(
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise merger.refuse("zero_optimization.stage", stage, "0, 1, 2 or 3")
-    autos = {  # stages 1 and 2 allocate two fp32 buffers of reduce_bucket_size: 160 MB
-        "reduce_bucket_size": hidden_size**2 if stage == 3 else 20_000_000,
-        "allgather_bucket_size": 200_000_000,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-        "zero_hpz_partition_size": ranks_per_machine or world,
-        # A gather joins many weights before they are cut into int8 groups, so an adapter's small
-        # values would share a scale with the base's large ones: after six steps on the small test
-        # model, with a torch stand-in for the CUDA kernels, the adapter was off by 16 %, full
-        # training by 0.5 %.
-        "zero_quantized_weights": can_quantise and merger.recipe.method == "full",
-    }
-    zero |= {key: value for key, value in autos.items() if zero.get(key) == "auto"}
+    _fill_zero(zero, merger, hidden_size, ranks_per_machine or world, can_quantise)
     _check_zero(zero, merger, world, can_quantise)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
@@ -158,6 +147,10 @@ def resolve(
         "gradient_clipping": merger.recipe.optim.max_grad_norm,
         "steps_per_print": 10**9,  # never: the loop has its own lines of metrics
     }
+    # It makes the CPU wait for the GPU in every micro-batch, for a line that is never printed.
+    throughput = config.setdefault("timers", {}).setdefault("throughput", {})
+    if throughput.get("enabled", "auto") == "auto":
+        throughput["enabled"] = False
     _precision_sections(config, merger)
     if stage == 0 and config.keys() & {"fp16", "bf16"}:
         # Without ZeRO, DeepSpeed's bf16 optimizer refuses fp32 accumulation, and its fp16 one takes
@@ -166,6 +159,44 @@ def resolve(
         stage = zero["stage"] = 1
     _drop_auto(config)
     return ResolvedConfig(config, merger.recipe, stage, offload, tuple(merger.remarks))
+
+
+def _fill_zero(
+    zero: Json, merger: _Merger, hidden_size: int, ranks_per_machine: int, can_quantise: bool
+) -> None:
+    """Replace every "auto" of the section that stands for a number or a switch of ours."""
+    stage3, full = zero.get("stage", 0) == 3, merger.recipe.method == "full"
+    autos = {  # stages 1 and 2 allocate fp32 buffers of reduce_bucket_size: 80 MB, or two of them
+        "reduce_bucket_size": hidden_size**2 if stage3 else 20_000_000,
+        "allgather_bucket_size": 200_000_000,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        _PERSISTENT: _persistent(merger.recipe, hidden_size),
+        # Below stage 3 it makes the CPU wait for the GPU after every micro-batch, which costs more
+        # than sending an adapter's gradients. At stage 3 it fetches weights beside the products.
+        "overlap_comm": stage3 or full,
+        "zero_hpz_partition_size": ranks_per_machine,
+        # A gather joins many weights before they are cut into int8 groups, so an adapter's small
+        # values would share a scale with the base's large ones: after six steps on the small test
+        # model, with a torch stand-in for the CUDA kernels, the adapter was off by 16 %, full
+        # training by 0.5 %.
+        "zero_quantized_weights": can_quantise and full,
+    }
+    zero |= {key: value for key, value in autos.items() if zero.get(key) == "auto"}
+    if stage3 and not zero.keys() & {_PERSISTENT, _PERSISTENT.removeprefix("stage3_")}:
+        zero[_PERSISTENT] = autos[_PERSISTENT]
+
+
+def _persistent(recipe: Recipe, hidden_size: int) -> int:
+    """Elements up to which ZeRO-3 keeps a parameter whole on every rank.
+
+    All of an adapter: gathering it costs a GPU's CPU more than it saves in memory. The widest part
+    is B of c_attn, [3 hidden, r]. Of the base only norms and biases: its matrices have hidden^2
+    elements at least.
+    """
+    norms = 10 * hidden_size
+    if recipe.method == "full":
+        return norms
+    return max(norms, min(10**6, hidden_size**2 - 1), 3 * hidden_size * recipe.lora.r)
 
 
 def _remark_keys(idle: list[str], config: Json, merger: _Merger) -> None:

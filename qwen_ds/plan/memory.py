@@ -25,7 +25,7 @@ MOMENTS = 2  # of AdamW
 # Temporaries of torch's foreach AdamW, in copies of the trained parameters: the root of the second
 # moment; torch 2.0 also kept that root plus epsilon.
 TEMPORARIES, TEMPORARIES_TORCH_2_0 = 1, 2
-# fp32 logits of one chunk of the loss head: 441 tokens of the 151,936-row vocabulary.
+# fp32 logits of one chunk of the loss head at most: 384 tokens of the 151,936-row vocabulary.
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -51,8 +51,12 @@ class Memory:
 
 
 def chunk_tokens(vocab_rows: int) -> int:
-    """Tokens whose fp32 logits fill CHUNK_BYTES, at least 16: what train/loss.py takes at once."""
-    return max(16, CHUNK_BYTES // (4 * vocab_rows))
+    """Tokens whose fp32 logits fill CHUNK_BYTES: what train/loss.py takes at once.
+
+    A multiple of 128, at least that: the tile of a GPU's matrix products, which compute a smaller
+    rest at the price of a whole tile.
+    """
+    return max(1, CHUNK_BYTES // (4 * vocab_rows) // 128) * 128
 
 
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:

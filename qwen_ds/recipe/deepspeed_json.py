@@ -39,7 +39,7 @@ def read_deepspeed_json(path: str | None) -> Json:
     meaning here.
     """
     if path is None:
-        zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
+        zero = {"stage": 2, "overlap_comm": "auto", "contiguous_gradients": True}
         return {"zero_optimization": zero | {"reduce_bucket_size": "auto"}}
     file = Path(path)
     if not file.exists():

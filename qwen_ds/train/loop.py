@@ -5,14 +5,12 @@ Shapes: B rows of a micro-batch, T its longest row.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from qwen_ds import dist
 from qwen_ds.data.ahead import Window, WindowsAhead
 from qwen_ds.train.garbage import HeldCollection
-from qwen_ds.train.not_finite import NotFinite, bad_alone, raise_not_finite, stop_not_finite
+from qwen_ds.train.not_finite import NotFinite, bad_rows, raise_not_finite, stop_not_finite
 from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.observe.metrics import Step
 from qwen_ds.train.observe.summary import RunSummary
@@ -53,17 +51,14 @@ def train(session: Session) -> RunSummary:
             with observer.part("data"):
                 window = windows.take(number - 1)
             try:
-                step = train_step(session, number, window)
+                step, stop_because = train_step(session, number, window, request)
             except NotFinite as error:
                 # All ranks, once: they save the weights of the last good step, and end.
                 state = session.state(number - 1, best, evaluated=evaluated)
                 stop_not_finite(error, engine, saver, state)
             observer.end_step(step)
-
-            # All ranks, after every step but the last: launchers signal the ranks seconds apart, or
-            # only some of them. Nothing is left to stop after the last.
-            observer.at(number, "agreeing to continue")
-            stop_because = request.agreed() if number < steps else None
+            if number == steps:  # nothing is left to stop
+                stop_because = None
 
             # All ranks, every eval.every_steps. A run that is asked to stop has little time: it
             # saves first, and makes up for the evaluation when it resumes.
@@ -87,8 +82,10 @@ def train(session: Session) -> RunSummary:
         return finished(session, best)
 
 
-def train_step(session: Session, number: int, window: Window) -> Step:
-    """Optimizer step `number` (1-based) over all its micro-batches.
+def train_step(
+    session: Session, number: int, window: Window, request: StopRequest
+) -> tuple[Step, str | None]:
+    """Optimizer step `number` (1-based) over all its micro-batches, and why to stop after it.
 
     A step without a target token leaves the weights alone: its loss and norm are 0. NotFinite is
     raised on every rank, with the rows that are to blame.
@@ -105,7 +102,7 @@ def train_step(session: Session, number: int, window: Window) -> Step:
             torch.manual_seed(dropout_seed(session.recipe.seed, number - 1, rank, i))
             # All ranks under ZeRO-3, in each micro-batch: they gather the weights layer by layer.
             with part("forward"):
-                loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT)
+                loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
             # All ranks, in the step's last micro-batch, under ZeRO-2 and 3 in each: the average of
             # the gradients. Answers differ in length, so a mean of the ranks' means would let a
             # rank with few target tokens weigh as much as one with many: the sum is divided by the
@@ -117,27 +114,28 @@ def train_step(session: Session, number: int, window: Window) -> Step:
             loss_sums.append(loss_sum.detach())
 
         at(number, "updating the weights")
-        # The losses are looked at only here: each look makes the CPU wait for the GPU.
-        values = torch.stack(loss_sums).tolist()
-        pairs = zip(window.batches, values, strict=True)
-        bad = [row for batch, value in pairs if not math.isfinite(value) for row in batch.row_ids]
-        # All ranks, once a step, before the gradient can reach the weights: all stop, or none.
-        loss, num_bad = dist.sum_floats(sum(values), len(bad))
-        if num_bad:
-            # All ranks, once: each tries its own bad rows alone, and rank 0 names them all.
-            bad = bad_alone(bad, rows, engine)
-            raise_not_finite(number, "loss is not finite, in", bad, rows)
-        # All ranks, once a step: the gradient's norm, and under ZeRO the updated weights.
+        # All ranks, once a step, before the gradient can reach the weights: all stop, or none. All
+        # that the CPU has to know is read here at once: each look makes it wait for the GPU. With
+        # it goes a request to stop: launchers signal the ranks seconds apart, or only some.
         with part("optimizer"):
-            result = engine.step()
+            totals = engine.totals(loss_sums, request.noted())
+        if totals.bad:
+            bad = bad_rows(window.batches, loss_sums, rows, engine)
+            raise_not_finite(number, "loss is not finite, in", bad, rows)
+        # All ranks under ZeRO, once a step: the updated weights.
+        with part("optimizer"):
+            result = engine.step(totals.grad_norm)
         if result.not_finite:  # on every rank alike
             of_step = [row for batch in window.batches for row in batch.row_ids]
             raise_not_finite(number, f"{result.not_finite} is not finite, among", of_step, rows)
-        grad_norm = result.grad_norm
+        loss, grad_norm, stop_because = totals.loss, result.grad_norm, request.reason(totals.noted)
+    else:
+        stop_because = request.agreed()  # all ranks, in a step without a target token
     epoch = (number - 1) // session.data.sampler.steps_per_epoch
-    return Step(
+    step = Step(
         number, epoch, loss, window.targets, lr, grad_norm, engine.overflows, window.statistics
     )
+    return step, stop_because
 
 
 def evaluate(

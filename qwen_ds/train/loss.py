@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwen_ds.model.chatml import IGNORE
+from qwen_ds.data.batches import target_places
 from qwen_ds.model.token_loss import token_losses
 from qwen_ds.plan.memory import chunk_tokens
 from qwen_ds.train.special_rows import HeadWithRows
@@ -133,12 +133,19 @@ class LossHead(nn.Module):
         rows = head.token_adapter.parameters() if isinstance(head, HeadWithRows) else ()
         return [*head.parameters(recurse=False), *rows]
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy sum of labels_BT[:, t + 1] given hidden_BTD[:, t], without IGNORE."""
-        targets_BT = labels_BT[:, 1:]
-        counts_BT = targets_BT != IGNORE
+    def forward(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, places_N: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy sum of labels_BT[:, t + 1] given hidden_BTD[:, t], without IGNORE.
+
+        places_N is what `target_places(labels_BT)` gives. On a GPU the CPU waits until it is
+        computed, so batches bring their own.
+        """
+        if places_N is None:
+            places_N = target_places(labels_BT)
         # Only target tokens need logits: some 60 % of an ADGEN row, fewer of a padded one.
-        hidden_ND, targets_N = hidden_BTD[:, :-1][counts_BT], targets_BT[counts_BT]
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places_N)
+        targets_N = labels_BT.flatten().index_select(0, places_N + 1)
         head = self.lm_head
         rows: tuple[Tensor, ...] = ()
         if isinstance(head, HeadWithRows):
@@ -147,7 +154,8 @@ class LossHead(nn.Module):
 
 
 class TrainingModel(nn.Module):
-    """The module that DeepSpeed trains: (ids, labels) -> loss sum, or the loss of each token.
+    """The module that DeepSpeed trains: (ids, labels, places of the targets) -> loss sum, or the
+    loss of each token.
 
     It needs no attention mask: rows are right-padded, and a causal mask hides what is to the right
     of a token (test_padding_a_row_on_the_right_does_not_change_its_logits).
@@ -163,9 +171,16 @@ class TrainingModel(nn.Module):
         self._transformer = (transformer,)
         self.loss_head = LossHead(lm_head)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor, *, of_each_token: bool = False) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        places_N: Tensor | None = None,
+        *,
+        of_each_token: bool = False,
+    ) -> Tensor:
         if of_each_token:  # here, since DeepSpeed's engine prepares ZeRO-3 for this call alone
             return token_losses(self._transformer[0], self.loss_head.lm_head, ids_BT, labels_BT)
         # extend_context: evaluation takes the training formula, too, without NTK and LogN.
         outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
-        return self.loss_head(outputs.last_hidden_state, labels_BT)
+        return self.loss_head(outputs.last_hidden_state, labels_BT, places_N)

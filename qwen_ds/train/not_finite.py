@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qwen_ds import dist
-from qwen_ds.data.batches import make_batch
+from qwen_ds.data.batches import Batch, make_batch
 from qwen_ds.data.rows.token_rows import TokenRows
 from qwen_ds.errors import UserError
 from qwen_ds.train.engine.engine import TrainingEngine
@@ -20,6 +22,19 @@ class NotFinite(ArithmeticError):
     """The loss or the gradient is not finite; raised on every rank, before the weights change."""
 
 
+def bad_rows(
+    batches: Sequence[Batch],
+    loss_sums: Sequence[Tensor],
+    rows: TokenRows,
+    engine: TrainingEngine,
+) -> list[int]:
+    """This rank's rows that are to blame for losses that are not finite (a collective, once)."""
+    values = torch.stack(list(loss_sums)).tolist()
+    pairs = zip(batches, values, strict=True)
+    bad = [row for batch, value in pairs if not math.isfinite(value) for row in batch.row_ids]
+    return bad_alone(bad, rows, engine)
+
+
 @torch.no_grad()
 def bad_alone(row_ids: list[int], rows: TokenRows, engine: TrainingEngine) -> list[int]:
     """The rows whose loss is not finite by themselves, or else all of them (a collective)."""
@@ -28,7 +43,8 @@ def bad_alone(row_ids: list[int], rows: TokenRows, engine: TrainingEngine) -> li
     found: list[int] = []
     for i in range(count):
         batch = make_batch(rows, np.array(row_ids[i : i + 1], dtype=np.int64))
-        if not math.isfinite(engine.loss_sum(batch.ids_BT, batch.labels_BT).item()):
+        loss_sum = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
+        if not math.isfinite(loss_sum.item()):
             found += batch.row_ids
     return found or row_ids
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 
+import numpy as np
 import torch
 
 from qwen_ds import dist
@@ -12,6 +14,7 @@ from qwen_ds.data.doctor.brief import lines as checked_lines
 from qwen_ds.data.rows.data_report import not_read_lines
 from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
+from qwen_ds.model.attention_kernels import attention_kernels
 from qwen_ds.plan.run import Run
 from qwen_ds.runlog import say
 from qwen_ds.train.observe.run_page import write_report
@@ -36,6 +39,7 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
     lines = [
         f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
         f"machine   {run.machine.ranks} rank(s) of {device_name(run)}, ZeRO-{run.deepspeed.stage}",
+        f"attention {recipe.model.attention}, by {kernels(run, data)}",
         f"data      {rows}",
         *(f"          {remark}" for remark in remarks),
         *(f"checked   {line}" for line in checked_lines(data.findings)),
@@ -53,6 +57,17 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
         f"results   {recipe.output_dir}   (tensorboard --logdir {run.folder.parent})",
     ]
     return "\n".join(lines)
+
+
+def kernels(run: Run, data: Data) -> str:
+    """The kernels that compute attention, over all lengths to which rows are padded."""
+    lengths = np.unique(data.sampler.padded_lens).tolist()
+    budget = run.recipe.batch.tokens_per_micro_batch
+    device = torch.device("cuda" if run.machine.on_gpu else "cpu")
+    shapes = ((max(1, budget // length), length) for length in lengths)
+    config = copy.copy(run.base.config)
+    config._attn_implementation = run.recipe.model.attention
+    return attention_kernels(config, shapes, run.dtype, device)
 
 
 def device_name(run: Run) -> str:

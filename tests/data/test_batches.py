@@ -13,11 +13,13 @@ from qwen_ds.data.batches import (
     Batch,
     Part,
     StepSampler,
+    WindowStatistics,
     cut_windows,
     deal,
     epoch_order,
     evaluation_batches,
     make_batch,
+    target_places,
 )
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
@@ -198,8 +200,18 @@ def test_rows_are_right_padded_and_only_real_tokens_have_labels() -> None:
 
 def test_targets_are_counted_after_the_shift() -> None:
     batch = make_batch(FakeRows(np.array([3], np.int32)), np.array([0]))
-    learnt_everywhere = type(batch)(batch.ids_BT, batch.ids_BT, batch.row_ids)
-    assert learnt_everywhere.num_targets == 2, "nothing predicts the first token"
+    assert target_places(batch.ids_BT).tolist() == [0, 1], "nothing predicts the first token"
+    assert batch.num_targets == 2
+
+
+def test_places_predict_the_targets() -> None:
+    rows = FakeRows(np.array([2, 4, 3], np.int32))
+    (batch,) = StepSampler(rows, 8, 0, 1, 0, 4096).window(0, 0)
+    # Rows of 4 tokens; the last place of a row is never one, or its target were the next row's.
+    assert batch.places_P.tolist() == [0, 1, 2, 4, 5, 8]
+    targets = batch.labels_BT.flatten()[batch.places_P + 1]
+    assert targets.tolist() == [1001] * 3 + [1002] * 2 + [1000]
+    assert batch.places_P.dtype == torch.int64
 
 
 @pytest.mark.parametrize("n", [1, 3, 11])
@@ -264,16 +276,64 @@ def test_statistics_cover_all_ranks() -> None:
         assert got.imbalance == pytest.approx(max(padded) / (sum(padded) / 4))
 
 
+# AdvertiseGen's training rows have a median of 135 tokens and a log-spread of 0.2; 114,599 of them.
+ADVERTISE_GEN = np.exp(np.random.default_rng(0).normal(np.log(135), 0.2, 114_599)).astype(np.int32)
+
+
 def test_little_padding_and_level_ranks_at_the_default_budget() -> None:
-    """8 ranks, 128 rows a step. ADGEN's rows have a median of 135 tokens, a log-spread of 0.2."""
+    """8 ranks, 128 rows a step."""
     options = BatchOptions()
     assert options.rows_per_step == 128
-    lens = np.exp(np.random.default_rng(0).normal(np.log(135), 0.2, 12_800)).astype(np.int32)
-    for rows in (FakeRows(lens), log_normal_rows(12_800)):
+    for rows in (FakeRows(ADVERTISE_GEN[:12_800]), log_normal_rows(12_800)):
         sampler = StepSampler(rows, 128, 0, 8, 0, options.tokens_per_micro_batch)
         steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
-        assert max(1 - s.tokens / s.padded_tokens for s in steps) < 0.05
+        assert padding_share(steps) < 0.05
+        assert max(padding_share([step]) for step in steps) < 0.07
         assert max(s.imbalance for s in steps) < 1.1
+
+
+def padding_share(steps: list[WindowStatistics]) -> float:
+    return 1 - sum(s.tokens for s in steps) / sum(s.padded_tokens for s in steps)
+
+
+def shapes_of(sampler: StepSampler, epochs: int) -> list[set[tuple[int, int]]]:
+    """(rows, width) of all micro-batches of all ranks by epoch, from the plan: none is made."""
+    steps = range(sampler.steps_per_epoch)
+    plans = [[sampler._plan(epoch, step) for step in steps] for epoch in range(epochs)]
+    return [
+        {(len(part), sampler.width(part)) for ranks in plan for parts in ranks for part in parts}
+        for plan in plans
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_epoch_has_few_shapes(seed: int) -> None:
+    """8 ranks, AdvertiseGen's lengths. There are some 340 if rows keep the lengths they have."""
+    sampler = StepSampler(FakeRows(ADVERTISE_GEN), 128, seed, 8, 0, 2048)
+    first, second = shapes_of(sampler, 2)
+    assert len(first) <= 64 and len(second - first) <= 3
+    steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
+    assert padding_share(steps) < 0.05
+
+
+def test_the_second_epoch_of_a_small_data_set_brings_hardly_a_new_shape() -> None:
+    """1,000 rows: eight steps an epoch, the last of 104 rows."""
+    first, *later = shapes_of(StepSampler(FakeRows(ADVERTISE_GEN[:1000]), 128, 0, 2, 0, 2048), 5)
+    assert len(set().union(*later) - first) <= len(first) / 4
+
+
+def test_batches_are_padded_as_the_plan_says_and_stay_within_the_budget() -> None:
+    rows = log_normal_rows(300)
+    sampler = StepSampler(rows, 128, 0, 2, 1, 700)
+    batches = [batch for step in range(3) for batch in sampler.window(0, step)]
+    batches += evaluation_batches(rows, 2, 1, 700)
+    lengths = set(sampler.padded_lens.tolist())
+    assert len(lengths) < len(set(rows.lens.tolist())) / 4
+    for batch in batches:
+        count, length = batch.ids_BT.shape
+        assert length in lengths | {2} and (count == 1 or count * length <= 700)
+        assert length >= max(rows.lens[list(batch.row_ids)])
+        assert (batch.labels_BT[:, rows.lens[list(batch.row_ids)].max() :] == IGNORE).all()
 
 
 def test_evaluation_sees_every_row_once_in_equal_counts() -> None:

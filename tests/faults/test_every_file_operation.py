@@ -35,7 +35,7 @@ from qwen_ds.plan.run import Base
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe import options as config
 from qwen_ds.train import lora
-from qwen_ds.train.engine.engine import StepResult
+from qwen_ds.train.engine.engine import StepResult, Totals
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.loop import train
 from qwen_ds.train.loss import TrainingModel
@@ -95,7 +95,7 @@ class PlainEngine:
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor, places_P: Tensor | None = None) -> Tensor:
         return self.model(ids_BT, labels_BT)
 
     def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -104,7 +104,10 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
         loss.backward()
 
-    def step(self) -> StepResult:
+    def totals(self, loss_sums: list[Tensor], noted: float = 0.0) -> Totals:
+        return Totals(float(sum(loss.item() for loss in loss_sums)), 0, noted, None)
+
+    def step(self, grad_norm: float | None = None) -> StepResult:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         self._optimizer.step()

@@ -97,7 +97,7 @@ def test_the_official_files_resolve_without_any_auto_left(stage: int) -> None:
     if stage == 3:
         zero = result.engine_json["zero_optimization"]
         assert zero["reduce_bucket_size"] == 4096**2
-        assert zero["stage3_param_persistence_threshold"] == 40960
+        assert zero["stage3_param_persistence_threshold"] == 10**6
         assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
 
 
@@ -333,6 +333,49 @@ def test_stage_0_with_masters_of_deepspeeds_own_runs_as_stage_1(
     recipe = replace(RECIPE, method=method, model=ModelOptions(dtype=dtype))  # type: ignore[arg-type]
     result = settle({"zero_optimization": {"stage": 0}}, recipe)
     assert result.stage == result.engine_json["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "overlaps"),
+    [(1, "lora", False), (2, "lora", False), (3, "lora", True), (2, "full", True)],
+)
+def test_an_adapters_gradients_are_sent_without_making_the_cpu_wait(
+    stage: int, method: str, overlaps: bool
+) -> None:
+    recipe = replace(RECIPE, method=method)  # type: ignore[arg-type]
+
+    def resolved(config: dict[str, Any]) -> dict[str, Any]:
+        return settle(config, recipe).engine_json
+
+    found = resolved({"zero_optimization": {"stage": stage, **auto("overlap_comm")}})
+    assert found["zero_optimization"]["overlap_comm"] is overlaps
+    assert found["timers"] == {"throughput": {"enabled": False}}
+    asked = {
+        "zero_optimization": {"stage": stage, "overlap_comm": not overlaps},
+        "timers": {"throughput": {"enabled": True}},
+    }
+    found = resolved(asked)
+    assert found["zero_optimization"]["overlap_comm"] is not overlaps
+    assert found["timers"] == asked["timers"]
+
+
+def test_zero_3_keeps_an_adapter_whole_and_the_bases_matrices_in_shards() -> None:
+    key = "stage3_param_persistence_threshold"
+
+    def threshold(recipe: Recipe, hidden: int, **asked: Any) -> int:
+        config = {"zero_optimization": {"stage": 3, **asked}}
+        found = resolve(config, recipe, frozenset(), hidden_size=hidden, world=8)
+        return found.engine_json["zero_optimization"][key]
+
+    def rank(r: int) -> Recipe:
+        return replace(RECIPE, lora=LoraOptions(r=r))
+
+    assert threshold(RECIPE, 4096) == threshold(RECIPE, 4096, **auto(key)) == 10**6
+    assert threshold(rank(128), 4096) == 3 * 4096 * 128, "B of c_attn"
+    assert 3 * 64 * 8 <= threshold(RECIPE, 64) < 64**2, "attn.c_proj of a small model"
+    full = replace(RECIPE, method="full")
+    assert threshold(full, 4096, **auto(key)) == 40960
+    assert threshold(RECIPE, 4096, **{key: 7}) == 7
 
 
 @pytest.mark.parametrize("path", [None, "ds_configs/zero1.json", "ds_configs/zero2.json"])

@@ -15,7 +15,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.activations import MicroBatch, Saving, blocks_bytes, head_bytes
-from qwen_ds.plan.memory import official_memory, peak_memory
+from qwen_ds.plan.memory import CHUNK_BYTES, chunk_tokens, official_memory, peak_memory
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.traffic import Zero
@@ -172,3 +172,10 @@ def test_longer_rows_and_less_recomputation_never_need_less() -> None:
     for length in (256, 1024, 4096):
         assert peak(2 * length, 1) >= peak(length, 1)
         assert peak(length, 0) >= peak(length, 2) >= peak(length, 1)
+
+
+def test_chunks_of_the_head_are_whole_tiles_within_their_bytes() -> None:
+    for rows in (256, 4864, 151_936, 152_064):
+        assert chunk_tokens(rows) % 128 == 0 and 4 * rows * chunk_tokens(rows) <= CHUNK_BYTES
+    assert chunk_tokens(151_936) == 384
+    assert chunk_tokens(10**7) == 128, "a tile at least, whatever it takes"

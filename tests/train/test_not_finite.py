@@ -96,7 +96,7 @@ def test_the_rows_that_are_bad_by_themselves_are_to_blame_or_else_all(
     monkeypatch.setattr(dist, "max_floats", lambda count: [5.0])
     passes: list[torch.Tensor] = []
 
-    def loss_sum(ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def loss_sum(ids_BT: torch.Tensor, *of_labels: torch.Tensor) -> torch.Tensor:
         passes.append(ids_BT)
         bad = any(int(token) in nan_at for token in ids_BT.flatten())
         return torch.tensor(float("nan") if bad else 1.0)

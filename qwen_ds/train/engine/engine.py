@@ -1,13 +1,13 @@
-"""DeepSpeed's engine, reduced to what one step needs: forward, backward, step.
+"""DeepSpeed's engine, reduced to what one step needs: forward, backward, totals, step.
 
-Shapes: B rows of a micro-batch, T its longest row.
+Shapes: B rows of a micro-batch, T its longest row, P its target tokens, M micro-batches of a step.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,27 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from qwen_ds import dist
+from qwen_ds.data.batches import target_places
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
+from qwen_ds.recipe.deepspeed_json import Json
 from qwen_ds.recipe.options import OptimOptions
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights, numel
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Numbers of a step over all ranks, known before the weights change."""
+
+    loss: float  # sum over the target tokens, nats
+    bad: int  # micro-batches whose loss is not finite
+    noted: float  # the largest of the ranks' `noted`
+    grad_norm: float | None
+    """2-norm of the whole gradient before clipping; None where DeepSpeed alone can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,29 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, **settings)
 
 
+def _own_update(resolved: ResolvedConfig) -> tuple[Json, bool, bool]:
+    """The JSON for DeepSpeed's engine, whether the gradient is clipped here, and whether its norm
+    is found here.
+
+    DeepSpeed's own norm and clipping make the CPU wait for the GPU some five times a step, and the
+    losses wait once more; here all of it is read together. DeepSpeed keeps its own way where it
+    has no switch for that: gradients in CPU memory, fp16's loss scale, bf16 weights under ZeRO-1;
+    and under ZeRO-3, where at least the norm need not be read a second time.
+    """
+    config, stage = resolved.engine_json, resolved.stage
+    if resolved.offload_optimizer or "fp16" in config or (stage == 1 and "bf16" in config):
+        return config, False, False
+    if stage == 3:
+        return config, False, True
+    config = config | {"gradient_clipping": 0.0}
+    if stage:
+        zero = config["zero_optimization"] | {"compute_grad_norm": False}
+        config = config | {"zero_optimization": zero}
+    if "bf16" in config:
+        config["bf16"] = config["bf16"] | {"check_grad_overflow": False}
+    return config, True, True
+
+
 class TrainingEngine:
     """DeepSpeed's engine around the training model.
 
@@ -64,6 +100,8 @@ class TrainingEngine:
     """
 
     def __init__(self, model: TrainingModel, optim: OptimOptions, resolved: ResolvedConfig) -> None:
+        config, self._clips, self._knows_norm = _own_update(resolved)
+        self._max_grad_norm = optim.max_grad_norm
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.stage = resolved.stage
         self.overflows = 0
@@ -78,7 +116,7 @@ class TrainingEngine:
                 model=model,
                 model_parameters=trainable,
                 optimizer=make_optimizer(trainable, optim, resolved),
-                config=resolved.engine_json,
+                config=config,
                 dist_init_required=False,
             )
         except Exception as error:
@@ -102,14 +140,16 @@ class TrainingEngine:
     def train(self, mode: bool) -> None:
         self._ds.train(mode)
 
-    def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor, places_P: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy over the micro-batch's target tokens, an fp32 scalar.
 
-        Under ZeRO-3 a collective: the ranks gather each layer's weights together.
+        Under ZeRO-3 a collective: the ranks gather each layer's weights together. Without places_P
+        (data/batches.py, target_places) they are found here, and on a GPU the CPU waits for that.
         """
-        return self._ds(
-            ids_BT.to(self.device, non_blocking=True), labels_BT.to(self.device, non_blocking=True)
-        )
+        if places_P is None:
+            places_P = target_places(labels_BT)
+        tensors = ids_BT, labels_BT, places_P
+        return self._ds(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
 
     def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy of each target token, float32 [B, T]; see model/token_loss.py. The caller
@@ -126,20 +166,63 @@ class TrainingEngine:
         self._ds.set_gradient_accumulation_boundary(last_of_step)
         self._ds.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> StepResult:
+    def totals(self, loss_sums: Sequence[Tensor], noted: float = 0.0) -> Totals:
+        """Sum a step's losses and gradient over the ranks, after its last backward (a collective).
+
+        The only place of a step where the CPU waits for the GPU. `noted` is a number of this rank
+        that travels along.
+        """
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses_M = torch.stack(list(loss_sums)).double() if loss_sums else zero[None]
+        grads = self._gradients() if self._knows_norm else []
+        norm = torch.nn.utils.get_total_norm(grads).double() if grads else zero
+        numbers = losses_M.sum(), (~losses_M.isfinite()).sum(), norm, torch.full_like(zero, noted)
+        of_ranks = dist.gather_numbers(torch.stack([number.double() for number in numbers]))
+        losses, bad, norms, notes = zip(*of_ranks, strict=True)
+        # Without ZeRO each rank has the whole gradient, with it a piece of its own.
+        whole = norms[0] if self.stage == 0 else math.sqrt(sum(norm**2 for norm in norms))
+        return Totals(sum(losses), int(sum(bad)), max(notes), whole if self._knows_norm else None)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of the averaged gradient of a step."""
+        if self.stage == 0:
+            return [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [grad for group in self._optimizer.averaged_gradients.values() for grad in group]
+
+    def step(self, grad_norm: float | None = None) -> StepResult:
         """Clip and apply the accumulated gradient (a collective).
 
         A gradient that is not finite never reaches the weights (tests/train/test_not_finite.py).
+        `grad_norm` is that of `totals`, which is asked if it is missing.
         """
+        if grad_norm is None and self._knows_norm:
+            grad_norm = self.totals([]).grad_norm
+        if not self._clips:
+            return self._deepspeeds_step(grad_norm)
+        assert grad_norm is not None
+        if not math.isfinite(grad_norm):
+            self._drop_gradients()
+            return StepResult(grad_norm, f"gradient norm ({grad_norm})")
+        scale = self._max_grad_norm / (grad_norm + 1e-6)
+        if 0.0 < scale < 1.0:  # a maximum of 0 is none
+            torch._foreach_mul_(self._gradients(), scale)
+        self._ds.step()
+        return StepResult(grad_norm)
+
+    def _drop_gradients(self) -> None:
+        """Forget a gradient that is not finite, and leave the weights and the moments alone."""
         if self.stage == 0:
-            # DeepSpeed's path without ZeRO does not look at the gradient: a NaN would be applied.
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-            if not math.isfinite(norm):
-                self._ds.zero_grad()
-                return StepResult(norm, f"gradient norm ({norm})")
-            self._ds.step()
-            return StepResult(norm)
+            self._ds.zero_grad()
+            return
+        # ZeRO's own way, on all ranks alike: it looks for NaN, finds it and skips the step.
+        torch._foreach_mul_(self._gradients(), math.nan)
+        self._optimizer.check_grad_overflow = True
+        self._ds.step()
+        self._optimizer.check_grad_overflow = False
+
+    def _deepspeeds_step(self, grad_norm: float | None) -> StepResult:
+        """Let DeepSpeed clip and apply the gradient, and find its norm where `grad_norm` is
+        None."""
         skipped = self._ds.skipped_steps
         try:
             self._ds.step()
@@ -148,8 +231,10 @@ class TrainingEngine:
             if self._uses_loss_scale and "minimum" in str(error):
                 return StepResult(math.inf, "gradient (fp16 overflows at the smallest loss scale)")
             raise
-        raw = self._ds.get_global_grad_norm()
-        norm = float("nan") if raw is None else float(raw)
+        norm = grad_norm
+        if norm is None:
+            raw = self._ds.get_global_grad_norm()
+            norm = float("nan") if raw is None else float(raw)
         if self._ds.skipped_steps == skipped:
             return StepResult(norm)
         if not self._uses_loss_scale:

@@ -15,6 +15,7 @@ from torch.utils import cpp_extension
 
 from qwen_ds import dist, signals
 from qwen_ds.errors import Failed, UserError
+from qwen_ds.model.attention_kernels import without_cudnn_attention
 from qwen_ds.plan.deepspeed_json import Json
 
 
@@ -22,6 +23,7 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Join the other ranks: by the launcher's variables, else mpi4py, else in a group of one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        without_cudnn_attention()
     else:  # on a machine with a GPU DeepSpeed would pick that one by itself
         set_accelerator(CPU_Accelerator())
     # DeepSpeed's shared-memory all-reduce for CPUs compiles for 45 s, a killed run leaves a lock

@@ -26,6 +26,8 @@ from qwen_ds.recipe.options import Recipe
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.survive.watchdog import Watchdog
 
+MICRO_BATCHES_UNTIL_ASKED = 16  # on a GPU: some seconds, also of long rows
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -80,23 +82,26 @@ class Evaluator:
         """Nats per target token over all rows, by the training formula, dropout off; None if the
         run is asked to stop meanwhile.
 
-        `asked_to_stop` is a collective, called once a micro-batch: an evaluation may take longer
-        than the time between a signal and the kill.
+        `asked_to_stop` is a collective, called after every so many micro-batches: an evaluation may
+        take longer than the time between a signal and the kill.
         """
         engine.train(False)
-        loss = targets = 0.0
+        # On a GPU each look at a result makes the CPU wait, so the sums stay there to the end, and
+        # the ranks agree to go on after some seconds.
+        every = MICRO_BATCHES_UNTIL_ASKED if engine.device.type == "cuda" else 1
+        loss_sum, targets = torch.zeros((), dtype=torch.float64, device=engine.device), 0
         batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
         for i, batch in enumerate(batches):
             self._watchdog.at(step, f"evaluation, micro-batch {i + 1}")
-            if asked_to_stop():
+            if i % every == 0 and asked_to_stop():
                 engine.train(True)
                 return None
-            loss += engine.loss_sum(batch.ids_BT, batch.labels_BT).item()
+            loss_sum += engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
             targets += batch.num_targets
         # All ranks, once an evaluation.
-        loss, targets = dist.sum_floats(loss, targets)
+        ranks = dist.gather_numbers(torch.stack([loss_sum, torch.full_like(loss_sum, targets)]))
         engine.train(True)
-        return loss / max(targets, 1.0)
+        return sum(loss for loss, _ in ranks) / max(sum(count for _, count in ranks), 1.0)
 
     def samples(self, engine: TrainingEngine, step: int) -> list[Sample]:
         """Greedy answers to the first rows, in one batch that all ranks decode alike."""

@@ -42,6 +42,9 @@ _FREE = (
     "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes",
     "save.keep", "log.profile_steps", "log.trackers", "log.project", "log.run_name",
     "lora.allow_pickle",
+    # Earlier releases stored other defaults of these.
+    "deepspeed.timers.throughput.enabled", "deepspeed.zero_optimization.overlap_comm",
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold",
 )  # fmt: skip
 # Keys that decide the trained parameters and their shapes: a checkpoint fits no other choice.
 _FIXED = (

@@ -49,8 +49,12 @@ def test_a_monitor_that_nobody_has_logged_in_to_is_the_users_to_mend(
         raise kind("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setattr(deepspeed, "initialize", fails)
+    engine_json = {"zero_optimization": {"stage": 2}}
     resolved: Any = SimpleNamespace(
-        stage=2, engine_json={}, offload_optimizer=False, recipe=Recipe(deepspeed="my.json")
+        stage=2,
+        engine_json=engine_json,
+        offload_optimizer=False,
+        recipe=Recipe(deepspeed="my.json"),
     )
     model: Any = nn.Linear(1, 1)
     with pytest.raises(Exception, match="No API key configured") as found:
@@ -58,3 +62,33 @@ def test_a_monitor_that_nobody_has_logged_in_to_is_the_users_to_mend(
     assert isinstance(found.value, UserError) == (place != "builtins")
     if place != "builtins":
         assert str(found.value).startswith("my.json: wandb: No API key configured")
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "offload", "clips", "knows_norm"),
+    [
+        (0, None, False, True, True),
+        (1, None, False, True, True),
+        (2, None, False, True, True),
+        (2, "bf16", False, True, True),
+        (3, "bf16", False, False, True),
+        (1, "bf16", False, False, False),
+        (2, "fp16", False, False, False),
+        (2, None, True, False, False),
+    ],
+)
+def test_the_gradient_is_clipped_here_wherever_deepspeed_has_a_switch_for_it(
+    stage: int, section: str | None, offload: bool, clips: bool, knows_norm: bool
+) -> None:
+    asked: dict[str, Any] = {
+        "zero_optimization": {"stage": stage}, "gradient_clipping": 0.5, "train_batch_size": 1,
+    }  # fmt: skip
+    if section:
+        asked[section] = {"enabled": True}
+    resolved: Any = SimpleNamespace(stage=stage, engine_json=asked, offload_optimizer=offload)
+    config, *found = engine._own_update(resolved)
+    assert found == [clips, knows_norm]
+    read = deepspeed.DeepSpeedConfig(config)
+    assert read.gradient_clipping == (0.0 if clips else 0.5)
+    assert read.zero_config.compute_grad_norm == (not clips or stage == 0)
+    assert asked["gradient_clipping"] == 0.5, "the run's own JSON keeps what was asked"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -17,9 +18,10 @@ from transformers import GenerationConfig
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.run import Base
-from qwen_ds.recipe.options import EvalOptions, Recipe
+from qwen_ds.recipe.options import BatchOptions, EvalOptions, Recipe
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
 from qwen_ds.train.survive.watchdog import Watchdog
+from tests.train.gpu_waits import Waits, as_on_cuda
 
 
 class FakeRows:
@@ -88,6 +90,47 @@ def test_a_model_of_nan_has_empty_answers_and_training_decides_what_follows(
     engine.model.model.lm_head.weight.data.fill_(torch.nan)
     assert [sample.answer for sample in evaluator.samples(engine, 7)] == ["", ""]
     assert engine.model.model.training
+
+
+class FourRows:
+    """Rows of 6 to 9 tokens; all but the first are learnt."""
+
+    pad_id, lens = 0, np.arange(6, 10)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.arange(1, 7 + row)
+        return ids, ids
+
+
+def test_an_evaluation_reads_its_sums_once_at_the_end(small_dir: Path) -> None:
+    """A row of L tokens has a loss of 2 (L - 1) here, so each target costs 2 nats."""
+    read: list[torch.Tensor] = []
+    asked: list[bool] = []
+
+    def loss_sum(ids_BT: torch.Tensor, labels_BT: torch.Tensor, places_P: torch.Tensor) -> Any:
+        read.append(ids_BT)
+        return torch.full((), 2.0 * len(places_P))
+
+    def asked_to_stop() -> bool:
+        asked.append(True)
+        return len(asked) > 4
+
+    waits = Waits()
+    engine: Any = SimpleNamespace(
+        device=torch.device("cpu"), loss_sum=loss_sum, train=lambda mode: None
+    )
+    recipe = Recipe(batch=BatchOptions(tokens_per_micro_batch=9))
+    rows: Any = FourRows()
+    evaluator = Evaluator(rows, Base.read(small_dir), recipe, Mock(Watchdog))
+    with as_on_cuda(waits), waits:
+        loss = evaluator.loss(engine, 3, asked_to_stop)
+    # Batches are made in CPU memory: from_numpy, and where their targets are.
+    del waits.counts["lift_fresh"], waits.counts["nonzero"]
+    assert loss == 2.0 and len(read) == 4 and waits.counts == {"tolist": 1}
+    assert evaluator.loss(engine, 3, asked_to_stop) is None and len(read) == 4
 
 
 def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:

@@ -78,6 +78,12 @@ def test_a_recipe_of_an_older_release_lacks_keys_that_have_defaults_now(run: Pat
     resume.check_same_run(run, Recipe(), DS_JSON)
 
 
+def test_what_only_costs_time_may_differ_from_an_older_release(run: Path) -> None:
+    timers = {"throughput": {"enabled": False}}
+    zero = ZERO | {"overlap_comm": False, "stage3_param_persistence_threshold": 10**6}
+    resume.check_same_run(run, Recipe(), DS_JSON | {"zero_optimization": zero, "timers": timers})
+
+
 def test_an_older_release_left_the_device_open(run: Path) -> None:
     resume.check_same_run(run, replace(Recipe(), device="cpu"), DS_JSON)
     write_recipe(replace(Recipe(), device="cuda"), run / "recipe.yaml")
