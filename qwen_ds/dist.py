@@ -90,6 +90,13 @@ def export_ranks(master_addr: str | None = None, master_port: int | None = None)
             os.environ.setdefault(name, str(value))
 
 
+def record_collectives() -> None:
+    """Let torch's flight recorder keep the newest collectives of a group that starts after this;
+    train/survive/collectives.py reads them. A user's own size wins."""
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 def meeting_point() -> tuple[str, int]:
     """Address and port where the ranks meet, once they are exported."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]

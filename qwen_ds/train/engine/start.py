@@ -28,6 +28,7 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     # that hangs the next start, and it waits for ever for a dead peer. gloo is as fast and times
     # out.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.record_collectives()
     port = 0
     if dist.has_rendezvous():
         dist.export_ranks()
