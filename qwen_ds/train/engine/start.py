@@ -30,20 +30,19 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     # out.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.record_collectives()
-    port = 0
     if dist.has_rendezvous():
         dist.export_ranks()
         dist.meeting_point()  # its checks
     elif dist.world_size() == 1:
         dist.export_ranks("127.0.0.1", dist.free_port())
-    else:  # DeepSpeed itself takes the same port for every mpirun
-        port = dist.free_port_over_mpi()
+    else:  # DeepSpeed itself takes the first of rank 0's addresses, and one port for every mpirun
+        dist.meet_over_mpi()
+    dist.use_network()
     try:
         with signals.at_once():
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(minutes=timeout_minutes),
-                distributed_port=port,
                 verbose=False,
             )
     except torch.distributed.DistNetworkError as error:
