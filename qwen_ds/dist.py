@@ -21,6 +21,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from qwen_ds import network
 from qwen_ds.errors import UserError
 from qwen_ds.signals import Stopped
 
@@ -91,6 +92,13 @@ def export_ranks(master_addr: str | None = None, master_port: int | None = None)
             os.environ.setdefault(name, str(value))
 
 
+def record_collectives() -> None:
+    """Let torch's flight recorder keep the newest collectives of a group that starts after this;
+    train/survive/collectives.py reads them. A user's own size wins."""
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 def meeting_point() -> tuple[str, int]:
     """Address and port where the ranks meet, once they are exported."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -127,8 +135,10 @@ def slurm_rendezvous() -> tuple[str, int]:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0]), port
 
 
-def free_port_over_mpi() -> int:
-    """A port that is free on rank 0, sent to the others through MPI (mpirun's collective).
+def meet_over_mpi() -> None:
+    """Export the ranks' numbers and a meeting point: rank 0's address, as the other machines see
+    it, and a port that is free there, sent through MPI (mpirun's collective). A user's own
+    MASTER_ADDR wins.
 
     Raises UserError if MPI knows of other ranks than the environment: nothing says where they meet.
     """
@@ -140,7 +150,32 @@ def free_port_over_mpi() -> int:
             f"the environment says {world_size()} ranks and MPI {ranks.Get_size()}; expected "
             f"mpirun, srun, or a launcher that sets MASTER_ADDR and MASTER_PORT"
         )
-    return int(ranks.bcast(free_port() if ranks.Get_rank() == 0 else None))
+    own = MPI.Get_processor_name()
+    others = [name for name in ranks.allgather(own) if name != own]
+    address = network.local_address_to(others[0]) if others else "127.0.0.1"
+    here = address or socket.gethostbyname(socket.gethostname()), free_port()
+    export_ranks(*ranks.bcast(here if ranks.Get_rank() == 0 else None))
+
+
+def use_network() -> None:
+    """Have gloo and NCCL use the interface that leads to the meeting point, where there are several
+    machines. A user's own choice wins.
+
+    NCCL looks for InfiniBand's interfaces (ib0 ...) first, and is left to find them.
+    """
+    if not _spans_machines():
+        return
+    name = network.interface_to([os.environ["MASTER_ADDR"]])
+    if name is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if not any(other.startswith("ib") for other in network.addresses().values()):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": no name that begins like it
+
+
+def _spans_machines() -> bool:
+    """Whether the ranks are on several machines; srun does not say how many are on this one."""
+    return local_world_size() < world_size() or _launcher_number(("SLURM_STEP_NUM_NODES",), 1) > 1
 
 
 def free_port() -> int:

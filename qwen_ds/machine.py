@@ -1,8 +1,11 @@
-"""Resources of this machine: its device and its memory."""
+"""Resources of this machine: its device, its memory, the kind of its CPU."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -48,6 +51,27 @@ def choose_device(wanted: str, number: int | None = None) -> torch.device:
 def nvidia_card_present() -> bool:
     """Whether the system has an NVIDIA GPU, even one that torch cannot use."""
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+# In /proc/cpuinfo, what a compiler's -march=native goes by: x86 first, then Arm.
+_CPU_KEYS = {
+    "vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features",
+}  # fmt: skip
+
+
+@cache
+def cpu_kind() -> str:
+    """A name for all CPUs with the instructions of this one, such as "x86_64-3fa9c2e1"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
+    return f"{platform.machine()}-{_cpu_digest(text)}"
+
+
+def _cpu_digest(text: str) -> str:
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    found = {key.strip(): sorted(value.split()) for key, _, value in pairs}
+    known = json.dumps({key: found.get(key) for key in sorted(_CPU_KEYS)})
+    return hashlib.sha256((known if found.keys() & _CPU_KEYS else text).encode()).hexdigest()[:8]
 
 
 def available_memory() -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
+import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
 
-from qwen_ds import dist
+from qwen_ds import dist, network
 from qwen_ds.errors import UserError
 from qwen_ds.runlog import run_command
 
@@ -109,7 +112,100 @@ def test_ranks_without_a_meeting_point_do_not_train_each_for_itself(
     )
     variables |= {"RANK": "1", "WORLD_SIZE": "2"}
     with pytest.raises(UserError, match="2 ranks and MPI 1; expected.*MASTER_ADDR"):
-        dist.free_port_over_mpi()
+        dist.meet_over_mpi()
+
+
+def test_ranks_of_mpirun_meet_where_the_other_machine_reaches_rank_0(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hostname -I`, by which DeepSpeed chooses, may name docker's bridge first."""
+    sent: list[Any] = []
+    for rank, host in enumerate(["gpu01", "gpu02"]):
+
+        def bcast(value: Any) -> Any:
+            sent.append(value)
+            return sent[0]
+
+        world = SimpleNamespace(
+            Get_size=lambda: 2, Get_rank=lambda rank=rank: rank, bcast=bcast,
+            allgather=lambda name: ["gpu01", "gpu02"],
+        )  # fmt: skip
+        mpi = SimpleNamespace(COMM_WORLD=world, Get_processor_name=lambda host=host: host)
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+        monkeypatch.setattr(network, "local_address_to", {"gpu02": "10.0.0.1"}.get)
+        monkeypatch.setattr(dist.socket, "gethostbyname", lambda name: "127.0.1.1")
+        numbers = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
+        kept = dict(variables)
+        variables |= numbers
+        dist.meet_over_mpi()
+        assert (variables["RANK"], variables["MASTER_ADDR"]) == (str(rank), "10.0.0.1")
+        assert int(variables["MASTER_PORT"]) == sent[0][1]
+        variables.clear(), variables.update(kept)
+    assert sent[1] is None
+
+
+IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize(
+    ("given", "interfaces", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8"}, ["lo", "eth0"], (None, None)),
+        ({"LOCAL_WORLD_SIZE": "4"}, ["lo", "eth0"], ("eth0", "=eth0")),
+        ({"SLURM_STEP_NUM_NODES": "2"}, ["lo", "eth0"], ("eth0", "=eth0")),
+        ({"LOCAL_WORLD_SIZE": "4"}, ["lo", "eth0", "ib0"], ("eth0", None)),
+        ({"LOCAL_WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "x"}, ["eth0"], ("x", "=eth0")),
+        ({"LOCAL_WORLD_SIZE": "4", "NCCL_SOCKET_IFNAME": "^x"}, ["eth0"], ("eth0", "^x")),
+    ],
+)
+def test_several_machines_use_the_interface_to_the_meeting_point(
+    variables: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    interfaces: list[str],
+    expected: tuple[str | None, str | None],
+) -> None:
+    """One machine needs none, NCCL finds InfiniBand by itself, and a user's own choice wins."""
+    for name in IFNAMES:
+        variables.pop(name, None)
+    variables |= {"WORLD_SIZE": "8", "MASTER_ADDR": "gpu01"} | given
+    monkeypatch.setattr(network, "interface_to", lambda hosts: {"gpu01": "eth0"}[hosts[0]])
+    monkeypatch.setattr(network, "addresses", lambda: dict(enumerate(interfaces)))
+    dist.use_network()
+    assert tuple(variables.get(name) for name in IFNAMES) == expected
+
+
+def test_mpirun_passes_on_what_changes_how_the_ranks_run(tmp_path: Path) -> None:
+    """The script itself, with an mpirun that tells what it was given."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\necho "at $MASTER_ADDR $MASTER_PORT"\n')
+    mpirun.chmod(0o755)
+    passed = [
+        "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "LD_LIBRARY_PATH", "HF_HOME",
+        "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_HOME",
+        "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "TOKENIZERS_PARALLELISM", "WANDB_MODE",
+        "https_proxy", "OMP_NUM_THREADS",
+    ]  # fmt: skip
+    own = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTS": "gpu01:8,gpu02:8"}
+    others = {"HOME": "/root", "SLURM_JOB_ID": "3", "SECRET": "s", "EDITOR": "vi"}
+    given = own | others | dict.fromkeys(passed, "a value, with 'marks'")
+    script = Path(__file__).parents[1] / "launch" / "cluster" / "mpirun.sh"
+
+    def run(environment: dict[str, str]) -> list[str]:
+        command = ["bash", str(script), "--output_dir", "a b"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    words = run(given)
+    after = words.index("python")
+    assert words[after : after + 3] == ["python", "launch/train.py", "--data.cache_dir"]
+    assert words[-3:-1] == ["--output_dir", "a b"], "as one word"
+    names = [word for flag, word in pairwise(words) if flag == "-x"]
+    assert set(names) == {"PATH", "MASTER_ADDR", "MASTER_PORT", *passed}
+    where, address, port = words[-1].split()
+    assert (where, address) == ("at", "gpu01") and 20000 <= int(port) < 32000
+    assert run(own | {"MASTER_ADDR": "ib1", "MASTER_PORT": "7"})[-1] == "at ib1 7"
+    assert "OMP_NUM_THREADS" in run(own), "one thread a rank unless the user says more"
 
 
 def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(

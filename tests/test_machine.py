@@ -39,3 +39,29 @@ def test_every_rank_gets_a_gpu_of_its_own_or_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "local_rank", lambda: 2)
     with pytest.raises(UserError, match="local rank 2 has no GPU: 2 on this machine"):
         choose_device("cuda")
+
+
+XEON = """processor	: 0
+vendor_id	: GenuineIntel
+cpu family	: 6
+model		: 143
+cpu MHz		: 2100.000
+flags		: fpu avx2 avx512f amx_bf16
+
+processor	: 1
+vendor_id	: GenuineIntel
+cpu MHz		: 2700.000
+flags		: fpu avx2 avx512f amx_bf16
+"""
+
+
+def test_cpus_of_one_kind_have_one_name_and_no_others() -> None:
+    """By what -march=native goes by; the clock changes from one look to the next."""
+    kind = machine._cpu_digest(XEON)
+    assert machine._cpu_digest(XEON.replace("2100.000", "3000.000")) == kind
+    assert machine._cpu_digest(XEON.replace("fpu avx2", "avx2 fpu")) == kind
+    arm = "processor\t: 0\nCPU part\t: 0xd40\nFeatures\t: fp asimd\n"
+    others = [XEON.replace(" avx512f", ""), XEON.replace("143", "85"), arm]
+    others += [arm.replace("asimd", "asimd sve"), "", "some processor"]
+    assert len({kind, *map(machine._cpu_digest, others)}) == 7
+    assert machine.cpu_kind() == machine.cpu_kind() != "-"

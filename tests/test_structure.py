@@ -24,7 +24,7 @@ JUNK_DRAWERS = {"utils.py", "common.py", "helpers.py", "constants.py", "misc.py"
 FLOORS = {
     "qwen_ds.errors": 0, "qwen_ds.dist": 0, "qwen_ds.runlog": 0, "qwen_ds.machine": 0,
     "qwen_ds.terminal": 0, "qwen_ds.signals": 0, "qwen_ds.streams": 0,
-    "qwen_ds.resampling": 0,
+    "qwen_ds.network": 0, "qwen_ds.resampling": 0,
     "qwen_ds.disk": 1, "qwen_ds.page": 1, "qwen_ds.recipe": 2, "qwen_ds.decode": 2,
     "qwen_ds.model": 3, "qwen_ds": 3,
     "qwen_ds.data": 4, "qwen_ds.demo": 5, "qwen_ds.plan": 6, "qwen_ds.report": 6,

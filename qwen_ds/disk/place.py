@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_ds.errors import UserError
@@ -85,6 +86,22 @@ def cache_home() -> Path:
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder}: another user's; expected a home folder, or XDG_CACHE_HOME")
     return folder
+
+
+def given_build_folder() -> Path | None:
+    """The user's own folder for what torch compiles, TORCH_EXTENSIONS_DIR."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given) if given else None
+
+
+@contextmanager
+def building_below(folder: Path) -> Iterator[None]:
+    """Have torch compile below `folder`."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_EXTENSIONS_DIR"]
 
 
 def output_file(given: str | Path) -> Path:

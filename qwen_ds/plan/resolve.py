@@ -29,6 +29,8 @@ from qwen_ds.recipe.options import Recipe
 
 # More parameters than this run on a CPU only if asked for: there a step of the 7B takes minutes.
 CPU_PARAMETERS = 1_000_000_000
+# save.keep. The original project's 32 checkpoints of a whole 7B would take 3 TB.
+KEEP = {"lora": 32, "full": 2}
 # Names of projects that a tracker takes, and the words for them.
 _PROJECTS = {
     "swanlab": (r"[0-9a-zA-Z_+.-]{1,100}", "up to 100 letters, digits and _-+."),
@@ -148,6 +150,8 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
     _check_schedule(recipe)
     recipe = _choose_attention(recipe, machine, notes)
     recipe = _choose_special_rows(recipe, base, notes)
+    if recipe.save.keep is None:
+        recipe = _with(recipe, "save", keep=KEEP[recipe.method])
     if recipe.method == "lora" and recipe.lora.init_from is not None:
         recipe = _choose_first_adapter(recipe, base, recipe.lora.init_from, notes)
     return Run(recipe, base, machine, replace(merged, recipe=recipe), tuple(notes))

@@ -203,8 +203,9 @@ class SaveOptions:
 
     every_steps: PositiveInt = 382
     """Optimizer steps between two checkpoints."""
-    keep: PositiveInt = 32
-    """How many of the newest checkpoints stay; the best one stays, too."""
+    keep: PositiveInt | None = None
+    """How many of the newest checkpoints stay; the best one stays, too. Unset: 32, and 2 in full
+    training, whose checkpoints take 12 bytes a parameter."""
     before_minutes: NonNegativeFloat = 5.0
     """Save and stop this long before the time limit of the Slurm job that the run is in."""
 

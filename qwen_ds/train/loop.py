@@ -39,6 +39,8 @@ def train(session: Session) -> RunSummary:
         # All ranks, once: the run had stopped before an evaluation that was due.
         if not evaluated:
             best, stop_because = evaluate(session, begun, best, request)
+            if best.step == begun:
+                saver.add_model(engine, begun)
             if stop_because:  # again: the checkpoint of this step is as it should be
                 return stopped(session, stop_because)
             evaluated = True

@@ -80,21 +80,24 @@ def device_name(run: Run) -> str:
 def disk_use(run: Run, steps: int, data: Data, model: Model) -> str:
     """The room that checkpoints will take, and a warning if the disk lacks it.
 
-    Each checkpoint has 12 bytes for a trainable parameter (value and two moments in fp32), and in
-    full training the model itself.
+    Each checkpoint has 12 bytes for a trainable parameter (value and two moments in fp32). In full
+    training one that is the best at its time has the model itself, too, and so has the result.
     """
     recipe = run.recipe
     each = 12 * model.count.trainable
-    if model.adapter_config is None:
-        each += run.dtype.itemsize * model.count.total
+    result = 0 if model.adapter_config else run.dtype.itemsize * model.count.total
+    if data.eval is not None:
+        each += result
     saves = math.ceil(steps / recipe.save.every_steps)
     if data.eval is not None:  # each evaluation may be the best so far, which is saved and kept
         saves += math.ceil(steps / (recipe.eval.every_steps or data.sampler.steps_per_epoch))
     # One more is being written.
+    assert recipe.save.keep is not None  # resolve() has set it
     count = min(saves, recipe.save.keep + (data.eval is not None)) + 1
+    total = count * each + result
     free = shutil.disk_usage(run.folder).free if dist.rank() == 0 else math.inf
-    needed = f"at most {count} checkpoints of {_gb(each)}, {_gb(count * each)} in all"
-    warning = "" if count * each < free else ": TOO LITTLE; lower save.keep or clear the disk"
+    needed = f"at most {count} checkpoints of {_gb(each)}, {_gb(total)} in all"
+    warning = "" if total < free else ": TOO LITTLE; lower save.keep or clear the disk"
     return f"{needed}; {_gb(free)} free{warning}"
 
 

@@ -69,7 +69,9 @@ def open_session(
     engine = TrainingEngine(model.training, run.recipe.optim, run.deepspeed)
     identity = resume.identity(run.recipe, run.deepspeed.stored_json(), data.sha256)
     output = Output(run.folder, run.base_folder, run.dtype, model.adapter_config)
-    saver = Saver(output, identity, run.recipe.save.keep, watchdog, found, whole)
+    keep = run.recipe.save.keep
+    assert keep is not None  # resolve() has set it
+    saver = Saver(output, identity, keep, watchdog, found, whole)
     if found:
         resume.restore(engine, found)
     return assemble(run, data, engine, saver)

@@ -225,6 +225,13 @@ def test_each_choice_that_a_user_might_wonder_at_has_a_note(small_dir: Path) -> 
     assert not decided(small_dir, machine=GPU).notes
 
 
+def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small_dir: Path) -> None:
+    """One of a 7B takes 93 GB."""
+    assert decided(small_dir).recipe.save.keep == 32, "the original project's number"
+    assert decided(small_dir, "--method", "full").recipe.save.keep == 2
+    assert decided(small_dir, "--method", "full", "--save.keep", "9").recipe.save.keep == 9
+
+
 def test_special_rows_are_on_where_the_folder_does_not_say_chatml(
     small_dir: Path, tmp_path: Path
 ) -> None:

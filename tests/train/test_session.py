@@ -1,4 +1,4 @@
-"""Where a run begins or resumes, and after which steps it evaluates."""
+"""Where a run begins or resumes, after which steps it evaluates, and the room that it needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from qwen_ds.recipe.options import EvalOptions, OptimOptions, Recipe
+from qwen_ds.recipe.options import EvalOptions, OptimOptions, Recipe, SaveOptions
 from qwen_ds.train.observe.evaluation import BestLoss
+from qwen_ds.train.screen import disk_use
 from qwen_ds.train.session import Session
 from qwen_ds.train.survive.checkpoint import Checkpoint
 
@@ -52,3 +54,24 @@ def test_a_state_tells_the_rate_of_the_next_step() -> None:
     state = session().state(5, BestLoss(), evaluated=True)
     assert state.schedule == {"name": "linear", "steps": 10, "next_lr": 0.5}
     assert (state.steps_per_epoch, state.progress) == (5, {"lines": 3})
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "expected"),
+    [
+        (False, "at most 3 checkpoints of 12.0 GB, 38.0 GB in all"),
+        (True, "at most 4 checkpoints of 14.0 GB, 58.0 GB in all"),
+    ],
+)
+def test_the_start_says_how_much_room_full_training_needs(
+    tmp_path: Path, evaluates: bool, expected: str
+) -> None:
+    """A billion parameters: 12 bytes each in a checkpoint, two more where it may be the best, and
+    two in the result. One checkpoint more than stay is being written."""
+    recipe = Recipe(method="full", save=SaveOptions(every_steps=2, keep=2))
+    run: Any = SimpleNamespace(recipe=recipe, dtype=torch.bfloat16, folder=tmp_path)
+    count = SimpleNamespace(trainable=10**9, total=10**9)
+    model: Any = SimpleNamespace(count=count, adapter_config=None)
+    sampler = SimpleNamespace(steps_per_epoch=4)
+    data: Any = SimpleNamespace(eval=[0] if evaluates else None, sampler=sampler)
+    assert disk_use(run, 100, data, model).startswith(expected)

@@ -22,6 +22,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.deepspeed_json import Json
 from qwen_ds.recipe.options import OptimOptions
+from qwen_ds.train.engine.compiled import cpu_adam
 from qwen_ds.train.engine.state import VALUE, TrainableState
 from qwen_ds.train.lora import borrowed_weights, numel
 from qwen_ds.train.loss import TrainingModel
@@ -62,7 +63,7 @@ def make_optimizer(
         "lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay,
     }  # fmt: skip
     if resolved.offload_optimizer and get_accelerator().device_name() == "cuda":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+        return cpu_adam(parameters, settings)
     return torch.optim.AdamW(parameters, **settings)
 
 

@@ -9,6 +9,7 @@ import torch
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version
 from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 from torch.utils import cpp_extension
@@ -30,20 +31,20 @@ def start_process_group(device: torch.device, timeout_minutes: float) -> None:
     # that hangs the next start, and it waits for ever for a dead peer. gloo is as fast and times
     # out.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    port = 0
+    dist.record_collectives()
     if dist.has_rendezvous():
         dist.export_ranks()
         dist.meeting_point()  # its checks
     elif dist.world_size() == 1:
         dist.export_ranks("127.0.0.1", dist.free_port())
-    else:  # DeepSpeed itself takes the same port for every mpirun
-        port = dist.free_port_over_mpi()
+    else:  # DeepSpeed itself takes the first of rank 0's addresses, and one port for every mpirun
+        dist.meet_over_mpi()
+    dist.use_network()
     try:
         with signals.at_once():
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(minutes=timeout_minutes),
-                distributed_port=port,
                 verbose=False,
             )
     except torch.distributed.DistNetworkError as error:
@@ -86,11 +87,21 @@ def check_config(engine_json: Json, file: str | None = None) -> None:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from None
 
 
+def _has_matching_nvcc() -> bool:
+    """Whether there is a compiler of CUDA with torch's major version: code of another one brings a
+    second CUDA runtime in."""
+    try:
+        major, _ = installed_cuda_version()
+    except MissingCUDAException:
+        return False
+    return str(major) == (torch.version.cuda or "").partition(".")[0]
+
+
 def can_quantise_weights(device: torch.device) -> bool:
     """Whether every rank has DeepSpeed's CUDA quantiser, built or buildable (a collective).
 
     There is none for CPUs.
     """
-    can_build = cpp_extension.CUDA_HOME is not None and cpp_extension.is_ninja_available()
+    can_build = _has_matching_nvcc() and cpp_extension.is_ninja_available()
     ready = device.type == "cuda" and (installed_ops.get("quantizer", False) or can_build)
     return all(dist.gather(ready))

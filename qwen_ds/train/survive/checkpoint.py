@@ -1,8 +1,9 @@
 """Checkpoints on disk, each complete or absent. Files only: no model, no process group.
 
-    checkpoints/step_000500/   adapter/ or model/, optimizer.safetensors or shard_*.safetensors,
+    checkpoints/step_000500/   adapter/, optimizer.safetensors or shard_*.safetensors,
                                rng.safetensors, and state.json: what a resumed run needs, with the
-                               sha256 of every other file
+                               sha256 of every other file; in full training also model/, if no
+                               evaluation before this step's was better
     latest  best               in the run folder; each names a checkpoint
 
 A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py),

@@ -2,7 +2,8 @@
 
 A LoRA run's state is small: it is gathered whole on rank 0, and training stands still only for
 that. Full training's state is too large for one rank: each writes its own pieces, and all wait for
-the slowest.
+the slowest. There the fp32 values hold the weights already, so a model to load is written only for
+the best evaluation so far, and at the end of the run (result.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from qwen_ds import dist
 from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import unfinished_name
+from qwen_ds.errors import UserError
 from qwen_ds.runlog import say
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.state import MOMENTS, VALUE
@@ -51,6 +53,11 @@ class RunState:
     schedule: dict[str, Any]  # its name, the run's steps, and the learning rate of the next step
     best: BestLoss = BestLoss()
     evaluated: bool = True  # False: stopped before the evaluation that was due after this step
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the evaluation after this step is the best so far."""
+        return self.best.step == self.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,19 @@ class Saver:
             self._thread.start()
         return target
 
+    def add_model(self, engine: TrainingEngine, step: int) -> None:
+        """Add model/ to the checkpoint of `step`, which turns out to be the best (a collective).
+
+        It was saved at a stop, before its evaluation. An adapter is there already.
+        """
+        if self.output.adapter_config is not None:
+            return
+        try:
+            into = checkpoint.step_folder(self._run, step)
+            self.output.save_final(engine, self.watchdog, into)
+        except UserError as error:  # on all ranks alike: the disk is full
+            say(f"{error}; the training goes on")
+
     def wait(self, seconds_to_compare: float | None = None) -> bool:
         """Wait until the last save is on the disk and the base is known to be the same, for that
         only so many seconds; whether the save succeeded (a collective)."""
@@ -173,10 +193,13 @@ class Saver:
         step = snapshot.state.step
         try:
             folder = checkpoint.unfinished_folder(self._run, step)
-            files = self.output.write_values(folder, tensors[VALUE])
             # An adapter file holds the fp32 values themselves, a model's what they are in its
             # dtype.
-            kinds = MOMENTS if self.output.adapter_config is not None else (VALUE, *MOMENTS)
+            in_adapter = self.output.adapter_config is not None
+            files: Files = {}
+            if in_adapter or snapshot.state.is_best:
+                files = self.output.write_values(folder, tensors[VALUE])
+            kinds = MOMENTS if in_adapter else (VALUE, *MOMENTS)
             held = {f"{name}.{kind}": t for kind in kinds for name, t in tensors[kind].items()}
             files[OPTIMIZER] = save_tensors(folder / OPTIMIZER, held)
             self._finish(folder, snapshot, files)
@@ -185,7 +208,7 @@ class Saver:
             self._give_up(step, error)
 
     def _save_shards(self, engine: TrainingEngine, snapshot: _Snapshot) -> None:
-        """Write each rank's pieces, and on rank 0 also the model (a collective)."""
+        """Write each rank's pieces, and on rank 0 also a model that is the best (a collective)."""
         step, name = snapshot.state.step, shard_name(dist.rank(), dist.world_size())
         folder = unfinished_name(checkpoint.step_folder(self._run, step))
         watchdog = self.watchdog
@@ -201,7 +224,9 @@ class Saver:
             write = partial(save_tensors, folder / name, engine.state.pieces())
             _catch(failures, lambda: files.update({name: watchdog.touch_during(write)}))
         dist.meet("shards written")  # all ranks; disks differ, and a collective has a time-out
-        _catch(failures, lambda: files.update(self.output.write_model(engine, folder, watchdog)))
+        if snapshot.state.is_best:
+            write_model = partial(self.output.write_model, engine, folder, watchdog)
+            _catch(failures, lambda: files.update(write_model()))
         # All ranks: what each has written, or why not.
         told = dist.gather((files, str(failures[0]) if failures else ""))
         failure = next((text for _, text in told if text), "")

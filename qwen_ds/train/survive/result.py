@@ -39,12 +39,15 @@ class Output:
         """adapter or model"""
         return "model" if self.adapter_config is None else "adapter"
 
-    def save_final(self, engine: TrainingEngine, watchdog: Watchdog) -> None:
-        """Write adapter/ or model/ into the run folder (a collective).
+    def save_final(
+        self, engine: TrainingEngine, watchdog: Watchdog, into: Path | None = None
+    ) -> None:
+        """Write adapter/ or model/ into the run folder, or `into` another (a collective).
 
         Raises UserError if the disk does not take it.
         """
-        unfinished = unfinished_name(self.folder / self.name)
+        final = (into or self.folder) / self.name
+        unfinished = unfinished_name(final)
         problem: OSError | None = None
         try:
             if self.adapter_config is None:
@@ -57,10 +60,9 @@ class Output:
         except OSError as error:  # on rank 0, which alone writes
             problem = error
         # All ranks, once: rank 0 gives the result its name, and all hear whether it could.
-        dist.once(lambda: self._publish(unfinished, problem), "the result")
+        dist.once(lambda: self._publish(unfinished, final, problem), "the result")
 
-    def _publish(self, unfinished: Path, problem: OSError | None) -> None:
-        final = self.folder / self.name
+    def _publish(self, unfinished: Path, final: Path, problem: OSError | None) -> None:
         try:
             if problem:
                 raise problem

@@ -229,10 +229,11 @@ def check_world(found: Checkpoint, stage: int) -> None:
     """Raise UserError if the pieces of a full-training checkpoint don't fit these ranks."""
     state = found.state
     if state["sharded"] and (state["ranks"], state["zero_stage"]) != (dist.world_size(), stage):
+        way = " (its model/ can begin a new run)" if "model/config.json" in state["files"] else ""
         raise UserError(
             f"{found.folder}: full training's state of {state['ranks']} ranks under "
             f"ZeRO-{state['zero_stage']}; expected the same now, not {dist.world_size()} under "
-            f"ZeRO-{stage} (its model/ can begin a new run)"
+            f"ZeRO-{stage}{way}"
         )
 
 

@@ -26,6 +26,7 @@ from qwen_ds import dist, signals
 from qwen_ds.errors import EXIT_FAILURE
 from qwen_ds.runlog import last_line
 from qwen_ds.terminal import one_line, show
+from qwen_ds.train.survive.collectives import LastCollectives, by_rank
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Beat:
     log: str = ""
     failed: str = ""  # the error that ended it
     signal: int = 0  # the signal that ended it, before the training began
+    collectives: str = ""  # the last ones, of a rank that has stood still for long
 
 
 class Watchdog:
@@ -80,6 +82,8 @@ class Watchdog:
         self._seen: dict[int, tuple[Beat, float, float]] = {}
         self._store: Any = None
         self._answered = time.monotonic()  # the store's last answer
+        self._collectives = LastCollectives()
+        self._moved = (0, 0, time.monotonic())  # moves, touches, and when they changed last
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -215,8 +219,18 @@ class Watchdog:
         # At once, even if the main thread waits for a peer and has not heard of the signal.
         number = signals.ending() or self._own.signal
         beat = replace(self._own, number=self._number, log=last_line.text, signal=number)
+        if self._stands_still(beat):
+            self._collectives.read()
+            beat = replace(beat, collectives=self._collectives.text)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         self._answered = time.monotonic()
+
+    def _stands_still(self, beat: Beat) -> bool:
+        """Whether this rank has not moved for half the time after which no rank may have."""
+        now = time.monotonic()
+        if self._moved[:2] != (beat.moves, beat.touches):
+            self._moved = (beat.moves, beat.touches, now)
+        return beat.waits and now - self._moved[2] > self._timeout_seconds / 2
 
     def _look(self, ranks: Iterable[int]) -> None:
         """Read the beats of those of these ranks that have posted one."""
@@ -278,7 +292,8 @@ class Watchdog:
             f"no rank has moved for {self._timeout_seconds / 60:g} minutes "
             f"(distributed.timeout_minutes): {who}, at step {beat.step} ({beat.doing}), while rank "
             f"{ahead} is at step {first.step} ({first.doing}); the last line of its log: "
-            f"{beat.log or '(none)'}"
+            f"{beat.log or '(none)'}; collectives: "
+            f"{by_rank(beats[rank].collectives for rank in range(self._world))}"
         )
 
     def _end(self, why: str) -> None:

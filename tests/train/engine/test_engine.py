@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,10 @@ from qwen_ds.train.engine import engine
     [(False, "cuda", False), (True, "cpu", False), (True, "cuda", True)],
 )
 def test_the_compiled_one_serves_only_offload_beside_a_gpu(
-    offload: bool, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    offload: bool, device: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[dict[str, Any]] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     accelerator = SimpleNamespace(device_name=lambda: device)
     monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(
