@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def has_fast_bf16() -> bool:
     # An older torch has no get_capabilities.
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16", False))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler, and Triton on a GPU."""
+    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers if name)
+    return has_compiler and (device.type != "cuda" or find_spec("triton") is not None)
 
 
 def choose_device(wanted: str) -> torch.device:

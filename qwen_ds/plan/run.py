@@ -44,6 +44,8 @@ class Machine:
     fast_bf16: bool = True  # whether bf16 products are faster than fp32 ones on every rank
     can_quantise: bool = False
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
+    can_compile: bool = True
+    """Whether every rank has what torch.compile needs: a C++ compiler, and Triton on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A linear map with its LoRA branch as one autograd function, for LoraLinear (qwen_ds/train/lora.py).
+"""A linear map with its LoRA branch as one autograd function.
 
     y = x W^T + bias + scale * drop(x) A^T B^T
 
@@ -107,10 +107,8 @@ class LoraProduct(torch.autograd.Function):
         elif p:
             dropped_NI, kept_NI = torch.native_dropout(x_NI, p, True)
             up = 1 / (1 - p)
-        if bias_O is None:
-            y_NO = x_NI @ weight_OI.t()
-        else:
-            y_NO = torch.addmm(bias_O, x_NI, weight_OI.t())
+        w_IO = weight_OI.t()
+        y_NO = x_NI @ w_IO if bias_O is None else torch.addmm(bias_O, x_NI, w_IO)
         middle_NR = _scaled(dropped_NI, a.t(), scale_middle)
         y_NO.addmm_(middle_NR, b.t())
         of_x = (weight_OI, a, kept_NI) if ctx.needs_input_grad[0] else (None, None, None)

@@ -8,7 +8,7 @@ import torch
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory, has_fast_bf16
+from qwen_ds.machine import available_memory, can_compile, has_fast_bf16
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
@@ -75,4 +75,5 @@ def survey(device: torch.device) -> Machine:
         memory_source=source,
         fast_bf16=on_gpu or all(dist.gather(has_fast_bf16())),
         can_quantise=start.can_quantise_weights(device),
+        can_compile=all(dist.gather(can_compile(device))),
     )

@@ -71,8 +71,9 @@ def main() -> None:
             "--output_dir", f"{name}/out", "--data.train", str(rows), *options,
         ])  # fmt: skip
         run = survey.decide(asked, device)
-        engine = TrainingEngine(setup.load_model(run, device).training, run.recipe.optim,
-                                run.deepspeed)
+        engine = TrainingEngine(
+            setup.load_model(run, device).training, run.recipe.optim, run.deepspeed
+        )
         engine.train(True)
         print(json.dumps({"milliseconds": milliseconds(engine)}))
     stop_process_group()
