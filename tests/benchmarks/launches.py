@@ -1,6 +1,7 @@
 """Count the launches of a micro-batch, and the bytes that operations other than products move.
 
     python tests/benchmarks/launches.py                    # Qwen-7B's block, no weights, no GPU
+    python tests/benchmarks/launches.py --against TREE     # and CPU times beside another checkout's
 
 A block of Qwen-7B runs forward and backward on the meta device, in bf16 with the adapter of
 launch/recipes/lora_zero2.yaml, and a dispatch mode looks at every operation. CUDA's own kernels are
@@ -13,10 +14,16 @@ arithmetic. Every other operation moves what it reads and writes. Views are neit
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,7 +38,9 @@ from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.lora import add_lora
 
+ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 4, 512
+TOKENS = ROWS * LENGTH
 # Operations whose time is that of their arithmetic.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "flash_attention")
 # Operations that allocate or describe a tensor and launch nothing.
@@ -58,6 +67,15 @@ class Moved(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    @property
+    def megabytes(self) -> float:
+        """Of each of TOKENS tokens, in 10^6 bytes."""
+        return sum(self.bytes.values()) / TOKENS / 1e6
 
     def __torch_dispatch__(
         self,
@@ -161,15 +179,39 @@ def count(lora: LoraOptions) -> Moved:
     return moved
 
 
+def compare(tree: Path, rounds: int) -> None:
+    """CPU time of a micro-batch here and in another tree, by turns, and the ratio of the medians."""
+    for stage in (2, 3):
+        times: dict[Path, list[float]] = {ROOT: [], tree: []}
+        for _ in range(rounds):
+            for place, found in times.items():
+                found.append(milliseconds(place, stage))
+        here, there = (statistics.median(found) for found in times.values())
+        print(f"ZeRO-{stage}: {here:.0f} ms here, {there:.0f} ms there: ratio {here / there:.2f}")
+
+
+def milliseconds(tree: Path, stage: int) -> float:
+    """Median CPU time of forward and backward (launches_time.py) with the code of `tree`."""
+    command = [sys.executable, str(Path(__file__).with_name("launches_time.py"))]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"ds_configs/zero{stage}.json"], cwd=tree, env=environment, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return float(json.loads(done.stdout.splitlines()[-1])["milliseconds"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--against", type=Path, help="another tree, to compare CPU times with")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
     moved = count(LoraOptions())
-    tokens = ROWS * LENGTH
     for name, launches in moved.launches.most_common():
-        print(f"{name:45s} {launches:4d} {moved.bytes[name] / tokens / 1e6:8.3f} MB")
-    total = sum(moved.bytes.values()) / tokens / 1e6
-    print(f"{'all':45s} {sum(moved.launches.values()):4d} {total:8.3f} MB a token")
+        print(f"{name:45s} {launches:4d} {moved.bytes[name] / TOKENS / 1e6:8.3f} MB")
+    print(f"{'all':45s} {moved.num_launches:4d} {moved.megabytes:8.3f} MB a token")
+    if options.against:
+        compare(options.against.resolve(), options.rounds)
 
 
 if __name__ == "__main__":
