@@ -180,7 +180,7 @@ def count(lora: LoraOptions) -> Moved:
 
 
 def compare(tree: Path, rounds: int) -> None:
-    """CPU time of a micro-batch here and in another tree, by turns, and the ratio of the medians."""
+    """CPU time of a micro-batch here and in another tree, by turns: medians and their ratio."""
     for stage in (2, 3):
         times: dict[Path, list[float]] = {ROOT: [], tree: []}
         for _ in range(rounds):

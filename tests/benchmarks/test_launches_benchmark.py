@@ -21,7 +21,7 @@ def test_the_counter_knows_products_views_and_broadcasts() -> None:
 
 
 def test_a_block_of_the_default_recipe_stays_within_its_bars() -> None:
-    """Eager; 105 launches and 1.94 MB a token before rotary and LoRA were functions of their own."""
+    """Eager. Before rotary and LoRA were functions of their own: 105 launches, 1.94 MB a token."""
     moved = launches.count(LoraOptions())
     assert moved.num_launches <= 0.7 * 105
     assert moved.megabytes <= 1.2
