@@ -6,12 +6,22 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler, and Triton on a GPU."""
+    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers if name)
+    return has_compiler and (device.type != "cuda" or find_spec("triton") is not None)
 
 
 def choose_device(wanted: str, number: int | None = None) -> torch.device:

@@ -12,7 +12,7 @@ from transformers import Cache
 
 from qwen_ds.decode.kv import PackedCache
 from qwen_ds.model.configuration import QWenConfig
-from qwen_ds.model.rotary import apply_rotary
+from qwen_ds.model.pieces import Pieced
 
 
 class BiasedLinear(nn.Linear):
@@ -32,7 +32,7 @@ class ResidualLinear(nn.Linear):
     are smaller (`_init_weights`)."""
 
 
-class QWenAttention(nn.Module):
+class QWenAttention(Pieced):
     """Causal self-attention. `c_attn` gives q, k and v side by side and always has a bias."""
 
     def __init__(self, config: QWenConfig, layer_idx: int):
@@ -58,14 +58,13 @@ class QWenAttention(nn.Module):
     ) -> Tensor:
         rows, length, width = x_BTD.shape
         qkv = self.c_attn(x_BTD).view(rows, length, 3, self.num_heads, self.head_dim)
-        qk, v = qkv.split((2, 1), dim=2)  # views, whose gradients are joined by one copy
-        q, k = apply_rotary(qk, cos, sin).unbind(2)
+        q, k, v = self.pieces.here().rotated(qkv, cos, sin)
         if logn is not None:
             q = q * logn
         if isinstance(cache, PackedCache):
-            out_NHW = cache.attend(q[0], k[0], v[0, :, 0], self.layer_idx)
+            out_NHW = cache.attend(q[0], k[0], v[0], self.layer_idx)
             return self.c_proj(out_NHW.reshape(rows, length, width))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         dropout = self.dropout if self.training else 0.0

@@ -24,10 +24,11 @@ from qwen_ds.model.chat import ChatMixin
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.continuous import ContinuousGenerationMixin, TransformersPages
 from qwen_ds.model.masking import Visibility, visibility
+from qwen_ds.model.pieces import Pieced
 from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Pieced):
     """x / rms(x), computed in fp32 and rounded to x's dtype, then times the weight in it."""
 
     def __init__(self, width: int, eps: float):
@@ -36,12 +37,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The official code rounds before the product with the weight; given the weight, rms_norm
-        # would round only after it.
-        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
+        return self.pieces.here().norm(x, self.weight, self.eps)
 
 
-class QWenMLP(nn.Module):
+class QWenMLP(Pieced):
     """c_proj(w1(x) * silu(w2(x))); w1 and w2 are intermediate_size // 2 wide."""
 
     def __init__(self, config: QWenConfig):
@@ -52,7 +51,7 @@ class QWenMLP(nn.Module):
         self.c_proj = ResidualLinear(inner, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(self.w1(x_BTD) * F.silu(self.w2(x_BTD)))
+        return self.c_proj(self.pieces.here().gated(self.w1(x_BTD), self.w2(x_BTD)))
 
 
 class QWenBlock(nn.Module):

@@ -135,19 +135,18 @@ def _norm(shape: Shape, how: Saving, n: int) -> int:
 
 
 def _attention(shape: Shape, how: Saving, batch: MicroBatch) -> int:
-    """q and k after the rotation (2 D), v, and what the kernel adds.
+    """q, k and v (3 D), and what the kernel adds.
 
-    v is a view of the fused projection's result, which therefore stays whole (3 D). SDPA (Dao et
-    al. 2022, algorithm 1) adds its result (D) and one log-sum-exp for each query and head. Eager
-    saves copies of q, k and v (with one row no copy is made, and what they are views of stays), the
-    softmax in fp32 and rounded, and the inverted mask.
+    They are views of the fused projection's result, in whose memory q and k are rotated. SDPA (Dao
+    et al. 2022, algorithm 1) adds its result (D) and one log-sum-exp for each query and head. Eager
+    saves copies of q, k and v (with one row it makes none, and the views stay), the softmax in fp32
+    and rounded, and the inverted mask.
     """
     n, d, h, b = batch.tokens, shape.hidden, shape.heads, how.b
     if not how.eager:
-        return n * (2 * d + 3 * d + d) * b + n * h * FP32
+        return n * (3 * d + d) * b + n * h * FP32
     scores = batch.rows * h * batch.length**2
-    copies = 3 if batch.rows > 1 else 5
-    return copies * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + batch.length**2
+    return 3 * n * d * b + scores * (FP32 + (b if b != FP32 else 0)) + batch.length**2
 
 
 def _inputs(

@@ -149,6 +149,7 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
     check_values(recipe)  # what the JSON filled in has the same ranges
     _check_schedule(recipe)
     recipe = _choose_attention(recipe, machine, notes)
+    recipe = _choose_compile(recipe, machine, merged.stage, notes)
     recipe = _choose_special_rows(recipe, base, notes)
     if recipe.save.keep is None:
         recipe = _with(recipe, "save", keep=KEEP[recipe.method])
@@ -209,6 +210,30 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
         notes.append(Note("model.attention", "eager", reason))
         return _with(recipe, "model", attention="eager")
     return _with(recipe, "model", attention="sdpa")
+
+
+def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[Note]) -> Recipe:
+    """Compile on GPUs, where the operations between the products take a third of a step."""
+    wanted = recipe.model.compile
+    if wanted == "auto":
+        reason = ""
+        if not machine.on_gpu:
+            reason = "on a CPU only long runs get back what compiling takes at the start"
+        elif not machine.can_compile:
+            reason = "no C++ compiler or no Triton on some rank"
+        wanted = not reason
+        if reason:
+            notes.append(Note("model.compile", "false", reason))
+    elif wanted and not machine.can_compile:
+        needs = "a C++ compiler and Triton" if machine.on_gpu else "a C++ compiler (g++ or clang)"
+        raise UserError(f"model.compile is true; expected {needs} on every machine, or false")
+    if wanted and stage == 3:
+        reason = (
+            "under ZeRO-3 of the functions between the products alone: weights are gathered inside "
+            "a block, which cannot be compiled as a whole"
+        )
+        notes.append(Note("model.compile", "true", reason))
+    return _with(recipe, "model", compile=wanted)
 
 
 def _choose_first_adapter(recipe: Recipe, base: Base, given: str, notes: list[Note]) -> Recipe:

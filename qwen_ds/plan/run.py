@@ -46,6 +46,8 @@ class Machine:
     """Dtypes in which plain products are the faster attention on every rank."""
     can_quantise: bool = False
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
+    can_compile: bool = True
+    """Whether every rank has what torch.compile needs: a C++ compiler, and Triton on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,10 @@ class ModelOptions:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
     auto: sdpa, but eager on CPUs where it is measured to be faster for short rows."""
-    compile: bool = False
-    """Compile each block (torch.compile). It takes 20 to 60 seconds at the start, which a long run
-    gets back. It needs a C++ compiler, and Triton on a GPU."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile each block (torch.compile); under ZeRO-3, which gathers weights inside a block, only
+    the functions between the products. It takes 20 to 60 seconds at the start, which a long run
+    gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs that have them."""
     activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
     the fewest that fit the memory. The numbers that come out are the same."""

@@ -26,6 +26,7 @@ from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
 from qwen_ds.model.family import LanguageModel, family_of
 from qwen_ds.plan.first_adapter import read_first_adapter
 from qwen_ds.recipe.options import LoraOptions
+from qwen_ds.train.lora_product import Cast, LoraProduct, lora_formula
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -58,20 +59,13 @@ class CastEmbedding(nn.Embedding):
         return super().forward(ids_BT).to(self.activations_dtype)
 
 
-def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Dropout for CPUs: x with zeros, and the share that is kept, by which the caller divides.
-
-    A CPU draws random numbers one after another. Here one draw of 64 bits decides on four elements,
-    so p is rounded to a multiple of 2^-16. 2048 x 512 elements took 3 ms, with torch's dropout 16.
-    """
-    dropped = round(p * 2**16)
-    draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return torch.where(keep, x, 0.0), 1 - dropped / 2**16
-
-
 class LoraLinear(peft_lora.Linear):
-    """peft's LoRA linear with the branch in the activations' dtype: [..., in] -> [..., out]."""
+    """peft's LoRA linear with the branch in the activations' dtype: [..., in] -> [..., out].
+
+    Base, A and B are used here and not by modules of their own: one function computes it all
+    (qwen_ds/train/lora_product.py). Under ZeRO-3 their weights are gathered for this module
+    (`borrowed_weights`).
+    """
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)
@@ -79,22 +73,25 @@ class LoraLinear(peft_lora.Linear):
             made = matrices[adapter_name]
             assert isinstance(made, nn.Linear)
             matrices[adapter_name] = CastLinear(made, made.weight)
+        self.casts = Cast(), Cast()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        special = self.disable_adapters or self.merged or self.lora_variant
-        if special or self.active_adapters != [ADAPTER]:
+        if not self.is_fused:
             return super().forward(x, *args, **kwargs)
-        scale, dropout = self.scaling[ADAPTER], self.lora_dropout[ADAPTER]
-        dropped = x
-        if isinstance(dropout, nn.Dropout) and dropout.training:
-            if x.device.type == "cpu":
-                dropped, share_kept = drop(x, dropout.p)
-                scale /= share_kept
-            else:
-                dropped = dropout(x)
-        # The scale multiplies the r-wide middle and not the wide result: one pass less over memory.
-        middle = self.lora_A[ADAPTER](dropped) * scale
-        return self.base_layer(x) + self.lora_B[ADAPTER](middle)
+        base, dropout = self.get_base_layer(), self.lora_dropout[ADAPTER]
+        a_RI, b_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        scale = self.scaling[ADAPTER]
+        if torch.compiler.is_compiling():
+            return lora_formula(x, base, a_RI, b_OR, scale, p)
+        casts = tuple(c.of(m, x.dtype) for c, m in zip(self.casts, (a_RI, b_OR), strict=True))
+        return LoraProduct.apply(x, base.weight, base.bias, a_RI, b_OR, casts, scale, p)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the one function computes it; else peft does, with modules of their own."""
+        special = self.disable_adapters or self.merged or self.lora_variant
+        return not special and self.active_adapters == [ADAPTER]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +162,14 @@ def _fp32_copy(weight: Tensor) -> nn.Parameter:
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules that read a child's weight directly: DoRA needs the norms of the base's rows."""
+    """Modules that read their children's weights directly, each with such a weight.
+
+    LoraLinear computes with its base, A and B; for DoRA it needs the norms of the base's rows.
+    """
     for module in model.modules():
-        if isinstance(module, LoraLinear) and module.lora_variant:
-            base = module.get_base_layer()
-            assert isinstance(base, nn.Linear)
-            assert isinstance(base.weight, nn.Parameter)
-            yield module, base.weight
+        if isinstance(module, LoraLinear):
+            for parameter in module.parameters():
+                yield module, parameter
 
 
 def config_of(wrapped: PeftModel) -> LoraConfig:

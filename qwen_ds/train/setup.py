@@ -19,6 +19,7 @@ from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
 from qwen_ds.model.loading import load_base
+from qwen_ds.model.pieces import compiled_pieces, fill
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
@@ -101,8 +102,13 @@ def load_model(run: Run, device: torch.device) -> Model:
         model = load_base(run.model, run.dtype, options.attention)
         if run.deepspeed.stage < 3:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
-        recompute_blocks(model, from_recipe(options.activation_checkpointing))
-        if options.compile:
+        draws = recipe.method == "lora" and recipe.lora.dropout > 0
+        recompute_blocks(model, from_recipe(options.activation_checkpointing), draws=draws)
+        assert options.compile != "auto", "plan/resolve.py decides about compiling"
+        if options.compile and run.deepspeed.stage == 3:
+            fill(model, compiled_pieces())
+            log_compilation("the functions between the products")
+        elif options.compile:
             compile_blocks(model, family, device)
         trained: nn.Module = model
         if recipe.method == "lora":
@@ -118,11 +124,18 @@ def load_model(run: Run, device: torch.device) -> Model:
     return Model(training, config, lora.count_parameters(trained))
 
 
-def recompute_blocks(model: LanguageModel, every: int) -> None:
-    """Switch activation checkpointing on in every every-th block; 1: in all, 0: in none."""
+def recompute_blocks(model: LanguageModel, every: int, *, draws: bool = True) -> None:
+    """Switch activation checkpointing on in every every-th block; 1: in all, 0: in none.
+
+    `draws`: whether the adapter draws random numbers, or the base where its configuration says so.
+    Else the generators' states are not kept for the second forward pass, which on a GPU copies
+    them to and fro at each block.
+    """
     if every:
+        dropouts = (p for key, p in model.config.to_dict().items() if "dropout" in key)
+        draws = draws or any(isinstance(p, int | float) and p > 0 for p in dropouts)
         model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
+            activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws}
         )
         model.transformer.checkpoint_every = every
 
@@ -130,13 +143,18 @@ def recompute_blocks(model: LanguageModel, every: int) -> None:
 def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -> None:
     """Compile each block by itself, for any row count and length.
 
-    All blocks share the code, so depth costs nothing. The log says how long compilation took.
+    All blocks share the code, so depth costs nothing.
     """
     # On a CPU dropout draws the numbers that it draws without compilation; on a GPU they are made
     # in the kernel.
     options = {"fallback_random": True} if device.type == "cpu" else None
     for block in model.get_submodule(family.blocks).children():
         block.compile(dynamic=True, options=options)
+    log_compilation("the blocks")
+
+
+def log_compilation(what: str) -> None:
+    """Let the log say, after each compilation, how long they have taken."""
     began = total = 0.0
 
     def start(_: object) -> None:
@@ -146,7 +164,7 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
     def end(_: object) -> None:
         nonlocal total
         total += time.perf_counter() - began
-        log.info("compilation of the blocks has taken %.1f s so far", total)
+        log.info("compilation of %s has taken %.1f s so far", what, total)
 
     on_compile_start(start)
     on_compile_end(end)

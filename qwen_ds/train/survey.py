@@ -9,7 +9,7 @@ import torch
 from qwen_ds import dist
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory
+from qwen_ds.machine import available_memory, can_compile
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
@@ -78,6 +78,7 @@ def survey(device: torch.device) -> Machine:
         fast_bf16=on_gpu or all(dist.gather(is_bf16_faster())),
         eager_dtypes=frozenset() if on_gpu else _eager_dtypes(),
         can_quantise=start.can_quantise_weights(device),
+        can_compile=all(dist.gather(can_compile(device))),
     )
 
 

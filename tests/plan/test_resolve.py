@@ -221,7 +221,8 @@ def test_dtype_and_attention_are_the_faster_ones(
 
 def test_each_choice_that_a_user_might_wonder_at_has_a_note(small_dir: Path) -> None:
     run = decided(small_dir, machine=replace(CPU, fast_bf16=False))
-    assert [str(note).split(":")[0] for note in run.notes] == ["model.dtype is float32"]
+    chosen = [str(note).split(":")[0] for note in run.notes]
+    assert chosen == ["model.dtype is float32", "model.compile is false"]
     assert not decided(small_dir, machine=GPU).notes
 
 
@@ -230,6 +231,33 @@ def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small
     assert decided(small_dir).recipe.save.keep == 32, "the original project's number"
     assert decided(small_dir, "--method", "full").recipe.save.keep == 2
     assert decided(small_dir, "--method", "full", "--save.keep", "9").recipe.save.keep == 9
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "expected", "words"),
+    [
+        (GPU, "", True, []),
+        (CPU, "", False, ["on a CPU only long runs"]),
+        (CPU, "--model.compile true", True, []),
+        (GPU, "--model.compile false", False, []),
+        (replace(GPU, can_compile=False), "", False, ["no C++ compiler or no Triton"]),
+        (GPU, "--deepspeed ds_configs/zero3.json", True, ["between the products alone"]),
+        (GPU, "--deepspeed ds_configs/zero3.json --model.compile false", False, []),
+    ],
+)
+def test_blocks_are_compiled_on_gpus(
+    small_dir: Path, machine: Machine, options: str, expected: bool, words: list[str]
+) -> None:
+    run = decided(small_dir, *options.split(), machine=machine)
+    assert run.recipe.model.compile is expected
+    notes = [str(note) for note in run.notes if note.option == "model.compile"]
+    assert len(notes) == len(words) and all(w in n for w, n in zip(words, notes, strict=True))
+
+
+def test_compiling_without_a_compiler_is_refused(small_dir: Path) -> None:
+    machine = replace(GPU, can_compile=False)
+    with pytest.raises(UserError, match=r"model.compile is true; expected a C\+\+ compiler and"):
+        decided(small_dir, "--model.compile", "true", machine=machine)
 
 
 def test_special_rows_are_on_where_the_folder_does_not_say_chatml(

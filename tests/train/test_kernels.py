@@ -14,7 +14,8 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import setup
-from qwen_ds.train.lora import add_lora, drop
+from qwen_ds.train.lora import add_lora
+from qwen_ds.train.lora_product import drop
 from qwen_ds.train.loss import TrainingModel
 
 
@@ -47,7 +48,7 @@ def gradients(model: TrainingModel) -> dict[str, Tensor]:
 def test_dropout_keeps_the_right_share_and_nothing_else_changes() -> None:
     x = normal(700, 301).abs() + 1
     torch.manual_seed(0)
-    dropped, share = drop(x, 0.3)
+    dropped, keep, share = drop(x, 0.3)
     zero = dropped == 0
     assert abs(float(zero.float().mean()) - 0.3) < 0.005 and abs(share - 0.7) < 2**-16
     assert torch.equal(dropped[~zero], x[~zero])

@@ -83,14 +83,16 @@ def test_the_branch_computes_in_the_activations_dtype(small_dir: Path) -> None:
     model = wrapped(small_dir, dtype=torch.bfloat16).train()
     seen: set[torch.dtype] = set()
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.update((args[0].dtype, out.dtype))
+    def note(tensor: Tensor) -> Tensor:
+        seen.add(tensor.dtype)
+        return tensor
 
-    for module in model.modules():
-        if isinstance(module, lora.CastLinear):
-            module.register_forward_hook(note)
-    model(IDS, labels=IDS).loss.backward()
+    linear = next(m for m in model.modules() if isinstance(m, lora.LoraLinear))
+    x = torch.ones(2, linear.in_features, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        assert linear(x).dtype == torch.bfloat16
     assert seen == {torch.bfloat16}
+    model(IDS, labels=IDS).loss.backward()
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     assert {p.grad.dtype for p in trained(model).values() if p.grad is not None} == {torch.float32}
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ds import dist
+from qwen_ds.train.lora_product import values_changed
 
 VALUE = "value"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -168,6 +169,7 @@ class TrainableState:
 
     def _push_down(self) -> None:
         """Copy the masters into the module's own weights (a collective)."""
+        values_changed()
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:

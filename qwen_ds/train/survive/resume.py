@@ -36,12 +36,12 @@ from qwen_ds.train.survive.identity import Began, changes, known_later, other_ve
 from qwen_ds.train.survive.run_folder import DS_CONFIG, IDENTITY, RECIPE, holds_run, is_finished
 
 ADAPTER = "adapter/adapter_model.safetensors"
-# Keys that may always differ: paths, and what changes no number.
+# Keys that may always differ: paths, and what changes no number by more than its rounding.
 _FREE = (
     "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing",
-    "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes",
-    "save.keep", "log.profile_steps", "log.trackers", "log.project", "log.run_name",
-    "lora.allow_pickle",
+    "model.compile", "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes",
+    "save.before_minutes", "save.keep", "log.profile_steps", "log.trackers", "log.project",
+    "log.run_name", "lora.allow_pickle",
     # Earlier releases stored other defaults of these.
     "deepspeed.timers.throughput.enabled", "deepspeed.zero_optimization.overlap_comm",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold",

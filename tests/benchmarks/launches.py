@@ -1,0 +1,218 @@
+"""Count the launches of a micro-batch, and the bytes that operations other than products move.
+
+    python tests/benchmarks/launches.py                    # Qwen-7B's block, no weights, no GPU
+    python tests/benchmarks/launches.py --against TREE     # and CPU times beside another checkout's
+
+A block of Qwen-7B runs forward and backward on the meta device, in bf16 with the adapter of
+launch/recipes/lora_zero2.yaml, and a dispatch mode looks at every operation. CUDA's own kernels are
+assumed where the meta device has none: its fused RMSNorm, dropout and flash attention.
+
+Products and attention are counted as launches, but not as bytes moved: their time is that of the
+arithmetic. Every other operation moves what it reads and writes. Views are neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen_ds.model.configuration import QWenConfig
+from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
+from qwen_ds.recipe.options import LoraOptions
+from qwen_ds.train.lora import add_lora
+
+ROOT = Path(__file__).parents[2]
+ROWS, LENGTH = 4, 512
+TOKENS = ROWS * LENGTH
+# Operations whose time is that of their arithmetic.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "flash_attention")
+# Operations that allocate or describe a tensor and launch nothing.
+SILENT = ("empty", "empty_like", "new_empty", "detach", "device", "unsafe_view")
+
+
+def nbytes(tree: object) -> int:
+    """Bytes of all tensors in a tree of arguments; a broadcast one counts what it stores."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return sum(_stored(tensor) for tensor in tensors.values())
+
+
+def _stored(tensor: Tensor) -> int:
+    sizes = [n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]
+    return int(torch.Size(sizes).numel()) * tensor.itemsize
+
+
+@dataclass
+class Moved(TorchDispatchMode):
+    """Launches and bytes of the operations that run inside, by their name."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    @property
+    def megabytes(self) -> float:
+        """Of each of TOKENS tokens, in 10^6 bytes."""
+        return sum(self.bytes.values()) / TOKENS / 1e6
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name.lstrip("_") not in SILENT:
+            self.note(name, (args, kwargs), out)
+        return out
+
+    def note(self, name: str, inputs: object, outputs: object) -> None:
+        self.launches[name] += 1
+        if not name.rstrip("_").removesuffix("_backward").endswith(PRODUCTS):
+            self.bytes[name] += nbytes(inputs) + nbytes(outputs)
+
+
+class _CudaNorm(torch.autograd.Function):
+    """RMSNorm without a weight as CUDA runs it: one kernel forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, moved: Moved) -> Tensor:
+        out, rms = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        moved.note("rms_norm", x, (out, rms))
+        ctx.save_for_backward(x, rms)
+        ctx.moved = moved
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = torch.empty_like(grads[0])
+        ctx.moved.note("rms_norm_backward", (*grads, *ctx.saved_tensors), grad)
+        return grad, None
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    assert mask is None
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, is_causal)[0]
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+@contextmanager
+def as_on_cuda(moved: Moved) -> Iterator[None]:
+    """CUDA's kernels in place of what the meta device would make of these functions."""
+
+    def norm(x: Tensor, shape: Sequence[int], weight: None, eps: float) -> Tensor:
+        return _CudaNorm.apply(x, moved)
+
+    with (
+        mock.patch.object(F, "rms_norm", norm),
+        mock.patch.object(F, "scaled_dot_product_attention", _flash),
+        mock.patch.object(F, "dropout", _dropout),
+    ):
+        yield
+
+
+def block_7b(lora: LoraOptions) -> QWenBlock:
+    """A block of Qwen-7B with an adapter, in bf16, without numbers."""
+    with torch.device("meta"):
+        config = QWenConfig(num_hidden_layers=1, vocab_size=64)
+        model = QWenLMHeadModel._from_config(config, dtype=torch.bfloat16)
+        add_lora(model, lora, base="", seed=0)
+    block = model.train().transformer.h[0]
+    assert isinstance(block, QWenBlock)
+    return block
+
+
+def inputs(rows: int = ROWS, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Input of a block in the middle, whose gradient is needed, cosines and sines."""
+    x_BTD = torch.empty(rows, length, 4096, dtype=torch.bfloat16, device="meta")
+    cos, sin = (torch.empty(1, length, 1, 1, 64, device="meta") for _ in range(2))
+    return x_BTD.requires_grad_(), cos, sin
+
+
+def run(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    x_BTD, *tables = arguments
+    # Not a leaf itself: a block in the middle does not add its input's gradient to another.
+    out = block(x_BTD.view_as(x_BTD), *tables)
+    out.backward(torch.empty_like(out))
+
+
+def count(lora: LoraOptions) -> Moved:
+    """Launches and bytes of one eager micro-batch of ROWS x LENGTH tokens in one block, whose
+    gradients accumulate as in every micro-batch but the first."""
+    block, arguments = block_7b(lora), inputs()
+    moved = Moved()
+    with as_on_cuda(moved):
+        run(block, arguments)
+        with moved:
+            moved.launches.clear()
+            moved.bytes.clear()
+            run(block, arguments)
+    return moved
+
+
+def compare(tree: Path, rounds: int) -> None:
+    """CPU time of a micro-batch here and in another tree, by turns: medians and their ratio."""
+    for stage in (2, 3):
+        times: dict[Path, list[float]] = {ROOT: [], tree: []}
+        for _ in range(rounds):
+            for place, found in times.items():
+                found.append(milliseconds(place, stage))
+        here, there = (statistics.median(found) for found in times.values())
+        print(f"ZeRO-{stage}: {here:.0f} ms here, {there:.0f} ms there: ratio {here / there:.2f}")
+
+
+def milliseconds(tree: Path, stage: int) -> float:
+    """Median CPU time of forward and backward (launches_time.py) with the code of `tree`."""
+    command = [sys.executable, str(Path(__file__).with_name("launches_time.py"))]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"ds_configs/zero{stage}.json"], cwd=tree, env=environment, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return float(json.loads(done.stdout.splitlines()[-1])["milliseconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", type=Path, help="another tree, to compare CPU times with")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    moved = count(LoraOptions())
+    for name, launches in moved.launches.most_common():
+        print(f"{name:45s} {launches:4d} {moved.bytes[name] / TOKENS / 1e6:8.3f} MB")
+    print(f"{'all':45s} {moved.num_launches:4d} {moved.megabytes:8.3f} MB a token")
+    if options.against:
+        compare(options.against.resolve(), options.rounds)
+
+
+if __name__ == "__main__":
+    main()
