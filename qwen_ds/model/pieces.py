@@ -114,7 +114,11 @@ EAGER = Pieces(norm, gated, rotated_in_place)
 
 def compiled_pieces() -> Pieces:
     """Pieces that torch.compile makes of the formulas, at their first use, for all lengths."""
-    return Pieces(*(torch.compile(f, dynamic=True) for f in (norm, gated, rotated)))
+    return Pieces(
+        torch.compile(norm, dynamic=True),
+        torch.compile(gated, dynamic=True),
+        torch.compile(rotated, dynamic=True),
+    )
 
 
 class Pieced(nn.Module):

@@ -41,7 +41,8 @@ class ModelOptions:
     compile: Literal["auto"] | bool = "auto"
     """Compile each block (torch.compile); under ZeRO-3, which gathers weights inside a block, only
     the functions between the products. It takes 20 to 60 seconds at the start, which a long run
-    gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs that have them."""
+    gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs under ZeRO-0 to
+    2."""
     activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
     the fewest that fit the memory. The numbers that come out are the same."""

@@ -79,13 +79,17 @@ class LoraLinear(peft_lora.Linear):
         if not self.is_fused:
             return super().forward(x, *args, **kwargs)
         base, dropout = self.get_base_layer(), self.lora_dropout[ADAPTER]
-        a_RI, b_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        assert isinstance(base, nn.Linear)
+        assert isinstance(a, CastLinear)
+        assert isinstance(b, CastLinear)
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         scale = self.scaling[ADAPTER]
         if torch.compiler.is_compiling():
-            return lora_formula(x, base, a_RI, b_OR, scale, p)
-        casts = tuple(c.of(m, x.dtype) for c, m in zip(self.casts, (a_RI, b_OR), strict=True))
-        return LoraProduct.apply(x, base.weight, base.bias, a_RI, b_OR, casts, scale, p)
+            return lora_formula(x, base, a.weight, b.weight, scale, p)
+        of_a, of_b = self.casts
+        casts = of_a.of(a.weight, x.dtype), of_b.of(b.weight, x.dtype)
+        return LoraProduct.apply(x, base.weight, base.bias, a.weight, b.weight, casts, scale, p)
 
     @property
     def is_fused(self) -> bool:
@@ -168,7 +172,8 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
     """
     for module in model.modules():
         if isinstance(module, LoraLinear):
-            for parameter in module.parameters():
+            inner = module.get_base_layer() if module.lora_variant else module
+            for parameter in inner.parameters():
                 yield module, parameter
 
 

@@ -99,7 +99,8 @@ class LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         x_NI, (a, b) = x.reshape(-1, x.shape[-1]), casts
         # up: what is kept is multiplied by it. A CPU does so in the r-wide middle.
-        dropped_NI, kept_NI, up, scale_middle = x_NI, None, 1.0, scale
+        kept_NI: Tensor | None = None
+        dropped_NI, up, scale_middle = x_NI, 1.0, scale
         if p and x.device.type == "cpu":
             dropped_NI, kept_NI, share = drop(x_NI, p)
             up = 1 / share
