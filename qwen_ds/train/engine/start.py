@@ -92,7 +92,7 @@ def _has_matching_nvcc() -> bool:
     second CUDA runtime in."""
     try:
         major, _ = installed_cuda_version()
-    except MissingCUDAException:
+    except (MissingCUDAException, ValueError):  # none, or one that says something else
         return False
     return str(major) == (torch.version.cuda or "").partition(".")[0]
 
