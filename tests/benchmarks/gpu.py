@@ -3,6 +3,7 @@
     python tests/benchmarks/gpu.py --first          # the checks and the goals, under 4 minutes
     python tests/benchmarks/gpu.py                  # everything, or what the first part left
     python tests/benchmarks/gpu.py --list           # the plan; needs no GPU
+    python tests/benchmarks/gpu.py --only block     # what has this word in its name
 
 It needs the repository, torch 2.11 or newer, and what trains: transformers, peft, accelerate,
 datasets, DeepSpeed, jsonargparse, tiktoken. Weights are random and made on the device; rows are
@@ -37,7 +38,8 @@ import sys
 import time
 import types
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--first", action="store_true", help="the checks and the goals alone")
+    parser.add_argument("--only", default="", help="what has this text in its name")
     parser.add_argument("--list", action="store_true", help="show the plan and end")
     parser.add_argument("--json", type=Path, default=Path("gpu.jsonl"), help="file of the results")
     parser.add_argument(
@@ -145,6 +148,7 @@ def main(
         answer_one(answers)
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.plan.items()})
     measurements = [*first_part(plan), *(() if options.first else second_part(plan))]
+    measurements = [each for each in measurements if options.only in each.name]
     if options.list:
         for number, each in enumerate(measurements, 1):
             print(f"{number:3}  {each.name:<48}about {each.seconds} s")
@@ -158,7 +162,7 @@ def main(
     log = options.json.with_suffix(".log")
     try:
         results = Results(options.json, about)
-        with Processes(command, ROOT, log) as processes:
+        with _ends_by_signals(), Processes(command, ROOT, log) as processes:
             try:
                 measurements = measure_all(
                     plan, measurements, results, processes, device=options.device, minutes=minutes
@@ -171,11 +175,20 @@ def main(
     return 0
 
 
-def _stop(number: int, frame: object) -> None:
-    sys.exit(128 + number)
+@contextmanager
+def _ends_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise, as Ctrl-C does, so that what is held is let go."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C raises by itself
-        signal.signal(number, _stop)
     sys.exit(main())

@@ -4,8 +4,9 @@ An engine that lives on would take memory from the next, an out-of-memory may le
 and the variables of a group of ranks would make HF's Trainer start a distributed job.
 
 A process imports everything, reads one JSON line from its standard input, and answers with JSON
-lines of figures, the last of which is END. It ends itself when that input closes, so none outlives
-this one, however it ends. The next process imports while the present one measures.
+lines of figures, the last of which is END, or has FAILED and the error in a line. It ends itself
+when that input closes, so none outlives this one, however it ends. The next process imports while
+the present one measures.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-END = {"end": True}
+END, FAILED = {"end": True}, "failed"
 # Set by launchers, of which a measurement knows nothing.
 _OF_LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK",
@@ -117,6 +119,8 @@ class Processes:
             answer = json.loads(line)
             if answer == END:
                 return
+            if FAILED in answer:
+                raise Ended(answer[FAILED])
             yield answer
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
@@ -130,6 +134,14 @@ class Processes:
         self._alive.remove(process)
         if self._waiting is process:
             self._waiting = None
+
+
+def end_with_parent() -> None:
+    """In a process that measures: wait until its input closes, however the process there ends, and
+    end, with those that it started."""
+    sys.stdin.read()
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _how(pid: int) -> str:

@@ -137,11 +137,11 @@ def _row(measurement: Measurement, figures: Figures) -> str:
 def _comparison(found: Mapping[str, Figures], measurements: Sequence[Measurement]) -> Iterator[str]:
     """Ours beside the fastest peer with the same adapter, whatever each has in a micro-batch."""
     speeds: dict[str, dict[str, float]] = {"ours": {}, "peer": {}}
-    (r, length) = next((m.setting.r, m.setting.length) for m in measurements if m.kind == "peer")
+    peers = {(m.setting.r, m.setting.length) for m in measurements if m.kind == "peer"}
     for measurement in measurements:
         figures, setting = found.get(measurement.name, {}), measurement.setting
-        same = (setting.r, setting.length, setting.whole) == (r, length, False)
-        if same and measurement.kind in speeds and "tokens_per_second" in figures:
+        is_alike = not setting.whole and (setting.r, setting.length) in peers
+        if is_alike and measurement.kind in speeds and "tokens_per_second" in figures:
             speeds[measurement.kind][measurement.name] = figures["tokens_per_second"]
     if all(speeds.values()):
         ours, theirs = (max(each, key=each.__getitem__) for each in speeds.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -18,7 +17,7 @@ from tests.benchmarks.gpu_checks import check_attention
 from tests.benchmarks.gpu_ours import measure_ours
 from tests.benchmarks.gpu_peer import measure_peer
 from tests.benchmarks.gpu_plan import Plan, Setting
-from tests.benchmarks.gpu_processes import END
+from tests.benchmarks.gpu_processes import END, FAILED, end_with_parent
 from tests.benchmarks.gpu_results import OUT_OF_MEMORY
 from tests.benchmarks.gpu_step import check_block, check_step
 
@@ -37,25 +36,20 @@ _WORDS_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS
 
 def answer_one(answers: TextIO) -> NoReturn:
     """Answer one question from standard input, and end the process."""
-    line = sys.stdin.readline()
+    line, is_well = sys.stdin.readline(), True
     if line:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        answer(json.loads(line), answers)
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        is_well = answer(json.loads(line), answers)
+    sys.stderr.flush()
     # At once: teardown of a process group or of a compiler may take seconds, or hang.
-    os._exit(0)
+    os._exit(0 if is_well else 1)
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()  # until the other end closes, however the process there ends
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-
-
-def answer(question: Mapping[str, Any], out: TextIO) -> None:
+def answer(question: Mapping[str, Any], out: TextIO) -> bool:
     """Write the figures that the question asks for, a JSON line each, and END.
 
-    No END after an error that is no lack of memory: that one goes to the log, and its last line is
-    a remark.
+    An error other than a lack of memory goes to the log, and there is FAILED in place of END; the
+    answer is False then.
     """
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in question["plan"].items()})
     asked = question["setting"]
@@ -74,12 +68,12 @@ def answer(question: Mapping[str, Any], out: TextIO) -> None:
         )
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
         is_memory = isinstance(error, torch.OutOfMemoryError) or any(
-            each in str(error) for each in _WORDS_OF_MEMORY
+            words in str(error) for words in _WORDS_OF_MEMORY
         )
-        say({"remark": OUT_OF_MEMORY if is_memory else words, "device": name})
         if not is_memory:
-            sys.stderr.flush()
-            os._exit(1)
+            say({FAILED: f"{type(error).__name__}: {error}".splitlines()[0]})
+            return False
+        say({"remark": OUT_OF_MEMORY, "device": name})
     say(END)
+    return True
