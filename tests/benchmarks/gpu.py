@@ -60,7 +60,7 @@ from tests.benchmarks.gpu_plan import (  # noqa: E402
     second_part,
     with_half_the_rows,
 )
-from tests.benchmarks.gpu_processes import Ended, Processes  # noqa: E402
+from tests.benchmarks.gpu_processes import Ended, Processes, Refused  # noqa: E402
 from tests.benchmarks.gpu_results import (  # noqa: E402
     OUT_OF_MEMORY,
     OUT_OF_TIME,
@@ -169,7 +169,7 @@ def main(
                 )
             finally:  # an end by a signal must not cost the figures before it
                 print(f"\ntorch {about['torch']}, {report(results, measurements)}", flush=True)
-    except OtherResults as reason:
+    except (OtherResults, Refused) as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0

@@ -49,8 +49,7 @@ def check_attention(plan: Plan, setting: Setting, device: torch.device, say: Say
     """SDPA as training calls it. Each mode gets lengths of its own: plans are kept."""
     qkv = make_qkv(plan, setting.rows, setting.length, device)
     priority = [SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
-    kernels = longest_kernels(lambda: forward_backward(qkv), device)
-    say({"line": "attention", "priority": priority, "chosen": chosen(qkv), "kernels": kernels})
+    say({"line": "attention", "priority": priority, "chosen": chosen(qkv)})
     lengths = range(SHORTEST, SHORTEST + max(setting.length // 4, 4 * plan.fresh_lengths))
     drawn = random.Random(0).sample(lengths, len(MODES) * plan.fresh_lengths)
     for number, (mode, context) in enumerate(MODES.items()):
@@ -60,6 +59,8 @@ def check_attention(plan: Plan, setting: Setting, device: torch.device, say: Say
         except RuntimeError as error:  # no kernel is left that could do it
             figures = {"remark": str(error).splitlines()[0]}
         say({"line": f"attention, {mode}", **figures})
+    longest = longest_kernels(lambda: forward_backward(qkv), device)
+    say({"line": "attention, kernels", "longest": longest})
 
 
 def make_qkv(plan: Plan, rows: int, length: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -5,15 +5,16 @@ Shapes: B rows, T tokens of a row.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_ds.data.batches import Batch
+from qwen_ds.data.batches import Batch, Part, make_batch
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
@@ -71,8 +72,6 @@ def make_model(plan: Plan, wanted: config.Recipe, device: torch.device) -> Train
 
 def make_engine(plan: Plan, setting: Setting, device: torch.device) -> TrainingEngine:
     """The engine around a model of its own. It lives until the process ends."""
-    if device.type == "cuda":  # before CUDA starts: the sizes of a step's tensors vary
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     start_process_group(device, 10)
     wanted = recipe(setting)
     resolved = resolve(
@@ -83,15 +82,42 @@ def make_engine(plan: Plan, setting: Setting, device: torch.device) -> TrainingE
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """Rows of random tokens, all of them targets and of one length, for the batch maker."""
+
+    ids_NT: np.ndarray
+    pad_id: int = 0
+
+    @property
+    def lens(self) -> np.ndarray:
+        return np.full(*self.ids_NT.shape, dtype=np.int32)
+
+    @property
+    def learnt(self) -> np.ndarray:
+        return self.lens - 1
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return [Part(len(self), 1.0)]
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids_NT[row], self.ids_NT[row]
+
+
 def make_batches(plan: Plan, setting: Setting, device: torch.device, number: int) -> list[Batch]:
-    """Micro-batches of full rows, every token a target; in page-locked memory for a GPU."""
-    draw = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(number):
-        ids_BT = torch.randint(0, plan.vocab, (setting.rows, setting.length), generator=draw)
-        if device.type == "cuda":
-            ids_BT = ids_BT.pin_memory()
-        made.append(Batch(ids_BT, ids_BT, ()))
+    """Micro-batches of full rows, as training makes them; in page-locked memory for a GPU."""
+    shape = (number * setting.rows, setting.length)
+    rows = RandomRows(np.random.default_rng(0).integers(plan.vocab, size=shape, dtype=np.int32))
+    made = [make_batch(rows, part) for part in np.split(np.arange(len(rows)), number)]
+    if device.type == "cuda":
+        made = [
+            replace(b, ids_BT=b.ids_BT.pin_memory(), labels_BT=b.labels_BT.pin_memory())
+            for b in made
+        ]
     return made
 
 
@@ -100,7 +126,7 @@ def loss_sum(engine: TrainingEngine, batch: Batch) -> Tensor:
 
 
 def one_step(engine: TrainingEngine, batches: list[Batch]) -> list[Tensor]:
-    """An optimizer step; the loss sums of its micro-batches, on the device."""
+    """An optimizer step, as the loop takes it; its loss sums, on the device."""
     targets, sums = sum(batch.num_targets for batch in batches), []
     for i, batch in enumerate(batches):
         sums.append(loss := loss_sum(engine, batch))

@@ -87,7 +87,7 @@ class Measurement:
     official: tuple[float, float] | None = None  # GB, seconds a step
 
 
-PATIENCE = 4
+PATIENCE = 3
 
 
 def first_part(plan: Plan) -> Iterator[Measurement]:

@@ -4,9 +4,9 @@ An engine that lives on would take memory from the next, an out-of-memory may le
 and the variables of a group of ranks would make HF's Trainer start a distributed job.
 
 A process imports everything, reads one JSON line from its standard input, and answers with JSON
-lines of figures, the last of which is END, or has FAILED and the error in a line. It ends itself
-when that input closes, so none outlives this one, however it ends. The next process imports while
-the present one measures.
+lines of figures, the last of which is END, or has FAILED or REFUSED and the reason in a line. It
+ends itself when that input closes, so none outlives this one, however it ends. The next process
+imports while the present one measures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-END, FAILED = {"end": True}, "failed"
+END, FAILED, REFUSED = {"end": True}, "failed", "refused"
 # Set by launchers, of which a measurement knows nothing.
 _OF_LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK",
@@ -46,6 +46,10 @@ def clean_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 class Ended(Exception):
     """The process has ended before it was done, or was ended; the reason, in words."""
+
+
+class Refused(Exception):
+    """No measurement is possible here; the reason, in words for the user."""
 
 
 class Processes:
@@ -70,7 +74,8 @@ class Processes:
     ) -> Iterator[dict[str, Any]]:
         """The answers of one process to a question, as they come.
 
-        Raises Ended: without an END within `seconds`, or by an error of the process.
+        Raises Ended: without an END within `seconds`, or by an error of the process; Refused: no
+        other will be answered either.
         """
         process = self._waiting or self._start()
         self._waiting = None
@@ -116,11 +121,16 @@ class Processes:
                 raise Ended(f"ended after {seconds:.0f} s") from None
             if not line:
                 raise Ended(_how(process.pid))
+            if not line.startswith(b"{"):  # a library has printed, too
+                self._log.write(line)
+                continue
             answer = json.loads(line)
             if answer == END:
                 return
             if FAILED in answer:
                 raise Ended(answer[FAILED])
+            if REFUSED in answer:
+                raise Refused(answer[REFUSED])
             yield answer
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:

@@ -72,10 +72,11 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
     one = replace(plan, layers=1, vocab=min(plan.vocab, 1024))
     model = make_model(one, recipe(setting), device)
     (batch,) = make_batches(one, setting, device, 1)
-    block, inputs = model.model.get_submodule("base_model.model.transformer.h.0"), []
+    transformer = model.model.get_submodule("base_model.model.transformer")
+    block, inputs = transformer.get_submodule("h.0"), []
     hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
     with torch.no_grad():
-        model(batch.ids_BT.to(device), batch.labels_BT.to(device))
+        transformer(batch.ids_BT.to(device), use_cache=False, extend_context=False)
     hook.remove()
     x_BTD, *others = inputs[0]
     x_BTD = x_BTD.requires_grad_()
@@ -88,14 +89,15 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
     tokens = setting.rows * setting.length
     with Traffic() as moved:
         run()
-    say({"line": "block, eager", **of_runs(plan, run, device), **_mb(moved.bytes, tokens)})
+    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes, tokens)
+    say({"line": "block, eager", **figures})
     if plan.compiled:
         count_bytes_of_inductor()
         setup.compile_blocks(model.model.get_submodule("base_model.model"), QWEN, device)
         began = time.perf_counter()
         run()
         wait(device)
-        figures: dict[str, Any] = {"compilation_s": time.perf_counter() - began}
+        figures = {"compilation_s": time.perf_counter() - began}
         figures |= of_runs(plan, run, device) | _mb(inductor_metrics.num_bytes_accessed, tokens)
         say({"line": "block, compiled", **figures})
 
@@ -145,19 +147,20 @@ def check_step(plan: Plan, setting: Setting, device: torch.device, say: Say) -> 
         "line": "step, synchronisations", **_shares(*(each.total() for each in waits)),
         "micro_batches": MANY, "places": places,
     })  # fmt: skip
+    say({"line": "step, a micro-batch", **of_micro_batches(plan, engine, many, device)})
+    one_step(engine, few)  # with it go the gradients of those micro-batches
     found = []
     for batches in (few, many):
         with profile(activities=activities(device)) as seen:
             one_step(engine, batches)
             wait(device)
         found.append(seen)
-    longest = [f"{name[:60]} {ms:.2f} ms" for name, ms in kernels(found[0], device)[:12]]
     for line, names in (("launches", LAUNCHES), ("calls that wait", WAITS)):
         counts = (calls(seen.key_averages(), names) for seen in found)
         say({"line": f"step, {line}", **_shares(*counts)})
     device_ms = [sum(ms for _, ms in kernels(seen, device)) for seen in found]
+    longest = [f"{name[:60]} {ms:.2f} ms" for name, ms in kernels(found[0], device)[:12]]
     say({"line": "step, ms of the device", **_shares(*device_ms), "longest": longest})
-    say({"line": "step, a micro-batch", **of_micro_batches(plan, engine, many, device)})
 
 
 # Calls of CUDA's runtime and driver, as the profiler names them.

@@ -12,12 +12,13 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
+from qwen_ds.errors import UserError
 from qwen_ds.machine import choose_device
 from tests.benchmarks.gpu_checks import check_attention
 from tests.benchmarks.gpu_ours import measure_ours
 from tests.benchmarks.gpu_peer import measure_peer
 from tests.benchmarks.gpu_plan import Plan, Setting
-from tests.benchmarks.gpu_processes import END, FAILED, end_with_parent
+from tests.benchmarks.gpu_processes import END, FAILED, REFUSED, end_with_parent
 from tests.benchmarks.gpu_results import OUT_OF_MEMORY
 from tests.benchmarks.gpu_step import check_block, check_step
 
@@ -59,7 +60,13 @@ def answer(question: Mapping[str, Any], out: TextIO) -> bool:
         out.write(json.dumps(figures) + "\n")
         out.flush()
 
-    device = choose_device(question["device"])
+    if question["kind"] != "peer":  # as training does, before CUDA starts
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    try:
+        device = choose_device(question["device"])
+    except UserError as error:
+        say({REFUSED: str(error)})
+        return False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     torch.manual_seed(0)
     try:

@@ -293,6 +293,21 @@ def test_a_lack_of_memory_is_a_result_and_any_other_error_is_none(
     assert is_well is any(a.get("remark") == gpu_results.OUT_OF_MEMORY for a in answers)
 
 
+def test_without_a_gpu_one_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not gpu_worker.answer({**asked("block"), "device": "cuda"}, out)
+    (line,) = out.getvalue().splitlines()
+    assert "no NVIDIA GPU" in json.loads(line)[gpu_processes.REFUSED]
+    command = [sys.executable, "-c", f"print('noise'); print({line!r}, flush=True)"]
+    assert gpu.main(["--json", str(tmp_path / "gpu.jsonl"), "--first"], command) == 2
+    shown = capsys.readouterr()
+    assert "no NVIDIA GPU" in shown.err and "remark" not in shown.out
+    assert "noise" in (tmp_path / "gpu.log").read_text()
+
+
 def test_a_synchronisation_is_told_by_its_line() -> None:
     def step() -> None:
         for _ in range(3):
@@ -339,8 +354,8 @@ def test_the_checks_run_through_on_a_cpu(tmp_path: Path) -> None:
     by_line = {answer["line"]: answer for answer in answers if "line" in answer}
     assert list(by_line) == [
         "attention", "attention, as torch chooses", "attention, cuDNN off",
-        "attention, cuDNN alone", "block, eager", "step, synchronisations", "step, launches",
-        "step, calls that wait", "step, ms of the device", "step, a micro-batch",
+        "attention, cuDNN alone", "attention, kernels", "block, eager", "step, synchronisations",
+        "step, a micro-batch", "step, launches", "step, calls that wait", "step, ms of the device",
     ]  # fmt: skip
     assert "FLASH_ATTENTION" in by_line["attention"]["priority"]
     assert by_line["attention, cuDNN off"]["lengths"] == TINY.fresh_lengths
