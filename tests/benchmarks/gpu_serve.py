@@ -5,7 +5,7 @@
 
 It needs nothing but the repository and its wheels: weights are random, in bf16, and made on the
 device. Each measurement is a process of its own, so one that fails costs no other, and its figures
-are written as soon as they are there; what it prints is in gpu_serve.log. In this order:
+are written as soon as they are there. In this order:
 
     batch      new tokens a second of 32 rows that have about 512 tokens each
     prefill    tokens a second of 8 prompts of 2,048 tokens
@@ -20,25 +20,21 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import random
+import subprocess
 import sys
-import threading
 import time
-import traceback
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
-if __name__ == "__main__":  # as in gpu.py
+if __name__ == "__main__":  # beside this script serve.py hides a package of ours
     sys.path[0] = str(Path(__file__).parents[2])
-    sys.modules["tests"] = package = types.ModuleType("tests")
-    package.__path__ = [str(Path(__file__).parents[1])]
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qwen_ds.decode.engine import DecodingEngine, packed
@@ -49,22 +45,12 @@ from qwen_ds.decode.request import Request, Vocabulary
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
-from qwen_ds.errors import UserError
 from qwen_ds.machine import choose_device
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.runlog import run_command
 from qwen_ds.train.observe.metrics import peak_memory_gb
-from tests.benchmarks.gpu_processes import (
-    END,
-    FAILED,
-    REFUSED,
-    Ended,
-    Processes,
-    Refused,
-    end_with_parent,
-)
 
 ROOT = Path(__file__).parents[2]
 PAGE_TOKENS = 32  # those of serve.engine, which serve.py beside this script hides
@@ -170,9 +156,12 @@ def look_into_step(engine: DecodingEngine, device: torch.device) -> dict[str, An
     with profile(activities=activities) as found:
         engine.step()
     on_gpu = device.type == "cuda"
+    # An operator's device time is that of its kernels, which have events of their own.
+    counted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     seen = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.key)
         for event in found.key_averages()
+        if event.device_type == counted and not event.is_user_annotation
     ]
     seen.sort(reverse=True)
     kernels = [name for _, name in seen if any(word in name.lower() for word in ATTENTION)]
@@ -202,39 +191,22 @@ def measure(name: str, plan: Plan, device: torch.device) -> dict[str, Any]:
     }
 
 
-def answer_one(answers: TextIO) -> NoReturn:
-    """Answer one question from standard input, and end the process; see gpu_processes.py."""
-    question, code = json.loads(sys.stdin.readline()), 0
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        device, plan = choose_device(question["device"]), Plan(**question["plan"])
-        lines = [measure(question["measurement"], plan, device), END]
-    except UserError as error:
-        lines, code = [{REFUSED: str(error)}], 2
-    except Exception as error:
-        traceback.print_exc()
-        lines, code = [{FAILED: f"{type(error).__name__}: {error}".splitlines()[0]}], 1
-    answers.writelines(json.dumps(line) + "\n" for line in lines)
-    answers.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def measure_apart(
-    name: str, plan: Plan, device: str, seconds: float, log: Path = Path(os.devnull)
-) -> dict[str, Any]:
+def measure_apart(name: str, plan: Plan, device: str, seconds: float) -> dict[str, Any]:
     """The figures of one measurement, in a process of its own; or a remark why there are none."""
     if seconds <= 0:
         return {"remark": OUT_OF_TIME}
-    question = {"measurement": name, "plan": asdict(plan), "device": device}
-    with Processes([sys.executable, __file__, "--worker"], ROOT, log) as processes:
-        try:
-            (figures,) = processes.ask(question, seconds, is_last=True)
-        except Ended as reason:
-            return {"remark": str(reason)}
-        except Refused as reason:
-            raise UserError(str(reason)) from None
-    return figures
+    arguments = ["--measurement", name, "--plan", json.dumps(asdict(plan)), "--device", device]
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"remark": OUT_OF_TIME}
+    if done.returncode:
+        print(done.stderr[-4000:], file=sys.stderr, flush=True)
+        return {"remark": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure_all(plan: Plan, device: str, minutes: float, out: Path) -> dict[str, dict[str, Any]]:
@@ -243,8 +215,7 @@ def measure_all(plan: Plan, device: str, minutes: float, out: Path) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     about = {"torch": torch.__version__, "python": platform.python_version()}
     for name in MEASUREMENTS:
-        left = ends - time.monotonic()
-        found[name] = measure_apart(name, plan, device, left, out.with_suffix(".log"))
+        found[name] = measure_apart(name, plan, device, ends - time.monotonic())
         print(name, found[name], flush=True)
         out.write_text(json.dumps({"about": about, "plan": asdict(plan), "found": found}, indent=1))
     return found
@@ -281,13 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--plan", type=json.loads, default={}, help="sizes, as JSON")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measurement", choices=list(MEASUREMENTS), help="this one, here")
     options = parser.parse_args(arguments)
-    if options.worker:
-        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # what libraries print goes to the log
-        answer_one(answers)
-    found = measure_all(Plan(**options.plan), options.device, options.minutes, options.json)
+    device, plan = choose_device(options.device), Plan(**options.plan)
+    if options.measurement:
+        print(json.dumps(measure(options.measurement, plan, device)))
+        return
+    found = measure_all(plan, options.device, options.minutes, options.json)
     device_name = next((f["device"] for f in found.values() if "device" in f), "no device")
     print(f"\n{device_name}, torch {torch.__version__}\n\n{report(found)}")
 

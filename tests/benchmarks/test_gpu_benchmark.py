@@ -425,3 +425,8 @@ def test_it_needs_only_what_trains(bare_python: Path, tmp_path: Path) -> None:
     # The same shape and random tokens: both begin at the loss of a guess, log(512).
     assert losses == pytest.approx([6.24, 6.24], abs=0.1)
     assert not list(tmp_path.glob("*/"))  # HF's output folder
+    run = subprocess.run(
+        [bare_python, script.with_name("gpu_serve.py"), "--help"],
+        cwd=tmp_path, env=variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
