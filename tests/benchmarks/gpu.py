@@ -14,7 +14,8 @@ well. In this order:
 
     attention  which SDPA kernel torch prefers and which runs; milliseconds of 50 lengths that it
                has not met, and of the same again, with cuDNN's kernel and without
-    block      one block, eager, compiled and fused: milliseconds, and bytes moved for each token
+    block      one block, eager and compiled: milliseconds, and bytes that each token moves beside
+               products and attention
     step       synchronisations of a step, by the lines that cause them; kernels launched, and the
                milliseconds that device and CPU take
     ours       r 64 on all matrices at 2,048 tokens, then r 8 as in lora_zero2.yaml, compiled

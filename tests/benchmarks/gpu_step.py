@@ -40,8 +40,13 @@ FEW, MANY = 1, 3  # micro-batches of the steps that are compared
 Say = Callable[[dict[str, Any]], None]
 
 
+# Operators whose time is that of their arithmetic.
+PRODUCTS = ("mm", "attention", "attention_for_cpu")
+
+
 class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write while it is on; views move none."""
+    """Bytes that operators read and write while it is on, products and attention left out: the time
+    of all others is that of their bytes. Views move none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,10 +60,13 @@ class Traffic(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func._schema.name.rstrip("_").removesuffix("_backward")
+        if name.endswith(PRODUCTS) or "empty" in name:
+            return out
         read, written = _tensors((args, kwargs)), _tensors(out)
         storages = {tensor.untyped_storage()._cdata for tensor in read}
         is_alias = any(tensor.untyped_storage()._cdata in storages for tensor in written)
-        if func._schema.is_mutable or not is_alias and "empty" not in func._schema.name:
+        if func._schema.is_mutable or not is_alias:
             self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
         return out
 
@@ -98,18 +106,22 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
         run()
         wait(device)
         figures = {"compilation_s": time.perf_counter() - began}
-        figures |= of_runs(plan, run, device) | _mb(inductor_metrics.num_bytes_accessed, tokens)
+        figures |= of_runs(plan, run, device) | _mb(bytes_of_inductor(), tokens)
         say({"line": "block, compiled", **figures})
 
 
 def count_bytes_of_inductor() -> None:
-    """Let inductor count what its kernels and the products between them move, as it compiles.
-
-    It does so only for its log, and not for what it finds in a cache.
-    """
+    """Let inductor count bytes as it compiles: it does so for its log, and not for what it finds in
+    a cache."""
     torch._logging.set_logs(inductor_metrics=True)
     torch._inductor.config.force_disable_caches = True
     inductor_metrics.reset()
+
+
+def bytes_of_inductor() -> int:
+    """Bytes that the kernels of inductor's own move, for the shapes that it has compiled for."""
+    counted = inductor_metrics.nodes_num_elem  # words of four bytes
+    return sum(4 * number for node, number in counted if not node.is_extern())
 
 
 def _mb(moved: int, tokens: int) -> dict[str, float]:
