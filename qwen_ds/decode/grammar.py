@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -19,11 +20,13 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from qwen_ds.decode.exceptions import InvalidGrammar
 from qwen_ds.decode.transfers import sent
+
+if typing.TYPE_CHECKING:  # imported where grammars are made: a machine that trains may lack it
+    from llguidance import LLMatcher
 
 _CONTROL = re.compile(rb"<\|.*\|>", re.DOTALL)  # how a control token spells itself
 # llguidance would otherwise force one division of a text into tokens where only one text fits.
@@ -82,6 +85,8 @@ class GrammarCompiler:
     def __init__(
         self, token_bytes: Callable[[int], bytes], num_tokens: int, stop_ids: Sequence[int]
     ) -> None:
+        from llguidance import LLExecutor, LLTokenizer, TokenizerWrapper
+
         vocabulary = _Vocabulary([token_bytes(i) for i in range(num_tokens)], stop_ids)
         self.num_words = (num_tokens + 31) // 32
         self._tokenizer = LLTokenizer(
@@ -124,6 +129,8 @@ class GrammarCompiler:
 
     def regex(self, pattern: str) -> Grammar:
         """Text that the whole of a regular expression matches, in the syntax of Rust's regex."""
+        from llguidance import LLMatcher
+
         try:
             (grammar,) = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
         except ValueError as error:  # a lone surrogate
@@ -146,6 +153,8 @@ class GrammarCompiler:
         return self._compiled("call", rule).copy()
 
     def _compile(self, name: str, rule: str) -> Grammar:
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, _HEADER + rule, log_level=0)
         if matcher.is_error():
             raise InvalidGrammar(name, _first_line(matcher.get_error()))

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler
-from qwen_ds.data.doctor.brief import brief
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
@@ -80,7 +79,12 @@ def load_data(run: Run) -> Data:
         rows.train, batch.rows_per_step, recipe.seed,
         dist.world_size(), dist.rank(), batch.tokens_per_micro_batch,
     )  # fmt: skip
-    findings = brief(recipe.data) if dist.rank() == 0 else []
+    findings = []
+    if dist.rank() == 0:
+        # Its libraries are for text, and the ranks beside need none of them.
+        from qwen_ds.data.doctor.brief import brief
+
+        findings = brief(recipe.data)
     data = Data(rows.train, rows.eval, sampler, findings)
     # All ranks, once: machines may have files of their own.
     seen = dist.gather(data.sha256)

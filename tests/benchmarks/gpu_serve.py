@@ -35,7 +35,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # beside this script serve.py hides a package of ours
+    sys.path[0] = str(Path(__file__).parents[2])
+
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qwen_ds.decode.engine import DecodingEngine, packed
@@ -162,9 +166,12 @@ def look_into_step(engine: DecodingEngine, device: torch.device) -> dict[str, An
     with profile(activities=activities) as found:
         engine.step()
     on_gpu = device.type == "cuda"
+    # An operator's device time is that of its kernels, which have events of their own.
+    counted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     seen = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.key)
         for event in found.key_averages()
+        if event.device_type == counted and not event.is_user_annotation
     ]
     seen.sort(reverse=True)
     kernels = [name for _, name in seen if any(word in name.lower() for word in ATTENTION)]

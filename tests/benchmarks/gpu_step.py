@@ -1,0 +1,234 @@
+"""One block and one optimizer step looked into, for gpu.py: time, bytes, launches, waiting."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import metrics as inductor_metrics
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen_ds.data.batches import Batch
+from qwen_ds.model.family import QWEN
+from qwen_ds.train import setup
+from qwen_ds.train.engine.engine import TrainingEngine
+from tests.benchmarks.gpu_checks import activities, kernels
+from tests.benchmarks.gpu_ours import (
+    loss_sum,
+    make_batches,
+    make_engine,
+    make_model,
+    one_step,
+    recipe,
+    wait,
+)
+from tests.benchmarks.gpu_plan import Plan, Setting
+
+ROOT = Path(__file__).parents[2]
+FEW, MANY = 1, 3  # micro-batches of the steps that are compared
+Say = Callable[[dict[str, Any]], None]
+
+
+# Operators whose time is that of their arithmetic.
+PRODUCTS = ("mm", "attention", "attention_for_cpu")
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators read and write while it is on, products and attention left out: the time
+    of all others is that of their bytes. Views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.rstrip("_").removesuffix("_backward")
+        if name.endswith(PRODUCTS) or "empty" in name:
+            return out
+        read, written = _tensors((args, kwargs)), _tensors(out)
+        storages = {tensor.untyped_storage()._cdata for tensor in read}
+        is_alias = any(tensor.untyped_storage()._cdata in storages for tensor in written)
+        if func._schema.is_mutable or not is_alias:
+            self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
+        return out
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
+    """Forward and backward of one block with its adapter, gradients accumulating."""
+    one = replace(plan, layers=1, vocab=min(plan.vocab, 1024))
+    model = make_model(one, recipe(setting), device)
+    (batch,) = make_batches(one, setting, device, 1)
+    transformer = model.model.get_submodule("base_model.model.transformer")
+    block, inputs = transformer.get_submodule("h.0"), []
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
+    with torch.no_grad():
+        transformer(batch.ids_BT.to(device), use_cache=False, extend_context=False)
+    hook.remove()
+    x_BTD, *others = inputs[0]
+    x_BTD = x_BTD.requires_grad_()
+    grad_BTD = torch.randn_like(x_BTD)
+
+    def run() -> None:
+        block(x_BTD, *others).backward(grad_BTD)
+        x_BTD.grad = None
+
+    tokens = setting.rows * setting.length
+    with Traffic() as moved:
+        run()
+    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes, tokens)
+    say({"line": "block, eager", **figures})
+    if plan.compiled:
+        count_bytes_of_inductor()
+        setup.compile_blocks(model.model.get_submodule("base_model.model"), QWEN, device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        figures = {"compilation_s": time.perf_counter() - began}
+        figures |= of_runs(plan, run, device) | _mb(bytes_of_inductor(), tokens)
+        say({"line": "block, compiled", **figures})
+
+
+def count_bytes_of_inductor() -> None:
+    """Let inductor count bytes as it compiles: it does so for its log, and not for what it finds in
+    a cache."""
+    torch._logging.set_logs(inductor_metrics=True)
+    torch._inductor.config.force_disable_caches = True
+    inductor_metrics.reset()
+
+
+def bytes_of_inductor() -> int:
+    """Bytes that the kernels of inductor's own move, for the shapes that it has compiled for."""
+    counted = inductor_metrics.nodes_num_elem  # words of four bytes
+    return sum(4 * number for node, number in counted if not node.is_extern())
+
+
+def _mb(moved: int, tokens: int) -> dict[str, float]:
+    return {"mb_a_token": moved / 1e6 / tokens}
+
+
+def of_runs(plan: Plan, run: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a run where they follow each other, and until one has been launched."""
+    for _ in range(2):
+        run()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(plan.repeats):
+        run()
+    wait(device)
+    ms, launched = 1000 * (time.perf_counter() - began) / plan.repeats, []
+    for _ in range(plan.repeats):
+        began = time.perf_counter()
+        run()
+        launched.append(1000 * (time.perf_counter() - began))
+        wait(device)
+    return {"ms": ms, "cpu_ms": statistics.median(launched)}
+
+
+def check_step(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
+    """Steps of FEW and of MANY micro-batches: their difference belongs to the micro-batches."""
+    engine = make_engine(plan, setting, device)
+    few, many = (make_batches(plan, setting, device, number) for number in (FEW, MANY))
+    for batches in (few, many, few):  # the first steps allocate the optimizer's state
+        one_step(engine, batches)
+    wait(device)
+    waits = [synchronisations(lambda b=each: one_step(engine, b), device) for each in (few, many)]
+    places = [f"{number} x {place}" for place, number in waits[1].most_common()]
+    say({
+        "line": "step, synchronisations", **_shares(*(each.total() for each in waits)),
+        "micro_batches": MANY, "places": places,
+    })  # fmt: skip
+    say({"line": "step, a micro-batch", **of_micro_batches(plan, engine, many, device)})
+    one_step(engine, few)  # with it go the gradients of those micro-batches
+    found = []
+    for batches in (few, many):
+        with profile(activities=activities(device)) as seen:
+            one_step(engine, batches)
+            wait(device)
+        found.append(seen)
+    for line, names in (("launches", LAUNCHES), ("calls that wait", WAITS)):
+        counts = (calls(seen.key_averages(), names) for seen in found)
+        say({"line": f"step, {line}", **_shares(*counts)})
+    device_ms = [sum(ms for _, ms in kernels(seen, device)) for seen in found]
+    longest = [f"{name[:60]} {ms:.2f} ms" for name, ms in kernels(found[0], device)[:12]]
+    say({"line": "step, ms of the device", **_shares(*device_ms), "longest": longest})
+
+
+# Calls of CUDA's runtime and driver, as the profiler names them.
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def calls(events: Iterable[Any], names: tuple[str, ...]) -> int:
+    return sum(event.count for event in events if event.key.startswith(names))
+
+
+def _shares(few: float, many: float) -> dict[str, float]:
+    """What a micro-batch adds, and what a step has beside."""
+    each = (many - few) / (MANY - FEW)
+    return {"a_micro_batch": each, "a_step": few - FEW * each}
+
+
+def synchronisations(step: Callable[[], object], device: torch.device) -> Counter[str]:
+    """How often a step waits for the device, by the innermost line of this repository, and the
+    innermost line of all, that does so; what torch's own switch tells of."""
+    found: Counter[str] = Counter()
+
+    def note(message: Warning | str, *others: object) -> None:
+        if "synchroniz" not in str(message):
+            return
+        stack = traceback.extract_stack()[:-1]
+        while stack and stack[-1].filename.endswith("warnings.py"):
+            stack.pop()
+        ours = [frame for frame in stack if Path(frame.filename).is_relative_to(ROOT / "qwen_ds")]
+        shown = {f"{Path(f.filename).name}:{f.lineno} {f.line}": 0 for f in (*ours[-1:], stack[-1])}
+        found[" > ".join(shown)] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # catch_warnings brings back torch's and Python's own
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def of_micro_batches(
+    plan: Plan, engine: TrainingEngine, batches: list[Batch], device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of a micro-batch's forward and backward, whole and until they are launched."""
+    whole, launched = [], []
+    for number in range(plan.repeats):
+        batch = batches[number % len(batches)]
+        wait(device)
+        began = time.perf_counter()
+        engine.backward(loss_sum(engine, batch) / batch.num_targets, last_of_step=False)
+        launched.append(1000 * (time.perf_counter() - began))
+        wait(device)
+        whole.append(1000 * (time.perf_counter() - began))
+    return {"ms": statistics.median(whole), "cpu_ms": statistics.median(launched)}
