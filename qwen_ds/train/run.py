@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from qwen_ds import dist, signals
 from qwen_ds.errors import UserError
-from qwen_ds.machine import choose_device
+from qwen_ds.machine import choose_device, let_segments_grow
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.runlog import failure_code, in_one_line
 from qwen_ds.terminal import one_line, show
@@ -27,6 +27,8 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
     """
     launched = dist.has_rendezvous() or dist.world_size() > 1
     timeout_minutes = asked.recipe.distributed.timeout_minutes
+    if asked.recipe.device != "cpu":
+        let_segments_grow()
     device = choose_device(asked.recipe.device)
     # A minute more than the watchdog's patience: it knows more about what happened than a
     # collective does.

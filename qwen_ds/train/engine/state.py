@@ -136,7 +136,9 @@ class TrainableState:
                 if kind not in state:
                     state[kind] = torch.zeros_like(master, requires_grad=False)
             if "step" not in state or steps is not None:
-                state["step"] = torch.tensor(float(steps or 0)) if in_tensor else steps or 0
+                # Beside the weights: there the fused kernel counts.
+                count = torch.tensor(float(steps or 0), device=master.device)
+                state["step"] = count if in_tensor else steps or 0
         if self._stage in (1, 2):
             # Links each parameter to its part of the moments.
             self._zero._lazy_init_hp_params_optimizer_state()
