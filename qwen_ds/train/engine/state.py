@@ -56,7 +56,7 @@ class TrainableState:
 
         A collective. The tensors are copies; ranks other than 0 get empty ones.
         """
-        self._make_moments()
+        self.make_moments()
         for name, parameter in self._parameters.items():
             for kind in kinds:
                 full = self._full(parameter, kind)
@@ -67,7 +67,7 @@ class TrainableState:
 
         `read` (name, kind) -> complete tensor is called on rank 0 only; `steps` is AdamW's count.
         """
-        self._make_moments(steps)
+        self.make_moments(steps)
         for name, parameter in self._parameters.items():
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for kind in (VALUE, *MOMENTS):
@@ -83,7 +83,7 @@ class TrainableState:
 
     def pieces(self) -> dict[str, Tensor]:
         """This rank's flat pieces, not copied, by name: "value.0", "exp_avg.0" ..."""
-        self._make_moments()
+        self.make_moments()
         return {
             f"{kind}.{i}": self._held(master, kind)
             for i, master in enumerate(self._masters())
@@ -95,7 +95,7 @@ class TrainableState:
 
         A collective: the module's weights follow.
         """
-        self._make_moments(steps)
+        self.make_moments(steps)
         for name, piece in self.pieces().items():
             saved = read(name)
             assert saved.shape == piece.shape, (name, saved.shape, piece.shape)
@@ -127,7 +127,7 @@ class TrainableState:
             return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
 
-    def _make_moments(self, steps: int | None = None) -> None:
+    def make_moments(self, steps: int | None = None) -> None:
         """Make AdamW's state, zeros, before its first step does; `steps` sets its count."""
         in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's own counts in an int
         for master in self._masters():

@@ -41,7 +41,7 @@ _FREE = (
     "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing",
     "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes", "save.before_minutes",
     "save.keep", "log.profile_steps", "log.trackers", "log.project", "log.run_name",
-    "lora.allow_pickle",
+    "lora.allow_pickle", "batch.rehearse",
 )  # fmt: skip
 # Keys that decide the trained parameters and their shapes: a checkpoint fits no other choice.
 _FIXED = (

@@ -62,7 +62,7 @@ def test_the_count_of_updates_lies_beside_the_weights() -> None:
     """There the fused kernel reads it: on a GPU a count on the CPU would be refused."""
     model = nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    TrainableState(model, optimizer, 0, torch.device("meta"))._make_moments(3)
+    TrainableState(model, optimizer, 0, torch.device("meta")).make_moments(3)
     assert {optimizer.state[p]["step"].device.type for p in model.parameters()} == {"meta"}
 
 
