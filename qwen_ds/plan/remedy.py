@@ -40,12 +40,17 @@ def remedy(run: Run, longest: int, num_rows: int) -> str:
             peak = peak_memory(run.shape, run.saving, zero, parts, every).total
             if peak > limit:
                 continue
-            words = [f"--deepspeed {json}"] if json else []
+            changes = {"deepspeed": json} if json else {}
             if budget != run.recipe.batch.tokens_per_micro_batch:
-                words.append(f"--batch.tokens_per_micro_batch {budget}")
-            if every != current:
-                words.append(f"--model.activation_checkpointing {in_recipe(every)}")
-            if words:
+                changes["batch.tokens_per_micro_batch"] = str(budget)
+            # The run folder's recipe is another now: it has to be told that this is meant.
+            allowed = [*run.recipe.resume.allow_changes, *changes]
+            if every != current:  # which any run may change
+                changes["model.activation_checkpointing"] = str(in_recipe(every))
+            words = [f"--{key} {value}" for key, value in changes.items()]
+            if allowed:
+                words.append(f"--resume.allow_changes {' '.join(allowed)}")
+            if changes:
                 predicted = f"predicted peak {peak / 1e9:.3g} of the {memory / 1e9:.3g} GB {source}"
                 return f"{' '.join(words)} ({predicted})"
     return "shorter rows (data.max_tokens), or more or larger GPUs: no setting is predicted to fit"
