@@ -11,3 +11,8 @@ class UserError(ValueError):
 
 class Failed(RuntimeError):
     """Something outside of this process failed. The message is one line, the exit code 1."""
+
+
+class OutOfMemory(Failed):
+    """The run needs more memory than there is. The message is one line that says which setting
+    fits, and the exit code 2: the settings are the user's."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import shutil
+from collections.abc import MutableMapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +84,44 @@ def _cpu_digest(text: str) -> str:
     found = {key.strip(): sorted(value.split()) for key, _, value in pairs}
     known = json.dumps({key: found.get(key) for key in sorted(_CPU_KEYS)})
     return hashlib.sha256((known if found.keys() & _CPU_KEYS else text).encode()).hexdigest()[:8]
+
+
+# torch reads the first of these that is set when CUDA starts. Before 2.11 it ignored
+# expandable_segments in the newer one (PyTorch issue 183387).
+ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+_VIRTUAL_MEMORY_SUPPORTED = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's CUDA allocator extend the blocks that it has, before CUDA starts.
+
+    Micro-batches differ in shape. Without it the allocator keeps a block for every size that it has
+    met and runs out of memory long before all of it is in use. A value of the user's stays as it
+    is. Nothing is set where the driver cannot map memory by itself, as on some virtual GPUs.
+    """
+    if any(name in environment for name in ALLOCATOR_VARIABLES) or not _maps_memory():
+        return
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    environment[ALLOCATOR_VARIABLES[release >= (2, 11)]] = "expandable_segments:True"
+
+
+def _maps_memory() -> bool:
+    """Whether torch is built for CUDA, and every GPU that it sees has virtual memory management."""
+    if torch.version.cuda is None:
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count, found = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return False
+    attribute = ctypes.byref(found), _VIRTUAL_MEMORY_SUPPORTED
+    # A GPU's handle is its number. A call that succeeds returns 0.
+    return all(
+        driver.cuDeviceGetAttribute(*attribute, gpu) == 0 and found.value == 1
+        for gpu in range(count.value)
+    )
 
 
 def available_memory() -> int:

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ds import dist, signals
-from qwen_ds.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, Failed, UserError
+from qwen_ds.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_USER,
+    Failed,
+    OutOfMemory,
+    UserError,
+)
 from qwen_ds.terminal import guard, one_line, show, visible
 
 LIBRARY_LOGGERS = (
@@ -89,7 +96,8 @@ def in_one_line(error: BaseException) -> str | None:
 
 def failure_code(error: BaseException) -> int:
     """The exit code after an error that is worded by `in_one_line`, or by nobody."""
-    return EXIT_USER if _is_about_a_path(error) else EXIT_FAILURE
+    is_the_users = isinstance(error, OutOfMemory) or _is_about_a_path(error)
+    return EXIT_USER if is_the_users else EXIT_FAILURE
 
 
 def _is_about_a_path(error: BaseException) -> bool:

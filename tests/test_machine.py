@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from typing import Any
+
 import pytest
 import torch
 
 from qwen_ds import dist, machine
 from qwen_ds.errors import UserError
 from qwen_ds.machine import choose_device
+from tests.jobs import fork
 
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +70,70 @@ def test_cpus_of_one_kind_have_one_name_and_no_others() -> None:
     others += [arm.replace("asimd", "asimd sve"), "", "some processor"]
     assert len({kind, *map(machine._cpu_digest, others)}) == 7
     assert machine.cpu_kind() == machine.cpu_kind() != "-"
+
+
+class FakeDriver:
+    """libcuda with these answers of its GPUs to the question about virtual memory management."""
+
+    def __init__(self, *answers: int, status: int = 0) -> None:
+        self.answers, self.status = answers, status
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.answers)
+        return 0
+
+    def cuDeviceGetAttribute(self, found: Any, attribute: int, gpu: int) -> int:
+        found._obj.value = self.answers[gpu]
+        return int(attribute != 102)
+
+
+@pytest.mark.parametrize(
+    ("release", "driver", "before", "after"),
+    [
+        ("2.13.0+cu130", FakeDriver(1, 1), {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.11.0", FakeDriver(1), {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.9.1", FakeDriver(1), {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.13.0", FakeDriver(1, 0), {}, {}),  # a virtual GPU, say
+        ("2.13.0", FakeDriver(1, status=999), {}, {}),  # the driver does not work at all
+        ("2.13.0", FakeDriver(1), {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        ("2.13.0", FakeDriver(1), {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_the_allocator_is_told_to_grow_unless_the_user_or_the_driver_says_otherwise(
+    release: str,
+    driver: FakeDriver,
+    before: dict[str, str],
+    after: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", release)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: driver)
+    environment = dict(before)
+    machine.let_segments_grow(environment)
+    assert environment == after
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for CPUs or for ROCm
+    environment = {}
+    machine.let_segments_grow(environment)
+    assert environment == {}
+
+
+def _settings_when_told_late(answer: Any) -> None:
+    machine._maps_memory = lambda: True
+    for name in machine.ALLOCATOR_VARIABLES:
+        os.environ.pop(name, None)
+    machine.let_segments_grow()
+    answer.put(torch._C._accelerator_getAllocatorSettings())
+
+
+def test_what_training_imports_does_not_settle_the_allocator_before_it_is_told() -> None:
+    """The process has imported all that training imports: torch reads the variable after that."""
+    if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        pytest.skip("this torch does not tell its allocator's settings")
+    answer = multiprocessing.get_context("forkserver").SimpleQueue()
+    process = fork(_settings_when_told_late, answer)
+    process.join()
+    assert answer.get() == "expandable_segments:True"

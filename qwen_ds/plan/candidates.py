@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from qwen_ds.plan.recomputation import Fit, fit_of, from_recipe, least_recomputation
 from qwen_ds.plan.run import Run
-from qwen_ds.plan.seconds import Cluster, Seconds, Work, step_seconds
+from qwen_ds.plan.seconds import (
+    Cluster,
+    Seconds,
+    Work,
+    launching_seconds,
+    step_seconds,
+)
 from qwen_ds.plan.step import Workload, split
 
 BUDGETS = (1024, 2048, 4096, 8192, 16384)  # tokens_per_micro_batch, beside the recipe's own
@@ -21,6 +27,7 @@ class Candidate:
     budget: int  # padded tokens of a micro-batch
     fit: Fit
     seconds: Seconds
+    launching: float  # seconds of a step in which the CPU launches operations
 
 
 def candidates(
@@ -30,7 +37,8 @@ def candidates(
     the least that fits, or all if none does. `every` lists choices of recomputation instead."""
     found = []
     for run in runs:
-        work, last = Work(run.shape, run.saving, run.zero), None
+        compiled = run.recipe.model.compile is True
+        work, last = Work(run.shape, run.saving, run.zero, compiled), None
         asked = run.recipe.model.activation_checkpointing
         choices = every or (() if asked == "auto" else (from_recipe(asked),))
         for budget in sorted({*BUDGETS, run.recipe.batch.tokens_per_micro_batch}):
@@ -42,13 +50,15 @@ def candidates(
             fits = [fit_of(run, parts.largest, choice) for choice in choices]
             for fit in fits or [least_recomputation(run, parts.largest)]:
                 seconds = step_seconds(work, cluster, parts, workload.target_share, fit.every)
-                found.append(Candidate(run, budget, fit, seconds))
+                launching = launching_seconds(work, parts, fit.every)
+                found.append(Candidate(run, budget, fit, seconds, launching))
     return found
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
-    """The fastest that fits; of those within 1 % of it, the one that needs the least memory."""
+    """The fastest that fits. Of those within 1 % of it, the one with which the CPU has least to
+    launch, by large micro-batches, and then the one that needs the least memory."""
     fitting = [candidate for candidate in found if candidate.fit.fits]
     limit = 1.01 * min((candidate.seconds.total for candidate in fitting), default=0.0)
     fast = (candidate for candidate in fitting if candidate.seconds.total <= limit)
-    return min(fast, key=lambda candidate: candidate.fit.memory.total, default=None)
+    return min(fast, key=lambda c: (c.launching, c.fit.memory.total), default=None)

@@ -22,9 +22,11 @@ CUDA_CONTEXT = 0.5e9
 # 32 channels with two neighbours each, NCCL_BUFFSIZE = 4 MiB (NCCL's documented defaults).
 NCCL_BUFFERS = 32 * 2 * 4 * 2**20
 MOMENTS = 2  # of AdamW
-# Temporaries of torch's foreach AdamW, in copies of the trained parameters: the root of the second
-# moment; torch 2.0 also kept that root plus epsilon.
-TEMPORARIES, TEMPORARIES_TORCH_2_0 = 1, 2
+# Temporaries of foreach AdamW in torch 2.0, in copies of the trained parameters: the root of the
+# second moment, and that root plus epsilon. The fused kernel of today has none.
+TEMPORARIES_TORCH_2_0 = 2
+# DeepSpeed's ZeRO takes the norm of each piece of the gradient over a copy in double precision.
+FP64 = 8
 # fp32 logits of one chunk of the loss head at most: 384 tokens of the 151,936-row vocabulary.
 CHUNK_BYTES = 256 * 2**20
 
@@ -61,7 +63,11 @@ def chunk_tokens(vocab_rows: int) -> int:
 
 def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every: int) -> Memory:
     """The peak of a training step of this code base on one rank, if `batch` is its largest
-    micro-batch and every n-th block is recomputed (1: all, 0: none)."""
+    micro-batch and every n-th block is recomputed (1: all, 0: none).
+
+    The peak is the largest of four moments: the loss with the logits of a chunk, the gradient of
+    the head, the backward pass through a block, and the update.
+    """
     trained = how.trained_parameters(shape)
     # LoRA's parameters are fp32 (under DeepSpeed's fp16 section they are fp16, and still counted as
     # fp32). In full training they are the weights themselves, in the weights' dtype.
@@ -71,37 +77,96 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
     if not zero.offload_optimizer:
         masters = zero.stage > 0  # DeepSpeed clones its share of them even where they are fp32
         optimizer += FP32 * trained * zero.share(1) * (MOMENTS + masters)
-    # Gradients: whole below ZeRO-2; under ZeRO-1 a rank also holds its averaged share.
-    accumulated = zero.share(2) + (zero.share(1) if zero.stage == 1 else 0)
-    temporaries = 0.0 if zero.offload_optimizer else TEMPORARIES * FP32 * trained * zero.share(1)
     saved = activations.blocks_bytes(shape, how, batch, every)
-    saved_head = activations.head_bytes(shape, how, batch)
-    at_loss = _head_working_set(shape, how, batch)
-    at_backward = _block_working_set(shape, how, batch, every)
+    states = activations.head_bytes(shape, how, batch)
+    matrix = FP32 * shape.head if how.whole_head else 0  # in `states` until the head's backward
     context = CUDA_CONTEXT + (NCCL_BUFFERS if zero.world > 1 else 0)
     base = Memory(
         weights=weights,
         adapter_and_optimizer=optimizer,
-        gradients=FP32 * trained * accumulated,
+        gradients=_gradients(shape, how, zero),
         activations=saved,
-        loss_head=saved_head,
+        loss_head=states,
         zero_buffers=_zero_buffers(shape, how, zero, trained),
         context=context if how.on_gpu else 0.0,
     )
-    if temporaries > saved + saved_head + max(at_loss, at_backward):
-        peak = optimizer + temporaries
-        return replace(base, adapter_and_optimizer=peak, activations=0.0, loss_head=0.0)
-    if at_loss > at_backward:
-        return replace(base, loss_head=saved_head + at_loss)
-    return replace(base, activations=saved + at_backward)
+    at_update = optimizer + _update_working_set(shape, how, zero)
+    in_block = saved + _block_working_set(shape, how, batch, every)
+    moments = (
+        replace(base, loss_head=states + _loss_working_set(shape, how, batch)),
+        replace(base, loss_head=states + _head_working_set(shape, how, zero)),
+        replace(base, activations=in_block, loss_head=states - matrix),
+        replace(base, adapter_and_optimizer=at_update, activations=0.0, loss_head=0.0),
+    )
+    return max(moments, key=lambda moment: moment.total)
 
 
-def _head_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
-    """One chunk's logits in the head's dtype and in fp32, and the gathered hidden states."""
+def _gradients(shape: Shape, how: Saving, zero: Zero) -> float:
+    """Gradients that a rank keeps from one micro-batch to the next, in fp32: whole below ZeRO-2,
+    where ZeRO-1 also holds its averaged share; none where the optimizer is offloaded."""
+    if zero.offload_optimizer:
+        return 0.0
+    trained = how.trained_parameters(shape)
+    if zero.stage == 2 and not how.full:
+        return FP32 * _held(shape, how, zero.world)
+    return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
+
+
+def _held(shape: Shape, how: Saving, world: int) -> float:
+    """Numbers of the gradient that the rank with the most keeps under ZeRO-2 where the trained
+    parameters are fp32: DeepSpeed keeps a matrix whole on each rank that updates a part of it
+    (stage_1_and_2.py, copy_grads_in_partition). In full training it keeps the part alone."""
+    whole = shape.head if how.whole_embedding else 0, shape.head if how.whole_head else 0
+    trained = how.trained_parameters(shape)
+    ends = trained - whole[1], trained  # of the adapters, then of the head; the embedding is first
+    share, most = trained / world, 0.0
+    for rank in range(world):
+        first, last = rank * share, (rank + 1) * share
+        held = max(0.0, min(last, ends[0]) - max(first, whole[0]))
+        held += whole[0] if first < whole[0] else 0
+        held += whole[1] if last > ends[0] + 1 else 0  # 1: rounding
+        most = max(most, held)
+    return most
+
+
+def _loss_working_set(shape: Shape, how: Saving, batch: MicroBatch) -> float:
+    """One chunk's logits in the head's dtype and in fp32, and the gathered hidden states; for a
+    trained head also the chunk's part of its gradient, which on a CPU is cast before it is added,
+    and the head in the dtype of the activations."""
     chunk = min(chunk_tokens(shape.vocab), batch.targets) * shape.vocab
     logits = chunk * (FP32 + (how.b if how.b != FP32 else 0))
-    copy = shape.head * how.b if how.whole_head and not how.full else 0
-    return logits + batch.targets * shape.hidden * how.b + copy
+    total = logits + batch.targets * shape.hidden * how.b
+    if how.whole_head:
+        cast = FP32 if not how.on_gpu and how.b != FP32 else 0
+        copy = how.b if not how.full and how.b != FP32 else 0
+        total += shape.head * (how.b + cast + copy)
+    return total
+
+
+def _head_working_set(shape: Shape, how: Saving, zero: Zero) -> float:
+    """The gradient of a trained head beside the one that the forward pass has saved: times the
+    loss's, in fp32 and in the head's dtype; or, once the saved one is gone, the averaging of it."""
+    if not how.whole_head:
+        return 0.0
+    scaled = FP32 + (how.b if how.full and how.b != FP32 else 0)
+    if zero.stage < 2:
+        return float(shape.head * scaled)
+    if how.full or zero.stage == 3:  # ZeRO-3 joins the pieces before it sends them
+        averaged = how.b + FP32 * (2 if zero.stage == 3 else 1) - FP32
+        return float(shape.head * max(scaled, averaged))
+    return max(float(shape.head * scaled), FP32 * _held(shape, how, zero.world))
+
+
+def _update_working_set(shape: Shape, how: Saving, zero: Zero) -> float:
+    """The norm of the gradient under ZeRO, over copies in double precision, piece by piece; or the
+    gradient joined to one piece, where the trained parameters are fp32."""
+    if zero.stage == 0 or zero.offload_optimizer:
+        return 0.0
+    share = how.trained_parameters(shape) / zero.world
+    widest = max(linear.size for linear in shape.linears) if how.full else 0
+    widest = shape.head if how.whole_head or how.whole_embedding else widest
+    piece = min(share, widest / zero.world if zero.stage == 3 else widest)
+    return max(FP64 * piece, 0.0 if how.full else FP32 * share)
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:
@@ -116,18 +181,24 @@ def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int)
 
 def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
     """Gradient buckets (two of the full size where DeepSpeed overlaps communication; on a CPU the
-    untouched pages of a bucket cost nothing), the parameters that ZeRO-3 has gathered, bounded by
-    stage3_max_live_parameters, and hpZ's second copy."""
+    untouched pages of a bucket cost nothing); a trained matrix in fp32, in which it is averaged, on
+    a stream whose memory no other can use; the parameters that ZeRO-3 has gathered, bounded by
+    stage3_max_live_parameters; and hpZ's second copy."""
     if zero.stage == 0:
         return 0.0
     bucket = zero.reduce_bucket if how.on_gpu else min(zero.reduce_bucket, trained)
     copies = 2 if zero.overlap and zero.stage < 3 else 1
-    buckets = FP32 * bucket * copies if zero.contiguous else 0.0
+    of_bucket = how.b if how.full and zero.stage == 2 else FP32
+    buffers = float(of_bucket * bucket * copies) if zero.contiguous else 0.0
+    if how.full and how.on_gpu and zero.overlap and zero.world > 1:
+        buffers += FP32 * shape.head * (2 if zero.stage == 3 else 1)
     if zero.stage < 3:
-        return buckets
+        return buffers
     largest = max(shape.head, *(linear.size for linear in shape.linears))
     gathered = min(shape.parameters, max(zero.live, largest))
-    return buckets + how.b * (gathered + (shape.parameters / zero.hpz if zero.hpz > 1 else 0))
+    second = how.b * shape.parameters / zero.hpz if zero.hpz > 1 else 0
+    in_fp32 = min(how.whole_parameters(shape), gathered)
+    return buffers + how.b * gathered + (FP32 - how.b) * in_fp32 + second
 
 
 def official_memory(shape: Shape, length: int, *, embedding: bool, r: int = 64) -> float:

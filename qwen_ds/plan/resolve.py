@@ -132,6 +132,8 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
     _check_size(recipe, machine, base)
     if recipe.device == "auto":
         recipe = replace(recipe, device="cuda" if machine.on_gpu else "cpu")
+    if recipe.batch.rehearse == "auto":
+        recipe = _with(recipe, "batch", rehearse=machine.on_gpu)
     if recipe.model.dtype == "auto":
         recipe = _choose_dtype(recipe, machine, notes)
     merged = deepspeed_json.resolve(

@@ -1,5 +1,6 @@
 """Time of an optimizer step on the busiest rank: the sum of matrix products, attention, passes over
-memory, the optimizer, waiting for the CPU, and communication that does not overlap with them."""
+memory (operations.py), the optimizer, waiting for the CPU, and communication that does not overlap
+with them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import astuple, dataclass
 from qwen_ds.plan import activations, flops
 from qwen_ds.plan.activations import FP32, Saving
 from qwen_ds.plan.gpus import Gpu
+from qwen_ds.plan.operations import block_bytes_moved
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Split
 from qwen_ds.plan.traffic import Links, Zero, traffic
@@ -16,12 +18,10 @@ from qwen_ds.plan.traffic import Links, Zero, traffic
 # TFLOP/s), and FlashAttention 2, forward and backward together (Dao 2023, section 4: 50 to 73 % on
 # an A100).
 PRODUCTS_SHARE, ATTENTION_SHARE = 0.8, 0.5
-# A saved number is written and read forward; backward, it and its gradient take one pass each.
-PASSES = 4
-# PyTorch takes some 7 microseconds of one CPU core to dispatch an operation. A block has about 25
-# operations forward, plus 7 for each LoRA branch, and twice as many backward. A GPU that is done
-# sooner waits for the CPU.
-DISPATCH, BLOCK_OPERATIONS, BRANCH_OPERATIONS = 7e-6, 25, 7
+# Seconds in which a core of a server's CPU launches a block's operations, forward and backward: 30
+# ms for the 7B's 32 blocks, 150 ms under ZeRO-3, whose hooks gather and release each weight. A GPU
+# that is done sooner waits for the CPU.
+LAUNCHES, LAUNCHES_ZERO_3 = 30e-3 / 32, 150e-3 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Seconds:
     attention: float
     passes: float
     optimizer: float
-    idle: float  # while the CPU dispatches
+    idle: float  # while the CPU launches
     waiting: float  # for communication that nothing hides
 
     @property
@@ -55,6 +55,7 @@ class Work:
     shape: Shape
     how: Saving
     zero: Zero
+    compiled: bool = False  # whether the blocks are
 
 
 def step_seconds(
@@ -74,17 +75,25 @@ def step_seconds(
     products = operations / (PRODUCTS_SHARE * gpu.flops)
     attention = flops.attention_flops(shape, split.squared_tokens) * (1 + again / 3)
     attention /= ATTENTION_SHARE * gpu.flops
-    of_block = activations.block_bytes(shape, how, split.largest, first=False)
-    saved = shape.layers * of_block * split.padded_tokens / split.largest.tokens
-    passes = saved * PASSES * (1 + again / 2) / gpu.bandwidth
+    of_block = block_bytes_moved(shape, how, compiled=work.compiled, again=again)
+    # Each product of a micro-batch begins with reading its weights.
+    of_weights = how.b * shape.block_matrices * (2 + how.full + again)
+    moved = shape.layers * of_block * split.padded_tokens + of_weights * split.micro_batches
+    passes = moved / gpu.bandwidth
     # AdamW reads gradient, parameter and two moments, and writes all but the first.
     optimizer = 7 * FP32 * trained * zero.share(1) / gpu.bandwidth
-    dispatched = BLOCK_OPERATIONS + BRANCH_OPERATIONS * len(how.targets)
-    dispatching = split.micro_batches * shape.layers * dispatched * (3 + again) * DISPATCH
     busy = products + attention + passes
-    idle = max(0.0, dispatching - busy)
+    idle = max(0.0, launching_seconds(work, split, every) - busy)
     waiting = _waiting(work, cluster.links, split.micro_batches, busy + idle)
     return Seconds(products, attention, passes, optimizer, idle, waiting)
+
+
+def launching_seconds(work: Work, split: Split, every: int) -> float:
+    """Time in which the CPU launches the operations of a step, mostly while the GPU computes."""
+    layers = work.shape.layers
+    again = activations.recomputed_blocks(layers, every) / layers
+    of_block = LAUNCHES_ZERO_3 if work.zero.stage == 3 else LAUNCHES
+    return split.micro_batches * layers * of_block * (1 + again / 3)
 
 
 def _waiting(work: Work, links: Links, micro_batches: int, busy: float) -> float:

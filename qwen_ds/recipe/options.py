@@ -158,6 +158,9 @@ class BatchOptions:
     """Rows of one optimizer step over all ranks."""
     tokens_per_micro_batch: PositiveInt = 2048
     """Bound for the padded tokens of one micro-batch (a single longer row still runs, alone)."""
+    rehearse: Literal["auto"] | bool = "auto"
+    """Run the largest micro-batch forward and backward once before the first step, so that a lack
+    of memory shows at once. No number changes. auto: on GPUs."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ _CURVES = (
     ("grad_norm", "gradient norm", True),
     ("tokens_per_second", "tokens per second, all ranks", True),
     ("memory_gb", "peak memory of rank 0 (GB)", False),
+    ("reserved_gb", "memory that torch holds on rank 0's GPU, peak (GB)", False),
+    ("alloc_retries", "allocations that had to be tried again on rank 0", False),
     ("mfu", "share of the GPUs' peak (MFU)", True),
     ("padding_share", "share of padding", True),
 )

@@ -13,7 +13,7 @@ from qwen_ds.errors import EXIT_DONE
 from qwen_ds.plan.recomputation import decide_recomputation
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.runlog import log_to_file, say
-from qwen_ds.train import screen, setup, survey
+from qwen_ds.train import rehearsal, screen, setup, survey
 from qwen_ds.train.loop import train
 from qwen_ds.train.session import open_session
 from qwen_ds.train.survive import resume, run_folder
@@ -51,6 +51,7 @@ def _run(
         say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins anew")
         return EXIT_DONE
     run = decide_recomputation(run, int(data.train.lens.max()), len(data.train))
+    held.enter_context(rehearsal.memory_is_told(run, data, lambda: watchdog.position))
     model = setup.load_model(run, device)
     say(screen.start_screen(run, model, data, found))
     if run.recipe.dry_run:
@@ -63,6 +64,8 @@ def _run(
         identity = folder / run_folder.IDENTITY
         whole = held.enter_context(WholeFiles(began, files_of(run), identity, unsure))
     session = open_session(run, data, model, watchdog, found, whole)
+    if run.recipe.batch.rehearse is True and session.start[0] < session.steps:
+        rehearsal.rehearse(session)
     summary = train(session)
     watchdog.idle()
     return screen.finish(summary, session.saver.output)

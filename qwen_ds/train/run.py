@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 from qwen_ds import dist, signals
-from qwen_ds.errors import UserError
-from qwen_ds.machine import choose_device
+from qwen_ds.errors import OutOfMemory, UserError
+from qwen_ds.machine import choose_device, let_segments_grow
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.runlog import failure_code, in_one_line
 from qwen_ds.terminal import one_line, show
@@ -27,6 +29,8 @@ def run(asked: LoadedRecipe, note: str = "") -> int:
     """
     launched = dist.has_rendezvous() or dist.world_size() > 1
     timeout_minutes = asked.recipe.distributed.timeout_minutes
+    if asked.recipe.device != "cpu":
+        let_segments_grow()
     device = choose_device(asked.recipe.device)
     # A minute more than the watchdog's patience: it knows more about what happened than a
     # collective does.
@@ -56,8 +60,17 @@ def end_at_once(error: Exception, watchdog: Watchdog) -> NoReturn:
     """Say what happened and leave without another word to the peers: any of them may be dead."""
     if logging.getLogger().handlers:  # before the log file is open it would go to the terminal
         log.exception("the run has failed")
-    if told := watchdog.blame(error) or in_one_line(error):
-        show(f"error: {one_line(told)}", err=True)
+    told, prefix = watchdog.blame(error) or in_one_line(error), ""
+    if isinstance(error, OutOfMemory):
+        # Most ranks run out of memory together. Rank 0 speaks at once, and a launcher then ends the
+        # others within these two seconds; without one they speak, too.
+        with suppress(RuntimeError):  # the store is on a rank that has left
+            watchdog.stop(0.0)
+        if dist.rank():
+            time.sleep(2)
+            prefix = f"[rank {dist.rank()}] "
+    if told:
+        show(f"{prefix}error: {one_line(told)}", err=True)
     else:
         show(traceback.format_exc(), err=True, end="")
     os._exit(failure_code(error))

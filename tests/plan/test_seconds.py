@@ -10,7 +10,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.gpus import gpu_named
-from qwen_ds.plan.seconds import Cluster, Work, step_seconds
+from qwen_ds.plan.seconds import Cluster, Work, launching_seconds, step_seconds
 from qwen_ds.plan.shape import Shape
 from qwen_ds.plan.step import Workload, split
 from qwen_ds.plan.traffic import Collective, Links, Zero, traffic
@@ -66,3 +66,23 @@ def test_zero_2_averages_after_each_micro_batch_and_zero_1_once() -> None:
     once, often = (traffic(QWEN_7B, HOW, Zero(stage, 8), 5)[0] for stage in (1, 2))
     assert once.size == 4 * 10_158_080
     assert (often.size, often.count) == (5 * once.size, 5 * once.count)
+
+
+def test_small_micro_batches_cost_launches_and_zero_3_costs_five_times_as_many() -> None:
+    """30 ms of a CPU for the 7B's micro-batch, however few its tokens are; recomputing every block
+    adds a third. A GPU that computes for longer hides them."""
+    gpu = gpu_named("h100")
+    assert gpu is not None
+    cluster = Cluster(gpu, Links(8, gpu.link))
+    rows = Workload.like(128, 700, 0.66, 2048)
+    two, three = (Work(QWEN_7B, HOW, Zero(stage, 8, 4096**2, overlap=True)) for stage in (2, 3))
+    for tokens in (1024, 8192):
+        parts = split(rows, 8, BatchOptions(128, tokens))
+        assert launching_seconds(two, parts, 0) == pytest.approx(0.030 * parts.micro_batches)
+        assert launching_seconds(two, parts, 1) == pytest.approx(0.040 * parts.micro_batches)
+        assert launching_seconds(three, parts, 0) == pytest.approx(0.150 * parts.micro_batches)
+        idle = step_seconds(three, cluster, parts, 0.66, 0).idle
+        assert (idle > 0) == (tokens == 1024)
+    small, large = (split(rows, 8, BatchOptions(128, tokens)) for tokens in (1024, 8192))
+    slow, fast = (step_seconds(two, cluster, parts, 0.66, 0) for parts in (small, large))
+    assert fast.passes < slow.passes and slow.idle == 0  # each micro-batch reads the weights

@@ -67,6 +67,19 @@ def test_the_best_row_is_the_fastest_that_fits(table: Table) -> None:
     assert all((float(row[gigabytes]) <= 0.92 * 20) == (row in fits) for row in rows)
 
 
+@pytest.mark.parametrize("recipe", ["lora_zero2", "lora_official", "lora_zero3", "full_zero3"])
+def test_the_recipes_for_80_gb_fit_with_their_micro_batches_and_no_sliver_is_recommended(
+    recipe: str, table: Table
+) -> None:
+    """Rows of 800 tokens fill micro-batches of 8,192, which fit at the recipe's own stage."""
+    words = ["--config", f"launch/recipes/{recipe}.yaml", "--row_tokens", "800"]
+    rows = [line.split() for line in table(*words, "--longest_row", "2048") if line[:3] == "   "]
+    own = [row for row in rows if row[0] == recipe[-1].replace("l", "2") and row[1] == "8192"]
+    assert len(own) == 1 and own[0][-1] != "fit"
+    (best,) = [row for row in rows if row[-1] == "best"]
+    assert int(best[1]) >= 4096
+
+
 def test_what_fits_nowhere_is_said(table: Table) -> None:
     lines = table(*RECIPE, "--gpus", "1", "--gpu_memory", "12")
     assert lines[-1].startswith("Nothing fits")

@@ -67,7 +67,7 @@ class TrainableState:
 
         A collective. The tensors are copies; ranks other than 0 get empty ones.
         """
-        self._make_moments()
+        self.make_moments()
         for name, parameter in self._parameters.items():
             for kind in kinds:
                 full = self._full(parameter, kind)
@@ -78,7 +78,7 @@ class TrainableState:
 
         `read` (name, kind) -> complete tensor is called on rank 0 only; `steps` is AdamW's count.
         """
-        self._make_moments(steps)
+        self.make_moments(steps)
         for name, parameter in self._parameters.items():
             shape = self.shape_of(name)
             for kind in (VALUE, *MOMENTS):
@@ -94,7 +94,7 @@ class TrainableState:
 
     def pieces(self) -> dict[str, Tensor]:
         """This rank's flat pieces, not copied, by name: "value.0", "exp_avg.0" ..."""
-        self._make_moments()
+        self.make_moments()
         return {
             f"{kind}.{i}": self._held(master, kind)
             for i, master in enumerate(self._masters())
@@ -128,7 +128,7 @@ class TrainableState:
 
         A collective: the module's weights follow.
         """
-        self._make_moments(steps)
+        self.make_moments(steps)
         for name, piece in self.pieces().items():
             saved = read(name)
             assert saved.shape == piece.shape, (name, saved.shape, piece.shape)
@@ -160,7 +160,7 @@ class TrainableState:
             return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
 
-    def _make_moments(self, steps: int | None = None) -> None:
+    def make_moments(self, steps: int | None = None) -> None:
         """Make AdamW's state, zeros, before its first step does; `steps` sets its count."""
         in_tensor = isinstance(self._adamw, torch.optim.AdamW)  # DeepSpeed's own counts in an int
         for master in self._masters():
@@ -169,7 +169,9 @@ class TrainableState:
                 if kind not in state:
                     state[kind] = torch.zeros_like(master, requires_grad=False)
             if "step" not in state or steps is not None:
-                state["step"] = torch.tensor(float(steps or 0)) if in_tensor else steps or 0
+                # Beside the weights: there the fused kernel counts.
+                count = torch.tensor(float(steps or 0), device=master.device)
+                state["step"] = count if in_tensor else steps or 0
         if self._stage in (1, 2):
             # Links each parameter to its part of the moments.
             self._zero._lazy_init_hp_params_optimizer_state()

@@ -51,7 +51,7 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
     The loss is in nats per target token. Tokens are those of all ranks, without padding;
     rank_imbalance is that of the worst step. mfu (model FLOP utilisation, where the GPU's peak is
     known): the operations that the model needs (4 N a token for LoRA, 6 N for full training, see
-    plan/flops.py) over those that the GPUs could do in that time.
+    plan/flops.py) over those that the GPUs could do in that time. Memory: see `allocator`.
     """
     last = steps[-1][0]
     seconds = max(sum(s for _, s in steps), 1e-9)
@@ -69,6 +69,7 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
         "padding_share": 1.0 - tokens / sum(step.window.padded_tokens for step, _ in steps),
         "rank_imbalance": max(step.window.imbalance for step, _ in steps),
         "memory_gb": peak_memory_gb(),
+        **allocator(),
         "seconds": seconds,
     }
     if hardware.gpu is not None:
@@ -81,6 +82,22 @@ def metrics(steps: list[tuple[Step, float]], hardware: Hardware) -> dict[str, An
         )  # fmt: skip
         row["mfu"] = utilisation(needed, seconds, hardware.ranks, hardware.gpu)
     return row | ({"fp16_overflows": last.overflows} if last.overflows else {})
+
+
+def allocator() -> dict[str, float]:
+    """Peak of the memory that torch has taken from this rank's GPU, in 10^9 bytes, and how often it
+    had to give some back and try again since the run began; nothing on a CPU.
+
+    The allocator's own counts: the GPU is not waited for. Memory reserved far above memory_gb is
+    fragmented; retries cost time, and announce the end of the memory.
+    """
+    if not torch.cuda.is_initialized():
+        return {}
+    found = torch.cuda.memory_stats()
+    return {
+        "reserved_gb": found["reserved_bytes.all.peak"] / 1e9,
+        "alloc_retries": found["num_alloc_retries"],
+    }
 
 
 def peak_memory_gb() -> float:

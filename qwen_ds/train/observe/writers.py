@@ -32,7 +32,7 @@ SECONDS_AT_END: Mapping[Ending, float] = {"finished": 60.0, "stopped": 5.0, "fai
 # Keys and sections of a recipe that change no number, and names of files.
 _LEFT_OUT = (
     "output_dir", "dry_run", "device", "deepspeed", "log", "save", "resume", "distributed",
-    "data.cache_dir", "model.memory_gb", "lora.allow_pickle", "lora.init_from",
+    "data.cache_dir", "model.memory_gb", "lora.allow_pickle", "lora.init_from", "batch.rehearse",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ _FREE = (
     "output_dir", "dry_run", "resume", "deepspeed", "model.activation_checkpointing",
     "model.compile", "model.memory_gb", "data.cache_dir", "distributed.timeout_minutes",
     "save.before_minutes", "save.keep", "log.profile_steps", "log.trackers", "log.project",
-    "log.run_name", "lora.allow_pickle",
+    "log.run_name", "lora.allow_pickle", "batch.rehearse",
     # Earlier releases stored other defaults of these.
     "deepspeed.timers.throughput.enabled", "deepspeed.zero_optimization.overlap_comm",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold",

@@ -100,6 +100,11 @@ class Watchdog:
         moves = self._own.moves + 1
         self._own = replace(self._own, moves=moves, step=step, doing=doing, waits=True)
 
+    @property
+    def position(self) -> str:
+        """Where the training is, in words."""
+        return f"at step {self._own.step} ({self._own.doing})"
+
     def touch(self) -> None:
         """Report progress at the same place."""
         self._own = replace(self._own, touches=self._own.touches + 1)

@@ -14,6 +14,7 @@ from torch import nn
 from qwen_ds.errors import UserError
 from qwen_ds.recipe.options import OptimOptions, Recipe
 from qwen_ds.train.engine import engine
+from qwen_ds.train.engine.state import TrainableState
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,35 @@ def test_the_compiled_one_serves_only_offload_beside_a_gpu(
     if compiled:
         assert made[0]["lr"] == 0.5 and made[0]["weight_decay"] == 0.25 and made[0]["adamw_mode"]
     else:
-        assert type(found) is torch.optim.AdamW and not made
+        assert type(found) is torch.optim.AdamW and found.defaults["fused"] and not made
         assert found.defaults["lr"] == 0.5 and found.defaults["weight_decay"] == 0.25
+
+
+def test_the_fused_kernel_takes_the_steps_of_the_formula() -> None:
+    """Loshchilov and Hutter 2019, algorithm 2, in double precision, from the first step on."""
+    options = OptimOptions(lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    start_N, gradients_TN = (torch.randn(*size, generator=generator) for size in ((65,), (5, 65)))
+    weights = nn.Parameter(start_N.clone())
+    optimizer = engine.make_optimizer([weights], options, SimpleNamespace(offload_optimizer=False))  # type: ignore[arg-type]
+    exact_N, first_N, second_N = start_N.double(), torch.zeros(65), torch.zeros(65)
+    for step, gradient_N in enumerate(gradients_TN.double(), start=1):
+        weights.grad = gradient_N.float()
+        optimizer.step()
+        first_N = 0.9 * first_N + 0.1 * gradient_N
+        second_N = 0.99 * second_N + 0.01 * gradient_N**2
+        root_N = (second_N / (1 - 0.99**step)).sqrt() + 1e-6
+        exact_N = exact_N * (1 - 1e-2 * 0.1) - 1e-2 * first_N / (1 - 0.9**step) / root_N
+    change_N = exact_N - start_N
+    assert ((weights - start_N - change_N).norm() / change_N.norm()).item() < 1e-5
+
+
+def test_the_count_of_updates_lies_beside_the_weights() -> None:
+    """There the fused kernel reads it: on a GPU a count on the CPU would be refused."""
+    model = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    TrainableState(model, optimizer, 0, torch.device("meta")).make_moments(3)
+    assert {optimizer.state[p]["step"].device.type for p in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("place", ["wandb.errors.errors", "builtins"])

@@ -48,3 +48,14 @@ def test_a_line_is_json_whatever_the_gradient() -> None:
     row = metrics([(overflow, 1.0)], Hardware(1, Shape.of(QWenConfig()), "lora", None))
     assert row["grad_norm"] is None and row["fp16_overflows"] == 1
     json.dumps(row, allow_nan=False)
+
+
+def test_a_gpus_allocator_is_told_and_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = Hardware(1, Shape.of(QWenConfig()), "lora", None)
+    assert not {"reserved_gb", "alloc_retries"} & metrics([(step(1), 1.0)], hardware).keys()
+    counts = {"reserved_bytes.all.peak": 70_500_000_000, "num_alloc_retries": 3}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 61_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: counts)
+    row = metrics([(step(1), 1.0)], hardware)
+    assert (row["memory_gb"], row["reserved_gb"], row["alloc_retries"]) == (61.0, 70.5, 3)

@@ -1,0 +1,106 @@
+"""The largest micro-batch before the first step, and the words for a run that is out of memory."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from qwen_ds import dist
+from qwen_ds.data.batches import StepSampler, make_batch
+from qwen_ds.errors import OutOfMemory
+from qwen_ds.plan.remedy import remedy
+from qwen_ds.plan.run import Run
+from qwen_ds.train.session import Session
+from qwen_ds.train.setup import Data
+
+log = logging.getLogger(__name__)
+
+# Steps that are cut into micro-batches to find the largest: those whose rows make it likely.
+STEPS_TRIED = 16
+# In the errors of an allocator other than torch's own for GPUs: CUDA's, cuBLAS's, and the CPU's.
+_SIGNS = ("out of memory", "cublas_status_alloc_failed", "can't allocate memory")
+
+
+def rehearse(session: Session) -> None:
+    """Run the largest micro-batch of the run forward and backward, as all will run (a collective).
+
+    What a lack of memory would end hours later ends here. No number changes: the gradient is zero,
+    and is added to that of the first step. AdamW's moments are made first, to be in the memory.
+    """
+    with ExitStack() as at_an_error:
+        at_an_error.push(session.observer)  # or its bar would stand before the error's line
+        _rehearse(session)
+        at_an_error.pop_all()
+
+
+def _rehearse(session: Session) -> None:
+    engine, watchdog = session.engine, session.saver.watchdog
+    step = session.start[0]
+    watchdog.at(step, "choosing the largest micro-batch")
+    row_ids = largest_rows(session.data.sampler, step, session.steps)
+    batch = make_batch(session.data.train, np.array(row_ids, dtype=np.int64))
+    rows, length = batch.ids_BT.shape
+    engine.train(True)
+    engine.state.make_moments()
+    watchdog.at(step, f"trying the largest micro-batch, {rows} rows of {length} tokens")
+    on_gpu = engine.device.type == "cuda"
+    with torch.random.fork_rng([engine.device] if on_gpu else []):
+        loss = engine.loss_sum(batch.ids_BT, batch.labels_BT)
+        # All ranks, once. 0 times infinity is not 0: the step that has these rows names them.
+        if dist.max_floats(float(not torch.isfinite(loss)))[0]:
+            return
+        # All ranks, under ZeRO-2 and 3: the average of the gradients.
+        engine.backward(0.0 * loss, last_of_step=False)
+    log.info("the largest micro-batch ran: %d rows of %d tokens", rows, length)
+
+
+def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[int, ...]:
+    """Indices of the rows of the largest micro-batch after step `begun`, of any rank, in padded
+    tokens (a collective)."""
+    size = _expected_sizes(sampler, range(begun, steps))
+    tried = sorted(np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun)
+    found: tuple[int, tuple[int, ...]] = (0, ())
+    for step in tried:
+        for batch in sampler.window(*divmod(int(step), sampler.steps_per_epoch)):
+            found = max(found, (batch.ids_BT.numel(), batch.row_ids))
+    return max(dist.gather(found))[1]
+
+
+def _expected_sizes(sampler: StepSampler, steps: range) -> np.ndarray:
+    """About the padded tokens of the largest micro-batch of each step: an even share of the tokens,
+    if it holds the longest row."""
+    sizes = []
+    for step in steps:
+        lens = sampler.rows.lens[sampler.step_rows(*divmod(step, sampler.steps_per_epoch))]
+        tokens = int(lens.sum())
+        parts = -(-tokens // (sampler.budget * sampler.world)) * sampler.world
+        sizes.append(max(tokens / parts, int(lens.max())))
+    return np.array(sizes)
+
+
+@contextmanager
+def memory_is_told(run: Run, data: Data, doing: Callable[[], str]) -> Iterator[None]:
+    """Turn a lack of memory into OutOfMemory, one line that says which settings fit; `doing` tells
+    what the rank did."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        of = "GPU memory" if run.machine.on_gpu else "memory"
+        what = f" (tried to allocate {asked[1]})" if asked else ""
+        fits = remedy(run, int(data.train.lens.max()), len(data.train))
+        raise OutOfMemory(f"out of {of}{what} {doing()}; expected {fits}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator found no memory, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error).lower() for sign in _SIGNS)

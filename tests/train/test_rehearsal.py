@@ -1,0 +1,187 @@
+"""The largest micro-batch before the first step, and the end of a run that is out of memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_ds import dist
+from qwen_ds.data.batches import Part, StepSampler
+from qwen_ds.errors import OutOfMemory
+from qwen_ds.train import rehearsal
+from qwen_ds.train.rehearsal import is_out_of_memory, largest_rows, memory_is_told
+from tests.jobs import Job
+
+REHEARSED = ["--batch.rehearse", "true"]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+class Rows:
+    """Token rows of which only the lengths are asked for."""
+
+    pad_id = 0
+
+    def __init__(self, lens: np.ndarray) -> None:
+        self.lens = self.learnt = lens.astype(np.int32)
+        self.parts = (Part(len(lens), 1.0),)
+
+    def __len__(self) -> int:
+        return len(self.lens)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(self.lens[row], np.int32), np.zeros(self.lens[row], np.int32)
+
+
+@pytest.mark.parametrize(("world", "budget"), [(1, 2048), (8, 2048), (4, 600)])
+def test_the_largest_micro_batch_of_any_rank_and_epoch_is_found(
+    world: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 2 % of the largest that a search through all steps finds, and never beyond it."""
+    lens = np.random.default_rng(1).lognormal(5, 0.4, 900).clip(8, 700)
+    of_rank = [StepSampler(Rows(lens), 64, 3, world, rank, budget) for rank in range(world)]
+    steps = 3 * of_rank[0].steps_per_epoch
+    found: list[tuple[int, tuple[int, ...]]] = []
+    monkeypatch.setattr(dist, "gather", lambda own: found.append(own) or found)
+    for sampler in of_rank:
+        chosen = largest_rows(sampler, 0, steps)
+    size = len(chosen) * int(lens[list(chosen)].max())
+    windows = (s.window(*divmod(n, s.steps_per_epoch)) for s in of_rank for n in range(steps))
+    largest = max(batch.ids_BT.numel() for window in windows for batch in window)
+    assert 0.98 * largest <= size <= largest
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER)
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+def test_no_number_changes(
+    job: Callable, small_job: list[str], tmp_path: Path, stage: int, ranks: int
+) -> None:
+    """Dropout on: the adapter is the same bit for bit, and so are the lines of metrics."""
+    options = [*small_job, "--deepspeed", f"ds_configs/zero{stage}.json"]
+    options += ["--lora.dropout", "0.1", "--optim.max_steps", "3"]
+    plain, rehearsed = tmp_path / "plain", tmp_path / "rehearsed"
+    job([*options, "--output_dir", str(plain)], ranks).ok()
+    job([*options, *REHEARSED, "--output_dir", str(rehearsed)], ranks).ok()
+    logged = (rehearsed / "logs" / "rank_0.log").read_text()
+    assert "the largest micro-batch ran: " in logged
+    assert "the largest micro-batch ran: " not in (plain / "logs" / "rank_0.log").read_text()
+    one, two = adapter_of(plain), adapter_of(rehearsed)
+    assert all(torch.equal(one[name], two[name]) for name in one) and len(one) > 10
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (plain, rehearsed)
+    ]
+    for before, after in zip(*lines, strict=True):
+        assert (before["loss"], before["grad_norm"]) == (after["loss"], after["grad_norm"])
+
+
+@pytest.mark.job
+def test_a_run_that_resumes_rehearses_and_ends_as_if_it_had_not(
+    job: Callable, small_job: list[str], tmp_path: Path
+) -> None:
+    options = [*small_job, "--lora.dropout", "0.1", "--save.every_steps", "2"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    job([*options, "--optim.max_steps", "4", "--output_dir", str(whole)]).ok()
+    changes = ["--output_dir", str(halves), "--resume.allow_changes", "['optim.max_steps']"]
+    job([*options, *changes, "--optim.max_steps", "2"]).ok()
+    job([*options, *changes, *REHEARSED, "--optim.max_steps", "4"]).ok()
+    one, two = adapter_of(whole), adapter_of(halves)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# launch/train.py with a loss that finds no memory on these ranks, at this call of the engine.
+_FAILS = """
+import os, runpy, sys, torch
+from pathlib import Path
+from qwen_ds.train.engine.engine import TrainingEngine
+ranks, call = sys.argv.pop(1).split(","), int(sys.argv.pop(1))
+loss_sum, calls = TrainingEngine.loss_sum, 0
+def without_memory(self, ids_BT, labels_BT):
+    global calls
+    calls += 1
+    if calls == call and os.environ["RANK"] in ranks:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    return loss_sum(self, ids_BT, labels_BT)
+TrainingEngine.loss_sum = without_memory
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+def failing(options: list[str], tmp_path: Path, ranks: str, call: int) -> Job:
+    script = tmp_path / "fails.py"
+    script.write_text(_FAILS)
+    return Job([ranks, str(call), *options], 2, script).wait(60, mercy=15.0)
+
+
+def said(ended: Job) -> list[str]:
+    """The lines of its stderr, as a terminal shows them, without DeepSpeed's about the CPU."""
+    lines = (line.rpartition("\r")[2] for line in ended.err.splitlines())
+    return [line for line in lines if line.strip() and "get_accelerator" not in line]
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(
+    ("call", "more", "place"),
+    [
+        (1, REHEARSED, "at step 0 (trying the largest micro-batch, 4 rows of "),
+        (5, [], "at step 2 (micro-batch 2 of 3)"),
+    ],
+)
+def test_ranks_without_memory_end_with_one_line_each_that_says_what_fits(
+    small_job: list[str], tmp_path: Path, call: int, more: list[str], place: str
+) -> None:
+    options = [*small_job, *more, "--output_dir", str(tmp_path / "run")]
+    ended = failing(options, tmp_path, "0,1", call)
+    assert ended.codes == [2, 2], ended.err
+    first, second = said(ended)
+    assert first.startswith(f"error: out of memory (tried to allocate 2.00 GiB) {place}")
+    assert "; expected --model.activation_checkpointing 2 (predicted peak " in first
+    assert second == f"[rank 1] {first}"
+
+
+@pytest.mark.job
+def test_a_rank_that_alone_has_no_memory_is_named_by_the_others(
+    small_job: list[str], tmp_path: Path
+) -> None:
+    options = [*small_job, *REHEARSED, "--output_dir", str(tmp_path / "run")]
+    ended = failing(options, tmp_path, "1", 1)
+    assert ended.codes == [1, 2]
+    first, second = sorted(said(ended))
+    assert first.startswith("[rank 1] error: out of memory")
+    assert second.startswith("error: rank 1 on ") and "OutOfMemory: out of memory" in second
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_every_allocators_error_is_known(
+    error: Exception, is_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_out_of_memory(error) == is_one
+    monkeypatch.setattr(rehearsal, "remedy", lambda *of_run: "less")
+    run: Any = SimpleNamespace(machine=SimpleNamespace(on_gpu=True))
+    data: Any = SimpleNamespace(train=Rows(np.array([4, 9])))
+    expected = OutOfMemory if is_one else type(error)
+    with pytest.raises(expected) as found, memory_is_told(run, data, lambda: "at step 3"):
+        raise error
+    if is_one:
+        assert str(found.value) == "out of GPU memory at step 3; expected less"
