@@ -377,6 +377,8 @@ def test_full_training_resumes_bit_for_bit_in_the_same_world(
     pieces = {"shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors"}
     assert {"state.json"} | (pieces if stage else set()) <= names and "model" not in names
     if stage == 2:
+        other = Job([*options, "--output_dir", str(run)], 1).wait()
+        assert other.codes == [2] and "of 2 ranks under ZeRO-2; expected the same now" in other.err
         # What the second rank alone reads is damaged: both ranks pass it over.
         newest = (
             checkpoint.step_folder(run, checkpoint.steps_saved(run)[-1])
@@ -386,33 +388,6 @@ def test_full_training_resumes_bit_for_bit_in_the_same_world(
     Job([*options, "--output_dir", str(run)], 2).wait().ok()
     x, y = (load_file(folder / "model" / "model.safetensors") for folder in (calm, run))
     assert all(torch.equal(x[k], y[k]) for k in x) and metrics(calm) == metrics(run)
-
-
-def test_full_training_resumes_on_other_ranks_under_other_stages(
-    small_job: list[str], tmp_path: Path
-) -> None:
-    """In fp32, where rounding hides nothing: each hop puts the parameters together from the pieces
-    of the one before. Sizes of `small` do not divide by three."""
-    calm, run = tmp_path / "calm", tmp_path / "run"
-    options = [
-        *small_job, "--method", "full", "--optim.max_steps", "6", "--save.every_steps", "2",
-        "--resume.allow_changes", "deepspeed",
-    ]  # fmt: skip
-
-    def job(folder: Path, ranks: int, stage: int) -> Job:
-        json_file = f"ds_configs/zero{stage}.json"
-        return Job([*options, "--deepspeed", json_file, "--output_dir", str(folder)], ranks)
-
-    job(calm, 1, 1).wait().ok()
-    for ranks, stage in ((2, 2), (3, 3)):
-        until_saved(job(run, ranks, stage), run).send(signal.SIGKILL).wait()
-    done = job(run, 1, 1).wait().ok()
-    assert "saved by 3 rank(s) under ZeRO-3" in done.out
-    x, y = (load_file(folder / "model" / "model.safetensors") for folder in (calm, run))
-    start = load_file(Path(small_job[1]) / "model.safetensors")
-    assert max(float((x[k] - y[k]).norm() / (x[k] - start[k]).norm()) for k in x) < 1e-3
-    old, new = ([line["loss"] for line in metrics(folder)] for folder in (calm, run))
-    assert old == pytest.approx(new, rel=1e-4) and len(old) == 6
 
 
 def test_early_stopping_keeps_the_best(small_job: list[str], tmp_path: Path) -> None:

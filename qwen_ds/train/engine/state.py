@@ -3,7 +3,7 @@
 DeepSpeed keeps the fp32 values ("masters") flat and cut over the ranks, each stage in its own way,
 and AdamW's moments beside them. Its own checkpoints are pickles of these pieces, tied to stage and
 world size. Here a small state moves whole, by parameter name, so that it fits any stage and any
-number of ranks. A large one moves as each rank's pieces, with a list of the parts in them.
+number of ranks. A large one moves as each rank's pieces.
 
 Nothing here imports deepspeed: the optimizer objects of the engine do the work.
 """
@@ -11,7 +11,7 @@ Nothing here imports deepspeed: the optimizer objects of the engine do the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,6 @@ VALUE = "value"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # State of the fp16 loss scaler (deepspeed/runtime/fp16/loss_scaler.py).
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-class Part(NamedTuple):
-    """A run of a parameter's elements within one of a rank's pieces."""
-
-    name: str  # of the parameter
-    piece: int
-    offset: int  # of the run in the piece
-    start: int  # of the run in the parameter, flat
-    elements: int
 
 
 class TrainableState:
@@ -80,7 +70,7 @@ class TrainableState:
         """
         self.make_moments(steps)
         for name, parameter in self._parameters.items():
-            shape = self.shape_of(name)
+            shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for kind in (VALUE, *MOMENTS):
                 if dist.rank() == 0:
                     full = read(name, kind).to(self._device, torch.float32)
@@ -100,28 +90,6 @@ class TrainableState:
             for i, master in enumerate(self._masters())
             for kind in (VALUE, *MOMENTS)
         }
-
-    def parts(self) -> list[Part]:
-        """The parts of the parameters that lie in this rank's pieces (stages 1 to 3); the rest of a
-        piece is padding."""
-        found = []
-        for name, parameter in self._parameters.items():
-            if self._stage == 3:
-                piece, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                start = dist.rank() * size
-                elements = max(0, min(size, parameter.ds_numel - start))
-            elif (held := parameter._hp_mapping) is not None:
-                piece, offset = held.param_group_index, held.hp_fragment_address.start
-                start, elements = held.lp_fragment_address.start, held.lp_fragment_address.numel
-            else:  # on other ranks
-                continue
-            found.append(Part(name, piece, offset, start, elements))
-        return found
-
-    def shape_of(self, name: str) -> torch.Size:
-        """The shape of a whole parameter."""
-        parameter = self._parameters[name]
-        return parameter.ds_shape if self._stage == 3 else parameter.shape
 
     def restore_pieces(self, read: Callable[[str], Tensor], steps: int) -> None:
         """Set this rank's pieces; stage and world size must be those of the save.

@@ -31,16 +31,13 @@ from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
 from qwen_ds.train.survive.identity import WholeFiles
-from qwen_ds.train.survive.pieces import write_pieces
 from qwen_ds.train.survive.result import Files, Output
 from qwen_ds.train.survive.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
-# In state.json: the shards say what lies where in them, as those of earlier releases do not.
-FITS_ANY_WORLD = "fits_any_world"
-# What the run began with, and whether its bytes were compared with that.
+# In state.json: what the run began with, and whether its bytes were compared with that.
 BEGAN_WITH, COMPARED = "began_with", "compared"
 # For bytes to compare, at a stop: a scheduler may give 30 seconds until it kills.
 STOP_SECONDS = 5.0
@@ -70,6 +67,10 @@ class _Snapshot:
     state: RunState
     description: dict[str, Any]  # goes into state.json
     rng: list[dict[str, Tensor]]  # of each rank
+
+
+def shard_name(rank: int, world: int) -> str:
+    return f"shard_{rank:05d}_of_{world:05d}.safetensors"
 
 
 class Saver:
@@ -178,7 +179,6 @@ class Saver:
             "ranks": dist.world_size(),
             "zero_stage": engine.stage,
             "sharded": self._sharded(engine),
-            FITS_ANY_WORLD: True,
             **self._identity,
             **self._beginning(),
         }
@@ -209,7 +209,7 @@ class Saver:
 
     def _save_shards(self, engine: TrainingEngine, snapshot: _Snapshot) -> None:
         """Write each rank's pieces, and on rank 0 also a model that is the best (a collective)."""
-        step = snapshot.state.step
+        step, name = snapshot.state.step, shard_name(dist.rank(), dist.world_size())
         folder = unfinished_name(checkpoint.step_folder(self._run, step))
         watchdog = self.watchdog
         files: Files = {}
@@ -221,8 +221,8 @@ class Saver:
             reason = "does not see it; full training needs output_dir on a shared disk"
             failures.append(OSError(0, f"rank {dist.rank()} {reason}", folder))
         if not failures:
-            write = partial(write_pieces, folder, engine.state.pieces(), engine.state.parts())
-            _catch(failures, lambda: files.update(watchdog.touch_during(write)))
+            write = partial(save_tensors, folder / name, engine.state.pieces())
+            _catch(failures, lambda: files.update({name: watchdog.touch_during(write)}))
         dist.meet("shards written")  # all ranks; disks differ, and a collective has a time-out
         if snapshot.state.is_best:
             write_model = partial(self.output.write_model, engine, folder, watchdog)

@@ -31,15 +31,8 @@ from qwen_ds.train.observe.evaluation import BestLoss
 from qwen_ds.train.schedule import total_steps
 from qwen_ds.train.survive import checkpoint
 from qwen_ds.train.survive.checkpoint import Checkpoint
-from qwen_ds.train.survive.checkpoint_writer import (
-    BEGAN_WITH,
-    COMPARED,
-    FITS_ANY_WORLD,
-    OPTIMIZER,
-    RNG,
-)
+from qwen_ds.train.survive.checkpoint_writer import BEGAN_WITH, COMPARED, OPTIMIZER, RNG, shard_name
 from qwen_ds.train.survive.identity import Began, changes, known_later, other_versions
-from qwen_ds.train.survive.pieces import WholeFromPieces, shard_name
 from qwen_ds.train.survive.run_folder import DS_CONFIG, IDENTITY, RECIPE, holds_run, is_finished
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -211,14 +204,11 @@ def newest_whole(run: Path) -> Checkpoint | None:
         if state is None:
             return None
         found = Checkpoint(checkpoint.step_folder(run, state["step"]), state)
-        if not state["sharded"]:
+        if not state["sharded"] or state["ranks"] != dist.world_size():
             return found
-        # All ranks, once a candidate: each reads its own shard, and of more ranks than these its
-        # share. That may take minutes, so they meet before the collective, which has a time-out.
-        # One damaged shard makes all pass on.
-        saved = state["ranks"]
-        shares = range(dist.rank(), saved, dist.world_size())
-        damage = checkpoint.damaged(found, [shard_name(rank, saved) for rank in shares])
+        # All ranks, once a candidate: each reads its own shard. That may take minutes, so they meet
+        # before the collective, which has a time-out. One damaged shard makes all pass on.
+        damage = checkpoint.damaged(found, [shard_name(dist.rank(), dist.world_size())])
         dist.meet("shards read")
         damage = next((text for text in dist.gather(damage) if text), None)
         if damage is None:
@@ -236,38 +226,25 @@ def _newest_state(run: Path, before: int | None) -> dict[str, Any] | None:
 
 
 def check_world(found: Checkpoint, stage: int) -> None:
-    """Raise UserError if the pieces of a full-training checkpoint don't fit these ranks: those of
-    an earlier release fit the ranks and the stage that wrote them alone."""
+    """Raise UserError if the pieces of a full-training checkpoint don't fit these ranks."""
     state = found.state
-    if state["sharded"] and not (state.get(FITS_ANY_WORLD) or _same_world(state, stage)):
+    if state["sharded"] and (state["ranks"], state["zero_stage"]) != (dist.world_size(), stage):
+        way = " (its model/ can begin a new run)" if "model/config.json" in state["files"] else ""
         raise UserError(
             f"{found.folder}: full training's state of {state['ranks']} ranks under "
             f"ZeRO-{state['zero_stage']}; expected the same now, not {dist.world_size()} under "
-            f"ZeRO-{stage} (its model/ can begin a new run)"
+            f"ZeRO-{stage}{way}"
         )
-
-
-def _same_world(state: dict[str, Any], stage: int) -> bool:
-    return (state["ranks"], state["zero_stage"]) == (dist.world_size(), stage)
 
 
 def restore(engine: TrainingEngine, found: Checkpoint) -> None:
     """Restore weights, moments, loss scale and random states of a checkpoint (a collective)."""
     state = found.state
-    if state["sharded"] and _same_world(state, engine.stage):
+    if state["sharded"]:
         file = found.folder / shard_name(dist.rank(), dist.world_size())
         with safe_open(file, framework="pt") as shard:
             engine.state.restore_pieces(shard.get_tensor, state["optimizer_steps"])
-    elif dist.rank() != 0:
-        engine.state.restore(lambda name, kind: torch.empty(0), state["optimizer_steps"])
-    elif state["sharded"]:
-        with WholeFromPieces(found.folder, state["ranks"]) as pieces:
-
-            def read_whole(name: str, kind: str) -> Tensor:
-                return pieces.read(name, kind).reshape(engine.state.shape_of(name))
-
-            engine.state.restore(read_whole, state["optimizer_steps"])
-    else:
+    elif dist.rank() == 0:
         in_adapter = ADAPTER in state["files"]
         values = found.folder / (ADAPTER if in_adapter else OPTIMIZER)
         with (
@@ -281,6 +258,8 @@ def restore(engine: TrainingEngine, found: Checkpoint) -> None:
                 return held.get_tensor(f"{name}.{kind}")
 
             engine.state.restore(read, state["optimizer_steps"])
+    else:
+        engine.state.restore(lambda name, kind: torch.empty(0), state["optimizer_steps"])
     engine.state.restore_loss_scaler(state["loss_scaler"])
     engine.overflows = state["overflows"]
     _restore_rng(found)

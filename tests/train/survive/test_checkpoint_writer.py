@@ -38,9 +38,7 @@ class FullTraining:
         if stage:
             flat = torch.cat([p.detach().flatten() for p in model.parameters()])
             pieces = {f"{kind}.0": flat.clone() for kind in ("value", "exp_avg", "exp_avg_sq")}
-            self.state = SimpleNamespace(
-                pieces=lambda: pieces, parts=list, steps=1, loss_scaler=dict
-            )
+            self.state = SimpleNamespace(pieces=lambda: pieces, steps=1, loss_scaler=dict)
 
     def sizes(self) -> dict[str, int]:
         return {name: p.numel() for name, p in self.model.named_parameters()}
