@@ -27,7 +27,7 @@ class Moved:
 
 
 def moved(shape: Shape, how: Saving, *, compiled: bool) -> list[Moved]:
-    """What each memory-bound part of one block moves for a token."""
+    """The memory-bound parts of one block, and the bytes of each for a token."""
     d, i, b = shape.hidden, shape.inner, how.b
     # A trained norm's weight also reads the gradient and the normalised input.
     trained = 2 * 2 * b * d if how.full else 0
