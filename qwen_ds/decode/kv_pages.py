@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_ds.decode.kv import KVShape, KVStore, PageKey, Segment, StoredRow
 from qwen_ds.decode.paged_attention import (
-    Parts,
+    PageParts,
     StepPages,
     attend_by_pages,
     attend_by_tables,
@@ -43,7 +43,7 @@ class PagedStore(KVStore):
         self._left: OrderedDict[int, None] = OrderedDict()  # shared pages that no row has
         self.reading = choose_reading(shape, page_size)
         self.pages: StepPages
-        self._parts: Parts
+        self._parts: PageParts
 
     def reserve(self) -> int:
         """Take a page out of use, for good; its number. Only a new store can spare it."""

@@ -73,7 +73,7 @@ def attend_by_tables(q_NHW: Tensor, pool: Tensor, pages: StepPages, num_keys: in
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class PageParts:
     """The pages of rows with one new token, as sequences of their own, of which some are empty."""
 
     starts_M1: Tensor  # int32: the first token of each in the pool; the last number is not used
@@ -82,7 +82,7 @@ class Parts:
     rows: int
 
 
-def parts_of(pages: StepPages, page_size: int) -> Parts:
+def parts_of(pages: StepPages, page_size: int) -> PageParts:
     """The parts of a step, by operations that a graph can repeat."""
     rows, device = pages.counts.count(1), pages.lens_B.device
     table_BP = pages.table_BP[:rows]
@@ -90,10 +90,10 @@ def parts_of(pages: StepPages, page_size: int) -> Parts:
     used_BP = (pages.lens_B[:rows, None] - firsts_P).clamp(0, page_size)
     starts_M1 = F.pad((table_BP * page_size).flatten(), (0, 1))
     queries_M1 = torch.arange(len(starts_M1), dtype=torch.int32, device=device)
-    return Parts(starts_M1, used_BP.flatten(), queries_M1, rows)
+    return PageParts(starts_M1, used_BP.flatten(), queries_M1, rows)
 
 
-def attend_by_pages(q_BHW: Tensor, pool: Tensor, parts: Parts) -> Tensor:
+def attend_by_pages(q_BHW: Tensor, pool: Tensor, parts: PageParts) -> Tensor:
     """Attention of rows with one new token, by a kernel without block tables."""
     page_size = pool.shape[2]
     keys, values = pool.flatten(1, 2).unbind()
