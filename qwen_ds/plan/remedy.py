@@ -51,8 +51,10 @@ def remedy(run: Run, longest: int, num_rows: int) -> str:
             if allowed:
                 words.append(f"--resume.allow_changes {' '.join(allowed)}")
             if changes:
-                predicted = f"predicted peak {peak / 1e9:.3g} of the {memory / 1e9:.3g} GB {source}"
-                return f"{' '.join(words)} ({predicted})"
+                return (
+                    f"{' '.join(words)} (a memory peak of {peak / 1e9:.3g} of the "
+                    f"{memory / 1e9:.3g} GB {source} is then predicted)"
+                )
     return "shorter rows (data.max_tokens), or more or larger GPUs: no setting is predicted to fit"
 
 

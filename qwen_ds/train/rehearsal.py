@@ -42,15 +42,15 @@ def _rehearse(session: Session) -> None:
     engine, watchdog = session.engine, session.saver.watchdog
     step = session.start[0]
     watchdog.at(step, "choosing the largest micro-batch")
-    row_ids = largest_rows(session.data.sampler, step, session.steps)
-    batch = make_batch(session.data.train, np.array(row_ids, dtype=np.int64))
+    row_ids, width = largest_rows(session.data.sampler, step, session.steps)
+    batch = make_batch(session.data.train, np.array(row_ids, dtype=np.int64), width)
     rows, length = batch.ids_BT.shape
     engine.train(True)
     engine.state.make_moments()
     watchdog.at(step, f"trying the largest micro-batch, {rows} rows of {length} tokens")
     on_gpu = engine.device.type == "cuda"
     with torch.random.fork_rng([engine.device] if on_gpu else []):
-        loss = engine.loss_sum(batch.ids_BT, batch.labels_BT)
+        loss = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
         # All ranks, once. 0 times infinity is not 0: the step that has these rows names them.
         if dist.max_floats(float(not torch.isfinite(loss)))[0]:
             return
@@ -59,16 +59,17 @@ def _rehearse(session: Session) -> None:
     log.info("the largest micro-batch ran: %d rows of %d tokens", rows, length)
 
 
-def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[int, ...]:
+def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[tuple[int, ...], int]:
     """Indices of the rows of the largest micro-batch after step `begun`, of any rank, in padded
-    tokens (a collective)."""
+    tokens, and the tokens to which they are padded (a collective)."""
     size = _expected_sizes(sampler, range(begun, steps))
     tried = sorted(np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun)
     found: tuple[int, tuple[int, ...]] = (0, ())
     for step in tried:
         for batch in sampler.window(*divmod(int(step), sampler.steps_per_epoch)):
             found = max(found, (batch.ids_BT.numel(), batch.row_ids))
-    return max(dist.gather(found))[1]
+    tokens, row_ids = max(dist.gather(found))
+    return row_ids, tokens // max(1, len(row_ids))
 
 
 def _expected_sizes(sampler: StepSampler, steps: range) -> np.ndarray:
@@ -76,7 +77,7 @@ def _expected_sizes(sampler: StepSampler, steps: range) -> np.ndarray:
     if it holds the longest row."""
     sizes = []
     for step in steps:
-        lens = sampler.rows.lens[sampler.step_rows(*divmod(step, sampler.steps_per_epoch))]
+        lens = sampler.padded_lens[sampler.step_rows(*divmod(step, sampler.steps_per_epoch))]
         tokens = int(lens.sum())
         parts = -(-tokens // (sampler.budget * sampler.world)) * sampler.world
         sizes.append(max(tokens / parts, int(lens.max())))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,25 +114,24 @@ def make_batches(plan: Plan, setting: Setting, device: torch.device, number: int
     rows = RandomRows(np.random.default_rng(0).integers(plan.vocab, size=shape, dtype=np.int32))
     made = [make_batch(rows, part) for part in np.split(np.arange(len(rows)), number)]
     if device.type == "cuda":
-        made = [
-            replace(b, ids_BT=b.ids_BT.pin_memory(), labels_BT=b.labels_BT.pin_memory())
-            for b in made
-        ]
+        made = [batch.pinned() for batch in made]
     return made
 
 
 def loss_sum(engine: TrainingEngine, batch: Batch) -> Tensor:
-    return engine.loss_sum(batch.ids_BT, batch.labels_BT)
+    return engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
 
 
 def one_step(engine: TrainingEngine, batches: list[Batch]) -> list[Tensor]:
     """An optimizer step, as the loop takes it; its loss sums, on the device."""
     targets, sums = sum(batch.num_targets for batch in batches), []
     for i, batch in enumerate(batches):
-        sums.append(loss := loss_sum(engine, batch))
+        loss = loss_sum(engine, batch)
         engine.backward(loss / targets, last_of_step=i + 1 == len(batches))
-    assert not engine.step().not_finite
-    return [each.detach() for each in sums]
+        sums.append(loss.detach())
+    totals = engine.totals(sums)
+    assert not totals.bad and not engine.step(totals.grad_norm).not_finite
+    return sums
 
 
 def measure_ours(

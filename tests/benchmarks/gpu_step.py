@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen_ds.data.batches import Batch
 from qwen_ds.model.family import QWEN
+from qwen_ds.model.pieces import EAGER, compiled_pieces, fill
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from tests.benchmarks.gpu_checks import activities, kernels
@@ -100,6 +101,9 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
     figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes, tokens)
     say({"line": "block, eager", **figures})
     if plan.compiled:
+        fill(block, compiled_pieces())
+        say({"line": "block, pieces fused", **of_runs(plan, run, device)})
+        fill(block, EAGER)  # a compiler that traces a whole block takes the formulas
         count_bytes_of_inductor()
         setup.compile_blocks(model.model.get_submodule("base_model.model"), QWEN, device)
         began = time.perf_counter()

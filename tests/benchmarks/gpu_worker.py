@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from qwen_ds.errors import UserError
-from qwen_ds.machine import choose_device
+from qwen_ds.machine import choose_device, let_segments_grow
 from tests.benchmarks.gpu_checks import check_attention
 from tests.benchmarks.gpu_ours import measure_ours
 from tests.benchmarks.gpu_peer import measure_peer
@@ -61,7 +61,7 @@ def answer(question: Mapping[str, Any], out: TextIO) -> bool:
         out.flush()
 
     if question["kind"] != "peer":  # as training does, before CUDA starts
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        let_segments_grow()
     try:
         device = choose_device(question["device"])
     except UserError as error:
