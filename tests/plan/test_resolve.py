@@ -180,7 +180,8 @@ def test_the_planner_plans_the_run_that_training_makes(
     row = max((c for c in listed if c.budget <= budget), key=lambda c: c.budget)
     assert row.fit == expected
     parts = split(planned.workload, 8, trained.recipe.batch)
-    work = Work(trained.shape, trained.saving, trained.zero)
+    compiled = trained.recipe.model.compile is True
+    work = Work(trained.shape, trained.saving, trained.zero, compiled)
     share = planned.workload.target_share
     assert row.seconds == step_seconds(work, planned.cluster, parts, share, every)
 
