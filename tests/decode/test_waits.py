@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from qwen_ds.decode import grammar as grammar_module
+from qwen_ds.decode import paged_attention, transfers
 from qwen_ds.decode import sampler as sampler_module
-from qwen_ds.decode import transfers
 from qwen_ds.decode.engine import DecodingEngine, packed
 from qwen_ds.decode.grammar import GrammarCompiler
 from qwen_ds.decode.graphs import GraphedModel
@@ -90,6 +91,16 @@ class Waits(TorchDispatchMode):
         return [65] * tensor.numel()
 
 
+def unmodified(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The maker of a tensor of a class of its own, which no dispatch mode may make."""
+
+    def made(*size: int) -> Any:
+        with _disable_current_modes():
+            return make(*size)
+
+    return made
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     found = Waits()
@@ -101,6 +112,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         return make(*args, **options)
 
     monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(paged_attention, "causal_lower_right", unmodified(causal_lower_right))
     monkeypatch.setattr(transfers, "pinned", found.pin)
     monkeypatch.setattr(sampler_module, "read", found.read)
     yield found
