@@ -193,6 +193,14 @@ _NUMBERED = re.compile(
 _RUN = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
 _CHAR_RUN = re.compile(r"([^\s\-_=*.#+|·─━—–…<>~～/\\^`])\1{11,}")
 _LONG_RUN = 25  # of a laugh, or of a digit
+_CODE_RUN = 10  # lines of code may well be equal
+# Items of a list that say one thing; the numbers before them make each line another text.
+_LEAST_ITEMS = 8
+_SAME_ITEMS = re.compile(
+    r"^[^\S\n]*\d{1,3}[.、):：．）]\s?(?=\w)(?P<it>[^\n]{2,60})"
+    rf"(?:\n+[^\S\n]*\d{{1,3}}[.、):：．）]\s?(?P=it)(?=\n|\Z)){{{_LEAST_ITEMS - 1},}}",
+    re.MULTILINE,
+)
 _LAUGHTER = set("哈呵嘻啊嗯呜嘿啦哦噢唔耶嘎咯喵汪0123456789")
 _GRAM = 6
 
@@ -202,6 +210,9 @@ def loops(talk: Talk) -> Iterator[Span]:
     for turn, _, answer in talk.pairs:
         n_grams = len(answer) - _GRAM + 1
         if n_grams < 8:
+            continue
+        if answer.count("\n") >= _LEAST_ITEMS - 1 and (items := _SAME_ITEMS.search(answer)):
+            yield Span("loop", turn, *items.span())
             continue
         distinct = len({answer[at : at + _GRAM] for at in range(n_grams)})
         if distinct > 0.94 * n_grams:
@@ -215,6 +226,8 @@ def _looped(text: str) -> tuple[int, int] | None:
         unit = match[1]
         is_word = any(char.isalpha() for char in unit) and not set(unit) <= _LAUGHTER
         times = len(match[0]) // len(unit)
+        if times < _CODE_RUN and _is_in_code(text, match.start()):
+            continue
         if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
             return match.span()
     for run in _CHAR_RUN.finditer(text):
@@ -230,8 +243,14 @@ def _looped(text: str) -> tuple[int, int] | None:
         )
         if is_all or (times >= 4 and times * len(clause) >= 0.35 * len(text)):
             at = text.find(clause)
-            return at, at + len(clause)
+            if times >= _CODE_RUN or not _is_in_code(text, at):
+                return at, at + len(clause)
     return None
+
+
+def _is_in_code(text: str, at: int) -> bool:
+    """Whether a place of a text lies between two fences."""
+    return text.count("```", 0, at) % 2 == 1
 
 
 def _is_table(unit: str) -> bool:

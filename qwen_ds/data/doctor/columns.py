@@ -10,11 +10,11 @@ from qwen_ds.data.doctor.spans import Span, Talk
 _ASKS = re.compile(
     r"[？?]|^(?:请|帮|给我|如何|怎么|怎样|什么|为什么|为何|哪|谁|写|列|介绍|解释|说明|描述|翻译|总结|根据|生成|编写|设计|"
     r"计算|判断|分析|推荐|告诉|能否|可以|你能|将|把|创建|回答|续写|改写|比较|讨论|简述|分类|提取|用|以|对|从|给|在|我|有|是)"
-    r"|(?:什么|怎么|如何|哪些|多少|几|吗|呢|为何)|^(?:What|How|Why|When|Where|Who|Which|Can|Could|Please|Write|Give|List|"
+    r"|(?:什么|怎么|如何|哪些|多少|(?<![十百千万好近])几(?![乎十百千万])|吗|呢|为何)|^(?:What|How|Why|When|Where|Who|Which|Can|Could|Please|Write|Give|List|"
     r"Explain|Describe|Translate|Summari|Create|Generate|Tell|Is|Are|Do|Does|Name|Find|Make|Compare|Classify)\b"
 )
 _IS_QUESTION = re.compile(
-    r"\A(?:请问?[^，。！\n]{2,40}|[^，。！\n]{0,24}(?:什么|怎么|怎样|如何|为什么|为何|哪[个些里]|多少|是否|谁)[^，。！\n]{0,24}"
+    r"\A(?:请问?[^，。！\n]{2,40}|[^，。！\n]{0,24}(?:什么|怎么|怎样|如何|为什么|为何|哪[个些里座位种年月天本部条只项国]|多少|是否|谁)[^，。！\n]{0,24}"
     r"|(?:帮我|给我|写一|列出|列举|介绍一?下?|解释|描述|翻译|总结|简述|说明)[^。！\n]{2,40}"
     r"|(?:What|How|Why|When|Where|Who|Which|Please|Write|Give|List|Explain|Describe|Translate|Summarize)\b[^.!\n]{4,80})"
     r"[？?。.！]?\Z"

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk, is_bare_code, outside_code
 
+_NAMES = "Japanese|Korean|Russian|French|German|Spanish|Italian|Latin|Portuguese|Ukrainian"
 _ASKS_LANGUAGE = re.compile(
     r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
-    r"正则|拼写|拼音|音标|语法|字母|邮箱|歌词|名言|\b(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
-    r"JSON|LaTeX|pinyin|hanzi|characters)",
+    r"正则|拼写|拼音|音标|语法|字母|邮箱|歌词|名言|(?<![A-Za-z])(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
+    r"JSON|LaTeX|pinyin|hanzi|kanji|kana\b|hiragana|katakana|hangul|characters"
+    rf"|(?:in|into|to) (?:{_NAMES})\b|(?:{_NAMES}) (?:for|words?|phrases?|sentences?|letters?)\b)",
     re.IGNORECASE,
 )
 _HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -32,6 +34,24 @@ _SMALL_WORD = re.compile(
     r"can|le|la|les|et|est|une?|des|du|el|los|las|y|que|der|die|das|und|ist|ein|eine|mit)\b"
 )
 
+# The small words of English, one of which is in nearly every sentence, and those of its neighbours.
+_ENGLISH = (" the ", " of ", " and ", " is ", " to ", " are ", " for ", " with ", " you ")
+_NEIGHBOUR = re.compile(
+    r"\b(?:l[ea]s?|et|de|est|sont|une|des|du|dans|pour|qui|avec|sur|ou|el|los|una|por|con|es|del|"
+    r"der|die|das|und|ist|nicht|eine|mit|sich|auf|il|che|di|della|sono|uma|não|os|em)\b"
+)
+_LEAST_NEIGHBOURS = 4
+_OF_NEIGHBOURS = re.compile(rf"{_NAMES}|Spain|Mexic|France|Paris|German|Austria|Ital|Brazil")
+
+
+def _is_neighbour(question: str, answer: str) -> bool:
+    """Whether an answer is in a language that is written as English is, and its question is not."""
+    if any(word in answer for word in _ENGLISH) or not question.isascii():
+        return False
+    if len(set(_NEIGHBOUR.findall(answer))) < _LEAST_NEIGHBOURS:
+        return False
+    return not (_NEIGHBOUR.search(question.lower()) or _OF_NEIGHBOURS.search(question))
+
 
 def _is_prose(text: str) -> bool:
     small = len(_SMALL_WORD.findall(text))
@@ -50,6 +70,8 @@ def languages(talk: Talk) -> Iterator[Span]:
         if (language := _language(outside_code(answer))) is None:
             continue
         wanted = _language(question, least=3)
+        if language == _LATIN and wanted != "Chinese" and _is_neighbour(question, answer):
+            wanted, language = _LATIN, "another"
         if wanted is None or wanted == language or _OF_CODE.search(answer) or is_bare_code(answer):
             continue
         if (asked & _BITS.get(language, 0)) and wanted == "Chinese":

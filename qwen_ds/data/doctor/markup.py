@@ -66,6 +66,8 @@ _PART_BLANK = pattern(
             r"[Ll]orem ipsum|<placeholder>|\[object Object\]",
             r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
             r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
+            r"(?<=[\u4e00-\u9fff，、：])\[(?:[你您我]的|姓名|名字|公司|职位|学校|产品|日期|时间|地[址点]|城市|电话)"
+            r"[^\]\n]{0,8}\](?![(（:：])",
             r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
             r"[：:]\s?(?P<it>(?:nan|NaN|NULL|None|undefined))(?=[。.]?\s*$)",
             r"(?<![\\$#{}A-Za-z0-9_^])\{(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
@@ -80,8 +82,29 @@ _VALUES_ARE_THE_SUBJECT = re.compile(r"NaN|nan|None|NULL|null|undefined|TODO|TBD
 _ASKS_FOR_BLANKS = ("模板", "填空", "template", "范本", "样本")
 
 
+_QUOTED = ("'", '"', "`", "‘", "“", "’", "”")
+
+
+def _is_quoted(text: str, start: int, end: int) -> bool:
+    """Whether a mark stands alone between two quotation marks, as what a text speaks of."""
+    return text[start - 1 : start] in _QUOTED and text[end : end + 1] in _QUOTED
+
+
+# A question for a tag or an entity names it as it names a word.
+_TAG = rf"(?:</?{_TAGS}\s?/?>|&\w{{2,8}};)"
+_MARKUP_IS_THE_SUBJECT = re.compile(
+    rf"{_TAG}\s?(?:和|与|跟|同|或|及|、|and|or|vs\.?|,)\s?{_TAG}"
+    rf"|{_TAG}\s?(?:这个|的)?(?:有什么|是什么|是啥|什么意思|怎么用|区别|作用|用法|含义|元素|实体|tags?\b|elements?\b)"
+    rf"|\b(?:what (?:is|does|are)|an?|the|use) {_TAG}",
+    re.IGNORECASE,
+)
+
+
 def markup(talk: Talk) -> Iterator[Span]:
     """HTML and escapes in rows that do not speak of code."""
+    first = talk.turns[0][1] if talk.turns else ""
+    if ("<" in first or "&" in first) and _MARKUP_IS_THE_SUBJECT.search(first):
+        return
     for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
         if classes & (of.ANGLE | of.AMPERSAND) and not talk.is_of_code:
             plain = outside_code(text)
@@ -95,6 +118,8 @@ def markup(talk: Talk) -> Iterator[Span]:
             plain = outside_code(text)
             if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
                 for start, end in _ESCAPE(plain):
+                    if _is_quoted(plain, start, end):
+                        continue
                     before = max(0, start - _LONGEST_ADDRESS)
                     if plain[start] != "%" or not _IN_ADDRESS.search(plain, before, start):
                         yield Span("literal-escape", turn, start, end)

@@ -48,7 +48,11 @@ SIMPLE: dict[str, tuple[int, Finder]] = {
 }
 # A text that speaks of them.
 _SUBJECTS = {
-    "kun-kao": re.compile(r"乱码|mojibake|[“\"「‘'`]锟斤拷[”\"」’'`]"),
+    "kun-kao": re.compile(
+        r"乱码|mojibake|[“\"「‘'`](?:锟斤拷|烫烫烫+|屯屯屯+)[”\"」’'`]"
+        r"|(?:锟斤拷|[烫屯])(?:是(?:什么|啥|怎么|如何)|的?(?:由来|来历|来源|意思|含义)|从何|怎么[来产])",
+        re.IGNORECASE,
+    ),
     "full-width-ascii": re.compile(r"全角|半角|full-?width", re.IGNORECASE),
 }
 FOREIGN = {

@@ -37,7 +37,7 @@ class Shown:
 # Words of a row about programs, markup or text processing, in which marks are the subject.
 _OF_CODE = re.compile(
     r"代码|编程|程序|脚本|函数|变量|正则|转义|换行符|字符串|命令行|终端|网页|前端|标签|标记语言|爬虫|接口|"
-    r"表达式|编译|数据库|分词器|词表|\b(?:code|coding|program|script|function|regex|html|css|xml|json|yaml|"
+    r"表达式|编译|数据库|分词器|词表|(?<![A-Za-z0-9_])(?:code|coding|program|script|function|regex|html|css|xml|json|yaml|"
     r"python|java|javascript|typescript|c\+\+|sql|shell|bash|linux|latex|markdown|jinja|tokenizer|escape)"
     r"|C语言|\bhello ?world\b",
     re.IGNORECASE,

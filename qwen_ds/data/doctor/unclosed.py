@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -51,6 +52,8 @@ def unclosed(talk: Talk) -> Iterator[Span]:
             if classes & of.BRACKET and (at := _open_bracket(plain, talk)) is not None:
                 kind = "unclosed-quote" if plain[at] in "《「『" else "unclosed-bracket"
                 yield Span(kind, turn, at, at + 1)
+            elif classes & of.BRACE and talk.is_of_code and (end := _open_json(text)) is not None:
+                yield Span("unclosed-bracket", turn, max(0, end - 20), end)
             if classes & of.QUOTE and (at := _open_quote(plain, talk)) is not None:
                 yield Span("unclosed-quote", turn, at, at + 1)
 
@@ -80,6 +83,23 @@ def _open_bracket(text: str, talk: Talk) -> int | None:
     if not left or talk.is_of_code and text[left[0]] in "([{":
         return None
     return min(left)
+
+
+_IS_JSON = re.compile(r'\A\s*(?:\{\s*"[^"\n]{1,80}"\s*:|\[\s*(?:\{\s*"|"[^"\n]{0,80}"\s*,))')
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def _open_json(text: str) -> int | None:
+    """The end of an answer that is JSON and stops before its last bracket."""
+    if not _IS_JSON.match(text):
+        return None
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        bare = _JSON_STRING.sub("", text)
+        is_open = bare.count("{") > bare.count("}") or bare.count("[") > bare.count("]")
+        return len(text.rstrip()) if is_open else None
+    return None
 
 
 _OPENED_TWICE = re.compile("“(?=[^“”\n]*“[^“”]*”)")

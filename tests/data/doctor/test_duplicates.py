@@ -54,6 +54,12 @@ def test_other_numbers_are_another_task() -> None:
     assert len(found((f"{asked}12+35", said), (f"{asked}，12+35", said))) == 1
 
 
+def test_another_number_is_another_task_unless_the_question_is_the_same() -> None:
+    asked, said = text(20, 1), text(90, 2)
+    assert found((asked, f"{said}12"), (asked, f"{said}13")) == [Repeat(1, 0, near=True)]
+    assert found((f"{asked}7", f"{said}12"), (f"{asked}8", f"{said}13")) == []
+
+
 def test_many_copies_all_refer_to_the_first() -> None:
     row = (text(10, 1), text(50, 2))
     other = (text(10, 3), text(50, 4))

@@ -159,3 +159,87 @@ def test_code_without_a_fence_is_code(question: str, answer: str) -> None:
 def test_a_text_with_a_brace_or_a_semicolon_is_no_code() -> None:
     assert kinds("有哪些景点？", "断桥；苏堤；\\n雷峰塔（新塔）；西湖。") == {"literal-escape"}
     assert kinds("有哪些景点？", "断桥{新}，苏堤;\\n雷峰塔。") == {"literal-escape"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_phone"),
+    [
+        ("Her number is (212) 736-5080 until five.", True),
+        ("请联系汉斯，电话+49 30 2345678。", True),
+        ("Text Priya at +91 98200 12345 tonight.", True),
+        ("Ring +442079460958, please.", True),
+        ("Toll-free numbers look like +1 (800) 438-0199.", False),
+        ("In films it is (415) 555-0132, or +1 415 555 0132.", False),
+        ("It lies at +39.904200, +116.407400.", False),
+        ("+1,234,567 + 890 = 1,235,457", False),
+        ("It began at 2024-05-01T08:00:00+08:00.", False),
+    ],
+)
+def test_a_number_of_another_country_is_a_phone_number(answer: str, is_phone: bool) -> None:
+    assert ("phone" in kinds("What is it?", answer)) == is_phone
+
+
+LIST = "\n".join(f"{at}. 泰山" for at in range(1, 10))
+NOPS = "\n".join(["    mov eax, ebx"] * 6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_loop"),
+    [
+        (LIST, True),
+        (LIST.replace("泰山", "A"), False),
+        (LIST.replace("5. 泰山", "5. 华山"), False),
+        (f"```\n{NOPS}\n```", False),
+        (NOPS, True),
+        (f"```\n{NOPS}\n{NOPS}\n```", True),
+    ],
+)
+def test_equal_items_are_a_loop_and_equal_lines_of_code_are_none(
+    answer: str, is_loop: bool
+) -> None:
+    assert ("loop" in kinds("请列出一些。", answer)) == is_loop
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_open"),
+    [
+        ('[{"city": "上海"}, {"city": "北京"', True),
+        ('{"name": "{", "tags": ["a", "b"]', True),
+        ('{"text": "only a { in a string"}', False),
+        ('{"a": 1, // a remark\n "b": [1, 2]}', False),
+        ("[1, 2", False),
+    ],
+)
+def test_json_that_stops_before_its_last_bracket_is_unclosed(answer: str, is_open: bool) -> None:
+    assert ("unclosed-bracket" in kinds("返回JSON。", answer)) == is_open
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kind"),
+    [
+        ("<br> 和 <p> 有什么不同？", "<br> 只换行，<p> 是一段。", None),
+        ("What is <span>?", "<span> holds a part of a line.", None),
+        ("怎么煮面？", "水开下面。<br>两分钟捞出。", "html-leftover"),
+        ("When is quopri called?", "It adds soft line breaks ('\\n') to a line.", None),
+        ("列出两种水果。", "苹果\\n香蕉", "literal-escape"),
+        ("锟斤拷是怎么来的？", "它由编码错误而来。", None),
+        ("几点开门？", "早上锟斤拷点开门。", "kun-kao"),
+        ("Write a haiku in Japanese.", "古池や\n蛙飛びこむ\n水の音", None),
+        ("Please write a haiku.", "ふるいけや\nかわずとびこむ\nみずのおと", "language-mismatch"),
+        ("Explain it.", "La force attire les corps, et elle dépend de la masse qui est là.",
+         "language-mismatch"),
+        ("Name dishes of Spain.", "Arroz con leche, pulpo a la gallega, tarta de queso, el pan",
+         None),
+        ("What is in a Message-ID?", "Say <142480216486.20800.1652638@host.mastaler.com>.", None),
+        ("大家好怎么说？", "大家好，我叫[姓名]。", "placeholder"),
+    ],
+)  # fmt: skip
+def test_what_a_row_speaks_of_is_no_leftover(question: str, answer: str, kind: str | None) -> None:
+    found = kinds(question, answer)
+    assert kind in found if kind else not found
+
+
+@pytest.mark.parametrize("many", ("十几", "几十", "好几"))
+def test_a_vague_number_asks_nothing(many: str) -> None:
+    statement = f"熊猫住在四川和陕西的山里，以竹子为食，每天要吃{many}公斤，是中国的国宝。"
+    assert kinds(statement, "熊猫住在哪座山里？") == {"swapped-columns"}
