@@ -360,7 +360,7 @@ def test_a_save_needs_little_more_than_the_state_itself(tmp_path: Path) -> None:
         )
         size = sum(p.numel() * 4 for p in model.parameters())
         engine: Any = PlainEngine(SimpleNamespace(model=model, parameters=model.parameters))  # type: ignore[arg-type]
-        engine.state.steps, engine.state._make_moments()
+        engine.state.steps, engine.state.make_moments()
         output = Output(
             tmp_path / "run", tmp_path, torch.float32, lora.LoraConfig(r=2, target_modules=["m0"])
         )
