@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from qwen_ds.data.doctor import characters as of
 from qwen_ds.data.doctor.spans import Span, Talk, any_of, pattern
 
-_MAKER = any_of(
+_MAKERS = (
     r"Open_?AI Anthropic Google 谷歌 DeepMind Meta 微软 Microsoft 百度 科大讯飞 讯飞 智谱 清华 "
     r"华为 腾讯 字节 月之暗面 深度求索 DeepSeek 昆仑万维 商汤 百川 360 上海人工智能实验室 "
     r"复旦 Mistral xAI MiniMax 零一万物 贝壳 链家 小米 苹果公司 Baidu LMSYS"
 )
-_NAME = any_of(
+_ASSISTANTS = (
     r"Chat_?GPT GPT-?[2345](?:\.5|o)? Claude 文心一言 文心 ERNIE_?Bot 讯飞星火 星火 ChatGLM "
     r"GLM-?\d? 智谱清言 LLaMA Llama Vicuna Alpaca BELLE MOSS 百川 Baichuan InternLM 书生 豆包 "
     r"Kimi DeepSeek Gemini Bard Bing_Chat Copilot 盘古 天工 混元 元宝 小度 小爱同学 "
     r"Siri Mistral Grok Guanaco Dolly Koala Phoenix 凤凰 Firefly 流萤 Bloom Open_?Assistant "
     r"必应 Bing 阶跃星辰 跃问 海螺AI TigerBot 虎博 Yi-\w+ 360智脑 悟道 商量 SenseChat"
 )
+_MAKER, _NAME = any_of(_MAKERS), any_of(_ASSISTANTS)
 _MADE = any_of("开发 训练 研发 创建 创造 推出 打造 研制 设计")
 _THING = any_of("模型 助手 AI 机器人 智能 程序 语言")
 _I_AM = any_of("我是 我叫 我的名字是 我的名字叫 本人是? 这里是 作为")
@@ -66,7 +67,7 @@ _IDENTITY = pattern(
         ]
     )
 )
-_NAMES = re.compile(f"{_NAME}|{_MAKER}")
+_NAMES = re.compile(any_of(f"{_ASSISTANTS} {_MAKERS}"))
 
 _VERY = any_of("非常 很 十分 真的 实在 深感 万分")
 _SORRY = any_of("抱歉 对不起 不好意思 遗憾")
@@ -156,16 +157,12 @@ def identity(talk: Talk) -> Iterator[Span]:
     """Refusals, and another assistant's name, in answers."""
     for turn, question, answer in talk.pairs:
         head, is_latin = answer[:_HEAD], talk.classes[turn] & of.LATIN
-        may_refuse = _may_refuse(head, is_latin)
-        if may_refuse and not _is_translation(question):
+        if _may_refuse(head, is_latin) and not _is_translation(question):
             finders = (_REFUSES, _REFUSES_IN_ENGLISH) if is_latin else (_REFUSES,)
-            is_fiction = _ASKS_FOR_FICTION.search(question) is not None
-            for find in finders:
-                all_found = (each for each in find(head) if not _is_said(head, each, is_fiction))
-                found = next(all_found, None)
-                if found is not None:
-                    yield Span("refusal", turn, *found)
-                    break
+            places = (place for find in finders for place in find(head))
+            own = next((place for place in places if not _is_said(head, place, question)), None)
+            if own is not None:
+                yield Span("refusal", turn, *own)
         if _speaks(answer, is_latin) and _NAMES.search(answer):
             for start, end in _IDENTITY(answer):
                 if not _is_a_part(question, answer[start:end]):
@@ -193,10 +190,10 @@ _AS_AN_AI = ("作为", "As a", "as a")  # a figure says so in quotation marks al
 _OPENING = 20  # characters; what refuses a story does so before
 
 
-def _is_said(text: str, place: tuple[int, int], is_fiction: bool) -> bool:
+def _is_said(text: str, place: tuple[int, int], question: str) -> bool:
     """Whether a figure says the words at a place: within quotation marks that open behind other
     words, or on the line of one of two speakers; in fiction, wherever the story has begun."""
-    before = text[: place[0]]
+    before, is_fiction = text[: place[0]], _ASKS_FOR_FICTION.search(question) is not None
     if is_fiction and place[0] >= _OPENING and not text.startswith(_AS_AN_AI, place[0]):
         return True
     for right, left in _QUOTES.items():

@@ -18,13 +18,13 @@ _ASKS_LANGUAGE = re.compile(
 )
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 _WORD = re.compile(r"[A-Za-z]{2,}")
-_KANA = re.compile(f"[{of.points_of(of.KANA)}]")
-_HANGUL = re.compile(r"[\uac00-\ud7a3]")
-_CYRILLIC = re.compile(r"[\u0400-\u052f]")
-
-
 _LATIN = "English"
-_BITS = {"Japanese": of.KANA, "Korean": of.HANGUL, "Russian": of.CYRILLIC}
+_SCRIPTS = {
+    "Japanese": (of.KANA, re.compile(f"[{of.points_of(of.KANA)}]")),
+    "Korean": (of.HANGUL, re.compile(r"[\uac00-\ud7a3]")),
+    "Russian": (of.CYRILLIC, re.compile(r"[\u0400-\u052f]")),
+}
+_OF_OTHERS = of.LATIN | of.KANA | of.HANGUL | of.CYRILLIC
 _OF_CODE = re.compile(
     r"```|[;{}]\s*$|\(\);|\b[A-Z]{4,} [A-Z]{4,}\b|</\w+>|^[^\S\n]*(?:def|import|class) ", re.M
 )
@@ -63,18 +63,17 @@ def languages(talk: Talk) -> Iterator[Span]:
     """Answers in another language than their question, which does not ask for it."""
     for turn, question, answer in talk.pairs:
         asked, said = talk.classes[turn - 1], talk.classes[turn]
-        other = of.KANA | of.HANGUL | of.CYRILLIC
-        suspicious = bool(asked & of.HAN) != bool(said & of.HAN) or said & of.LATIN or said & other
+        suspicious = bool(asked & of.HAN) != bool(said & of.HAN) or said & _OF_OTHERS
         if not suspicious or len(answer) < 8:
             continue
-        if (language := _language(outside_code(answer))) is None:
+        if (language := _language(outside_code(answer), said)) is None:
             continue
-        wanted = _language(question, least=3)
+        wanted = _language(question, asked, least=3)
         if language == _LATIN and wanted != "Chinese" and _is_neighbour(question, answer):
             wanted, language = _LATIN, "another"
         if wanted is None or wanted == language or _OF_CODE.search(answer) or is_bare_code(answer):
             continue
-        if (asked & _BITS.get(language, 0)) and wanted == "Chinese":
+        if wanted == "Chinese" and language in _SCRIPTS and asked & _SCRIPTS[language][0]:
             continue  # a question with kana is Japanese, however few they are
         if language == _LATIN and wanted == "Chinese" and not _is_prose(answer):
             continue
@@ -83,12 +82,12 @@ def languages(talk: Talk) -> Iterator[Span]:
         yield Span("language-mismatch", turn, 0, min(len(answer), 40), f"{wanted} / {language}")
 
 
-def _language(text: str, least: int = 4) -> str | None:
+def _language(text: str, classes: int, least: int = 4) -> str | None:
     """The language of a text by its script, None where that is not clear."""
     text = text[:2000]
     han, words = len(_HAN.findall(text)), len(_WORD.findall(text))
-    for name, script in (("Japanese", _KANA), ("Korean", _HANGUL), ("Russian", _CYRILLIC)):
-        count = len(script.findall(text))
+    for name, (bit, script) in _SCRIPTS.items():
+        count = len(script.findall(text)) if classes & bit else 0
         if count >= 6 and count > 0.25 * (han + count) and count > words:
             return name
     if han >= least and han > 2 * words:

@@ -18,6 +18,7 @@ _NOBODY = re.compile(
     r"(?:your?|user|name|someone|somebody|me|example|test|abc|xxx)[\w.]*@(?:\w+\.)?example\.\w+\Z",
     re.IGNORECASE,
 )
+_LONG_NUMBER = re.compile(r"\d[\d() .-]{6,}\d")  # all numbers below hold one
 _PHONE = re.compile(
     r"(?<![\d.+*/-])(?:[(（]?(?:\+|00)?86[)）]?[- ]?)?(?:1[3-9]\d(?:[-. ]?\d{4}[-. ]?\d{4})"
     r"|1[3-9]\d([- ])\d{3}\1\d{5}|\(1[3-9]\d\) ?\d{4}[- ]?\d{4})(?![\d*]|/(?!1[3-9]\d)|\.\d|-\d)"
@@ -107,7 +108,7 @@ def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]
         for match in _MAIL.finditer(text):
             if not (_NOBODY.match(match[0]) or _MADE.match(match[0])):
                 yield "mail", *match.span()
-    if classes & of.DIGIT:
+    if classes & of.DIGIT and _LONG_NUMBER.search(text):
         for match in _ID_CARD.finditer(text):
             if is_id_card(re.sub("[ -]", "", match[0])):
                 yield "id-card", *match.span()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ftfy.badness import is_bad
 
 from qwen_ds.data.doctor import characters as of
-from qwen_ds.data.doctor.spans import Finder, Span, Talk, pattern
+from qwen_ds.data.doctor.spans import Finder, Span, Talk, has_any, pattern
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
@@ -40,12 +40,10 @@ SIMPLE: dict[str, tuple[int, Finder]] = {
     "bom": (of.BOM, _simple(of.BOM)),
     "replacement-character": (of.REPLACEMENT, _simple(of.REPLACEMENT)),
     "full-width-ascii": (of.FULL_WIDTH, _simple(of.FULL_WIDTH)),
-    # What a debugger fills memory with, and U+FFFD in UTF-8 read as GBK.
-    "kun-kao": (
-        of.HAN,
-        pattern(r"(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+|锘(?<=\A锘)(?![是为元（(])\w"),
-    ),
 }
+# What a debugger fills memory with, and U+FFFD and a BOM in UTF-8 read as GBK.
+_KUN_KAO = pattern(r"(?:锟斤拷?)+|锟[叫剿介姐阶]|烫烫烫烫+|屯屯屯屯+|\A锘(?![是为元（(])\w")
+_OF_KUN_KAO = ("锟", "烫烫烫烫", "屯屯屯屯", "锘")
 # A text that speaks of them.
 _SUBJECTS = {
     "kun-kao": re.compile(
@@ -74,11 +72,13 @@ FOREIGN = {
 def damage(talk: Talk) -> Iterator[Span]:
     """Damaged and invisible characters of every turn, the system text included."""
     for turn, text, classes in talk.texts:
-        for kind, (bit, find) in SIMPLE.items():
-            if classes & bit:
-                spans = [Span(kind, turn, start, end) for start, end in find(text)]
-                if spans and not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
-                    yield from spans
+        finders = [(kind, find) for kind, (bit, find) in SIMPLE.items() if classes & bit]
+        if classes & of.HAN and has_any(text, _OF_KUN_KAO):
+            finders.append(("kun-kao", _KUN_KAO))
+        for kind, find in finders:
+            spans = [Span(kind, turn, start, end) for start, end in find(text)]
+            if spans and not (kind in _SUBJECTS and _SUBJECTS[kind].search(text)):
+                yield from spans
         if classes & of.LATIN_HIGH and (found := _latin1(text)):
             yield Span("mojibake-latin1", turn, *found)
         if classes & of.GBK_LIKE and (found := _gbk(text)):
