@@ -21,12 +21,13 @@ def echoes(talk: Talk) -> Iterator[Span]:
     for turn, question, answer in talk.pairs:
         if len(question) < 4 and question != answer:
             continue
-        asked = _NOT_WORD.sub("", question)
-        if not asked:
+        asked, is_latin = _NOT_WORD.sub("", question), talk.classes[turn] & of.LATIN
+        # Most answers lack one of the first characters: cheaper to see than to clean them.
+        if not asked or not (is_latin or all(char in answer for char in asked[:4])):
             continue
         # Only as much of the answer as may hold the question.
         said = _NOT_WORD.sub("", answer[: 3 * len(question) + 60])
-        if asked not in said and talk.classes[turn] & of.LATIN:
+        if asked not in said and is_latin:
             asked, said = asked.lower(), said.lower()
         if asked not in said or _COPIES.search(question):
             continue
@@ -86,7 +87,7 @@ def _echo(question: str, answer: str) -> tuple[int, int] | None:
 
 _HEADS_ON = re.compile(r"[*_》」”】]*\s*(?:[:：]|\n)")
 _ASKS = re.compile(
-    rf"{_ORDERS.pattern}|什么|怎[么样]|如何|为何|为什么|哪|谁|多少|吗\Z|呢\Z|几[个种]|是否"
+    rf"{_ORDERS.pattern}|什么|怎[么样]|如何|为何|哪|谁|多少|吗\Z|呢\Z|几[个种]|是否"
     r"|\A\s*(?:列[出举]|写|给出|介绍|解释|描述|说明|说出|生成|创[建作]|提供|推荐|告诉|回答|设计|编写|翻译|总结|比较|"
     r"分析|计算|[用把将对]|what|why|how|who|when|where|which|is|are|do|does|can|"
     r"name|list|write|give|describe|explain|tell|make|create|generate|find|suggest)(?![a-z])",
@@ -113,8 +114,9 @@ def _short_echo(question: str, answer: str) -> tuple[int, int] | None:
 # Not a finding yet: endings.py tells from all answers whether this one was cut.
 NO_FULL_STOP = "no-full-stop"
 _ENDS = tuple('。！？!?.…~～”"』」）)】]》>；;*`|}')
+_JOINING = "以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如"
 _HANGING = re.compile(
-    r"(?:[，,、：:；;（(“「『【\[]|\w\s?[\-—+=]|(?:以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如|其中|不仅|虽然|为了|通过|"
+    rf"(?:[，,、：:；;（(“「『【\[]|\w\s?[\-—+=]|(?:{_JOINING}|其中|不仅|虽然|为了|通过|"
     r"对于|关于|根据|首先|其次|的是|尤其|特别是|应该|能够|需要|"
     r"\b(?:and|or|the|of|to|a|an|in|with|for|but|because|which|that|is|are|such as)))\s*$"
 )
@@ -124,9 +126,8 @@ _NEXT_ITEM = re.compile(
     r"|(?<=[；;，。])(?:其?[一二三四五六七八九]|第[一二三四五六七八九])\Z"
 )
 # In a text of a dozen characters only these tell.
-_HANGING_SHORT = re.compile(
-    r"(?:[，,、]|以及|并且|而且|或者|因为|所以|但是|如果|由于|包括|例如|比如)\Z"
-)
+_HANGING_SHORT = re.compile(rf"(?:[，,、]|{_JOINING})\Z")
+_LONGEST_HANGING = 12  # characters, its number of a list included
 _ITEM = re.compile(r"\s*(?:\d{1,2}[.、．)）]|[-*•]|[（(]?[一二三四五六七八九十][、.)）])")
 _ENDED_ITEM = ("。", ".", "！", "!", "；", ";")
 # An address ends as it likes.
@@ -137,7 +138,7 @@ _HANGING_CHAR = re.compile(
     r"(?<![麻名大上中少老主干门健小猛])将|(?<!自)如|[及或使让且而但若最很每各第这那某于])\Z"
 )
 _SENTENCE_END = re.compile(r"[。！？!?]|(?<!\d)\.(?=\s)")
-_HAN_OR_WORD = re.compile(r"[\u4e00-\u9fffA-Za-z]\Z")
+_HAN_OR_LATIN = re.compile(r"[\u4e00-\u9fffA-Za-z]")
 
 
 def cut_midway(talk: Talk) -> Iterator[Span]:
@@ -148,7 +149,7 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
             if len(text) >= 7 and (hanging := _HANGING_SHORT.search(text)):
                 yield Span("answer-cut-midway", turn, hanging.start(), len(text))
             continue
-        if number := _NEXT_ITEM.search(text, len(text) - 12):
+        if number := _NEXT_ITEM.search(text, len(text) - _LONGEST_HANGING):
             yield Span("answer-cut-midway", turn, number.start(), len(text))
             continue
         if text.endswith(_ENDS) or (
@@ -156,9 +157,9 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
         ):
             continue
         line = text[text.rfind("\n") + 1 :]
-        hanging = _HANGING.search(line)
+        hanging = _HANGING.search(line, max(0, len(line) - _LONGEST_HANGING))
         if hanging is None and len(line) >= 10 and ("，" in line or "。" in line):
-            hanging = _HANGING_CHAR.search(line)
+            hanging = _HANGING_CHAR.match(line, len(line) - 1)
         if hanging:
             if not (line.endswith((":", "：", "-", "—", "=", "+")) and talk.is_of_code):
                 yield Span("answer-cut-midway", turn, len(text) - len(hanging[0]), len(text))
@@ -171,7 +172,7 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
         # One sentence without a full stop is a habit; a last one after others was perhaps cut.
         style = len(ends) >= 2 or (len(line) >= 24 and (ends or line.count("，") >= 2))
         last = len(line) - (ends[-1] if ends else 0)
-        if style and _HAN_OR_WORD.search(line) and 2 <= last <= 400:
+        if style and _HAN_OR_LATIN.match(line[-1]) and 2 <= last <= 400:
             kind = "answer-cut-midway" if line[-1].isascii() else NO_FULL_STOP
             yield Span(kind, turn, len(text) - min(12, len(line)), len(text))
 
@@ -179,7 +180,7 @@ def cut_midway(talk: Talk) -> Iterator[Span]:
 def _is_unlike_its_list(text: str) -> bool:
     """Whether the last item of a list has no full stop, though two or more before it have."""
     at = text.rfind("\n")
-    if at < 0 or not _ITEM.match(text, at + 1) or not _HAN_OR_WORD.search(text):
+    if at < 0 or not _ITEM.match(text, at + 1) or not _HAN_OR_LATIN.match(text[-1]):
         return False
     items = [line.rstrip() for line in text[:at].splitlines() if _ITEM.match(line)]
     return len(items) >= 2 and all(item.endswith(_ENDED_ITEM) for item in items)

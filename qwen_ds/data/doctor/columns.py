@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qwen_ds.data.doctor.spans import Span, Talk
 
 _ASKS = re.compile(
-    r"[？?]|^(?:请|帮|给我|如何|怎么|怎样|什么|为什么|为何|哪|谁|写|列|介绍|解释|说明|描述|翻译|总结|根据|生成|编写|设计|"
+    r"[？?]|^(?:请|帮|怎样|哪|谁|写|列|介绍|解释|说明|描述|翻译|总结|根据|生成|编写|设计|"
     r"计算|判断|分析|推荐|告诉|能否|可以|你能|将|把|创建|回答|续写|改写|比较|讨论|简述|分类|提取|用|以|对|从|给|在|我|有|是)"
     r"|(?:什么|怎么|如何|哪些|多少|(?<![十百千万好近])几(?![乎十百千万])|吗|呢|为何)|^(?:What|How|Why|When|Where|Who|Which|Can|Could|Please|Write|Give|List|"
     r"Explain|Describe|Translate|Summari|Create|Generate|Tell|Is|Are|Do|Does|Name|Find|Make|Compare|Classify)\b"
@@ -19,7 +19,6 @@ _IS_QUESTION = re.compile(
     r"|(?:What|How|Why|When|Where|Who|Which|Please|Write|Give|List|Explain|Describe|Translate|Summarize)\b[^.!\n]{4,80})"
     r"[？?。.！]?\Z"
 )
-_ENDS_ASKING = re.compile(r"[？?]\s*\Z")
 # Within a line: white space that may cross line breaks is tried from each of them anew.
 _SPACE = r"[^\S\n]*"
 # Whoever asks for a title, a label or a question is answered by one.
@@ -34,7 +33,7 @@ _INSTRUCTS = re.compile(
 )
 # ADGEN: `类型#裙*材质#针织*颜色#纯色`.
 _IS_LIST = re.compile(r"(?:[^\s#*。，]{1,12}#[^#*。\n]{1,30}(?:\*|\Z)){2,}\Z")
-_IS_STATEMENT_END = re.compile(r"[。.！!；;]\s*\Z")
+_ENDS_ASKING, _ENDS_STATEMENT = tuple("？?"), tuple("。.！!；;")
 
 
 def swapped(talk: Talk) -> Iterator[Span]:
@@ -44,7 +43,7 @@ def swapped(talk: Talk) -> Iterator[Span]:
     question, answer = talk.turns[0][1].strip(), talk.turns[1][1].strip()
     if len(answer) > 100 or len(question) < 24 or len(question) < 1.5 * len(answer):
         return
-    if _ASKS.search(question) or not _IS_STATEMENT_END.search(question):
+    if not question.endswith(_ENDS_STATEMENT) or _ASKS.search(question):
         return
     if _IS_QUESTION.match(answer) and not _INSTRUCTS.search(question):
         yield Span("swapped-columns", 1, 0, len(answer))
@@ -66,6 +65,6 @@ def looks_swapped(question: str, answer: str) -> int:
 
 def _reads_as_question(text: str) -> bool:
     text = text.strip()
-    if _ENDS_ASKING.search(text):
+    if text.endswith(_ENDS_ASKING):
         return True
     return len(text) <= 60 and _IS_QUESTION.match(text) is not None

@@ -39,13 +39,18 @@ _LONGEST_ADDRESS = 203
 _IN_ADDRESS = re.compile(r"://[^\s，。]*\Z")
 _FORMULA = re.compile(r"\\[(\[]|\\(?:frac|sqrt|times|cdot|begin|end|left|right|sum|int|text|pi)\b")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\|\\\\\w+\\")
-_VALUES = any_of("nan none null nil undefined")  # also what a program prints
+# Words that stand in place of a text. Some are also the subject of one, such as what a program
+# prints for a value that is missing.
+_VALUES = "NaN|nan|None|NULL|undefined"
+_TO_DO = "TODO|TBD"
+_TO_COME = "待补充 待完善 待填写"
+_LEFT_OUT = "待定 待写 待更新 待添加 省略 略 占位符?"
 _WHOLE_BLANK = re.compile(
     r"[\s\[【（(<「]*(?:"
     + any_of(
-        rf"{_VALUES} n/?a \#n/a todo tbd tba fixme xxx+ 待补充? 待定 待填写? 待完善 待更新 待添加 "
-        r"待写 待?续写 暂无 暂无(?:答案|内容|数据|信息) 答案略 暂缺 暂略 略 "
-        r"[暂还]?未(?:填写?|提供) 同上 省略 占位符? \.{2,} …+ _+ /+ \?+ ？+ "
+        rf"{_VALUES} nil n/?a \#n/a {_TO_DO} tba fixme xxx+ {_TO_COME} {_LEFT_OUT} 待补 待填 "
+        r"待?续写 暂无(?:答案|内容|数据|信息)? 答案略 暂缺 暂略 "
+        r"[暂还]?未(?:填写?|提供) 同上 \.{2,} …+ _+ /+ \?+ ？+ "
         r"-{1,3} n\.a to_be_(?:added|filled|completed|determined|announced).* coming_soon "
         r"no_answer <answer> (?:asdf|qwer)\w* "
         r"(?:这里|此处)(?:[是为]|是为)?(?:答案|回答|内容|示例)\w{0,4} "
@@ -54,31 +59,32 @@ _WHOLE_BLANK = re.compile(
     + r")[\s\]】）)>」。.!！]*",
     re.IGNORECASE,
 )
-_TO_FILL = any_of("待定 略 此处省略 内容省略 省略 占位符? 待写 待更新 待添加 填写 请填写")
+_TO_FILL = any_of(f"{_LEFT_OUT} 此处省略 内容省略 填写 请填写")
 _CHINESE = r"[\u4e00-\u9fff：，。、“”《》（）【】]"
+# What stands first is a character, not what stands before it: that is soon seen to be another one.
 _PART_BLANK = pattern(
     "|".join(
         [
-            r"(?:待补充|待完善|待填写)(?![\u4e00-\u9fff])",
+            rf"{any_of(_TO_COME)}(?![\u4e00-\u9fff])",
             rf"[（(【\[]{_TO_FILL}[^）)】\]\n]{{0,12}}[）)】\]]",
-            r"\b(?:TODO|TBD|FIXME)\b(?! ?(?:list|app|lists|列表|清单|应用|事项|注释))",
+            rf"\b(?:{_TO_DO}|FIXME)\b(?! ?(?:list|app|lists|列表|清单|应用|事项|注释))",
             r"此处(?:填写|插入|输入|补充|省略)|(?:请)?在(?:此|这里)(?:填写|输入|插入|补充)",
             r"[Ll]orem ipsum|<placeholder>|\[object Object\]",
             r"\{\{\s*[\w.\u4e00-\u9fff]+\s*\}\}|\$\{\w+\}",
             r"\[(?:[Yy]our|[Ii]nsert|[Aa]dd|[Ee]nter|INSERT|YOUR) [^\]\n]{2,40}\]",
-            r"(?<=[\u4e00-\u9fff，、：])\[(?:[你您我]的|姓名|名字|公司|职位|学校|产品|日期|时间|地[址点]|城市|电话)"
+            r"\[(?<=[\u4e00-\u9fff，、：]\[)(?:[你您我]的|姓名|名字|公司|职位|学校|产品|日期|时间|地[址点]|城市|电话)"
             r"[^\]\n]{0,8}\](?![(（:：])",
             r"<(?:[Yy]our|[Ii]nsert|INSERT|YOUR)[ _][^>\n]{2,40}>",
-            r"[：:]\s?(?P<it>(?:nan|NaN|NULL|None|undefined))(?=[。.]?\s*$)",
-            r"(?<![\\$#{}A-Za-z0-9_^])\{(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
-            r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?<![A-Za-z.@/])"
+            rf"[：:]\s?(?P<it>{_VALUES})(?=[。.]?\s*$)",
+            r"\{(?<![\\$#{}A-Za-z0-9_^]\{)(?:[A-Za-z]+_?[a-z]*|(?:姓名|名字|公司|产品|日期|地址|城市)\w{0,4})\}(?!\})",
+            r"(?:nan|NaN)(?=[\u4e00-\u9fff])|(?=[Xx])(?<![A-Za-z.@/])"
             # A Roman number, too, but not in Chinese.
             rf"(?:(?<={_CHINESE})|(?<={_CHINESE}\s)|(?=[Xx]+\s?{_CHINESE}))[Xx]{{3,}}(?![A-Za-z.届])",
         ]
     ),
     re.MULTILINE,
 )
-_VALUES_ARE_THE_SUBJECT = re.compile(r"NaN|nan|None|NULL|null|undefined|TODO|TBD|占位")
+_VALUES_ARE_THE_SUBJECT = re.compile(f"{_VALUES}|null|{_TO_DO}|占位")
 _ASKS_FOR_BLANKS = ("模板", "填空", "template", "范本", "样本")
 
 
@@ -102,11 +108,11 @@ _MARKUP_IS_THE_SUBJECT = re.compile(
 
 def markup(talk: Talk) -> Iterator[Span]:
     """HTML and escapes in rows that do not speak of code."""
-    first = talk.turns[0][1] if talk.turns else ""
-    if ("<" in first or "&" in first) and _MARKUP_IS_THE_SUBJECT.search(first):
+    marks = of.ANGLE | of.AMPERSAND
+    if talk.turns and talk.classes[0] & marks and _MARKUP_IS_THE_SUBJECT.search(talk.turns[0][1]):
         return
     for turn, ((_, text), classes) in enumerate(zip(talk.turns, talk.classes, strict=True)):
-        if classes & (of.ANGLE | of.AMPERSAND) and not talk.is_of_code:
+        if classes & marks and not talk.is_of_code:
             plain = outside_code(text)
             for find in (_HTML, _ENTITY):
                 for start, end in find(plain):

@@ -13,31 +13,11 @@ _TICKS = re.compile(r"`{3,}")
 _FENCE = re.compile(r"^[ \t]*(?:>[ \t]?)*`{3,}", re.MULTILINE)
 _FENCE_IN_LINE = re.compile(r"(?<=[:： ])```[\w+#-]*[ \t]*\n")
 _TILDES = re.compile(r"^~~~(\w*)[ \t]*$", re.MULTILINE)
-_BRACKETS = {
-    "（": "（",
-    "(": "（",
-    "[": "（",
-    "〔": "〔",
-    "〈": "〈",
-    "【": "【",
-    "《": "《",
-    "「": "「",
-    "『": "『",
-    "{": "{",
-}
-_CLOSERS = {
-    "）": "（",
-    ")": "（",
-    "]": "（",
-    "〕": "〔",
-    "〉": "〈",
-    "】": "【",
-    "》": "《",
-    "」": "「",
-    "』": "『",
-    "}": "{",
-}
-_ANY_BRACKET = re.compile(r"[（()）\[\]【】《》「」『』{}〔〕〈〉]")
+_PAIRS = "（） () [] 〔〕 〈〉 【】 《》 「」 『』 {}".split()
+# By the pair that each belongs to; of （, ( and [ one may close what another has opened.
+_OPENERS = {left: "（" if left in "（([" else left for left, _ in _PAIRS}
+_CLOSERS = {right: _OPENERS[left] for left, right in _PAIRS}
+_ANY_BRACKET = re.compile(f"[{re.escape(''.join(_PAIRS))}]")
 _EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:>T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
 
@@ -75,7 +55,7 @@ def _open_bracket(text: str, talk: Talk) -> int | None:
     for match in _ANY_BRACKET.finditer(text):
         if match.start() in faces:
             continue
-        if kind := _BRACKETS.get(match[0]):
+        if kind := _OPENERS.get(match[0]):
             open_at.setdefault(kind, []).append(match.start())
         elif open_at.get(_CLOSERS[match[0]]):
             open_at[_CLOSERS[match[0]]].pop()
@@ -118,12 +98,11 @@ def _open_quote(text: str, talk: Talk) -> int | None:
     singles = _SINGLE.findall(text) if "‘" in text else []
     if len(singles) > text.count("’"):
         return text.rfind("‘")
-    straight = [at for at, char in enumerate(text) if char == '"']
-    if len(straight) % 2:  # one may stand for inches
-        straight = [at for at in straight if not _is_inch(text, at)]
-    if len(straight) % 2 and not talk.is_of_code and opening == closing:
-        return straight[-1]
-    return None
+    if text.count('"') % 2 == 0 or opening != closing or talk.is_of_code:
+        return None
+    found = (match.start() for match in re.finditer('"', text))
+    straight = [at for at in found if not _is_inch(text, at)]
+    return straight[-1] if len(straight) % 2 else None
 
 
 def _is_inch(text: str, at: int) -> bool:
