@@ -13,7 +13,7 @@ _SPECIAL = pattern(
         [
             r"<[|｜][^<>\s|｜]{1,40}[|｜]>",
             r"</?s>",
-            r"<[|｜]?(?:im_?(?:start|end)|im (?:start|end)|endoftext)[|｜]?>|<extra_id_\d+>",
+            r"<[|｜]?(?:im[_ ]?(?:start|end)|endoftext)[|｜]?>|<extra_id_\d+>",
             f"<{any_of('pad unk eos bos cls sep mask sop eop eod eoh eoa eom eot eoc')}>",
             r"</?end_?of_?(?:text|turn|sentence)/?>",
             r"<(?:start|end)_of_turn>",
@@ -109,9 +109,8 @@ def leftovers(talk: Talk) -> Iterator[Span]:
         if classes & (of.ANGLE | of.BRACE):
             yield from _special(talk, turn, text)
         may_chat = classes & (of.COLON | of.ANGLE | of.BRACE) or "##" in text or "【" in text
-        may_chat = may_chat or "BEGINNING" in text
-        if may_chat:
-            spans = list(_chat(turn, role, outside_code(text), asked))
+        if may_chat or "BEGINNING" in text:
+            spans = _chat(turn, role, outside_code(text), asked, classes)
             if spans and not _is_subject(talk, turn):
                 yield from spans
         if _may_call_tools(text, classes):
@@ -140,15 +139,15 @@ def _is_subject(talk: Talk, turn: int) -> bool:
     return _MARKS_ARE_THE_SUBJECT.search(talk.turns[max(0, asked)][1]) is not None
 
 
-def _chat(turn: int, role: str, text: str, asked: str) -> Iterator[Span]:
-    spans = [Span("chat-marker-in-text", turn, start, end) for start, end in _CHAT(text)]
-    if role == "assistant" and not spans and not _ASKS_FOR_A_TALK.search(asked):
-        spans = [
-            Span("chat-marker-in-text", turn, start, end)
-            for start, end in _of_a_talk(text)
-            if text[start:end].strip() not in asked
-        ]
-    yield from spans
+def _chat(turn: int, role: str, text: str, asked: str, classes: int) -> list[Span]:
+    may_be = classes & (of.LATIN | of.ANGLE | of.BRACE) or "##" in text
+    found = list(_CHAT(text)) if may_be else []
+    if role == "assistant" and not found and (classes & of.COLON or "【" in text):
+        places = _of_a_talk(text)
+        found = [(start, end) for start, end in places if text[start:end].strip() not in asked]
+        if found and _ASKS_FOR_A_TALK.search(asked):
+            found = []
+    return [Span("chat-marker-in-text", turn, start, end) for start, end in found]
 
 
 def _of_a_talk(text: str) -> Iterator[tuple[int, int]]:
@@ -180,5 +179,5 @@ def _tools(turn: int, text: str) -> Iterator[Span]:
 
 def _may_call_tools(text: str, classes: int) -> bool:
     if not classes & (of.LATIN | of.BRACE | of.COLON):
-        return False
+        return "†" in text
     return bool(classes & (of.ANGLE | of.BRACE)) or has_any(text, _TOOL_WORDS)
