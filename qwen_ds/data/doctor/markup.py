@@ -61,7 +61,8 @@ _WHOLE_BLANK = re.compile(
 )
 _TO_FILL = any_of(f"{_LEFT_OUT} 此处省略 内容省略 填写 请填写")
 _CHINESE = r"[\u4e00-\u9fff：，。、“”《》（）【】]"
-# What stands first is a character, not what stands before it: that is soon seen to be another one.
+# Each part begins with a character, and looks at what is before it afterwards: the engine soon
+# passes where that character is another one.
 _PART_BLANK = pattern(
     "|".join(
         [
