@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,25 +28,42 @@ TEXTS = [{"text": f"colour {i}: abc de {i * i} and so on"} for i in range(25)]
 QUESTIONS = [{"question": f"{i}+1?", "A": str(i + 1), "B": "no", "answer": "A"} for i in range(5)]
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    file = tmp_path / "general.jsonl"
+def write_rows(folder: Path) -> Path:
+    file = folder / "general.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in TEXTS + QUESTIONS))
     return file
 
 
 @pytest.fixture
-def broken_dir(small_dir: Path, tmp_path: Path) -> Path:
-    """The small model with a head that is worse on purpose."""
-    target = tmp_path / "broken"
-    target.mkdir()
-    for file in small_dir.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(target / "model.safetensors")
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path)
+
+
+class Compared(NamedTuple):
+    report: dict[str, Any]
+    shown: str
+    output: Path
+    rows: Path
+
+
+@pytest.fixture(scope="module")
+def compared(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """The small model against its copy and against one with a head that is worse on purpose."""
+    folder = tmp_path_factory.mktemp("compared")
+    broken, rows, output = folder / "broken", write_rows(folder), folder / "out"
+    shutil.copytree(small_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
     noise = torch.randn(tensors["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1))
     tensors["lm_head.weight"] += 3 * tensors["lm_head.weight"].std() * noise
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    words = ["--general", str(rows), "--output_dir", str(output)]
+    words += ["--compare", f"base={small_dir}", f"copy={small_dir}", f"broken={broken}"]
+    words += ["--require", "general.forgot<1", "general.perplexity_rise<=0", "general.accuracy>=0"]
+    words += ["base:general.bits_per_byte>0"]
+    with redirect_stdout(StringIO()) as shown:
+        report = evaluate(parse(EvaluateOptions, "", words))
+    assert report is not None
+    return Compared(report, shown.getvalue(), output, rows)
 
 
 def measured(output: Path, rows: Path, *more: object) -> dict[str, Any]:
@@ -54,26 +74,18 @@ def measured(output: Path, rows: Path, *more: object) -> dict[str, Any]:
     return found
 
 
-def test_a_model_that_lost_what_it_knew_is_flagged_and_its_copy_is_not(
-    small_dir: Path,
-    broken_dir: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "out"
-    sides = [f"base={small_dir}", f"copy={small_dir}", f"broken={broken_dir}"]
-    found = measured(output, rows, "--compare", *sides)
+def test_a_model_that_lost_what_it_knew_is_flagged_and_its_copy_is_not(compared: Compared) -> None:
+    found, output = compared.report["general"], compared.output
     assert found == json.loads((output / "comparison.json").read_bytes())["general"]
     assert found["changes"]["broken"]["texts"]["verdict"] == "forgot"
     assert found["changes"]["broken"]["verdict"] == "forgot"
     copy = found["changes"]["copy"]
     assert (copy["texts"]["verdict"], copy["texts"]["worsening"]) == ("no sign", 0.0)
     assert found["scores"]["base"] == found["scores"]["copy"]
-    shown = capsys.readouterr().out
-    assert "broken against base: perplexity of 25 texts" in shown and ": forgot" in shown
+    assert "broken against base: perplexity of 25 texts" in compared.shown
+    assert ": forgot" in compared.shown
     lines = read_lines(output / "base" / "general.jsonl")
-    assert [line["source"] for line in lines] == [f"{rows}:{i + 1}" for i in range(30)]
+    assert [line["source"] for line in lines] == [f"{compared.rows}:{i + 1}" for i in range(30)]
     assert lines[0]["bytes"] == len(TEXTS[0]["text"])
     question = lines[-1]
     assert set(question["logprobs"]) == {"A", "B"} and question["answer"] == "A"
@@ -81,30 +93,18 @@ def test_a_model_that_lost_what_it_knew_is_flagged_and_its_copy_is_not(
     assert not list(output.rglob("*.parts"))
 
 
-def test_forgetting_and_general_figures_can_be_required(
-    small_dir: Path,
-    broken_dir: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    sides = [f"base={small_dir}", f"copy={small_dir}", f"broken={broken_dir}"]
-    words = ["--general", str(rows), "--output_dir", str(tmp_path / "out"), "--compare", *sides]
-    words += ["--require", "general.forgot<1", "general.perplexity_rise<=0", "general.accuracy>=0"]
-    words += ["base:general.bits_per_byte>0"]
-    report = evaluate(parse(EvaluateOptions, "", words))
-    assert report is not None
-    met = {(one["model"], one["require"].split("general.")[1]): one for one in report["gate"]}
+def test_forgetting_and_general_figures_can_be_required(compared: Compared) -> None:
+    gate, general = compared.report["gate"], compared.report["general"]
+    met = {(one["model"], one["require"].split("general.")[1]): one for one in gate}
     assert {key for key, one in met.items() if not one["met"]} == {
         ("broken", "forgot<1"), ("broken", "perplexity_rise<=0"),
     }  # fmt: skip
     assert len(met) == 7
-    general = report["general"]
     rise = general["changes"]["broken"]["texts"]["worsening"]
     assert met["broken", "perplexity_rise<=0"]["value"] == rise > 0
     base = general["scores"]["base"]["bits_per_byte"][0]
     assert met["base", "bits_per_byte>0"]["value"] == base
-    assert "required  MISSED  broken: general.forgot<1  (1.0000)" in capsys.readouterr().out
+    assert "required  MISSED  broken: general.forgot<1  (1.0000)" in compared.shown
 
 
 def test_one_model_alone_gets_its_figures(small_dir: Path, rows: Path, tmp_path: Path) -> None:
