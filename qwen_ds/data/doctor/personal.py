@@ -20,19 +20,20 @@ _NOBODY = re.compile(
 )
 _LONG_NUMBER = re.compile(r"\d[\d() .-]{6,}\d")  # all numbers below hold one
 _PHONE = re.compile(
-    r"(?<![\d.+*/-])(?:[(（]?(?:\+|00)?86[)）]?[- ]?)?(?:1[3-9]\d(?:[-. ]?\d{4}[-. ]?\d{4})"
+    r"(?<![\d.+*/-])(?:[(（]?(?:\+|00)?86[)）]?[- ]?)?(?:1[3-9]\d[-. ]?\d{4}[-. ]?\d{4}"
     r"|1[3-9]\d([- ])\d{3}\1\d{5}|\(1[3-9]\d\) ?\d{4}[- ]?\d{4})(?![\d*]|/(?!1[3-9]\d)|\.\d|-\d)"
 )
-# Of other countries: with the country's code, or with the area's in brackets. What begins with 555
-# is nobody's, and what costs nothing to call is no person's.
+# Of other countries: with the country's code, or with the area's in brackets.
 _PHONE_ABROAD = re.compile(
     r"(?<![A-Za-z0-9_.+*/=-])(?:\+(?!86)(?!\d+\.\d+(?!\.?\d))"
-    r"(?!1[- ]?\(?8(?:00|33|44|55|66|77|88)\b)[1-9]\d{0,2}"
-    r"(?=(?:[-. ()]{0,2}\d){7,13}(?!\d))(?=[-. (]{0,2}\d{0,3}[)]?[-. ]|\d{8})"
+    r"[1-9]\d{0,2}(?=(?:[-. ()]{0,2}\d){7,13}(?!\d))(?=[-. (]{0,2}\d{0,3}[)]?[-. ]|\d{8})"
     r"(?:[-. ]?\(\d{1,4}\))?(?:[-. ]?\d{2,12}){1,5}"
-    r"|\((?!8(?:00|33|44|55|66|77|88))[2-9]\d\d\) ?(?!555)[2-9]\d\d-\d{4})(?![\d*]|\.\d|-\d)"
+    r"|\([2-9]\d\d\) ?[2-9]\d\d-\d{4})(?![\d*]|\.\d|-\d)"
 )
-_IS_FICTION = re.compile(r"\+1\D{0,2}\d{3}\D{0,2}555")
+# In America what begins with 555 is nobody's, and what costs nothing to call is no person's.
+_IS_NOBODYS = re.compile(
+    r"(?:\+1[- ]?\(?|\()8(?:00|33|44|55|66|77|88)|(?:\+1\D{0,2}|\()\d{3}\D{0,2}555"
+)
 # A number that a program made: the left half of a message's id.
 _MADE = re.compile(r"[\d.]*\d{6}[\d.]*\.[\d.]*@")
 # An amount: its unit after it, or round.
@@ -117,7 +118,7 @@ def places(text: str, classes: int = of.EVERY) -> Iterator[tuple[str, int, int]]
                 yield "phone", *match.span()
         if "+" in text or "(" in text:
             for match in _PHONE_ABROAD.finditer(text):
-                if not (_IS_FICTION.match(match[0]) or match[0].endswith(_ROUND)):
+                if not (_IS_NOBODYS.match(match[0]) or match[0].endswith(_ROUND)):
                     yield "phone", *match.span()
         for match in _CARD.finditer(text):
             if is_card(re.sub(r"\D", "", match[0])) and not is_id_card_like(match[0]):

@@ -169,6 +169,7 @@ def test_a_text_with_a_brace_or_a_semicolon_is_no_code() -> None:
         ("Text Priya at +91 98200 12345 tonight.", True),
         ("Ring +442079460958, please.", True),
         ("Toll-free numbers look like +1 (800) 438-0199.", False),
+        ("They are (888) 438-0199, +1-800-438-0199 or +18004380199.", False),
         ("In films it is (415) 555-0132, or +1 415 555 0132.", False),
         ("It lies at +39.904200, +116.407400.", False),
         ("+1,234,567 + 890 = 1,235,457", False),
