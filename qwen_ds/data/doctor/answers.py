@@ -229,7 +229,7 @@ def _looped(text: str) -> tuple[int, int] | None:
         times = len(match[0]) // len(unit)
         if times < _CODE_RUN and _is_in_code(text, match.start()):
             continue
-        if is_word and (len(match[0]) >= 16 or times >= 6) and not _is_table(unit):
+        if is_word and (len(match[0]) >= 16 or times >= 6):
             return match.span()
     for run in _CHAR_RUN.finditer(text):
         if run[1] not in _LAUGHTER or len(run[0]) >= _LONG_RUN:
@@ -252,8 +252,3 @@ def _looped(text: str) -> tuple[int, int] | None:
 def _is_in_code(text: str, at: int) -> bool:
     """Whether a place of a text lies between two fences."""
     return text.count("```", 0, at) % 2 == 1
-
-
-def _is_table(unit: str) -> bool:
-    """Whether a repeated unit is of a table's rule, or of a line of dots."""
-    return not any(char.isalnum() for char in unit)

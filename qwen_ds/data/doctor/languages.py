@@ -10,7 +10,7 @@ from qwen_ds.data.doctor.spans import Span, Talk, is_bare_code, outside_code
 
 _NAMES = "Japanese|Korean|Russian|French|German|Spanish|Italian|Latin|Portuguese|Ukrainian"
 _ASKS_LANGUAGE = re.compile(
-    r"英|翻译|译|代码|编程|程序|函数|单词|外[语文国]|法[语文]|德[语文]|日[语文]|韩[语文]|俄[语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|泰[语文]|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
+    r"英|译|代码|编程|程序|函数|单词|外国|[外法德日韩俄泰][语文]|西班牙|拉丁|意大利|葡萄牙|荷兰|阿拉伯|希腊|印地|越南|印尼|马来|土耳其|波兰|瑞典|世界语|用.{1,6}语|怎么说|公式|缩写|网址|链接|"
     r"正则|拼写|拼音|音标|语法|字母|邮箱|歌词|名言|(?<![A-Za-z])(?:English|Chinese|Mandarin|translat|Python|SQL|HTML|Java|code|regex|C\+\+|"
     r"JSON|LaTeX|pinyin|hanzi|kanji|kana\b|hiragana|katakana|hangul|characters"
     rf"|(?:in|into|to) (?:{_NAMES})\b|(?:{_NAMES}) (?:for|words?|phrases?|sentences?|letters?)\b)",

@@ -18,7 +18,7 @@ _PAIRS = "（） () [] 〔〕 〈〉 【】 《》 「」 『』 {}".split()
 _OPENERS = {left: "（" if left in "（([" else left for left, _ in _PAIRS}
 _CLOSERS = {right: _OPENERS[left] for left, right in _PAIRS}
 _ANY_BRACKET = re.compile(f"[{re.escape(''.join(_PAIRS))}]")
-_EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:>T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
+_EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
 
 def unclosed(talk: Talk) -> Iterator[Span]:
