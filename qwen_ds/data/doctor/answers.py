@@ -127,7 +127,7 @@ _NEXT_ITEM = re.compile(
 )
 # In a text of a dozen characters only these tell.
 _HANGING_SHORT = re.compile(rf"(?:[，,、]|{_JOINING})\Z")
-_LONGEST_HANGING = 12  # characters, its number of a list included
+_LONGEST_HANGING = 12  # characters: an answer is looked at no further before its end
 _ITEM = re.compile(r"\s*(?:\d{1,2}[.、．)）]|[-*•]|[（(]?[一二三四五六七八九十][、.)）])")
 _ENDED_ITEM = ("。", ".", "！", "!", "；", ";")
 # An address ends as it likes.

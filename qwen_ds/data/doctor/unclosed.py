@@ -15,8 +15,8 @@ _FENCE_IN_LINE = re.compile(r"(?<=[:： ])```[\w+#-]*[ \t]*\n")
 _TILDES = re.compile(r"^~~~(\w*)[ \t]*$", re.MULTILINE)
 _PAIRS = "（） () [] 〔〕 〈〉 【】 《》 「」 『』 {}".split()
 # By the pair that each belongs to; of （, ( and [ one may close what another has opened.
-_OPENERS = {left: "（" if left in "（([" else left for left, _ in _PAIRS}
-_CLOSERS = {right: _OPENERS[left] for left, right in _PAIRS}
+_OPENERS = {pair[0]: "（" if pair[0] in "（([" else pair[0] for pair in _PAIRS}
+_CLOSERS = {pair[1]: _OPENERS[pair[0]] for pair in _PAIRS}
 _ANY_BRACKET = re.compile(f"[{re.escape(''.join(_PAIRS))}]")
 _EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
