@@ -299,7 +299,7 @@ def padding_share(steps: list[WindowStatistics]) -> float:
 def shapes_of(sampler: StepSampler, epochs: int) -> list[set[tuple[int, int]]]:
     """(rows, width) of all micro-batches of all ranks by epoch, from the plan: none is made."""
     steps = range(sampler.steps_per_epoch)
-    plans = [[sampler._plan(epoch, step) for step in steps] for epoch in range(epochs)]
+    plans = [[sampler.plan(epoch, step) for step in steps] for epoch in range(epochs)]
     return [
         {(len(part), sampler.width(part)) for ranks in plan for parts in ranks for part in parts}
         for plan in plans
