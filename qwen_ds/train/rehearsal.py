@@ -88,7 +88,7 @@ def memory_is_told(run: Run, data: Data, doing: Callable[[], str]) -> Iterator[N
     what the rank did."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
