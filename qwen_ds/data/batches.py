@@ -271,14 +271,16 @@ class StepSampler:
         """Tokens to which the rows of a micro-batch are padded.
 
         That of the longest bucket among them, or the next one at which so many rows are usual: the
-        last step of an epoch has fewer rows, and would bring shapes of its own.
+        last step of an epoch has fewer rows, and would bring shapes of its own. A single row does
+        not grow beyond the budget.
         """
         needed = _width(self.padded_lens, part)
         usual = self._usual.get(len(part), [])
+        most = needed * MOST_GROWTH
+        if len(part) == 1:  # more rows of a usual width are within the budget
+            most = min(most, max(needed, self.budget))
         at = bisect_left(usual, needed)
-        if at == len(usual) or usual[at] > needed * MOST_GROWTH:
-            return needed
-        return usual[at]
+        return needed if at == len(usual) or usual[at] > most else usual[at]
 
     @cached_property
     def _usual(self) -> dict[int, list[int]]:

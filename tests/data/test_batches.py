@@ -336,6 +336,14 @@ def test_batches_are_padded_as_the_plan_says_and_stay_within_the_budget() -> Non
         assert (batch.labels_BT[:, rows.lens[list(batch.row_ids)].max() :] == IGNORE).all()
 
 
+@pytest.mark.parametrize(("budget", "width"), [(200, 90), (70, 60), (50, 60)])
+def test_a_rare_row_grows_to_a_usual_width_within_the_budget(budget: int, width: int) -> None:
+    sampler = StepSampler(FakeRows(np.array([60, 90, 200], np.int32)), 8, 0, 1, 0, budget)
+    vars(sampler)["_usual"] = {1: [90, 200]}  # as if the row of 60 came late
+    assert sampler.width(np.array([0])) == width
+    assert sampler.width(np.array([1])) == 90
+
+
 def test_evaluation_sees_every_row_once_in_equal_counts() -> None:
     rows = log_normal_rows(37)
     ranks = [list(evaluation_batches(rows, 3, rank, 700)) for rank in range(3)]
