@@ -165,7 +165,7 @@ def use_network() -> None:
     """
     if not _spans_machines():
         return
-    name = network.interface_to([os.environ["MASTER_ADDR"]])
+    name = network.interface_to(os.environ["MASTER_ADDR"])
     if name is None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

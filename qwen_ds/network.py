@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import socket
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
@@ -18,12 +17,13 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 _OUT = ("203.0.113.1", "2001:db8::1")
 
 
-def interface_to(hosts: Iterable[str]) -> str | None:
-    """The interface to the first of these hosts that this machine reaches by one, else the one of
-    its default route; None where nothing leads out."""
-    for host in (*hosts, *_OUT):
-        address = local_address_to(host)
-        if address and (name := addresses().get(address)) and name != "lo":
+def interface_to(host: str) -> str | None:
+    """The interface that leads to `host`, or the one of the default route where that is loopback or
+    none; None where nothing leads out."""
+    interfaces = addresses()
+    for target in (host, *_OUT):
+        address = local_address_to(target)
+        if address and (name := interfaces.get(address)) and name != "lo":
             return name
     return None
 

@@ -16,7 +16,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -244,7 +244,6 @@ class StepSampler:
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
         self._plan = lru_cache(maxsize=2)(self._plan_step)
-        self._usual = self._usual_widths()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -257,23 +256,34 @@ class StepSampler:
 
     def window(self, epoch: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, longest rows first; all ranks have equally many."""
-        parts = self._plan(epoch, step)[self.rank]
+        parts = self.plan(epoch, step)[self.rank]
         return [make_batch(self.rows, part, self.width(part)) for part in parts]
+
+    def plan(self, epoch: int, step: int) -> list[list[np.ndarray]]:
+        """The rows of each rank's micro-batches of a step, int64; alike on every rank."""
+        return self._plan(epoch, step)
+
+    def size(self, part: np.ndarray) -> int:
+        """Padded tokens of a micro-batch."""
+        return max(1, len(part)) * self.width(part)
 
     def width(self, part: np.ndarray) -> int:
         """Tokens to which the rows of a micro-batch are padded.
 
         That of the longest bucket among them, or the next one at which so many rows are usual: the
-        last step of an epoch has fewer rows, and would bring shapes of its own.
+        last step of an epoch has fewer rows, and would bring shapes of its own. A single row does
+        not grow beyond the budget.
         """
         needed = _width(self.padded_lens, part)
         usual = self._usual.get(len(part), [])
+        most = needed * MOST_GROWTH
+        if len(part) == 1:  # more rows of a usual width are within the budget
+            most = min(most, max(needed, self.budget))
         at = bisect_left(usual, needed)
-        if at == len(usual) or usual[at] > needed * MOST_GROWTH:
-            return needed
-        return usual[at]
+        return needed if at == len(usual) or usual[at] > most else usual[at]
 
-    def _usual_widths(self) -> dict[int, list[int]]:
+    @cached_property
+    def _usual(self) -> dict[int, list[int]]:
         """The widths of micro-batches in the first steps, sorted, by their number of rows."""
         found: dict[int, set[int]] = {}
         for step in range(min(SAMPLED_STEPS, self.steps_per_epoch)):
@@ -284,8 +294,8 @@ class StepSampler:
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
         """The statistics of one step over all ranks, computed from lengths without a collective."""
         lens = self.rows.lens
-        ranks = self._plan(epoch, step)
-        padded = [sum(max(1, len(part)) * self.width(part) for part in parts) for parts in ranks]
+        ranks = self.plan(epoch, step)
+        padded = [sum(map(self.size, parts)) for parts in ranks]
         row_ids = np.concatenate([part for parts in ranks for part in parts])
         return WindowStatistics(
             rows=len(row_ids),

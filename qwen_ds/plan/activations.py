@@ -171,10 +171,10 @@ def _inputs(
 
 def head_bytes(shape: Shape, how: Saving, batch: MicroBatch) -> int:
     """Bytes of the loss head: the gradient of the gathered hidden states, computed in the forward
-    pass, and a mask of the targets, a byte a token; for a trained head its fp32 gradient."""
+    pass, and the targets' int64 places; for a trained head its fp32 gradient."""
     states = batch.targets * shape.hidden * how.b
     head = shape.head * FP32 if how.whole_head else 0
-    return states + batch.rows * (batch.length - 1) + head
+    return states + 8 * batch.targets + head
 
 
 def recomputed_blocks(layers: int, every: int) -> int:

@@ -7,13 +7,7 @@ from dataclasses import dataclass, replace
 
 from qwen_ds.plan.recomputation import Fit, fit_of, from_recipe, least_recomputation
 from qwen_ds.plan.run import Run
-from qwen_ds.plan.seconds import (
-    Cluster,
-    Seconds,
-    Work,
-    launching_seconds,
-    step_seconds,
-)
+from qwen_ds.plan.seconds import Cluster, Seconds, Work, launching_seconds, step_seconds
 from qwen_ds.plan.step import Workload, split
 
 BUDGETS = (1024, 2048, 4096, 8192, 16384)  # tokens_per_micro_batch, beside the recipe's own

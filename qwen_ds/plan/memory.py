@@ -25,7 +25,8 @@ MOMENTS = 2  # of AdamW
 # Temporaries of foreach AdamW in torch 2.0, in copies of the trained parameters: the root of the
 # second moment, and that root plus epsilon. The fused kernel of today has none.
 TEMPORARIES_TORCH_2_0 = 2
-# DeepSpeed's ZeRO takes the norm of each piece of the gradient over a copy in double precision.
+# DeepSpeed's ZeRO-3 takes the norm of each piece of the gradient over a copy in double precision.
+# Below it the norm is ours, without a copy (train/engine/engine.py).
 FP64 = 8
 # fp32 logits of one chunk of the loss head at most: 384 tokens of the 151,936-row vocabulary.
 CHUNK_BYTES = 256 * 2**20
@@ -158,15 +159,15 @@ def _head_working_set(shape: Shape, how: Saving, zero: Zero) -> float:
 
 
 def _update_working_set(shape: Shape, how: Saving, zero: Zero) -> float:
-    """The norm of the gradient under ZeRO, over copies in double precision, piece by piece; or the
-    gradient joined to one piece, where the trained parameters are fp32."""
+    """The gradient joined to one piece, where the trained parameters are fp32; or under ZeRO-3 a
+    piece of it in double precision, for its norm."""
     if zero.stage == 0 or zero.offload_optimizer:
         return 0.0
-    share = how.trained_parameters(shape) / zero.world
-    widest = max(linear.size for linear in shape.linears) if how.full else 0
-    widest = shape.head if how.whole_head or how.whole_embedding else widest
-    piece = min(share, widest / zero.world if zero.stage == 3 else widest)
-    return max(FP64 * piece, 0.0 if how.full else FP32 * share)
+    joined = 0.0 if how.full else FP32 * how.trained_parameters(shape) / zero.world
+    if zero.stage < 3:
+        return joined
+    widest = shape.head if how.whole_head or how.whole_embedding else 0
+    return max(FP64 * widest / zero.world, joined)
 
 
 def _block_working_set(shape: Shape, how: Saving, batch: MicroBatch, every: int) -> float:

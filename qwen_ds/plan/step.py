@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from qwen_ds.data.batches import cut_windows, deal
+from qwen_ds.data.buckets import bucketed
 from qwen_ds.plan.activations import MicroBatch
 from qwen_ds.recipe.options import BatchOptions
 
@@ -43,8 +44,9 @@ class Split:
 
 
 def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
-    """Cut a step into micro-batches and deal them to the ranks, as training does."""
-    lens = workload.lens
+    """Pad a step's rows, cut them into micro-batches and deal them to the ranks, as training
+    does."""
+    lens = bucketed(workload.lens)
     ranks = deal(lens, cut_windows(lens, world, batch.tokens_per_micro_batch), world)
     # Tokens (rows, and the longest of them) of each rank's micro-batches that have any.
     sizes = [[(len(part), int(lens[part].max())) for part in parts if len(part)] for parts in ranks]

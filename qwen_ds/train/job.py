@@ -44,7 +44,7 @@ def _run(
     log_to_file(folder / "logs")
     if note:
         say(note)
-    run = survey.decide(asked, device)
+    run = survey.decide(resume.with_measured(asked, device), device)
     found, began = resume.find_checkpoint(run, survey.beginning(run))
     data = setup.load_data(run)
     if found and resume.nothing_is_left(found, run, data.sha256, data.sampler.steps_per_epoch):

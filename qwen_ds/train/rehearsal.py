@@ -43,7 +43,7 @@ def _rehearse(session: Session) -> None:
     step = session.start[0]
     watchdog.at(step, "choosing the largest micro-batch")
     row_ids, width = largest_rows(session.data.sampler, step, session.steps)
-    batch = make_batch(session.data.train, np.array(row_ids, dtype=np.int64), width)
+    batch = make_batch(session.data.train, row_ids, width)
     rows, length = batch.ids_BT.shape
     engine.train(True)
     engine.state.make_moments()
@@ -59,17 +59,15 @@ def _rehearse(session: Session) -> None:
     log.info("the largest micro-batch ran: %d rows of %d tokens", rows, length)
 
 
-def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[tuple[int, ...], int]:
-    """Indices of the rows of the largest micro-batch after step `begun`, of any rank, in padded
-    tokens, and the tokens to which they are padded (a collective)."""
+def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[np.ndarray, int]:
+    """The rows of the largest micro-batch after step `begun`, of any rank, in padded tokens, and
+    the tokens to which they are padded; alike on every rank."""
     size = _expected_sizes(sampler, range(begun, steps))
-    tried = sorted(np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun)
-    found: tuple[int, tuple[int, ...]] = (0, ())
-    for step in tried:
-        for batch in sampler.window(*divmod(int(step), sampler.steps_per_epoch)):
-            found = max(found, (batch.ids_BT.numel(), batch.row_ids))
-    tokens, row_ids = max(dist.gather(found))
-    return row_ids, tokens // max(1, len(row_ids))
+    tried = sorted((np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun).tolist())
+    plans = (sampler.plan(*divmod(step, sampler.steps_per_epoch)) for step in tried)
+    parts = (part for ranks in plans for of_rank in ranks for part in of_rank)
+    largest = max(parts, key=sampler.size)
+    return largest, sampler.width(largest)
 
 
 def _expected_sizes(sampler: StepSampler, steps: range) -> np.ndarray:
@@ -90,7 +88,7 @@ def memory_is_told(run: Run, data: Data, doing: Callable[[], str]) -> Iterator[N
     what the rank did."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))

@@ -299,7 +299,7 @@ def padding_share(steps: list[WindowStatistics]) -> float:
 def shapes_of(sampler: StepSampler, epochs: int) -> list[set[tuple[int, int]]]:
     """(rows, width) of all micro-batches of all ranks by epoch, from the plan: none is made."""
     steps = range(sampler.steps_per_epoch)
-    plans = [[sampler._plan(epoch, step) for step in steps] for epoch in range(epochs)]
+    plans = [[sampler.plan(epoch, step) for step in steps] for epoch in range(epochs)]
     return [
         {(len(part), sampler.width(part)) for ranks in plan for parts in ranks for part in parts}
         for plan in plans
@@ -334,6 +334,14 @@ def test_batches_are_padded_as_the_plan_says_and_stay_within_the_budget() -> Non
         assert length in lengths | {2} and (count == 1 or count * length <= 700)
         assert length >= max(rows.lens[list(batch.row_ids)])
         assert (batch.labels_BT[:, rows.lens[list(batch.row_ids)].max() :] == IGNORE).all()
+
+
+@pytest.mark.parametrize(("budget", "width"), [(200, 90), (70, 60), (50, 60)])
+def test_a_rare_row_grows_to_a_usual_width_within_the_budget(budget: int, width: int) -> None:
+    sampler = StepSampler(FakeRows(np.array([60, 90, 200], np.int32)), 8, 0, 1, 0, budget)
+    vars(sampler)["_usual"] = {1: [90, 200]}  # as if the row of 60 came late
+    assert sampler.width(np.array([0])) == width
+    assert sampler.width(np.array([1])) == 90
 
 
 def test_evaluation_sees_every_row_once_in_equal_counts() -> None:

@@ -22,7 +22,7 @@ from qwen_ds.plan.recomputation import (
 )
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
-from qwen_ds.plan.step import largest_micro_batch
+from qwen_ds.plan.step import Workload, largest_micro_batch, split
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.recipe.options import BatchOptions, LoraOptions, ModelOptions, Recipe
 from qwen_ds.train.survive import resume
@@ -110,9 +110,18 @@ def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> Non
         lens = rng.integers(2, 300, 200).astype(np.int32)
         planned = largest_micro_batch(int(lens.max()), 200, BatchOptions(rows, budget), world)
         sampler = StepSampler(FakeRows(lens), rows, 0, world, 0, budget)
-        steps = (sampler._plan(0, step) for step in range(sampler.steps_per_epoch))
-        parts = (part for ranks in steps for of_rank in ranks for part in of_rank if len(part))
-        assert max(len(part) * int(lens[part].max()) for part in parts) <= planned.tokens
+        steps = (sampler.plan(0, step) for step in range(sampler.steps_per_epoch))
+        parts = (part for ranks in steps for of_rank in ranks for part in of_rank)
+        assert max(sampler.size(part) for part in parts) <= planned.tokens
+
+
+@pytest.mark.parametrize("budget", [512, 4096])
+def test_a_step_is_planned_with_the_padding_of_training(budget: int) -> None:
+    workload = Workload.like(64, 157, 0.66, 508)
+    sampler = StepSampler(FakeRows(workload.lens), 64, 0, 1, 0, budget)
+    planned, trained = split(workload, 1, BatchOptions(64, budget)), sampler.statistics(0, 0)
+    assert planned.padded_tokens == trained.padded_tokens > trained.tokens
+    assert planned.micro_batches == trained.micro_batches
 
 
 def test_recomputations_go_from_none_to_all_without_repeating_a_count() -> None:

@@ -17,7 +17,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from qwen_ds import dist
-from qwen_ds.data.batches import target_places
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.deepspeed_json import Json
@@ -148,13 +147,11 @@ class TrainingEngine:
     def loss_sum(self, ids_BT: Tensor, labels_BT: Tensor, places_P: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy over the micro-batch's target tokens, an fp32 scalar.
 
-        Under ZeRO-3 a collective: the ranks gather each layer's weights together. Without places_P
-        (data/batches.py, target_places) they are found here, and on a GPU the CPU waits for that.
+        Under ZeRO-3 a collective: the ranks gather each layer's weights together. places_P: see
+        `LossHead`.
         """
-        if places_P is None:
-            places_P = target_places(labels_BT)
-        tensors = ids_BT, labels_BT, places_P
-        return self._ds(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+        given = (ids_BT, labels_BT) if places_P is None else (ids_BT, labels_BT, places_P)
+        return self._ds(*(tensor.to(self.device, non_blocking=True) for tensor in given))
 
     def token_losses(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy of each target token, float32 [B, T]; see model/token_loss.py. The caller
@@ -174,8 +171,9 @@ class TrainingEngine:
     def totals(self, loss_sums: Sequence[Tensor], noted: float = 0.0) -> Totals:
         """Sum a step's losses and gradient over the ranks, after its last backward (a collective).
 
-        The only place of a step where the CPU waits for the GPU. `noted` is a number of this rank
-        that travels along.
+        The only place of a step where this project makes the CPU wait for the GPU; DeepSpeed waits
+        on its own where its step is kept (`_own_update`). `noted` is a number of this rank that
+        travels along.
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         losses_M = torch.stack(list(loss_sums)).double() if loss_sums else zero[None]

@@ -88,7 +88,8 @@ class Evaluator:
         engine.train(False)
         # On a GPU each look at a result makes the CPU wait, so the sums stay there to the end, and
         # the ranks agree to go on after some seconds.
-        every = MICRO_BATCHES_UNTIL_ASKED if engine.device.type == "cuda" else 1
+        on_gpu = engine.device.type == "cuda"
+        every = MICRO_BATCHES_UNTIL_ASKED if on_gpu else 1
         loss_sum, targets = torch.zeros((), dtype=torch.float64, device=engine.device), 0
         batches = evaluation_batches(self._rows, dist.world_size(), dist.rank(), self._budget)
         for i, batch in enumerate(batches):
@@ -96,6 +97,7 @@ class Evaluator:
             if i % every == 0 and asked_to_stop():
                 engine.train(True)
                 return None
+            batch = batch.pinned() if on_gpu else batch  # a copy from other memory may wait, too
             loss_sum += engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
             targets += batch.num_targets
         # All ranks, once an evaluation.

@@ -68,7 +68,7 @@ class Progress:
             total=steps, initial=self._first_step, unit="step", disable=not self._writes,
             mininterval=0.2 if sys.stderr.isatty() else 15.0, leave=False,
         )  # fmt: skip
-        self._started = self._step_started = time.perf_counter()
+        self._started = self._steps_began = self._step_started = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """State from which a resumed run writes the same lines; {} on ranks that write none."""
@@ -85,6 +85,8 @@ class Progress:
 
     def begin_step(self) -> None:
         self._step_started = time.perf_counter()
+        if self._summary.steps == self._first_step:  # what came before it comes once: compilation
+            self._steps_began = self._step_started
 
     def end_step(self, step: Step) -> None:
         """Take in a finished step; a step without target tokens is counted and not averaged."""
@@ -106,7 +108,7 @@ class Progress:
             self._say_when_it_ends(step.number)
 
     def _say_when_it_ends(self, number: int) -> None:
-        per_step = (time.perf_counter() - self._started) / STEPS_UNTIL_ESTIMATE
+        per_step = (time.perf_counter() - self._steps_began) / STEPS_UNTIL_ESTIMATE
         left = per_step * (self._steps - number)
         ends = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=left)
         self._bar.clear()

@@ -2,8 +2,8 @@
 
     checkpoints/step_000500/   adapter/, optimizer.safetensors or shard_*.safetensors,
                                rng.safetensors, and state.json: what a resumed run needs, with the
-                               sha256 of every other file; in full training also model/, if no
-                               evaluation before this step's was better
+                               sha256 of every other file; in full training also model/, where
+                               the evaluation after this step was the best so far
     latest  best               in the run folder; each names a checkpoint
 
 A checkpoint is put together in a hidden folder and published in one rename (qwen_ds/disk/write.py),

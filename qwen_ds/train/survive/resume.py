@@ -21,7 +21,7 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.plan.deepspeed_json import Json
 from qwen_ds.plan.run import Run
-from qwen_ds.recipe.loading import to_dict
+from qwen_ds.recipe.loading import LoadedRecipe, to_dict
 from qwen_ds.recipe.options import Recipe
 from qwen_ds.runlog import say
 from qwen_ds.train import lora
@@ -46,6 +46,8 @@ _FREE = (
     "deepspeed.timers.throughput.enabled", "deepspeed.zero_optimization.overlap_comm",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold",
 )  # fmt: skip
+# Keys of the model's options whose "auto" a CPU measures (train/survey.py).
+_MEASURED = ("dtype", "attention")
 # Keys that decide the trained parameters and their shapes: a checkpoint fits no other choice.
 _FIXED = (
     "method", "lora.r", "lora.targets", "lora.variant", "lora.special_rows", "lora.modules_to_save",
@@ -56,6 +58,26 @@ def identity(recipe: Recipe, ds_json: Json, data_sha256: str) -> dict[str, str]:
     """The hashes in each checkpoint: of recipe with DeepSpeed JSON, and of the token rows."""
     text = json.dumps(_comparable(to_dict(recipe), ds_json), sort_keys=True, default=str)
     return {"recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
+
+
+def with_measured(asked: LoadedRecipe, device: torch.device) -> LoadedRecipe:
+    """The recipe with each "auto" that a CPU's measurement would decide replaced by what the run in
+    its folder began with (a collective): on a busy machine it may come out otherwise."""
+    if device.type != "cpu":
+        return asked
+    stored = dist.from_rank_0(_stored_model(Path(asked.recipe.output_dir)))
+    model = asked.recipe.model
+    known = {key: stored[key] for key in _MEASURED if vars(model)[key] == "auto" and key in stored}
+    return replace(asked, recipe=replace(asked.recipe, model=replace(model, **known)))
+
+
+def _stored_model(run: Path) -> dict[str, Any]:
+    """The model's options in the recipe of a run on a CPU; empty where there is none."""
+    try:
+        stored = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+        return dict(stored["model"]) if stored["device"] == "cpu" else {}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return {}  # no run, or one whose fault `check_same_run` tells
 
 
 def find_checkpoint(run: Run, now: Began) -> tuple[Checkpoint | None, Began]:

@@ -133,6 +133,32 @@ def test_an_evaluation_reads_its_sums_once_at_the_end(small_dir: Path) -> None:
     assert evaluator.loss(engine, 3, asked_to_stop) is None and len(read) == 4
 
 
+def test_batches_of_an_evaluation_reach_a_gpu_from_page_locked_memory(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a GPU of no kind: what is put on it stays where it is."""
+    zeros, locked = torch.zeros, set[int]()
+
+    def lock(self: torch.Tensor) -> torch.Tensor:
+        locked.add(id(self))
+        return self
+
+    def loss_sum(*batch: torch.Tensor) -> torch.Tensor:
+        assert {id(tensor) for tensor in batch} <= locked
+        return torch.ones(())
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **how: zeros(*size, **how))
+    engine: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), loss_sum=loss_sum, train=lambda mode: None
+    )
+    recipe, rows = Recipe(batch=BatchOptions(tokens_per_micro_batch=9)), FourRows()
+    evaluator = Evaluator(rows, Base.read(small_dir), recipe, Mock(Watchdog))  # type: ignore[arg-type]
+    asked = Mock(return_value=False)
+    assert evaluator.loss(engine, 3, asked) == pytest.approx(4 / (5 + 6 + 7 + 8))
+    assert asked.call_count == 1, "of 4 micro-batches"
+
+
 def test_the_best_loss_is_kept_and_patience_counts_from_it() -> None:
     best = BestLoss()
     for step, loss in enumerate([3.0, 2.0, float("nan"), 2.0], 1):

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.plan.shape import Shape
+from qwen_ds.train.observe import progress as progress_module
 from qwen_ds.train.observe.metrics import Hardware
 from qwen_ds.train.observe.progress import Progress
 from qwen_ds.train.observe.writers import Writers
@@ -78,3 +79,19 @@ def test_an_evaluation_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     first, second = lines(tmp_path)
     assert first["eval_loss"] is None and first["eval_perplexity"] is None
     assert second["eval_loss"] == 800.0 and second["eval_perplexity"] is None
+
+
+def test_the_end_is_estimated_from_the_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute of compiling before ten steps of two seconds; 90 of them are left."""
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress_module, "say", said.append)
+    with Progress(tmp_path, 100, 1, HARDWARE, Writers()) as progress:
+        now[0] += 60
+        for number in range(1, 11):
+            progress.begin_step()
+            now[0] += 2
+            progress.end_step(step(number))
+    assert len(said) == 1 and said[0].endswith("(3 min left)")

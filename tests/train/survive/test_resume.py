@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from qwen_ds.disk.write import write_json
 from qwen_ds.errors import UserError
-from qwen_ds.recipe.loading import write_recipe
-from qwen_ds.recipe.options import LoraOptions, OptimOptions, Recipe, ResumeOptions, SaveOptions
+from qwen_ds.recipe.loading import LoadedRecipe, write_recipe
+from qwen_ds.recipe.options import (
+    LoraOptions,
+    ModelOptions,
+    OptimOptions,
+    Recipe,
+    ResumeOptions,
+    SaveOptions,
+)
+from qwen_ds.train import job
 from qwen_ds.train.survive import resume
 
 ZERO = {"stage": 2, "overlap_comm": True}
@@ -93,3 +104,29 @@ def test_an_older_release_left_the_device_open(run: Path) -> None:
 def test_a_broken_recipe_is_the_users_to_mend(run: Path) -> None:
     (run / "recipe.yaml").write_text("a: [")
     assert "cannot be read" in mistake(run, Recipe())
+
+
+def decided_for(folder: Path, model: ModelOptions, monkeypatch: pytest.MonkeyPatch) -> ModelOptions:
+    """The model's options of which a start of a run decides on a CPU."""
+    decide = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(job.survey, "decide", decide)
+    monkeypatch.setattr(job, "log_to_file", lambda folder: None)
+    asked = LoadedRecipe(Recipe(output_dir=str(folder), model=model), frozenset())
+    with pytest.raises(InterruptedError):
+        job._run(asked, torch.device("cpu"), Mock(), "", ExitStack())
+    found: ModelOptions = decide.call_args.args[0].recipe.model
+    return found
+
+
+def test_what_was_measured_at_the_start_stays_whatever_a_busy_machine_measures_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says otherwise, or the run began on a GPU, where nothing is measured."""
+    auto, began = ModelOptions(), ModelOptions(dtype="float32", attention="eager")
+    assert decided_for(tmp_path, auto, monkeypatch) == auto, "the folder holds no run"
+    write_recipe(Recipe(device="cpu", model=began), tmp_path / "recipe.yaml")
+    assert decided_for(tmp_path, auto, monkeypatch) == began
+    own = ModelOptions(dtype="bfloat16")
+    assert decided_for(tmp_path, own, monkeypatch) == replace(own, attention="eager")
+    write_recipe(Recipe(device="cuda", model=began), tmp_path / "recipe.yaml")
+    assert decided_for(tmp_path, auto, monkeypatch) == auto
