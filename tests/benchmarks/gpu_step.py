@@ -7,17 +7,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor import metrics as inductor_metrics
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen_ds.data.batches import Batch
 from qwen_ds.model.family import QWEN
@@ -35,45 +32,11 @@ from tests.benchmarks.gpu_ours import (
     wait,
 )
 from tests.benchmarks.gpu_plan import Plan, Setting
+from tests.moved import Moved
 
 ROOT = Path(__file__).parents[2]
 FEW, MANY = 1, 3  # micro-batches of the steps that are compared
 Say = Callable[[dict[str, Any]], None]
-
-
-# Operators whose time is that of their arithmetic.
-PRODUCTS = ("mm", "attention", "attention_for_cpu")
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write while it is on, products and attention left out: the time
-    of all others is that of their bytes. Views move none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.rstrip("_").removesuffix("_backward")
-        if name.endswith(PRODUCTS) or "empty" in name:
-            return out
-        read, written = _tensors((args, kwargs)), _tensors(out)
-        storages = {tensor.untyped_storage()._cdata for tensor in read}
-        is_alias = any(tensor.untyped_storage()._cdata in storages for tensor in written)
-        if func._schema.is_mutable or not is_alias:
-            self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
-        return out
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
@@ -96,9 +59,9 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
         x_BTD.grad = None
 
     tokens = setting.rows * setting.length
-    with Traffic() as moved:
+    with Moved() as moved:
         run()
-    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes, tokens)
+    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes.total(), tokens)
     say({"line": "block, eager", **figures})
     if plan.compiled:
         fill(block, compiled_pieces())
