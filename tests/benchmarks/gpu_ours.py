@@ -31,6 +31,7 @@ from qwen_ds.train.engine.start import start_process_group
 from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.observe.metrics import peak_memory_gb
 from tests.benchmarks.gpu_plan import Plan, Setting
+from tests.benchmarks.gpu_profile import wait
 
 
 def model_config(plan: Plan) -> QWenConfig:
@@ -165,11 +166,6 @@ def timed(steps: int, step: Callable[[], None], device: torch.device) -> dict[st
     wait(device)
     seconds = (time.perf_counter() - began) / steps
     return {"seconds": seconds, "first_seconds": first_seconds, **memory(device)}
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
-from tests.benchmarks.gpu_ours import memory, speed, wait
+from tests.benchmarks.gpu_ours import memory, speed
 from tests.benchmarks.gpu_plan import ALL_TARGETS, Plan, Setting
+from tests.benchmarks.gpu_profile import wait
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -29,7 +29,6 @@ import random
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,8 +38,7 @@ if __name__ == "__main__":  # beside this script serve.py hides a package of our
     sys.path[0] = str(Path(__file__).parents[2])
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from qwen_ds.decode.engine import DecodingEngine, packed
 from qwen_ds.decode.graphs import GraphedModel
@@ -57,6 +55,7 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.runlog import run_command
 from qwen_ds.train.observe.metrics import peak_memory_gb
+from tests.benchmarks.gpu_profile import activities, kernels, synchronisations
 
 ROOT = Path(__file__).parents[2]
 OUT_OF_TIME = "no time left"
@@ -160,36 +159,11 @@ def look_into_step(engine: DecodingEngine, device: torch.device) -> dict[str, An
 
     On a CPU: its operators.
     """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as found:
+    with profile(activities=activities(device)) as found:
         engine.step()
-    on_gpu = device.type == "cuda"
-    # An operator's device time is that of its kernels, which have events of their own.
-    counted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    seen = [
-        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.key)
-        for event in found.key_averages()
-        if event.device_type == counted and not event.is_user_annotation
-    ]
-    seen.sort(reverse=True)
-    kernels = [name for _, name in seen if any(word in name.lower() for word in ATTENTION)]
-    return {"device_ms": sum(us for us, _ in seen) / 1000, "attention": kernels[:3]}
-
-
-def count_waits(engine: DecodingEngine, device: torch.device) -> int | None:
-    """How often one more step waits for the device, as torch itself sees it; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(one.message) for one in found)
+    seen = kernels(found, device)
+    names = [name for name, _ in seen if any(word in name.lower() for word in ATTENTION)]
+    return {"device_ms": sum(ms for _, ms in seen), "attention": names[:3]}
 
 
 MEASUREMENTS: dict[str, Callable[[DecodingEngine, Plan], dict[str, Any]]] = {
@@ -208,7 +182,8 @@ def measure(name: str, plan: Plan, device: torch.device) -> dict[str, Any]:
     engine = make_engine(plan, device)
     with torch.inference_mode():
         figures = MEASUREMENTS[name](engine, plan)
-        figures |= {"waits": count_waits(engine, device)}
+        if device.type == "cuda":  # one more step; a CPU is never waited for
+            figures["waits"] = synchronisations(engine.step, device).total()
         figures |= look_into_step(engine, device)
     assert isinstance(engine.store, PagedStore)
     return figures | {

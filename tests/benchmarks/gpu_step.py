@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +17,6 @@ from qwen_ds.model.family import QWEN
 from qwen_ds.model.pieces import EAGER, compiled_pieces, fill
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
-from tests.benchmarks.gpu_checks import activities, kernels
 from tests.benchmarks.gpu_ours import (
     loss_sum,
     make_batches,
@@ -29,12 +24,11 @@ from tests.benchmarks.gpu_ours import (
     make_model,
     one_step,
     recipe,
-    wait,
 )
 from tests.benchmarks.gpu_plan import Plan, Setting
+from tests.benchmarks.gpu_profile import activities, kernels, synchronisations, wait
 from tests.moved import Moved
 
-ROOT = Path(__file__).parents[2]
 FEW, MANY = 1, 3  # micro-batches of the steps that are compared
 Say = Callable[[dict[str, Any]], None]
 
@@ -155,34 +149,6 @@ def _shares(few: float, many: float) -> dict[str, float]:
     """What a micro-batch adds, and what a step has beside."""
     each = (many - few) / (MANY - FEW)
     return {"a_micro_batch": each, "a_step": few - FEW * each}
-
-
-def synchronisations(step: Callable[[], object], device: torch.device) -> Counter[str]:
-    """How often a step waits for the device, by the innermost line of this repository, and the
-    innermost line of all, that does so; what torch's own switch tells of."""
-    found: Counter[str] = Counter()
-
-    def note(message: Warning | str, *others: object) -> None:
-        if "synchroniz" not in str(message):
-            return
-        stack = traceback.extract_stack()[:-1]
-        while stack and stack[-1].filename.endswith("warnings.py"):
-            stack.pop()
-        ours = [frame for frame in stack if Path(frame.filename).is_relative_to(ROOT / "qwen_ds")]
-        shown = {f"{Path(f.filename).name}:{f.lineno} {f.line}": 0 for f in (*ours[-1:], stack[-1])}
-        found[" > ".join(shown)] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note  # catch_warnings brings back torch's and Python's own
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    return found
 
 
 def of_micro_batches(

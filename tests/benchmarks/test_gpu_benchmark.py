@@ -24,7 +24,15 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from tests.benchmarks import gpu, gpu_plan, gpu_processes, gpu_results, gpu_step, gpu_worker
+from tests.benchmarks import (
+    gpu,
+    gpu_plan,
+    gpu_processes,
+    gpu_profile,
+    gpu_results,
+    gpu_step,
+    gpu_worker,
+)
 from tests.benchmarks.gpu_plan import Plan
 from tests.jobs import fork
 
@@ -308,13 +316,18 @@ def test_without_a_gpu_one_line_says_so(
     assert "noise" in (tmp_path / "gpu.log").read_text()
 
 
-def test_a_synchronisation_is_told_by_its_line() -> None:
+def test_a_synchronisation_is_told_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def switch(mode: str) -> None:  # as torch warns of itself, once a process
+        if mode == "warn":
+            warnings.warn("a prototype, detects not all synchronizing operations", stacklevel=1)
+
     def step() -> None:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
 
-    found = gpu_step.synchronisations(step, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
+    found = gpu_profile.synchronisations(step, torch.device("cuda"))
     ((place, number),) = found.items()
     assert number == 3 and place.startswith("test_gpu_benchmark.py:") and "warnings.warn" in place
 
