@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
+from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_plan import Plan, Setting
 from tests.benchmarks.gpu_profile import activities, kernels, wait
 
 SHORTEST = 33  # of the fresh lengths; those of short questions and answers, up to some hundreds
-Say = Callable[[dict[str, Any]], None]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from qwen_ds.model.family import QWEN
 from qwen_ds.model.pieces import EAGER, compiled_pieces, fill
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
+from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_ours import (
     loss_sum,
     make_batches,
@@ -30,7 +31,6 @@ from tests.benchmarks.gpu_profile import activities, kernels, synchronisations, 
 from tests.moved import Moved
 
 FEW, MANY = 1, 3  # micro-batches of the steps that are compared
-Say = Callable[[dict[str, Any]], None]
 
 
 def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
