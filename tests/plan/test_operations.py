@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
@@ -17,6 +15,7 @@ from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.operations import block_bytes_moved, moved
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
+from tests.moved import Moved
 
 QWEN_7B = Shape.of(QWenConfig())
 
@@ -30,30 +29,17 @@ def saving(dtype: Any = "bfloat16", method: Any = "lora", **lora: Any) -> Saving
     return Saving.of(recipe, on_gpu=True, family=QWEN)
 
 
-class Counted(TorchDispatchMode):
-    """Counts the bytes of the tensors that each operation reads and makes."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        read = [each for each in args if isinstance(each, Tensor)]
-        if isinstance(made, Tensor) and "detach" not in str(func) and "view" not in str(func):
-            self.total += sum(each.numel() * each.element_size() for each in (*read, made))
-        return made
-
-
 def test_the_gate_moves_what_torch_runs() -> None:
     tokens, inner = 64, QWEN_7B.inner
     gate, up = (torch.ones(tokens, inner, requires_grad=True) for _ in range(2))
-    gradient, ones, counted = torch.ones(tokens, inner), (gate, up), Counted()
+    gradient, counted = torch.ones(tokens, inner), Moved()
     with counted:
         product = F.silu(gate) * up
-        forward = counted.total
-        torch.autograd.grad(product, ones, gradient)
+        forward = counted.bytes.total()
+        torch.autograd.grad(product, (gate, up), gradient)
     parts = {part.part: part for part in moved(QWEN_7B, saving("float32"), compiled=False)}
     assert forward == tokens * parts["gate"].forward
-    assert counted.total - forward == tokens * parts["gate"].backward
+    assert counted.bytes.total() - forward == tokens * parts["gate"].backward
 
 
 def test_a_branch_moves_what_its_products_read_and_write() -> None:
