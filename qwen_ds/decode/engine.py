@@ -171,8 +171,10 @@ class DecodingEngine:
             if one.wants_prompt and (error := self._keep_prompt(one, logits_RV[its])):
                 updates.append(self._end(one, Update(one.id, None, error=error)))
                 continue
+            in_prompt = one.row.length < one.prompt_len
             one.row.length += count
-            self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
+            if in_prompt:  # no other step fills a page of it
+                self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
             if one.todo == 0:
                 last.append((one, its.stop - 1))
         found = self._sample(logits_RV, last) if last else []
