@@ -20,6 +20,7 @@ from qwen_ds.decode.request import Request, Vocabulary
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.scheduler import EngineLimits
 from qwen_ds.decode.stop import StopRule
+from qwen_ds.model.attention_kernels import without_cudnn_attention
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.packing import alpha_of_prompt, kv_shape
 from qwen_ds.train.observe.metrics import peak_memory_gb
@@ -125,7 +126,7 @@ def _measure(question: Question, device: torch.device, say: Say) -> None:
     name, plan = question["measurement"], ServingPlan(**question["plan"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn_attention()
     engine = make_engine(plan, device)
     with torch.inference_mode():
         figures = MEASUREMENTS[name](engine, plan)
