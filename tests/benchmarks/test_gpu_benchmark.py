@@ -301,6 +301,25 @@ def test_a_lack_of_memory_is_a_result_and_any_other_error_is_none(
     assert is_well is any(a.get("remark") == gpu_results.OUT_OF_MEMORY for a in answers)
 
 
+@pytest.mark.parametrize("kind", list(gpu_worker.KINDS))
+def test_only_what_is_ours_runs_without_cudnns_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block alone, too: it has no group of ranks, whose start switches that off in training."""
+    is_on: list[bool] = []
+
+    def measure(*_: object) -> None:
+        is_on.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setitem(gpu_worker.KINDS, kind, measure)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert gpu_worker.answer({**asked("block"), "kind": kind}, io.StringIO())
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert is_on == [kind in ("attention", "peer")]
+
+
 def test_without_a_gpu_one_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
