@@ -41,7 +41,8 @@ class Run:
         if name in self.results.done:
             return
         if left < least:
-            return self._take(name, {"remark": OUT_OF_TIME})
+            self._take(name, {"remark": OUT_OF_TIME})
+            return
         try:
             for figures in self.processes.ask(question, min(left, most), is_last=is_last):
                 self._take(name, figures, figures.pop("line", ""))
