@@ -154,8 +154,9 @@ class DecodingEngine:
             return []
         due = [one for one, count in shares if count == one.todo]
         prepare([one.sampler for one in due])
+        places = _places(shares)
         try:
-            logits_RV = self.model(self._pack(shares))
+            logits_RV = self.model(self._pack(shares, places))
         except torch.OutOfMemoryError:
             logits_RV = None
         if logits_RV is None:  # now that the error no longer holds what the model held
@@ -165,46 +166,46 @@ class DecodingEngine:
         figures.largest_batch = max(figures.largest_batch, len(due))
         figures.prefilled_tokens += sum(count for one, count in shares if one.todo > 1)
         updates, last = [], []
-        for (one, count), places in zip(shares, _places(shares), strict=True):
+        for (one, count), its in zip(shares, places, strict=True):
             assert one.row is not None
-            if one.wants_prompt and (error := self._keep_prompt(one, logits_RV[places])):
+            if one.wants_prompt and (error := self._keep_prompt(one, logits_RV[its])):
                 updates.append(self._end(one, Update(one.id, None, error=error)))
                 continue
+            in_prompt = one.row.length < one.prompt_len
             one.row.length += count
-            self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
+            if in_prompt:  # no other step fills a page of it
+                self.store.publish(one.row, one.keys[: one.row.length // self.store.page_size])
             if one.todo == 0:
-                last.append((one, places.stop - 1))
+                last.append((one, its.stop - 1))
         found = self._sample(logits_RV, last) if last else []
         for (one, _), sampled in zip(last, found, strict=True):
             updates.append(self._advance(one, sampled))
         return updates
 
-    def _pack(self, shares: Sequence[tuple[Running, int]]) -> PackedStep:
+    def _pack(self, shares: Sequence[tuple[Running, int]], places: Sequence[slice]) -> PackedStep:
         ids: list[int] = []
         positions: list[int] = []
         lens: list[int] = []
         due: list[int] = []
         segments: list[Segment] = []
-        for (one, count), places in zip(shares, _places(shares), strict=True):
+        is_extended = any(one.alpha != 1 for one, _ in shares)
+        numbers_due = [its.stop - its.start for its in places]
+        for (one, count), number in zip(shares, numbers_due, strict=True):
             assert one.row is not None
             done = one.row.length
             segments.append(Segment(one.row, len(ids), count))
             ids += one.tokens[done : done + count]
             positions += range(done, done + count)
-            lens += [one.prompt_len] * count
-            due += range(len(ids) - (places.stop - places.start), len(ids))
+            lens += [one.prompt_len] * count if is_extended else []
+            due += range(len(ids) - number, len(ids))
         self.store.plan(segments)
-        device = self.store.shape.device
-        if all(one.alpha == 1 for one, _ in shares):
-            lens = []
-        found = all_on_device([ids, positions, lens, due], torch.int64, device)
+        found = all_on_device([ids, positions, lens, due], torch.int64, self.store.shape.device)
         ids_N, positions_N, lens_N, due_R = found
         names = [one.request.adapter for one, _ in shares]
-        numbers_due = [places.stop - places.start for places in _places(shares)]
         return PackedStep(
             ids_N[None],
             positions_N[None],
-            lens_N[None] if lens else 0,
+            lens_N[None] if is_extended else 0,
             due_R,
             _runs(names, [count for _, count in shares]),
             _runs(names, numbers_due),

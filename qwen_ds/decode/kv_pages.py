@@ -137,15 +137,14 @@ class PagedStore(KVStore):
         pool.flatten(1, 2)[:, pages.slots_N] = torch.stack((k_NHW, v_NHW)).to(pool)
         if self.reading == "tables":
             return attend_by_tables(q_NHW, pool, pages, self.num_keys)
-        single = pages.counts.count(1)
-        outputs = []
-        if single and self.reading == "pages":
+        singles, outputs = pages.singles, []
+        if singles and self.reading == "pages":
             if layer == 0:  # here, so that a graph of the forward makes them anew
                 self._parts = parts_of(pages, self.page_size)
-            outputs.append(attend_by_pages(q_NHW[:single], pool, self._parts))
-        elif single:
-            outputs.append(attend_gathered(q_NHW[:single], pool, pages))
-        if single < len(pages.counts):
+            outputs.append(attend_by_pages(q_NHW[:singles], pool, self._parts))
+        elif singles:
+            outputs.append(attend_gathered(q_NHW[:singles], pool, pages))
+        if singles < len(pages.counts):
             outputs.append(attend_pieces(q_NHW, k_NHW, v_NHW, pool, pages))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -50,7 +50,7 @@ WIDE_PAGE_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class StepPages:
-    """Where the rows of a step lie; those of one new token come first."""
+    """Where the rows of a step lie."""
 
     slots_N: Tensor  # int64: the place of each new token in the pool, counted in tokens
     table_BP: Tensor  # int32: pages of each row
@@ -58,6 +58,11 @@ class StepPages:
     starts_B1: Tensor  # int32: places of the rows' first tokens among the N, and N
     counts: tuple[int, ...]  # new tokens of each row
     lens: tuple[int, ...]  # as lens_B; not those of a graph's replay
+
+    @property
+    def singles(self) -> int:
+        """Rows of one new token, which come first."""
+        return self.counts.count(1)
 
 
 def attend_by_tables(q_NHW: Tensor, pool: Tensor, pages: StepPages, num_keys: int) -> Tensor:
@@ -84,7 +89,7 @@ class PageParts:
 
 def parts_of(pages: StepPages, page_size: int) -> PageParts:
     """The parts of a step, by operations that a graph can repeat."""
-    rows, device = pages.counts.count(1), pages.lens_B.device
+    rows, device = pages.singles, pages.lens_B.device
     table_BP = pages.table_BP[:rows]
     firsts_P = torch.arange(table_BP.shape[1], dtype=torch.int32, device=device) * page_size
     used_BP = (pages.lens_B[:rows, None] - firsts_P).clamp(0, page_size)
@@ -137,8 +142,8 @@ def attend_pieces(
     """Attention of pieces of prompts, row by row and without masks: a first piece needs no page, a
     later one has its row's copied once."""
     outputs, gqa = [], q_NHW.shape[1] != k_NHW.shape[1]
-    start = single = pages.counts.count(1)
-    for i, count in enumerate(pages.counts[single:], single):
+    start = singles = pages.singles
+    for i, count in enumerate(pages.counts[singles:], singles):
         new, length = slice(start, start + count), pages.lens[i]
         start += count
         keys, values = k_NHW[new], v_NHW[new]

@@ -38,7 +38,6 @@ from qwen_ds.decode.sampling import (
     UNDECIDED,
     SamplingParams,
     draw,
-    draw_at_once,
     only_tokens,
     sampling_groups,
 )
@@ -177,8 +176,8 @@ def change(work_WV: Tensor, rows: Sequence[RowSampler]) -> None:
         index = tuple(all_on_device([*zip(*banned, strict=True)], torch.int64, device))
         # Not a bare number, which is copied to the device and waited for.
         work_WV.index_put_(index, work_WV.new_full((), -torch.inf))
-    if any(row.penalises for row in rows):
-        _penalise(work_WV, [(w, row) for w, row in enumerate(rows) if row.penalises])
+    if penalised := [(w, row) for w, row in enumerate(rows) if row.penalises]:
+        _penalise(work_WV, penalised)
 
 
 def _penalise(work_WV: Tensor, placed: Sequence[tuple[int, RowSampler]]) -> None:
@@ -217,10 +216,10 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     if not rows:
         return []
     assert len({row.num_tokens for row in rows}) == 1 and len(rows) == len(logits_RV)
-    tokens, reported = _read(logits_RV, rows, is_last_try=not is_apart(logits_RV.device))
+    tokens, reported = _read(logits_RV, rows, may_wait=not is_apart(logits_RV.device))
     if undecided := [i for i, token in enumerate(tokens) if token == UNDECIDED]:
         logits, others = taken(logits_RV, undecided), [rows[i] for i in undecided]
-        again, more = _read(logits, others, is_last_try=True)
+        again, more = _read(logits, others, may_wait=True)
         for i, token in zip(undecided, again, strict=True):
             tokens[i] = token
         reported |= {undecided[i]: one for i, one in more.items()}
@@ -239,11 +238,11 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
 
 
 def _read(
-    logits_RV: Tensor, rows: Sequence[RowSampler], *, is_last_try: bool
+    logits_RV: Tensor, rows: Sequence[RowSampler], *, may_wait: bool
 ) -> tuple[list[int], dict[int, TokenLogprobs]]:
     """The rows' tokens, and the log-probabilities of those that ask for them, by their place: all
     of it in one look at the device. A token below 0 says why there is none."""
-    chosen_R = _chosen(logits_RV, rows, is_last_try)
+    chosen_R = _chosen(logits_RV, rows, may_wait)
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     if not asked:
         return read(chosen_R), {}
@@ -258,7 +257,7 @@ def _read(
     return tokens, dict(zip(asked, found, strict=True))
 
 
-def _chosen(logits_RV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) -> Tensor:
+def _chosen(logits_RV: Tensor, rows: Sequence[RowSampler], may_wait: bool) -> Tensor:
     """The rows' tokens, int64 [R], on the logits' device."""
     num_tokens, device = rows[0].num_tokens, logits_RV.device
     worked = [i for i, row in enumerate(rows) if row.params.do_sample or row.changes_logits]
@@ -272,14 +271,14 @@ def _chosen(logits_RV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) ->
     at_once = rows_at_once(logits_RV)
     for start in range(0, len(worked), at_once):
         part = worked[start : start + at_once]
-        chosen = _choose(taken(logits_RV, part), [rows[i] for i in part], is_last_try)
+        chosen = _choose(taken(logits_RV, part), [rows[i] for i in part], may_wait)
         chosen_R[on_device(part, torch.int64, device)] = chosen
     return chosen_R
 
 
-def _choose(logits_WV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) -> Tensor:
+def _choose(logits_WV: Tensor, rows: Sequence[RowSampler], may_wait: bool) -> Tensor:
     """The tokens of rows that need more than their largest logit; _NOT_FINITE or _NONE_LEFT where
-    there is none, UNDECIDED where only a last try finds it."""
+    there is none, UNDECIDED where a draw that may not wait finds none."""
     device, num_tokens = logits_WV.device, rows[0].num_tokens
     work_WV = only_tokens(logits_WV, num_tokens)
     is_finite_W = work_WV.amax(-1).isfinite()
@@ -291,8 +290,7 @@ def _choose(logits_WV: Tensor, rows: Sequence[RowSampler], is_last_try: bool) ->
             work_WV[w, :num_tokens].masked_fill_(denied_V[:num_tokens], -torch.inf)
     groups = _groups(tuple(row.how for row in rows), device)
     uniform_W = on_device([row.uniform() for row in rows], torch.float32, device)
-    drawing = draw if is_last_try else draw_at_once
-    chosen_W = drawing(work_WV, groups, uniform_W, may_overwrite=True)
+    chosen_W = draw(work_WV, groups, uniform_W, may_overwrite=True, may_wait=may_wait)
     logit_W = work_WV.gather(1, chosen_W.clamp(min=0).unsqueeze(1)).squeeze(1)
     chosen_W.masked_fill_((logit_W == -torch.inf) & (chosen_W >= 0), _NONE_LEFT)
     return chosen_W.masked_fill_(~is_finite_W, _NOT_FINITE)

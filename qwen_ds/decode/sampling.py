@@ -3,7 +3,7 @@
 The functions are pure: tokens follow from logits, parameters and uniform numbers alone. Who else is
 in the batch, and on which rank, plays no part.
 
-Shapes: B rows, G rows drawn together, V rows of the head, N candidates of a row, S decoding steps.
+Shapes: B rows, G rows drawn together, V rows of the head, N candidates of a row.
 """
 
 from __future__ import annotations
@@ -86,19 +86,6 @@ def row_seed(seed: int, row_id: int) -> int:
     """A seed of 63 bits, hashed so that neighbouring rows and seeds share no stream."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def uniforms(rows: Sequence[SamplingParams], device: torch.device) -> Tensor:
-    """All random numbers of a batch, uniform_BS in [0, 1), zeros after a row's max_new_tokens.
-
-    Each row has a generator of its own on the CPU, so they are the same on every device.
-    """
-    uniform_BS = torch.zeros(len(rows), max(row.max_new_tokens for row in rows))
-    for row, uniform_S in zip(rows, uniform_BS, strict=True):
-        if row.do_sample:
-            generator = torch.Generator().manual_seed(row.seed)
-            uniform_S[: row.max_new_tokens] = torch.rand(row.max_new_tokens, generator=generator)
-    return uniform_BS.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,70 +247,49 @@ def draw(
     uniform_B: Tensor,
     *,
     may_overwrite: bool = False,
+    may_wait: bool = True,
 ) -> Tensor:
     """Next tokens ids_B (int64): the most probable, or the inverse of the cumulative distribution.
 
     The logits are fp32, and uniform_B in [0, 1); greedy rows ignore theirs. Logits that may be
-    overwritten save a copy; -inf among them stays -inf.
+    overwritten save a copy; -inf among them stays -inf. A draw that may not wait gives UNDECIDED
+    where the most probable tokens do not show which one is drawn.
     """
     groups = tuple(groups)
-    chosen_B = _undrawn(logits_BV, groups)
+    if sum(len(group.index_G) for group in groups) < len(logits_BV):
+        chosen_B = most_probable(logits_BV)[1]
+    else:
+        chosen_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
     for group in groups:
-        scaled_GV, uniform_G1 = _scaled(logits_BV, group, uniform_B, may_overwrite)
+        logits_GV = _rows(logits_BV, group.index_G)
+        is_ours = may_overwrite or len(logits_GV) < len(logits_BV)
+        place = logits_GV if is_ours else torch.empty_like(logits_GV)
+        scaled_GV = torch.div(logits_GV, group.temperature_G1, out=place)
+        uniform_G1 = uniform_B[group.index_G].unsqueeze(1).to(scaled_GV)
+        if not may_wait:
+            chosen_B[group.index_G] = _drawn_at_once(scaled_GV, group, uniform_G1)
+            continue
         for found in candidates(scaled_GV, group, uniform_G1):
             chosen_B[group.index_G[found.place_C]] = _drawn(found, uniform_G1[found.place_C])
     return chosen_B
 
 
-def draw_at_once(
-    logits_BV: Tensor,
-    groups: Iterable[SamplingGroup],
-    uniform_B: Tensor,
-    *,
-    may_overwrite: bool = False,
-) -> Tensor:
-    """As `draw`, by operations whose shapes do not depend on any value, so that a GPU is never
-    waited for. UNDECIDED where the most probable tokens do not show which one is drawn."""
-    groups = tuple(groups)
-    chosen_B = _undrawn(logits_BV, groups)
-    for group in groups:
-        scaled_GV, uniform_G1 = _scaled(logits_BV, group, uniform_B, may_overwrite)
-        columns = scaled_GV.shape[1]
-        place_G = torch.arange(len(scaled_GV), device=scaled_GV.device)
-        if 0 < group.top_k < columns:
-            top_GN, ids_GN = scaled_GV.topk(group.top_k)
-            found = _kept(group, place_G, ids_GN, top_GN.softmax(-1))
-            chosen_B[group.index_G] = _drawn(found, uniform_G1)
-            continue
-        size = min(PREFILTERS[-1], columns)
-        top_GN, ids_GN = scaled_GV.topk(size)
-        _, log_sum_G1 = _log_sums(scaled_GV)
-        found = _kept(group, place_G, ids_GN, (top_GN - log_sum_G1).exp())
-        if size < columns:
-            found, is_sure_G = _settled(found, group, uniform_G1, log_sum_G1)
-            chosen_G = _drawn(found, uniform_G1).masked_fill(~is_sure_G, UNDECIDED)
-        else:
-            chosen_G = _drawn(found, uniform_G1)
-        chosen_B[group.index_G] = chosen_G
-    return chosen_B
-
-
-def _undrawn(logits_BV: Tensor, groups: Sequence[SamplingGroup]) -> Tensor:
-    """Room for the tokens of all rows, with those of greedy ones."""
-    if sum(len(group.index_G) for group in groups) < len(logits_BV):
-        return most_probable(logits_BV)[1]
-    return torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
-
-
-def _scaled(
-    logits_BV: Tensor, group: SamplingGroup, uniform_B: Tensor, may_overwrite: bool
-) -> tuple[Tensor, Tensor]:
-    """A group's logits divided by the temperature, and the numbers that draw, [G, 1]."""
-    logits_GV = _rows(logits_BV, group.index_G)
-    is_ours = may_overwrite or len(logits_GV) < len(logits_BV)
-    place = logits_GV if is_ours else torch.empty_like(logits_GV)
-    scaled_GV = torch.div(logits_GV, group.temperature_G1, out=place)
-    return scaled_GV, uniform_B[group.index_G].unsqueeze(1).to(scaled_GV)
+def _drawn_at_once(scaled_GV: Tensor, group: SamplingGroup, uniform_G1: Tensor) -> Tensor:
+    """The tokens of a group, or UNDECIDED, by operations whose shapes do not depend on any value,
+    so that a GPU is never waited for."""
+    columns = scaled_GV.shape[1]
+    if 0 < group.top_k < columns:
+        (found,) = candidates(scaled_GV, group)
+        return _drawn(found, uniform_G1)
+    size = min(PREFILTERS[-1], columns)
+    place_G = torch.arange(len(scaled_GV), device=scaled_GV.device)
+    top_GN, ids_GN = scaled_GV.topk(size)
+    _, log_sum_G1 = _log_sums(scaled_GV)
+    found = _kept(group, place_G, ids_GN, (top_GN - log_sum_G1).exp())
+    if size == columns:
+        return _drawn(found, uniform_G1)
+    found, is_sure_G = _settled(found, group, uniform_G1, log_sum_G1)
+    return _drawn(found, uniform_G1).masked_fill(~is_sure_G, UNDECIDED)
 
 
 def _drawn(found: Candidates, uniform_C1: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.machine import choose_device
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
+from qwen_ds.model.attention_kernels import without_cudnn_attention
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.loading import load_base
 from qwen_ds.model.prepacked import prepack
@@ -31,14 +32,12 @@ def take_device(wanted: str, number: int | None = None) -> torch.device:
     """The device that answers (see `choose_device`), made this process's own.
 
     What names no GPU, as torch.cuda's streams, its memory figures and the libraries' workspaces,
-    is then on this one, and no other process's GPU gets a context of ours. cuDNN's attention is
-    off: it makes a plan for each new number of rows and keys, 23 to 37 ms on an H100, and in
-    serving nearly every step brings new ones.
+    is then on this one, and no other process's GPU gets a context of ours.
     """
     device = choose_device(wanted, number)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn_attention()
     return device
 
 

@@ -30,20 +30,13 @@ well. In this order:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import signal
 import sys
-import time
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
@@ -61,60 +54,34 @@ from tests.benchmarks.gpu_plan import (  # noqa: E402
     second_part,
     with_half_the_rows,
 )
-from tests.benchmarks.gpu_processes import Ended, Processes, Refused  # noqa: E402
-from tests.benchmarks.gpu_results import (  # noqa: E402
-    OUT_OF_MEMORY,
-    OUT_OF_TIME,
-    OtherResults,
-    Results,
-    report,
-)
+from tests.benchmarks.gpu_processes import take_answers  # noqa: E402
+from tests.benchmarks.gpu_results import OUT_OF_MEMORY, Results, report  # noqa: E402
+from tests.benchmarks.gpu_runs import Run, run_measurements  # noqa: E402
 
 MINUTES, FIRST_MINUTES = 9.0, 3.9
 
 
 def measure_all(
-    plan: Plan,
-    measurements: Sequence[Measurement],
-    results: Results,
-    processes: Processes,
-    *,
-    device: str,
-    minutes: float,
+    run: Run, plan: Plan, measurements: Sequence[Measurement], device: str
 ) -> list[Measurement]:
-    """Add the figures of all measurements to `results`; what was tried, in order.
+    """Take the figures of all measurements; what was tried, in order.
 
     One that did not fit is followed by the same with half the rows.
     """
-    ends = time.monotonic() + 60 * minutes
     tried, waiting = list[Measurement](), deque(measurements)
     while waiting:
         measurement = waiting.popleft()
         tried.append(measurement)
-        left = ends - time.monotonic()
-        if measurement.name in results.done:
-            pass
-        elif left < measurement.seconds:
-            _say(results, measurement.name, {"remark": OUT_OF_TIME})
-        else:
-            question = {"plan": asdict(plan), "device": device, **asdict(measurement)}
-            seconds = min(left, PATIENCE * measurement.seconds)
-            try:
-                for figures in processes.ask(question, seconds, is_last=not waiting):
-                    _say(results, measurement.name, figures, figures.pop("line", ""))
-                results.finish(measurement.name)
-            except Ended as reason:
-                _say(results, measurement.name, {"remark": str(reason)})
+        question = {"plan": asdict(plan), "device": device, **asdict(measurement)}
+        least = measurement.seconds
+        run.measure(
+            measurement.name, question, least=least, most=PATIENCE * least, is_last=not waiting
+        )
         smaller = with_half_the_rows(measurement)
-        is_too_large = results.found.get(measurement.name, {}).get("remark") == OUT_OF_MEMORY
+        is_too_large = run.results.found.get(measurement.name, {}).get("remark") == OUT_OF_MEMORY
         if smaller and is_too_large and smaller not in [*tried, *waiting]:
             waiting.appendleft(smaller)
     return tried
-
-
-def _say(results: Results, name: str, figures: dict[str, Any], line: str = "") -> None:
-    results.add(name, figures, line)
-    print(line or name, figures, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,53 +109,27 @@ def main(
     """Measure and print the tables; the exit code. `command` starts a process that measures."""
     options = parse(arguments)
     if options.worker:
-        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # what libraries print goes to the log, from their import on
-        from tests.benchmarks.gpu_worker import answer_one
+        answers = take_answers()  # before libraries are imported, which may print
+        from tests.benchmarks.gpu_answers import answer_one
+        from tests.benchmarks.gpu_worker import answer
 
-        answer_one(answers)
-    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.plan.items()})
+        answer_one(answer, answers)
+    plan = Plan.of(options.plan)
     measurements = [*first_part(plan), *(() if options.first else second_part(plan))]
     measurements = [each for each in measurements if options.only in each.name]
     if options.list:
         for number, each in enumerate(measurements, 1):
             print(f"{number:3}  {each.name:<48}about {each.seconds} s")
         return 0
-    about = {
-        "plan": json.loads(json.dumps(asdict(plan))),
-        "torch": importlib.metadata.version("torch"),
-        "python": platform.python_version(),
-    }
     minutes = options.minutes or (FIRST_MINUTES if options.first else MINUTES)
-    log = options.json.with_suffix(".log")
-    try:
-        results = Results(options.json, about)
-        with _ends_by_signals(), Processes(command, ROOT, log) as processes:
-            try:
-                measurements = measure_all(
-                    plan, measurements, results, processes, device=options.device, minutes=minutes
-                )
-            finally:  # an end by a signal must not cost the figures before it
-                print(f"\ntorch {about['torch']}, {report(results, measurements)}", flush=True)
-    except (OtherResults, Refused) as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
-    return 0
 
+    def work(run: Run) -> None:
+        measurements[:] = measure_all(run, plan, list(measurements), options.device)
 
-@contextmanager
-def _ends_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise, as Ctrl-C does, so that what is held is let go."""
+    def shown(results: Results) -> str:
+        return report(results, measurements)
 
-    def stop(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return run_measurements(options.json, asdict(plan), command, minutes, work, shown)
 
 
 if __name__ == "__main__":

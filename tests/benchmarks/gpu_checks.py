@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
-from tests.benchmarks.gpu_ours import wait
+from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_plan import Plan, Setting
+from tests.benchmarks.gpu_profile import activities, kernels, wait
 
 SHORTEST = 33  # of the fresh lengths; those of short questions and answers, up to some hundreds
-Say = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
@@ -110,24 +109,3 @@ def longest_kernels(run: Callable[[], object], device: torch.device, most: int =
         run()
         wait(device)
     return [f"{name[:70]} {ms:.3f} ms" for name, ms in kernels(found, device)[:most]]
-
-
-def activities(device: torch.device) -> list[ProfilerActivity]:
-    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    return [ProfilerActivity.CPU, *on_gpu]
-
-
-def kernels(found: profile, device: torch.device) -> list[tuple[str, float]]:
-    """Kernels by their milliseconds, the longest first; on a CPU operators.
-
-    An operator's device time is that of its kernels, which have events of their own: each is
-    counted once.
-    """
-    on_gpu = device.type == "cuda"
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    seen = [
-        (event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000)
-        for event in found.key_averages()
-        if event.device_type == wanted and not event.is_user_annotation
-    ]
-    return sorted(seen, key=lambda each: -each[1])

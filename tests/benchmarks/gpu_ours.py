@@ -8,14 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_ds.data.batches import Batch, Part, make_batch
-from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.deepspeed_json import resolve
@@ -30,15 +28,9 @@ from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group
 from qwen_ds.train.loss import TrainingModel
 from qwen_ds.train.observe.metrics import peak_memory_gb
+from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_plan import Plan, Setting
-
-
-def model_config(plan: Plan) -> QWenConfig:
-    return QWenConfig(
-        vocab_size=plan.vocab, hidden_size=plan.hidden, num_hidden_layers=plan.layers,
-        num_attention_heads=plan.heads, kv_channels=plan.hidden // plan.heads,
-        intermediate_size=plan.intermediate,
-    )  # fmt: skip
+from tests.benchmarks.gpu_profile import wait
 
 
 def recipe(setting: Setting) -> config.Recipe:
@@ -61,7 +53,7 @@ def make_model(plan: Plan, wanted: config.Recipe, device: torch.device) -> Train
     attention = "sdpa" if device.type == "cuda" else "eager"
     with torch.device(device):
         model = QWenLMHeadModel._from_config(
-            model_config(plan), dtype=torch.bfloat16, attn_implementation=attention
+            plan.config(), dtype=torch.bfloat16, attn_implementation=attention
         )
     setup.recompute_blocks(model, from_recipe(wanted.model.activation_checkpointing))
     if wanted.model.compile:
@@ -134,9 +126,7 @@ def one_step(engine: TrainingEngine, batches: list[Batch]) -> list[Tensor]:
     return sums
 
 
-def measure_ours(
-    plan: Plan, setting: Setting, device: torch.device, say: Callable[[dict[str, Any]], None]
-) -> None:
+def measure_ours(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
     """Time optimizer steps after one that warms up."""
     engine = make_engine(plan, setting, device)
     batches = make_batches(plan, setting, device, plan.micro_batches)
@@ -167,11 +157,6 @@ def timed(steps: int, step: Callable[[], None], device: torch.device) -> dict[st
     return {"seconds": seconds, "first_seconds": first_seconds, **memory(device)}
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def memory(device: torch.device) -> dict[str, float]:
     found = {"gb": peak_memory_gb()}
     if device.type == "cuda":
@@ -190,7 +175,7 @@ def speed(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     gpu, mfu = recognise(name), None
     if gpu and not setting.whole:
-        shape = Shape.of(model_config(plan))
+        shape = Shape.of(plan.config())
         flops = step_flops(
             shape, method="lora", tokens=tokens, targets=tokens,
             squared_tokens=tokens * setting.length,

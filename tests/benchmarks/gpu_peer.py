@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
-from tests.benchmarks.gpu_ours import memory, speed, wait
+from tests.benchmarks.gpu_answers import Say
+from tests.benchmarks.gpu_ours import memory, speed
 from tests.benchmarks.gpu_plan import ALL_TARGETS, Plan, Setting
+from tests.benchmarks.gpu_profile import wait
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -57,9 +58,7 @@ def make_peer(plan: Plan, setting: Setting, device: torch.device) -> torch.nn.Mo
     return wrapped
 
 
-def measure_peer(
-    plan: Plan, setting: Setting, device: torch.device, say: Callable[[dict[str, Any]], None]
-) -> None:
+def measure_peer(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
     """Time steps by the Trainer's callbacks, from the second on."""
     steps, clock = 1 + plan.timed_steps, _Clock(device)
     number = steps * plan.micro_batches * setting.rows

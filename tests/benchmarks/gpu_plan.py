@@ -1,14 +1,18 @@
-"""The measurements of gpu.py, in their order, and the figures that stand beside them.
+"""The measurements of gpu.py, in their order, and the figures that stand beside them; the sizes of
+those of gpu_serve.py.
 
-Nothing here imports anything but Python's own modules: gpu.py shows its plan, and resumes, without
-torch.
+Nothing but Python's own modules is imported until a model is asked for: gpu.py shows its plan, and
+both resume, without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from qwen_ds.model.configuration import QWenConfig
 
 Kind = Literal["attention", "block", "step", "ours", "peer"]
 ALL_TARGETS = ("c_attn", "c_proj", "w1", "w2")
@@ -40,14 +44,42 @@ GOAL_OF_PEERS = 1.5  # times the fastest peer with the same adapter
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The model's shape and the sizes of the measurements; a test makes them tiny."""
+class ModelSizes:
+    """Those of Qwen-7B; a test makes them tiny."""
 
     vocab: int = 151936
     hidden: int = 4096
     layers: int = 32
     heads: int = 32
     intermediate: int = 22016
+
+    def config(self) -> QWenConfig:
+        from qwen_ds.model.configuration import QWenConfig
+
+        return QWenConfig(
+            vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, kv_channels=self.hidden // self.heads,
+            intermediate_size=self.intermediate,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPlan(ModelSizes):
+    """The sizes of the measurements of gpu_serve.py."""
+
+    rows: int = 32
+    context: int = 512
+    steps: int = 64  # timed
+    prompts: int = 8
+    prompt_tokens: int = 2048
+    prefill_tokens: int = 4096
+    memory_gb: float = 20.0  # of keys and values: 38,000 tokens of the 7B
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(ModelSizes):
+    """The sizes of the measurements of gpu.py."""
+
     lengths: tuple[int, ...] = (8192, 4096, 2048, 1024, 512, 256)
     length: int = 2048  # of the settings that are compared with peers
     rows: int = 4  # in their micro-batches
@@ -58,6 +90,11 @@ class Plan:
     fresh_lengths: int = 50
     repeats: int = 10  # of a block
     compiled: bool = True
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, Any]) -> Plan:
+        """From JSON, which has lists in place of tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
 
 
 @dataclass(frozen=True, slots=True)

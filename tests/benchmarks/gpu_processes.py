@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 END, FAILED, REFUSED = {"end": True}, "failed", "refused"
 # Set by launchers, of which a measurement knows nothing.
@@ -144,6 +144,14 @@ class Processes:
         self._alive.remove(process)
         if self._waiting is process:
             self._waiting = None
+
+
+def take_answers() -> TextIO:
+    """Standard output, in a process that measures, for its answers alone: what else is printed from
+    here on goes to the log."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
 
 
 def end_with_parent() -> None:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor import metrics as inductor_metrics
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen_ds.data.batches import Batch
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.pieces import EAGER, compiled_pieces, fill
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
-from tests.benchmarks.gpu_checks import activities, kernels
+from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_ours import (
     loss_sum,
     make_batches,
@@ -32,48 +25,12 @@ from tests.benchmarks.gpu_ours import (
     make_model,
     one_step,
     recipe,
-    wait,
 )
 from tests.benchmarks.gpu_plan import Plan, Setting
+from tests.benchmarks.gpu_profile import activities, kernels, synchronisations, wait
+from tests.moved import Moved
 
-ROOT = Path(__file__).parents[2]
 FEW, MANY = 1, 3  # micro-batches of the steps that are compared
-Say = Callable[[dict[str, Any]], None]
-
-
-# Operators whose time is that of their arithmetic.
-PRODUCTS = ("mm", "attention", "attention_for_cpu")
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write while it is on, products and attention left out: the time
-    of all others is that of their bytes. Views move none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.rstrip("_").removesuffix("_backward")
-        if name.endswith(PRODUCTS) or "empty" in name:
-            return out
-        read, written = _tensors((args, kwargs)), _tensors(out)
-        storages = {tensor.untyped_storage()._cdata for tensor in read}
-        is_alias = any(tensor.untyped_storage()._cdata in storages for tensor in written)
-        if func._schema.is_mutable or not is_alias:
-            self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
-        return out
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) -> None:
@@ -96,9 +53,9 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
         x_BTD.grad = None
 
     tokens = setting.rows * setting.length
-    with Traffic() as moved:
+    with Moved() as moved:
         run()
-    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes, tokens)
+    figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes.total(), tokens)
     say({"line": "block, eager", **figures})
     if plan.compiled:
         fill(block, compiled_pieces())
@@ -192,34 +149,6 @@ def _shares(few: float, many: float) -> dict[str, float]:
     """What a micro-batch adds, and what a step has beside."""
     each = (many - few) / (MANY - FEW)
     return {"a_micro_batch": each, "a_step": few - FEW * each}
-
-
-def synchronisations(step: Callable[[], object], device: torch.device) -> Counter[str]:
-    """How often a step waits for the device, by the innermost line of this repository, and the
-    innermost line of all, that does so; what torch's own switch tells of."""
-    found: Counter[str] = Counter()
-
-    def note(message: Warning | str, *others: object) -> None:
-        if "synchroniz" not in str(message):
-            return
-        stack = traceback.extract_stack()[:-1]
-        while stack and stack[-1].filename.endswith("warnings.py"):
-            stack.pop()
-        ours = [frame for frame in stack if Path(frame.filename).is_relative_to(ROOT / "qwen_ds")]
-        shown = {f"{Path(f.filename).name}:{f.lineno} {f.line}": 0 for f in (*ours[-1:], stack[-1])}
-        found[" > ".join(shown)] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note  # catch_warnings brings back torch's and Python's own
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    return found
 
 
 def of_micro_batches(

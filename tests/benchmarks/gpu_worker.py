@@ -1,86 +1,39 @@
-"""A process that measures one thing for gpu.py: imports first, then waits for its question."""
+"""The process that measures one thing for gpu.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable
+from typing import TextIO
 
 import torch
 
-from qwen_ds.errors import UserError
-from qwen_ds.machine import choose_device, let_segments_grow
+from qwen_ds.machine import let_segments_grow
+from qwen_ds.model.attention_kernels import without_cudnn_attention
+from tests.benchmarks.gpu_answers import Question, Say, measured
 from tests.benchmarks.gpu_checks import check_attention
 from tests.benchmarks.gpu_ours import measure_ours
 from tests.benchmarks.gpu_peer import measure_peer
 from tests.benchmarks.gpu_plan import Plan, Setting
-from tests.benchmarks.gpu_processes import END, FAILED, REFUSED, end_with_parent
-from tests.benchmarks.gpu_results import OUT_OF_MEMORY
 from tests.benchmarks.gpu_step import check_block, check_step
 
-Say = Callable[[dict[str, Any]], None]
-Measure = Callable[[Plan, Setting, torch.device, Say], None]
-KINDS: dict[str, Measure] = {
+KINDS: dict[str, Callable[[Plan, Setting, torch.device, Say], None]] = {
     "attention": check_attention,
     "block": check_block,
     "step": check_step,
     "ours": measure_ours,
     "peer": measure_peer,
 }
-# How CUDA's libraries say it where torch's allocator does not.
-_WORDS_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-def answer_one(answers: TextIO) -> NoReturn:
-    """Answer one question from standard input, and end the process."""
-    line, is_well = sys.stdin.readline(), True
-    if line:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-        is_well = answer(json.loads(line), answers)
-    sys.stderr.flush()
-    # At once: teardown of a process group or of a compiler may take seconds, or hang.
-    os._exit(0 if is_well else 1)
+def answer(question: Question, out: TextIO) -> bool:
+    """Write the figures that the question asks for; see `measured`."""
+    if question["kind"] in ("block", "step", "ours"):  # as training does, before CUDA starts
+        let_segments_grow()
+        without_cudnn_attention()
+    return measured(_measure, question, out)
 
 
-def answer(question: Mapping[str, Any], out: TextIO) -> bool:
-    """Write the figures that the question asks for, a JSON line each, and END.
-
-    An error other than a lack of memory goes to the log, and there is FAILED in place of END; the
-    answer is False then.
-    """
-    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in question["plan"].items()})
+def _measure(question: Question, device: torch.device, say: Say) -> None:
     asked = question["setting"]
     setting = Setting(**asked | {"targets": tuple(asked["targets"])})
-
-    def say(figures: dict[str, Any]) -> None:
-        out.write(json.dumps(figures) + "\n")
-        out.flush()
-
-    if question["kind"] != "peer":  # as training does, before CUDA starts
-        let_segments_grow()
-    try:
-        device = choose_device(question["device"])
-    except UserError as error:
-        say({REFUSED: str(error)})
-        return False
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    torch.manual_seed(0)
-    try:
-        KINDS[question["kind"]](
-            plan, setting, device, lambda figures: say({**figures, "device": name})
-        )
-    except Exception as error:
-        traceback.print_exc()
-        is_memory = isinstance(error, torch.OutOfMemoryError) or any(
-            words in str(error) for words in _WORDS_OF_MEMORY
-        )
-        if not is_memory:
-            say({FAILED: f"{type(error).__name__}: {error}".splitlines()[0]})
-            return False
-        say({"remark": OUT_OF_MEMORY, "device": name})
-    say(END)
-    return True
+    KINDS[question["kind"]](Plan.of(question["plan"]), setting, device, say)

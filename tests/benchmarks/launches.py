@@ -4,11 +4,9 @@
     python tests/benchmarks/launches.py --against TREE     # and CPU times beside another checkout's
 
 A block of Qwen-7B runs forward and backward on the meta device, in bf16 with the adapter of
-launch/recipes/lora_zero2.yaml, and a dispatch mode looks at every operation. CUDA's own kernels are
-assumed where the meta device has none: its fused RMSNorm, dropout and flash attention.
-
-Products and attention are counted as launches, but not as bytes moved: their time is that of the
-arithmetic. Every other operation moves what it reads and writes. Views are neither.
+launch/recipes/lora_zero2.yaml, and a dispatch mode (tests/moved.py) looks at every operation. The
+kernels of CUDA are assumed where the meta device has none: its fused RMSNorm, dropout and flash
+attention.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,70 +26,21 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train.lora import add_lora
+from tests.moved import Moved
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 4, 512
 TOKENS = ROWS * LENGTH
-# Operations whose time is that of their arithmetic.
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "flash_attention")
-# Operations that allocate or describe a tensor and launch nothing.
-SILENT = ("empty", "empty_like", "new_empty", "detach", "device", "unsafe_view")
 
 
-def nbytes(tree: object) -> int:
-    """Bytes of all tensors in a tree of arguments; a broadcast one counts what it stores."""
-    tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-    return sum(_stored(tensor) for tensor in tensors.values())
-
-
-def _stored(tensor: Tensor) -> int:
-    sizes = [n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]
-    return int(torch.Size(sizes).numel()) * tensor.itemsize
-
-
-@dataclass
-class Moved(TorchDispatchMode):
-    """Launches and bytes of the operations that run inside, by their name."""
-
-    launches: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    @property
-    def num_launches(self) -> int:
-        return sum(self.launches.values())
-
-    @property
-    def megabytes(self) -> float:
-        """Of each of TOKENS tokens, in 10^6 bytes."""
-        return sum(self.bytes.values()) / TOKENS / 1e6
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and name.lstrip("_") not in SILENT:
-            self.note(name, (args, kwargs), out)
-        return out
-
-    def note(self, name: str, inputs: object, outputs: object) -> None:
-        self.launches[name] += 1
-        if not name.rstrip("_").removesuffix("_backward").endswith(PRODUCTS):
-            self.bytes[name] += nbytes(inputs) + nbytes(outputs)
+def megabytes(moved: Moved) -> float:
+    """Of each of TOKENS tokens, in 10^6 bytes."""
+    return moved.bytes.total() / TOKENS / 1e6
 
 
 class _CudaNorm(torch.autograd.Function):
@@ -173,8 +120,7 @@ def count(lora: LoraOptions) -> Moved:
     with as_on_cuda(moved):
         run(block, arguments)
         with moved:
-            moved.launches.clear()
-            moved.bytes.clear()
+            moved.clear()
             run(block, arguments)
     return moved
 
@@ -209,7 +155,7 @@ def main() -> None:
     moved = count(LoraOptions())
     for name, launches in moved.launches.most_common():
         print(f"{name:45s} {launches:4d} {moved.bytes[name] / TOKENS / 1e6:8.3f} MB")
-    print(f"{'all':45s} {moved.num_launches:4d} {moved.megabytes:8.3f} MB a token")
+    print(f"{'all':45s} {moved.launches.total():4d} {megabytes(moved):8.3f} MB a token")
     if options.against:
         compare(options.against.resolve(), options.rounds)
 

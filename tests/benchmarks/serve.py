@@ -42,6 +42,7 @@ import torch
 
 from qwen_ds.decode.engine import DecodingEngine, packed
 from qwen_ds.decode.kv_rows import ContiguousStore
+from qwen_ds.decode.paged_attention import PAGE_TOKENS
 from qwen_ds.decode.request import Request, Vocabulary
 from qwen_ds.decode.sampling import SamplingParams
 from qwen_ds.decode.scheduler import EngineLimits
@@ -55,8 +56,7 @@ from tests.benchmarks.serve_peers import Answers, Clock, continuous_batching, st
 Contender = Callable[[QWenLMHeadModel, Sequence[Request], int, Clock], tuple[Answers, float]]
 Figures = dict[str, float]
 
-# Those of serve.engine on a CPU, which this script's name hides.
-PAGE_TOKENS, PREFILL_BESIDE = 32, 72
+PREFILL_BESIDE = 72  # that of serve.engine, which this script's name hides
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(do_sample=True, temperature=0.8, top_p=0.8, top_k=0)
 CERTAINTY = 8  # of a trained model's logits, to those of random weights

@@ -24,7 +24,15 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from tests.benchmarks import gpu, gpu_plan, gpu_processes, gpu_results, gpu_step, gpu_worker
+from tests.benchmarks import (
+    gpu,
+    gpu_plan,
+    gpu_processes,
+    gpu_profile,
+    gpu_results,
+    gpu_step,
+    gpu_worker,
+)
 from tests.benchmarks.gpu_plan import Plan
 from tests.jobs import fork
 
@@ -293,6 +301,25 @@ def test_a_lack_of_memory_is_a_result_and_any_other_error_is_none(
     assert is_well is any(a.get("remark") == gpu_results.OUT_OF_MEMORY for a in answers)
 
 
+@pytest.mark.parametrize("kind", list(gpu_worker.KINDS))
+def test_only_what_is_ours_runs_without_cudnns_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block alone, too: it has no group of ranks, whose start switches that off in training."""
+    is_on: list[bool] = []
+
+    def measure(*_: object) -> None:
+        is_on.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setitem(gpu_worker.KINDS, kind, measure)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert gpu_worker.answer({**asked("block"), "kind": kind}, io.StringIO())
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert is_on == [kind in ("attention", "peer")]
+
+
 def test_without_a_gpu_one_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,13 +335,18 @@ def test_without_a_gpu_one_line_says_so(
     assert "noise" in (tmp_path / "gpu.log").read_text()
 
 
-def test_a_synchronisation_is_told_by_its_line() -> None:
+def test_a_synchronisation_is_told_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def switch(mode: str) -> None:  # as torch warns of itself, once a process
+        if mode == "warn":
+            warnings.warn("a prototype, detects not all synchronizing operations", stacklevel=1)
+
     def step() -> None:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
 
-    found = gpu_step.synchronisations(step, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
+    found = gpu_profile.synchronisations(step, torch.device("cuda"))
     ((place, number),) = found.items()
     assert number == 3 and place.startswith("test_gpu_benchmark.py:") and "warnings.warn" in place
 
@@ -324,19 +356,6 @@ def test_launches_belong_to_a_micro_batch_or_to_the_step() -> None:
     events = [SimpleNamespace(key=key, count=count) for key, count in counts.items()]
     assert gpu_step.calls(events, gpu_step.LAUNCHES) == 7
     assert gpu_step._shares(13, 33) == {"a_micro_batch": 10, "a_step": 3}
-
-
-def test_operators_move_what_they_read_and_write_and_views_and_products_nothing() -> None:
-    x = torch.ones(4, 8)
-    with gpu_step.Traffic() as moved:
-        y = x * 2  # reads and writes 128 bytes each
-        y.view(8, 4).transpose(0, 1)
-        torch.empty_like(x)
-        torch.mm(y, x.t())
-    assert moved.bytes == 256
-    with gpu_step.Traffic() as moved:
-        y += x  # reads both, writes one
-    assert moved.bytes == 3 * 128
 
 
 def _checks(file: Path) -> None:

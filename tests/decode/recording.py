@@ -10,21 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-FORBIDDEN = {
-    "aten::_local_scalar_dense": "looks at a value",
-    "aten::equal": "looks at values",
-    "aten::nonzero": "a shape that follows from values",
-    "aten::masked_select": "a shape that follows from values",
-    "aten::unique_dim": "a shape that follows from values",
-    "aten::_unique2": "a shape that follows from values",
-    "aten::repeat_interleave": "a shape that follows from values",
-    "aten::lift_fresh": "a tensor of Python's data",
-}
+from tests.moved import tensors
+from tests.waiting import reason_to_wait
 
 
 class CaptureError(AssertionError):
@@ -44,15 +34,11 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        reason = FORBIDDEN.get(func._schema.name)
-        if "index" in func._schema.name and any(x.dtype == torch.bool for x in given[1:]):
-            reason = "a shape that follows from values"
-        if reason is not None:
+        if (reason := reason_to_wait(func, args, kwargs)) is not None:
             raise CaptureError(f"{func} in a capture: {reason}")
         out = func(*args, **kwargs)
         is_view = any(one.alias_info is not None for one in func._schema.returns)
-        made = [] if is_view else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        made = [] if is_view else tensors(out)
         if func._schema.is_mutable or made:
             self._done.append((func, args, kwargs, made))
         return out
@@ -60,7 +46,7 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         self.replays += 1
         for func, args, kwargs, made in self._done:
-            again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+            again = tensors(func(*args, **kwargs))
             for mine, new in zip(made, again if made else [], strict=True):
                 mine.copy_(new)
 

@@ -3,13 +3,8 @@ them, and no mask over all keys is made."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwen_ds.decode import kv_pages
 from qwen_ds.decode.engine import DecodingEngine, packed
@@ -25,6 +20,7 @@ from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.packing import kv_shape
 from tests.decode.test_engine import WORDS
 from tests.decode.test_waits import APART, waits
+from tests.moved import Moved, tensors
 
 __all__ = ["waits"]  # a fixture
 
@@ -35,28 +31,15 @@ CONFIG = QWenConfig(
 )  # fmt: skip
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write, attention's own and what views share left out."""
+class Traffic(Moved):
+    """Also the elements of the largest mask that is made."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.largest_mask = 0
+    largest_mask = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        schema = func._schema
-        is_view = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
-        if is_view or any(word in schema.name for word in ("attn", "attention")):
-            return out
-        # Of a tensor that is written into, as much as is put there.
-        written = args[:1] if schema.is_mutable else ()
-        read = [x for x in tree_leaves((args[len(written) :], kwargs)) if isinstance(x, Tensor)]
-        made = [] if written else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.bytes += sum(x.nbytes for x in read + made)
-        masks = [x.numel() for x in made if x.dtype == torch.bool]
+    def note(self, name: str, inputs: object, outputs: object) -> None:
+        super().note(name, inputs, outputs)
+        masks = [x.numel() for x in tensors(outputs) if x.dtype == torch.bool]
         self.largest_mask = max(self.largest_mask, *masks, 0)
-        return out
 
 
 def decoding(store: KVStore, context: int) -> Traffic:
@@ -88,7 +71,7 @@ def test_pages_are_not_copied_to_be_read(monkeypatch: pytest.MonkeyPatch, readin
         for context in (600, 4000)
     )
     # The results of pages are put together, 1 of them for 256 keys.
-    assert 0 <= long.bytes - short.bytes < 0.06 * cache_bytes(4000 - 600)
+    assert 0 <= long.bytes.total() - short.bytes.total() < 0.06 * cache_bytes(4000 - 600)
     assert long.largest_mask < 600
 
 
@@ -99,12 +82,12 @@ def test_what_copies_pages_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         decoding(PagedStore(kv_shape(CONFIG, torch.bfloat16, APART), 80, 256), context)
         for context in (600, 4000)
     )
-    assert long.bytes - short.bytes > cache_bytes(4000 - 600)
+    assert long.bytes.total() - short.bytes.total() > cache_bytes(4000 - 600)
     assert long.largest_mask >= 4000
 
 
 def test_a_row_in_one_piece_is_read_where_it_lies() -> None:
     store = ContiguousStore(kv_shape(CONFIG, torch.bfloat16, CPU), 2000, 32)
     short, long = (decoding(store, context) for context in (300, 1004))
-    assert long.bytes == short.bytes
+    assert long.bytes.total() == short.bytes.total()
     assert long.largest_mask < 300

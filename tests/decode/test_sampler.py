@@ -24,7 +24,7 @@ from qwen_ds.decode.sampler import (
     prompt_logprobs,
     sample,
 )
-from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups, uniforms
+from qwen_ds.decode.sampling import SamplingParams, draw, only_tokens, sampling_groups
 
 CPU = torch.device("cpu")
 TOKENS, HEAD, STOPS = 3000, 3072, (2998, 2999)
@@ -107,9 +107,9 @@ def test_a_device_apart_gets_the_tokens_of_the_cpu(
     grammar, tries = compiler.json_object(), list[bool]()
     read = sampler_module._read
 
-    def spying(*args: Any, is_last_try: bool) -> Any:
-        tries.append(is_last_try)
-        return read(*args, is_last_try=is_last_try)
+    def spying(*args: Any, may_wait: bool) -> Any:
+        tries.append(may_wait)
+        return read(*args, may_wait=may_wait)
 
     monkeypatch.setattr(sampler_module, "_read", spying)
 
@@ -137,13 +137,31 @@ def test_plain_sampling_draws_the_tokens_of_draw() -> None:
         SamplingParams(),
     ]
     rows = [RowSampler(one, (1,), TOKENS, STOPS) for one in params]
-    uniform_RS = uniforms(params, CPU)
+    streams = [torch.rand(100, generator=torch.Generator().manual_seed(p.seed)) for p in params]
+    uniform_RS = torch.stack(streams)  # the greedy row draws by none
     for step in range(100):
         logits_RV = random_logits(3, step).bfloat16()
         expected = draw(
             only_tokens(logits_RV, TOKENS), sampling_groups(params, CPU), uniform_RS[:, step]
         )
         assert tokens_of(sample(logits_RV, rows)) == expected.tolist()
+
+
+def test_random_numbers_are_a_rows_own() -> None:
+    def numbers(params: SamplingParams) -> list[float]:
+        state, found = RowSampler(params, (1,), TOKENS, STOPS), []
+        for _ in range(params.max_new_tokens):
+            found.append(state.uniform())
+            state.accept(5)
+        return found
+
+    short, long = (SamplingParams(do_sample=True, max_new_tokens=n, seed=7) for n in (3, 200))
+    expected = numbers(long)
+    torch.manual_seed(99)
+    assert numbers(long) == expected and len(set(expected)) > 190
+    assert numbers(short) == expected[:3]  # the same seed, however long the row
+    assert numbers(long.of_row(1)) != numbers(long.of_row(2))
+    assert numbers(SamplingParams(max_new_tokens=5)) == [0.0] * 5
 
 
 def test_counts_of_drawn_tokens_are_those_of_a_full_sort() -> None:

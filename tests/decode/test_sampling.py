@@ -27,7 +27,6 @@ from qwen_ds.decode.sampling import (
     only_tokens,
     row_seed,
     sampling_groups,
-    uniforms,
 )
 
 CPU = torch.device("cpu")
@@ -241,18 +240,6 @@ def test_every_row_of_a_mixed_batch_draws_what_it_draws_alone() -> None:
             alone = draw(logits_BV[i : i + 1], sampling_groups([row], CPU), uniform_B[i : i + 1])
             assert alone.item() == together_B[i].item()
         assert together_B[0] == logits_BV[0].argmax() and together_B[5] == logits_BV[5].argmax()
-
-
-def test_random_numbers_are_a_rows_own() -> None:
-    short, long = (SamplingParams(do_sample=True, max_new_tokens=n, seed=7) for n in (3, 30))
-    uniform_BS = uniforms([long, short, SamplingParams(max_new_tokens=5)], CPU)
-    assert uniform_BS.shape == (3, 30)
-    torch.manual_seed(99)
-    assert torch.equal(uniforms([long], CPU)[0], uniform_BS[0])
-    assert torch.equal(uniform_BS[1, :3], uniform_BS[0, :3])  # the same seed, however long the row
-    assert not uniform_BS[1, 3:].any() and not uniform_BS[2].any()
-    other = uniforms([long.of_row(1), long.of_row(2)], CPU)
-    assert not torch.equal(other[0], other[1])
 
 
 def test_nearby_seeds_and_rows_share_no_stream() -> None:

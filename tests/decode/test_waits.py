@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from qwen_ds.decode import grammar as grammar_module
 from qwen_ds.decode import paged_attention, transfers
@@ -39,8 +38,10 @@ from serve.engine.adapted import (
     OwnTensors,
 )
 from serve.engine.adapters import AdaptedModel, ServedAdapters
-from tests.decode.recording import FORBIDDEN, record
+from tests.decode.recording import record
 from tests.decode.test_engine import WORDS
+from tests.moved import tensors
+from tests.waiting import name_of, reason_to_wait
 
 APART, CPU, ROWS = torch.device("meta"), torch.device("cpu"), 32
 CONFIG = QWenConfig(
@@ -59,22 +60,20 @@ class Waits(TorchDispatchMode):
         self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func._schema.name
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        on_device = any(x.device == APART for x in given)
+        kwargs, name = kwargs or {}, name_of(func)
         out = func(*args, **kwargs)
-        if name in ("aten::_to_copy", "aten::copy_"):
-            source = args[0] if name == "aten::_to_copy" else args[1]
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
             places = {source.device, out.device}
             does_wait = not kwargs.get("non_blocking", len(args) > 2 and args[2])
             if places == {CPU, APART} and (
                 out.device == CPU or does_wait or not self.knows(source)
             ):
                 self.found.append(f"{name}: a copy that is waited for")
-        elif on_device and name in FORBIDDEN:
-            self.found.append(f"{name}: {FORBIDDEN[name]}")
-        elif on_device and "index" in name and any(x.dtype == torch.bool for x in given[1:]):
-            self.found.append(f"{name}: a shape that follows from values")
+        elif any(x.device == APART for x in tensors((args, kwargs))) and (
+            reason := reason_to_wait(func, args, kwargs)
+        ):
+            self.found.append(f"{name}: {reason}")
         return out
 
     def knows(self, source: Tensor) -> bool:

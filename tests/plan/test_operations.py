@@ -15,7 +15,7 @@ from qwen_ds.plan.activations import Saving
 from qwen_ds.plan.operations import block_bytes_moved, moved
 from qwen_ds.plan.shape import Shape
 from qwen_ds.recipe.options import LoraOptions, ModelOptions, Recipe
-from tests.benchmarks.launches import Moved
+from tests.moved import Moved
 
 QWEN_7B = Shape.of(QWenConfig())
 
@@ -32,11 +32,11 @@ def saving(dtype: Any = "bfloat16", method: Any = "lora", **lora: Any) -> Saving
 def test_the_gate_moves_what_torch_runs() -> None:
     tokens, inner = 64, QWEN_7B.inner
     gate, up = (torch.ones(tokens, inner, requires_grad=True) for _ in range(2))
-    gradient, ones, counted = torch.ones(tokens, inner), (gate, up), Moved()
+    gradient, counted = torch.ones(tokens, inner), Moved()
     with counted:
         product = F.silu(gate) * up
         forward = counted.bytes.total()
-        torch.autograd.grad(product, ones, gradient)
+        torch.autograd.grad(product, (gate, up), gradient)
     parts = {part.part: part for part in moved(QWEN_7B, saving("float32"), compiled=False)}
     assert forward == tokens * parts["gate"].forward
     assert counted.bytes.total() - forward == tokens * parts["gate"].backward

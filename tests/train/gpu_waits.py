@@ -1,9 +1,8 @@
 """Points where the CPU would wait for a GPU, counted in a process that has none.
 
 The accelerator of DeepSpeed is a CPU's that answers as CUDA's does, so that the code for streams
-and events runs; tensors stay in CPU memory. Counted is each operation that on CUDA reads a result
-or copies from memory that is not page-locked (memcpy_and_sync of c10/cuda, nonzero of
-at::native), and each call that waits by name.
+and events runs; tensors stay in CPU memory. Counted is each operation that waits on CUDA
+(tests/waiting.py), and each call that waits by name.
 """
 
 from __future__ import annotations
@@ -14,18 +13,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# item(), bool() and int() of a tensor are _local_scalar_dense. lift_fresh is torch.tensor(...): its
-# copy to a GPU comes from ordinary memory.
-_WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "allclose", "unique",
-    "_unique2", "unique_dim", "lift_fresh", "bincount", "histc",
-}  # fmt: skip
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+from tests.waiting import name_of, reason_to_wait
 
 
 class Waits(TorchDispatchMode):
@@ -40,21 +32,15 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = func.overloadpacket.__name__
+        name, kwargs = name_of(func), kwargs or {}
         if name == "_local_scalar_dense" and args[0].data_ptr() in self.on_cpu:
             return func(*args)
-        if name in _WAITING or (name in _INDEXING and _has_mask(args[1])):
-            self.counts[name] += 1
-        elif name == "masked_fill_" and isinstance(args[2], Tensor):
-            self.counts[name] += 1  # CUDA's takes the value with item()
-        return func(*args, **(kwargs or {}))
+        if reason_to_wait(func, args, kwargs):
+            self.note(name)
+        return func(*args, **kwargs)
 
     def note(self, name: str) -> None:
         self.counts[name] += 1
-
-
-def _has_mask(indices: Any) -> bool:
-    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 class _Stream:
