@@ -121,15 +121,29 @@ def markup(talk: Talk) -> Iterator[Span]:
         if classes & of.BRACKET and "[/" in text and not talk.is_of_code:
             for start, end in _BB_CODE(text):
                 yield Span("html-leftover", turn, start, end)
-        if (classes & of.BACKSLASH or "%E" in text) and not talk.is_of_code:
-            plain = outside_code(text)
-            if not (_FORMULA.search(plain) or _DRIVE.search(plain)):
-                for start, end in _ESCAPE(plain):
-                    if _is_quoted(plain, start, end):
-                        continue
-                    before = max(0, start - _LONGEST_ADDRESS)
-                    if plain[start] != "%" or not _IN_ADDRESS.search(plain, before, start):
-                        yield Span("literal-escape", turn, start, end)
+        if classes & of.BACKSLASH or "%E" in text:
+            spans = _escapes(talk, outside_code(text))
+            yield from (Span("literal-escape", turn, start, end) for start, end in spans)
+
+
+# Characters in a row that JSON has escaped. Where a row speaks of code, only they tell.
+_ESCAPED_WORD = pattern(r"(?:\\u[0-9a-fA-F]{4}){4,}")
+_ESCAPES_ARE_THE_SUBJECT = re.compile(r"\\u|转义|编码|解码|(?i:unicode|escape|utf|json|decod)")
+
+
+def _escapes(talk: Talk, plain: str) -> Iterator[tuple[int, int]]:
+    """The places of escapes that are spelled in a text without its code."""
+    if talk.is_of_code:
+        if not any(_ESCAPES_ARE_THE_SUBJECT.search(text) for _, text in talk.turns[:1]):
+            yield from _ESCAPED_WORD(plain)
+        return
+    if _FORMULA.search(plain) or _DRIVE.search(plain):
+        return
+    for start, end in _ESCAPE(plain):
+        before = max(0, start - _LONGEST_ADDRESS)
+        is_address = plain[start] == "%" and _IN_ADDRESS.search(plain, before, start)
+        if not (is_address or _is_quoted(plain, start, end)):
+            yield start, end
 
 
 _BLANK_WORDS = ("待", "此处", "在此", "在这里")

@@ -18,6 +18,8 @@ _PAIRS = "（） () [] 〔〕 〈〉 【】 《》 「」 『』 {}".split()
 _OPENERS = {pair[0]: "（" if pair[0] in "（([" else pair[0] for pair in _PAIRS}
 _CLOSERS = {pair[1]: _OPENERS[pair[0]] for pair in _PAIRS}
 _ANY_BRACKET = re.compile(f"[{re.escape(''.join(_PAIRS))}]")
+# What prose about programs has not.
+_CODE_SIGN = re.compile(r"[={};<>\\`$_#|&*/\[]|[A-Za-z]\(|\(\)")
 _EMOTICON = re.compile(r"[:;=8xX]['\-~]?[(\[{]|[(（][・^｀´;；:T￣><*@≧╯°▽〃]|\([A-Z]?[_^]")
 
 
@@ -29,10 +31,10 @@ def unclosed(talk: Talk) -> Iterator[Span]:
             continue
         if classes & (of.BRACKET | of.QUOTE):
             plain = outside_code(text)
-            if classes & of.BRACKET and (at := _open_bracket(plain, talk)) is not None:
-                kind = "unclosed-quote" if plain[at] in "《「『" else "unclosed-bracket"
-                yield Span(kind, turn, at, at + 1)
-            elif classes & of.BRACE and talk.is_of_code and (end := _open_json(text)) is not None:
+            left = _open_brackets(plain, talk) if classes & of.BRACKET else {}
+            yield from (Span(kind, turn, at, at + 1) for kind, at in left.items())
+            may_be_json = not left and classes & of.BRACE and talk.is_of_code
+            if may_be_json and (end := _open_json(text)) is not None:
                 yield Span("unclosed-bracket", turn, max(0, end - 20), end)
             if classes & of.QUOTE and (at := _open_quote(plain, talk)) is not None:
                 yield Span("unclosed-quote", turn, at, at + 1)
@@ -49,7 +51,8 @@ def _open_fence(text: str) -> int | None:
     return tildes[-1].start() if len(tildes) % 2 and tildes[-1][1] else None
 
 
-def _open_bracket(text: str, talk: Talk) -> int | None:
+def _open_brackets(text: str, talk: Talk) -> dict[str, int]:
+    """By the kind of finding, the first bracket that stays open."""
     faces = {at for match in _EMOTICON.finditer(text) for at in (match.start(), match.end() - 1)}
     open_at: dict[str, list[int]] = {}
     for match in _ANY_BRACKET.finditer(text):
@@ -59,10 +62,13 @@ def _open_bracket(text: str, talk: Talk) -> int | None:
             open_at.setdefault(kind, []).append(match.start())
         elif open_at.get(_CLOSERS[match[0]]):
             open_at[_CLOSERS[match[0]]].pop()
-    left = [places[0] for kind, places in open_at.items() if places]
-    if not left or talk.is_of_code and text[left[0]] in "([{":
-        return None
-    return min(left)
+    left = sorted(places[0] for places in open_at.values() if places)
+    if talk.is_of_code and _CODE_SIGN.search(text):
+        left = [at for at in left if text[at] not in "([{"]
+    found: dict[str, int] = {}
+    for at in left:
+        found.setdefault("unclosed-quote" if text[at] in "《「『" else "unclosed-bracket", at)
+    return found
 
 
 _IS_JSON = re.compile(r'\A\s*(?:\{\s*"[^"\n]{1,80}"\s*:|\[\s*(?:\{\s*"|"[^"\n]{0,80}"\s*,))')
