@@ -86,6 +86,8 @@ _PART_BLANK = pattern(
     re.MULTILINE,
 )
 _VALUES_ARE_THE_SUBJECT = re.compile(f"{_VALUES}|null|{_TO_DO}|占位")
+# A note of what is to come instead of an answer.
+_NOTE_ALONE = re.compile(rf"\s*(?:{_TO_DO})\b[^\n]{{0,40}}\s*")
 _ASKS_FOR_BLANKS = ("模板", "填空", "template", "范本", "样本")
 
 
@@ -153,6 +155,10 @@ def blanks(talk: Talk) -> Iterator[Span]:
     """Placeholders that nobody filled in."""
     for turn, (role, text) in enumerate(talk.turns):
         asked = talk.turns[turn - 1][1] if role == "assistant" else ""
+        if role == "assistant" and _NOTE_ALONE.fullmatch(text):  # beside code, too
+            if not _VALUES_ARE_THE_SUBJECT.search(asked):
+                yield Span("placeholder", turn, 0, len(text))
+            continue
         if len(text) <= 40 and _WHOLE_BLANK.fullmatch(text):
             if not (talk.is_of_code or _VALUES_ARE_THE_SUBJECT.search(asked)):
                 yield Span("placeholder", turn, 0, len(text))

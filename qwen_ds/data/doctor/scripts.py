@@ -12,6 +12,7 @@ from qwen_ds.data.doctor.spans import Finder, Span, Talk, has_any, pattern
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _LATIN_RUN = re.compile(f"[{of.points_of(of.LATIN_HIGH)}]+")
+_PINYIN = "āáǎàēéěèīíǐìōóǒòūúǔùüǖǘǚǜêńňǹ"
 _LATIN_LETTERS = re.compile(f"(?:(?![\x80-\x9f])[{of.points_of(of.LATIN_HIGH)}])+")
 _ABOUT_TRADITIONAL = re.compile(
     r"繁体|繁體|正體|简体|写法|“.{1,2}”字|港台|台湾|香港|粤语|古文|异体|读音|汉字|部首|笔画|偏旁|字形"
@@ -95,7 +96,9 @@ def _latin1(text: str) -> tuple[int, int] | None:
                 continue
             if not read.isascii():
                 return run.span()
-    if is_bad(text) and (found := _LATIN_LETTERS.search(text)) is not None:
+    found = _LATIN_LETTERS.search(text)
+    # A letter of pinyin between “ and ” looks bad to ftfy.
+    if found is not None and found[0] not in _PINYIN and is_bad(text):
         return found.span()
     return None
 

@@ -224,6 +224,8 @@ def test_json_that_stops_before_its_last_bracket_is_unclosed(answer: str, is_ope
         ("When is quopri called?", "It adds soft line breaks ('\\n') to a line.", None),
         ("列出两种水果。", "苹果\\n香蕉", "literal-escape"),
         ("锟斤拷是怎么来的？", "它由编码错误而来。", None),
+        ("“ü”什么时候省去两点？", "与 j、q、x 相拼时。", None),
+        ("这家店叫什么？", "叫“cafÃ©”，在街角。", "mojibake-latin1"),
         ("几点开门？", "早上锟斤拷点开门。", "kun-kao"),
         ("Write a haiku in Japanese.", "古池や\n蛙飛びこむ\n水の音", None),
         ("Please write a haiku.", "ふるいけや\nかわずとびこむ\nみずのおと", "language-mismatch"),
