@@ -74,6 +74,11 @@ class Saving:
         """Whether the first block's input needs a gradient."""
         return self.rows or self.whole_embedding
 
+    @property
+    def adapter(self) -> bool:
+        """Whether nothing but matrices of low rank and token rows is trained."""
+        return not (self.full or self.whole_embedding or self.whole_head)
+
     def whole_parameters(self, shape: Shape) -> int:
         """Parameters of embedding and head that LoRA trains whole."""
         return 0 if self.full else shape.head * (self.whole_embedding + self.whole_head)

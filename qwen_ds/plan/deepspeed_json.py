@@ -45,6 +45,16 @@ class ResolvedConfig:
     remarks: tuple[str, ...] = ()
     """What the JSON asks for and this project does otherwise or not at all, in words."""
 
+    @property
+    def sums_locally(self) -> bool:
+        """Whether each rank sums its gradients of a step, and the ranks average the sum once.
+
+        So they do with an adapter. Elsewhere a whole gradient on every rank would take what ZeRO-2
+        and 3 save: they average after each micro-batch, and keep a share.
+        """
+        adapter = self.recipe.method == "lora" and not self.recipe.lora.modules_to_save
+        return self.stage > 1 and adapter and not self.offload_optimizer
+
     def stored_json(self) -> Json:
         """The JSON that resolves to this one again: with the rows of an optimizer step in place of
         the batch sizes that the engine is told."""

@@ -103,11 +103,14 @@ def peak_memory(shape: Shape, how: Saving, zero: Zero, batch: MicroBatch, every:
 
 
 def _gradients(shape: Shape, how: Saving, zero: Zero) -> float:
-    """Gradients that a rank keeps from one micro-batch to the next, in fp32: whole below ZeRO-2,
-    where ZeRO-1 also holds its averaged share; none where the optimizer is offloaded."""
+    """Gradients that a rank keeps from one micro-batch to the next, in fp32: whole below ZeRO-2 and
+    those of an adapter, of which ZeRO also holds its averaged share; none where the optimizer is
+    offloaded."""
     if zero.offload_optimizer:
         return 0.0
     trained = how.trained_parameters(shape)
+    if zero.sums_locally(how):
+        return FP32 * trained * (1 + 1 / zero.world)
     if zero.stage == 2 and not how.full:
         return FP32 * _held(shape, how, zero.world)
     return FP32 * trained * (zero.share(2) + (zero.share(1) if zero.stage == 1 else 0))
@@ -195,7 +198,9 @@ def _zero_buffers(shape: Shape, how: Saving, zero: Zero, trained: int) -> float:
         buffers += FP32 * shape.head * (2 if zero.stage == 3 else 1)
     if zero.stage < 3:
         return buffers
-    largest = max(shape.head, *(linear.size for linear in shape.linears))
+    if how.full:  # the gradients of a block, until it is done
+        buffers += how.b * shape.block
+    largest = max(shape.head, shape.block)
     gathered = min(shape.parameters, max(zero.live, largest))
     second = how.b * shape.parameters / zero.hpz if zero.hpz > 1 else 0
     in_fp32 = min(how.whole_parameters(shape), gathered)

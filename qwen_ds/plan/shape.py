@@ -58,9 +58,14 @@ class Shape:
         return self.of_role("down")[0].width_in
 
     @property
+    def block(self) -> int:
+        """Parameters of the linear maps in a block: 4 D^2 + 3 D I."""
+        return sum(linear.size for linear in self.linears)
+
+    @property
     def block_matrices(self) -> int:
-        """Parameters of the linear maps in all blocks: L (4 D^2 + 3 D I)."""
-        return self.layers * sum(linear.size for linear in self.linears)
+        """Parameters of the linear maps in all blocks."""
+        return self.layers * self.block
 
     @property
     def small_parameters(self) -> int:

@@ -57,6 +57,10 @@ class Zero:
             offloaded("offload_param"),
         )
 
+    def sums_locally(self, how: Saving) -> bool:
+        """As `ResolvedConfig.sums_locally`."""
+        return self.stage > 1 and how.adapter and not self.offload_optimizer
+
     def share(self, from_stage: int) -> float:
         """Share that one rank holds of what is sharded from that stage on."""
         return 1 / self.world if self.stage >= from_stage else 1.0
@@ -83,16 +87,17 @@ class Collective:
 def traffic(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[Collective]:
     """All collectives of one optimizer step whose size grows with the model.
 
-    ZeRO-0 and ZeRO-1 average the gradients once a step, ZeRO-2 after every micro-batch, bucket by
-    bucket (by all-reduce, although each rank keeps only its own share: DeepSpeed's default,
-    use_multi_rank_bucket_allreduce). ZeRO-1 and 2 then gather the updated parameters, in fp32 as
-    the gradients are. ZeRO-3 gathers the weights for the forward and again for the backward pass of
-    each micro-batch, and reduce-scatters the gradients.
+    ZeRO-0 and ZeRO-1 average the gradients once a step, as ZeRO-2 and 3 do with those of an
+    adapter. Others they average after every micro-batch, bucket by bucket: ZeRO-2 by all-reduce,
+    although each rank keeps only its own share (DeepSpeed's default,
+    use_multi_rank_bucket_allreduce), ZeRO-3 by reduce-scatter. ZeRO-1 and 2 then gather the updated
+    parameters, in fp32 as the gradients are. ZeRO-3 gathers the weights for the forward and again
+    for the backward pass of each micro-batch.
     """
     n, trained = zero.world, how.trained_parameters(shape)
     if n == 1:
         return []
-    times = micro_batches if zero.stage > 1 else 1
+    times = micro_batches if zero.stage > 1 and not zero.sums_locally(how) else 1
     buckets = math.ceil(trained / zero.reduce_bucket) if zero.stage else 1
     size, count = times * 4.0 * trained, times * buckets
     if zero.stage == 3:
@@ -104,17 +109,15 @@ def traffic(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[C
 
 
 def _gathers(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[Collective]:
-    """The gathers of a step under ZeRO-3, module by module; the last is that of updated parameters.
+    """The gathers of a step under ZeRO-3, block by block; the last is that of updated parameters.
 
     Small tensors are not sharded: every rank has them, and gathers them after the step. The
-    backward pass gathers neither the head, which is still there, nor weights that no gradient flows
-    through: an embedding that is not trained whole, and the first block's q, k and v unless some of
-    the embedding is trained. Under hpZ a gather stays within the machine unless the weight has
-    changed since the last one: only the first gather in a step of what is trained leaves it.
+    backward pass gathers neither the head, which is still there, nor an embedding that is not
+    trained whole. Under hpZ a gather stays within the machine unless the weight has changed since
+    the last one: only the first gather in a step of what is trained leaves it.
     """
     n, layers = zero.world, shape.layers
-    blocks = [how.b * linear.size for linear in shape.linears] * layers
-    qkv = how.b * sum(linear.size for linear in shape.of_role("qkv"))
+    blocks = [how.b * shape.block] * layers
     bytes_each = FP32 if not how.full else how.b  # of a parameter that is trained
     embedding = (bytes_each if how.whole_embedding else how.b) * shape.head
     head = (bytes_each if how.whole_head else how.b) * shape.head
@@ -124,7 +127,6 @@ def _gathers(shape: Shape, how: Saving, zero: Zero, micro_batches: int) -> list[
     forward = [*blocks, embedding, head, *trained]
     once = [head]
     once += [] if how.whole_embedding else [embedding]
-    once += [] if how.embedding else [qkv]
     trained += [embedding] if how.whole_embedding else []
     trained += [head] if how.whole_head else []
     size = float(micro_batches * (2 * sum(forward) - sum(once)))

@@ -171,6 +171,10 @@ class TrainingModel(nn.Module):
         self._transformer = (transformer,)
         self.loss_head = LossHead(lm_head)
 
+    @property
+    def transformer(self) -> Any:
+        return self._transformer[0]
+
     def forward(
         self,
         ids_BT: Tensor,
@@ -180,7 +184,7 @@ class TrainingModel(nn.Module):
         of_each_token: bool = False,
     ) -> Tensor:
         if of_each_token:  # here, since DeepSpeed's engine prepares ZeRO-3 for this call alone
-            return token_losses(self._transformer[0], self.loss_head.lm_head, ids_BT, labels_BT)
+            return token_losses(self.transformer, self.loss_head.lm_head, ids_BT, labels_BT)
         # extend_context: evaluation takes the training formula, too, without NTK and LogN.
-        outputs = self._transformer[0](input_ids=ids_BT, use_cache=False, extend_context=False)
+        outputs = self.transformer(input_ids=ids_BT, use_cache=False, extend_context=False)
         return self.loss_head(outputs.last_hidden_state, labels_BT, places_N)

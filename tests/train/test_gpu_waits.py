@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tests.jobs import fork
 from tests.train.gpu_waits import Waits, as_on_cuda
 
 RANKS = 2
+all_reduce = torch.distributed.all_reduce
 
 
 class Rows:
@@ -44,7 +46,8 @@ class Rows:
 
 
 def waits_of_steps(model_dir: Path, method: str, stage: int, waits: Waits) -> dict[str, Any]:
-    """Waits of optimizer steps of 2 and of 5 micro-batches, and what ZeRO-3 keeps whole."""
+    """Waits and all-reduces of optimizer steps of 2 and of 5 micro-batches, and what ZeRO-3 keeps
+    whole."""
     recipe: Any = Recipe(method=method, model=ModelOptions(dtype="bfloat16"))  # type: ignore[arg-type]
     asked = {"zero_optimization": {"stage": stage, "overlap_comm": "auto"}}
     resolved = deepspeed_json.resolve(asked, recipe, frozenset(), hidden_size=64, world=RANKS)
@@ -63,7 +66,7 @@ def waits_of_steps(model_dir: Path, method: str, stage: int, waits: Waits) -> di
         observer=SimpleNamespace(at=lambda *a: None, part=lambda name: waits),
     )  # fmt: skip
     request: Any = SimpleNamespace(noted=lambda: 0.0, reason=lambda noted: None)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"averages": {}}
     # The first steps set things up: Adam's moments, ZeRO-3's order of gathers.
     for number, count in enumerate((2, 2, 2, 5), 1):
         batches = [make_batch(Rows(), np.array([i, i + 1])) for i in range(count)]  # type: ignore[arg-type]
@@ -71,9 +74,12 @@ def waits_of_steps(model_dir: Path, method: str, stage: int, waits: Waits) -> di
         waits.counts.clear()
         # AdamW counts its steps in CPU memory, also of parameters on a GPU.
         waits.on_cpu = {state["step"].data_ptr() for state in engine.state._adamw.state.values()}
-        step, _ = train_step(session, number, Window(batches, 60, statistics), request)
+        window = Window(batches, 60, statistics)
+        with mock.patch.object(torch.distributed, "all_reduce", wraps=all_reduce) as averaging:
+            step, _ = train_step(session, number, window, request)
         assert step.grad_norm > 0
         found[str(count)] = dict(waits.counts)
+        found["averages"][str(count)] = averaging.call_count
     kept = {"trained": True, "matrices": False}
     if stage == 3:
         parameters = list(engine.model.parameters())
@@ -104,7 +110,7 @@ def test_a_step_waits_once_and_a_micro_batch_never(small_dir: Path, tmp_path: Pa
     """Forward, backward and update of two ranks, and what ZeRO-3 keeps whole.
 
     Some waits of DeepSpeed's have no switch: with overlapped communication one after every
-    backward; under ZeRO-3 as well, and two in its step, which looks at the norm once more.
+    averaging, and under ZeRO-3 three in its step, which looks at the norm once more.
     """
     port, out = free_port(), tmp_path / "found.json"
     ranks = [fork(count, small_dir, rank, port, out) for rank in range(RANKS)]
@@ -114,10 +120,13 @@ def test_a_step_waits_once_and_a_micro_batch_never(small_dir: Path, tmp_path: Pa
     found = json.loads(out.read_text())
     for case in ("lora 0", "lora 1", "lora 2"):
         assert found[case]["2"] == found[case]["5"] == {"tolist": 1}, (case, found[case])
+    averages = {case: found[case]["averages"] for case in ("lora 1", "lora 2", "full 2")}
+    assert averages["lora 2"]["2"] == averages["lora 2"]["5"] > 0, averages
+    assert averages["full 2"]["5"] - averages["full 2"]["2"] >= 3, averages
     for count_ in (2, 5):
         assert found["full 2"][str(count_)] == {"tolist": 1, "accelerator.synchronize": count_}
         of_stage_3 = found["lora 3"][str(count_)]
-        assert of_stage_3.pop("stream.synchronize") == count_
+        assert of_stage_3.pop("stream.synchronize") == 1
         assert of_stage_3.pop("tolist") == 1 and sum(of_stage_3.values()) <= 3, of_stage_3
     assert found["lora 3"]["kept"] == {"trained": True, "matrices": False}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qwen_ds import dist
 from qwen_ds.errors import UserError
+from qwen_ds.model.family import family_of
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
 from qwen_ds.recipe.deepspeed_json import Json
 from qwen_ds.recipe.options import OptimOptions
@@ -93,6 +95,26 @@ def _own_update(resolved: ResolvedConfig) -> tuple[Json, bool, bool]:
     return config, True, True
 
 
+def _gather_by_block(model: TrainingModel) -> None:
+    """Let ZeRO-3 gather the weights of a block together, and average its gradients together.
+
+    DeepSpeed's hooks then run once for each block and not for its ten modules: they are most of the
+    CPU's work under ZeRO-3.
+    """
+    deepspeed.utils.set_z3_leaf_modules(model, [family_of(model.transformer.config).block_class])
+
+
+def _feed_gradients_to_blocks(model: TrainingModel) -> None:
+    """Let the first block's input have a gradient: only then does the hook by which DeepSpeed
+    averages a block's gradients wait for them. To be called when DeepSpeed's own hooks are there,
+    or it would gather the embedding for the backward pass."""
+
+    def need_gradient(_module: nn.Module, _inputs: object, x_BTD: Tensor) -> Tensor:
+        return x_BTD.requires_grad_() if torch.is_grad_enabled() else x_BTD
+
+    model.transformer.get_input_embeddings().register_forward_hook(need_gradient)
+
+
 class TrainingEngine:
     """DeepSpeed's engine around the training model.
 
@@ -110,7 +132,10 @@ class TrainingEngine:
         self.stage = resolved.stage
         self.overflows = 0
         self._uses_loss_scale = "fp16" in resolved.engine_json
+        self._sums_locally, self._summing = resolved.sums_locally, ExitStack()
+        self._is_summing = False
         if self.stage == 3:
+            _gather_by_block(model)
             # ZeRO-3 gathers a weight for the module that owns it. These modules use another's.
             of_head = ((model.loss_head, weight) for weight in model.loss_head.borrowed)
             for module, weight in (*of_head, *borrowed_weights(model)):
@@ -133,6 +158,8 @@ class TrainingEngine:
                 f"{resolved.recipe.deepspeed}: {library}: {reason}; expected a login, or the "
                 "variable by which it works offline, such as WANDB_MODE=offline"
             ) from None
+        if self.stage == 3:
+            _feed_gradients_to_blocks(model)
         self.device = self._ds.device
         self.model: TrainingModel = self._ds.module
         self.state = TrainableState(self.model.model, self._optimizer, self.stage, self.device)
@@ -159,14 +186,23 @@ class TrainingEngine:
         return self._ds(ids_BT.to(self.device), labels_BT.to(self.device), of_each_token=True)
 
     def backward(self, loss: Tensor, *, last_of_step: bool) -> None:
-        """Accumulate the gradient; `last_of_step` lets DeepSpeed average it over the ranks.
+        """Accumulate the gradient; `last_of_step` averages it over the ranks.
 
-        A collective in the step's last micro-batch, under ZeRO-2 and 3 in each of them.
+        A collective in the step's last micro-batch; under ZeRO-2 and 3 in each of them, unless the
+        ranks sum by themselves (`ResolvedConfig.sums_locally`).
         """
+        if self._sums_locally and not self._is_summing:
+            self._summing.enter_context(self._ds.coalesce_grad_reduction())
+            self._is_summing = True
         # The number of micro-batches differs from step to step: DeepSpeed must neither count them
         # nor divide the loss by a fixed number.
         self._ds.set_gradient_accumulation_boundary(last_of_step)
         self._ds.backward(loss, scale_wrt_gas=False)
+        if last_of_step and self._is_summing:
+            self._summing.close()
+            self._is_summing = False
+            # As at the beginning of the step, that context leaves it at False.
+            self._ds.set_gradient_accumulation_boundary(True)
 
     def totals(self, loss_sums: Sequence[Tensor], noted: float = 0.0) -> Totals:
         """Sum a step's losses and gradient over the ranks, after its last backward (a collective).

@@ -84,6 +84,7 @@ def test_a_monitor_that_nobody_has_logged_in_to_is_the_users_to_mend(
         stage=2,
         engine_json=engine_json,
         offload_optimizer=False,
+        sums_locally=True,
         recipe=Recipe(deepspeed="my.json"),
     )
     model: Any = nn.Linear(1, 1)
