@@ -126,23 +126,25 @@ def count(lora: LoraOptions) -> Moved:
 
 
 def compare(tree: Path, rounds: int) -> None:
-    """CPU time of a micro-batch here and in another tree, by turns: medians and their ratio."""
-    for stage in (2, 3):
-        times: dict[Path, list[float]] = {ROOT: [], tree: []}
+    """CPU time of a micro-batch here and in another tree as it is, by turns: medians and their
+    ratio."""
+    for stage, compiled in ((2, False), (2, True), (3, False)):
+        here, there = [], []
         for _ in range(rounds):
-            for place, found in times.items():
-                found.append(milliseconds(place, stage))
-        here, there = (statistics.median(found) for found in times.values())
-        print(f"ZeRO-{stage}: {here:.0f} ms here, {there:.0f} ms there: ratio {here / there:.2f}")
+            here.append(milliseconds(ROOT, stage, ["--model.compile", "true"] if compiled else []))
+            there.append(milliseconds(tree, stage))
+        ours, theirs = statistics.median(here), statistics.median(there)
+        name = f"ZeRO-{stage}" + ", compiled here as on a GPU" * compiled
+        print(f"{name}: {ours:.0f} ms here, {theirs:.0f} ms there: ratio {ours / theirs:.2f}")
 
 
-def milliseconds(tree: Path, stage: int) -> float:
+def milliseconds(tree: Path, stage: int, options: Sequence[str] = ()) -> float:
     """Median CPU time of forward and backward (launches_time.py) with the code of `tree`."""
     command = [sys.executable, str(Path(__file__).with_name("launches_time.py"))]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, f"ds_configs/zero{stage}.json"], cwd=tree, env=environment, check=True,
-        capture_output=True, text=True,
+        [*command, f"ds_configs/zero{stage}.json", *options],
+        cwd=tree, env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
     return float(json.loads(done.stdout.splitlines()[-1])["milliseconds"])
 
