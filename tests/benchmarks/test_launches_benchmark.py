@@ -16,3 +16,7 @@ def test_a_block_of_the_default_recipe_stays_within_its_bars() -> None:
     parameters = list(launches.block_7b(LoraOptions()).parameters())
     assert sum(p.requires_grad for p in parameters) == 6
     assert all(isinstance(p, Tensor) and p.device.type == "meta" for p in parameters)
+
+
+def test_a_compiled_block_of_the_default_recipe_stays_within_its_bar() -> None:
+    assert 0.5 < launches.compiled_bytes(LoraOptions(), width=256) <= 0.9
