@@ -68,7 +68,10 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
         bits, dtype = 16, torch.int16
         dropped, lowest = round(p * 2**bits), -(2**15)
     draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() * bits // 64),), dtype=torch.int64)
-    keep = draws.view(dtype)[: x.numel()].view(x.shape) >= dropped + lowest
+    drawn = draws.view(dtype)[: x.numel()].view(x.shape)
+    if torch.compiler.is_compiling():
+        drawn = drawn.float()  # inductor is slow to make masks of floats of those of bytes
+    keep = drawn >= dropped + lowest
     return torch.where(keep, x, 0.0), keep, 1 - dropped / 2**bits
 
 
