@@ -12,11 +12,12 @@ from torch import Tensor
 from qwen_ds.model.family import QWEN
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.plan.recomputation import from_recipe
+from qwen_ds.recipe.loading import load_recipe
 from qwen_ds.recipe.options import LoraOptions
-from qwen_ds.train import setup
+from qwen_ds.train import setup, survey
 from qwen_ds.train.lora import add_lora
 from qwen_ds.train.lora_product import drop
-from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.loss import TrainingModel, loss_of_logits
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -107,3 +108,19 @@ def test_compiled_blocks_train_alike(
     assert all(block._compiled_call_impl is not None for block in transformer.h)
     wanted, found = gradients(plain), gradients(compiled)
     assert max(error(found[name], wanted[name].double()) for name in wanted) < bound
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_loss_is_compiled_where_the_blocks_are(
+    compiles: bool, small_dir: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"content": "a", "summary": "b"}\n')
+    asked = load_recipe([
+        "--model.path", str(small_dir), "--device", "cpu", "--data.train", str(rows),
+        "--output_dir", str(tmp_path / "out"), "--model.compile", str(compiles).lower(),
+        "--model.activation_checkpointing", "none",
+    ])  # fmt: skip
+    device = torch.device("cpu")
+    loaded = setup.load_model(survey.decide(asked, device), device)
+    assert (loaded.training.loss_head.loss_of is not loss_of_logits) == compiles
