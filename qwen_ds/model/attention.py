@@ -13,6 +13,7 @@ from transformers import Cache
 from qwen_ds.decode.kv import PackedCache
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.pieces import Pieced
+from qwen_ds.model.plain_attention import attend, is_for
 
 
 class BiasedLinear(nn.Linear):
@@ -78,6 +79,8 @@ class QWenAttention(Pieced):
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Attention as plain matrix products, softmax in fp32, for machines where those beat SDPA's
     kernels."""
+    if is_for(q, mask, dropout):
+        return attend(q, k, v, mask)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

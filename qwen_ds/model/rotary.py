@@ -71,4 +71,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     once.
     """
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    halves = first * cos - second * sin, second * cos + first * sin
+    if torch.compiler.is_compiling():  # which would write the joined halves in fp32 and read them
+        return torch.cat([half.to(x.dtype) for half in halves], dim=-1)
+    return torch.cat(halves, dim=-1).to(x.dtype)

@@ -6,6 +6,7 @@ of one chunk, K trainable token rows of the head (qwen_ds/train/special_rows.py)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,37 @@ from qwen_ds.data.batches import target_places
 from qwen_ds.model.token_loss import token_losses
 from qwen_ds.plan.memory import chunk_tokens
 from qwen_ds.train.special_rows import HeadWithRows
+
+# (logits [C, V], targets [C]) -> sum of the losses; the logits become its gradient.
+LossOfLogits = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_of_logits(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Sum of the losses (fp32). The logits become its gradient, in their own dtype."""
+    # The softmax is made in place: the chunk is the largest thing in memory, and it exists once.
+    grad_CV = logits_CV.float()
+    grad_CV -= grad_CV.amax(dim=-1, keepdim=True)
+    target_logits_C = grad_CV.gather(1, targets_C[:, None])[:, 0]
+    sums_C = grad_CV.exp_().sum(dim=-1)
+    loss = (sums_C.log() - target_logits_C).sum()
+    grad_CV /= sums_C[:, None]
+    grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1.0
+    logits_CV.copy_(grad_CV)
+    return loss
+
+
+def loss_formula(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The same for a compiler, which reads the logits three times and writes them once; no fp32
+    chunk exists. Its exp is computed twice, for less than it costs to keep."""
+    exact_CV = logits_CV.float()
+    largest_C1 = exact_CV.amax(dim=-1, keepdim=True)
+    lse_C1 = (exact_CV - largest_C1).exp().sum(dim=-1, keepdim=True).log() + largest_C1
+    loss = (lse_C1 - exact_CV.gather(1, targets_C[:, None])).sum()
+    # int32: a CPU compares twice as many at once.
+    ids_V = torch.arange(logits_CV.shape[1], dtype=torch.int32, device=logits_CV.device)
+    is_target_CV = ids_V == targets_C[:, None].int()
+    logits_CV.copy_((exact_CV - lse_C1).exp() - is_target_CV.float())
+    return loss
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -33,8 +65,9 @@ class _HeadLoss(torch.autograd.Function):
         targets_N: Tensor,
         rows_KD: Tensor,
         ids_K: Tensor,
+        loss_of: LossOfLogits,
     ) -> Tensor:
-        need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
+        need_hidden, need_weight, _, need_rows, *_ = ctx.needs_input_grad
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, rows_KD.dtype
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
@@ -46,8 +79,9 @@ class _HeadLoss(torch.autograd.Function):
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
             hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
-            value, grad_CV = _chunk(hidden_CD, weight_VD, targets_C, rows_KD, ids_K)
-            loss_sum += value
+            grad_CV = F.linear(hidden_CD, weight_VD)
+            grad_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD))
+            loss_sum += loss_of(grad_CV, targets_C)  # until then they were the logits
             grad_CK = grad_CV[:, ids_K]
             grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:
@@ -68,24 +102,7 @@ class _HeadLoss(torch.autograd.Function):
             None if grad is None else (grad * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden_ND, grad_weight_VD, None, grad_rows_KD, None
-
-
-def _chunk(
-    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, rows_KD: Tensor, ids_K: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of the losses (fp32) and its gradient with respect to the logits (in hidden's dtype)."""
-    logits_CV = F.linear(hidden_CD, weight_VD).float()
-    logits_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD).float())
-    # The softmax is made in place: the chunk is the largest thing in memory, and it exists once.
-    logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
-    target_logits_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
-    grad_CV = logits_CV.exp_()
-    sums_C = grad_CV.sum(dim=-1)
-    loss = (sums_C.log() - target_logits_C).sum()
-    grad_CV /= sums_C[:, None]
-    grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1.0
-    return loss, grad_CV.to(hidden_CD.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, grad_rows_KD, None, None
 
 
 def cross_entropy_sum(
@@ -94,6 +111,7 @@ def cross_entropy_sum(
     targets_N: Tensor,
     rows_KD: Tensor | None = None,
     ids_K: Tensor | None = None,
+    loss_of: LossOfLogits = loss_of_logits,
 ) -> Tensor:
     """Sum over the tokens of -log softmax(hidden weight^T)[target].
 
@@ -104,14 +122,20 @@ def cross_entropy_sum(
         rows_KD: used in place of the head's rows ids_K; they get the gradient, those rows of the
             head get none.
         ids_K: int64 as the targets, each id once.
+        loss_of: what computes the loss of a chunk's logits, and their gradient in their place.
     """
     if rows_KD is None or ids_K is None:
         rows_KD, ids_K = weight_VD.new_empty(0, weight_VD.shape[1]), targets_N.new_empty(0)
-    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, rows_KD, ids_K)
+    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, rows_KD, ids_K, loss_of)
+
+
+def compiled_loss() -> LossOfLogits:
+    """`loss_formula`, compiled at its first use for chunks of all lengths."""
+    return torch.compile(loss_formula, dynamic=True)
 
 
 class LossHead(nn.Module):
-    """The head of the model inside the loss.
+    """The head of the model inside the loss, which `loss_of` computes from a chunk's logits.
 
     A module of its own because ZeRO-3 gathers parameters at module boundaries: lm_head comes once
     for all chunks (the engine registers `borrowed`). The head stays a child of the model alone, or
@@ -120,6 +144,7 @@ class LossHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear) -> None:
         super().__init__()
+        self.loss_of: LossOfLogits = loss_of_logits
         self._lm_head = (lm_head,)  # a tuple hides it from nn.Module's registration
 
     @property
@@ -147,10 +172,10 @@ class LossHead(nn.Module):
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places_N)
         targets_N = labels_BT.flatten().index_select(0, places_N + 1)
         head = self.lm_head
-        rows: tuple[Tensor, ...] = ()
+        rows_KD = ids_K = None
         if isinstance(head, HeadWithRows):
-            rows = head.token_adapter.trainable_tokens_delta, head.token_adapter.ids_K
-        return cross_entropy_sum(hidden_ND, head.weight, targets_N, *rows)
+            rows_KD, ids_K = head.token_adapter.trainable_tokens_delta, head.token_adapter.ids_K
+        return cross_entropy_sum(hidden_ND, head.weight, targets_N, rows_KD, ids_K, self.loss_of)
 
 
 class TrainingModel(nn.Module):

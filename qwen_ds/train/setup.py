@@ -23,7 +23,7 @@ from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
 from qwen_ds.train.engine.loading import partitioned_loading
-from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.loss import TrainingModel, compiled_loss
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def load_model(run: Run, device: torch.device) -> Model:
         assert options.compile != "auto", "plan/resolve.py decides about compiling"
         if options.compile and run.deepspeed.stage == 3:
             fill(model, compiled_pieces())
-            log_compilation("the functions between the products")
+            log_compilation("the functions between the products and of the loss")
         elif options.compile:
             compile_blocks(model, family, device)
         trained: nn.Module = model
@@ -125,6 +125,8 @@ def load_model(run: Run, device: torch.device) -> Model:
         if recipe.lora.init_from:
             lora.init_from(wrapped, recipe.lora)
     training = TrainingModel(trained, model.base_model, model.get_output_embeddings())
+    if options.compile:
+        training.loss_head.loss_of = compiled_loss()
     return Model(training, config, lora.count_parameters(trained))
 
 
@@ -154,7 +156,7 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
     options = {"fallback_random": True} if device.type == "cpu" else None
     for block in model.get_submodule(family.blocks).children():
         block.compile(dynamic=True, options=options)
-    log_compilation("the blocks")
+    log_compilation("the blocks and the loss")
 
 
 def log_compilation(what: str) -> None:

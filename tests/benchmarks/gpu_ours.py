@@ -26,7 +26,7 @@ from qwen_ds.recipe.deepspeed_json import read_deepspeed_json
 from qwen_ds.train import lora, setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from qwen_ds.train.engine.start import start_process_group
-from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.loss import TrainingModel, compiled_loss
 from qwen_ds.train.observe.metrics import peak_memory_gb
 from tests.benchmarks.gpu_answers import Say
 from tests.benchmarks.gpu_plan import Plan, Setting
@@ -59,7 +59,10 @@ def make_model(plan: Plan, wanted: config.Recipe, device: torch.device) -> Train
     if wanted.model.compile:
         setup.compile_blocks(model, QWEN, device)
     wrapped = lora.add_lora(model, wanted.lora, base="", seed=0)
-    return TrainingModel(wrapped, model.transformer, model.lm_head)
+    training = TrainingModel(wrapped, model.transformer, model.lm_head)
+    if wanted.model.compile:
+        training.loss_head.loss_of = compiled_loss()
+    return training
 
 
 def make_engine(plan: Plan, setting: Setting, device: torch.device) -> TrainingEngine:

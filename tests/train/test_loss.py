@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.train import loss
-from qwen_ds.train.loss import LossHead, cross_entropy_sum
+from qwen_ds.train.loss import (
+    LossHead,
+    LossOfLogits,
+    compiled_loss,
+    cross_entropy_sum,
+    loss_formula,
+    loss_of_logits,
+)
 
 IDS = torch.tensor([96, 4, 50])  # rows of the head that are trained beside it
 
@@ -39,14 +46,16 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.parametrize("loss_of", [loss_of_logits, loss_formula])
 def test_loss_and_gradients_equal_plain_cross_entropy_in_fp64(
-    with_rows: bool, dtype: torch.dtype
+    loss_of: LossOfLogits, with_rows: bool, dtype: torch.dtype
 ) -> None:
     """In bf16 within its rounding."""
     hidden, weight, rows, targets = _case(dtype)
     if with_rows:
         weight.data[IDS] = 1e3  # what the rows replace has no say
-    value = cross_entropy_sum(hidden, weight, targets, *((rows, IDS) if with_rows else ()))
+    of_rows = (rows, IDS) if with_rows else (None, None)
+    value = cross_entropy_sum(hidden, weight, targets, *of_rows, loss_of)
     (value * 0.5).backward()
     h, w, r = (t.detach().double().requires_grad_() for t in (hidden, weight, rows))
     logits = h @ (w.index_copy(0, IDS, r) if with_rows else w).T
@@ -60,6 +69,30 @@ def test_loss_and_gradients_equal_plain_cross_entropy_in_fp64(
         assert (came.grad.double() - plain.grad).norm() / plain.grad.norm() < 1e-2
         if exact:
             torch.testing.assert_close(came.grad.double(), plain.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.job
+def test_one_compilation_serves_chunks_of_all_lengths() -> None:
+    """Within rounding it gives what eager operations give, with and without trained rows."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    compiled, compilations = compiled_loss(), []
+    for tokens in (50, 16, 7, 21, 33, 65):  # rests of 2 to 7 tokens, and twice one of a single one
+        for with_rows in (False, True):
+            found = []
+            for loss_of in (compiled, loss_of_logits):
+                hidden, weight, rows, targets = _case(torch.bfloat16, tokens)
+                of_rows = (rows, IDS) if with_rows else (None, None)
+                value = cross_entropy_sum(hidden, weight, targets, *of_rows, loss_of)
+                value.backward()
+                found.append([value, hidden.grad, weight.grad, *([rows.grad] if with_rows else [])])
+            for came, eager in zip(*found, strict=True):
+                assert came is not None and eager is not None and came.dtype == eager.dtype
+                assert (came - eager).norm() <= 1e-3 * eager.norm()
+        compilations.append(graphs["unique_graphs"])
+    # Of one token dynamo makes a graph of its own.
+    assert compilations[3] == compilations[0] and compilations[5] <= compilations[0] + 1
+    torch._dynamo.reset()
 
 
 def test_no_targets_give_zero_loss_and_zero_gradient() -> None:
@@ -89,9 +122,11 @@ def test_the_head_has_one_name_only() -> None:
 _MEMORY = """
 import resource, sys, torch
 from qwen_ds.model.modeling import QWenLMHeadModel
-from qwen_ds.train.loss import TrainingModel
+from qwen_ds.train.loss import TrainingModel, compiled_loss
 model = QWenLMHeadModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 training = TrainingModel(model.train(), model.transformer, model.lm_head)
+if sys.argv[2] == "compiled":
+    training.loss_head.loss_of = compiled_loss()
 for parameter in training.parameters():
     parameter.requires_grad_(False)
 model.transformer.h[0].attn.c_attn.weight.requires_grad_()
@@ -105,10 +140,13 @@ print(peak() - before)
 
 
 @pytest.mark.job
-def test_no_tensor_of_batch_by_length_by_vocabulary_exists(full_dir: Path) -> None:
+@pytest.mark.parametrize(("how", "most"), [("eager", 700e6), ("compiled", 400e6)])
+def test_no_tensor_of_batch_by_length_by_vocabulary_exists(
+    how: str, most: float, full_dir: Path
+) -> None:
     """A training step on 4,088 targets over the real vocabulary: their logits alone would be 1.2 GB
     in bf16 and 2.5 GB in fp32; beside one chunk (256 MiB in fp32, half of that in bf16, twice)
-    little may be held."""
-    command = [sys.executable, "-c", _MEMORY, str(full_dir)]
+    little may be held. A compiled loss needs no chunk in fp32."""
+    command = [sys.executable, "-c", _MEMORY, str(full_dir), how]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 700e6, f"{int(run.stdout) / 1e9:.2f} GB"
+    assert int(run.stdout) < most, f"{int(run.stdout) / 1e9:.2f} GB"
