@@ -1,4 +1,4 @@
-"""liger-kernel's filling of the pieces, with its functions as tests/model/fake_liger.py has them."""
+"""liger-kernel's filling of the pieces; tests/model/fake_liger.py stands in for its functions."""
 
 from __future__ import annotations
 
