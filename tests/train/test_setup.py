@@ -102,21 +102,29 @@ def test_the_start_screen_has_the_line(decided: Decide, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("others", "expected"), [(["0.8.5"], "0.8.5"), (["0.9.0"], None), ([None], None)]
+    ("device", "others", "expected"),
+    [
+        ("cuda", ["0.8.5"], "0.8.5"),
+        ("cuda", ["0.9.0"], None),
+        ("cuda", [None], None),
+        ("cpu", [], None),
+    ],
 )
 def test_all_ranks_use_it_or_none(
-    others: list[str | None], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str, others: list[str | None], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one version, so that all compute alike."""
+    """On GPUs, in one version, so that all compute alike."""
     monkeypatch.setattr(survey, "liger_version", lambda: "0.8.5")
     monkeypatch.setattr(survey, "can_compile", lambda _: True)
     monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
+    monkeypatch.setattr(survey, "is_bf16_faster", lambda: True)
+    monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
     monkeypatch.setattr(dist, "ranks_per_machine", lambda: [2])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 9 << 30))
     monkeypatch.setattr(
         dist, "gather", lambda mine: [mine, *others] if isinstance(mine, str) else [mine]
     )
-    assert survey.survey(torch.device("cuda")).liger == expected
+    assert survey.survey(torch.device(device)).liger == expected
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
