@@ -6,7 +6,8 @@ around it. Elsewhere a block's `Pieces` fill it:
 
 - EAGER: torch's own operations, chosen for the bytes that they move and save;
 - `compiled_pieces`: one kernel for each piece and pass, where a whole block cannot be compiled, as
-  under ZeRO-3.
+  under ZeRO-3;
+- `liger.liger_pieces`: liger-kernel's, on a GPU where nothing is compiled.
 
 Shapes: B rows, T tokens, H heads, W head width, F = W / 2 rotary frequencies, I inner width.
 """

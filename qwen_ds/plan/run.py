@@ -48,6 +48,8 @@ class Machine:
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
     can_compile: bool = True
     """Whether every rank has what torch.compile needs: a C++ compiler, and Triton on a GPU."""
+    liger: str | None = None
+    """Version of liger-kernel, where every rank has a GPU and the same usable version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,13 @@ class Run:
     @property
     def zero(self) -> Zero:
         return Zero.of(self.deepspeed.engine_json, self.machine.ranks)
+
+    @property
+    def liger(self) -> str | None:
+        """Version of liger-kernel, where it computes pieces of the blocks: on GPUs, where torch
+        compiles neither the blocks nor the pieces."""
+        assert self.recipe.model.compile != "auto", "plan/resolve.py decides about compiling"
+        return None if self.recipe.model.compile else self.machine.liger
 
     @property
     def special_ids(self) -> list[int]:

@@ -15,6 +15,7 @@ from qwen_ds.data.rows.data_report import not_read_lines
 from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
 from qwen_ds.model.attention_kernels import attention_kernels
+from qwen_ds.model.liger import OLDEST
 from qwen_ds.plan.run import Run
 from qwen_ds.runlog import say
 from qwen_ds.train.observe.run_page import write_report
@@ -40,6 +41,7 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
         f"model     {recipe.model.path} ({recipe.model.dtype}), {recipe.method}: {model.count}",
         f"machine   {run.machine.ranks} rank(s) of {device_name(run)}, ZeRO-{run.deepspeed.stage}",
         f"attention {recipe.model.attention}, by {kernels(run, data)}",
+        *pieces_lines(run),
         f"data      {rows}",
         *(f"          {remark}" for remark in remarks),
         *(f"checked   {line}" for line in checked_lines(data.findings)),
@@ -68,6 +70,19 @@ def kernels(run: Run, data: Data) -> str:
     config = copy.copy(run.base.config)
     config._attn_implementation = run.recipe.model.attention
     return attention_kernels(config, shapes, run.dtype, device)
+
+
+def pieces_lines(run: Run) -> list[str]:
+    """On GPUs that compile nothing: who computes what lies between the products of a block."""
+    if not run.machine.on_gpu or run.recipe.model.compile:
+        return []
+    if run.liger is None:
+        oldest = ".".join(map(str, OLDEST))
+        return [
+            "pieces    torch; expected one version of liger-kernel on every rank, from "
+            f"{oldest} (the extra gpu), for one kernel each"
+        ]
+    return [f"pieces    liger-kernel {run.liger}: norm and gate; torch: rotation"]
 
 
 def device_name(run: Run) -> str:

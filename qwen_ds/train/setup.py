@@ -17,6 +17,7 @@ from qwen_ds.data.batches import StepSampler
 from qwen_ds.data.rows.token_rows import Prepared, TokenRows, prepare
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
+from qwen_ds.model.liger import liger_pieces
 from qwen_ds.model.loading import load_base
 from qwen_ds.model.pieces import compiled_pieces, fill
 from qwen_ds.plan.recomputation import from_recipe
@@ -108,8 +109,9 @@ def load_model(run: Run, device: torch.device) -> Model:
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's
         draws = recipe.method == "lora" and recipe.lora.dropout > 0
         recompute_blocks(model, from_recipe(options.activation_checkpointing), draws=draws)
-        assert options.compile != "auto", "plan/resolve.py decides about compiling"
-        if options.compile and run.deepspeed.stage == 3:
+        if run.liger is not None:
+            fill(model, liger_pieces())
+        elif options.compile and run.deepspeed.stage == 3:
             fill(model, compiled_pieces())
             log_compilation("the functions between the products and of the loss")
         elif options.compile:

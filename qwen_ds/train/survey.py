@@ -11,6 +11,7 @@ from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
 from qwen_ds.machine import available_memory, can_compile
 from qwen_ds.model.folder import ModelFolder
+from qwen_ds.model.liger import liger_version
 from qwen_ds.plan.resolve import resolve
 from qwen_ds.plan.run import Base, Machine, Run
 from qwen_ds.plan.sources import find_sources
@@ -79,7 +80,14 @@ def survey(device: torch.device) -> Machine:
         eager_dtypes=frozenset() if on_gpu else _eager_dtypes(),
         can_quantise=start.can_quantise_weights(device),
         can_compile=all(dist.gather(can_compile(device))),
+        liger=_on_every_rank(liger_version() if on_gpu else None),
     )
+
+
+def _on_every_rank(version: str | None) -> str | None:
+    """The version that all ranks have (a collective); None if one has none or another."""
+    seen = set(dist.gather(version))
+    return version if len(seen) == 1 else None
 
 
 def _eager_dtypes() -> frozenset[str]:
