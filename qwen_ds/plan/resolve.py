@@ -217,7 +217,7 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[Note]) -> Recipe:
     """Compile on GPUs, where the operations between the products take a third of a step."""
     wanted = recipe.model.compile
-    gathers = "weights are gathered inside a block, which cannot be compiled as a whole"
+    gathers = "hooks gather the weights of a block, which is not compiled as a whole"
     if wanted == "auto":
         reason = ""
         if not machine.on_gpu:
