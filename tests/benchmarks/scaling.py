@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def logged_bytes(collective: Collective) -> float:
 
 def predicted(case: str, world: int) -> dict[str, float]:
     shape = Shape.of(QWenConfig.from_pretrained(SMALL))
-    recipe = small_recipe()
+    recipe = small_recipe(SMALL)
     resolved = resolve_small(case, recipe, shape, world)
     zero = Zero.of(resolved.engine_json, world)
     how = Saving.of(recipe, on_gpu=False, family=QWEN)
@@ -144,11 +145,15 @@ def predicted(case: str, world: int) -> dict[str, float]:
     return found
 
 
-def small_recipe() -> Recipe:
+def small_recipe(model_dir: Path) -> Recipe:
     return Recipe(
         device="cpu",
         model=ModelOptions(
-            path=str(SMALL), dtype="bfloat16", attention="eager", activation_checkpointing="none"
+            path=str(model_dir),
+            dtype="bfloat16",
+            attention="eager",
+            activation_checkpointing="none",
+            compile=False,
         ),
         lora=CHAT,
     )
@@ -163,7 +168,6 @@ def resolve_small(case: str, recipe: Recipe, shape: Shape, world: int) -> Resolv
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
         if key in section:
             section[key] = int(section[key] * shape.parameters / QWEN_7B.parameters)
-    config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
     return resolve(config, recipe, frozenset(), hidden_size=shape.hidden, world=world)
 
 
@@ -173,16 +177,18 @@ def work(out: Path) -> None:
 
     device = choose_device("cpu")
     start_process_group(device, 10)
-    base = Base(QWEN, QWenConfig.from_pretrained(SMALL), {}, SMALL)
+    model_dir = out.parent / "model"
+    base = Base.read(model_dir)
     shape, world = Shape.of(base.config), dist.world_size()
     machine = Machine(world, world, on_gpu=False, memory=0, memory_source="")
     results: dict[str, dict[str, float]] = {}
     for case in CASES:
-        recipe = small_recipe()
+        recipe = small_recipe(model_dir)
         resolved = resolve_small(case, recipe, shape, world)
         model = setup.load_model(Run(recipe, base, machine, resolved), device)
         trained = TrainingEngine(model.training, recipe.optim, resolved)
         trained.train(True)
+        comm.configure(enabled=True, prof_all=True, verbose=False)
         ids_BT = torch.randint(
             0, shape.vocab, (2, 24), generator=torch.Generator().manual_seed(dist.rank())
         )
@@ -210,6 +216,9 @@ def measured(world: int) -> dict[str, dict[str, float]]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
+        model_dir = out.parent / "model"
+        shutil.copytree(SMALL, model_dir)
+        (model_dir / "mini.tiktoken").rename(model_dir / "qwen.tiktoken")
         base = os.environ | {
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""The training benchmark runs to the end on a tiny shape, where its figures mean nothing."""
+"""The training benchmark runs to its end on a tiny shape; collectives move what is predicted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import train
+from tests.benchmarks import scaling, train
 
 
 @pytest.mark.job
@@ -22,3 +22,12 @@ def test_we_and_a_peer_train_the_same_rows(tmp_path: Path) -> None:
         assert one["tokens_per_second"] > one["rows_per_second"] > 0 and one["peak_gb"] > 0
     text = train.table(found)
     assert "Qwen-DS" in text and "(c)" in text and "1.00 x" in text
+
+
+@pytest.mark.job
+def test_real_collectives_move_the_bytes_that_are_predicted() -> None:
+    """Two ranks, each stage, gradients of an adapter over several micro-batches."""
+    found = scaling.measured(2)
+    assert found.keys() == scaling.CASES.keys()
+    for case, kinds in found.items():
+        assert kinds == pytest.approx(scaling.predicted(case, 2), rel=1e-3), case
