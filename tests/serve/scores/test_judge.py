@@ -19,6 +19,7 @@ from tests.serve.files.test_prediction import read_lines
 from tests.serve.scripted_server import Body, Handler, Trouble, scripted
 
 ROWS = 6
+FIRST_WAIT = patience.FIRST_WAIT
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +136,11 @@ def test_unreadable_verdicts_and_refusals_are_counted_and_left_out(
 
 
 def test_a_judge_that_dies_is_asked_only_for_what_is_missing(
-    sides: list[str], tmp_path: Path
+    sides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Waits as they are: within six seconds no request fails so often that it is given up alone,
+    # which it may be where one of the answers came after its first failure.
+    monkeypatch.setattr(patience, "FIRST_WAIT", FIRST_WAIT)
     requests = itertools.count()  # of side by side threads
 
     def dies(handler: Handler, body: Body, tries: int) -> bool:
