@@ -153,9 +153,9 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
     """
     # On a CPU dropout draws the numbers that it draws without compilation; on a GPU they are made
     # in the kernel.
-    options = {"fallback_random": True} if device.type == "cpu" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if device.type == "cpu" else None
     for block in model.get_submodule(family.blocks).children():
-        block.forward = torch.compile(block.forward, dynamic=True, options=options)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, dynamic=True, options=options)
     log_compilation("the blocks and the loss")
 
 
