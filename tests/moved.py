@@ -1,4 +1,5 @@
-"""Launches of operations, and the bytes that they move, counted by a dispatch mode on any device.
+"""Launches of operations, and the bytes that they move: of eager code by a dispatch mode on any
+device, of compiled code from inductor's schedule.
 
 Products and attention are counted as launches, but not as bytes moved: their time is that of the
 arithmetic. Every other operation moves what it reads and writes. Views are neither.
@@ -7,11 +8,17 @@ arithmetic. Every other operation moves what it reads and writes. Views are neit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.scheduler import ExternKernelSchedulerNode, Scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +62,32 @@ class Moved(TorchDispatchMode):
     def clear(self) -> None:
         self.launches.clear()
         self.bytes.clear()
+
+
+@dataclass
+class Fused:
+    """Bytes that the kernels of inductor's own read and write, for the shapes that it compiles for;
+    products and attention are not its own."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def fused() -> Iterator[Fused]:
+    """Count all that is compiled inside, and take nothing from a cache."""
+    found, make_code = Fused(), Scheduler.codegen
+
+    def counting(scheduler: Scheduler) -> None:
+        own = (n for n in scheduler.nodes if not isinstance(n, ExternKernelSchedulerNode))
+        found.bytes += sum(node.get_read_write_buffers_sizes() for node in own)
+        make_code(scheduler)
+
+    with (
+        mock.patch.object(Scheduler, "codegen", counting),
+        inductor.patch(fx_graph_cache=False),
+        functorch.patch(enable_autograd_cache=False),
+    ):
+        yield found
 
 
 def tensors(tree: object) -> list[Tensor]:

@@ -5,8 +5,6 @@ read and written. Each piece has one formula, which a compiled block traces and 
 around it. Elsewhere a block's `Pieces` fill it:
 
 - EAGER: torch's own operations, chosen for the bytes that they move and save;
-- `compiled_pieces`: one kernel for each piece and pass, where a whole block cannot be compiled, as
-  under ZeRO-3;
 - `liger.liger_pieces`: liger-kernel's, on a GPU where nothing is compiled.
 
 Shapes: B rows, T tokens, H heads, W head width, F = W / 2 rotary frequencies, I inner width.
@@ -111,15 +109,6 @@ class Pieces:
 
 _FORMULAS = Pieces(norm, gated, rotated)
 EAGER = Pieces(norm, gated, rotated_in_place)
-
-
-def compiled_pieces() -> Pieces:
-    """Pieces that torch.compile makes of the formulas, at their first use, for all lengths."""
-    return Pieces(
-        torch.compile(norm, dynamic=True),
-        torch.compile(gated, dynamic=True),
-        torch.compile(rotated, dynamic=True),
-    )
 
 
 class Pieced(nn.Module):

@@ -217,7 +217,6 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[Note]) -> Recipe:
     """Compile on GPUs, where the operations between the products take a third of a step."""
     wanted = recipe.model.compile
-    gathers = "hooks gather the weights of a block, which is not compiled as a whole"
     if wanted == "auto":
         reason = ""
         if not machine.on_gpu:
@@ -225,16 +224,13 @@ def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[No
         elif not machine.can_compile:
             reason = "no C++ compiler or no Triton on some rank"
         elif stage == 3:
-            reason = f"under ZeRO-3 {gathers}"
+            reason = "compiled blocks have not run on a GPU under ZeRO-3 yet"
         wanted = not reason
         if reason:
             notes.append(Note("model.compile", "false", reason))
     elif wanted and not machine.can_compile:
         needs = "a C++ compiler and Triton" if machine.on_gpu else "a C++ compiler (g++ or clang)"
         raise UserError(f"model.compile is true; expected {needs} on every machine, or false")
-    elif wanted and stage == 3:
-        reason = f"under ZeRO-3 it means the functions between the products alone: {gathers}"
-        notes.append(Note("model.compile", "true", reason))
     return _with(recipe, "model", compile=wanted)
 
 

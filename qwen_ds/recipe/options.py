@@ -39,10 +39,9 @@ class ModelOptions:
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
     auto: sdpa, but eager on CPUs where it is measured to be faster for short rows."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile each block (torch.compile); under ZeRO-3, whose hooks gather its weights, only the
-    functions between the products. It takes 20 to 60 seconds at the start, which a long run
-    gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs under ZeRO-0 to
-    2."""
+    """Compile each block and the loss (torch.compile). It takes 20 to 60 seconds at the start,
+    which a long run gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs
+    under ZeRO-0 to 2."""
     activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
     the fewest that fit the memory. The numbers that come out are the same."""

@@ -19,7 +19,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
 from qwen_ds.model.liger import liger_pieces
 from qwen_ds.model.loading import load_base
-from qwen_ds.model.pieces import compiled_pieces, fill
+from qwen_ds.model.pieces import fill
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
@@ -111,9 +111,6 @@ def load_model(run: Run, device: torch.device) -> Model:
         recompute_blocks(model, from_recipe(options.activation_checkpointing), draws=draws)
         if run.liger is not None:
             fill(model, liger_pieces())
-        elif options.compile and run.deepspeed.stage == 3:
-            fill(model, compiled_pieces())
-            log_compilation("the functions between the products and of the loss")
         elif options.compile:
             compile_blocks(model, family, device)
         trained: nn.Module = model
@@ -149,15 +146,16 @@ def recompute_blocks(model: LanguageModel, every: int, *, draws: bool = True) ->
 
 
 def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -> None:
-    """Compile each block by itself, for any row count and length.
+    """Compile the forward pass of each block by itself, for any row count and length.
 
-    All blocks share the code, so depth costs nothing.
+    All blocks share the code, so depth costs nothing. What surrounds it stays as it is: the hooks
+    by which ZeRO-3 gathers a block's weights.
     """
     # On a CPU dropout draws the numbers that it draws without compilation; on a GPU they are made
     # in the kernel.
-    options = {"fallback_random": True} if device.type == "cpu" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if device.type == "cpu" else None
     for block in model.get_submodule(family.blocks).children():
-        block.compile(dynamic=True, options=options)
+        block.forward = torch.compile(block.forward, dynamic=True, options=options)
     log_compilation("the blocks and the loss")
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._inductor import metrics as inductor_metrics
 from torch.profiler import profile
 
 from qwen_ds.data.batches import Batch
 from qwen_ds.model.family import QWEN
-from qwen_ds.model.pieces import EAGER, compiled_pieces, fill
+from qwen_ds.model.liger import liger_pieces, liger_version
+from qwen_ds.model.pieces import fill
 from qwen_ds.train import setup
 from qwen_ds.train.engine.engine import TrainingEngine
 from tests.benchmarks.gpu_answers import Say
@@ -28,7 +28,7 @@ from tests.benchmarks.gpu_ours import (
 )
 from tests.benchmarks.gpu_plan import Plan, Setting
 from tests.benchmarks.gpu_profile import activities, kernels, synchronisations, wait
-from tests.moved import Moved
+from tests.moved import Moved, fused
 
 FEW, MANY = 1, 3  # micro-batches of the steps that are compared
 
@@ -58,31 +58,17 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
     figures: dict[str, Any] = of_runs(plan, run, device) | _mb(moved.bytes.total(), tokens)
     say({"line": "block, eager", **figures})
     if plan.compiled:
-        fill(block, compiled_pieces())
-        say({"line": "block, pieces fused", **of_runs(plan, run, device)})
-        fill(block, EAGER)  # a compiler that traces a whole block takes the formulas
-        count_bytes_of_inductor()
+        if device.type == "cuda" and liger_version():
+            fill(block, liger_pieces())
+            say({"line": "block, liger-kernel", **of_runs(plan, run, device)})
         setup.compile_blocks(model.model.get_submodule("base_model.model"), QWEN, device)
         began = time.perf_counter()
-        run()
+        with fused() as inductor:
+            run()
         wait(device)
         figures = {"compilation_s": time.perf_counter() - began}
-        figures |= of_runs(plan, run, device) | _mb(bytes_of_inductor(), tokens)
+        figures |= of_runs(plan, run, device) | _mb(inductor.bytes, tokens)
         say({"line": "block, compiled", **figures})
-
-
-def count_bytes_of_inductor() -> None:
-    """Let inductor count bytes as it compiles: it does so for its log, and not for what it finds in
-    a cache."""
-    torch._logging.set_logs(inductor_metrics=True)
-    torch._inductor.config.force_disable_caches = True
-    inductor_metrics.reset()
-
-
-def bytes_of_inductor() -> int:
-    """Bytes that the kernels of inductor's own move, for the shapes that it has compiled for."""
-    counted = inductor_metrics.nodes_num_elem  # words of four bytes
-    return sum(4 * number for node, number in counted if not node.is_extern())
 
 
 def _mb(moved: int, tokens: int) -> dict[str, float]:

@@ -25,9 +25,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
-from torch._inductor import config as inductor
-from torch._inductor.scheduler import ExternKernelSchedulerNode, Scheduler
 from torch.nn import functional as F
 
 from qwen_ds.model.configuration import QWenConfig
@@ -35,7 +32,7 @@ from qwen_ds.model.modeling import QWenBlock, QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
 from qwen_ds.train import lora_product
 from qwen_ds.train.lora import add_lora
-from tests.moved import Moved
+from tests.moved import Moved, fused
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 4, 512
@@ -143,29 +140,17 @@ def compiled_bytes(lora: LoraOptions, width: int = 4096) -> float:
     )  # fmt: skip
     model = QWenLMHeadModel._from_config(config, dtype=torch.bfloat16)
     add_lora(model, lora, base="", seed=0)
-    total, make_code = 0, Scheduler.codegen
-
-    def counting(scheduler: Scheduler) -> None:
-        nonlocal total
-        fused = (n for n in scheduler.nodes if not isinstance(n, ExternKernelSchedulerNode))
-        total += sum(node.get_read_write_buffers_sizes() for node in fused)
-        make_code(scheduler)
 
     def drop(x: Tensor, p: float) -> tuple[Tensor, None, float]:
         return F.dropout(x, p), None, 1.0
 
-    with (
-        mock.patch.object(Scheduler, "codegen", counting),
-        mock.patch.object(lora_product, "drop", drop),
-        inductor.patch(fx_graph_cache=False),
-        functorch.patch(enable_autograd_cache=False),
-    ):
+    with fused() as moved, mock.patch.object(lora_product, "drop", drop):
         block = torch.compile(model.train().transformer.h[0])
         x_BTD = torch.zeros(ROWS, LENGTH, width, dtype=torch.bfloat16, requires_grad=True)
         out = block(x_BTD, *(torch.zeros(1, LENGTH, 1, 1, 64) for _ in range(2)))
         out.backward(torch.zeros_like(out))
     torch._dynamo.reset()
-    return total / TOKENS / 1e6 * 4096 / width
+    return moved.bytes / TOKENS / 1e6 * 4096 / width
 
 
 def compare(tree: Path, rounds: int) -> None:

@@ -105,7 +105,7 @@ def test_compiled_blocks_train_alike(
     for model in (plain, compiled):
         setup.recompute_blocks(model.model.get_base_model(), from_recipe(recompute))
     setup.compile_blocks(compiled.model.get_base_model(), QWEN, torch.device("cpu"))
-    assert all(block._compiled_call_impl is not None for block in transformer.h)
+    assert all("forward" in vars(b) for b in transformer.h)
     wanted, found = gradients(plain), gradients(compiled)
     assert max(error(found[name], wanted[name].double()) for name in wanted) < bound
 
