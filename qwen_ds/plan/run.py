@@ -155,7 +155,7 @@ class Run:
     @property
     def liger(self) -> str | None:
         """Version of liger-kernel, where it computes pieces of the blocks: on GPUs, where torch
-        compiles neither the blocks nor the pieces."""
+        does not compile them."""
         assert self.recipe.model.compile != "auto", "plan/resolve.py decides about compiling"
         return None if self.recipe.model.compile else self.machine.liger
 

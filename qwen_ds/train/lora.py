@@ -8,7 +8,7 @@ branch runs at the base's speed, while the parameters, their gradients and AdamW
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,7 @@ class LoraLinear(peft_lora.Linear):
     """peft's LoRA linear with the branch in the activations' dtype: [..., in] -> [..., out].
 
     Base, A and B are used here and not by modules of their own: one function computes it all
-    (qwen_ds/train/lora_product.py). Under ZeRO-3 their weights are gathered for this module
-    (`borrowed_weights`).
+    (qwen_ds/train/lora_product.py). Under ZeRO-3 their weights are gathered with the whole block.
     """
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -163,18 +162,6 @@ def _fp32_copy(weight: Tensor) -> nn.Parameter:
     assert isinstance(weight, nn.Parameter)
     with gather_params_ctx([weight], modifier_rank=None):
         return nn.Parameter(weight.detach().to(torch.float32, copy=True))
-
-
-def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules that read their children's weights directly, each with such a weight.
-
-    LoraLinear computes with its base, A and B; for DoRA it needs the norms of the base's rows.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            inner = module.get_base_layer() if module.lora_variant else module
-            for parameter in inner.parameters():
-                yield module, parameter
 
 
 def config_of(wrapped: PeftModel) -> LoraConfig:

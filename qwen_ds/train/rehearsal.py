@@ -54,7 +54,7 @@ def _rehearse(session: Session) -> None:
         # All ranks, once. 0 times infinity is not 0: the step that has these rows names them.
         if dist.max_floats(float(not torch.isfinite(loss)))[0]:
             return
-        # All ranks, under ZeRO-2 and 3: the average of the gradients.
+        # All ranks, under ZeRO-2 and 3: the average of the gradients, but of an adapter's.
         engine.backward(0.0 * loss, last_of_step=False)
     log.info("the largest micro-batch ran: %d rows of %d tokens", rows, length)
 

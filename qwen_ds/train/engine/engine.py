@@ -25,7 +25,7 @@ from qwen_ds.recipe.deepspeed_json import Json
 from qwen_ds.recipe.options import OptimOptions
 from qwen_ds.train.engine.compiled import cpu_adam
 from qwen_ds.train.engine.state import VALUE, TrainableState
-from qwen_ds.train.lora import borrowed_weights, numel
+from qwen_ds.train.lora import numel
 from qwen_ds.train.loss import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -133,13 +133,11 @@ class TrainingEngine:
         self.overflows = 0
         self._uses_loss_scale = "fp16" in resolved.engine_json
         self._sums_locally, self._summing = resolved.sums_locally, ExitStack()
-        self._is_summing = False
         if self.stage == 3:
             _gather_by_block(model)
-            # ZeRO-3 gathers a weight for the module that owns it. These modules use another's.
-            of_head = ((model.loss_head, weight) for weight in model.loss_head.borrowed)
-            for module, weight in (*of_head, *borrowed_weights(model)):
-                deepspeed.zero.register_external_parameter(module, weight)
+            # ZeRO-3 gathers a weight for the module that owns it. The loss uses the head's.
+            for weight in model.loss_head.borrowed:
+                deepspeed.zero.register_external_parameter(model.loss_head, weight)
         try:
             self._ds, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -191,17 +189,15 @@ class TrainingEngine:
         A collective in the step's last micro-batch; under ZeRO-2 and 3 in each of them, unless the
         ranks sum by themselves (`ResolvedConfig.sums_locally`).
         """
-        if self._sums_locally and not self._is_summing:
+        if self._sums_locally and not self._ds.inside_no_sync_ctxt:  # the first of a step
             self._summing.enter_context(self._ds.coalesce_grad_reduction())
-            self._is_summing = True
         # The number of micro-batches differs from step to step: DeepSpeed must neither count them
         # nor divide the loss by a fixed number.
         self._ds.set_gradient_accumulation_boundary(last_of_step)
         self._ds.backward(loss, scale_wrt_gas=False)
-        if last_of_step and self._is_summing:
+        if last_of_step:
             self._summing.close()
-            self._is_summing = False
-            # As at the beginning of the step, that context leaves it at False.
+            # The sum's context has put back what this was in the step's first micro-batch.
             self._ds.set_gradient_accumulation_boundary(True)
 
     def totals(self, loss_sums: Sequence[Tensor], noted: float = 0.0) -> Totals:
