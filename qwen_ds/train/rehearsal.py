@@ -49,6 +49,8 @@ def _rehearse(session: Session) -> None:
     engine.state.make_moments()
     watchdog.at(step, f"trying the largest micro-batch, {rows} rows of {length} tokens")
     on_gpu = engine.device.type == "cuda"
+    # All ranks, once: whoever lacks memory ends, and one that is not here yet would only see that.
+    dist.barrier()
     with torch.random.fork_rng([engine.device] if on_gpu else []):
         loss = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
         # All ranks, once. 0 times infinity is not 0: the step that has these rows names them.
