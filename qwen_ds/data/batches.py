@@ -31,6 +31,8 @@ from qwen_ds.model.chatml import IGNORE
 DUMMY_TOKENS = 2
 # Steps from which a run knows its usual shapes, and how far a rare one may be padded to be usual.
 SAMPLED_STEPS, MOST_GROWTH = 64, 2.0
+# Padding for which the tokens of micro-batches come in few numbers (StepSampler.token_counts).
+TOKENS_SHARE = 0.05
 
 
 class Part(NamedTuple):
@@ -282,14 +284,27 @@ class StepSampler:
         at = bisect_left(usual, needed)
         return needed if at == len(usual) or usual[at] > most else usual[at]
 
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """A few numbers of tokens, sorted, to which all micro-batches could be padded as a whole,
+        for TOKENS_SHARE more of them."""
+        sizes = np.array([self.size(part) for part in self._first_parts], np.int32)
+        return tuple(sorted(set(bucketed(sizes, TOKENS_SHARE).tolist())))
+
     @cached_property
     def _usual(self) -> dict[int, list[int]]:
         """The widths of micro-batches in the first steps, sorted, by their number of rows."""
         found: dict[int, set[int]] = {}
-        for step in range(min(SAMPLED_STEPS, self.steps_per_epoch)):
-            for part in (part for parts in self._plan_step(0, step) for part in parts):
-                found.setdefault(len(part), set()).add(_width(self.padded_lens, part))
+        for part in self._first_parts:
+            found.setdefault(len(part), set()).add(_width(self.padded_lens, part))
         return {rows: sorted(widths) for rows, widths in found.items()}
+
+    @cached_property
+    def _first_parts(self) -> list[np.ndarray]:
+        """The rows of the micro-batches of the first steps, of all ranks."""
+        steps = range(min(SAMPLED_STEPS, self.steps_per_epoch))
+        plans = (self._plan_step(0, step) for step in steps)
+        return [part for ranks in plans for parts in ranks for part in parts]
 
     def statistics(self, epoch: int, step: int) -> WindowStatistics:
         """The statistics of one step over all ranks, computed from lengths without a collective."""

@@ -15,11 +15,11 @@ PADDING_SHARE = 0.022
 _CANDIDATES = 512
 
 
-def bucketed(lens: np.ndarray) -> np.ndarray:
+def bucketed(lens: np.ndarray, share: float = PADDING_SHARE) -> np.ndarray:
     """The length of its bucket for each row, at least its own, int32 [rows].
 
-    These are as few lengths as keep the padding within PADDING_SHARE of all tokens, and the best of
-    that number: a one-dimensional quantiser, found by dynamic programming (Bruce 1965). The longest
+    These are as few lengths as keep the padding within `share` of all tokens, and the best of that
+    number: a one-dimensional quantiser, found by dynamic programming (Bruce 1965). The longest
     is the longest row's, so no row grows beyond it.
 
     Args:
@@ -33,7 +33,7 @@ def bucketed(lens: np.ndarray) -> np.ndarray:
     rows = np.bincount(of_end, weights=counts)
     # Padding within a candidate's own span cannot be avoided and counts as well.
     tokens = np.bincount(of_end, weights=counts * values)
-    chosen = _fewest(ends, rows, tokens, PADDING_SHARE * float(tokens.sum()))
+    chosen = _fewest(ends, rows, tokens, share * float(tokens.sum()))
     return chosen[np.searchsorted(chosen, lens)].astype(np.int32)
 
 

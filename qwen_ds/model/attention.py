@@ -14,6 +14,7 @@ from qwen_ds.decode.kv import PackedCache
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.pieces import Pieced
 from qwen_ds.model.plain_attention import attend, is_for
+from qwen_ds.model.token_grid import with_zeros, without_zeros
 
 
 class BiasedLinear(nn.Linear):
@@ -57,8 +58,9 @@ class QWenAttention(Pieced):
         is_causal: bool,
         cache: Cache | PackedCache | None,
     ) -> Tensor:
-        rows, length, width = x_BTD.shape
-        qkv = self.c_attn(x_BTD).view(rows, length, 3, self.num_heads, self.head_dim)
+        qkv = without_zeros(self.c_attn(x_BTD), cos.shape[1])
+        rows, length, width = *qkv.shape[:2], x_BTD.shape[2]
+        qkv = qkv.view(rows, length, 3, self.num_heads, self.head_dim)
         q, k, v = self.pieces.here().rotated(qkv, cos, sin)
         if logn is not None:
             q = q * logn
@@ -73,13 +75,14 @@ class QWenAttention(Pieced):
             out = eager_attention(q, k, v, mask, dropout)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return self.c_proj(out.transpose(1, 2).reshape(rows, length, width))
+        out_BTD = out.transpose(1, 2).reshape(rows, length, width)
+        return self.c_proj(with_zeros(out_BTD, x_BTD.shape[1]))
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Attention as plain matrix products, softmax in fp32, for machines where those beat SDPA's
     kernels."""
-    if is_for(q, mask, dropout):
+    if is_for(q, k, mask, dropout):
         return attend(q, k, v, mask)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5)
     if mask is not None and mask.dtype == torch.bool:

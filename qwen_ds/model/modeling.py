@@ -26,6 +26,7 @@ from qwen_ds.model.continuous import ContinuousGenerationMixin, TransformersPage
 from qwen_ds.model.masking import Visibility, visibility
 from qwen_ds.model.pieces import Pieced
 from qwen_ds.model.rotary import logn_factors, ntk_alpha, rotary_tables
+from qwen_ds.model.token_grid import TokenGrid, unflat
 
 
 class RMSNorm(Pieced):
@@ -133,6 +134,9 @@ class QWenModel(QWenPreTrainedModel):
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # with gradient_checkpointing: recompute every n-th block
+        self.token_grid: TokenGrid | None = None
+        """Where it is set, blocks get all tokens of a micro-batch as one row: for compiled training
+        on a CPU with plain attention, which finds the rows by the length of the mask."""
         self.post_init()
 
     @can_return_tuple
@@ -205,7 +209,33 @@ class QWenModel(QWenPreTrainedModel):
         cos, sin, logn = self._tables(positions_BT, alpha_BT, is_long, x_BTD.dtype)
         if self.training and config.emb_dropout_prob:
             x_BTD = F.dropout(x_BTD, config.emb_dropout_prob)
-        states = [x_BTD] if output_hidden_states else []
+        states = [x_BTD] if output_hidden_states else None
+        usual = cache is None and attention_mask is None and logn is None and len(cos) == 1
+        has_rows = usual and seen.mask is not None and not output_hidden_states
+        grid = self.token_grid if has_rows else None
+        if grid is not None:
+            x_BTD = grid.flat(x_BTD)
+            cos, sin = (table.repeat(1, rows, 1, 1, 1) for table in (cos, sin))
+        x_BTD = self._blocks(x_BTD, cos, sin, logn, seen, cache, states)
+        if grid is not None:
+            x_BTD = unflat(x_BTD, rows, length)
+        x_BTD = self.ln_f(x_BTD)
+        hidden_states = None if states is None else (*states[:-1], x_BTD)
+        return BaseModelOutputWithPast(
+            x_BTD, None if isinstance(cache, PackedCache) else cache, hidden_states
+        )
+
+    def _blocks(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        logn: Tensor | None,
+        seen: Visibility,
+        cache: Cache | PackedCache | None,
+        states: list[Tensor] | None,
+    ) -> Tensor:
+        """The output of the last block, before ln_f; `states` gets that of each block."""
         # A recomputed block would write into the cache a second time.
         recompute = self.gradient_checkpointing and self.training and cache is None
         for i, block in enumerate(self.h):
@@ -214,13 +244,9 @@ class QWenModel(QWenPreTrainedModel):
                 x_BTD = self._gradient_checkpointing_func(block.__call__, *args)
             else:
                 x_BTD = block(*args)
-            if output_hidden_states:
+            if states is not None:
                 states.append(x_BTD)
-        x_BTD = self.ln_f(x_BTD)
-        hidden_states = (*states[:-1], x_BTD) if output_hidden_states else None
-        return BaseModelOutputWithPast(
-            x_BTD, None if isinstance(cache, PackedCache) else cache, hidden_states
-        )
+        return x_BTD
 
     def _tables(
         self, positions_BT: Tensor, alpha_BT: Tensor | None, is_long: bool, dtype: torch.dtype

@@ -5,7 +5,10 @@ Inductor's own softmax makes three passes over fp32 scores, where torch's kernel
 backward pass computes every exp a second time: 4 rows of 160 tokens with 8 heads took 2.6 ms
 forward and 2.4 ms back, with torch's kernels 0.65 and 0.3.
 
-Shapes: B rows, T queries, K keys, H heads, W head width, N = B * H.
+Rows may also lie after each other in one: the mask is as long as a row.
+
+Shapes: B rows, M tokens of a row or of R rows after each other, T tokens of a row, H heads, W head
+width, N = B * H * R.
 """
 
 from __future__ import annotations
@@ -16,20 +19,23 @@ import torch
 from torch import Tensor
 
 
-def is_for(q: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Whether `attend` is the faster way: in a compiled block on a CPU, with one mask for all rows,
-    and nothing dropped."""
+def is_for(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether `attend` is the faster way: in a compiled block on a CPU, where as many queries meet
+    as many keys under one mask for all rows, and nothing is dropped."""
     if not torch.compiler.is_compiling() or q.device.type != "cpu" or dropout:
         return False
-    return mask is None or (mask.dtype == torch.bool and mask.shape[:-2].numel() == 1)
+    if mask is None:
+        return q.shape[2] == k.shape[2]
+    is_square = mask.shape[-1] == mask.shape[-2] and mask.shape[:-2].numel() == 1
+    return mask.dtype == torch.bool and is_square
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(W)) v [B, H, T, W], the softmax in fp32 and rounded to the dtype.
+    """softmax(q k^T / sqrt(W)) v [B, H, M, W], the softmax in fp32 and rounded to the dtype.
 
     Args:
-        q, k, v: [B, H, T or K, W].
-        mask: bool [1, 1, T, K], True for the keys that a query sees, one at least.
+        q, k, v: [B, H, M, W].
+        mask: bool [1, 1, T, T], True for the keys that a query sees, one at least; None: all M.
     """
     # Products need heads apart. Here the compiler makes these copies, with the rotation's kernel.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -37,33 +43,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
+# The shapes of scores for which oneDNN has compiled all products.
+_met: set[torch.Size] = set()
+
+
 @torch.library.custom_op("qwen_ds::plain_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result, and the probabilities [N, T, K] for the backward pass."""
-    q_NTW, k_NKW, v_NKW = (x.flatten(0, 1) for x in (q, k, v))
+    """The result, and the probabilities [N, T, T] for the backward pass."""
+    length = q.shape[2] if mask is None else mask.shape[-1]
+    q_NTW, k_NTW, v_NTW = (_of_rows(x, length) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
     if mask is None:
-        scores_NTK = _scaled(q_NTW, k_NKW.transpose(1, 2), scale)
+        scores_NTT = _scaled(q_NTW, k_NTW.transpose(1, 2), scale)
     else:
-        hidden_1TK = ~mask.view(1, *mask.shape[-2:])
-        bias_1TK = hidden_1TK.to(q.dtype).mul_(torch.finfo(q.dtype).min)
-        scores_NTK = torch.baddbmm(bias_1TK, q_NTW, k_NKW.transpose(1, 2), alpha=scale)
-    probs_NTK = scores_NTK.softmax(-1)  # fp32 inside, whatever the dtype
-    return (probs_NTK @ v_NKW).view(q.shape), probs_NTK
+        hidden_1TT = ~mask.view(1, length, length)
+        bias_1TT = hidden_1TT.to(q.dtype).mul_(torch.finfo(q.dtype).min)
+        scores_NTT = torch.baddbmm(bias_1TT, q_NTW, k_NTW.transpose(1, 2), alpha=scale)
+    probs_NTT = scores_NTT.softmax(-1)  # fp32 inside, whatever the dtype
+    out = (probs_NTT @ v_NTW).view(q.shape)
+    if probs_NTT.shape not in _met:
+        # What the backward pass compiles stays in memory: see qwen_ds/train/first_of_shape.py.
+        _met.add(probs_NTT.shape)
+        _backward(out, q, k, v, probs_NTT)
+    return out, probs_NTT
 
 
 @torch.library.custom_op("qwen_ds::plain_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs_NTK: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs_NTT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_NTW, q_NTW, k_NKW, v_NKW = (x.flatten(0, 1) for x in (grad, q, k, v))
-    grad_v = probs_NTK.transpose(1, 2) @ grad_NTW
-    grad_NTK = grad_NTW @ v_NKW.transpose(1, 2)
-    grad_NTK = torch._softmax_backward_data(grad_NTK, probs_NTK, -1, probs_NTK.dtype)
-    scale = q.shape[-1] ** -0.5
-    grad_q = _scaled(grad_NTK, k_NKW, scale)
-    grad_k = _scaled(grad_NTK.transpose(1, 2), q_NTW, scale)
+    grad_NTW, q_NTW, k_NTW, v_NTW = (_of_rows(x, probs_NTT.shape[1]) for x in (grad, q, k, v))
+    grad_v = probs_NTT.transpose(1, 2) @ grad_NTW
+    # Scaled here, so that the two products below are those that give `out` and grad_v, for oneDNN.
+    grad_NTT = _scaled(grad_NTW, v_NTW.transpose(1, 2), q.shape[-1] ** -0.5)
+    grad_NTT = torch._softmax_backward_data(grad_NTT, probs_NTT, -1, probs_NTT.dtype)
+    grad_q = grad_NTT @ k_NTW
+    grad_k = grad_NTT.transpose(1, 2) @ q_NTW
     return grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape)
+
+
+def _of_rows(x: Tensor, length: int) -> Tensor:
+    return x.reshape(-1, length, x.shape[-1])
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -74,15 +94,14 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        q.new_empty(q.shape[0] * q.shape[1], q.shape[2], k.shape[2]),
-    )
+    length = q.shape[2] if mask is None else mask.shape[-1]
+    rows = q.shape[0] * q.shape[1] * (q.shape[2] // length)
+    return q.new_empty(q.shape), q.new_empty(rows, length, length)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs_NTK: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs_NTT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

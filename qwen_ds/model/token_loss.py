@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.token_grid import on_grid
 
 CHUNK_TOKENS = 128  # whose logits exist at a time: 78 MB of fp32 for 151,936 rows
 
@@ -36,8 +37,9 @@ def token_losses(
     losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
     for start in range(0, len(targets_N), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        logits_CV = lm_head(hidden_ND[chunk]).float()
-        losses_N[chunk] = F.cross_entropy(logits_CV, targets_N[chunk], reduction="none")
+        targets_C = targets_N[chunk]
+        logits_CV = lm_head(on_grid(hidden_ND[chunk]))[: len(targets_C)].float()
+        losses_N[chunk] = F.cross_entropy(logits_CV, targets_C, reduction="none")
     losses_BT = torch.zeros(ids_BT.shape, dtype=torch.float32, device=hidden_ND.device)
     losses_BT[is_target_BT] = losses_N
     return losses_BT

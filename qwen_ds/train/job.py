@@ -14,6 +14,7 @@ from qwen_ds.plan.recomputation import decide_recomputation
 from qwen_ds.recipe.loading import LoadedRecipe
 from qwen_ds.runlog import log_to_file, say
 from qwen_ds.train import rehearsal, screen, setup, survey
+from qwen_ds.train.cpu_shapes import use_few_shapes
 from qwen_ds.train.loop import train
 from qwen_ds.train.session import open_session
 from qwen_ds.train.survive import resume, run_folder
@@ -53,6 +54,9 @@ def _run(
     run = decide_recomputation(run, int(data.train.lens.max()), len(data.train))
     held.enter_context(rehearsal.memory_is_told(run, data, lambda: watchdog.position))
     model = setup.load_model(run, device)
+    if device.type == "cpu" and run.recipe.model.compile:
+        transformer, stage = model.training.transformer, run.deepspeed.stage
+        use_few_shapes(transformer, data.sampler, partitioned=stage == 3)
     say(screen.start_screen(run, model, data, found))
     if run.recipe.dry_run:
         say("dry run: everything is in order; nothing was trained")

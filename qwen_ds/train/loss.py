@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen_ds.data.batches import target_places
+from qwen_ds.model.token_grid import on_grid
 from qwen_ds.model.token_loss import token_losses
 from qwen_ds.plan.memory import chunk_tokens
 from qwen_ds.train.special_rows import HeadWithRows
@@ -78,15 +79,18 @@ class _HeadLoss(torch.autograd.Function):
         weight_VD, rows_KD = weight_VD.to(hidden_ND.dtype), rows_KD.to(hidden_ND.dtype)
         step = chunk_tokens(weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
-            hidden_CD, targets_C = hidden_ND[start : start + step], targets_N[start : start + step]
+            targets_C = targets_N[start : start + step]
+            hidden_CD = on_grid(hidden_ND[start : start + step])
             grad_CV = F.linear(hidden_CD, weight_VD)
             grad_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD))
-            loss_sum += loss_of(grad_CV, targets_C)  # until then they were the logits
+            # Until then they were the logits. Those of the grid's zeros are zeros, as is their
+            # gradient.
+            loss_sum += loss_of(grad_CV[: len(targets_C)], targets_C)
             grad_CK = grad_CV[:, ids_K]
             grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:
                 grad_hidden_CD = (grad_CV @ weight_VD).addmm_(grad_CK, rows_KD)
-                grad_hidden_ND[start : start + step] = grad_hidden_CD
+                grad_hidden_ND[start : start + step] = grad_hidden_CD[: len(targets_C)]
             if grad_weight_VD is not None:
                 grad_weight_VD += torch.mm(grad_CV.t(), hidden_CD)
             if grad_rows_KD is not None:

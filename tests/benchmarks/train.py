@@ -14,7 +14,7 @@ the same matrices, 32 rows a step, on two CPU ranks of one thread each; all but 
 
 The contenders take turns, each as a job of its own. A round gives each contender one figure, and
 the table shows the medians. Only real tokens count, never padding. Ours compiles its blocks during
-the warm-up steps, puts 1,280 tokens into a micro-batch, and runs ZeRO-2. Its dtype is auto: bf16,
+the warm-up steps, puts 640 tokens into a micro-batch, and runs ZeRO-2. Its dtype is auto: bf16,
 or fp32 where the CPU has no AMX. Peak memory is the resident set of rank 0's process.
 """
 
@@ -185,7 +185,7 @@ def run_ours(folder: Path, shape: Shape, options: Sequence[str]) -> Result:
             "--model.path", str(folder / "model"), "--data.train", str(folder / "rows.jsonl"),
             "--data.cache_dir", str(folder / "cache"), "--output_dir", out, "--device", "cpu",
             "--optim.lr", str(LR), "--optim.max_steps", str(steps), "--save.every_steps", "1000",
-            "--batch.rows_per_step", str(ROWS_PER_STEP), "--batch.tokens_per_micro_batch", "1280",
+            "--batch.rows_per_step", str(ROWS_PER_STEP), "--batch.tokens_per_micro_batch", "640",
             "--model.activation_checkpointing", "none", "--model.compile", "true",
             "--deepspeed", "ds_configs/zero2.json", *options,
         ])  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen_ds.data.batches import (
+    TOKENS_SHARE,
     Batch,
     Part,
     StepSampler,
@@ -354,3 +355,14 @@ def test_evaluation_sees_every_row_once_in_equal_counts() -> None:
 def test_no_rows_are_the_users_mistake() -> None:
     with pytest.raises(UserError, match="no rows"):
         StepSampler(FakeRows(np.empty(0, np.int32)), 4, 0, 1, 0, 10)
+
+
+def test_micro_batches_could_have_few_numbers_of_tokens() -> None:
+    lens = np.random.default_rng(0).lognormal(5, 0.5, 4000).astype(np.int32) + 1
+    sampler = StepSampler(FakeRows(lens), 32, 0, 2, 0, 640)
+    plans = (sampler.plan(0, step) for step in range(64))
+    sizes = [sampler.size(part) for ranks in plans for parts in ranks for part in parts]
+    counts = np.array(sampler.token_counts)
+    assert len(set(sizes)) > 50
+    assert len(counts) <= 8
+    assert counts[np.searchsorted(counts, sizes)].sum() <= (1 + TOKENS_SHARE) * sum(sizes)

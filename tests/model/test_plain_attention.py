@@ -40,11 +40,33 @@ def test_its_gradients_are_its_derivatives(mask: Tensor | None) -> None:
     torch.testing.assert_close(attend(q, k, v, mask), exact(q, k, v, mask))
 
 
-def test_fewer_queries_than_keys() -> None:
+def test_rows_may_lie_after_each_other_in_one() -> None:
     q, k, v = states(torch.float64)
-    q, mask = q[:, :, 3:], causal(2)
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, mask), (q, k, v))
-    torch.testing.assert_close(attend(q, k, v, mask), exact(q, k, v, mask))
+    grad = torch.randn_like(q)
+    wanted = torch.autograd.grad(exact(q, k, v, causal()), (q, k, v), grad)
+
+    def as_one(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(1, 10, 3, 8).transpose(1, 2)
+
+    def apart(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(2, 5, 3, 8).transpose(1, 2)
+
+    out = apart(attend(as_one(q), as_one(k), as_one(v), causal()))
+    torch.testing.assert_close(out, exact(q, k, v, causal()))
+    for came, each in zip(torch.autograd.grad(out, (q, k, v), grad), wanted, strict=True):
+        torch.testing.assert_close(came, each)
+
+
+def test_a_new_shape_meets_the_backward_pass_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are then made before the blocks after it have saved anything."""
+    met: list[torch.Size] = []
+    monkeypatch.setattr(plain_attention, "_met", set())
+    monkeypatch.setattr(plain_attention, "_backward", lambda _, q, *__: met.append(q.shape))
+    q, k, v = (x.detach() for x in states(torch.float32))
+    for x in (q, q, q[:1]):
+        rows = len(x)
+        attend(x, k[:rows], v[:rows], causal())
+    assert met == [q.shape, q[:1].shape]
 
 
 def test_what_a_compiler_is_told_of_it_is_true() -> None:
@@ -87,6 +109,7 @@ def test_it_rounds_no_coarser_than_the_eager_operations(width: int) -> None:
         (causal(), 0.1, False),
         (causal().expand(2, 1, 5, 5), 0.0, False),  # a mask of each row
         (torch.zeros(1, 1, 5, 5), 0.0, False),  # an additive one
+        (causal(1), 0.0, False),  # fewer queries than keys
     ],
 )
 def test_only_a_compiled_block_takes_it(mask: Tensor | None, dropout: float, takes: bool) -> None:
@@ -97,7 +120,7 @@ def test_only_a_compiled_block_takes_it(mask: Tensor | None, dropout: float, tak
         return graph
 
     x = states(torch.float32)
-    assert not plain_attention.is_for(x[0], mask, dropout)
+    assert not plain_attention.is_for(x[0], x[1], mask, dropout)
     torch._dynamo.reset()
     torch.compile(eager_attention, backend=keep, dynamic=True)(*x, mask, dropout)
     assert ("plain_attention" in graphs[0].code) == takes

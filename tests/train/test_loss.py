@@ -95,6 +95,24 @@ def test_one_compilation_serves_chunks_of_all_lengths() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, {64, 128}), (torch.float32, {100})])
+def test_the_head_of_a_cpu_sees_few_numbers_of_targets_in_16_bits(
+    dtype: torch.dtype, tokens: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "chunk_tokens", lambda rows: 128)
+    seen: set[int] = set()
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        seen.add(len(x))
+        return x @ weight.t()
+
+    monkeypatch.setattr(loss.F, "linear", linear)
+    for targets in (100,) if dtype == torch.float32 else (3, 60, 64, 65, 100, 127):
+        hidden, weight, _, targets_N = _case(dtype, targets)
+        cross_entropy_sum(hidden, weight, targets_N)
+    assert seen == tokens
+
+
 def test_no_targets_give_zero_loss_and_zero_gradient() -> None:
     hidden, weight, _, targets = _case(torch.float32, tokens=0)
     value = cross_entropy_sum(hidden, weight, targets)

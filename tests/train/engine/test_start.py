@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from qwen_ds import dist
 from qwen_ds.errors import UserError
 from qwen_ds.train.engine import start
 
+ROOT = Path(__file__).parents[3]
 GOOD: dict[str, Any] = {"train_batch_size": 1, "zero_optimization": {"stage": 2}}
 
 
@@ -35,3 +40,16 @@ def test_a_cpu_has_no_quantiser_and_one_rank_without_it_decides_for_all(
     assert start.can_quantise_weights(torch.device("cuda"))
     monkeypatch.setattr(dist, "gather", lambda ready: [ready, False])
     assert not start.can_quantise_weights(torch.device("cuda"))
+
+
+def test_deepspeed_comes_without_mlflow_which_still_comes_when_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    """Its autotuner would import it, in every rank."""
+    (tmp_path / "mlflow.py").write_text("")
+    check = (
+        "import sys, qwen_ds.train.engine.engine as e; assert 'mlflow' not in sys.modules; "
+        "assert not e.deepspeed.autotuning.autotuner.has_mlflow; import mlflow"
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    subprocess.run([sys.executable, "-c", check], check=True, env=os.environ | {"PYTHONPATH": path})
