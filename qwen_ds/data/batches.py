@@ -32,7 +32,7 @@ DUMMY_TOKENS = 2
 # Steps from which a run knows its usual shapes, and how far a rare one may be padded to be usual.
 SAMPLED_STEPS, MOST_GROWTH = 64, 2.0
 # Padding for which the tokens of micro-batches come in few numbers (StepSampler.token_counts).
-TOKENS_SHARE = 0.05
+TOKENS_SHARE = 0.03
 
 
 class Part(NamedTuple):

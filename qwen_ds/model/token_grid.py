@@ -23,8 +23,6 @@ STEP = 64
 _MOST_GROWTH = 1.5
 # A compiler would make code of its own for no zeros, and for one row of them.
 _LEAST_ZEROS = 2
-# Rows of a matrix unit's tile.
-_TILE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +35,7 @@ class TokenGrid:
     @classmethod
     def of(cls, sizes: Iterable[int]) -> TokenGrid:
         """A grid for micro-batches that have these numbers of tokens."""
-        counts = {-(-(size + _LEAST_ZEROS) // _TILE) * _TILE for size in sizes}
-        return cls(tuple(sorted(counts)))
+        return cls(tuple(sorted(size + _LEAST_ZEROS for size in set(sizes))))
 
     def at_least(self, tokens: int) -> int:
         """The number on the grid for so many tokens."""

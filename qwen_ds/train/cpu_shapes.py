@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ds.data.batches import StepSampler
-from qwen_ds.model.family import family_of
 from qwen_ds.model.modeling import QWenModel
 from qwen_ds.model.token_grid import TokenGrid
 
 
 def use_few_shapes(transformer: nn.Module, sampler: StepSampler, *, partitioned: bool) -> None:
-    """Let compiled blocks on a CPU see few shapes. To be called before DeepSpeed's engine is made.
+    """Let the compiled blocks of the original Qwen see few shapes on a CPU. To be called before
+    DeepSpeed's engine is made.
 
     Args:
-        transformer: the decoder, whose blocks are compiled.
+        transformer: the decoder, whose blocks are compiled. Of another family it is left alone.
         sampler: of the run, for the numbers of tokens that its micro-batches have.
         partitioned: whether ZeRO-3 holds the weights, which nobody gathers for a block alone.
     """
-    config: Any = transformer.config
+    if not isinstance(transformer, QWenModel):
+        return
     if not partitioned:
-        blocks = transformer.get_submodule(family_of(config).blocks.partition(".")[2])
-        meet_shapes_first(next(blocks.children()))
+        meet_shapes_first(transformer.h[0])
+    config = transformer.config
     # Plain attention finds the rows of a flat micro-batch.
-    is_plain = config._attn_implementation == "eager" and not config.attn_dropout_prob
-    if isinstance(transformer, QWenModel) and is_plain:
+    if config._attn_implementation == "eager" and not config.attn_dropout_prob:
         # In fp32 another library multiplies, and has one code for all shapes.
         is_fp32 = transformer.dtype.itemsize == 4
         transformer.token_grid = (

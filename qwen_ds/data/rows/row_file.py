@@ -174,7 +174,7 @@ class RowFile:
         return _whole(pc.list_value_length(self._table.column("input_ids")))
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column of the schema, read-only."""
+        """A numeric column of the schema, copied."""
         return _whole(self._table.column(name))
 
 
