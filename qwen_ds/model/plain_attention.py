@@ -21,8 +21,11 @@ from torch import Tensor
 
 def is_for(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
     """Whether `attend` is the faster way: in a compiled block on a CPU, where as many queries meet
-    as many keys under one mask for all rows, and nothing is dropped."""
-    if not torch.compiler.is_compiling() or q.device.type != "cpu" or dropout:
+    as many keys under one mask for all rows, and nothing is dropped. Of rows that lie after each
+    other it is the only one, compiled or not."""
+    if not torch.compiler.is_compiling():
+        return mask is not None and mask.shape[-1] < k.shape[2]
+    if q.device.type != "cpu" or dropout:
         return False
     if mask is None:
         return q.shape[2] == k.shape[2]
@@ -39,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     # Products need heads apart. Here the compiler makes these copies, with the rotation's kernel.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, _ = torch.ops.qwen_ds.plain_attention(q, k, v, mask)
+    out, _ = torch.ops.qwen_ds.plain_attention(q, k, v, mask, q.requires_grad)
     return out
 
 
@@ -48,8 +51,11 @@ _met: set[torch.Size] = set()
 
 
 @torch.library.custom_op("qwen_ds::plain_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result, and the probabilities [N, T, T] for the backward pass."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trains: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and the probabilities [N, T, T] for the backward pass, which follows where it
+    `trains`."""
     length = q.shape[2] if mask is None else mask.shape[-1]
     q_NTW, k_NTW, v_NTW = (_of_rows(x, length) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
@@ -61,8 +67,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
         scores_NTT = torch.baddbmm(bias_1TT, q_NTW, k_NTW.transpose(1, 2), alpha=scale)
     probs_NTT = scores_NTT.softmax(-1)  # fp32 inside, whatever the dtype
     out = (probs_NTT @ v_NTW).view(q.shape)
-    if probs_NTT.shape not in _met:
-        # What the backward pass compiles stays in memory: see qwen_ds/train/first_of_shape.py.
+    if trains and probs_NTT.shape not in _met:
+        # The products of the backward pass stay in memory: see qwen_ds/train/cpu_shapes.py.
         _met.add(probs_NTT.shape)
         _backward(out, q, k, v, probs_NTT)
     return out, probs_NTT
@@ -93,7 +99,7 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trains: bool) -> tuple[Tensor, Tensor]:
     length = q.shape[2] if mask is None else mask.shape[-1]
     rows = q.shape[0] * q.shape[1] * (q.shape[2] // length)
     return q.new_empty(q.shape), q.new_empty(rows, length, length)
@@ -112,7 +118,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     of_q_k_v = torch.ops.qwen_ds.plain_attention_backward(grad.contiguous(), *ctx.saved_tensors)
-    return *of_q_k_v, None
+    return *of_q_k_v, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

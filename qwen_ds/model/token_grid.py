@@ -39,10 +39,11 @@ class TokenGrid:
 
     def at_least(self, tokens: int) -> int:
         """The number on the grid for so many tokens."""
+        stepped = -(-tokens // self.step) * self.step
         at = bisect_left(self.counts, tokens)
-        if at < len(self.counts) and self.counts[at] <= tokens * _MOST_GROWTH:
+        if at < len(self.counts) and self.counts[at] <= max(stepped, tokens * _MOST_GROWTH):
             return self.counts[at]
-        return -(-tokens // self.step) * self.step
+        return stepped
 
     def flat(self, x_BTD: Tensor) -> Tensor:
         """All tokens of a micro-batch as one row, and zeros after them: [1, M, D], no view of x."""

@@ -84,8 +84,8 @@ class _HeadLoss(torch.autograd.Function):
             grad_CV = F.linear(hidden_CD, weight_VD)
             grad_CV.index_copy_(1, ids_K, F.linear(hidden_CD, rows_KD))
             # Until then they were the logits. Those of the grid's zeros are zeros, as is their
-            # gradient.
-            loss_sum += loss_of(grad_CV[: len(targets_C)], targets_C)
+            # gradient. (.data: a compiler would look at the shape of what it is a view of.)
+            loss_sum += loss_of(grad_CV[: len(targets_C)].data, targets_C)
             grad_CK = grad_CV[:, ids_K]
             grad_CV.index_fill_(1, ids_K, 0.0)  # the matrix's own rows had no part in these logits
             if grad_hidden_ND is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.callback import on_compile_end, on_compile_start
 from torch._functorch import config as functorch_config
+from torch.fx.experimental import _config as shapes_config
 from transformers.utils import logging as transformers_logging
 
 from qwen_ds import dist
@@ -154,11 +155,13 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
     """
     options: dict[str, Any] | None = None
     if device.type == "cpu":
-        # Dropout draws the numbers that it draws without compilation; on a GPU they are made in
-        # the kernel.
+        # Dropout draws as it does without compilation, for as many tokens; on a GPU the numbers
+        # are made in the kernel.
         options = {"fallback_random": True}
         # The backward pass computes again what costs least, to save a tenth less.
         functorch_config.activation_memory_budget = 0.9
+        # Sizes that are equal now differ in the next micro-batch: those of a single row, say.
+        shapes_config.use_duck_shape = False
     for block in model.get_submodule(family.blocks).children():
         block.forward = torch.compile(block.forward, dynamic=True, options=options)
     log_compilation("the blocks and the loss")

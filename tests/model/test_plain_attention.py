@@ -63,6 +63,9 @@ def test_a_new_shape_meets_the_backward_pass_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plain_attention, "_met", set())
     monkeypatch.setattr(plain_attention, "_backward", lambda _, q, *__: met.append(q.shape))
     q, k, v = (x.detach() for x in states(torch.float32))
+    attend(q, k, v, causal())
+    assert not met, "nothing is trained"
+    q.requires_grad_()
     for x in (q, q, q[:1]):
         rows = len(x)
         attend(x, k[:rows], v[:rows], causal())
@@ -71,10 +74,10 @@ def test_a_new_shape_meets_the_backward_pass_at_once(monkeypatch: pytest.MonkeyP
 
 def test_what_a_compiler_is_told_of_it_is_true() -> None:
     q, k, v = states(torch.bfloat16)
-    _, probs = torch.ops.qwen_ds.plain_attention(q, k, v, causal())
+    _, probs = torch.ops.qwen_ds.plain_attention(q, k, v, causal(), False)
     args = (q.detach(), q.detach(), k.detach(), v.detach(), probs.detach())
     for operation, given in (
-        (torch.ops.qwen_ds.plain_attention, (q, k, v, causal())),
+        (torch.ops.qwen_ds.plain_attention, (q, k, v, causal(), True)),
         (torch.ops.qwen_ds.plain_attention_backward, args),
     ):
         found = torch.library.opcheck(operation, given)

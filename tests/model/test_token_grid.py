@@ -32,6 +32,7 @@ def test_the_numbers_of_a_grid() -> None:
     assert grid.at_least(20) == STEP, "a number far below those that are known"
     assert grid.at_least(320) == 5 * STEP
     assert grid.at_least(503) == 8 * STEP, "beyond them"
+    assert TokenGrid.of((20, 40)).at_least(24) == 42, "a known number below the step"
 
 
 def test_only_16_bit_products_of_a_cpu_are_on_the_grid() -> None:

@@ -95,6 +95,19 @@ def test_one_compilation_serves_chunks_of_all_lengths() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.job
+def test_a_first_chunk_that_needs_no_zeros_shares_its_code_with_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "chunk_tokens", lambda rows: 64)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    hidden, weight, _, targets = _case(torch.bfloat16, 100)  # 64 and 36
+    cross_entropy_sum(hidden, weight, targets, loss_of=compiled_loss())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, {64, 128}), (torch.float32, {100})])
 def test_the_head_of_a_cpu_sees_few_numbers_of_targets_in_16_bits(
     dtype: torch.dtype, tokens: set[int], monkeypatch: pytest.MonkeyPatch
