@@ -72,4 +72,4 @@ def on_grid(x_ND: Tensor) -> Tensor:
     tokens; elsewhere x."""
     if x_ND.device.type != "cpu" or x_ND.element_size() != 2:
         return x_ND
-    return with_zeros(x_ND, TokenGrid().at_least(len(x_ND)))
+    return with_zeros(x_ND, TokenGrid(step=STEP).at_least(len(x_ND)))
