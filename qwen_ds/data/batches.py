@@ -289,7 +289,7 @@ class StepSampler:
         """A few numbers of tokens, sorted, to which all micro-batches could be padded as a whole,
         for TOKENS_SHARE more of them."""
         sizes = np.array([self.size(part) for part in self._first_parts], np.int32)
-        return tuple(sorted(set(bucketed(sizes, TOKENS_SHARE).tolist())))
+        return tuple(np.unique(bucketed(sizes, TOKENS_SHARE)).tolist())
 
     @cached_property
     def _usual(self) -> dict[int, list[int]]:

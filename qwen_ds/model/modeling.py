@@ -210,9 +210,10 @@ class QWenModel(QWenPreTrainedModel):
         if self.training and config.emb_dropout_prob:
             x_BTD = F.dropout(x_BTD, config.emb_dropout_prob)
         states = [x_BTD] if output_hidden_states else None
-        usual = cache is None and attention_mask is None and logn is None and len(cos) == 1
-        has_rows = usual and seen.mask is not None and not output_hidden_states
-        grid = self.token_grid if has_rows else None
+        # One mask and one table for all rows, and nobody who looks at them in between.
+        is_alike = attention_mask is None and seen.mask is not None and len(cos) == 1
+        is_plain = cache is None and logn is None and states is None
+        grid = self.token_grid if is_alike and is_plain else None
         if grid is not None:
             x_BTD = grid.flat(x_BTD)
             cos, sin = (table.repeat(1, rows, 1, 1, 1) for table in (cos, sin))

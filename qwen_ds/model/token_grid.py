@@ -34,8 +34,8 @@ class TokenGrid:
 
     @classmethod
     def of(cls, sizes: Iterable[int]) -> TokenGrid:
-        """A grid for micro-batches that have these numbers of tokens."""
-        return cls(tuple(sorted(size + _LEAST_ZEROS for size in set(sizes))))
+        """A grid for micro-batches that have these numbers of tokens, sorted."""
+        return cls(tuple(size + _LEAST_ZEROS for size in sizes))
 
     def at_least(self, tokens: int) -> int:
         """The number on the grid for so many tokens."""
@@ -72,4 +72,4 @@ def on_grid(x_ND: Tensor) -> Tensor:
     tokens; elsewhere x."""
     if x_ND.device.type != "cpu" or x_ND.element_size() != 2:
         return x_ND
-    return with_zeros(x_ND, TokenGrid(step=STEP).at_least(len(x_ND)))
+    return with_zeros(x_ND, -(-len(x_ND) // STEP) * STEP)

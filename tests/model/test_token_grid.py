@@ -26,7 +26,7 @@ def test_a_flat_micro_batch_has_its_tokens_and_zeros_after_them(
 
 
 def test_the_numbers_of_a_grid() -> None:
-    grid = TokenGrid.of((500, 100, 130, 130))
+    grid = TokenGrid.of((100, 130, 500))
     assert grid.counts == (102, 132, 502)  # with two zeros
     assert [grid.at_least(n) for n in (100, 102, 103, 502)] == [102, 102, 132, 502]
     assert grid.at_least(20) == STEP, "a number far below those that are known"
