@@ -50,9 +50,17 @@ class QWenMLP(Pieced):
         self.w1 = nn.Linear(config.hidden_size, inner, bias=bias)
         self.w2 = nn.Linear(config.hidden_size, inner, bias=bias)
         self.c_proj = ResidualLinear(inner, config.hidden_size, bias=bias)
+        # Who computes the two maps of one x. An adapter on both computes them together.
+        self.both = one_by_one
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(self.pieces.here().gated(self.w1(x_BTD), self.w2(x_BTD)))
+        up, gate = self.both(self.w1, self.w2, x_BTD)
+        return self.c_proj(self.pieces.here().gated(up, gate))
+
+
+def one_by_one(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps of one x."""
+    return first(x), second(x)
 
 
 class QWenBlock(nn.Module):

@@ -165,9 +165,9 @@ def _inputs(
         return 0 if kept else x
     trained = [linear for linear in linears if linear.name in how.targets]
     total = x if trained and not how.dropout and not kept else 0
+    if trained and how.dropout:  # all branches share a dropped-out x and a mask, one byte a number
+        total += x + (n * linears[0].width_in if flows else 0)
     for linear in trained:
-        if how.dropout:  # each branch has a dropped-out x of its own, and a mask, one byte a number
-            total += x + (n * linear.width_in if flows else 0)
         total += n * how.r * how.b  # between A and B
         if how.b != FP32:  # casts of B, and of A where x needs a gradient, to the dtype of x
             total += how.r * (linear.width_out + (linear.width_in if flows else 0)) * how.b

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_ds.plan.activations import FP32, Saving
-from qwen_ds.plan.shape import Shape
+from qwen_ds.plan.shape import ROLES_BY_INPUT, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,21 @@ def moved(shape: Shape, how: Saving, *, compiled: bool) -> list[Moved]:
 
 
 def _branches(shape: Shape, how: Saving) -> list[Moved]:
-    """The LoRA branches, whose products are too thin for arithmetic to count: x A^T, then times B^T
-    added in place; backward the gradients of B, A and x, the last added in place."""
+    """The LoRA branches, whose products are too thin for arithmetic to count: x A^T, for all maps
+    of one x, then times B^T added in place; backward the gradients of B, A and x, the last added in
+    place."""
     b, r, found = how.b, how.r, []
-    for linear in shape.linears:
-        if linear.name not in how.targets:
+    for roles in ROLES_BY_INPUT:
+        trained = [linear for linear in shape.of_role(*roles) if linear.name in how.targets]
+        if not trained:
             continue
-        x, y = linear.width_in, linear.width_out
+        x, middle = trained[0].width_in, r * len(trained)
         drop = 2 * b * x + x if how.dropout else 0  # read, written, and a byte of the mask
-        forward = b * (x + r) + b * (r + 2 * y)
-        backward = b * (y + r) + b * (y + r) + b * (x + r) + b * (r + 2 * x)
-        found.append(Moved(f"LoRA of {linear.name}", forward + drop, backward + drop))
+        forward = b * (x + middle) + sum(b * (r + 2 * linear.width_out) for linear in trained)
+        backward = sum(2 * b * (linear.width_out + r) for linear in trained)
+        backward += b * (x + middle) + b * (middle + 2 * x)
+        names = " and ".join(linear.name for linear in trained)
+        found.append(Moved(f"LoRA of {names}", forward + drop, backward + drop))
     return found
 
 

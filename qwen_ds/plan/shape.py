@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 from qwen_ds.model.family import Family, ModelConfig, Role, family_of
 
+# Linear maps that read the same x stand together, in running order.
+ROLES_BY_INPUT: tuple[tuple[Role, ...], ...] = (
+    ("qkv",), ("attention_out",), ("up", "gate"), ("down",)
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:

@@ -24,9 +24,10 @@ from qwen_ds.disk.weights import save_tensors
 from qwen_ds.disk.write import write_json
 from qwen_ds.model.adapter import CONFIG_NAME, WEIGHTS_NAME
 from qwen_ds.model.family import LanguageModel, family_of
+from qwen_ds.model.modeling import QWenMLP
 from qwen_ds.plan.first_adapter import read_first_adapter
 from qwen_ds.recipe.options import LoraOptions
-from qwen_ds.train.lora_product import Cast, LoraProduct, lora_formula
+from qwen_ds.train.lora_product import Cast, LoraMap, lora_formula, lora_products
 from qwen_ds.train.special_rows import EmbeddingWithRows, HeadWithRows
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -72,29 +73,53 @@ class LoraLinear(peft_lora.Linear):
             made = matrices[adapter_name]
             assert isinstance(made, nn.Linear)
             matrices[adapter_name] = CastLinear(made, made.weight)
-        self.casts = Cast(), Cast()
+        self.cast_of_a, self.cast_of_b = Cast(), Cast()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.is_fused:
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.get_base_layer(), self.lora_dropout[ADAPTER]
-        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        (y,) = _maps([self], x)
+        return y
+
+    @property
+    def map(self) -> LoraMap:
+        """Base, A and B."""
+        base, a, b = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
         assert isinstance(base, nn.Linear)
         assert isinstance(a, CastLinear)
         assert isinstance(b, CastLinear)
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        scale = self.scaling[ADAPTER]
-        if torch.compiler.is_compiling():
-            return lora_formula(x, base, a.weight, b.weight, scale, p)
-        of_a, of_b = self.casts
-        casts = of_a.of(a.weight, x.dtype), of_b.of(b.weight, x.dtype)
-        return LoraProduct.apply(x, base.weight, base.bias, a.weight, b.weight, casts, scale, p)
+        return LoraMap(base, a.weight, b.weight)
 
     @property
     def is_fused(self) -> bool:
         """Whether the one function computes it; else peft does, with modules of their own."""
         special = self.disable_adapters or self.merged or self.lora_variant
         return not special and self.active_adapters == [ADAPTER]
+
+
+def side_by_side(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps of one x, both with LoRA: their branches share a dropout mask and a product."""
+    if not (isinstance(first, LoraLinear) and isinstance(second, LoraLinear)):
+        return first(x), second(x)
+    if not (first.is_fused and second.is_fused):
+        return first(x), second(x)
+    y_first, y_second = _maps([first, second], x)
+    return y_first, y_second
+
+
+def _maps(linears: Sequence[LoraLinear], x: Tensor) -> Sequence[Tensor]:
+    """Maps of one x, of one recipe: rank, scale and dropout are alike."""
+    first, maps = linears[0], [linear.map for linear in linears]
+    dropout, scale = first.lora_dropout[ADAPTER], first.scaling[ADAPTER]
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    if torch.compiler.is_compiling():
+        return lora_formula(x, maps, scale, p)
+    casts_of_b = [
+        linear.cast_of_b.of([each.b_OR], x.dtype)
+        for linear, each in zip(linears, maps, strict=True)
+    ]
+    cast_of_a = first.cast_of_a.of([each.a_RI for each in maps], x.dtype)
+    return lora_products(x, maps, (cast_of_a, casts_of_b), scale, p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +161,9 @@ def add_lora(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, QWenMLP):
+            module.both = side_by_side
     # peft's own wrappers keep a frozen copy of a saved module, and copy the whole matrix for some
     # rows of it at every forward pass. These replacements use the same names and configuration.
     family = family_of(model.config)

@@ -1,23 +1,33 @@
-"""A linear map with its LoRA branch as one autograd function.
+"""Linear maps of one x with their LoRA branches as one autograd function.
 
-    y = x W^T + bias + scale * drop(x) A^T B^T
+    y = x W^T + bias + scale * drop(x) A^T B^T, for each of n maps
 
 The branch is added into the base's product, and its gradients into the base's, by the products
-themselves: nothing as wide as x or y is written only to be read again. A and B are fp32 parameters
-that are used in x's dtype; their casts are made once a step.
+themselves: nothing as wide as x or y is written only to be read again. The maps share drop(x), and
+their A lie below each other in one matrix. A and B are fp32 parameters that are used in x's dtype;
+their casts are made once a step.
 
-Shapes: N tokens, I input width, O output width, R rank.
+Shapes: N tokens, I input width, O output width, R rank, S = n R.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class LoraMap(NamedTuple):
+    """A frozen linear map and the matrices of its branch."""
+
+    base: nn.Linear
+    a_RI: Tensor
+    b_OR: Tensor
 
 
 class _Updates:
@@ -37,19 +47,24 @@ register_optimizer_step_post_hook(values_changed)
 
 
 class Cast:
-    """A parameter in another dtype, copied when it may have changed since the last copy."""
+    """Parameters below each other in another dtype, copied when one may have changed since the last
+    copy."""
 
     def __init__(self) -> None:
-        self._made_at: tuple[int, int, torch.dtype, torch.device] | None = None
+        self._made_of: tuple[object, ...] = ()
         self._copy = torch.empty(0)
 
-    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """`parameter`, or its copy in `dtype`. No gradient flows through it."""
-        if parameter.dtype == dtype:
-            return parameter.detach()
-        now = _Updates.count, parameter._version, dtype, parameter.device
-        if self._made_at != now:
-            self._copy, self._made_at = parameter.detach().to(dtype), now
+    def of(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The rows of all `parameters` in `dtype`; a single one that has it is not copied. No
+        gradient flows through them."""
+        first, *others = parameters
+        if not others and first.dtype == dtype:
+            return first.detach()
+        versions = tuple((id(each), each._version) for each in parameters)
+        now = _Updates.count, versions, dtype, first.device
+        if self._made_of != now:
+            casts = [each.detach().to(dtype) for each in parameters]
+            self._copy, self._made_of = torch.cat(casts) if others else casts[0], now
         return self._copy
 
 
@@ -75,9 +90,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return torch.where(keep, x, 0.0), keep, 1 - dropped / 2**bits
 
 
-def lora_formula(
-    x: Tensor, base: nn.Linear, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
-) -> Tensor:
+def lora_formula(x: Tensor, maps: Sequence[LoraMap], scale: float, p: float) -> list[Tensor]:
     """The same for a compiler, which makes the backward pass and fuses what it can."""
     dropped = x
     if p and x.device.type == "cpu":
@@ -85,28 +98,46 @@ def lora_formula(
         scale /= share
     elif p:
         dropped = F.dropout(x, p)
+    a_SI = torch.cat([each.a_RI.to(x.dtype) for each in maps])
     # The scale multiplies the r-wide middle and not the wide result: one pass less over memory.
-    middle = F.linear(dropped, a_RI.to(x.dtype)) * scale
-    return base(x) + F.linear(middle, b_OR.to(x.dtype))
+    middles = (F.linear(dropped, a_SI) * scale).chunk(len(maps), -1)
+    return [
+        each.base(x) + F.linear(middle, each.b_OR.to(x.dtype))
+        for each, middle in zip(maps, middles, strict=True)
+    ]
 
 
-class LoraProduct(torch.autograd.Function):
-    """apply(x [..., I], weight [O, I], bias [O] or None, A [R, I], B [O, R], casts of A and B,
-    scale, p) -> [..., O]. The base gets no gradient."""
+def lora_products(
+    x: Tensor,
+    maps: Sequence[LoraMap],
+    casts: tuple[Tensor, Sequence[Tensor]],
+    scale: float,
+    p: float,
+) -> tuple[Tensor, ...]:
+    """y [..., O] of each map for x [..., I]; the bases get no gradient.
+
+    Args:
+        casts: in x's dtype, the A of all maps below each other [S, I], and the B of each.
+    """
+    tensors = [t for base, a, b in maps for t in (base.weight, base.bias, a, b)]
+    outs: tuple[Tensor, ...] = _LoraProducts.apply(x, casts, scale, p, *tensors)
+    return outs
+
+
+class _LoraProducts(torch.autograd.Function):
+    """apply(x, casts, scale, p, weight [O, I], bias [O] or None, A and B of each map)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        casts: tuple[Tensor, Tensor],
+        casts: tuple[Tensor, Sequence[Tensor]],
         scale: float,
         p: float,
-    ) -> Tensor:
-        x_NI, (a, b) = x.reshape(-1, x.shape[-1]), casts
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        x_NI, (a_SI, bs) = x.reshape(-1, x.shape[-1]), casts
+        weights, biases = tensors[::4], tensors[1::4]
         # up: what is kept is multiplied by it. A CPU does so in the r-wide middle.
         kept_NI: Tensor | None = None
         dropped_NI, up, scale_middle = x_NI, 1.0, scale
@@ -117,33 +148,47 @@ class LoraProduct(torch.autograd.Function):
         elif p:
             dropped_NI, kept_NI = torch.native_dropout(x_NI, p, True)
             up = 1 / (1 - p)
-        w_IO = weight_OI.t()
-        y_NO = x_NI @ w_IO if bias_O is None else torch.addmm(bias_O, x_NI, w_IO)
-        middle_NR = _scaled(dropped_NI, a.t(), scale_middle)
-        y_NO.addmm_(middle_NR, b.t())
-        of_x = (weight_OI, a, kept_NI) if ctx.needs_input_grad[0] else (None, None, None)
-        ctx.save_for_backward(dropped_NI, middle_NR, b, *of_x)
+        middle_NS = _scaled(dropped_NI, a_SI.t(), scale_middle)
+        outs = []
+        middles = middle_NS.chunk(len(bs), 1)
+        for weight_OI, bias_O, b_OR, middle_NR in zip(weights, biases, bs, middles, strict=True):
+            w_IO = weight_OI.t()
+            y_NO = x_NI @ w_IO if bias_O is None else torch.addmm(bias_O, x_NI, w_IO)
+            outs.append(y_NO.addmm_(middle_NR, b_OR.t()).view(*x.shape[:-1], -1))
+        of_x = (a_SI, kept_NI, *weights) if ctx.needs_input_grad[0] else ()
+        ctx.save_for_backward(dropped_NI, middle_NS, *bs, *of_x)
         ctx.scale, ctx.up_x = scale_middle, up * scale / scale_middle
-        ctx.x_shape, ctx.dtypes = x.shape, (a_RI.dtype, b_OR.dtype)
-        return y_NO.view(*x.shape[:-1], -1)
+        ctx.x_shape, ctx.dtypes = x.shape, (tensors[2].dtype, tensors[3].dtype)
+        ctx.maps = len(bs)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dropped_NI, middle_NR, b, weight_OI, a, kept_NI = ctx.saved_tensors
-        grad_NO = grad.reshape(-1, grad.shape[-1])
-        grad_NR = _scaled(grad_NO, b, ctx.scale)
-        grad_a = _product(grad_NR.t(), dropped_NI, ctx.dtypes[0])
-        grad_b = _product(grad_NO.t(), middle_NR, ctx.dtypes[1])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dropped_NI, middle_NS, *others = ctx.saved_tensors
+        bs, of_x = others[: ctx.maps], others[ctx.maps :]
+        grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        middles = middle_NS.chunk(ctx.maps, 1)
+        grads_b = [
+            _product(grad_NO.t(), middle_NR, ctx.dtypes[1])
+            for grad_NO, middle_NR in zip(grads_NO, middles, strict=True)
+        ]
+        thin = [_scaled(grad_NO, b, ctx.scale) for grad_NO, b in zip(grads_NO, bs, strict=True)]
+        grad_NS = torch.cat(thin, 1) if len(thin) > 1 else thin[0]
+        grads_a = _product(grad_NS.t(), dropped_NI, ctx.dtypes[0]).chunk(ctx.maps)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_NO @ weight_OI
+            a_SI, kept_NI, *weights = of_x
+            grad_x = grads_NO[0] @ weights[0]
+            for grad_NO, weight_OI in zip(grads_NO[1:], weights[1:], strict=True):
+                grad_x.addmm_(grad_NO, weight_OI)
             if kept_NI is None:
-                grad_x.addmm_(grad_NR, a)
+                grad_x.addmm_(grad_NS, a_SI)
             else:
-                grad_x.addcmul_(grad_NR @ a, kept_NI, value=ctx.up_x)
+                grad_x.addcmul_(grad_NS @ a_SI, kept_NI, value=ctx.up_x)
             grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+        of_maps = (g for pair in zip(grads_a, grads_b, strict=True) for g in (None, None, *pair))
+        return grad_x, None, None, None, *of_maps
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:

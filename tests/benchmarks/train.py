@@ -5,17 +5,18 @@
 
 No maintained trainer loads Qwen v1 on today's transformers. The peers therefore train the same
 model in the Qwen2 format (launch/merge.py --format qwen2), on the same token rows, with LoRA r 8 on
-the same matrices, 32 rows a step, on two CPU ranks of one thread each; all but (d) in bf16:
+the same matrices, 32 rows a step, on two CPU ranks of one thread each, in the dtype whose products
+are faster on this CPU:
 
     a   the official recipe: every row padded to 512, activation checkpointing
     b   micro-batches of 4 rows, padded to the longest, no activation checkpointing
     c   as b, with rows grouped by length
-    d   as c in fp32, which a CPU without a matrix unit for bf16 (AMX) multiplies faster
+    d   as c in fp32, where bf16 is faster
 
 The contenders take turns, each as a job of its own. A round gives each contender one figure, and
 the table shows the medians. Only real tokens count, never padding. Ours compiles its blocks during
-the warm-up steps, puts 640 tokens into a micro-batch, and runs ZeRO-2. Its dtype is auto: bf16,
-or fp32 where the CPU has no AMX. Peak memory is the resident set of rank 0's process.
+the warm-up steps, puts 640 tokens into a micro-batch, and runs ZeRO-2. Its dtype is auto: the
+faster one, too. Peak memory is the resident set of rank 0's process.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.model.tokenizer import load_encoding
 from qwen_ds.recipe.options import DataOptions
+from qwen_ds.train.cpu_speed import is_bf16_faster
 
 ROOT = Path(__file__).parents[2]
 RANKS, ROWS_PER_STEP, PEER_MICRO_BATCH, PEER_LENGTH, WARM_UP = 2, 32, 4, 512, 2
@@ -211,15 +213,16 @@ def result(
     )
 
 
-def run_peer(folder: Path, shape: Shape, peer: str) -> Result:
+def run_peer(folder: Path, shape: Shape, peer: str, dtype: str) -> Result:
     out = folder / f"peer_{peer}.json"
-    arguments = ["--peer", peer, "--folder", str(folder), "--steps", str(shape.steps[peer])]
+    steps = str(shape.steps[peer])
+    arguments = ["--peer", peer, "--folder", str(folder), "--steps", steps, "--dtype", dtype]
     launch(Path(__file__), arguments)
     found = json.loads(out.read_text())
     return result(found["tokens"], found["seconds"], found["peak_gb"], found["losses"])
 
 
-def peer_main(folder: Path, peer: str, steps: int) -> None:
+def peer_main(folder: Path, peer: str, steps: int, dtype: str) -> None:
     """Run one rank of a peer: the script of an HF Trainer user, with a clock around its steps."""
     import deepspeed
     from peft import LoraConfig, get_peft_model
@@ -264,7 +267,7 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
             return super().training_step(model, inputs, *args, **kwargs)
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), use_cpu=True, bf16=peer != "d", max_steps=steps,
+        output_dir=str(folder / "trainer"), use_cpu=True, bf16=dtype == "bfloat16", max_steps=steps,
         learning_rate=LR, lr_scheduler_type="constant", logging_steps=1, report_to="none",
         per_device_train_batch_size=PEER_MICRO_BATCH, save_strategy="no", disable_tqdm=True,
         gradient_accumulation_steps=ROWS_PER_STEP // (RANKS * PEER_MICRO_BATCH),
@@ -276,8 +279,7 @@ def peer_main(folder: Path, peer: str, steps: int) -> None:
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         },
     )  # fmt: skip
-    dtype = torch.float32 if peer == "d" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder / "qwen2", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "qwen2", dtype=getattr(torch, dtype))
     model.config.use_cache = False
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # c_attn and both c_proj
     lora = LoraConfig(
@@ -313,13 +315,17 @@ def measure(
     """Run all contenders in turns, `rounds` times; their results by name ("ours", "a" ...)."""
     if not (folder / "tokens.jsonl").exists():
         write_inputs(folder, shape)
+    dtype = "bfloat16" if is_bf16_faster() else "float32"
+    if dtype == "float32":
+        peers = peers.replace("d", "")  # (c) is in fp32
+    print(f"(a), (b) and (c) in {dtype}", flush=True)
     found: dict[str, list[Result]] = {name: [] for name in ("ours", *peers)}
     for number in range(rounds):
         for name, results in found.items():
             results.append(
                 run_ours(folder, shape, options)
                 if name == "ours"
-                else run_peer(folder, shape, name)
+                else run_peer(folder, shape, name, "float32" if name == "d" else dtype)
             )
             last = results[-1]
             speed = f"{last.tokens_per_second:,.0f} tokens/s, {last.rows_per_second:.2f} rows/s"
@@ -365,10 +371,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options, ours = parser.parse_known_args()
     if options.peer:
-        return peer_main(options.folder, options.peer, options.steps)
+        return peer_main(options.folder, options.peer, options.steps, options.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,23 @@ def test_a_branch_moves_what_its_products_read_and_write() -> None:
     assert more.forward - branch.forward == more.backward - branch.backward == 2 * 2 * x + x
 
 
+def test_two_maps_of_one_input_read_and_drop_it_once() -> None:
+    """w1 and w2, 4,096 to 11,008, rank 8. Each by itself has all that reads or writes x, too: x A^T
+    and the gradient of A read it, the gradient of x is read and written."""
+    x = 4096
+
+    def branches(*targets: str) -> tuple[float, float]:
+        parts = moved(QWEN_7B, saving(targets=list(targets), dropout=0.1), compiled=False)
+        (branch,) = (part for part in parts if "LoRA" in part.part)
+        return branch.forward, branch.backward
+
+    both, alone = branches("w1", "w2"), (branches("w1"), branches("w2"))
+    dropped = 2 * 2 * x + x
+    assert alone[0] == alone[1]
+    assert 2 * alone[0][0] - both[0] == 2 * x + dropped
+    assert 2 * alone[0][1] - both[1] == 2 * (x + 2 * x) + dropped
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fewer_operations_move_fewer_bytes(compiled: bool) -> None:
     """lora_zero2.yaml's block, and what changes its bytes. Rotating step by step in fp32 once moved

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenLMHeadModel
 from qwen_ds.recipe.options import LoraOptions
-from qwen_ds.train import lora
+from qwen_ds.train import lora, lora_product
 from qwen_ds.train.lora import add_lora, config_of, init_from, plain_name, write_adapter
 
 ALL = ["c_attn", "c_proj", "w1", "w2"]
@@ -102,6 +103,18 @@ def test_only_the_branch_sees_dropout_and_only_in_training(small_dir: Path) -> N
     plain = wrapped(small_dir, dropout=0.0)
     torch.testing.assert_close(model.eval()(IDS).logits, plain.eval()(IDS).logits)
     assert (model.train()(IDS).logits - plain(IDS).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("targets", "dropped_tensors"), [(ALL, 4), (["w1", "c_attn"], 2)])
+def test_maps_of_one_input_drop_it_once(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch, targets: list[str], dropped_tensors: int
+) -> None:
+    """w1 and w2 read the same x: where both have a branch, these share what dropout leaves."""
+    drop = mock.Mock(wraps=lora_product.drop)
+    monkeypatch.setattr(lora_product, "drop", drop)
+    model = wrapped(small_dir, dropout=0.5, targets=targets).train()
+    model(IDS)
+    assert drop.call_count == dropped_tensors * model.config.num_hidden_layers
 
 
 def test_attention_and_mlp_projections_can_be_told_apart(small_dir: Path) -> None:

@@ -75,7 +75,7 @@ class Began:
         with ThreadPoolExecutor(_READERS) as pool:
             hashes = dict(zip(paths, pool.map(quick_sha256, paths.values()), strict=True))
         plain = json.loads(json.dumps(settings))
-        return cls(plain, run.encoding.sha256, hashes, versions())
+        return cls(plain, run.encoding.sha256, hashes, versions(run.liger))
 
     @classmethod
     def stored(cls, found: object) -> Began | None:
@@ -99,10 +99,13 @@ class InputChange:
     now: str
 
 
-def versions() -> dict[str, str]:
-    """The libraries that decide about the last bits of a number, and Python."""
+def versions(liger: str | None) -> dict[str, str]:
+    """The libraries that decide about the last bits of a number, and Python; liger-kernel where it
+    computes pieces of the blocks."""
     found = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "cuda": str(torch.version.cuda), **found}
+    pieces = {} if liger is None else {"liger-kernel": liger}
+    python = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    return python | found | pieces
 
 
 def files_of(run: Run) -> dict[str, Path]:

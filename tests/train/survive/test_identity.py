@@ -110,6 +110,16 @@ def test_other_libraries_are_named(base: Path) -> None:
     assert other_versions(old, began) == told
 
 
+def test_a_kernel_library_is_named_where_it_computes(base: Path) -> None:
+    run = run_of(base, "--model.compile", "false")
+    fused = replace(run, machine=replace(run.machine, liger="0.8.5"))
+    told = "liger-kernel was 0.8.5 and is none"
+    assert other_versions(Began.of(fused), Began.of(run)) == told
+    compiled = run_of(base, "--model.compile", "true")
+    compiled = replace(compiled, machine=fused.machine)
+    assert other_versions(Began.of(compiled), Began.of(run)) is None
+
+
 def whole(base: Path, tmp_path: Path, known: dict[str, str] | None = None) -> WholeFiles:
     run = run_of(base)
     began = replace(Began.of(run), whole=known or {})
