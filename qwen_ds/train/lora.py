@@ -78,7 +78,7 @@ class LoraLinear(peft_lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.is_fused:
             return super().forward(x, *args, **kwargs)
-        (y,) = _maps([self], x)
+        (y,) = _results([self], x)
         return y
 
     @property
@@ -99,16 +99,15 @@ class LoraLinear(peft_lora.Linear):
 
 def side_by_side(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps of one x, both with LoRA: their branches share a dropout mask and a product."""
-    if not (isinstance(first, LoraLinear) and isinstance(second, LoraLinear)):
+    fused = [m for m in (first, second) if isinstance(m, LoraLinear) and m.is_fused]
+    if len(fused) < 2:
         return first(x), second(x)
-    if not (first.is_fused and second.is_fused):
-        return first(x), second(x)
-    y_first, y_second = _maps([first, second], x)
+    y_first, y_second = _results(fused, x)
     return y_first, y_second
 
 
-def _maps(linears: Sequence[LoraLinear], x: Tensor) -> Sequence[Tensor]:
-    """Maps of one x, of one recipe: rank, scale and dropout are alike."""
+def _results(linears: Sequence[LoraLinear], x: Tensor) -> Sequence[Tensor]:
+    """y of each map of one x. They are of one recipe: rank, scale and dropout are alike."""
     first, maps = linears[0], [linear.map for linear in linears]
     dropout, scale = first.lora_dropout[ADAPTER], first.scaling[ADAPTER]
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

@@ -316,9 +316,10 @@ def measure(
     if not (folder / "tokens.jsonl").exists():
         write_inputs(folder, shape)
     dtype = "bfloat16" if is_bf16_faster() else "float32"
-    if dtype == "float32":
-        peers = peers.replace("d", "")  # (c) is in fp32
     print(f"(a), (b) and (c) in {dtype}", flush=True)
+    if dtype == "float32" and "d" in peers:
+        peers = peers.replace("d", "")
+        print("(d) is left out: (c) is in fp32", flush=True)
     found: dict[str, list[Result]] = {name: [] for name in ("ours", *peers)}
     for number in range(rounds):
         for name, results in found.items():
