@@ -459,7 +459,7 @@ def test_a_row_that_does_not_fit_the_sampler_fails_alone(model, prompts, monkeyp
         patch.setattr(engine_module, "sample", tight)
         found = all_updates(model, prompts, ContiguousStore, own)
     assert failures(found) == {3: RowOutOfMemory}
-    assert found == expected_updates | {3: found[3]}
+    assert_alike(found, expected_updates | {3: found[3]})
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "prompt_logprobs", no_room)
         found = all_updates(model, prompts, ContiguousStore, own)
@@ -467,7 +467,21 @@ def test_a_row_that_does_not_fit_the_sampler_fails_alone(model, prompts, monkeyp
     assert failures(found)
     found = all_updates(model, prompts, ContiguousStore, no_room)
     assert failures(found) == {7: RowOutOfMemory}
-    assert found == expected_updates | {7: found[7]}
+    assert_alike(found, expected_updates | {7: found[7]})
+
+
+def assert_alike(found: dict[int, list[Update]], expected: dict[int, list[Update]]) -> None:
+    """All but the last bits of probabilities, which may depend on a batch's other rows."""
+
+    def figures(updates: dict[int, list[Update]]) -> list[Any]:
+        told = [update.logprobs for row in updates.values() for update in row if update.logprobs]
+        return [(each.logprob, [logprob for _, logprob in each.top]) for each in told]
+
+    def rest(updates: dict[int, list[Update]]) -> dict[int, list[Update]]:
+        return {i: [replace(update, logprobs=None) for update in updates[i]] for i in updates}
+
+    assert rest(found) == rest(expected)
+    torch.testing.assert_close(figures(found), figures(expected), rtol=1e-4, atol=1e-4)
 
 
 def failures(found: dict[int, list[Update]]) -> dict[int, type[Exception]]:

@@ -10,6 +10,11 @@ from qwen_ds.model.configuration import QWenConfig
 from qwen_ds.model.modeling import QWenMLP
 from qwen_ds.model.prepacked import PrepackedLinear, prepack
 
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has products in bf16 for CPUs with AVX-512 alone",
+)
+
 
 def model(dtype: torch.dtype) -> qwen_ds.QWenLMHeadModel:
     torch.manual_seed(0)
@@ -20,6 +25,7 @@ def model(dtype: torch.dtype) -> qwen_ds.QWenLMHeadModel:
     return qwen_ds.QWenLMHeadModel(config).eval().to(dtype)
 
 
+@needs_bf16
 @pytest.mark.parametrize("rows", [1, 7, 32, 300])
 def test_prepacked_layers_give_the_same_bits(rows: int) -> None:
     plain, packed = model(torch.bfloat16), model(torch.bfloat16)
@@ -29,6 +35,7 @@ def test_prepacked_layers_give_the_same_bits(rows: int) -> None:
         assert torch.equal(plain(ids).logits, packed(ids).logits)
 
 
+@needs_bf16
 def test_children_of_modules_to_keep_stay() -> None:
     packed = model(torch.bfloat16)
     assert prepack(packed, (QWenMLP,)) == 2 * 2 + 1
@@ -38,3 +45,8 @@ def test_children_of_modules_to_keep_stay() -> None:
 
 def test_layers_of_fp32_are_left() -> None:
     assert prepack(model(torch.float32)) == 0
+
+
+def test_layers_are_left_where_onednn_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert prepack(model(torch.bfloat16)) == 0

@@ -95,6 +95,22 @@ def _own_update(resolved: ResolvedConfig) -> tuple[Json, bool, bool]:
     return config, True, True
 
 
+def _allow_fp16() -> None:
+    """Let DeepSpeed train in fp16 on every CPU. It asks for fp16 instructions (AVX512-FP16 or AMX),
+    without which torch computes the same, slowly.
+
+    Raises UserError on a GPU that DeepSpeed trains in fp16 no more (Pascal and older).
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True
+    elif not accelerator.is_fp16_supported():
+        raise UserError(
+            "model.dtype is float16, which DeepSpeed does not train on this GPU; expected one of "
+            "compute capability 7.0 or newer (V100 on), or model.dtype float32"
+        )
+
+
 def _gather_by_block(model: TrainingModel) -> None:
     """Let ZeRO-3 gather the weights of a block together, and average its gradients together.
 
@@ -133,6 +149,8 @@ class TrainingEngine:
         self.overflows = 0
         self._uses_loss_scale = "fp16" in resolved.engine_json
         self._sums_locally, self._summing = resolved.sums_locally, ExitStack()
+        if self._uses_loss_scale:
+            _allow_fp16()
         if self.stage == 3:
             _gather_by_block(model)
             # ZeRO-3 gathers a weight for the module that owns it. The loss uses the head's.
