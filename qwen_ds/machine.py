@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import sysconfig
 from collections.abc import MutableMapping
 from functools import cache
 from importlib.util import find_spec
@@ -20,10 +21,14 @@ from qwen_ds.errors import UserError
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler, and Triton on a GPU."""
-    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    """Whether torch.compile finds what it needs: on a CPU a C++ compiler; on a GPU Triton, which
+    compiles a module of C for Python at its first kernel."""
+    if device.type != "cuda":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    compilers = (os.environ.get("CC"), "gcc", "clang")
     has_compiler = any(shutil.which(name) for name in compilers if name)
-    return has_compiler and (device.type != "cuda" or find_spec("triton") is not None)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return has_compiler and headers.is_file() and find_spec("triton") is not None
 
 
 def choose_device(wanted: str, number: int | None = None) -> torch.device:

@@ -24,6 +24,8 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2",
 }  # fmt: skip
 
+MPIRUN = Path(__file__).parents[1] / "launch" / "cluster" / "mpirun.sh"
+
 
 @pytest.fixture(autouse=True)
 def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -189,10 +191,9 @@ def test_mpirun_passes_on_what_changes_how_the_ranks_run(tmp_path: Path) -> None
     own = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTS": "gpu01:8,gpu02:8"}
     others = {"HOME": "/root", "SLURM_JOB_ID": "3", "SECRET": "s", "EDITOR": "vi"}
     given = own | others | dict.fromkeys(passed, "a value, with 'marks'")
-    script = Path(__file__).parents[1] / "launch" / "cluster" / "mpirun.sh"
 
     def run(environment: dict[str, str]) -> list[str]:
-        command = ["bash", str(script), "--output_dir", "a b"]
+        command = ["bash", str(MPIRUN), "--output_dir", "a b"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 
@@ -205,7 +206,23 @@ def test_mpirun_passes_on_what_changes_how_the_ranks_run(tmp_path: Path) -> None
     where, address, port = words[-1].split()
     assert (where, address) == ("at", "gpu01") and 20000 <= int(port) < 32000
     assert run(own | {"MASTER_ADDR": "ib1", "MASTER_PORT": "7"})[-1] == "at ib1 7"
-    assert "OMP_NUM_THREADS" in run(own), "one thread a rank unless the user says more"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cores", "threads"),
+    [("gpu01:8,gpu02:8", 64, 8), ("gpu01:8,gpu02:8", 4, 1), ("gpu01,gpu02", 16, 16)],
+)
+def test_mpirun_gives_each_rank_its_share_of_the_cores(
+    tmp_path: Path, hosts: str, cores: int, threads: int
+) -> None:
+    """DeepSpeed's CPU Adam computes with them where the optimizer is offloaded."""
+    for name, text in (("mpirun", 'echo "$OMP_NUM_THREADS"'), ("nproc", f"echo {cores}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOSTS": hosts}
+    command = ["bash", str(MPIRUN), "--output_dir", "runs/a"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads
 
 
 def test_the_end_of_the_job_comes_from_a_variable_or_from_squeue(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,36 @@ vendor_id	: GenuineIntel
 cpu MHz		: 2700.000
 flags		: fpu avx2 avx512f amx_bf16
 """
+
+
+@pytest.mark.parametrize(
+    ("device", "programs", "variables", "others", "can"),
+    [
+        ("cpu", ["g++"], {}, [], True),
+        ("cpu", ["clang++"], {}, [], False),
+        ("cpu", ["clang++"], {"CXX": "clang++"}, [], True),
+        ("cuda", ["gcc"], {}, ["triton", "Python.h"], True),
+        ("cuda", ["clang"], {}, ["triton", "Python.h"], True),
+        ("cuda", ["g++"], {}, ["triton", "Python.h"], False),
+        ("cuda", ["gcc"], {}, ["triton"], False),
+        ("cuda", ["gcc"], {}, ["Python.h"], False),
+    ],
+)
+def test_what_compiling_needs_is_looked_for_before_the_first_step(
+    device: str, programs: list[str], variables: dict[str, str], others: list[str], can: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for program in programs:
+        (tmp_path / program).touch(mode=0o755)
+    if "Python.h" in others:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(machine, "find_spec", lambda name: name if name in others else None)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"PATH": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert machine.can_compile(torch.device(device)) == can
 
 
 def test_cpus_of_one_kind_have_one_name_and_no_others() -> None:

@@ -134,6 +134,7 @@ COVERED_BY = {
     "qwen_ds/export/stream/shard.py": "tests/export/test_merge.py",
     "qwen_ds/export/stream/source.py": "tests/export/stream/test_blocks.py",
     "qwen_ds/model/attention.py": "tests/model/test_golden_forward.py",
+    "qwen_ds/model/device.py": "tests/serve/engine/test_devices.py",
     "qwen_ds/model/configuration.py": "tests/model/test_loading.py",
     "qwen_ds/model/modeling.py": "tests/model/test_golden_forward.py",
     "qwen_ds/model/rotary.py": "tests/model/test_golden_long.py",

@@ -10,7 +10,9 @@
 # leads to the first host; your own NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME win.
 set -euo pipefail
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the GPU does the work
+# Each rank's share of the cores: an offloaded optimizer computes on them.
+slots="${HOSTS%%,*}:1" slots="${slots#*:}" slots="${slots%%:*}" cores="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > slots ? cores / slots : 1))}"
 export MASTER_ADDR="${MASTER_ADDR:-${HOSTS%%[:,]*}}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + RANDOM % 12000))}" # Linux hands none of these out
 

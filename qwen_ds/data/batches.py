@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from qwen_ds.data.buckets import bucketed
+from qwen_ds.data.windows import cut_windows, deal, level_budget, width_of
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
 
-# A dummy row is two pads: the loss's shift leaves one position, whose label is IGNORE.
-DUMMY_TOKENS = 2
 # Steps from which a run knows its usual shapes, and how far a rare one may be padded to be usual.
 SAMPLED_STEPS, MOST_GROWTH = 64, 2.0
+# Steps by which the budget is levelled.
+LEVELLED_STEPS = 16
 # Padding for which the tokens of micro-batches come in few numbers (StepSampler.token_counts).
 TOKENS_SHARE = 0.03
 
@@ -102,91 +103,6 @@ class WindowStatistics:
     imbalance: float  # padded tokens of the busiest rank over the ranks' mean, at least 1
 
 
-def cut_windows(lens: np.ndarray, n_parts_multiple_of: int, budget: int) -> list[np.ndarray]:
-    """Cut the rows of a step into micro-batches of nearly equal padded tokens (rows * longest row).
-
-    Rows are sorted by length, longest first, and a micro-batch is a run of them. The number of
-    micro-batches is the smallest multiple of `n_parts_multiple_of` that keeps each within the
-    budget. The largest is then made as small as that number allows, by bisection over the cap:
-    filling greedily under a cap needs the fewest runs.
-
-    Args:
-        lens: [N], tokens of each row, all positive.
-        n_parts_multiple_of: the world size.
-        budget: most padded tokens of a micro-batch. A longer row gets one of its own.
-
-    Returns:
-        Arrays of positions in `lens`, longest rows first. Empty arrays, always last, stand for
-        dummy rows where there are fewer rows than micro-batches.
-    """
-    n = len(lens)
-    order = np.argsort(-lens.astype(np.int64), kind="stable")
-    sorted_lens = lens[order].tolist()
-    needed = len(_fill(sorted_lens, budget))
-    n_parts = max(1, math.ceil(needed / n_parts_multiple_of)) * n_parts_multiple_of
-    if n == 0:
-        return [order] * n_parts
-    n_runs = min(n_parts, n)
-
-    def is_enough(cap: int) -> bool:
-        return len(_fill(sorted_lens, cap)) <= n_runs
-
-    cap = 1 + bisect_left(range(1, budget), True, key=is_enough)
-    runs = _split_to(_fill(sorted_lens, cap), sorted_lens, n_runs)
-    return [order[start:end] for start, end in runs] + [order[:0]] * (n_parts - n_runs)
-
-
-def _fill(sorted_lens: list[int], cap: int) -> list[tuple[int, int]]:
-    """Runs (start, end) of longest-first rows, each as long as the cap allows and never empty."""
-    runs, start = [], 0
-    while start < len(sorted_lens):
-        end = min(len(sorted_lens), start + max(1, cap // sorted_lens[start]))
-        runs.append((start, end))
-        start = end
-    return runs
-
-
-def _split_to(
-    runs: list[tuple[int, int]], sorted_lens: list[int], n_runs: int
-) -> list[tuple[int, int]]:
-    """Halve the largest runs until there are n_runs: there can be fewer, since raising the cap by
-    one token can save more than one run."""
-    while len(runs) < n_runs:
-        largest = max(
-            (i for i, (start, end) in enumerate(runs) if end - start > 1),
-            key=lambda i: (runs[i][1] - runs[i][0]) * sorted_lens[runs[i][0]],
-        )
-        start, end = runs[largest]
-        middle = (start + end) // 2
-        runs[largest : largest + 1] = [(start, middle), (middle, end)]
-    return runs
-
-
-def deal(lens: np.ndarray, parts: Sequence[np.ndarray], world: int) -> list[list[np.ndarray]]:
-    """Give each rank the same number of micro-batches.
-
-    The i-th micro-batches of all ranks are neighbours in length, because ranks run in lock-step
-    under ZeRO-3. Of these the largest goes to the rank with the least so far, which evens out the
-    totals. The parts of each rank come longest rows first.
-    """
-    totals = [0] * world
-    ranks: list[list[np.ndarray]] = [[] for _ in range(world)]
-    for first in range(0, len(parts), world):
-        by_size = sorted(parts[first : first + world], key=lambda part: -_padded_tokens(lens, part))
-        for part, rank in zip(by_size, sorted(range(world), key=totals.__getitem__), strict=True):
-            ranks[rank].append(part)
-            totals[rank] += _padded_tokens(lens, part)
-    return ranks
-
-
-def _width(lens: np.ndarray, part: np.ndarray) -> int:
-    return int(lens[part].max()) if len(part) else DUMMY_TOKENS
-
-
-def _padded_tokens(lens: np.ndarray, part: np.ndarray) -> int:
-    return max(1, len(part)) * _width(lens, part)
-
-
 def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
     """int64: the rows that an epoch draws, in order.
 
@@ -230,10 +146,22 @@ class StepSampler:
     the world size nor on the token budget. An incomplete last step is trained too, and a data set
     smaller than one step is one step. A micro-batch has at most `budget` padded tokens, but a
     longer row runs alone.
+
+    Args:
+        levels: whether micro-batches may be smaller than the budget allows, where that saves
+            padding (`level_budget`): where they cost no communication of their own.
     """
 
     def __init__(
-        self, rows: RowStore, rows_per_step: int, seed: int, world: int, rank: int, budget: int
+        self,
+        rows: RowStore,
+        rows_per_step: int,
+        seed: int,
+        world: int,
+        rank: int,
+        budget: int,
+        *,
+        levels: bool = False,
     ) -> None:
         if not len(rows):
             raise UserError("there are no rows to train on; expected one at least, in data.train")
@@ -246,6 +174,10 @@ class StepSampler:
         # Every step needs the epoch's order; window() and statistics() both need the step's plan.
         self._order = lru_cache(maxsize=1)(partial(epoch_order, rows.parts, seed))
         self._plan = lru_cache(maxsize=2)(self._plan_step)
+        if levels:
+            first = range(min(LEVELLED_STEPS, self.steps_per_epoch))
+            lens = [self.padded_lens[self.step_rows(0, step)] for step in first]
+            self.budget = level_budget(lens, world, budget)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -276,7 +208,7 @@ class StepSampler:
         last step of an epoch has fewer rows, and would bring shapes of its own. A single row does
         not grow beyond the budget.
         """
-        needed = _width(self.padded_lens, part)
+        needed = width_of(self.padded_lens, part)
         usual = self._usual.get(len(part), [])
         most = needed * MOST_GROWTH
         if len(part) == 1:  # more rows of a usual width are within the budget
@@ -296,7 +228,7 @@ class StepSampler:
         """The widths of micro-batches in the first steps, sorted, by their number of rows."""
         found: dict[int, set[int]] = {}
         for part in self._first_parts:
-            found.setdefault(len(part), set()).add(_width(self.padded_lens, part))
+            found.setdefault(len(part), set()).add(width_of(self.padded_lens, part))
         return {rows: sorted(widths) for rows, widths in found.items()}
 
     @cached_property
@@ -337,13 +269,13 @@ def evaluation_batches(rows: RowStore, world: int, rank: int, budget: int) -> It
     row once, whatever its weight."""
     padded_lens = bucketed(rows.lens)
     for part in _plan(padded_lens, np.arange(len(rows)), world, budget)[rank]:
-        yield make_batch(rows, part, _width(padded_lens, part))
+        yield make_batch(rows, part, width_of(padded_lens, part))
 
 
 def make_batch(rows: RowStore, row_ids: np.ndarray, width: int | None = None) -> Batch:
     """Read rows and pad them to `width` tokens, or to the longest; without row ids, make the dummy
     row."""
-    width = width or _width(rows.lens, row_ids)
+    width = width or width_of(rows.lens, row_ids)
     ids_BT = torch.full((max(1, len(row_ids)), width), rows.pad_id, dtype=torch.int64)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     for b, row in enumerate(row_ids.tolist()):

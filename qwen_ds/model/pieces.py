@@ -5,6 +5,7 @@ read and written. Each piece has one formula, which a compiled block traces and 
 around it. Elsewhere a block's `Pieces` fill it:
 
 - EAGER: torch's own operations, chosen for the bytes that they move and save;
+- `compiled_pieces`: the formulas, each compiled by itself;
 - `liger.liger_pieces`: liger-kernel's, on a GPU where nothing is compiled.
 
 Shapes: B rows, T tokens, H heads, W head width, F = W / 2 rotary frequencies, I inner width.
@@ -109,6 +110,16 @@ class Pieces:
 
 _FORMULAS = Pieces(norm, gated, rotated)
 EAGER = Pieces(norm, gated, rotated_in_place)
+
+
+def compiled_pieces() -> Pieces:
+    """The formulas, each compiled at its first use: where blocks are not, as under ZeRO-3, whose
+    hooks gather the weights inside them."""
+    return Pieces(
+        torch.compile(norm, dynamic=True),
+        torch.compile(gated, dynamic=True),
+        torch.compile(rotated, dynamic=True),
+    )
 
 
 class Pieced(nn.Module):

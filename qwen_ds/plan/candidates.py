@@ -37,7 +37,7 @@ def candidates(
         choices = every or (() if asked == "auto" else (from_recipe(asked),))
         for budget in sorted({*BUDGETS, run.recipe.batch.tokens_per_micro_batch}):
             batch = replace(run.recipe.batch, tokens_per_micro_batch=budget)
-            parts = split(workload, run.machine.ranks, batch)
+            parts = split(workload, run.machine.ranks, batch, levels=run.levels_micro_batches)
             if parts == last:  # the rows are too few or too short for the budget to matter
                 continue
             last = parts

@@ -52,12 +52,16 @@ def from_recipe(choice: str | int) -> int:
     return {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
 
 
-def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
+def decide_recomputation(run: Run, longest: int, num_rows: int, budget: int) -> Run:
     """The run with `auto` activation checkpointing replaced by the least that fits.
 
     The largest micro-batch of any step must fit, with MARGIN to spare. All ranks decide alike:
-    under ZeRO-3 they gather in lock-step, so they must recompute alike. `longest` and `num_rows`
-    are the tokens of the data set's longest row, and its rows.
+    under ZeRO-3 they gather in lock-step, so they must recompute alike.
+
+    Args:
+        longest: tokens of the data set's longest row.
+        num_rows: its rows.
+        budget: most padded tokens of a micro-batch, as its sampler has it.
     """
     recipe = run.recipe
     if recipe.model.activation_checkpointing != "auto":
@@ -65,7 +69,8 @@ def decide_recomputation(run: Run, longest: int, num_rows: int) -> Run:
     if recipe.lora.variant == "dora" and recipe.method == "lora":
         every, reason = 1, "the tensors that DoRA keeps are not predicted"
     else:
-        batch = largest_micro_batch(longest, num_rows, recipe.batch, run.machine.ranks)
+        options = replace(recipe.batch, tokens_per_micro_batch=budget)
+        batch = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
         fit = least_recomputation(run, batch)
         every, (given, source) = fit.every, run.memory
         reason = f"predicted peak {fit.memory.total / 1e9:.3g} of the {given / 1e9:.3g} GB {source}"

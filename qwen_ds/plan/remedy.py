@@ -21,28 +21,28 @@ LAUNCHES = 450
 SMALLEST = 256  # tokens of a micro-batch
 
 
-def remedy(run: Run, longest: int, num_rows: int) -> str:
+def remedy(run: Run, longest: int, num_rows: int, budget: int) -> str:
     """Options under which the run is predicted to fit, those that cost least time first.
 
     Fewer tokens a micro-batch and more recomputation change no number but for rounding, so they
-    come before ZeRO-3 and its offloading. `longest` and `num_rows` are the tokens of the data set's
-    longest row, and its rows.
+    come before ZeRO-3 and its offloading. The arguments are those of `decide_recomputation`.
     """
     memory, source = run.memory
-    batch = largest_micro_batch(longest, num_rows, run.recipe.batch, run.machine.ranks)
+    options = replace(run.recipe.batch, tokens_per_micro_batch=budget)
+    batch = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
     current = from_recipe(run.recipe.model.activation_checkpointing)
     now = peak_memory(run.shape, run.saving, run.zero, batch, current).total
     limit = min((1 - MARGIN) * memory, (1 - SAVING) * now)
     for zero, json in _zeros(run):
-        for budget, every in _settings(run, current):
-            options = replace(run.recipe.batch, tokens_per_micro_batch=budget)
+        for tokens, every in _settings(run, current, budget):
+            options = replace(run.recipe.batch, tokens_per_micro_batch=tokens)
             parts = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
             peak = peak_memory(run.shape, run.saving, zero, parts, every).total
             if peak > limit:
                 continue
             changes = {"deepspeed": json} if json else {}
-            if budget != run.recipe.batch.tokens_per_micro_batch:
-                changes["batch.tokens_per_micro_batch"] = str(budget)
+            if tokens != budget:
+                changes["batch.tokens_per_micro_batch"] = str(tokens)
             # The run folder's recipe is another now: it has to be told that this is meant.
             allowed = [*run.recipe.resume.allow_changes, *changes]
             if every != current:  # which any run may change
@@ -69,9 +69,9 @@ def _zeros(run: Run) -> Iterator[tuple[Zero, str]]:
         yield offloaded, "ds_configs/zero3_offload.json"
 
 
-def _settings(run: Run, current: int) -> list[tuple[int, int]]:
+def _settings(run: Run, current: int, budget: int) -> list[tuple[int, int]]:
     """(tokens of a micro-batch, recomputation every n-th block), from the fastest on."""
-    layers, budgets = run.shape.layers, [run.recipe.batch.tokens_per_micro_batch]
+    layers, budgets = run.shape.layers, [budget]
     while budgets[-1] // 2 >= SMALLEST:
         budgets.append(budgets[-1] // 2)
     begins = recomputed_blocks(layers, current)
@@ -80,6 +80,6 @@ def _settings(run: Run, current: int) -> list[tuple[int, int]]:
     # LoRA, a third in full training.
     again = (1 / 3 if run.recipe.method == "full" else 1 / 2) / layers
     return sorted(
-        ((budget, every) for budget in budgets for every in choices),
+        ((tokens, every) for tokens in budgets for every in choices),
         key=lambda each: again * recomputed_blocks(layers, each[1]) + LAUNCHES / each[0],
     )

@@ -217,20 +217,27 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[Note]) -> Recipe:
     """Compile on GPUs, where the operations between the products take a third of a step."""
     wanted = recipe.model.compile
+    needs = "a C++ compiler (g++, or $CXX)"
+    if machine.on_gpu:
+        needs = "a C compiler, Python's headers (python3-dev) and Triton"
     if wanted == "auto":
-        reason = ""
+        wanted, reason = False, ""
         if not machine.on_gpu:
             reason = "on a CPU only long runs get back what compiling takes at the start"
         elif not machine.can_compile:
-            reason = "no C++ compiler or no Triton on some rank"
+            reason = f"some rank lacks what it needs: {needs}"
+        elif recipe.method == "lora" and recipe.lora.variant == "dora":
+            reason = "DoRA breaks the graph of a block into many"
         elif stage == 3:
             reason = "compiled blocks have not run on a GPU under ZeRO-3 yet"
-        wanted = not reason
+            wanted = False if machine.liger else "pieces"
+        else:
+            wanted = True
         if reason:
-            notes.append(Note("model.compile", "false", reason))
+            notes.append(Note("model.compile", wanted or "false", reason))
     elif wanted and not machine.can_compile:
-        needs = "a C++ compiler and Triton" if machine.on_gpu else "a C++ compiler (g++ or clang)"
-        raise UserError(f"model.compile is true; expected {needs} on every machine, or false")
+        came = "true" if wanted is True else wanted
+        raise UserError(f"model.compile is {came}; expected {needs} on every machine, or false")
     return _with(recipe, "model", compile=wanted)
 
 

@@ -153,6 +153,13 @@ class Run:
         return Zero.of(self.deepspeed.engine_json, self.machine.ranks)
 
     @property
+    def levels_micro_batches(self) -> bool:
+        """Whether micro-batches may be smaller than the budget allows, where that saves padding:
+        the ranks talk once a step, not for each."""
+        stage, sums_locally = self.deepspeed.stage, self.deepspeed.sums_locally
+        return stage < 2 or (stage == 2 and sums_locally)
+
+    @property
     def liger(self) -> str | None:
         """Version of liger-kernel, where it computes pieces of the blocks: on GPUs, where torch
         does not compile them."""

@@ -19,9 +19,10 @@ from qwen_ds.plan.traffic import Links, Zero, traffic
 # an A100).
 PRODUCTS_SHARE, ATTENTION_SHARE = 0.8, 0.5
 # Seconds in which a core of a server's CPU launches a block's operations, forward and backward: 30
-# ms for the 7B's 32 blocks, 65 ms under ZeRO-3, whose hooks gather and release each block. A GPU
-# that is done sooner waits for the CPU.
-LAUNCHES, LAUNCHES_ZERO_3 = 30e-3 / 32, 65e-3 / 32
+# ms for the 7B's 32 blocks, 85 ms under ZeRO-3, whose hooks gather and release each block. (Where
+# earlier code took 49 and 262, times the shares of that in tests/benchmarks/RESULTS.md: 27 and 84.)
+# A GPU that is done sooner waits for the CPU.
+LAUNCHES, LAUNCHES_ZERO_3 = 30e-3 / 32, 85e-3 / 32
 
 
 @dataclass(frozen=True, slots=True)

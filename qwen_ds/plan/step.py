@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
-from qwen_ds.data.batches import cut_windows, deal
 from qwen_ds.data.buckets import bucketed
+from qwen_ds.data.windows import cut_windows, deal, level_budget
 from qwen_ds.plan.activations import MicroBatch
 from qwen_ds.recipe.options import BatchOptions
 
@@ -43,11 +43,14 @@ class Split:
     largest: MicroBatch  # the micro-batch, of any step, that the memory must hold
 
 
-def split(workload: Workload, world: int, batch: BatchOptions) -> Split:
+def split(workload: Workload, world: int, batch: BatchOptions, *, levels: bool = False) -> Split:
     """Pad a step's rows, cut them into micro-batches and deal them to the ranks, as training
-    does."""
-    lens = bucketed(workload.lens)
-    ranks = deal(lens, cut_windows(lens, world, batch.tokens_per_micro_batch), world)
+    does; `levels` as of its StepSampler."""
+    lens, budget = bucketed(workload.lens), batch.tokens_per_micro_batch
+    if levels:
+        budget = level_budget([lens], world, budget)
+        batch = replace(batch, tokens_per_micro_batch=budget)
+    ranks = deal(lens, cut_windows(lens, world, budget), world)
     # Tokens (rows, and the longest of them) of each rank's micro-batches that have any.
     sizes = [[(len(part), int(lens[part].max())) for part in parts if len(part)] for parts in ranks]
     padded = [sum(rows * length for rows, length in of) for of in sizes]

@@ -38,10 +38,11 @@ class ModelOptions:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
     auto: sdpa, but eager on CPUs where it is measured to be faster for short rows."""
-    compile: Literal["auto"] | bool = "auto"
-    """Compile each block and the loss (torch.compile). It takes 20 to 60 seconds at the start,
-    which a long run gets back. It needs a C++ compiler, and Triton on a GPU. auto: true on GPUs
-    under ZeRO-0 to 2."""
+    compile: Literal["auto", "pieces"] | bool = "auto"
+    """Compile each block and the loss (torch.compile), or pieces: of a block only norm, gate and
+    rotation, each by itself. It takes 20 to 60 seconds at the start, which a long run gets back. It
+    needs a C++ compiler; on a GPU a C compiler, Python's headers and Triton. auto: true on GPUs
+    under ZeRO-0 to 2, but for DoRA; pieces under ZeRO-3 where there is no liger-kernel."""
     activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
     the fewest that fit the memory. The numbers that come out are the same."""
@@ -156,7 +157,9 @@ class BatchOptions:
     rows_per_step: PositiveInt = 128
     """Rows of one optimizer step over all ranks."""
     tokens_per_micro_batch: PositiveInt = 2048
-    """Bound for the padded tokens of one micro-batch (a single longer row still runs, alone)."""
+    """Bound for the padded tokens of one micro-batch (a single longer row still runs, alone).
+    Where micro-batches cost no communication, a half, a quarter and so on is taken if it saves more
+    padding than it costs: in training below ZeRO-2, and of adapters under it."""
     rehearse: Literal["auto"] | bool = "auto"
     """Run the largest micro-batch forward and backward once before the first step, so that a lack
     of memory shows at once. No number changes. auto: on GPUs."""

@@ -51,10 +51,10 @@ def _run(
     if found and resume.nothing_is_left(found, run, data.sha256, data.sampler.steps_per_epoch):
         say(f"{folder} holds a finished run of {found.step} steps; another output_dir begins anew")
         return EXIT_DONE
-    run = decide_recomputation(run, int(data.train.lens.max()), len(data.train))
+    run = decide_recomputation(run, *data.sizes)
     held.enter_context(rehearsal.memory_is_told(run, data, lambda: watchdog.position))
     model = setup.load_model(run, device)
-    if device.type == "cpu" and run.recipe.model.compile:
+    if device.type == "cpu" and run.recipe.model.compile is True:
         transformer, stage = model.training.transformer, run.deepspeed.stage
         use_few_shapes(transformer, data.sampler, partitioned=stage == 3)
     say(screen.start_screen(run, model, data, found))

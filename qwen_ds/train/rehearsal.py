@@ -96,7 +96,7 @@ def memory_is_told(run: Run, data: Data, doing: Callable[[], str]) -> Iterator[N
         asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
         of = "GPU memory" if run.machine.on_gpu else "memory"
         what = f" (tried to allocate {asked[1]})" if asked else ""
-        fits = remedy(run, int(data.train.lens.max()), len(data.train))
+        fits = remedy(run, *data.sizes)
         raise OutOfMemory(f"out of {of}{what} {doing()}; expected {fits}") from error
 
 

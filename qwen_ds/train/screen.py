@@ -16,7 +16,7 @@ from qwen_ds.data.rows.data_report import summary as data_summary
 from qwen_ds.errors import EXIT_DONE, EXIT_STOPPED
 from qwen_ds.model.attention_kernels import attention_kernels
 from qwen_ds.model.liger import OLDEST
-from qwen_ds.plan.run import Run
+from qwen_ds.plan.run import Note, Run
 from qwen_ds.runlog import say
 from qwen_ds.train.observe.run_page import write_report
 from qwen_ds.train.observe.summary import RunSummary
@@ -47,7 +47,7 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
         *(f"checked   {line}" for line in checked_lines(data.findings)),
         f"training  {steps} steps of {rows_per_step} rows, about {tokens:,} tokens each; "
         f"lr {recipe.optim.lr:g} {recipe.optim.schedule}",
-        *(f"chosen    {note}" for note in run.notes),
+        *(f"chosen    {note}" for note in (*run.notes, *micro_batch_notes(run, data))),
     ]
     if found:
         lines.append(
@@ -64,12 +64,21 @@ def start_screen(run: Run, model: Model, data: Data, found: Checkpoint | None) -
 def kernels(run: Run, data: Data) -> str:
     """The kernels that compute attention, over all lengths to which rows are padded."""
     lengths = np.unique(data.sampler.padded_lens).tolist()
-    budget = run.recipe.batch.tokens_per_micro_batch
+    budget = data.sampler.budget
     device = torch.device("cuda" if run.machine.on_gpu else "cpu")
     shapes = ((max(1, budget // length), length) for length in lengths)
     config = copy.copy(run.base.config)
     config._attn_implementation = run.recipe.model.attention
     return attention_kernels(config, shapes, run.dtype, device)
+
+
+def micro_batch_notes(run: Run, data: Data) -> list[Note]:
+    """Whether micro-batches have fewer tokens than the recipe allows."""
+    asked, taken = run.recipe.batch.tokens_per_micro_batch, data.sampler.budget
+    if taken == asked:
+        return []
+    reason = f"up to {asked:,} would hold rows of less equal lengths, and more padding"
+    return [Note("batch.tokens_per_micro_batch", taken, reason)]
 
 
 def pieces_lines(run: Run) -> list[str]:

@@ -21,7 +21,7 @@ from qwen_ds.errors import UserError
 from qwen_ds.model.family import Family, LanguageModel
 from qwen_ds.model.liger import liger_pieces
 from qwen_ds.model.loading import load_base
-from qwen_ds.model.pieces import fill
+from qwen_ds.model.pieces import compiled_pieces, fill
 from qwen_ds.plan.recomputation import from_recipe
 from qwen_ds.plan.run import Run
 from qwen_ds.train import lora
@@ -45,6 +45,11 @@ class Data:
     def sha256(self) -> str:
         """Of the token rows, for training and for evaluation."""
         return self.train.sha256 + ("" if self.eval is None else f" {self.eval.sha256}")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens of the longest row, rows, and most padded tokens of a micro-batch."""
+        return int(self.train.lens.max()), len(self.train), self.sampler.budget
 
     def report(self) -> dict[str, Any]:
         """The content of data_report.json."""
@@ -81,6 +86,7 @@ def load_data(run: Run) -> Data:
     sampler = StepSampler(
         rows.train, batch.rows_per_step, recipe.seed,
         dist.world_size(), dist.rank(), batch.tokens_per_micro_batch,
+        levels=run.levels_micro_batches,
     )  # fmt: skip
     findings = []
     if dist.rank() == 0:
@@ -113,6 +119,9 @@ def load_model(run: Run, device: torch.device) -> Model:
         recompute_blocks(model, from_recipe(options.activation_checkpointing), draws=draws)
         if run.liger is not None:
             fill(model, liger_pieces())
+        elif options.compile == "pieces":
+            log_compilation("pieces of the blocks and the loss")
+            fill(model, compiled_pieces())
         elif options.compile:
             compile_blocks(model, family, device)
         trained: nn.Module = model
@@ -160,15 +169,15 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
         options = {"fallback_random": True}
         # The backward pass computes again what costs least, to save a tenth less.
         functorch_config.activation_memory_budget = 0.9
-        # Sizes that are equal now differ in the next micro-batch: those of a single row, say.
-        shapes_config.use_duck_shape = False
+    log_compilation("the blocks and the loss")
     for block in model.get_submodule(family.blocks).children():
         block.forward = torch.compile(block.forward, dynamic=True, options=options)
-    log_compilation("the blocks and the loss")
 
 
 def log_compilation(what: str) -> None:
-    """Let the log say, after each compilation, how long they have taken."""
+    """Let the log say, after each compilation, how long they have taken; and let the compiler take
+    no two sizes for one, which are equal now and differ in the next micro-batch."""
+    shapes_config.use_duck_shape = False
     began = total = 0.0
 
     def start(_: object) -> None:

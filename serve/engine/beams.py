@@ -28,13 +28,14 @@ from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import read_adapter
 from qwen_ds.model.adapter_loading import check_copies, put_adapter
+from qwen_ds.model.device import take_device
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.model.loading import load_base
 from qwen_ds.model.tokenizer import Encoding
 from serve.answering import Answer, Question
 from serve.endpoint.options import given_options
 from serve.engine.adapters import DEFAULT, named_adapters
-from serve.engine.loading import choose_dtype, take_device
+from serve.engine.loading import choose_dtype
 from serve.engine.reference_loss import loss_of_answer
 from serve.options import AnswerOptions
 

@@ -15,9 +15,8 @@ from qwen_ds.decode.request import Vocabulary
 from qwen_ds.decode.stop import StopRule
 from qwen_ds.disk.adapter_folder import tell_adapter
 from qwen_ds.disk.weights import TORCH_DTYPES
-from qwen_ds.machine import choose_device
 from qwen_ds.model.adapter import Adapter, check_adapter_fits, read_adapter
-from qwen_ds.model.attention_kernels import without_cudnn_attention
+from qwen_ds.model.device import take_device
 from qwen_ds.model.folder import ModelFolder, find_model
 from qwen_ds.model.loading import load_base
 from qwen_ds.model.prepacked import prepack
@@ -26,19 +25,6 @@ from qwen_ds.runlog import say
 from serve.engine.adapted import AdaptedModule
 from serve.engine.adapters import DEFAULT, named_adapters, put_adapters
 from serve.engine.engine import ServingEngine
-
-
-def take_device(wanted: str, number: int | None = None) -> torch.device:
-    """The device that answers (see `choose_device`), made this process's own.
-
-    What names no GPU, as torch.cuda's streams, its memory figures and the libraries' workspaces,
-    is then on this one, and no other process's GPU gets a context of ours.
-    """
-    device = choose_device(wanted, number)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        without_cudnn_attention()
-    return device
 
 
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -61,6 +61,8 @@ def check_block(plan: Plan, setting: Setting, device: torch.device, say: Say) ->
         if device.type == "cuda" and liger_version():
             fill(block, liger_pieces())
             say({"line": "block, liger-kernel", **of_runs(plan, run, device)})
+        else:
+            say({"line": "block, liger-kernel", "remark": "no GPU, or no liger-kernel here"})
         setup.compile_blocks(model.model.get_submodule("base_model.model"), QWEN, device)
         began = time.perf_counter()
         with fused() as inductor:
@@ -109,13 +111,16 @@ def check_step(plan: Plan, setting: Setting, device: torch.device, say: Say) -> 
     say({"line": "step, a micro-batch", **of_micro_batches(plan, engine, many, device)})
     one_step(engine, few)  # with it go the gradients of those micro-batches
     found = []
-    for batches in (few, many):
+    for batches in ([], few, many):
         with profile(activities=activities(device)) as seen:
-            one_step(engine, batches)
+            if batches:
+                one_step(engine, batches)
             wait(device)
         found.append(seen)
+    idle, *found = found
     for line, names in (("launches", LAUNCHES), ("calls that wait", WAITS)):
-        counts = (calls(seen.key_averages(), names) for seen in found)
+        own = calls(idle.key_averages(), names)  # of the wait itself, and the profiler's
+        counts = (calls(seen.key_averages(), names) - own for seen in found)
         say({"line": f"step, {line}", **_shares(*counts)})
     device_ms = [sum(ms for _, ms in kernels(seen, device)) for seen in found]
     longest = [f"{name[:60]} {ms:.2f} ms" for name, ms in kernels(found[0], device)[:12]]

@@ -130,8 +130,9 @@ def until(is_so: Callable[[], bool], seconds: float = 60) -> bool:
 
 def test_checks_come_first_then_goals_then_peers_and_the_longest_rows_before_short_ones() -> None:
     first, second = list(gpu_plan.first_part(Plan())), list(gpu_plan.second_part(Plan()))
-    assert [m.kind for m in first] == ["attention", "block", "step", "ours", "ours", "peer"]
+    assert [m.kind for m in first] == ["attention", "block", "step", "ours", "peer", "ours"]
     assert sum(m.seconds for m in first) < 4 * 60 and gpu.FIRST_MINUTES < 4
+    assert (first[3].setting, first[3].kind) == (first[4].setting, "ours"), "side by side"
     kinds = [m.kind for m in second]
     assert "peer" not in kinds[kinds.index("ours") :]
     lengths = [m.setting.length for m in second if m.official]

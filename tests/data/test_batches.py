@@ -15,13 +15,12 @@ from qwen_ds.data.batches import (
     Part,
     StepSampler,
     WindowStatistics,
-    cut_windows,
-    deal,
     epoch_order,
     evaluation_batches,
     make_batch,
     target_places,
 )
+from qwen_ds.data.windows import cut_windows, deal
 from qwen_ds.errors import UserError
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.recipe.options import BatchOptions
@@ -307,14 +306,28 @@ def shapes_of(sampler: StepSampler, epochs: int) -> list[set[tuple[int, int]]]:
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_epoch_has_few_shapes(seed: int) -> None:
-    """8 ranks, AdvertiseGen's lengths. There are some 340 if rows keep the lengths they have."""
-    sampler = StepSampler(FakeRows(ADVERTISE_GEN), 128, seed, 8, 0, 2048)
+@pytest.mark.parametrize(("seed", "budget"), [(0, 2048), (1, 2048), (0, 8192)])
+def test_an_epoch_has_few_shapes(seed: int, budget: int) -> None:
+    """8 ranks, AdvertiseGen's lengths, the default budget and that of the recipes for 80 GB. There
+    are some 340 if rows keep the lengths they have."""
+    sampler = StepSampler(FakeRows(ADVERTISE_GEN), 128, seed, 8, 0, budget, levels=True)
     first, second = shapes_of(sampler, 2)
     assert len(first) <= 64 and len(second - first) <= 3
     steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
     assert padding_share(steps) < 0.05
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_few_ranks_pad_hardly_more_with_a_large_budget(world: int) -> None:
+    """Unless it is filled: then rows of unlike lengths come together."""
+    rows, shares = FakeRows(ADVERTISE_GEN[:12_800]), []
+    for levels in (True, False):
+        sampler = StepSampler(rows, 128, 0, world, 0, 8192, levels=levels)
+        steps = [sampler.statistics(0, step) for step in range(sampler.steps_per_epoch)]
+        shares.append(padding_share(steps))
+        assert sampler.budget == (2048 if levels else 8192)
+        assert max(sampler.size(part) for part in sampler._first_parts) <= sampler.budget
+    assert shares[0] < 0.07 and shares[1] > 0.13
 
 
 def test_the_second_epoch_of_a_small_data_set_brings_hardly_a_new_shape() -> None:

@@ -122,7 +122,7 @@ def _measure(method: str, stage: int, answer: Any) -> None:
     ("method", "stage"), [("lora", 2), ("full", 2), ("full", 3), ("ends", 2), ("ends", 3)]
 )
 def test_the_peak_of_a_step_is_predicted(method: str, stage: int) -> None:
-    """Never more than predicted by 3 %, and at least three quarters of it."""
+    """Never more than predicted by 3 %, and at least nine tenths of it."""
     answer = multiprocessing.get_context("forkserver").SimpleQueue()
     process = fork(_measure, method, stage, answer)
     process.join()
@@ -132,4 +132,4 @@ def test_the_peak_of_a_step_is_predicted(method: str, stage: int) -> None:
     zero = Zero.of(resolved_for(recipe, stage).engine_json, RANKS)
     zero = replace(zero, reduce_bucket=100_000)
     predicted = peak_memory(shape, how, zero, MicroBatch(1, TOKENS, TOKENS), 1).total
-    assert 0.75 * predicted <= live <= 1.03 * predicted
+    assert 0.9 * predicted <= live <= 1.03 * predicted

@@ -57,7 +57,7 @@ def run_of(
 
 def chosen(small_dir: Path, longest: int, rows: int, **model: object) -> tuple[str | int, str]:
     run = run_of(small_dir, **model)  # type: ignore[arg-type]
-    decided = decide_recomputation(run, longest, rows)
+    decided = decide_recomputation(run, longest, rows, run.recipe.batch.tokens_per_micro_batch)
     notes = [note for note in decided.notes if note.option == "model.activation_checkpointing"]
     assert all(note.choice == decided.recipe.model.activation_checkpointing for note in notes)
     return decided.recipe.model.activation_checkpointing, notes[0].reason if notes else ""
@@ -92,7 +92,7 @@ def test_a_choice_of_the_users_is_left_alone(small_dir: Path) -> None:
 
 
 def test_dora_recomputes_everything_since_its_tensors_are_not_predicted(small_dir: Path) -> None:
-    run = decide_recomputation(run_of(small_dir, lora=LoraOptions(variant="dora")), 30, 8)
+    run = decide_recomputation(run_of(small_dir, lora=LoraOptions(variant="dora")), 30, 8, 99)
     assert run.recipe.model.activation_checkpointing == "all"
 
 

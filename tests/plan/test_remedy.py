@@ -44,6 +44,10 @@ def with_options(run: Run, told: str) -> Run:
     return replace(run, recipe=replace(run.recipe, model=model, batch=batch))
 
 
+def told_of(run: Run) -> str:
+    return remedy(run, 512, 10_000, run.recipe.batch.tokens_per_micro_batch)
+
+
 def peak(run: Run, longest: int = 512) -> float:
     batch = largest_micro_batch(longest, 10_000, run.recipe.batch, run.machine.ranks)
     every = from_recipe(run.recipe.model.activation_checkpointing)
@@ -53,7 +57,7 @@ def peak(run: Run, longest: int = 512) -> float:
 @pytest.mark.parametrize("gigabytes", [80, 40, 24])
 def test_what_is_told_fits_and_saves_enough_to_be_trusted(gigabytes: float) -> None:
     run = run_of(gigabytes)
-    changed = with_options(run, told := remedy(run, 512, 10_000))
+    changed = with_options(run, told := told_of(run))
     assert peak(changed) <= (1 - MARGIN) * gigabytes * 1e9
     assert peak(changed) <= (1 - SAVING) * peak(run)
     assert f"(a memory peak of {peak(changed) / 1e9:.3g} of the {gigabytes} GB of the GPU" in told
@@ -63,19 +67,26 @@ def test_halves_of_a_large_micro_batch_come_before_recomputation_and_that_before
     """At 80 GB a half is enough; at 24 GB slivers of 512 tokens without recomputation would fit,
     whose launches cost more than recomputing."""
     key = "batch.tokens_per_micro_batch"
-    told = remedy(run_of(80), 512, 10_000)
+    told = told_of(run_of(80))
     assert told.startswith(f"--{key} 4096 --resume.allow_changes {key} (")
-    told = remedy(run_of(24), 512, 10_000)
+    told = told_of(run_of(24))
     assert "--model.activation_checkpointing" in told
     slivers = replace(run_of(24), recipe=replace(run_of(24).recipe, batch=BatchOptions(128, 512)))
     assert peak(slivers) <= (1 - MARGIN) * 24e9
 
 
+def test_micro_batches_that_are_smaller_than_the_recipe_allows_are_not_told_to_be_larger() -> None:
+    """Their sampler levels them. Half of the recipe's 8,192 tokens would change nothing."""
+    assert told_of(run_of(80)).startswith("--batch.tokens_per_micro_batch 4096 ")
+    told = remedy(run_of(80), 512, 10_000, 2048)
+    assert told.startswith("--model.activation_checkpointing ")
+
+
 def test_zero_3_and_offloading_are_told_where_nothing_else_fits() -> None:
-    assert remedy(run_of(12), 512, 10_000).startswith("--deepspeed ds_configs/zero3.json ")
+    assert told_of(run_of(12)).startswith("--deepspeed ds_configs/zero3.json ")
     full = run_of(30, ranks=1, every="all", method="full")
-    assert remedy(full, 512, 10_000).startswith("--deepspeed ds_configs/zero3_offload.json ")
+    assert told_of(full).startswith("--deepspeed ds_configs/zero3_offload.json ")
 
 
 def test_it_is_said_where_nothing_fits_at_all() -> None:
-    assert remedy(run_of(2), 512, 10_000).startswith("shorter rows (data.max_tokens), or more or")
+    assert told_of(run_of(2)).startswith("shorter rows (data.max_tokens), or more or")

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from qwen_ds.data.buckets import bucketed
+from qwen_ds.data.windows import level_budget
 from qwen_ds.errors import UserError
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.candidates import candidates
@@ -170,16 +172,18 @@ def test_the_planner_plans_the_run_that_training_makes(
     assert to_dict(same.recipe) == to_dict(run.recipe)
     assert same.deepspeed.engine_json == run.deepspeed.engine_json and same.notes == run.notes
     longest, rows = planned.workload.longest, len(planned.workload.lens)
-    trained = decide_recomputation(run, longest, rows)
+    lens, budget = bucketed(planned.workload.lens), run.recipe.batch.tokens_per_micro_batch
+    if run.levels_micro_batches:
+        budget = level_budget([lens], 8, budget)
+    trained = decide_recomputation(run, longest, rows, budget)
     every = from_recipe(trained.recipe.model.activation_checkpointing)
-    batch = largest_micro_batch(longest, rows, run.recipe.batch, 8)
-    expected = fit_of(run, batch, every)
+    options = replace(run.recipe.batch, tokens_per_micro_batch=budget)
+    expected = fit_of(run, largest_micro_batch(longest, rows, options, 8), every)
     listed = candidates([same], planned.cluster, planned.workload)
     # A budget that cuts the rows as a smaller one does has no row of its own.
-    budget = run.recipe.batch.tokens_per_micro_batch
     row = max((c for c in listed if c.budget <= budget), key=lambda c: c.budget)
     assert row.fit == expected
-    parts = split(planned.workload, 8, trained.recipe.batch)
+    parts = split(planned.workload, 8, options)
     compiled = trained.recipe.model.compile is True
     work = Work(trained.shape, trained.saving, trained.zero, compiled)
     share = planned.workload.target_share
@@ -241,24 +245,39 @@ def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small
         (CPU, "", False, ["on a CPU only long runs"]),
         (CPU, "--model.compile true", True, []),
         (GPU, "--model.compile false", False, []),
-        (replace(GPU, can_compile=False), "", False, ["no C++ compiler or no Triton"]),
-        (GPU, "--deepspeed ds_configs/zero3.json", False, ["not run on a GPU under ZeRO-3"]),
+        (
+            replace(GPU, can_compile=False),
+            "",
+            False,
+            ["lacks what it needs: a C compiler, "],
+        ),
+        (GPU, "--lora.variant dora", False, ["DoRA breaks the graph"]),
+        (GPU, "--lora.variant dora --model.compile true", True, []),
+        (GPU, "--deepspeed ds_configs/zero3.json", "pieces", ["not run on a GPU under ZeRO-3"]),
+        (
+            replace(GPU, liger="0.8.5"),
+            "--deepspeed ds_configs/zero3.json",
+            False,
+            ["not run on a GPU under ZeRO-3"],
+        ),
+        (CPU, "--model.compile pieces", "pieces", []),
         (GPU, "--deepspeed ds_configs/zero3.json --model.compile true", True, []),
     ],
 )
 def test_blocks_are_compiled_on_gpus(
-    small_dir: Path, machine: Machine, options: str, expected: bool, words: list[str]
+    small_dir: Path, machine: Machine, options: str, expected: bool | str, words: list[str]
 ) -> None:
     run = decided(small_dir, *options.split(), machine=machine)
-    assert run.recipe.model.compile is expected
+    assert run.recipe.model.compile == expected
     notes = [str(note) for note in run.notes if note.option == "model.compile"]
     assert len(notes) == len(words) and all(w in n for w, n in zip(words, notes, strict=True))
 
 
 def test_compiling_without_a_compiler_is_refused(small_dir: Path) -> None:
     machine = replace(GPU, can_compile=False)
-    with pytest.raises(UserError, match=r"model.compile is true; expected a C\+\+ compiler and"):
-        decided(small_dir, "--model.compile", "true", machine=machine)
+    for wanted in ("true", "pieces"):
+        with pytest.raises(UserError, match=f"model.compile is {wanted}; expected a C compiler, "):
+            decided(small_dir, "--model.compile", wanted, machine=machine)
 
 
 def test_special_rows_are_on_where_the_folder_does_not_say_chatml(

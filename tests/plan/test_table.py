@@ -71,13 +71,16 @@ def test_the_best_row_is_the_fastest_that_fits(table: Table) -> None:
 def test_the_recipes_for_80_gb_fit_with_their_micro_batches_and_no_sliver_is_recommended(
     recipe: str, table: Table
 ) -> None:
-    """Rows of 800 tokens fill micro-batches of 8,192, which fit at the recipe's own stage."""
+    """Rows of 800 tokens fill micro-batches of 8,192, which fit at the recipe's own stage. An
+    adapter's micro-batches are levelled below stage 3, and those of 4,096 are then the same."""
     words = ["--config", f"launch/recipes/{recipe}.yaml", "--row_tokens", "800"]
     rows = [line.split() for line in table(*words, "--longest_row", "2048") if line[:3] == "   "]
-    own = [row for row in rows if row[0] == recipe[-1].replace("l", "2") and row[1] == "8192"]
-    assert len(own) == 1 and own[0][-1] != "fit"
+    stage = recipe[-1].replace("l", "2")
+    own = [row for row in rows if row[0] == stage and int(row[1]) <= 8192]
+    largest = max(own, key=lambda row: int(row[1]))
+    assert int(largest[1]) == (8192 if stage == "3" else 4096) and largest[-1] != "fit"
     (best,) = [row for row in rows if row[-1] == "best"]
-    assert int(best[1]) >= 4096
+    assert int(best[1]) >= int(largest[1]) / 2
 
 
 def test_what_fits_nowhere_is_said(table: Table) -> None:

@@ -26,17 +26,13 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self.on_cpu: set[int] = set()
-        """Addresses of tensors that are in CPU memory beside a GPU, too."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = name_of(func), kwargs or {}
-        if name == "_local_scalar_dense" and args[0].data_ptr() in self.on_cpu:
-            return func(*args)
+        kwargs = kwargs or {}
         if reason_to_wait(func, args, kwargs):
-            self.note(name)
+            self.note(name_of(func))
         return func(*args, **kwargs)
 
     def note(self, name: str) -> None:

@@ -72,8 +72,6 @@ def waits_of_steps(model_dir: Path, method: str, stage: int, waits: Waits) -> di
         batches = [make_batch(Rows(), np.array([i, i + 1])) for i in range(count)]  # type: ignore[arg-type]
         statistics: Any = None
         waits.counts.clear()
-        # AdamW counts its steps in CPU memory, also of parameters on a GPU.
-        waits.on_cpu = {state["step"].data_ptr() for state in engine.state._adamw.state.values()}
         window = Window(batches, 60, statistics)
         with mock.patch.object(torch.distributed, "all_reduce", wraps=all_reduce) as averaging:
             step, _ = train_step(session, number, window, request)

@@ -55,25 +55,30 @@ def test_the_largest_micro_batch_of_any_rank_and_epoch_is_found(world: int, budg
     assert 0.98 * largest <= size <= largest
 
 
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / ADAPTER)
+def trained_in(folder: Path) -> dict[str, torch.Tensor]:
+    is_lora = (folder / ADAPTER).exists()
+    return load_file(folder / (ADAPTER if is_lora else "model/model.safetensors"))
 
 
 @pytest.mark.job
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("method", "stage", "ranks"),
+    [("lora", 0, 1), ("lora", 2, 2), ("lora", 3, 2), ("full", 1, 1), ("full", 3, 1)],
+)
 def test_no_number_changes(
-    job: Callable, small_job: list[str], tmp_path: Path, stage: int, ranks: int
+    job: Callable, small_job: list[str], tmp_path: Path, method: str, stage: int, ranks: int
 ) -> None:
-    """Dropout on: the adapter is the same bit for bit, and so are the lines of metrics."""
-    options = [*small_job, "--deepspeed", f"ds_configs/zero{stage}.json"]
-    options += ["--lora.dropout", "0.1", "--optim.max_steps", "3"]
+    """Dropout on: what is trained is the same bit for bit, and so are the lines of metrics."""
+    options = [*small_job, "--deepspeed", f"ds_configs/zero{stage}.json", "--method", method]
+    options += ["--lora.dropout", "0.1"] if method == "lora" else ["--model.dtype", "bfloat16"]
+    options += ["--optim.max_steps", "3"]
     plain, rehearsed = tmp_path / "plain", tmp_path / "rehearsed"
     job([*options, "--output_dir", str(plain)], ranks).ok()
     job([*options, *REHEARSED, "--output_dir", str(rehearsed)], ranks).ok()
     logged = (rehearsed / "logs" / "rank_0.log").read_text()
     assert "the largest micro-batch ran: " in logged
     assert "the largest micro-batch ran: " not in (plain / "logs" / "rank_0.log").read_text()
-    one, two = adapter_of(plain), adapter_of(rehearsed)
+    one, two = trained_in(plain), trained_in(rehearsed)
     assert all(torch.equal(one[name], two[name]) for name in one) and len(one) > 10
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -93,7 +98,7 @@ def test_a_run_that_resumes_rehearses_and_ends_as_if_it_had_not(
     changes = ["--output_dir", str(halves), "--resume.allow_changes", "['optim.max_steps']"]
     job([*options, *changes, "--optim.max_steps", "2"]).ok()
     job([*options, *changes, *REHEARSED, "--optim.max_steps", "4"]).ok()
-    one, two = adapter_of(whole), adapter_of(halves)
+    one, two = trained_in(whole), trained_in(halves)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -176,7 +181,7 @@ def test_every_allocators_error_is_known(
     assert is_out_of_memory(error) == is_one
     monkeypatch.setattr(rehearsal, "remedy", lambda *of_run: "less")
     run: Any = SimpleNamespace(machine=SimpleNamespace(on_gpu=True))
-    data: Any = SimpleNamespace(train=Rows(np.array([4, 9])))
+    data: Any = SimpleNamespace(sizes=(9, 2, 64))
     expected = OutOfMemory if is_one else type(error)
     with pytest.raises(expected) as found, memory_is_told(run, data, lambda: "at step 3"):
         raise error

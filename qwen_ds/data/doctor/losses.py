@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qwen_ds.data.batches import cut_windows
 from qwen_ds.data.doctor.examine import TRAIN, Pass
 from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.doctor.output import LOSSES, CheckOutputs, writing
 from qwen_ds.data.doctor.spans import Shown
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
+from qwen_ds.data.windows import cut_windows
 from qwen_ds.errors import UserError
 from qwen_ds.model.adapter import check_adapter_fits, read_adapter
 from qwen_ds.model.adapter_loading import check_copies, put_adapter
 from qwen_ds.model.chatml import IGNORE
+from qwen_ds.model.device import take_device
 from qwen_ds.model.family import LanguageModel
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.model.loading import load_base
@@ -93,18 +94,19 @@ def _records(gathered: Pass, rows: TokenRows) -> list[int | None]:
 
 
 def loaded(options: CheckCommand, folder: ModelFolder) -> LanguageModel:
-    """The model, with its adapter if there is one, on the GPU if there is one."""
+    """The model, with its adapter if there is one, on the GPU if there is one. UserError: a GPU
+    that torch cannot use."""
     transformers_logging.disable_progress_bar()
     # peft asks transformers for a name that is going away.
     warnings.simplefilter("ignore", FutureWarning)
-    on_gpu = torch.cuda.is_available()
-    model = load_base(folder, "auto" if on_gpu else torch.float32)
+    device = take_device("auto")
+    model = load_base(folder, "auto" if device.type == "cuda" else torch.float32)
     if options.adapter is not None:
         adapter = read_adapter(options.adapter)
         check_adapter_fits(adapter, folder.stored.shapes)
         check_copies(adapter, dict(model.named_parameters()))
         put_adapter(model, adapter)
-    return model.to("cuda" if on_gpu else "cpu").eval()  # type: ignore[arg-type]
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def mean_losses(model: LanguageModel, rows: TokenRows, device: torch.device) -> np.ndarray:

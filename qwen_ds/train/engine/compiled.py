@@ -1,9 +1,10 @@
-"""DeepSpeed's CPU Adam, which is compiled on the machine at its first use.
+"""DeepSpeed's operations that are compiled on the machine at their first use: its CPU Adam, and the
+CUDA quantiser of ZeRO-3's weights.
 
-It is plain C++: neither nvcc nor its version matters (tests/train/engine/test_compiled.py holds
-DeepSpeed to that). Two things go wrong elsewhere. torch guards a build with a file that a killed
-run leaves behind, and waits for it to go away for ever. And a build for one kind of CPU ends a
-process on another with an illegal instruction, where both share a home.
+The first is plain C++: neither nvcc nor its version matters (tests/train/engine/test_compiled.py
+holds DeepSpeed to that). Two things go wrong elsewhere. torch guards a build with a file that a
+killed run leaves behind, and waits for it to go away for ever. And a build for one kind of CPU ends
+a process on another with an illegal instruction, where both share a home.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from qwen_ds.runlog import say
 
 log = logging.getLogger(__name__)
 
-NAME = "cpu_adam"
 _BUILT_FOR = "built_for.txt"
 # A build takes half a minute; on a loaded machine with a slow disk, several.
 BUILD_SECONDS = 20 * 60
@@ -44,9 +44,7 @@ def cpu_adam(
 
     Raises UserError if it does not compile, or a build that is not ours is in the way.
     """
-    with ExitStack() as held:
-        if not installed_ops.get(NAME, False):
-            held.enter_context(_building())
+    with _building("cpu_adam"):
         try:
             return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
         except RuntimeError as error:
@@ -59,12 +57,35 @@ def cpu_adam(
             ) from error
 
 
+def load_quantizer() -> None:
+    """DeepSpeed's quantiser of weights, compiled now if this kind of machine has none yet.
+
+    DeepSpeed would load it by itself, unguarded; now it finds it there.
+
+    Raises UserError if it does not compile, or a build that is not ours is in the way.
+    """
+    with _building("quantizer"):
+        try:
+            deepspeed.ops.op_builder.QuantizerBuilder().load(verbose=False)
+        except RuntimeError as error:
+            log.info("%s", error.__cause__)
+            lines = str(error.__cause__ or error).splitlines()
+            raise UserError(
+                f"zero_quantized_weights: DeepSpeed's quantiser does not compile here: {lines[0]}; "
+                "expected nvcc of torch's CUDA version and ninja (the extra gpu), or "
+                "zero_quantized_weights false"
+            ) from error
+
+
 @contextmanager
-def _building() -> Iterator[None]:
+def _building(name: str) -> Iterator[None]:
     """Have this process alone build or load the operation; torch's own file is then in nobody's
-    way."""
+    way. Nothing is done about one that was built with DeepSpeed."""
+    if installed_ops.get(name, False):
+        yield
+        return
     given = given_build_folder()
-    folder = (given or cache_home() / "compiled" / _kind()) / NAME
+    folder = (given or cache_home() / "compiled" / _kind()) / name
     require_folder(folder, make=True)
     with ExitStack() as held:
         _take_turns(folder, held)
@@ -90,7 +111,8 @@ def _take_turns(folder: Path, held: ExitStack) -> None:
     began, told = time.monotonic(), False
     while True:
         try:
-            held.enter_context(holding(folder / ".turn", f"{folder}: DeepSpeed's CPU Adam", say))
+            what = f"{folder}: DeepSpeed's {folder.name}"
+            held.enter_context(holding(folder / ".turn", what, say))
             return
         except UserError as error:
             if not told and time.monotonic() - began > 10:
@@ -121,7 +143,7 @@ def _wait_for_others(lock: Path) -> None:
 
 def _check_built_for(folder: Path) -> None:
     marker = folder / _BUILT_FOR
-    built = (folder / f"{NAME}.so").is_file() and marker.is_file()
+    built = (folder / f"{folder.name}.so").is_file() and marker.is_file()
     kind = marker.read_text(encoding="utf-8").strip() if built else cpu_kind()
     if kind != cpu_kind():
         raise UserError(

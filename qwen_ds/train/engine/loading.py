@@ -8,19 +8,22 @@ from contextlib import contextmanager
 import torch
 
 from qwen_ds.plan.deepspeed_json import ResolvedConfig
+from qwen_ds.train.engine.compiled import load_quantizer
 
 
 @contextmanager
 def partitioned_loading(resolved: ResolvedConfig, dtype: torch.dtype) -> Iterator[None]:
     """Let `from_pretrained` partition parameters as they arrive, and peft gather them (ZeRO-3).
 
-    At other stages it does nothing.
+    At other stages it does nothing. Raises UserError as `load_quantizer` does.
     """
     if resolved.stage < 3:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+    if resolved.engine_json["zero_optimization"].get("zero_quantized_weights"):
+        load_quantizer()
     # zero.Init takes its dtype from this JSON, so it gets the base's own precision section even if
     # the training JSON has none: without it the base would arrive in fp32.
     loading = {k: v for k, v in resolved.engine_json.items() if k not in ("bf16", "fp16")}

@@ -33,16 +33,17 @@ class LastCollectives:
         self._thread: threading.Thread | None = None
 
     def read(self) -> None:
-        """Begin to read, unless a thread still does: it asks CUDA, which may never answer."""
+        """Begin to read, unless a thread still does: torch asks CUDA about each entry."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, name="collectives", daemon=True)
             self._thread.start()
 
     def _read(self) -> None:
-        dumps = [vars(c10d)[name]() for name in _RINGS if name in vars(c10d)]
         try:
+            dumps = [vars(c10d)[name]() for name in _RINGS if name in vars(c10d)]
             self.text = describe(dumps)
-        except (ValueError, KeyError, TypeError) as error:  # a later torch may write otherwise
+        # CUDA failed, or a later torch writes otherwise.
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             log.info("torch's flight recorder cannot be read: %r", error)
 
 

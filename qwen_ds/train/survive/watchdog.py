@@ -261,8 +261,12 @@ class Watchdog:
         return verdict
 
     def _verdict(self) -> str | None:
+        """Rank 0's verdict; or that rank 0 itself stands still, although its store answers: a call
+        into CUDA that never returns may hold up all of Python's threads."""
         self._look([0])
-        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+        if self._store.check(["verdict"]):
+            return self._store.get("verdict").decode()
+        return self._dead(self._silent_seconds)
 
     def _dead(self, seconds: float) -> str | None:
         for rank, (beat, came, _) in sorted(self._seen.items()):

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from qwen_ds.data import __main__ as command
 from qwen_ds.data.doctor import losses
+from qwen_ds.data.doctor.options import CheckCommand
 from qwen_ds.data.rows.token_rows import TokenRows, prepare
 from qwen_ds.errors import UserError
+from qwen_ds.model import device
 from qwen_ds.model.chatml import IGNORE
 from qwen_ds.model.folder import find_model
 from qwen_ds.model.loading import load_base
@@ -50,6 +52,33 @@ def test_a_row_has_the_mean_loss_of_its_target_tokens_whatever_its_batch(
         monkeypatch.setattr(losses, "TOKENS_A_BATCH", tokens)
         found = losses.mean_losses(model, rows, torch.device("cpu"))
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_lengths_that_vary_never_meet_cudnn_on_a_gpu(
+    small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would make a plan for each."""
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    moved: list[torch.device] = []
+
+    class Model:
+        def to(self, device: torch.device) -> Model:
+            moved.append(device)
+            return self
+
+        def eval(self) -> None:
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+    monkeypatch.setattr(device, "choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(losses, "load_base", lambda *_: Model())
+    try:
+        options = CheckCommand(data=DataOptions(["rows.jsonl"]), model=str(small_dir))
+        losses.loaded(options, find_model(small_dir))
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
+    assert moved == [torch.device("cuda", 0)]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

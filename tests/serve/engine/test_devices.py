@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qwen_ds.model.device import take_device
 from serve import chat
 from serve.api import worker
 from serve.api.worker import EngineSettings
@@ -97,5 +98,5 @@ def test_the_model_goes_to_the_gpu_that_was_taken(
 
 
 def test_a_cpu_is_no_gpu(calls: list[object]) -> None:
-    assert loading.take_device("cpu") == torch.device("cpu")
+    assert take_device("cpu") == torch.device("cpu")
     assert calls == []

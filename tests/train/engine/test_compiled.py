@@ -1,4 +1,4 @@
-"""DeepSpeed's CPU Adam: compiled without CUDA, in turns, and for one kind of CPU."""
+"""DeepSpeed's operations: CPU Adam compiled without CUDA; all in turns, and for one kind of CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -20,6 +21,7 @@ from qwen_ds.disk.lock import holding
 from qwen_ds.disk.place import given_build_folder
 from qwen_ds.errors import UserError
 from qwen_ds.train.engine import compiled, start
+from qwen_ds.train.engine.loading import partitioned_loading
 
 WEIGHT = [nn.Parameter(torch.zeros(2))]
 
@@ -106,6 +108,32 @@ def test_a_lock_of_a_killed_run_is_removed(made: list[Path | None]) -> None:
     lock.touch()
     compiled.cpu_adam(WEIGHT, {})
     assert made == made[:1] * 2 and not lock.exists()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_zero_3_finds_the_quantiser_that_was_built_in_turns(
+    made: list[Path | None], monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """DeepSpeed itself would wait for a killed run's lock while it partitions the first weight."""
+    locks: list[Path] = []
+
+    def load(**_: Any) -> None:
+        folder = given_build_folder()
+        assert folder
+        lock = folder / "quantizer" / "lock"
+        assert not lock.exists(), "torch would wait for ever"
+        lock.touch()  # and the run is killed
+        locks.append(lock)
+
+    builder_of = SimpleNamespace(QuantizerBuilder=lambda: SimpleNamespace(load=load))
+    monkeypatch.setattr(deepspeed.ops, "op_builder", builder_of)
+    zero = {"stage": 3, "zero_quantized_weights": wanted}
+    json = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+    for _ in range(2):
+        resolved: Any = SimpleNamespace(stage=3, engine_json=json)
+        with partitioned_loading(resolved, torch.float32):
+            assert len(set(locks)) == wanted
+    assert len(locks) == 2 * wanted
 
 
 def test_a_build_under_way_is_waited_for(

@@ -41,6 +41,20 @@ def test_the_compiled_one_serves_only_offload_beside_a_gpu(
         assert found.defaults["lr"] == 0.5 and found.defaults["weight_decay"] == 0.25
 
 
+@pytest.mark.parametrize(("device", "supported"), [("cpu", False), ("cuda", True), ("cuda", False)])
+def test_fp16_is_refused_where_deepspeed_does_not_train_it_but_for_cpus(
+    device: str, supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = SimpleNamespace(device_name=lambda: device, is_fp16_supported=lambda: supported)
+    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
+    if device == "cuda" and not supported:
+        with pytest.raises(UserError, match="float16.*expected one of compute capability 7.0"):
+            engine._allow_fp16()
+    else:
+        engine._allow_fp16()
+        assert accelerator.is_fp16_supported()
+
+
 def test_the_fused_kernel_takes_the_steps_of_the_formula() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, in double precision, from the first step on."""
     options = OptimOptions(lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)

@@ -32,6 +32,37 @@ def test_a_mistake_within_a_section_is_named_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_training_on_a_gpu_is_without_cudnn_attention(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It plans for each new shape. The GPU is this rank's own before anything else is done."""
+    taken: list[torch.device] = []
+
+    class Joined(Exception):
+        pass
+
+    def join(**_: Any) -> None:
+        raise Joined
+
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(start, "set_accelerator", lambda _: None)
+    monkeypatch.setattr(start.deepspeed, "init_distributed", join)
+    monkeypatch.setattr(start.dist, "use_network", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    try:
+        with pytest.raises(Joined):
+            start.start_process_group(
+                torch.device(device, 1) if device == "cuda" else torch.device(device), 1
+            )
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (device == "cpu")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
+    assert taken == ([torch.device("cuda", 1)] if device == "cuda" else [])
+
+
 def test_a_cpu_has_no_quantiser_and_one_rank_without_it_decides_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -94,6 +94,21 @@ def test_a_silent_rank_is_dead_and_the_others_hear_of_it(
     assert ranks[1]._verdict() == verdict
 
 
+def test_rank_0_that_stands_still_while_its_store_answers_is_dead(
+    ranks: list[Watchdog], clock: Clock
+) -> None:
+    """The store has threads of its own; those of Python stop where a call keeps the interpreter."""
+    ranks[0].at(3, "micro-batch 1")
+    post(ranks)
+    assert ranks[2]._verdict() is None
+    clock(SILENT_SECONDS + 1)
+    post(ranks[1:])
+    verdict = ranks[2]._verdict()
+    assert verdict and verdict.startswith("rank 0") and "at step 3 (micro-batch 1)" in verdict
+    post(ranks[:1])
+    assert ranks[2]._verdict() is None
+
+
 def test_a_stuck_step_names_the_rank_that_is_behind(ranks: list[Watchdog], clock: Clock) -> None:
     for one in ranks:
         one.at(5, "reading the batch")
