@@ -86,7 +86,7 @@ def assemble(run: Run, data: Data, engine: TrainingEngine, saver: Saver) -> Sess
     profiler = StepProfiler(recipe.log.profile_steps, folder / "profile", engine.device)
     evaluator = None
     if data.eval is not None:
-        evaluator = Evaluator(data.eval, run.base, recipe, saver.watchdog)
+        evaluator = Evaluator(data.eval, run.base, recipe, data.sampler.budget, saver.watchdog)
     observer = Observer(saver.watchdog, profiler, progress)
     encoding = run.base.encoding
     assert encoding is not None

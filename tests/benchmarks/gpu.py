@@ -14,17 +14,19 @@ well. In this order:
 
     attention  which SDPA kernel torch prefers and which runs; milliseconds of 50 lengths that it
                has not met, and of the same again, with cuDNN's kernel and without
-    block      one block, eager and compiled: milliseconds, and bytes that each token moves beside
-               products and attention
+    block      one block with the adapter of lora_zero2.yaml, eager, by liger-kernel if it is there
+               and compiled: milliseconds, and bytes that each token moves beside products and
+               attention
     step       synchronisations of a step, by the lines that cause them; kernels launched, and the
                milliseconds that device and CPU take
-    ours       r 64 on all matrices at 2,048 tokens, then r 8 as in lora_zero2.yaml, compiled
+    ours       r 64 on all matrices at 2,048 tokens
     peer       HF Trainer + peft on a Qwen2 of the same shape, with the same adapter and batch
-               (--first ends here), then with one row, with and without activation checkpointing
+    ours       r 8 as in lora_zero2.yaml, compiled (--first ends here)
+    peer       with one row, with and without activation checkpointing
     official   batch 1, accumulation 8, LoRA r 64, all blocks recomputed, 8,192 to 256 tokens; the
                same with embedding and head trained whole. GB and seconds stand beside those in the
                README of QwenLM/Qwen (one A100-SXM4-80G)
-    others     r 64 compiled, twice the rows, one row
+    others     r 64 compiled, and a step of it looked into, twice the rows, one row
 """
 
 from __future__ import annotations

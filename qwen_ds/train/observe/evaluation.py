@@ -62,11 +62,15 @@ class Evaluator:
     """Loss and sampled answers on `rows`.
 
     `loss` and `samples` are collectives: under ZeRO-3 every forward pass needs every rank.
+
+    Args:
+        budget: most padded tokens of a micro-batch; that of the training, whose memory is planned.
     """
 
-    def __init__(self, rows: TokenRows, base: Base, recipe: Recipe, watchdog: Watchdog) -> None:
-        self._rows, self._options = rows, recipe.eval
-        self._budget = recipe.batch.tokens_per_micro_batch
+    def __init__(
+        self, rows: TokenRows, base: Base, recipe: Recipe, budget: int, watchdog: Watchdog
+    ) -> None:
+        self._rows, self._options, self._budget = rows, recipe.eval, budget
         encoding = base.encoding
         assert encoding is not None
         self._vocabulary = Vocabulary(encoding.n_vocab, encoding.decode, encoding.token_bytes)

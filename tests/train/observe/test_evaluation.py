@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from qwen_ds.model.chatml import IGNORE, Conversation, Turn, encode_prompt
 from qwen_ds.model.family import QWEN
 from qwen_ds.plan.run import Base
-from qwen_ds.recipe.options import BatchOptions, EvalOptions, Recipe
+from qwen_ds.recipe.options import EvalOptions, Recipe
 from qwen_ds.train.observe.evaluation import BestLoss, Evaluator
 from qwen_ds.train.survive.watchdog import Watchdog
 from tests.train.gpu_waits import Waits, as_on_cuda
@@ -59,7 +59,7 @@ def setting(small_dir: Path) -> Setting:
     engine = SimpleNamespace(
         model=SimpleNamespace(model=model), stage=2, device=torch.device("cpu"), train=model.train
     )
-    evaluator = Evaluator(rows, Base.read(small_dir), recipe, watchdog)  # type: ignore[arg-type]
+    evaluator = Evaluator(rows, Base.read(small_dir), recipe, 2048, watchdog)  # type: ignore[arg-type]
     return evaluator, engine, rows, watchdog
 
 
@@ -122,9 +122,8 @@ def test_an_evaluation_reads_its_sums_once_at_the_end(small_dir: Path) -> None:
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"), loss_sum=loss_sum, train=lambda mode: None
     )
-    recipe = Recipe(batch=BatchOptions(tokens_per_micro_batch=9))
     rows: Any = FourRows()
-    evaluator = Evaluator(rows, Base.read(small_dir), recipe, Mock(Watchdog))
+    evaluator = Evaluator(rows, Base.read(small_dir), Recipe(), 9, Mock(Watchdog))
     with as_on_cuda(waits), waits:
         loss = evaluator.loss(engine, 3, asked_to_stop)
     # Batches are made in CPU memory: from_numpy, and where their targets are.
@@ -152,8 +151,8 @@ def test_batches_of_an_evaluation_reach_a_gpu_from_page_locked_memory(
     engine: Any = SimpleNamespace(
         device=SimpleNamespace(type="cuda"), loss_sum=loss_sum, train=lambda mode: None
     )
-    recipe, rows = Recipe(batch=BatchOptions(tokens_per_micro_batch=9)), FourRows()
-    evaluator = Evaluator(rows, Base.read(small_dir), recipe, Mock(Watchdog))  # type: ignore[arg-type]
+    rows = FourRows()
+    evaluator = Evaluator(rows, Base.read(small_dir), Recipe(), 9, Mock(Watchdog))  # type: ignore[arg-type]
     asked = Mock(return_value=False)
     assert evaluator.loss(engine, 3, asked) == pytest.approx(4 / (5 + 6 + 7 + 8))
     assert asked.call_count == 1, "of 4 micro-batches"
