@@ -8,7 +8,7 @@
 #       --model.path /models/Qwen-7B-Chat --data.train /models/train.json --output_dir runs/adgen
 FROM python:3.11-slim
 
-# Only the offload configurations need a compiler: DeepSpeed compiles its CPU Adam at first use.
+# A compiler: torch.compile on GPUs, and DeepSpeed's CPU Adam at the first use of offloading.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 qwen

@@ -69,8 +69,8 @@ def decide_recomputation(run: Run, longest: int, num_rows: int, budget: int) -> 
     if recipe.lora.variant == "dora" and recipe.method == "lora":
         every, reason = 1, "the tensors that DoRA keeps are not predicted"
     else:
-        options = replace(recipe.batch, tokens_per_micro_batch=budget)
-        batch = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
+        rows_per_step = min(recipe.batch.rows_per_step, num_rows)
+        batch = largest_micro_batch(longest, rows_per_step, budget, run.machine.ranks)
         fit = least_recomputation(run, batch)
         every, (given, source) = fit.every, run.memory
         reason = f"predicted peak {fit.memory.total / 1e9:.3g} of the {given / 1e9:.3g} GB {source}"

@@ -28,15 +28,14 @@ def remedy(run: Run, longest: int, num_rows: int, budget: int) -> str:
     come before ZeRO-3 and its offloading. The arguments are those of `decide_recomputation`.
     """
     memory, source = run.memory
-    options = replace(run.recipe.batch, tokens_per_micro_batch=budget)
-    batch = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
+    rows_per_step, ranks = min(run.recipe.batch.rows_per_step, num_rows), run.machine.ranks
+    batch = largest_micro_batch(longest, rows_per_step, budget, ranks)
     current = from_recipe(run.recipe.model.activation_checkpointing)
     now = peak_memory(run.shape, run.saving, run.zero, batch, current).total
     limit = min((1 - MARGIN) * memory, (1 - SAVING) * now)
     for zero, json in _zeros(run):
         for tokens, every in _settings(run, current, budget):
-            options = replace(run.recipe.batch, tokens_per_micro_batch=tokens)
-            parts = largest_micro_batch(longest, num_rows, options, run.machine.ranks)
+            parts = largest_micro_batch(longest, rows_per_step, tokens, ranks)
             peak = peak_memory(run.shape, run.saving, zero, parts, every).total
             if peak > limit:
                 continue

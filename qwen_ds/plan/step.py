@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -49,26 +49,27 @@ def split(workload: Workload, world: int, batch: BatchOptions, *, levels: bool =
     lens, budget = bucketed(workload.lens), batch.tokens_per_micro_batch
     if levels:
         budget = level_budget([lens], world, budget)
-        batch = replace(batch, tokens_per_micro_batch=budget)
     ranks = deal(lens, cut_windows(lens, world, budget), world)
     # Tokens (rows, and the longest of them) of each rank's micro-batches that have any.
     sizes = [[(len(part), int(lens[part].max())) for part in parts if len(part)] for parts in ranks]
     padded = [sum(rows * length for rows, length in of) for of in sizes]
     busiest = padded.index(max(padded))
     squared = sum(rows * length**2 for rows, length in sizes[busiest])
-    largest = largest_micro_batch(workload.longest, len(lens), batch, world)
+    rows_per_step = min(batch.rows_per_step, len(lens))
+    largest = largest_micro_batch(workload.longest, rows_per_step, budget, world)
     return Split(len(ranks[0]), padded[busiest], squared, largest)
 
 
-def largest_micro_batch(longest: int, num_rows: int, batch: BatchOptions, world: int) -> MicroBatch:
+def largest_micro_batch(longest: int, rows_per_step: int, budget: int, world: int) -> MicroBatch:
     """A micro-batch that no micro-batch of a training on such rows exceeds.
 
     It fills the budget or is one longer row, but holds no more than an even share of a step whose
     rows are all the longest: `cut_windows` makes the largest micro-batch as small as possible.
-    Every token may be a target. `longest` is in tokens; `num_rows` are the rows of the data set.
+    Every token may be a target. `longest` and `budget` are in tokens; `rows_per_step` are those of
+    all ranks, no more than there are.
     """
-    share = math.ceil(min(batch.rows_per_step, num_rows) / world) * longest
-    tokens = max(longest, min(batch.tokens_per_micro_batch, share))
+    share = math.ceil(rows_per_step / world) * longest
+    tokens = max(longest, min(budget, share))
     rows = math.ceil(tokens / longest)
     length = math.ceil(tokens / rows)
     return MicroBatch(rows, length, rows * length)

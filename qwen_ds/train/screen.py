@@ -73,7 +73,7 @@ def kernels(run: Run, data: Data) -> str:
 
 
 def micro_batch_notes(run: Run, data: Data) -> list[Note]:
-    """Whether micro-batches have fewer tokens than the recipe allows."""
+    """The note that micro-batches have fewer tokens than the recipe allows, if they have."""
     asked, taken = run.recipe.batch.tokens_per_micro_batch, data.sampler.budget
     if taken == asked:
         return []

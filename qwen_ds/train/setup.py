@@ -120,7 +120,7 @@ def load_model(run: Run, device: torch.device) -> Model:
         if run.liger is not None:
             fill(model, liger_pieces())
         elif options.compile == "pieces":
-            log_compilation("pieces of the blocks and the loss")
+            begin_compiling("pieces of the blocks and the loss")
             fill(model, compiled_pieces())
         elif options.compile:
             compile_blocks(model, family, device)
@@ -169,14 +169,14 @@ def compile_blocks(model: LanguageModel, family: Family, device: torch.device) -
         options = {"fallback_random": True}
         # The backward pass computes again what costs least, to save a tenth less.
         functorch_config.activation_memory_budget = 0.9
-    log_compilation("the blocks and the loss")
+    begin_compiling("the blocks and the loss")
     for block in model.get_submodule(family.blocks).children():
         block.forward = torch.compile(block.forward, dynamic=True, options=options)
 
 
-def log_compilation(what: str) -> None:
-    """Let the log say, after each compilation, how long they have taken; and let the compiler take
-    no two sizes for one, which are equal now and differ in the next micro-batch."""
+def begin_compiling(what: str) -> None:
+    """Let the compiler take no two sizes for one, which are equal now and differ in the next
+    micro-batch; and let the log say, after each compilation, how long they have taken."""
     shapes_config.use_duck_shape = False
     began = total = 0.0
 

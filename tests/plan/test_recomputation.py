@@ -67,7 +67,7 @@ def test_auto_takes_the_least_recomputation_that_fits(small_dir: Path) -> None:
     """From none to all blocks as the memory shrinks; each fits, and the next lesser one does
     not."""
     run = run_of(small_dir)
-    batch = largest_micro_batch(400, 32, BatchOptions(), 1)
+    batch = largest_micro_batch(400, 32, BatchOptions().tokens_per_micro_batch, 1)
     layers = run.shape.layers
     peaks = {every: fit_of(run, batch, every).memory.total for every in recomputations(layers)}
     assert list(peaks) == [0, 3, 2, 1]
@@ -108,7 +108,7 @@ def test_no_micro_batch_of_training_exceeds_the_one_that_is_planned_for() -> Non
     rng = np.random.default_rng(0)
     for world, rows, budget in ((1, 16, 300), (8, 128, 2048), (3, 7, 64), (4, 64, 10**6)):
         lens = rng.integers(2, 300, 200).astype(np.int32)
-        planned = largest_micro_batch(int(lens.max()), 200, BatchOptions(rows, budget), world)
+        planned = largest_micro_batch(int(lens.max()), rows, budget, world)
         sampler = StepSampler(FakeRows(lens), rows, 0, world, 0, budget)
         steps = (sampler.plan(0, step) for step in range(sampler.steps_per_epoch))
         parts = (part for ranks in steps for of_rank in ranks for part in of_rank)

@@ -49,7 +49,9 @@ def told_of(run: Run) -> str:
 
 
 def peak(run: Run, longest: int = 512) -> float:
-    batch = largest_micro_batch(longest, 10_000, run.recipe.batch, run.machine.ranks)
+    asked = run.recipe.batch
+    budget, ranks = asked.tokens_per_micro_batch, run.machine.ranks
+    batch = largest_micro_batch(longest, asked.rows_per_step, budget, ranks)
     every = from_recipe(run.recipe.model.activation_checkpointing)
     return fit_of(run, batch, every).memory.total
 

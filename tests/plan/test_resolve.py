@@ -178,7 +178,7 @@ def test_the_planner_plans_the_run_that_training_makes(
     trained = decide_recomputation(run, longest, rows, budget)
     every = from_recipe(trained.recipe.model.activation_checkpointing)
     options = replace(run.recipe.batch, tokens_per_micro_batch=budget)
-    expected = fit_of(run, largest_micro_batch(longest, rows, options, 8), every)
+    expected = fit_of(run, largest_micro_batch(longest, rows, budget, 8), every)
     listed = candidates([same], planned.cluster, planned.workload)
     # A budget that cuts the rows as a smaller one does has no row of its own.
     row = max((c for c in listed if c.budget <= budget), key=lambda c: c.budget)

@@ -44,17 +44,11 @@ def cpu_adam(
 
     Raises UserError if it does not compile, or a build that is not ours is in the way.
     """
-    with _building("cpu_adam"):
-        try:
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
-        except RuntimeError as error:
-            log.info("%s", error.__cause__)
-            lines = str(error.__cause__ or error).splitlines()
-            raise UserError(
-                f"offload_optimizer: DeepSpeed's CPU Adam does not compile here: {lines[0]}; "
-                "expected a C++ compiler and ninja (the extra gpu), or a DeepSpeed JSON without "
-                "offload_optimizer"
-            ) from error
+    needs = (
+        "a C++ compiler and ninja (the extra gpu), or a DeepSpeed JSON without offload_optimizer"
+    )
+    with _building("cpu_adam", "offload_optimizer: DeepSpeed's CPU Adam", needs):
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
 
 
 def load_quantizer() -> None:
@@ -64,26 +58,33 @@ def load_quantizer() -> None:
 
     Raises UserError if it does not compile, or a build that is not ours is in the way.
     """
-    with _building("quantizer"):
+    needs = (
+        "nvcc of torch's CUDA version and ninja (the extra gpu), or zero_quantized_weights false"
+    )
+    with _building("quantizer", "zero_quantized_weights: DeepSpeed's quantiser", needs):
+        deepspeed.ops.op_builder.QuantizerBuilder().load(verbose=False)
+
+
+@contextmanager
+def _building(name: str, what: str, needs: str) -> Iterator[None]:
+    """Have this process alone build or load the operation, unless it was built with DeepSpeed.
+    UserError, with `what` and what it `needs`, if that fails."""
+    with ExitStack() as held:
+        if not installed_ops.get(name, False):
+            held.enter_context(_alone(name))
         try:
-            deepspeed.ops.op_builder.QuantizerBuilder().load(verbose=False)
+            yield
         except RuntimeError as error:
             log.info("%s", error.__cause__)
             lines = str(error.__cause__ or error).splitlines()
             raise UserError(
-                f"zero_quantized_weights: DeepSpeed's quantiser does not compile here: {lines[0]}; "
-                "expected nvcc of torch's CUDA version and ninja (the extra gpu), or "
-                "zero_quantized_weights false"
+                f"{what} does not compile here: {lines[0]}; expected {needs}"
             ) from error
 
 
 @contextmanager
-def _building(name: str) -> Iterator[None]:
-    """Have this process alone build or load the operation; torch's own file is then in nobody's
-    way. Nothing is done about one that was built with DeepSpeed."""
-    if installed_ops.get(name, False):
-        yield
-        return
+def _alone(name: str) -> Iterator[None]:
+    """Hold the operation's folder; torch's own file in it is then in nobody's way."""
     given = given_build_folder()
     folder = (given or cache_home() / "compiled" / _kind()) / name
     require_folder(folder, make=True)
