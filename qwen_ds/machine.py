@@ -21,14 +21,21 @@ from qwen_ds.errors import UserError
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: on a CPU a C++ compiler; on a GPU Triton, which
-    compiles a module of C for Python at its first kernel."""
+    """Whether torch.compile finds what it needs: on a CPU a C++ compiler; on a GPU from compute
+    capability 7.0 on Triton, which compiles a module of C for Python at its first kernel."""
     if device.type != "cuda":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     compilers = (os.environ.get("CC"), "gcc", "clang")
     has_compiler = any(shutil.which(name) for name in compilers if name)
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return has_compiler and headers.is_file() and find_spec("triton") is not None
+    if not has_compiler or not headers.is_file() or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the GPU computes in bf16 itself: all of AMD's, NVIDIA's from Ampere on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def choose_device(wanted: str, number: int | None = None) -> torch.device:

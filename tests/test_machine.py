@@ -72,6 +72,7 @@ flags		: fpu avx2 avx512f amx_bf16
         ("cuda", ["g++"], {}, ["triton", "Python.h"], False),
         ("cuda", ["gcc"], {}, ["triton"], False),
         ("cuda", ["gcc"], {}, ["Python.h"], False),
+        ("cuda of a P100", ["gcc"], {}, ["triton", "Python.h"], False),
     ],
 )
 def test_what_compiling_needs_is_looked_for_before_the_first_step(
@@ -88,7 +89,20 @@ def test_what_compiling_needs_is_looked_for_before_the_first_step(
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"PATH": str(tmp_path)} | variables).items():
         monkeypatch.setenv(name, value)
-    assert machine.can_compile(torch.device(device)) == can
+    capability = (6, 0) if "P100" in device else (7, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert machine.can_compile(torch.device(device.split()[0])) == can
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "has"), [((7, 5), None, False), ((8, 0), None, True), ((9, 0), "7", True)]
+)
+def test_gpus_from_ampere_on_have_units_for_bf16(
+    capability: tuple[int, int], hip: str | None, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert machine.has_bf16_units(torch.device("cuda")) == has
 
 
 def test_cpus_of_one_kind_have_one_name_and_no_others() -> None:

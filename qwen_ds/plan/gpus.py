@@ -18,6 +18,7 @@ class Gpu:
     link: float
     """Bandwidth to the other GPUs of its machine, one direction, bytes a second: NVLink, or PCI
     Express where there is none."""
+    has_bf16: bool = True  # False: it emulates bf16
 
 
 _PCIE_4, _PCIE_5 = 32e9, 64e9
@@ -46,8 +47,8 @@ GPUS = (
     Gpu("rtx5090", ("rtx 5090",), 209.5e12, 32, 1.792e12, _PCIE_5),
     Gpu("rtx4090", ("rtx 4090",), 165.2e12, 24, 1.008e12, _PCIE_4),
     Gpu("rtx3090", ("rtx 3090",), 71e12, 24, 0.936e12, _PCIE_4),
-    Gpu("v100", ("v100",), 125e12, 32, 0.9e12, 150e9),
-    Gpu("t4", ("t4",), 65e12, 16, 0.32e12, 16e9),
+    Gpu("v100", ("v100",), 125e12, 32, 0.9e12, 150e9, has_bf16=False),
+    Gpu("t4", ("t4",), 65e12, 16, 0.32e12, 16e9, has_bf16=False),
 )
 
 

@@ -145,6 +145,8 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
         ranks_per_machine=machine.ranks_per_machine,
         can_quantise=machine.can_quantise,
     )
+    if merged.recipe.model.dtype != recipe.model.dtype:
+        notes.clear()  # the JSON chose
     recipe = merged.recipe
     if merged.remarks:
         notes.append(Note("deepspeed", recipe.deepspeed, "; ".join(merged.remarks)))
@@ -191,11 +193,16 @@ def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
 
 
 def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
-    """Take the faster of bf16 and fp32; both hold a bf16 base exactly.
+    """Take bf16, or on CPUs the faster of bf16 and fp32; both hold a bf16 base exactly.
 
     Only LoRA may have its base in fp32: in full training this is also the dtype of the result.
     """
-    if recipe.method == "lora" and not machine.on_gpu and not machine.fast_bf16:
+    if machine.on_gpu and not machine.fast_bf16:
+        reason = (
+            "it holds the base exactly, but these GPUs emulate it; float16 is faster from V100 on"
+        )
+        notes.append(Note("model.dtype", "bfloat16", reason))
+    elif recipe.method == "lora" and not machine.fast_bf16:
         reason = "this CPU multiplies fp32 faster than bf16, as was measured"
         notes.append(Note("model.dtype", "float32", reason))
         return _with(recipe, "model", dtype="float32")
@@ -217,15 +224,13 @@ def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Re
 def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[Note]) -> Recipe:
     """Compile on GPUs, where the operations between the products take a third of a step."""
     wanted = recipe.model.compile
-    needs = "a C++ compiler (g++, or $CXX)"
-    if machine.on_gpu:
-        needs = "a C compiler, Python's headers (python3-dev) and Triton"
+    missing = machine.missing_to_compile(recipe.model.dtype)
     if wanted == "auto":
         wanted, reason = False, ""
         if not machine.on_gpu:
             reason = "on a CPU only long runs get back what compiling takes at the start"
-        elif not machine.can_compile:
-            reason = f"some rank lacks what it needs: {needs}"
+        elif missing:
+            reason = f"it needs {missing}"
         elif recipe.method == "lora" and recipe.lora.variant == "dora":
             reason = "DoRA breaks the graph of a block into many"
         elif stage == 3:
@@ -235,9 +240,9 @@ def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[No
             wanted = True
         if reason:
             notes.append(Note("model.compile", wanted or "false", reason))
-    elif wanted and not machine.can_compile:
+    elif wanted and missing:
         came = "true" if wanted is True else wanted
-        raise UserError(f"model.compile is {came}; expected {needs} on every machine, or false")
+        raise UserError(f"model.compile is {came}; expected {missing}, or false")
     return _with(recipe, "model", compile=wanted)
 
 

@@ -41,15 +41,28 @@ class Machine:
     on_gpu: bool
     memory: float  # bytes that a rank may fill: those of the rank with the least
     memory_source: str  # where that number comes from: the words that follow "GB" in messages
-    fast_bf16: bool = True  # whether bf16 products are faster than fp32 ones on every rank
+    fast_bf16: bool = True
+    """Whether every rank multiplies bf16 faster than fp32: on a CPU as measured, on a GPU by units
+    of its own (compute capability 8.0 or newer); older GPUs emulate it."""
     eager_dtypes: frozenset[str] = frozenset({"bfloat16"})
     """Dtypes in which plain products are the faster attention on every rank."""
     can_quantise: bool = False
     """Whether every rank has DeepSpeed's CUDA quantiser, or can compile it."""
     can_compile: bool = True
-    """Whether every rank has what torch.compile needs: a C++ compiler, and Triton on a GPU."""
+    """Whether every rank has what torch.compile needs (`machine.can_compile`)."""
     liger: str | None = None
     """Version of liger-kernel, where every rank has a GPU and the same usable version."""
+
+    def missing_to_compile(self, dtype: str) -> str:
+        """An unmet need of torch.compile, and of Triton on a GPU, for this dtype; "" if none is."""
+        if not self.can_compile and self.on_gpu:
+            parts = "a C compiler, Python's headers (python3-dev) and Triton"
+            return f"{parts} on every machine, and GPUs of compute capability 7.0 or newer"
+        if not self.can_compile:
+            return "a C++ compiler (g++, or $CXX) on every machine"
+        if self.on_gpu and not self.fast_bf16 and dtype == "bfloat16":
+            return "float16 or float32, since these GPUs emulate bfloat16"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +177,8 @@ class Run:
         """Version of liger-kernel, where it computes pieces of the blocks: on GPUs, where torch
         does not compile them."""
         assert self.recipe.model.compile != "auto", "plan/resolve.py decides about compiling"
-        return None if self.recipe.model.compile else self.machine.liger
+        missing = self.machine.missing_to_compile(self.recipe.model.dtype)
+        return None if self.recipe.model.compile or missing else self.machine.liger
 
     @property
     def special_ids(self) -> list[int]:

@@ -91,7 +91,15 @@ def plan(asked: LoadedRecipe, options: PlanOptions, base: Base) -> Planned:
 
 def machine_of(options: PlanOptions, gpu: Gpu) -> Machine:
     memory = (options.gpu_memory or gpu.memory_gb) * 1e9
-    return Machine(options.gpus, options.gpus_here, True, memory, "of the GPU", can_quantise=True)
+    return Machine(
+        options.gpus,
+        options.gpus_here,
+        True,
+        memory,
+        "of the GPU",
+        fast_bf16=gpu.has_bf16,
+        can_quantise=True,
+    )
 
 
 def _runs(asked: LoadedRecipe, options: PlanOptions, machine: Machine, base: Base) -> list[Run]:

@@ -34,15 +34,17 @@ class ModelOptions:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the frozen base and of the activations; trainable LoRA parameters are always fp32.
     auto: bfloat16, but float32 for LoRA on CPUs that are measured to multiply it faster (x86
-    without AMX), where it takes twice the memory."""
+    without AMX), where it takes twice the memory. GPUs older than Ampere emulate bfloat16: float16
+    is faster there, from V100 on."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: sdpa lets torch choose (flash on CUDA), eager is plain matrix products.
     auto: sdpa, but eager on CPUs where it is measured to be faster for short rows."""
     compile: Literal["auto", "pieces"] | bool = "auto"
     """Compile each block and the loss (torch.compile), or pieces: of a block only norm, gate and
     rotation, each by itself. It takes 20 to 60 seconds at the start, which a long run gets back. It
-    needs a C++ compiler; on a GPU a C compiler, Python's headers and Triton. auto: true on GPUs
-    under ZeRO-0 to 2, but for DoRA; pieces under ZeRO-3 where there is no liger-kernel."""
+    needs a C++ compiler; on a GPU (V100 or newer; in bfloat16 Ampere or newer) a C compiler,
+    Python's headers and Triton. auto: true on GPUs under ZeRO-0 to 2, but for DoRA; pieces under
+    ZeRO-3 where there is no liger-kernel."""
     activation_checkpointing: Literal["auto", "none", "all"] | NonNegativeInt = "auto"
     """Recompute no block, all blocks, or every n-th block (an integer) in the backward pass. auto:
     the fewest that fit the memory. The numbers that come out are the same."""

@@ -85,6 +85,8 @@ def pieces_lines(run: Run) -> list[str]:
     """On GPUs that compile nothing: who computes what lies between the products of a block."""
     if not run.machine.on_gpu or run.recipe.model.compile:
         return []
+    if missing := run.machine.missing_to_compile(run.recipe.model.dtype):
+        return [f"pieces    torch; liger-kernel needs {missing}"]
     if run.liger is None:
         oldest = ".".join(map(str, OLDEST))
         return [

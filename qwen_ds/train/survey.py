@@ -9,7 +9,7 @@ import torch
 from qwen_ds import dist
 from qwen_ds.disk.weights import TORCH_DTYPES
 from qwen_ds.errors import UserError
-from qwen_ds.machine import available_memory, can_compile
+from qwen_ds.machine import available_memory, can_compile, has_bf16_units
 from qwen_ds.model.folder import ModelFolder
 from qwen_ds.model.liger import liger_version
 from qwen_ds.plan.resolve import resolve
@@ -76,7 +76,7 @@ def survey(device: torch.device) -> Machine:
         # All ranks must decide alike, so the one with the least decides.
         memory=min(dist.gather(free)),
         memory_source=source,
-        fast_bf16=on_gpu or all(dist.gather(is_bf16_faster())),
+        fast_bf16=all(dist.gather(has_bf16_units(device) if on_gpu else is_bf16_faster())),
         eager_dtypes=frozenset() if on_gpu else _eager_dtypes(),
         can_quantise=start.can_quantise_weights(device),
         can_compile=all(dist.gather(can_compile(device))),

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 CPU = Machine(1, 1, False, 8e9, "of free memory for each rank")
 GPU = replace(CPU, on_gpu=True, memory=80e9, memory_source="that are free on the GPU")
+OLD_GPU = replace(GPU, fast_bf16=False)
 
 
 class Watched(NamedTuple):
@@ -210,6 +211,7 @@ def test_no_auto_is_left_but_what_depends_on_the_rows(small_dir: Path) -> None:
         (CPU, [], "bfloat16", "eager"),
         (replace(CPU, fast_bf16=False), [], "float32", "sdpa"),
         (replace(CPU, fast_bf16=False), ["--method", "full"], "bfloat16", "eager"),
+        (OLD_GPU, [], "bfloat16", "sdpa"),
         (replace(CPU, eager_dtypes=frozenset()), [], "bfloat16", "sdpa"),
         (replace(CPU, eager_dtypes=frozenset({"float32"})), [], "bfloat16", "sdpa"),
         (CPU, ["--model.dtype", "float32"], "float32", "sdpa"),
@@ -229,6 +231,19 @@ def test_each_choice_that_a_user_might_wonder_at_has_a_note(small_dir: Path) -> 
     chosen = [str(note).split(":")[0] for note in run.notes]
     assert chosen == ["model.dtype is float32", "model.compile is false"]
     assert not decided(small_dir, machine=GPU).notes
+    first, _ = decided(small_dir, machine=OLD_GPU).notes
+    assert "emulate it; float16 is faster from" in str(first)
+
+
+@pytest.mark.parametrize("machine", [OLD_GPU, replace(CPU, fast_bf16=False)], ids=["gpu", "cpu"])
+def test_a_json_s_dtype_is_not_said_to_be_chosen(
+    small_dir: Path, tmp_path: Path, machine: Machine
+) -> None:
+    for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+        (tmp_path / "ds.json").write_text(json.dumps({key: {"enabled": True}}))
+        run = decided(small_dir, "--deepspeed", str(tmp_path / "ds.json"), machine=machine)
+        said = [note.choice for note in run.notes if note.option == "model.dtype"]
+        assert run.recipe.model.dtype == dtype and said in ([], [dtype])
 
 
 def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small_dir: Path) -> None:
@@ -249,8 +264,10 @@ def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small
             replace(GPU, can_compile=False),
             "",
             False,
-            ["lacks what it needs: a C compiler, "],
+            ["it needs a C compiler, "],
         ),
+        (OLD_GPU, "", False, ["it needs float16 or float32"]),
+        (OLD_GPU, "--model.dtype float16", True, []),
         (GPU, "--lora.variant dora", False, ["DoRA breaks the graph"]),
         (GPU, "--lora.variant dora --model.compile true", True, []),
         (GPU, "--deepspeed ds_configs/zero3.json", "pieces", ["not run on a GPU under ZeRO-3"]),
@@ -278,6 +295,8 @@ def test_compiling_without_a_compiler_is_refused(small_dir: Path) -> None:
     for wanted in ("true", "pieces"):
         with pytest.raises(UserError, match=f"model.compile is {wanted}; expected a C compiler, "):
             decided(small_dir, "--model.compile", wanted, machine=machine)
+        with pytest.raises(UserError, match=f"model.compile is {wanted}; expected float16 or "):
+            decided(small_dir, "--model.compile", wanted, machine=OLD_GPU)
 
 
 def test_special_rows_are_on_where_the_folder_does_not_say_chatml(

@@ -66,13 +66,26 @@ def filled_by_liger(model: nn.Module) -> bool:
     [
         (LIGER, ZERO_3, "0.8.5", "pieces    liger-kernel 0.8.5: norm and gate; torch: rotation"),
         (LIGER, ["--model.compile", "false"], "0.8.5", "pieces    liger-kernel 0.8.5: norm and"),
-        (replace(LIGER, can_compile=False), [], "0.8.5", "pieces    liger-kernel 0.8.5: norm and"),
+        (LIGER, ["--lora.variant", "dora"], "0.8.5", "pieces    liger-kernel 0.8.5: norm and"),
         (
-            replace(GPU, can_compile=False),
-            ZERO_3,
+            GPU,
+            ["--model.compile", "false"],
             None,
             "pieces    torch; expected one version of liger-kernel on every rank",
         ),
+        (
+            replace(LIGER, can_compile=False),
+            ZERO_3,
+            None,
+            "pieces    torch; liger-kernel needs a C compiler",
+        ),
+        (
+            replace(LIGER, fast_bf16=False),
+            [*ZERO_3, "--model.dtype", "bfloat16"],
+            None,
+            "pieces    torch; liger-kernel needs float16 or",
+        ),
+        (replace(LIGER, fast_bf16=False), ZERO_3, "0.8.5", "pieces    liger-kernel 0.8.5: norm"),
         (CPU, [], None, None),
     ],
 )
@@ -170,6 +183,7 @@ def test_all_ranks_use_it_or_none(
     """On GPUs, in one version, so that all compute alike."""
     monkeypatch.setattr(survey, "liger_version", lambda: "0.8.5")
     monkeypatch.setattr(survey, "can_compile", lambda _: True)
+    monkeypatch.setattr(survey, "has_bf16_units", lambda _: True)
     monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
     monkeypatch.setattr(survey, "is_bf16_faster", lambda: True)
     monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
