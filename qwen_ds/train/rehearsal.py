@@ -31,6 +31,9 @@ def rehearse(session: Session) -> None:
 
     What a lack of memory would end hours later ends here. No number changes: the gradient is zero,
     and is added to that of the first step. AdamW's moments are made first, to be in the memory.
+
+    A single row has compiled code of its own: a micro-batch of the other kind runs, too, so that
+    both are compiled before the first step.
     """
     with ExitStack() as at_an_error:
         at_an_error.push(session.observer)  # or its bar would stand before the error's line
@@ -42,34 +45,43 @@ def _rehearse(session: Session) -> None:
     engine, watchdog = session.engine, session.saver.watchdog
     step = session.start[0]
     watchdog.at(step, "choosing the largest micro-batch")
-    row_ids, width = largest_rows(session.data.sampler, step, session.steps)
-    batch = make_batch(session.data.train, row_ids, width)
-    rows, length = batch.ids_BT.shape
+    largest, other = largest_rows(session.data.sampler, step, session.steps)
+    chosen = {"the largest micro-batch": largest}
+    if session.recipe.model.compile and other is not None:
+        chosen["the largest micro-batch of another kind"] = other
     engine.train(True)
     engine.state.make_moments()
-    watchdog.at(step, f"trying the largest micro-batch, {rows} rows of {length} tokens")
     on_gpu = engine.device.type == "cuda"
     # All ranks, once: whoever lacks memory ends, and one that is not here yet would only see that.
     dist.barrier()
     with torch.random.fork_rng([engine.device] if on_gpu else []):
-        loss = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
-        # All ranks, once. 0 times infinity is not 0: the step that has these rows names them.
-        if dist.max_floats(float(not torch.isfinite(loss)))[0]:
-            return
-        # All ranks, under ZeRO-2 and 3: the average of the gradients, but of an adapter's.
-        engine.backward(0.0 * loss, last_of_step=False)
-    log.info("the largest micro-batch ran: %d rows of %d tokens", rows, length)
+        for name, row_ids in chosen.items():
+            width = session.data.sampler.width(row_ids)
+            batch = make_batch(session.data.train, row_ids, width)
+            size = f"{len(row_ids)} rows of {width} tokens"
+            watchdog.at(step, f"trying {name}, {size}")
+            loss = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
+            # All ranks. 0 times infinity is not 0: the step that has these rows names them.
+            if dist.max_floats(float(not torch.isfinite(loss)))[0]:
+                return
+            # All ranks, under ZeRO-2 and 3: the average of the gradients, but of an adapter's.
+            engine.backward(0.0 * loss, last_of_step=False)
+            log.info("%s ran: %s", name, size)
 
 
-def largest_rows(sampler: StepSampler, begun: int, steps: int) -> tuple[np.ndarray, int]:
+def largest_rows(
+    sampler: StepSampler, begun: int, steps: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows of the largest micro-batch after step `begun`, of any rank, in padded tokens, and
-    the tokens to which they are padded; alike on every rank."""
+    of the largest with several rows where that one has a single row, or the reverse; None: there is
+    none in the same steps. Alike on every rank."""
     size = _expected_sizes(sampler, range(begun, steps))
     tried = sorted((np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun).tolist())
     plans = (sampler.plan(*divmod(step, sampler.steps_per_epoch)) for step in tried)
-    parts = (part for ranks in plans for of_rank in ranks for part in of_rank)
+    parts = [part for ranks in plans for of_rank in ranks for part in of_rank]
     largest = max(parts, key=sampler.size)
-    return largest, sampler.width(largest)
+    others = (part for part in parts if (len(part) == 1) != (len(largest) == 1))
+    return largest, max(others, key=sampler.size, default=None)
 
 
 def _expected_sizes(sampler: StepSampler, steps: range) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,13 +47,60 @@ def test_the_largest_micro_batch_of_any_rank_and_epoch_is_found(world: int, budg
     lens = np.random.default_rng(1).lognormal(5, 0.4, 900).clip(8, 700)
     of_rank = [StepSampler(Rows(lens), 64, 3, world, rank, budget) for rank in range(world)]
     steps = 3 * of_rank[0].steps_per_epoch
-    (chosen, width), *others = (largest_rows(sampler, 0, steps) for sampler in of_rank)
-    assert all((chosen == rows).all() and width == other for rows, other in others)
+    (chosen, _), *others = (largest_rows(sampler, 0, steps) for sampler in of_rank)
+    assert all((chosen == rows).all() for rows, _ in others)
+    width = of_rank[0].width(chosen)
     assert width >= int(lens[chosen].max())
     size = len(chosen) * width
     windows = (s.window(*divmod(n, s.steps_per_epoch)) for s in of_rank for n in range(steps))
     largest = max(batch.ids_BT.numel() for window in windows for batch in window)
     assert 0.98 * largest <= size <= largest
+
+
+@pytest.mark.parametrize("longest", [580, 640])
+def test_a_single_row_and_several_rows_are_both_found(longest: int) -> None:
+    lens = np.append(np.full(63, 200), longest)
+    sampler = StepSampler(Rows(lens), 64, 3, 1, 0, 600)
+    largest, other = largest_rows(sampler, 0, sampler.steps_per_epoch)
+    assert other is not None and {len(largest) == 1, len(other) == 1} == {True, False}
+    assert (lens[largest] <= longest).all() and sampler.size(other) <= sampler.size(largest)
+    alike = StepSampler(Rows(np.full(63, 200)), 63, 3, 1, 0, 600)
+    assert largest_rows(alike, 0, 1)[1] is None
+
+
+@pytest.mark.parametrize("compiles", [False, True, "pieces"])
+def test_what_is_compiled_twice_is_rehearsed_twice(
+    compiles: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single row is compiled by itself: some step in the middle would wait for it."""
+    rows, ran = Rows(np.append(np.full(63, 200), 600)), list[tuple[str, int]]()
+
+    def loss_sum(ids_BT: torch.Tensor, *_: Any) -> torch.Tensor:
+        ran.append(("forward", len(ids_BT)))
+        return torch.ones(())
+
+    engine = SimpleNamespace(
+        train=lambda _: None,
+        state=SimpleNamespace(make_moments=lambda: None),
+        device=torch.device("cpu"),
+        loss_sum=loss_sum,
+        backward=lambda loss, last_of_step: ran.append(("backward", int(loss))),
+    )
+    session: Any = SimpleNamespace(
+        engine=engine,
+        recipe=SimpleNamespace(model=SimpleNamespace(compile=compiles)),
+        saver=SimpleNamespace(watchdog=SimpleNamespace(at=lambda *_: None)),
+        data=SimpleNamespace(train=rows, sampler=StepSampler(rows, 64, 3, 1, 0, 600)),
+        observer=nullcontext(),
+        start=(0,),
+        steps=1,
+    )
+    monkeypatch.setattr(rehearsal.dist, "barrier", lambda: None)
+    monkeypatch.setattr(rehearsal.dist, "max_floats", lambda *mine: list(mine))
+    rehearsal.rehearse(session)
+    forward, backward = ([n for name, n in ran if name == of] for of in ("forward", "backward"))
+    assert backward == [0] * len(forward)
+    assert len({n == 1 for n in forward}) == len(forward) == (2 if compiles else 1)
 
 
 def trained_in(folder: Path) -> dict[str, torch.Tensor]:
