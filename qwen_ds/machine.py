@@ -21,8 +21,9 @@ from qwen_ds.errors import UserError
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: on a CPU a C++ compiler; on a GPU from compute
-    capability 7.0 on Triton, which compiles a module of C for Python at its first kernel."""
+    """Whether torch.compile finds what it needs: on a CPU a C++ compiler; on a GPU Triton, which
+    compiles a module of C for Python at its first kernel. torch takes it from compute capability
+    7.0 on; Triton itself names 8.0."""
     if device.type != "cuda":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     compilers = (os.environ.get("CC"), "gcc", "clang")
@@ -34,7 +35,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the GPU computes in bf16 itself: all of AMD's, NVIDIA's from Ampere on."""
+    """Whether the GPU computes in bf16 itself, as torch has it: AMD's, NVIDIA's from Ampere on."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

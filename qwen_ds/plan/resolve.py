@@ -146,7 +146,7 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
         can_quantise=machine.can_quantise,
     )
     if merged.recipe.model.dtype != recipe.model.dtype:
-        notes.clear()  # the JSON chose
+        notes[:] = [note for note in notes if note.option != "model.dtype"]  # the JSON chose
     recipe = merged.recipe
     if merged.remarks:
         notes.append(Note("deepspeed", recipe.deepspeed, "; ".join(merged.remarks)))
@@ -242,7 +242,7 @@ def _choose_compile(recipe: Recipe, machine: Machine, stage: int, notes: list[No
             notes.append(Note("model.compile", wanted or "false", reason))
     elif wanted and missing:
         came = "true" if wanted is True else wanted
-        raise UserError(f"model.compile is {came}; expected {missing}, or false")
+        raise UserError(f"model.compile is {came}; expected {missing}, or model.compile false")
     return _with(recipe, "model", compile=wanted)
 
 

@@ -56,12 +56,12 @@ class Machine:
     def missing_to_compile(self, dtype: str) -> str:
         """An unmet need of torch.compile, and of Triton on a GPU, for this dtype; "" if none is."""
         if not self.can_compile and self.on_gpu:
-            parts = "a C compiler, Python's headers (python3-dev) and Triton"
-            return f"{parts} on every machine, and GPUs of compute capability 7.0 or newer"
+            software = "a C compiler, Python's headers (python3-dev), Triton"
+            return f"{software} and a GPU of compute capability 7.0 or newer for every rank"
         if not self.can_compile:
-            return "a C++ compiler (g++, or $CXX) on every machine"
+            return "a C++ compiler (g++, or $CXX) for every rank"
         if self.on_gpu and not self.fast_bf16 and dtype == "bfloat16":
-            return "float16 or float32, since these GPUs emulate bfloat16"
+            return "model.dtype float16 or float32 (these GPUs emulate bfloat16)"
         return ""
 
 

@@ -163,6 +163,8 @@ def _closing(planned: Planned, words: Sequence[str], winner: Candidate | None) -
     run, longest, lines = planned.runs[0], planned.workload.longest, []
     if any(each.zero.offload_optimizer or each.zero.offload_parameters for each in planned.runs):
         lines.append("Times leave out what offloading copies to and from the host's memory.")
+    if run.recipe.model.dtype == "bfloat16" and not planned.cluster.gpu.has_bf16:
+        lines.append("Times are those of float16; emulated, bfloat16 takes longer.")
     if run.recipe.method == "lora":
         official = official_memory(run.shape, longest, embedding=False)
         of = f"The official finetune.py (r 64, one row of {longest} tokens)"

@@ -164,8 +164,8 @@ class BatchOptions:
     padding than it costs: in training below ZeRO-2, and of adapters under it."""
     rehearse: Literal["auto"] | bool = "auto"
     """Run the largest micro-batch forward and backward once before the first step, so that a lack
-    of memory shows at once; of compiled blocks also one of a single row or of several, whichever
-    that is not. No number changes. auto: on GPUs."""
+    of memory shows at once; with model.compile also one of the other kind, of a single row or of
+    several, since each has code of its own. No number changes. auto: on GPUs."""
 
 
 @dataclass(frozen=True)

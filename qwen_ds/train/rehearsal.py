@@ -13,6 +13,7 @@ import torch
 from qwen_ds import dist
 from qwen_ds.data.batches import StepSampler, make_batch
 from qwen_ds.errors import OutOfMemory
+from qwen_ds.page.html import count
 from qwen_ds.plan.remedy import remedy
 from qwen_ds.plan.run import Run
 from qwen_ds.train.session import Session
@@ -32,8 +33,8 @@ def rehearse(session: Session) -> None:
     What a lack of memory would end hours later ends here. No number changes: the gradient is zero,
     and is added to that of the first step. AdamW's moments are made first, to be in the memory.
 
-    A single row has compiled code of its own: a micro-batch of the other kind runs, too, so that
-    both are compiled before the first step.
+    Compiled code is made once for a single row and once for several rows, so the largest of the
+    other kind runs, too.
     """
     with ExitStack() as at_an_error:
         at_an_error.push(session.observer)  # or its bar would stand before the error's line
@@ -48,7 +49,8 @@ def _rehearse(session: Session) -> None:
     largest, other = largest_rows(session.data.sampler, step, session.steps)
     chosen = {"the largest micro-batch": largest}
     if session.recipe.model.compile and other is not None:
-        chosen["the largest micro-batch of another kind"] = other
+        kind = "several rows" if len(other) > 1 else "a single row"
+        chosen[f"the largest micro-batch of {kind}"] = other
     engine.train(True)
     engine.state.make_moments()
     on_gpu = engine.device.type == "cuda"
@@ -58,7 +60,8 @@ def _rehearse(session: Session) -> None:
         for name, row_ids in chosen.items():
             width = session.data.sampler.width(row_ids)
             batch = make_batch(session.data.train, row_ids, width)
-            size = f"{len(row_ids)} rows of {width} tokens"
+            rows, length = batch.ids_BT.shape
+            size = f"{count(rows, 'row')} of {length} tokens"
             watchdog.at(step, f"trying {name}, {size}")
             loss = engine.loss_sum(batch.ids_BT, batch.labels_BT, batch.places_P)
             # All ranks. 0 times infinity is not 0: the step that has these rows names them.
@@ -72,15 +75,18 @@ def _rehearse(session: Session) -> None:
 def largest_rows(
     sampler: StepSampler, begun: int, steps: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The rows of the largest micro-batch after step `begun`, of any rank, in padded tokens, and
-    of the largest with several rows where that one has a single row, or the reverse; None: there is
-    none in the same steps. Alike on every rank."""
+    """The rows of the largest micro-batch after step `begun`, of any rank, in padded tokens; and of
+    the largest of the other kind, with several rows or with one (or none, which runs as one). None:
+    the steps looked at have none. Alike on every rank."""
     size = _expected_sizes(sampler, range(begun, steps))
-    tried = sorted((np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun).tolist())
-    plans = (sampler.plan(*divmod(step, sampler.steps_per_epoch)) for step in tried)
+    per_epoch = sampler.steps_per_epoch
+    # The last step of an epoch may have few rows, and so a single one in a micro-batch.
+    short = min(steps, (begun // per_epoch + 1) * per_epoch) - 1
+    tried = sorted({short, *(np.argsort(-size, kind="stable")[:STEPS_TRIED] + begun).tolist()})
+    plans = (sampler.plan(*divmod(step, per_epoch)) for step in tried)
     parts = [part for ranks in plans for of_rank in ranks for part in of_rank]
     largest = max(parts, key=sampler.size)
-    others = (part for part in parts if (len(part) == 1) != (len(largest) == 1))
+    others = (part for part in parts if (len(part) > 1) != (len(largest) > 1))
     return largest, max(others, key=sampler.size, default=None)
 
 

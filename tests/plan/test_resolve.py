@@ -235,15 +235,22 @@ def test_each_choice_that_a_user_might_wonder_at_has_a_note(small_dir: Path) -> 
     assert "emulate it; float16 is faster from" in str(first)
 
 
-@pytest.mark.parametrize("machine", [OLD_GPU, replace(CPU, fast_bf16=False)], ids=["gpu", "cpu"])
-def test_a_json_s_dtype_is_not_said_to_be_chosen(
-    small_dir: Path, tmp_path: Path, machine: Machine
+@pytest.mark.parametrize(
+    ("machine", "key", "dtype", "noted"),
+    [
+        (OLD_GPU, "fp16", "float16", []),
+        (OLD_GPU, "bf16", "bfloat16", ["bfloat16"]),
+        (replace(CPU, fast_bf16=False), "fp16", "float16", []),
+        (replace(CPU, fast_bf16=False), "bf16", "bfloat16", []),
+    ],
+)
+def test_a_note_about_the_dtype_names_the_one_that_runs(
+    machine: Machine, key: str, dtype: str, noted: list[str], small_dir: Path, tmp_path: Path
 ) -> None:
-    for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
-        (tmp_path / "ds.json").write_text(json.dumps({key: {"enabled": True}}))
-        run = decided(small_dir, "--deepspeed", str(tmp_path / "ds.json"), machine=machine)
-        said = [note.choice for note in run.notes if note.option == "model.dtype"]
-        assert run.recipe.model.dtype == dtype and said in ([], [dtype])
+    (tmp_path / "ds.json").write_text(json.dumps({key: {"enabled": True}}))
+    run = decided(small_dir, "--deepspeed", str(tmp_path / "ds.json"), machine=machine)
+    assert run.recipe.model.dtype == dtype
+    assert [note.choice for note in run.notes if note.option == "model.dtype"] == noted
 
 
 def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small_dir: Path) -> None:
@@ -266,7 +273,7 @@ def test_few_checkpoints_of_full_training_stay_unless_the_recipe_says_more(small
             False,
             ["it needs a C compiler, "],
         ),
-        (OLD_GPU, "", False, ["it needs float16 or float32"]),
+        (OLD_GPU, "", False, ["it needs model.dtype float16 or float32"]),
         (OLD_GPU, "--model.dtype float16", True, []),
         (GPU, "--lora.variant dora", False, ["DoRA breaks the graph"]),
         (GPU, "--lora.variant dora --model.compile true", True, []),
@@ -295,7 +302,7 @@ def test_compiling_without_a_compiler_is_refused(small_dir: Path) -> None:
     for wanted in ("true", "pieces"):
         with pytest.raises(UserError, match=f"model.compile is {wanted}; expected a C compiler, "):
             decided(small_dir, "--model.compile", wanted, machine=machine)
-        with pytest.raises(UserError, match=f"model.compile is {wanted}; expected float16 or "):
+        with pytest.raises(UserError, match=f"model.compile is {wanted}; expected model.dtype f"):
             decided(small_dir, "--model.compile", wanted, machine=OLD_GPU)
 
 

@@ -52,6 +52,15 @@ def test_the_printed_command_is_the_best_row_and_keeps_the_users_options(table: 
     assert loaded.recipe.model.activation_checkpointing == best[2] == "none"
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_times_of_a_gpu_that_emulates_bf16_are_said_to_be_float16_s(
+    table: Table, dtype: str
+) -> None:
+    text = "\n".join(table(*RECIPE, "--gpu", "v100", "--model.dtype", dtype))
+    emulates = ("these GPUs emulate it" in text, "Times are those of float16" in text)
+    assert emulates == ((True, True) if dtype == "auto" else (False, False))
+
+
 def test_the_best_row_is_the_fastest_that_fits(table: Table) -> None:
     """20 GB hold the whole 7B in bf16 and not a row of 8,192 tokens beside it; with ZeRO-3 they
     do."""

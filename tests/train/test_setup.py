@@ -83,7 +83,7 @@ def filled_by_liger(model: nn.Module) -> bool:
             replace(LIGER, fast_bf16=False),
             [*ZERO_3, "--model.dtype", "bfloat16"],
             None,
-            "pieces    torch; liger-kernel needs float16 or",
+            "pieces    torch; liger-kernel needs model.dtype float16",
         ),
         (replace(LIGER, fast_bf16=False), ZERO_3, "0.8.5", "pieces    liger-kernel 0.8.5: norm"),
         (CPU, [], None, None),
@@ -193,6 +193,26 @@ def test_all_ranks_use_it_or_none(
         dist, "gather", lambda mine: [mine, *others] if isinstance(mine, str) else [mine]
     )
     assert survey.survey(torch.device(device)).liger == expected
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("other", [True, False])
+def test_bf16_is_fast_where_it_is_on_every_rank(
+    device: str, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU by its units, on a CPU as measured."""
+    monkeypatch.setattr(survey, "has_bf16_units", lambda _: device == "cuda")
+    monkeypatch.setattr(survey, "is_bf16_faster", lambda: device == "cpu")
+    monkeypatch.setattr(survey, "can_compile", lambda _: None)
+    monkeypatch.setattr(survey, "liger_version", lambda: None)
+    monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
+    monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
+    monkeypatch.setattr(dist, "ranks_per_machine", lambda: [2])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 9 << 30))
+    monkeypatch.setattr(
+        dist, "gather", lambda mine: [mine, other] if isinstance(mine, bool) else [mine]
+    )
+    assert survey.survey(torch.device(device)).fast_bf16 == other
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
