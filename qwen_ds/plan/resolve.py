@@ -134,19 +134,21 @@ def resolve(asked: LoadedRecipe, machine: Machine, base: Base, *, rows: bool = T
         recipe = replace(recipe, device="cuda" if machine.on_gpu else "cpu")
     if recipe.batch.rehearse == "auto":
         recipe = _with(recipe, "batch", rehearse=machine.on_gpu)
-    if recipe.model.dtype == "auto":
-        recipe = _choose_dtype(recipe, machine, notes)
+    is_dtype_free, reason = recipe.model.dtype == "auto", ""
+    if is_dtype_free:
+        dtype, reason = _choose_dtype(recipe.method, machine)
+        recipe = _with(recipe, "model", dtype=dtype)
     merged = deepspeed_json.resolve(
         read_deepspeed_json(recipe.deepspeed),
         recipe,
-        asked.set_keys - ({"model.dtype"} if asked.recipe.model.dtype == "auto" else set()),
+        asked.set_keys - ({"model.dtype"} if is_dtype_free else set()),
         hidden_size=base.config.hidden_size,
         world=machine.ranks,
         ranks_per_machine=machine.ranks_per_machine,
         can_quantise=machine.can_quantise,
     )
-    if merged.recipe.model.dtype != recipe.model.dtype:
-        notes[:] = [note for note in notes if note.option != "model.dtype"]  # the JSON chose
+    if reason and merged.recipe.model.dtype == recipe.model.dtype:  # else the JSON chose
+        notes.append(Note("model.dtype", recipe.model.dtype, reason))
     recipe = merged.recipe
     if merged.remarks:
         notes.append(Note("deepspeed", recipe.deepspeed, "; ".join(merged.remarks)))
@@ -192,21 +194,18 @@ def _check_size(recipe: Recipe, machine: Machine, base: Base) -> None:
         )
 
 
-def _choose_dtype(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:
-    """Take bf16, or on CPUs the faster of bf16 and fp32; both hold a bf16 base exactly.
+def _choose_dtype(method: str, machine: Machine) -> tuple[str, str]:
+    """bf16, or on CPUs the faster of bf16 and fp32, which both hold a bf16 base exactly; and the
+    reason, where a user might wonder.
 
     Only LoRA may have its base in fp32: in full training this is also the dtype of the result.
     """
     if machine.on_gpu and not machine.fast_bf16:
-        reason = (
-            "it holds the base exactly, but these GPUs emulate it; float16 is faster from V100 on"
-        )
-        notes.append(Note("model.dtype", "bfloat16", reason))
-    elif recipe.method == "lora" and not machine.fast_bf16:
-        reason = "this CPU multiplies fp32 faster than bf16, as was measured"
-        notes.append(Note("model.dtype", "float32", reason))
-        return _with(recipe, "model", dtype="float32")
-    return _with(recipe, "model", dtype="bfloat16")
+        exact = "it holds the base exactly, but these GPUs emulate it"
+        return "bfloat16", f"{exact}; float16 is faster from V100 on"
+    if method == "lora" and not machine.fast_bf16:
+        return "float32", "this CPU multiplies fp32 faster than bf16, as was measured"
+    return "bfloat16", ""
 
 
 def _choose_attention(recipe: Recipe, machine: Machine, notes: list[Note]) -> Recipe:

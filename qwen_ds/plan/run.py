@@ -174,8 +174,8 @@ class Run:
 
     @property
     def liger(self) -> str | None:
-        """Version of liger-kernel, where it computes pieces of the blocks: on GPUs, where torch
-        does not compile them."""
+        """Version of liger-kernel, where it computes pieces of the blocks: on GPUs on which Triton
+        can, where torch does not compile them."""
         assert self.recipe.model.compile != "auto", "plan/resolve.py decides about compiling"
         missing = self.machine.missing_to_compile(self.recipe.model.dtype)
         return None if self.recipe.model.compile or missing else self.machine.liger

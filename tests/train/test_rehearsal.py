@@ -47,9 +47,10 @@ def test_the_largest_micro_batch_of_any_rank_and_epoch_is_found(world: int, budg
     lens = np.random.default_rng(1).lognormal(5, 0.4, 900).clip(8, 700)
     of_rank = [StepSampler(Rows(lens), 64, 3, world, rank, budget) for rank in range(world)]
     steps = 3 * of_rank[0].steps_per_epoch
-    (chosen, _), *others = (largest_rows(sampler, 0, steps) for sampler in of_rank)
-    assert all((chosen == rows).all() for rows, _ in others)
-    width = of_rank[0].width(chosen)
+    found = [largest_rows(sampler, 0, steps)[0] for sampler in of_rank]
+    chosen, width = found[0], of_rank[0].width(found[0])
+    assert all((chosen == rows).all() for rows in found)
+    assert all(sampler.width(chosen) == width for sampler in of_rank)
     assert width >= int(lens[chosen].max())
     size = len(chosen) * width
     windows = (s.window(*divmod(n, s.steps_per_epoch)) for s in of_rank for n in range(steps))

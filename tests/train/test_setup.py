@@ -168,6 +168,27 @@ def test_the_start_screen_has_the_line(decided: Decide, monkeypatch: pytest.Monk
     assert line.startswith("chosen    batch.tokens_per_micro_batch is 1024: up to 2,048 would ")
 
 
+@pytest.fixture
+def gather(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any], type], None]:
+    """Let `survey` see a machine with everything; the others have what is given, in place of what
+    has its type."""
+    monkeypatch.setattr(survey, "liger_version", lambda: "0.8.5")
+    monkeypatch.setattr(survey, "can_compile", lambda _: True)
+    monkeypatch.setattr(survey, "has_bf16_units", lambda _: True)
+    monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
+    monkeypatch.setattr(survey, "is_bf16_faster", lambda: True)
+    monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
+    monkeypatch.setattr(dist, "ranks_per_machine", lambda: [2])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 9 << 30))
+
+    def among(others: list[Any], kind: type) -> None:
+        monkeypatch.setattr(
+            dist, "gather", lambda mine: [mine, *others] if isinstance(mine, kind) else [mine]
+        )
+
+    return among
+
+
 @pytest.mark.parametrize(
     ("device", "others", "expected"),
     [
@@ -178,40 +199,22 @@ def test_the_start_screen_has_the_line(decided: Decide, monkeypatch: pytest.Monk
     ],
 )
 def test_all_ranks_use_it_or_none(
-    device: str, others: list[str | None], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str, others: list[str | None], expected: str | None, gather: Callable
 ) -> None:
     """On GPUs, in one version, so that all compute alike."""
-    monkeypatch.setattr(survey, "liger_version", lambda: "0.8.5")
-    monkeypatch.setattr(survey, "can_compile", lambda _: True)
-    monkeypatch.setattr(survey, "has_bf16_units", lambda _: True)
-    monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
-    monkeypatch.setattr(survey, "is_bf16_faster", lambda: True)
-    monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
-    monkeypatch.setattr(dist, "ranks_per_machine", lambda: [2])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 9 << 30))
-    monkeypatch.setattr(
-        dist, "gather", lambda mine: [mine, *others] if isinstance(mine, str) else [mine]
-    )
+    gather(others, str)
     assert survey.survey(torch.device(device)).liger == expected
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("other", [True, False])
 def test_bf16_is_fast_where_it_is_on_every_rank(
-    device: str, other: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, other: bool, gather: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU by its units, on a CPU as measured."""
     monkeypatch.setattr(survey, "has_bf16_units", lambda _: device == "cuda")
     monkeypatch.setattr(survey, "is_bf16_faster", lambda: device == "cpu")
-    monkeypatch.setattr(survey, "can_compile", lambda _: None)
-    monkeypatch.setattr(survey, "liger_version", lambda: None)
-    monkeypatch.setattr(survey.start, "can_quantise_weights", lambda _: False)
-    monkeypatch.setattr(survey, "is_eager_faster", lambda _: True)
-    monkeypatch.setattr(dist, "ranks_per_machine", lambda: [2])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 9 << 30))
-    monkeypatch.setattr(
-        dist, "gather", lambda mine: [mine, other] if isinstance(mine, bool) else [mine]
-    )
+    gather([other], bool)
     assert survey.survey(torch.device(device)).fast_bf16 == other
 
 
